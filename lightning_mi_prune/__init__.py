@@ -1,0 +1,53 @@
+"""Neural networks that get smaller and faster while they train.
+
+The method, one step a file::
+
+    axes        WHAT     a model can lose: neurons, heads
+    families    WHOSE    axes they are
+    moments     LISTEN   to activations in validation
+    information MEASURE  what units say about the layer above
+    criteria    JUDGE    in which order they go
+    budget      ALLOT    a width to every axis
+    selection   CHOOSE   the survivors, top-down
+    plan        RECORD   the choice
+    surgery     CUT      the model
+    optimizers  CARRY    their state across
+    checkpoints KEEP     the plan with the weights
+    report      TELL     what happened
+    callbacks   WHEN     all of it, inside Trainer.fit
+"""
+
+from lightning_mi_prune.axes import Count, Slice, WidthAxis
+from lightning_mi_prune.callbacks import MutualInformationPruning
+from lightning_mi_prune.checkpoints import from_pretrained
+from lightning_mi_prune.criteria import MutualInformation
+from lightning_mi_prune.errors import PruningError, PruningWarning
+from lightning_mi_prune.families import find_axes, linear_axis, register_family
+from lightning_mi_prune.moments import Listener
+from lightning_mi_prune.optimizers import rebind
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.report import PruningReport
+from lightning_mi_prune.selection import select
+from lightning_mi_prune.surgery import apply
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Count",
+    "Listener",
+    "MutualInformation",
+    "MutualInformationPruning",
+    "Plan",
+    "PruningError",
+    "PruningReport",
+    "PruningWarning",
+    "Slice",
+    "WidthAxis",
+    "apply",
+    "find_axes",
+    "from_pretrained",
+    "linear_axis",
+    "rebind",
+    "register_family",
+    "select",
+]

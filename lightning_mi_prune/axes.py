@@ -1,0 +1,179 @@
+"""WHAT     WidthAxis: what a model can lose, as names and sizes (plain data, no torch)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.plan import Plan
+
+__all__ = ["Count", "Slice", "WidthAxis", "choose_axes", "count_parameters", "full_plan"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One dimension of one tensor that shrinks with an axis.
+
+    Args:
+        tensor: Qualified parameter name, ``"encoder.layer.0.output.dense.weight"``.
+        dim: Dimension that is cut.
+        shape: Shape of the tensor as built.
+    """
+
+    tensor: str
+    dim: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Count:
+    """A number on a module that must follow the axis: ``module.attribute = units * per_unit``."""
+
+    module: str
+    attribute: str
+    per_unit: int = 1
+
+
+@dataclass(frozen=True)
+class WidthAxis:
+    """Units of one kind at one place, and every tensor that must shrink with them.
+
+    Args:
+        name: Path of the axis, ``"encoder.layer.0.ffn"``.
+        kind: ``"ffn"``, ``"heads"`` or ``"pooler"``; free for other families.
+        size: Number of units as built (neurons or heads).
+        entries: Scalars per unit (1 for a neuron, the head size for a head).
+        slices: The tensors cut together.
+        readers: Linear modules that read the units: their input is listened to, their output is
+            the layer above, their weight takes the fold-in.
+        counts: Numbers on modules that follow the axis.
+        network: Path of the network the axis belongs to.
+        scope: Path of the module whose ``forward`` receives ``attention_mask``.
+        config: Field of the network's config that holds the width when it is the same everywhere.
+        level: Height in the network; the sweep runs from the highest level down.
+    """
+
+    name: str
+    kind: str
+    size: int
+    entries: int
+    slices: tuple[Slice, ...]
+    readers: tuple[str, ...]
+    counts: tuple[Count, ...] = ()
+    network: str = ""
+    scope: str = ""
+    config: str | None = None
+    level: int = 0
+
+    def prefixed(self, prefix: str) -> WidthAxis:
+        """The same axis, named from a module that holds this network at ``prefix``."""
+        if not prefix:
+            return self
+
+        def path(name: str) -> str:
+            return f"{prefix}.{name}" if name else prefix
+
+        return replace(
+            self,
+            name=path(self.name),
+            slices=tuple(replace(s, tensor=path(s.tensor)) for s in self.slices),
+            readers=tuple(path(r) for r in self.readers),
+            counts=tuple(replace(c, module=path(c.module)) for c in self.counts),
+            network=path(self.network),
+            scope=path(self.scope),
+        )
+
+
+def full_plan(axes: Sequence[WidthAxis]) -> Plan:
+    """The plan that keeps every unit of every axis."""
+    return Plan.full({axis.name: axis.size for axis in axes})
+
+
+def as_built(axes: Sequence[WidthAxis], sizes: Mapping[str, int]) -> list[WidthAxis]:
+    """Axes found on an already cut model, restated with the sizes they were built with."""
+    grown = {
+        (s.tensor, s.dim): sizes.get(axis.name, axis.size) * axis.entries
+        for axis in axes
+        for s in axis.slices
+    }
+
+    def shape(s: Slice) -> tuple[int, ...]:
+        return tuple(grown.get((s.tensor, d), n) for d, n in enumerate(s.shape))
+
+    return [
+        replace(
+            axis,
+            size=sizes.get(axis.name, axis.size),
+            slices=tuple(replace(s, shape=shape(s)) for s in axis.slices),
+        )
+        for axis in axes
+    ]
+
+
+def count_parameters(axes: Sequence[WidthAxis], widths: Mapping[str, int] | None = None) -> int:
+    """Parameters of all tensors that the axes cut, at the given widths (default: as built).
+
+    A tensor cut along two axes counts once, with both dimensions shrunk.
+
+    Example:
+        >>> ffn = WidthAxis(
+        ...     "ffn", "ffn", size=8, entries=1, readers=("down",),
+        ...     slices=(Slice("up.weight", 0, (8, 4)), Slice("down.weight", 1, (4, 8))),
+        ... )
+        >>> count_parameters([ffn]), count_parameters([ffn], {"ffn": 2})
+        (64, 16)
+    """
+    shapes: dict[str, list[int]] = {}
+    for axis in axes:
+        width = axis.size if widths is None else widths[axis.name]
+        for s in axis.slices:
+            shapes.setdefault(s.tensor, list(s.shape))[s.dim] = width * axis.entries
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def choose_axes(
+    axes: Sequence[WidthAxis],
+    *,
+    units: Sequence[str],
+    include: str | None = None,
+    exclude: str | None = None,
+) -> list[WidthAxis]:
+    """Narrow the axes by kind and by regular expressions searched in their names.
+
+    Raises:
+        PruningError: If a kind or an expression matches no axis, is not valid, or nothing is left.
+    """
+    kinds = sorted({axis.kind for axis in axes})
+    for kind in units:
+        if kind not in kinds:
+            raise PruningError(f"units names {kind!r}, but this model has only {kinds}.")
+    chosen = [axis for axis in axes if axis.kind in units]
+    chosen = _filter(chosen, "include", include, keep=True)
+    chosen = _filter(chosen, "exclude", exclude, keep=False)
+    if not chosen:
+        raise PruningError(
+            f"Nothing is left to prune: units={list(units)}, include={include!r} and "
+            f"exclude={exclude!r} leave no axis of {len(axes)}; loosen one of them."
+        )
+    return chosen
+
+
+def _filter(
+    axes: list[WidthAxis], option: str, expression: str | None, *, keep: bool
+) -> list[WidthAxis]:
+    if expression is None:
+        return axes
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise PruningError(f"{option}={expression!r} is not a regular expression: {error}.") from error
+    hits = {axis.name for axis in axes if pattern.search(axis.name)}
+    if not hits:
+        sample = [axis.name for axis in axes[:4]]
+        raise PruningError(
+            f"{option}={expression!r} matches no axis; the names look like {sample}."
+        )
+    return [axis for axis in axes if (axis.name in hits) == keep]

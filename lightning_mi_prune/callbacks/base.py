@@ -1,0 +1,323 @@
+"""WHEN     the order of a run: listen in validation, decide at the end of the epoch, cut at the
+start of the next. Every step is a function of another file."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_mi_prune.axes import WidthAxis, count_parameters
+from lightning_mi_prune.budget import sparsity_of
+from lightning_mi_prune.callbacks.schedule import Schedule
+from lightning_mi_prune.checkpoints import PlanKeeper
+from lightning_mi_prune.families import find_axes, present_plan
+from lightning_mi_prune.moments import Example, Listener
+from lightning_mi_prune.optimizers import check_optimizers, rebind
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.report import Cut, PruningReport, axis_cuts, count_macs, print_cut
+from lightning_mi_prune.selection import Selection
+from lightning_mi_prune.strategies import refuse_unsupported
+from lightning_mi_prune.surgery import apply
+
+__all__ = ["PruningCallback"]
+
+
+class PruningCallback(pl.Callback, ABC):
+    """The run of a pruning method; subclasses say what may go, when, and who judges.
+
+    Args:
+        module: Path of the submodule to search for prunable networks; "" searches all.
+        positions: Samples to listen to on each axis in one validation run.
+        seed: Seed of the draw of positions.
+        verbose: Whether each cut prints a table on rank zero.
+    """
+
+    def __init__(self, *, module: str, positions: int, seed: int, verbose: bool) -> None:
+        super().__init__()
+        self.report = PruningReport()
+        self._within, self._positions, self._seed = module, positions, seed
+        self._verbose = verbose
+        self._keeper: PlanKeeper | None = None
+        self._schedule: Schedule | None = None
+        self._chosen: list[WidthAxis] = []
+        self._listener: Listener | None = None
+        self._example: tuple[str, Example] | None = None
+        self._pending: tuple[int, Selection] | None = None
+        self._done = 0
+        self._heard = False
+        self._seconds: dict[str, float] = {}
+
+    @abstractmethod
+    def choose(self, axes: list[WidthAxis]) -> list[WidthAxis]:
+        """The axes that may be cut."""
+
+    @abstractmethod
+    def schedule(self, length: float, every: int) -> Schedule:
+        """The cuts of a run of ``length`` epochs that validates after ``every`` of them."""
+
+    @abstractmethod
+    def widths(self, axes: list[WidthAxis], sparsity: float) -> dict[str, int]:
+        """Width of every axis at a sparsity against the model as built."""
+
+    @abstractmethod
+    def select(
+        self,
+        axes: list[WidthAxis],
+        listener: Listener,
+        weights: Mapping[str, Tensor],
+        widths: Mapping[str, int],
+        current: Plan,
+    ) -> Selection:
+        """Which units stay, given what was heard."""
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan the module carries now; None before ``setup``."""
+        return None if self._keeper is None else self._keeper.plan
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let the plan travel with the module's state dict; refuse what cannot work."""
+        if self._keeper is None or self._keeper.module is not pl_module:
+            if self._keeper is not None:
+                self._keeper.close()
+            self._keeper = PlanKeeper(pl_module, lambda: find_axes(pl_module, self._within))
+        if stage == "fit":
+            refuse_unsupported(trainer, pl_module)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the axes and check everything that can be known before the first batch."""
+        keeper = self._kept()
+        if keeper.plan is None:
+            keeper.plan = present_plan(pl_module, keeper.axes)
+        self._chosen = self.choose(keeper.axes)
+        widths = self._present_widths()
+        self.report = PruningReport(
+            parameters=sum(p.numel() for p in pl_module.parameters()),
+            prunable_parameters=count_parameters(self._chosen, widths),
+        )
+        self._done, self._pending = 0, None
+        parameters = [pl_module.get_parameter(s.tensor) for a in self._chosen for s in a.slices]
+        check_optimizers(trainer.strategy.optimizers, parameters)
+        self.widths(self._chosen, self.schedule(1e6, 1).sparsities[-1])
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fit the schedule into the run, now that its length is known."""
+        if trainer.fast_dev_run:
+            rank_zero_info("fast_dev_run: listening to validation, but no cut is made.")
+            self._schedule = Schedule((trainer.current_epoch + 1,), (0.0,))
+            return
+        if not trainer.enable_validation or not sum(_batches(trainer)):
+            raise MisconfigurationException(
+                "Pruning listens to validation, but this run has none. Give the trainer a "
+                "val_dataloader and a validation_step, with limit_val_batches above 0."
+            )
+        self._schedule = self.schedule(_epochs(trainer), trainer.check_val_every_n_epoch or 1)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen, if the next epoch starts with a cut; the last validation before it counts."""
+        if not self._listens(trainer):
+            return
+        self._close()
+        self._listener = Listener(
+            pl_module,
+            self._chosen,
+            positions=self._positions,
+            batches=sum(_batches(trainer)),
+            seed=self._seed,
+        )
+        self._heard = False
+        self._listener.__enter__()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the hooks down and keep what was heard."""
+        if self._listener is not None:
+            self._listener.close()
+            self._heard = not trainer.sanity_checking
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Decide what to cut at the start of the next epoch."""
+        sparsity = self._due(trainer.current_epoch + 1)
+        if sparsity is None:
+            return
+        if self._listener is None or not self._heard:
+            rank_zero_warn(
+                f"The cut of epoch {trainer.current_epoch + 1} waits: no validation ran in this "
+                "epoch. Validate in every epoch that comes before a cut."
+            )
+            return
+        listener, self._listener, self._heard = self._listener, None, False
+        self._example = _example(self._chosen, listener)
+        self._seconds = {"listening": listener.seconds}
+        if trainer.fast_dev_run:
+            return
+        started = time.perf_counter()
+        listener.check()
+        weights = dict(pl_module.named_parameters(remove_duplicate=False))
+        widths = self.widths(self._chosen, sparsity)
+        plan = self._plan()
+        selection = self.select(self._chosen, listener, weights, widths, plan)
+        self._pending = (trainer.current_epoch + 1, selection)
+        self._seconds["scoring"] = time.perf_counter() - started
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Cut, if a plan is waiting: model, optimizers, report."""
+        if self._pending is None:
+            return
+        epoch, selection = self._pending
+        before, started = self._present_widths(), time.perf_counter()
+        macs_before = self._macs(pl_module) if not self.report.cuts else self.report.macs
+        keeper, current = self._kept(), self._plan()
+        check_optimizers(
+            trainer.strategy.optimizers,
+            [pl_module.get_parameter(s.tensor) for a in self._chosen for s in a.slices],
+        )
+        rewrites = apply(
+            pl_module, keeper.axes, selection.plan, current=current, folded=selection.folded
+        )
+        rebind(trainer.strategy.optimizers, rewrites)
+        keeper.plan = current.then(selection.plan)
+        self._pending = None
+        self._done = self._scheduled().count_until(epoch)
+        self._seconds["cutting"] = time.perf_counter() - started
+        self.report.macs = macs_before
+        self._tell(pl_module, epoch, selection, before)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the run ended before the schedule did."""
+        schedule = self._schedule
+        if schedule is not None and not trainer.fast_dev_run and self._done < len(schedule.epochs):
+            rank_zero_warn(
+                f"Training ended after {self._done} of {len(schedule.epochs)} cuts (the next was "
+                f"due at epoch {schedule.epochs[self._done]}); the model is larger than asked for."
+            )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the listening hooks down."""
+        self._close()
+        self._schedule = None
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Take the listening hooks down."""
+        self._close()
+
+    def _tell(
+        self,
+        pl_module: pl.LightningModule,
+        epoch: int,
+        selection: Selection,
+        before: Mapping[str, int],
+    ) -> None:
+        after = self._present_widths()
+        cut = Cut(
+            epoch=epoch,
+            sparsity=sparsity_of(self._chosen, after),
+            parameters=sum(p.numel() for p in pl_module.parameters()),
+            prunable_parameters=count_parameters(self._chosen, after),
+            macs=self._macs(pl_module),
+            axes=axis_cuts(self._chosen, before, after, selection.information),
+            seconds=dict(self._seconds),
+        )
+        self.report.cuts.append(cut)
+        for name, value in _metrics(cut).items():
+            pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
+        if self._verbose and pl_module.trainer.is_global_zero:
+            print_cut(cut, self.report)
+
+    def _kept(self) -> PlanKeeper:
+        if self._keeper is None:
+            raise MisconfigurationException("The callback was not set up by a Trainer.")
+        return self._keeper
+
+    def _plan(self) -> Plan:
+        plan = self._kept().plan
+        if plan is None:
+            raise MisconfigurationException("The callback knows no model; run Trainer.fit first.")
+        return plan
+
+    def _scheduled(self) -> Schedule:
+        if self._schedule is None:
+            raise MisconfigurationException("The callback has no schedule; run Trainer.fit first.")
+        return self._schedule
+
+    def _present_widths(self) -> dict[str, int]:
+        plan = self._plan()
+        return {axis.name: plan.width(axis.name) for axis in self._chosen}
+
+    def _due(self, epoch: int) -> float | None:
+        return None if self._schedule is None else self._schedule.due(epoch, self._done)
+
+    def _listens(self, trainer: pl.Trainer) -> bool:
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        return fitting and self._due(trainer.current_epoch + 1) is not None
+
+    def _macs(self, pl_module: pl.LightningModule) -> int:
+        if self._example is None:
+            return 0
+        path, example = self._example
+        return count_macs(pl_module.get_submodule(path), example)
+
+    def _close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+
+def _metrics(cut: Cut) -> dict[str, float]:
+    """What a cut logs."""
+    metrics = {
+        "prune/parameters": float(cut.parameters),
+        "prune/sparsity": cut.sparsity,
+        "prune/macs": float(cut.macs),
+        "prune/information_kept": cut.information_fraction,
+    }
+    for axis in cut.axes:
+        metrics[f"prune/width/{axis.name}"] = float(axis.after)
+    return metrics
+
+
+def _batches(trainer: pl.Trainer) -> list[int]:
+    counts = trainer.num_val_batches
+    numbers = counts if isinstance(counts, list) else [counts]
+    return [int(n) if n != float("inf") else 1_000 for n in numbers]
+
+
+def _epochs(trainer: pl.Trainer) -> float:
+    """Epochs of the run, a fraction when ``max_steps`` ends it first."""
+    limit = float("inf") if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    if trainer.max_steps not in (None, -1):
+        steps = trainer.num_training_batches / max(1, trainer.accumulate_grad_batches)
+        limit = min(limit, trainer.max_steps / max(1.0, -(-steps // 1)))
+    if limit == float("inf"):
+        raise MisconfigurationException(
+            "The length of the run is not known, so no schedule fits. Set max_epochs, or max_steps "
+            "with a training set of known length."
+        )
+    return limit
+
+
+def _example(axes: list[WidthAxis], listener: Listener) -> tuple[str, Example] | None:
+    """One call of the network, or of its encoder where the network itself is never called."""
+    for path in (axes[0].network, axes[0].scope):
+        if path in listener.examples:
+            return path, listener.examples[path]
+    return None

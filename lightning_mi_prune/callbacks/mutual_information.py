@@ -1,0 +1,219 @@
+"""MutualInformationPruning: the method of Fan et al. (2021) as one callback, in our reading."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_mi_prune.axes import WidthAxis, choose_axes
+from lightning_mi_prune.budget import uniform_widths
+from lightning_mi_prune.callbacks.base import PruningCallback
+from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule
+from lightning_mi_prune.criteria import MutualInformation
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.moments import Listener
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.selection import Selection, select
+
+__all__ = ["MutualInformationPruning"]
+
+
+class MutualInformationPruning(PruningCallback):
+    """Make the encoder smaller while it trains, keeping the units that inform the layer above.
+
+    During validation the callback listens to the input of every output projection. At the end of
+    the epoch it sweeps from the top of the network down and keeps, on each axis, the units with
+    the most mutual information with what was kept above. At the start of the next epoch it swaps
+    in smaller dense layers, carries the optimizer's state across, and training goes on.
+
+    Args:
+        sparsity: Share of the prunable parameters to remove by the last cut, against the model as
+            built; between 0 and 1.
+        units: Kinds of unit to cut: ``"ffn"``, ``"heads"``, ``"pooler"``. Default: the first two.
+        module: Path of the submodule to search, such as ``"encoder"``; default: the whole module.
+        include: Regular expression; only axes whose name it finds are cut.
+        exclude: Regular expression; axes whose name it finds are left alone.
+        selection: ``"conditional"`` (joint information, exact backward elimination) or ``"topk"``
+            (every unit alone, the literal reading of the paper's abstract).
+        ridge: Noise on the layer above as a share of its mean variance.
+        fold_in: Whether the readers' weights absorb the dropped units by least squares.
+        multiple: Neuron widths are multiples of this.
+        floor: Smallest share of an axis that always stays.
+        positions: Samples to listen to on each axis in a validation run.
+        ramp: ``"cubic"``, ``"linear"`` or ``"one_shot"`` growth of the sparsity over the cuts.
+        cuts: Number of cuts; default: what fits, at most 4.
+        first_epoch: Training epoch (from 1) that starts with the first cut; default 1.
+        last_epoch: Epoch of the last cut; default: half-way through the run.
+        seed: Seed of the draw of positions.
+        verbose: Whether each cut prints a table on rank zero.
+
+    Raises:
+        MisconfigurationException: If an option is outside its range, or two contradict each other.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> callback = MutualInformationPruning(sparsity=0.5)
+        >>> trainer = pl.Trainer(max_epochs=8, callbacks=[callback], logger=False)
+
+    See also:
+        Fan et al., "Layer-wise Model Pruning based on Mutual Information", EMNLP 2021. Only its
+        abstract fixed this reading: the estimator, the treatment of heads and the schedule are
+        ours.
+    """
+
+    def __init__(
+        self,
+        sparsity: float = 0.5,
+        *,
+        units: list[str] | None = None,
+        module: str | None = None,
+        include: str | None = None,
+        exclude: str | None = None,
+        selection: Literal["conditional", "topk"] = "conditional",
+        ridge: float = 1.0,
+        fold_in: bool = True,
+        multiple: int = 8,
+        floor: float = 0.05,
+        positions: int = 16_384,
+        ramp: Ramp = "cubic",
+        cuts: int | None = None,
+        first_epoch: int | None = None,
+        last_epoch: int | None = None,
+        seed: int = 0,
+        verbose: bool = True,
+    ) -> None:
+        _between("sparsity", sparsity, 0, 1)
+        _between("floor", floor, 0, 1, closed=True)
+        for name, value, least in (
+            ("multiple", multiple, 1),
+            ("positions", positions, 2),
+            ("cuts", cuts, 1),
+            ("first_epoch", first_epoch, 1),
+            ("last_epoch", last_epoch, 1),
+        ):
+            _at_least(name, value, least)
+        _check_order(ramp, cuts, first_epoch, last_epoch)
+        for name, expression in (("include", include), ("exclude", exclude)):
+            _check_regex(name, expression)
+        if units is not None and (isinstance(units, str) or not units):
+            raise MisconfigurationException(
+                f"units={units!r}; expected a list of kinds such as ['ffn', 'heads']."
+            )
+        super().__init__(module=module or "", positions=positions, seed=seed, verbose=verbose)
+        try:
+            self._criterion = MutualInformation(selection=selection, ridge=ridge)
+        except PruningError as error:
+            raise MisconfigurationException(str(error)) from error
+        self.sparsity = float(sparsity)
+        self._units = ["ffn", "heads"] if units is None else list(units)
+        self._include, self._exclude = include, exclude
+        self._fold_in, self._multiple, self._floor = fold_in, multiple, floor
+        self._ramp: Ramp = ramp
+        self._cuts, self._first, self._last = cuts, first_epoch, last_epoch
+
+    @override
+    def choose(self, axes: list[WidthAxis]) -> list[WidthAxis]:
+        return choose_axes(axes, units=self._units, include=self._include, exclude=self._exclude)
+
+    @override
+    def schedule(self, length: float, every: int) -> Schedule:
+        try:
+            return fit_schedule(
+                length,
+                self.sparsity,
+                ramp=self._ramp,
+                cuts=self._cuts,
+                first_epoch=self._first,
+                last_epoch=self._last,
+                every=every,
+            )
+        except PruningError as error:
+            raise MisconfigurationException(str(error)) from error
+
+    @override
+    def widths(self, axes: list[WidthAxis], sparsity: float) -> dict[str, int]:
+        # No step may go below the end of the ramp: rounding heads up makes neurons go further down.
+        step, end = (
+            uniform_widths(axes, s, multiple=self._multiple, floor=self._floor)
+            for s in (sparsity, self.sparsity)
+        )
+        return {name: max(width, end[name]) for name, width in step.items()}
+
+    @override
+    def select(
+        self,
+        axes: list[WidthAxis],
+        listener: Listener,
+        weights: Mapping[str, Tensor],
+        widths: Mapping[str, int],
+        current: Plan,
+    ) -> Selection:
+        return select(
+            axes,
+            listener.moments,
+            weights,
+            widths,
+            current,
+            self._criterion,
+            fold_in=self._fold_in,
+        )
+
+
+def _between(
+    name: str, value: float, low: float, high: float, *, closed: bool = False
+) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not (
+        low <= value < high if closed else low < value < high
+    ):
+        raise MisconfigurationException(
+            f"{name}={value!r}; expected a number {'from' if closed else 'above'} {low} "
+            f"and below {high}."
+        )
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise MisconfigurationException(
+            f"{name}={value!r}; expected a whole number of at least {least}."
+        )
+
+
+def _check_order(ramp: str, cuts: int | None, first: int | None, last: int | None) -> None:
+    if ramp not in ("cubic", "linear", "one_shot"):
+        raise MisconfigurationException(
+            f"ramp={ramp!r}; expected 'cubic', 'linear' or 'one_shot'."
+        )
+    if ramp == "one_shot" and cuts not in (None, 1):
+        raise MisconfigurationException(
+            f"ramp='one_shot' makes one cut, but cuts={cuts}; drop cuts or choose another ramp."
+        )
+    if first is not None and last is not None:
+        if first > last:
+            raise MisconfigurationException(
+                f"first_epoch={first} comes after last_epoch={last}; swap or drop one of them."
+            )
+        if cuts is not None and cuts > last - first + 1:
+            raise MisconfigurationException(
+                f"cuts={cuts} do not fit into epochs {first} to {last}; expected at most "
+                f"{last - first + 1}."
+            )
+
+
+def _check_regex(name: str, expression: str | None) -> None:
+    if expression is None:
+        return
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise MisconfigurationException(
+            f"{name}={expression!r} is not a regular expression: {error}."
+        ) from error

@@ -1,0 +1,124 @@
+"""WHOSE    which axes a model has: a list of families, tried in order on every module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_mi_prune.axes import WidthAxis, as_built
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families import transformers
+from lightning_mi_prune.families.describe import linear_axis
+from lightning_mi_prune.plan import Plan, recorded_plan
+
+__all__ = ["find_axes", "linear_axis", "present_plan", "register_family"]
+
+Matches = Callable[[nn.Module], bool]
+Describe = Callable[[nn.Module], Sequence[WidthAxis]]
+
+
+@dataclass(frozen=True)
+class _Family:
+    name: str
+    matches: Matches
+    describe: Describe
+
+
+_FAMILIES: list[_Family] = [
+    _Family("transformers", transformers.matches, transformers.describe),
+]
+
+
+def register_family(name: str, matches: Matches) -> Callable[[Describe], Describe]:
+    """Decorate a function that describes the axes of a model the package does not know.
+
+    Args:
+        name: A name of your own, once.
+        matches: Whether the function describes this module; tried before the built-in families.
+
+    Raises:
+        PruningError: If the name is taken.
+
+    Example:
+        >>> class MLP(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.up, self.down = nn.Linear(4, 16), nn.Linear(16, 2)
+        >>> @register_family("docs-mlp", matches=lambda module: isinstance(module, MLP))
+        ... def mlp(module):
+        ...     return [linear_axis(module, "ffn", kind="ffn", producers=["up"], readers=["down"])]
+        >>> [(axis.name, axis.size) for axis in find_axes(nn.ModuleDict({"net": MLP()}))]
+        [('net.ffn', 16)]
+    """
+    if any(family.name == name for family in _FAMILIES):
+        raise PruningError(f"A family {name!r} is registered already; choose another name.")
+
+    def decorate(describe: Describe) -> Describe:
+        _FAMILIES.insert(0, _Family(name, matches, describe))
+        return describe
+
+    return decorate
+
+
+def find_axes(module: nn.Module, within: str = "") -> list[WidthAxis]:
+    """Axes of every prunable network inside ``module``, named from ``module``, as built.
+
+    Args:
+        module: Any module that holds a network of a known family, at any depth.
+        within: Path of a submodule to search instead of all of ``module``.
+
+    Raises:
+        PruningError: If no known network is found, or a layer is not what its family expects.
+    """
+    try:
+        root = module.get_submodule(within)
+    except AttributeError as error:
+        children = [name for name, _ in module.named_children()]
+        raise PruningError(
+            f"module={within!r} is not part of {type(module).__name__}; it has {children}."
+        ) from error
+    axes: list[WidthAxis] = []
+    seen: list[str] = []
+    for path, network in root.named_modules(prefix=within):
+        if any(path == top or path.startswith(f"{top}.") or top == "" for top in seen):
+            continue
+        family = next((f for f in _FAMILIES if f.matches(network)), None)
+        if family is not None:
+            seen.append(path)
+            found = as_built(family.describe(network), _sizes(network))
+            axes += [axis.prefixed(path) for axis in found]
+    if not axes:
+        raise PruningError(_unknown(root))
+    return axes
+
+
+def present_plan(module: nn.Module, axes: Sequence[WidthAxis]) -> Plan:
+    """The plan that ``module`` already carries: full, unless a pruned network was loaded into it."""
+    kept: dict[str, tuple[int, ...]] = {axis.name: tuple(range(axis.size)) for axis in axes}
+    for path in {axis.network for axis in axes}:
+        plan = recorded_plan(module.get_submodule(path))
+        if plan is not None:
+            named = plan.prefixed(path)
+            kept.update({name: k for name, k in named.kept.items() if name in kept})
+    return Plan({axis.name: axis.size for axis in axes}, kept)
+
+
+def _sizes(network: nn.Module) -> dict[str, int]:
+    plan = recorded_plan(network)
+    return {} if plan is None else dict(plan.sizes)
+
+
+def _unknown(module: nn.Module) -> str:
+    what = transformers.nearest_unknown(module) or f"{type(module).__name__}"
+    known = sorted(transformers.MODEL_TYPES)
+    return (
+        f"Nothing to prune was found in {what}. Known families: {known}. "
+        "Describe the axes of another model by hand:\n\n"
+        "    from lightning_mi_prune import linear_axis, register_family\n\n"
+        f'    @register_family("mine", matches=lambda m: type(m).__name__ == "{what.split(" ")[0]}")\n'
+        "    def mine(network):\n"
+        '        return [linear_axis(network, "ffn", kind="ffn", producers=["up"], '
+        'readers=["down"])]\n'
+    )

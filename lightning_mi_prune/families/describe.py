@@ -1,0 +1,98 @@
+"""From the names of linear layers to an axis, with every shape checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lightning_mi_prune.axes import Count, Slice, WidthAxis
+from lightning_mi_prune.errors import PruningError
+
+__all__ = ["linear_axis"]
+
+
+def linear_axis(
+    network: nn.Module,
+    name: str,
+    *,
+    kind: str,
+    producers: Sequence[str],
+    readers: Sequence[str],
+    entries: int = 1,
+    counts: Sequence[Count] = (),
+    scope: str = "",
+    config: str | None = None,
+    level: int = 0,
+) -> WidthAxis:
+    """Axis of the units between linear layers that make them and linear layers that read them.
+
+    Args:
+        network: Module that holds the layers.
+        name: Name of the axis, from ``network``.
+        kind: Kind of unit, ``"ffn"`` for neurons.
+        producers: Paths of ``nn.Linear`` whose output rows are the units.
+        readers: Paths of ``nn.Linear`` whose input columns are the same units.
+        entries: Entries per unit (the head size for heads).
+        counts: Further numbers that follow; ``out_features`` and ``in_features`` do by themselves.
+        scope: Path of the module whose ``forward`` receives ``attention_mask``.
+        config: Config field that holds the number of units when it is the same in every layer.
+        level: Height in the network, for the top-down sweep.
+
+    Raises:
+        PruningError: If a layer is missing, is not a plain ``nn.Linear``, or the widths disagree.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> axis = linear_axis(net, "hidden", kind="ffn", producers=["0"], readers=["2"])
+        >>> axis.size, [s.tensor for s in axis.slices]
+        (8, ['0.weight', '0.bias', '2.weight'])
+    """
+    slices: list[Slice] = []
+    numbers = list(counts)
+    widths: dict[str, int] = {}
+    for path in producers:
+        layer = _linear(network, path, name)
+        widths[path] = layer.out_features
+        slices.append(Slice(f"{path}.weight", 0, tuple(layer.weight.shape)))
+        if layer.bias is not None:
+            slices.append(Slice(f"{path}.bias", 0, tuple(layer.bias.shape)))
+        numbers.append(Count(path, "out_features", entries))
+    for path in readers:
+        layer = _linear(network, path, name)
+        widths[path] = layer.in_features
+        slices.append(Slice(f"{path}.weight", 1, tuple(layer.weight.shape)))
+        numbers.append(Count(path, "in_features", entries))
+    width = next(iter(widths.values()))
+    if len(set(widths.values())) != 1 or width % entries:
+        raise PruningError(
+            f"The layers of axis {name!r} carry {widths} entries; expected one common width, a "
+            f"multiple of {entries}."
+        )
+    return WidthAxis(
+        name=name,
+        kind=kind,
+        size=width // entries,
+        entries=entries,
+        slices=tuple(slices),
+        readers=tuple(readers),
+        counts=tuple(numbers),
+        scope=scope,
+        config=config,
+        level=level,
+    )
+
+
+def _linear(network: nn.Module, path: str, axis: str) -> nn.Linear:
+    try:
+        layer = network.get_submodule(path)
+    except AttributeError as error:
+        raise PruningError(
+            f"Axis {axis!r} needs the layer {path!r}, which {type(network).__name__} does not have."
+        ) from error
+    if type(layer) is not nn.Linear:
+        raise PruningError(
+            f"{path!r} is a {type(layer).__module__}.{type(layer).__qualname__}; expected a plain "
+            "torch.nn.Linear. Merge adapters or parametrizations, and prune before quantization."
+        )
+    return layer

@@ -1,0 +1,213 @@
+"""TELL     PruningReport: what was cut, when, and what it cost; tables, JSON, MACs, latency."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.moments import Example
+from lightning_mi_prune.selection import Information
+
+__all__ = ["AxisCut", "Cut", "PruningReport", "count_macs", "cut_table", "measure_latency"]
+
+
+@dataclass(frozen=True)
+class AxisCut:
+    """One axis in one cut.
+
+    Args:
+        name: Path of the axis.
+        kind: Kind of unit.
+        before: Units before the cut.
+        after: Units after it.
+        information_nats: Information with the layer above that stays, in nats.
+        information_fraction: The same as a share of what there was before this cut.
+    """
+
+    name: str
+    kind: str
+    before: int
+    after: int
+    information_nats: float
+    information_fraction: float
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One cut: sizes of the whole model after it, every axis, and the time it took.
+
+    Args:
+        epoch: Training epoch that started with the smaller model.
+        sparsity: Share of the prunable parameters gone, against the model as built.
+        parameters: Parameters of the whole module.
+        prunable_parameters: Parameters of the tensors that the axes cut.
+        macs: Multiply-accumulates of the network for one example of validation.
+        axes: What happened to each axis.
+        seconds: Time spent in ``listening``, ``scoring`` and ``cutting``.
+    """
+
+    epoch: int
+    sparsity: float
+    parameters: int
+    prunable_parameters: int
+    macs: int
+    axes: tuple[AxisCut, ...]
+    seconds: Mapping[str, float]
+
+    @property
+    def information_fraction(self) -> float:
+        """Mean share of information kept over the axes that were cut."""
+        cut = [axis.information_fraction for axis in self.axes if axis.after < axis.before]
+        return sum(cut) / len(cut) if cut else 1.0
+
+
+@dataclass
+class PruningReport:
+    """All cuts of a run, beside the model as it was before the first.
+
+    Args:
+        parameters: Parameters of the whole module as built.
+        prunable_parameters: Those the axes can cut.
+        macs: Multiply-accumulates of the network for one example (0 until something was heard).
+        cuts: The cuts, in order.
+    """
+
+    parameters: int = 0
+    prunable_parameters: int = 0
+    macs: int = 0
+    cuts: list[Cut] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for JSON: ``before``, ``after`` and ``cuts``."""
+        last: Any = self.cuts[-1] if self.cuts else self
+        sizes = ("parameters", "prunable_parameters", "macs")
+        return {
+            "before": {key: getattr(self, key) for key in sizes},
+            "after": {key: getattr(last, key) for key in sizes},
+            "cuts": [asdict(cut) for cut in self.cuts],
+        }
+
+    def write(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
+        """Write ``report.json``, with further entries merged into ``before`` and ``after``."""
+        body = self.to_dict()
+        for key, value in (extra or {}).items():
+            if isinstance(value, Mapping) and key in ("before", "after"):
+                body[key] |= dict(value)
+            else:
+                body[key] = value
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+
+
+def axis_cuts(
+    axes: Sequence[WidthAxis],
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    information: Mapping[str, Information],
+) -> tuple[AxisCut, ...]:
+    """One record for each axis, from the bottom of the network up."""
+    return tuple(
+        AxisCut(
+            name=axis.name,
+            kind=axis.kind,
+            before=before[axis.name],
+            after=after[axis.name],
+            information_nats=information[axis.name].kept,
+            information_fraction=information[axis.name].fraction,
+        )
+        for axis in sorted(axes, key=lambda axis: axis.level)
+    )
+
+
+def cut_table(cut: Cut, report: PruningReport) -> Table:
+    """The cut as a Rich table."""
+    table = Table(
+        title=f"Cut at epoch {cut.epoch}: {cut.sparsity:.1%} of the prunable parameters are gone",
+        caption=(
+            f"parameters {report.parameters:,} -> {cut.parameters:,} | "
+            f"MACs an example {report.macs:,} -> {cut.macs:,} | "
+            + " | ".join(f"{name} {s:.1f} s" for name, s in cut.seconds.items())
+        ),
+    )
+    table.add_column("axis", overflow="fold")
+    for name in ("kind", "before", "after", "nats kept", "kept"):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for axis in reversed(cut.axes):
+        table.add_row(
+            axis.name,
+            axis.kind,
+            str(axis.before),
+            str(axis.after),
+            f"{axis.information_nats:.2f}",
+            f"{axis.information_fraction:.1%}",
+        )
+    return table
+
+
+def print_cut(cut: Cut, report: PruningReport) -> None:
+    """Print the table of a cut."""
+    Console().print(cut_table(cut, report))
+
+
+def count_macs(network: nn.Module, example: Example) -> int:
+    """Multiply-accumulates of one forward pass, counted by torch while it runs.
+
+    Linear maps, convolutions and the two products of attention count; element-wise work does not.
+
+    Args:
+        network: Module to run, in evaluation mode; every mode flag is put back.
+        example: Its inputs (:attr:`Listener.examples`).
+
+    Example:
+        >>> count_macs(nn.Linear(4, 3), Example((torch.zeros(5, 4),), {}))
+        60
+    """
+    modes = {module: module.training for module in network.modules()}
+    counter = FlopCounterMode(display=False)
+    network.eval()
+    try:
+        # The fused CPU kernel is opaque to the counter; the plain one shows its two products.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            network(*example.args, **example.kwargs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return int(counter.get_total_flops()) // 2
+
+
+def measure_latency(
+    calls: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, rounds: int = 5
+) -> dict[str, float]:
+    """Median latency of several calls in ms, measured in turn so that a drifting machine is fair.
+
+    Args:
+        calls: What to time, by name.
+        seconds: Time for each call in all.
+        rounds: How often the calls take turns.
+
+    Example:
+        >>> sorted(measure_latency({"a": lambda: None, "b": lambda: None}, seconds=0.01))
+        ['a', 'b']
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    threads = torch.get_num_threads()
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            timer = Timer("call()", globals={"call": call}, num_threads=threads)
+            measured = timer.blocked_autorange(min_run_time=seconds / rounds)
+            times[name] += [t * 1e3 for t in measured.times]
+    return {name: float(torch.tensor(values).median()) for name, values in times.items()}

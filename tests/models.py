@@ -1,0 +1,125 @@
+"""Tiny random models of every family, and ways to plant redundancy in them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+
+from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.plan import Plan
+
+_BERT = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 40,
+}
+_DISTILBERT = {
+    "vocab_size": 64,
+    "dim": 24,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 40,
+    "max_position_embeddings": 40,
+}
+CONFIGS: dict[str, Callable[..., object]] = {
+    "bert": lambda **k: BertConfig(**_BERT, **k),
+    "roberta": lambda **k: RobertaConfig(**_BERT, **k),
+    "xlm-roberta": lambda **k: XLMRobertaConfig(**_BERT, **k),
+    "electra": lambda **k: ElectraConfig(**_BERT, embedding_size=24, **k),
+    "distilbert": lambda **k: DistilBertConfig(**_DISTILBERT, **k),
+}
+HEADS = {
+    "sequence": AutoModelForSequenceClassification,
+    "token": AutoModelForTokenClassification,
+    "question": AutoModelForQuestionAnswering,
+    "masked-lm": AutoModelForMaskedLM,
+}
+
+
+def build(family: str = "bert", head: str = "sequence", *, seed: int = 0, **options: object):
+    """A tiny model with random weights large enough that every unit matters."""
+    torch.manual_seed(seed)
+    labels = {"num_labels": 3} if head in ("sequence", "token") else {}
+    model = HEADS[head].from_config(CONFIGS[family](**labels, **options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "LayerNorm" not in name and "layer_norm" not in name:
+                parameter.normal_(0, 0.2)
+    return model.eval()
+
+
+def batch(rows: int = 32, length: int = 12, *, seed: int = 0) -> dict[str, Tensor]:
+    """Token ids with padding at the end of most rows."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 64, (rows, length), generator=generator)
+    lengths = torch.randint(4, length + 1, (rows, 1), generator=generator)
+    mask = (torch.arange(length)[None] < lengths).long()
+    return {"input_ids": ids * mask + (1 - mask), "attention_mask": mask}
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits of the real positions (padding is nobody's business)."""
+    result = model.eval()(**inputs)
+    logits = result.logits if "logits" in result else result.start_logits
+    if logits.shape[:2] == inputs["attention_mask"].shape:
+        return logits[inputs["attention_mask"].bool()]
+    return logits
+
+
+def duplicate(model: nn.Module, axis: WidthAxis, source: int, target: int) -> None:
+    """Make unit ``target`` an exact copy of unit ``source`` (its readers differ)."""
+    g = axis.entries
+    with torch.no_grad():
+        for s in axis.slices:
+            if s.dim == 0:
+                tensor = model.get_parameter(s.tensor)
+                tensor[target * g : target * g + g] = tensor[source * g : source * g + g]
+
+
+def make_constant(model: nn.Module, axis: WidthAxis, unit: int) -> None:
+    """Make a neuron independent of its input."""
+    with torch.no_grad():
+        for s in axis.slices:
+            if s.dim == 0 and s.tensor.endswith("weight"):
+                model.get_parameter(s.tensor)[unit * axis.entries : (unit + 1) * axis.entries] = 0
+
+
+def masked_copy(model: nn.Module, axes: list[WidthAxis], plan: Plan) -> nn.Module:
+    """The uncut model with the readers' columns of dropped units set to zero."""
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for axis in axes:
+            gone = sorted(set(range(axis.size)) - set(plan.kept[axis.name]))
+            for reader in axis.readers:
+                weight = masked.get_parameter(f"{reader}.weight")
+                for unit in gone:
+                    weight[:, unit * axis.entries : (unit + 1) * axis.entries] = 0
+    return masked
+
+
+def random_plan(axes: list[WidthAxis], share: float = 0.5, *, seed: int = 0) -> Plan:
+    """Random survivors on every axis."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
+    for axis in axes:
+        order = torch.randperm(axis.size, generator=generator)[: max(1, int(share * axis.size))]
+        kept[axis.name] = tuple(sorted(order.tolist()))
+    return Plan({axis.name: axis.size for axis in axes}, kept)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertModel, GPT2Config, GPT2LMHeadModel
+
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families import _FAMILIES, find_axes, linear_axis, present_plan, register_family
+from lightning_mi_prune.surgery import apply
+from tests.models import CONFIGS, HEADS, build, random_plan
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("head", HEADS)
+def test_every_family_and_head_has_its_axes(family, head):
+    axes = find_axes(build(family, head))
+    kinds = [axis.kind for axis in axes]
+    assert kinds.count("ffn") == kinds.count("heads") == 2
+    assert kinds.count("pooler") == (1 if head == "sequence" else 0)
+    assert {(a.size, a.entries) for a in axes if a.kind == "ffn"} == {(40, 1)}
+    assert {(a.size, a.entries) for a in axes if a.kind == "heads"} == {(4, 6)}
+    assert len({a.level for a in axes}) == len(axes)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_sweep_goes_from_the_classifier_to_the_first_layer(family):
+    order = sorted(find_axes(build(family)), key=lambda axis: -axis.level)
+    kinds = [axis.kind for axis in order]
+    assert kinds == ["pooler", "ffn", "heads", "ffn", "heads"]
+    assert ".1." in order[1].name
+    assert ".0." in order[-1].name
+
+
+def test_networks_are_found_at_any_depth_and_named_from_the_top():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left = nn.ModuleDict({"net": build()})
+            self.right = BertModel(CONFIGS["bert"](), add_pooling_layer=False)
+
+    axes = find_axes(Pair())
+    assert {axis.network for axis in axes} == {"left.net", "right"}
+    assert {axis.scope for axis in axes} == {"left.net.bert", "right"}
+    assert {axis.network for axis in find_axes(Pair(), "left")} == {"left.net"}
+
+
+def test_a_layer_that_stands_twice_is_one_set_of_axes():
+    model = build()
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    assert [a.kind for a in find_axes(model)] == ["heads", "ffn", "pooler"]
+
+
+def test_a_wrong_submodule_lists_what_there_is():
+    with pytest.raises(PruningError, match=r"module='enc' is not part of .*\['bert', 'dropout'"):
+        find_axes(build(), "enc")
+
+
+def test_an_unknown_transformer_is_named_and_the_remedy_shown():
+    model = nn.ModuleDict({"lm": GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))})
+    with pytest.raises(PruningError, match=r"GPT2LMHeadModel \(model type 'gpt2'\)(.|\n)*register_family"):
+        find_axes(model)
+
+
+def test_an_unknown_module_is_named():
+    with pytest.raises(PruningError, match="found in Linear"):
+        find_axes(nn.Linear(2, 2))
+
+
+def test_the_snippet_in_the_error_is_the_way_to_register():
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    with pytest.raises(PruningError) as caught:
+        find_axes(Mine())
+    snippet = str(caught.value).split("by hand:")[1].replace("\n    ", "\n")
+    try:
+        exec(compile(snippet, "snippet", "exec"), {})  # noqa: S102
+        assert [axis.name for axis in find_axes(Mine())] == ["ffn"]
+        with pytest.raises(PruningError, match="registered already"):
+            register_family("mine", matches=lambda m: False)
+    finally:
+        _FAMILIES[:] = [f for f in _FAMILIES if f.name != "mine"]
+
+
+def test_adapters_and_quantized_layers_are_refused_by_name():
+    class LoraLinear(nn.Linear):
+        pass
+
+    model = build()
+    attention = model.bert.encoder.layer[0].attention.self
+    attention.query = LoraLinear(24, 24)
+    with pytest.raises(PruningError, match="LoraLinear; expected a plain"):
+        find_axes(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"producers": ["gone"], "readers": ["1"]}, "'gone', which Sequential does not have"),
+        ({"producers": ["0"], "readers": ["2"]}, "expected one common width"),
+        ({"producers": ["0"], "readers": ["1"], "entries": 3}, "a multiple of 3"),
+    ],
+)
+def test_layers_that_do_not_fit_together(options, message):
+    net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 5), nn.Linear(6, 2))
+    with pytest.raises(PruningError, match=message):
+        linear_axis(net, "x", kind="ffn", **options)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_axes_of_a_cut_model_are_those_it_was_built_with(family):
+    model = build(family)
+    axes = find_axes(model)
+    plan = random_plan(axes)
+    apply(model, axes, plan)
+    assert find_axes(model) == axes
+    assert present_plan(model, axes) == plan
+    assert present_plan(build(family), axes).is_full
+
+
+def test_a_damaged_record_is_refused():
+    model = build()
+    model.config.pruning_plan = 3
+    with pytest.raises(PruningError, match="expected text"):
+        find_axes(model)
+
+
+def test_axes_hold_no_tensors():
+    for axis in find_axes(build()):
+        assert not any(isinstance(value, torch.Tensor) for value in vars(axis).values())

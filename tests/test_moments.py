@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families import find_axes
+from lightning_mi_prune.moments import Listener, Moments
+from tests.conftest import count_hooks
+from tests.models import CONFIGS, HEADS, batch, build
+
+
+def test_sums_over_batches_are_the_moments_of_all():
+    x = torch.randn(300, 7, dtype=torch.float64) * 5 + 3
+    moments = Moments(7)
+    for part in x.split([1, 99, 200]):
+        moments.update(part.float())
+    mean, covariance = moments.compute()
+    x = x.float().double()
+    assert torch.allclose(mean, x.mean(0))
+    assert torch.allclose(covariance, x.T.cov(correction=0), atol=1e-10)
+
+
+def test_two_ranks_add_up_and_reset_starts_again():
+    x = torch.randn(50, 4)
+    whole, left, right = Moments(4), Moments(4), Moments(4)
+    whole.update(x)
+    left.update(x[:20])
+    right.update(x[20:])
+    for state, how in left._reductions.items():
+        summed = how(torch.stack([getattr(left, state), getattr(right, state)]))
+        assert torch.allclose(summed, getattr(whole, state))
+    whole.reset()
+    assert int(whole.count) == 0
+    assert not whole.outer.any()
+    whole.update(x)
+    assert torch.allclose(whole.outer, left.outer + right.outer)
+
+
+def test_memory_is_one_matrix_an_axis():
+    moments = Moments(64)
+    for _ in range(3):
+        moments.update(torch.ones(5, 64))
+    held = [*vars(moments).values(), *moments._defaults.values()]
+    size = sum(t.untyped_storage().nbytes() for t in held if isinstance(t, torch.Tensor))
+    assert size < 8 * 64 * (64 + 4)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("head", HEADS)
+def test_padding_is_not_heard(family, head):
+    model, inputs = build(family, head), batch()
+    axes = find_axes(model)
+    with Listener(model, axes) as heard, torch.inference_mode():
+        model(**inputs)
+    real = int(inputs["attention_mask"].sum())
+    for axis in axes:
+        expected = len(inputs["input_ids"]) if axis.kind == "pooler" else real
+        assert int(heard.moments[axis.name].count) == expected
+
+
+def test_what_is_heard_is_what_the_reader_receives():
+    model, inputs = build(), batch()
+    axis = next(a for a in find_axes(model) if a.kind == "ffn")
+    seen = []
+    reader = model.get_submodule(axis.readers[0])
+    handle = reader.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    with Listener(model, [axis]) as heard:
+        model(inputs["input_ids"], inputs["attention_mask"])  # positional arguments
+    handle.remove()
+    rows = seen[0][inputs["attention_mask"].bool()].double()
+    mean, covariance = heard.moments[axis.name].compute()
+    assert torch.allclose(mean, rows.mean(0))
+    assert torch.allclose(covariance, rows.T.cov(correction=0), atol=1e-10)
+
+
+def test_positions_are_bounded_spread_over_batches_and_drawn_alike():
+    model = build()
+    axes = [a for a in find_axes(model) if a.kind != "pooler"]
+    state = torch.get_rng_state()
+
+    def listen():
+        with Listener(model, axes, positions=100, batches=5) as heard, torch.no_grad():
+            counts = []
+            for i in range(7):
+                model(**batch(seed=i))
+                counts.append(int(heard.moments[axes[0].name].count))
+        return heard, counts
+
+    first, counts = listen()
+    second, _ = listen()
+    assert counts == [20, 40, 60, 80, 100, 100, 100]
+    assert torch.equal(torch.get_rng_state(), state)
+    for axis in axes:
+        assert torch.equal(first.moments[axis.name].outer, second.moments[axis.name].outer)
+
+
+def test_hooks_leave_with_the_block_and_only_ours():
+    model = build()
+    model.register_forward_hook(lambda *a: None)
+    with pytest.raises(RuntimeError, match="stop"), Listener(model, find_axes(model)):
+        assert count_hooks(model) > 1
+        raise RuntimeError("stop")
+    assert count_hooks(model) == 1
+
+
+def test_autocast_and_inference_leave_ordinary_float64_sums():
+    model, inputs = build(), batch()
+    axes = find_axes(model)
+    with Listener(model, axes) as heard:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            model(**inputs)
+        moments = heard.moments[axes[1].name]
+        moments.update(torch.ones(1, 40))
+    assert moments.outer.dtype == torch.float64
+    assert not moments.outer.is_inference()
+
+
+def test_one_example_is_kept_for_counting():
+    model = build()
+    with Listener(model, find_axes(model)) as heard:
+        model(**batch())
+    example = heard.examples[""]
+    assert example.kwargs["input_ids"].shape[0] == 1
+    model(**example.kwargs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_activations_are_named(bad):
+    model, inputs = build(), batch()
+    axes = find_axes(model)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].intermediate.dense.bias[0] = bad
+    with Listener(model, axes) as heard:
+        model(**inputs)
+    with pytest.raises(PruningError, match=r"NaN or infinite activations at 'bert.encoder.layer.1.ffn'"):
+        heard.check()
+
+
+def test_silence_is_named():
+    model = build()
+    with Listener(model, find_axes(model)) as heard:
+        pass
+    with pytest.raises(PruningError, match="Nothing was heard at"):
+        heard.check()

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mi_prune.axes import choose_axes, full_plan
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families import find_axes
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.surgery import apply, reshape
+from tests.models import CONFIGS, HEADS, batch, build, masked_copy, outputs, random_plan
+
+EVERY = pytest.mark.parametrize(("family", "head"), [(f, h) for f in CONFIGS for h in HEADS])
+
+
+@EVERY
+def test_keeping_everything_changes_no_bit(family, head):
+    model = build(family, head)
+    axes = find_axes(model)
+    before, parameters = outputs(model, batch()), list(model.parameters())
+    assert apply(model, axes, full_plan(axes)) == []
+    assert torch.equal(outputs(model, batch()), before)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+
+
+@EVERY
+def test_a_cut_model_computes_what_the_masked_model_computes(family, head):
+    model = build(family, head)
+    axes = find_axes(model)
+    plan = random_plan(axes)
+    masked = masked_copy(model, axes, plan)
+    apply(model, axes, plan)
+    assert torch.allclose(outputs(model, batch()), outputs(masked, batch()), atol=1e-5)
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in masked.parameters())
+
+
+@EVERY
+def test_two_cuts_are_one_cut(family, head):
+    twice, once = build(family, head), build(family, head)
+    axes = find_axes(twice)
+    first = random_plan(axes, 0.75)
+    second = Plan(first.sizes, {n: k[: max(1, len(k) // 2)] for n, k in first.kept.items()})
+    apply(twice, axes, first)
+    apply(twice, axes, second, current=first)
+    apply(once, axes, second)
+    for a, b in zip(twice.parameters(), once.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_both_attention_kernels_take_fewer_heads(family, attention):
+    model = build(family, attn_implementation=attention)
+    axes = find_axes(model)
+    plan = random_plan(axes)
+    masked = masked_copy(model, axes, plan)
+    apply(model, axes, plan)
+    assert torch.allclose(outputs(model, batch()), outputs(masked, batch()), atol=1e-5)
+
+
+@EVERY
+def test_numbers_on_modules_follow(family, head):
+    model = build(family, head)
+    axes = find_axes(model)
+    plan = random_plan(axes)
+    apply(model, axes, plan)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            assert tuple(module.weight.shape) == (module.out_features, module.in_features)
+    for axis in axes:
+        for count in axis.counts:
+            value = getattr(model.get_submodule(count.module), count.attribute)
+            assert value == plan.width(axis.name) * count.per_unit
+
+
+def test_the_config_tells_one_width_or_stays_as_built():
+    model = build()
+    axes = find_axes(model)
+    apply(model, axes, random_plan(axes, 0.5))
+    assert model.config.intermediate_size == 20
+    other = build()
+    one = choose_axes(axes, units=["ffn"], include=r"layer\.0")[0]
+    apply(other, axes, Plan({one.name: 40}, {one.name: tuple(range(8))}))
+    assert other.config.intermediate_size == 40
+    assert other.config.num_attention_heads == 4
+    assert Plan.from_json(other.config.pruning_plan).width(one.name) == 8
+
+
+def test_a_uniform_neuron_cut_is_an_ordinary_model(tmp_path):
+    model = build()
+    axes = find_axes(model)
+    ffn = [a for a in axes if a.kind == "ffn"]
+    apply(model, axes, random_plan(ffn, 0.5))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(outputs(again, batch()), outputs(model, batch()))
+
+
+def test_rewrites_tell_what_survived():
+    model = build()
+    axes = find_axes(model)
+    before = {n: p for n, p in model.named_parameters()}
+    rewrites = apply(model, axes, random_plan(axes))
+    names = {id(p): n for n, p in before.items()}
+    for rewrite in rewrites:
+        expected = rewrite.old.detach()
+        for dim, index in rewrite.kept.items():
+            expected = expected.index_select(dim, index)
+        assert torch.equal(rewrite.new, expected)
+        assert model.get_parameter(names[id(rewrite.old)]) is rewrite.new
+
+
+def test_frozen_dtype_and_gradients():
+    model = build().to(torch.bfloat16)
+    for parameter in model.bert.encoder.layer[0].parameters():
+        parameter.requires_grad_(False)
+    model(**batch()).logits.sum().backward()
+    axes = find_axes(model)
+    rewrites = apply(model, axes, random_plan(axes))
+    assert all(r.new.requires_grad == r.old.requires_grad for r in rewrites)
+    assert {r.new.requires_grad for r in rewrites} == {True, False}
+    assert all(r.new.grad is None and r.new.is_leaf and r.new.is_contiguous() for r in rewrites)
+    assert {r.new.dtype for r in rewrites} == {torch.bfloat16}
+
+
+def test_a_tied_decoder_stays_tied():
+    model = build("bert", "masked-lm")
+    axes = find_axes(model)
+    apply(model, axes, random_plan(axes))
+    embeddings = model.get_input_embeddings().weight
+    assert model.get_output_embeddings().weight is embeddings
+
+
+def test_a_module_under_two_names_stays_one():
+    root = nn.ModuleDict({"a": build()})
+    root["b"] = root["a"]
+    axes = find_axes(root)
+    apply(root, axes, random_plan(axes))
+    assert all(p is q for p, q in zip(root["a"].parameters(), root["b"].parameters(), strict=True))
+    outputs(root["b"], batch())
+
+
+def test_a_layer_used_twice_is_cut_once():
+    model = build()
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    axes = find_axes(model)
+    plan = random_plan(axes)
+    masked = masked_copy(model, axes, plan)
+    apply(model, axes, plan)
+    assert torch.allclose(outputs(model, batch()), outputs(masked, batch()), atol=1e-5)
+
+
+def snapshot(model):
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    return state, [id(p) for p in model.parameters()], copy.deepcopy(model.config.to_dict())
+
+
+def assert_untouched(model, before):
+    after = snapshot(model)
+    assert after[1:] == before[1:]
+    assert all(torch.equal(after[0][k], before[0][k]) for k in before[0])
+
+
+def tie_layers(model, axes):
+    layers = model.bert.encoder.layer
+    layers[1].intermediate.dense.weight = layers[0].intermediate.dense.weight
+    return random_plan(axes), {}
+
+
+def tie_to_stranger(model, axes):
+    model.extra = nn.Linear(24, 40)
+    model.extra.weight = model.bert.encoder.layer[1].intermediate.dense.weight
+    return random_plan(axes), {}
+
+
+def shrink_behind(model, axes):
+    layer = model.bert.encoder.layer[1].intermediate
+    layer.dense = nn.Linear(24, 32)
+    return random_plan(axes), {}
+
+
+def hook_a_parameter(model, axes):
+    model.bert.encoder.layer[1].output.dense.weight.register_hook(lambda g: g)
+    return random_plan(axes), {}
+
+
+def subclass_a_parameter(model, axes):
+    class Sharded(nn.Parameter):
+        pass
+
+    dense = model.bert.encoder.layer[1].output.dense
+    dense.weight = Sharded(dense.weight.detach())
+    return random_plan(axes), {}
+
+
+def fold_of_another_plan(model, axes):
+    name = "bert.encoder.layer.1.output.dense.weight"
+    return random_plan(axes), {name: torch.zeros(24, 3)}
+
+
+def fold_of_nothing(model, axes):
+    return random_plan(axes), {"bert.nothing.weight": torch.zeros(1)}
+
+
+def plan_of_another_model(model, axes):
+    return Plan.full({"elsewhere": 3}), {}
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "message"),
+    [
+        (tie_layers, "is cut by .* and .* at once"),
+        (tie_to_stranger, "shared with a Linear outside the axis"),
+        (shrink_behind, "changed behind the plan"),
+        (hook_a_parameter, "carries gradient hooks"),
+        (subclass_a_parameter, "is a Sharded; expected a plain"),
+        (fold_of_another_plan, r"has shape \(24, 3\); expected \(24, 20\)"),
+        (fold_of_nothing, "has no parameter 'bert.nothing.weight'"),
+        (plan_of_another_model, "not in the earlier plan"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_whole(sabotage, message):
+    model = build()
+    axes = find_axes(model)
+    plan, folded = sabotage(model, axes)
+    before = snapshot(model)
+    with pytest.raises(PruningError, match=message):
+        apply(model, axes, plan, folded=folded)
+    assert_untouched(model, before)
+
+
+def test_reshape_grows_and_shrinks():
+    model, fresh = build(), build()
+    axes = find_axes(model)
+    state = model.state_dict()
+    small = random_plan(axes)
+    apply(fresh, axes, small)
+    reshape(fresh, axes, full_plan(axes))
+    fresh.load_state_dict(state)
+    assert torch.equal(outputs(fresh, batch()), outputs(model, batch()))
+    assert fresh.config.intermediate_size == 40
+    with pytest.raises(PruningError, match="made for another model"):
+        reshape(fresh, axes, Plan.full({"ffn": 3}))
