@@ -169,7 +169,9 @@ def _filter(
     try:
         pattern = re.compile(expression)
     except re.error as error:
-        raise PruningError(f"{option}={expression!r} is not a regular expression: {error}.") from error
+        raise PruningError(
+            f"{option}={expression!r} is not a regular expression: {error}."
+        ) from error
     hits = {axis.name for axis in axes if pattern.search(axis.name)}
     if not hits:
         sample = [axis.name for axis in axes[:4]]

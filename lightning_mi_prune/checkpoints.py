@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ class PlanKeeper:
 
     Args:
         module: Root of the state dict (the LightningModule).
-        axes: Finds the axes of the module; called when they are first needed.
+        find: Finds the axes of the module; called when they are first needed.
 
     Example:
         >>> from lightning_mi_prune.families import linear_axis
         >>> def build():
         ...     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         ...     axis = linear_axis(net, "hidden", kind="ffn", producers=["0"], readers=["2"])
-        ...     return net, PlanKeeper(net, lambda: [axis])
+        ...     return net, PlanKeeper(net, lambda module: [axis])
         >>> net, keeper = build()
         >>> reshape(net, keeper.axes, Plan({"hidden": 4}, {"hidden": (1, 2)}))
         >>> keeper.plan = Plan({"hidden": 4}, {"hidden": (1, 2)})
@@ -46,20 +47,27 @@ class PlanKeeper:
         2
     """
 
-    def __init__(self, module: nn.Module, axes: Callable[[], Sequence[WidthAxis]]) -> None:
-        self.module, self._find = module, axes
+    def __init__(
+        self, module: nn.Module, find: Callable[[nn.Module], Sequence[WidthAxis]] = find_axes
+    ) -> None:
+        self.module, self._find = module, find
         self._axes: list[WidthAxis] | None = None
         self.plan: Plan | None = None
+        # torch marks these hooks with an attribute, which bound methods do not take.
         self._handles = [
-            module.register_state_dict_post_hook(self._write),
-            module.register_load_state_dict_pre_hook(self._replay),
+            module.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
+                partial(PlanKeeper._write, self)
+            ),
+            module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+                partial(PlanKeeper._replay, self)
+            ),
         ]
 
     @property
     def axes(self) -> list[WidthAxis]:
         """All axes of the module, as built."""
         if self._axes is None:
-            self._axes = list(self._find())
+            self._axes = list(self._find(self.module))
         return self._axes
 
     def close(self) -> None:
@@ -85,7 +93,9 @@ class PlanKeeper:
 
 def _read(stored: Any) -> Plan:
     if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.ndim != 1:
-        raise PruningError(f"The entry {PLAN_KEY!r} of the checkpoint is not a plan; is it damaged?")
+        raise PruningError(
+            f"The entry {PLAN_KEY!r} of the checkpoint is not a plan; is it damaged?"
+        )
     try:
         text = bytes(stored.cpu().tolist()).decode()
     except UnicodeDecodeError as error:
@@ -111,9 +121,7 @@ def from_pretrained(cls: Any, name_or_path: str | Path, **kwargs: Any) -> Any:
     from transformers import AutoConfig
     from transformers.utils import cached_file
 
-    config, unused = AutoConfig.from_pretrained(
-        name_or_path, return_unused_kwargs=True, **kwargs
-    )
+    config, unused = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
     holder = nn.Module()
     holder.config = config
     plan = recorded_plan(holder)

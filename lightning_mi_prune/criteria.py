@@ -108,7 +108,7 @@ class MutualInformation:
     """
 
     selection: Literal["conditional", "topk"] = "conditional"
-    ridge: float = 1.0
+    ridge: float = 0.1
 
     def __post_init__(self) -> None:
         if self.selection not in ("conditional", "topk"):

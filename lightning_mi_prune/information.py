@@ -33,7 +33,8 @@ _BLOCK = 64  # eliminations between two flushes of the delayed rank-1 updates
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
-    return torch.linalg.cholesky(matrix)
+    factor: Tensor = torch.linalg.cholesky(matrix)
+    return factor
 
 
 def _log_det_blocks(blocks: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def inverse(matrix: Tensor, jitter: float = JITTER) -> Tensor:
 
 def conditional_covariance(sxx: Tensor, sxy: Tensor, syy: Tensor) -> Tensor:
     """``Cov(x | y) = sxx - sxy syy^-1 syx``, shape ``(d, d)``; one Cholesky of ``syy``."""
-    half = torch.linalg.solve_triangular(_cholesky(syy), sxy.mT, upper=False)
+    half: Tensor = torch.linalg.solve_triangular(_cholesky(syy), sxy.mT, upper=False)
     return sxx - half.mT @ half
 
 

@@ -114,7 +114,7 @@ class Listener:
         seed: int = 0,
     ) -> None:
         self.moments = {
-            axis.name: Moments(model.get_submodule(axis.readers[0]).weight.shape[1])  # type: ignore[arg-type, index, union-attr]
+            axis.name: Moments(model.get_parameter(f"{axis.readers[0]}.weight").shape[1])
             for axis in axes
         }
         self.examples: dict[str, Example] = {}
@@ -194,6 +194,12 @@ class Listener:
         if key not in self._draws:
             self._draws[key] = torch.randperm(available, generator=self._generator)
         return self._draws[key][:wanted]
+
+    def example(self, axis: WidthAxis) -> tuple[str, Example] | None:
+        """One call of the axis' network, or of its encoder where the network is never called."""
+        paths = (path for path in (axis.network, axis.scope) if path in self.examples)
+        path = next(paths, None)
+        return None if path is None else (path, self.examples[path])
 
     def check(self) -> None:
         """Refuse what was heard if it cannot be scored.

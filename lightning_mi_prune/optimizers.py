@@ -1,5 +1,4 @@
-"""CARRY    rebind(optimizers, rewrites): same optimizer object, sliced state; the only file that
-changes an optimizer."""
+"""CARRY    rebind(optimizers, rewrites): sliced state; the only file that changes an optimizer."""
 
 from __future__ import annotations
 

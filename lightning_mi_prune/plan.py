@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -115,9 +116,7 @@ class Plan:
         dot = f"{prefix}." if prefix else ""
         names = [name for name in self.sizes if name.startswith(dot)]
         cut = len(dot)
-        return Plan(
-            {n[cut:]: self.sizes[n] for n in names}, {n[cut:]: self.kept[n] for n in names}
-        )
+        return Plan({n[cut:]: self.sizes[n] for n in names}, {n[cut:]: self.kept[n] for n in names})
 
     def prefixed(self, prefix: str) -> Plan:
         """The same plan with every axis named from a module that holds this one at ``prefix``."""
@@ -176,7 +175,7 @@ def _check_axis(name: str, size: int, kept: tuple[int, ...]) -> None:
     if not all(_is_count(p) and 0 <= p < size for p in kept):
         bad = next(p for p in kept if not _is_count(p) or not 0 <= p < size)
         raise PruningError(f"Axis {name!r} keeps position {bad!r}; expected 0 to {size - 1}.")
-    if any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(kept)):
         raise PruningError(f"Axis {name!r}: kept positions must be strictly increasing.")
 
 

@@ -72,6 +72,13 @@ class Cut:
         cut = [axis.information_fraction for axis in self.axes if axis.after < axis.before]
         return sum(cut) / len(cut) if cut else 1.0
 
+    def metrics(self) -> dict[str, float]:
+        """What a logger is told."""
+        sizes = {"parameters": self.parameters, "sparsity": self.sparsity, "macs": self.macs}
+        metrics = {f"prune/{name}": float(value) for name, value in sizes.items()}
+        metrics["prune/information_kept"] = self.information_fraction
+        return metrics | {f"prune/width/{axis.name}": float(axis.after) for axis in self.axes}
+
 
 @dataclass
 class PruningReport:
@@ -133,8 +140,13 @@ def axis_cuts(
 
 def cut_table(cut: Cut, report: PruningReport) -> Table:
     """The cut as a Rich table."""
+    common = _common_path([axis.name for axis in cut.axes])
     table = Table(
-        title=f"Cut at epoch {cut.epoch}: {cut.sparsity:.1%} of the prunable parameters are gone",
+        title=(
+            f"Cut at epoch {cut.epoch}: {cut.sparsity:.1%} of the prunable parameters"
+            + (f" of {common}" if common else "")
+            + " are gone"
+        ),
         caption=(
             f"parameters {report.parameters:,} -> {cut.parameters:,} | "
             f"MACs an example {report.macs:,} -> {cut.macs:,} | "
@@ -146,7 +158,7 @@ def cut_table(cut: Cut, report: PruningReport) -> Table:
         table.add_column(name, justify="left" if name == "kind" else "right")
     for axis in reversed(cut.axes):
         table.add_row(
-            axis.name,
+            axis.name.removeprefix(f"{common}."),
             axis.kind,
             str(axis.before),
             str(axis.after),
@@ -154,6 +166,16 @@ def cut_table(cut: Cut, report: PruningReport) -> Table:
             f"{axis.information_fraction:.1%}",
         )
     return table
+
+
+def _common_path(names: Sequence[str]) -> str:
+    """The longest module path that all names share."""
+    common: list[str] = []
+    for parts in zip(*(name.split(".") for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
 
 
 def print_cut(cut: Cut, report: PruningReport) -> None:

@@ -62,7 +62,7 @@ def select(
     criterion: Criterion | None = None,
     *,
     fold_in: bool = True,
-    ridge: float = 1.0,
+    ridge: float = 0.1,
 ) -> Selection:
     """Choose the survivors of every axis, from the top of the network down.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 __all__ = ["refuse_unsupported"]
 
@@ -40,5 +40,3 @@ def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 f"{name or type(part).__name__!r} is compiled for the uncut shape; prune first, "
                 "then call torch.compile on the result."
             )
-
-

@@ -194,7 +194,7 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
             f"{name!r} is a {type(parameter).__name__}; expected a plain torch.nn.Parameter. "
             "Prune before quantizing or sharding."
         )
-    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         raise PruningError(
             f"{name!r} carries gradient hooks, which would stay behind on the old parameter. "
             "Remove them before the cut and register them again after it."

@@ -12,7 +12,10 @@ def axis(name, kind="ffn", size=8, entries=1, slices=()):
 
 def test_a_tensor_cut_along_two_axes_counts_once():
     square = (Slice("w", 0, (6, 4)),), (Slice("w", 1, (6, 4)),)
-    axes = [axis("rows", size=6, slices=square[0]), axis("columns", size=2, entries=2, slices=square[1])]
+    axes = [
+        axis("rows", size=6, slices=square[0]),
+        axis("columns", size=2, entries=2, slices=square[1]),
+    ]
     assert count_parameters(axes) == 24
     assert count_parameters(axes, {"rows": 3, "columns": 1}) == 3 * 2
 

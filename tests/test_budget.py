@@ -14,16 +14,24 @@ def encoder(layers=6, hidden=384, neurons=1536, heads=12):
         square = (hidden, hidden)
         axes.append(
             WidthAxis(
-                f"{i}.heads", "heads", heads, size,
+                f"{i}.heads",
+                "heads",
+                heads,
+                size,
                 (*(Slice(f"{i}.{p}", 0, square) for p in "qkv"), Slice(f"{i}.o", 1, square)),
-                (f"{i}.o",), level=2 * i,
+                (f"{i}.o",),
+                level=2 * i,
             )
         )
         axes.append(
             WidthAxis(
-                f"{i}.ffn", "ffn", neurons, 1,
+                f"{i}.ffn",
+                "ffn",
+                neurons,
+                1,
                 (Slice(f"{i}.up", 0, (neurons, hidden)), Slice(f"{i}.down", 1, (hidden, neurons))),
-                (f"{i}.down",), level=2 * i + 1,
+                (f"{i}.down",),
+                level=2 * i + 1,
             )
         )
     return axes

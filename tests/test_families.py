@@ -6,7 +6,13 @@ from torch import nn
 from transformers import BertModel, GPT2Config, GPT2LMHeadModel
 
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.families import _FAMILIES, find_axes, linear_axis, present_plan, register_family
+from lightning_mi_prune.families import (
+    _FAMILIES,
+    find_axes,
+    linear_axis,
+    present_plan,
+    register_family,
+)
 from lightning_mi_prune.surgery import apply
 from tests.models import CONFIGS, HEADS, build, random_plan
 
@@ -57,8 +63,12 @@ def test_a_wrong_submodule_lists_what_there_is():
 
 
 def test_an_unknown_transformer_is_named_and_the_remedy_shown():
-    model = nn.ModuleDict({"lm": GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))})
-    with pytest.raises(PruningError, match=r"GPT2LMHeadModel \(model type 'gpt2'\)(.|\n)*register_family"):
+    model = nn.ModuleDict(
+        {"lm": GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))}
+    )
+    with pytest.raises(
+        PruningError, match=r"GPT2LMHeadModel \(model type 'gpt2'\)(.|\n)*register_family"
+    ):
         find_axes(model)
 
 

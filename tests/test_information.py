@@ -39,7 +39,8 @@ def gaussian(d, m, *, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("rho", "nats"), [(0.1, 0.005025), (0.5, 0.143841), (0.8, 0.510826), (0.9, 0.830366), (0.99, 1.958518)]
+    ("rho", "nats"),
+    [(0.1, 0.005025), (0.5, 0.143841), (0.8, 0.510826), (0.9, 0.830366), (0.99, 1.958518)],
 )
 def test_a_correlated_pair_has_its_textbook_information(rho, nats):
     one = torch.ones(1, 1, dtype=F64)
@@ -51,7 +52,12 @@ def test_set_information_equals_the_log_determinant_form():
     sxx, sxy, syy = gaussian(7, 5)
     scores = unit_information(sxx, sxy, syy)
     for i in range(7):
-        joint = torch.cat([torch.cat([sxx[i, i].view(1, 1), sxy[i : i + 1]], 1), torch.cat([sxy[i : i + 1].mT, syy], 1)])
+        joint = torch.cat(
+            [
+                torch.cat([sxx[i, i].view(1, 1), sxy[i : i + 1]], 1),
+                torch.cat([sxy[i : i + 1].mT, syy], 1),
+            ]
+        )
         expected = (sxx[i, i].log() + torch.logdet(syy) - torch.logdet(joint)) / 2
         assert scores[i] == pytest.approx(expected.item(), abs=1e-12)
 
@@ -157,6 +163,7 @@ def test_elimination_is_what_brute_force_does(d, entries):
     result = eliminate(torch.linalg.inv(sxx), posterior, keep=d // entries - 5, entries=entries)
     left = list(range(d // entries))
     for unit, cost in zip(result.order, result.costs, strict=True):
+
         def information(units):
             rows = [i * entries + j for i in units for j in range(entries)]
             return joint_information(sxx[rows][:, rows], sxy[rows], syy).item()

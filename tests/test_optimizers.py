@@ -137,7 +137,9 @@ def test_two_optimizers_and_a_shared_parameter():
     step(net, first, 0)
     step(net, second, 1)
     rebind([first, second], apply(net, [axis], Plan({"hidden": 8}, {"hidden": (0, 3)})))
-    assert first.param_groups[0]["params"][0] is net[0].weight is second.param_groups[0]["params"][0]
+    assert (
+        first.param_groups[0]["params"][0] is net[0].weight is second.param_groups[0]["params"][0]
+    )
     assert first.state[net[0].weight]["exp_avg"].shape == (2, 5)
     assert second.state[net[2].weight]["momentum_buffer"].shape == (3, 2)
 
@@ -167,8 +169,14 @@ class Strange(torch.optim.SGD):
     [
         (lambda p: torch.optim.LBFGS(p, lr=0.01), "LBFGS keeps a history"),
         (lambda p: torch.optim.Adafactor(p, lr=0.01), "Adafactor keeps state 'row_var'"),
-        (lambda p: type("Listy", (Strange,), {"value": [1, 2]})(p, lr=0.1), r"Listy keeps state 'strange' \(list"),
-        (lambda p: type("Odd", (Strange,), {"value": torch.zeros(7)})(p, lr=0.1), r"Odd keeps state 'strange' .*shape \(7,\)"),
+        (
+            lambda p: type("Listy", (Strange,), {"value": [1, 2]})(p, lr=0.1),
+            r"Listy keeps state 'strange' \(list",
+        ),
+        (
+            lambda p: type("Odd", (Strange,), {"value": torch.zeros(7)})(p, lr=0.1),
+            r"Odd keeps state 'strange' .*shape \(7,\)",
+        ),
     ],
 )
 def test_state_that_cannot_follow_is_refused_before_anything_changes(make, message):
@@ -184,7 +192,11 @@ def test_state_that_cannot_follow_is_refused_before_anything_changes(make, messa
     rewrites = apply(net, [axis], Plan({"hidden": 8}, {"hidden": (0, 3)}))
     with pytest.raises(PruningError, match=message):
         rebind([optimizer], rewrites)
-    assert all(a is b for g, h in zip(groups, optimizer.param_groups, strict=True) for a, b in zip(g, h["params"], strict=True))
+    assert all(
+        a is b
+        for g, h in zip(groups, optimizer.param_groups, strict=True)
+        for a, b in zip(g, h["params"], strict=True)
+    )
 
 
 def test_folded_weights_keep_their_state():

@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 from lightning_mi_prune.axes import full_plan
-from lightning_mi_prune.criteria import ActivationNorm, Evidence, Magnitude, MutualInformation, Random
+from lightning_mi_prune.criteria import (
+    ActivationNorm,
+    Evidence,
+    Magnitude,
+    MutualInformation,
+    Random,
+)
 from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.families import find_axes, linear_axis
 from lightning_mi_prune.information import joint_information
@@ -85,8 +91,15 @@ def test_information_kept_is_total_less_the_costs():
     net, axis = two_layers(8, 3)
     _, moments = listen_to(net, axis)
     weights = dict(net.named_parameters())
-    chosen = select([axis], moments, weights, {"hidden": 5}, full_plan([axis]), ridge=0.1,
-                    criterion=MutualInformation("conditional", 0.1))
+    chosen = select(
+        [axis],
+        moments,
+        weights,
+        {"hidden": 5},
+        full_plan([axis]),
+        ridge=0.1,
+        criterion=MutualInformation("conditional", 0.1),
+    )
     mean, sxx = moments["hidden"].compute()
     readout = net[2].weight.detach().double()
     evidence = Evidence("hidden", 1, 2000, mean, sxx, readout)
@@ -127,8 +140,14 @@ def test_fold_in_without_a_bias_fits_raw_moments():
 def test_fold_in_can_be_left_out():
     net, axis = two_layers()
     _, moments = listen_to(net, axis)
-    chosen = select([axis], moments, dict(net.named_parameters()), {"hidden": 4},
-                    full_plan([axis]), fold_in=False)
+    chosen = select(
+        [axis],
+        moments,
+        dict(net.named_parameters()),
+        {"hidden": 4},
+        full_plan([axis]),
+        fold_in=False,
+    )
     assert chosen.folded == {}
 
 
@@ -140,17 +159,23 @@ def test_the_sweep_judges_against_what_was_kept_above():
     with torch.no_grad():
         net[0].weight.copy_(torch.cat([torch.eye(4), torch.eye(4)[:2]]) + 0.1 * torch.randn(6, 4))
         net[1].weight.zero_()
-        net[1].weight[:2, :3] = torch.randn(2, 3)   # above 0, 1 read below 0..2
+        net[1].weight[:2, :3] = torch.randn(2, 3)  # above 0, 1 read below 0..2
         net[1].weight[2:, 3:] = 9 * torch.randn(2, 3)  # above 2, 3 read below 3..5
-        net[2].weight[:, 2:] = 0                       # nobody reads above 2, 3
+        net[2].weight[:, 2:] = 0  # nobody reads above 2, 3
     with Listener(net, [low, high]) as heard, torch.no_grad():
         net(torch.randn(3000, 4))
     weights = dict(net.named_parameters())
     widths = {"low": 3, "high": 2}
-    chosen = select([low, high], heard.moments, weights, widths, full_plan([low, high]), fold_in=False)
+    chosen = select(
+        [low, high], heard.moments, weights, widths, full_plan([low, high]), fold_in=False
+    )
     assert chosen.plan.kept["high"] == (0, 1)
-    alone = select([low], {"low": heard.moments["low"]}, weights, widths, full_plan([low]), fold_in=False)
-    lost = Evidence("low", 1, 3000, *heard.moments["low"].compute(), net[1].weight[:2].detach().double())
+    alone = select(
+        [low], {"low": heard.moments["low"]}, weights, widths, full_plan([low]), fold_in=False
+    )
+    lost = Evidence(
+        "low", 1, 3000, *heard.moments["low"].compute(), net[1].weight[:2].detach().double()
+    )
     order = MutualInformation().rank(lost, 3)
     assert chosen.plan.kept["low"] == order.keep(3, 6)
     assert chosen.plan.kept["low"] != alone.plan.kept["low"]
@@ -169,7 +194,9 @@ def test_a_second_cut_speaks_in_original_positions():
     assert net[2].in_features == 3
 
 
-@pytest.mark.parametrize("criterion", [Magnitude(), ActivationNorm(), Random(), MutualInformation()])
+@pytest.mark.parametrize(
+    "criterion", [Magnitude(), ActivationNorm(), Random(), MutualInformation()]
+)
 def test_every_criterion_orders_every_kind_of_unit(criterion):
     model = build()
     axes = find_axes(model)
@@ -186,20 +213,34 @@ def test_magnitude_and_activation_norm_know_what_matters():
         net[2].weight[:, 2] *= 0.01
     _, moments = listen_to(net, axis)
     for criterion in (Magnitude(), ActivationNorm()):
-        chosen = select([axis], moments, dict(net.named_parameters()), {"hidden": 7},
-                        full_plan([axis]), criterion)
+        chosen = select(
+            [axis],
+            moments,
+            dict(net.named_parameters()),
+            {"hidden": 7},
+            full_plan([axis]),
+            criterion,
+        )
         assert 2 not in chosen.plan.kept["hidden"]
 
 
 def evidence(samples=1000, m=3, d=8, name="hidden"):
     torch.manual_seed(1)
     a = torch.randn(d, 2 * d, dtype=torch.float64)
-    return Evidence(name, 1, samples, torch.zeros(d, dtype=torch.float64), a @ a.T,
-                    torch.randn(m, d, dtype=torch.float64))
+    return Evidence(
+        name,
+        1,
+        samples,
+        torch.zeros(d, dtype=torch.float64),
+        a @ a.T,
+        torch.randn(m, d, dtype=torch.float64),
+    )
 
 
 def test_too_few_samples_are_refused_and_few_are_warned_about():
-    with pytest.raises(PruningError, match=r"4 samples were heard at 'hidden'.*3 units above needs more than 4"):
+    with pytest.raises(
+        PruningError, match=r"4 samples were heard at 'hidden'.*3 units above needs more than 4"
+    ):
         MutualInformation().rank(evidence(samples=4), 4)
     net, axis = two_layers()
     _, moments = listen_to(net, axis, n=30)
@@ -216,7 +257,14 @@ def test_a_layer_above_that_determines_every_unit_is_no_ranking(m):
 
 def test_equal_scores_are_warned_about():
     same = evidence(m=8)
-    same = Evidence("hidden", 1, 1000, same.mean, torch.eye(8, dtype=torch.float64), torch.eye(8, dtype=torch.float64))
+    same = Evidence(
+        "hidden",
+        1,
+        1000,
+        same.mean,
+        torch.eye(8, dtype=torch.float64),
+        torch.eye(8, dtype=torch.float64),
+    )
     with pytest.warns(PruningWarning, match="no ranking"):
         MutualInformation("topk", 0.01).rank(same, 4)
 
@@ -247,4 +295,10 @@ def test_nothing_heard_is_refused():
     with Listener(net, [axis]) as heard:
         pass
     with pytest.raises(PruningError, match="Nothing was heard"):
-        select([axis], heard.moments, dict(net.named_parameters()), {"hidden": 4}, Plan.full({"hidden": 8}))
+        select(
+            [axis],
+            heard.moments,
+            dict(net.named_parameters()),
+            {"hidden": 4},
+            Plan.full({"hidden": 8}),
+        )

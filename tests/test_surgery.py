@@ -102,7 +102,7 @@ def test_a_uniform_neuron_cut_is_an_ordinary_model(tmp_path):
 def test_rewrites_tell_what_survived():
     model = build()
     axes = find_axes(model)
-    before = {n: p for n, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     rewrites = apply(model, axes, random_plan(axes))
     names = {id(p): n for n, p in before.items()}
     for rewrite in rewrites:

@@ -1,21 +1,24 @@
-"""WHEN     the order of a run: listen in validation, decide at the end of the epoch, cut at the
-start of the next. Every step is a function of another file."""
+"""WHEN     the order of a run: listen in validation, decide as the epoch ends, cut as one starts.
+
+Every step is a function of another file.
+"""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_mi_prune.axes import WidthAxis, count_parameters
 from lightning_mi_prune.budget import sparsity_of
+from lightning_mi_prune.callbacks.run import is_dev_run, run_length, validation_batches
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.families import find_axes, present_plan
@@ -60,6 +63,10 @@ class PruningCallback(pl.Callback, ABC):
         """The axes that may be cut."""
 
     @abstractmethod
+    def check(self, axes: list[WidthAxis]) -> None:
+        """Refuse a budget that these axes cannot meet."""
+
+    @abstractmethod
     def schedule(self, length: float, every: int) -> Schedule:
         """The cuts of a run of ``length`` epochs that validates after ``every`` of them."""
 
@@ -89,7 +96,7 @@ class PruningCallback(pl.Callback, ABC):
         if self._keeper is None or self._keeper.module is not pl_module:
             if self._keeper is not None:
                 self._keeper.close()
-            self._keeper = PlanKeeper(pl_module, lambda: find_axes(pl_module, self._within))
+            self._keeper = PlanKeeper(pl_module, partial(find_axes, within=self._within))
         if stage == "fit":
             refuse_unsupported(trainer, pl_module)
 
@@ -108,21 +115,21 @@ class PruningCallback(pl.Callback, ABC):
         self._done, self._pending = 0, None
         parameters = [pl_module.get_parameter(s.tensor) for a in self._chosen for s in a.slices]
         check_optimizers(trainer.strategy.optimizers, parameters)
-        self.widths(self._chosen, self.schedule(1e6, 1).sparsities[-1])
+        self.check(self._chosen)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fit the schedule into the run, now that its length is known."""
-        if trainer.fast_dev_run:
+        if is_dev_run(trainer):
             rank_zero_info("fast_dev_run: listening to validation, but no cut is made.")
             self._schedule = Schedule((trainer.current_epoch + 1,), (0.0,))
             return
-        if not trainer.enable_validation or not sum(_batches(trainer)):
+        if not trainer.enable_validation or not validation_batches(trainer):
             raise MisconfigurationException(
                 "Pruning listens to validation, but this run has none. Give the trainer a "
                 "val_dataloader and a validation_step, with limit_val_batches above 0."
             )
-        self._schedule = self.schedule(_epochs(trainer), trainer.check_val_every_n_epoch or 1)
+        self._schedule = self.schedule(run_length(trainer), trainer.check_val_every_n_epoch or 1)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -134,7 +141,7 @@ class PruningCallback(pl.Callback, ABC):
             pl_module,
             self._chosen,
             positions=self._positions,
-            batches=sum(_batches(trainer)),
+            batches=validation_batches(trainer),
             seed=self._seed,
         )
         self._heard = False
@@ -160,15 +167,19 @@ class PruningCallback(pl.Callback, ABC):
             )
             return
         listener, self._listener, self._heard = self._listener, None, False
-        self._example = _example(self._chosen, listener)
+        self._example = listener.example(self._chosen[0])
         self._seconds = {"listening": listener.seconds}
-        if trainer.fast_dev_run:
+        if is_dev_run(trainer):
             return
         started = time.perf_counter()
         listener.check()
         weights = dict(pl_module.named_parameters(remove_duplicate=False))
         widths = self.widths(self._chosen, sparsity)
         plan = self._plan()
+        if all(widths[axis.name] >= plan.width(axis.name) for axis in self._chosen):
+            rank_zero_info(f"The model is at sparsity {sparsity:.3f} or beyond already: no cut.")
+            self._done = self._scheduled().count_until(trainer.current_epoch + 1)
+            return
         selection = self.select(self._chosen, listener, weights, widths, plan)
         self._pending = (trainer.current_epoch + 1, selection)
         self._seconds["scoring"] = time.perf_counter() - started
@@ -201,7 +212,7 @@ class PruningCallback(pl.Callback, ABC):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the run ended before the schedule did."""
         schedule = self._schedule
-        if schedule is not None and not trainer.fast_dev_run and self._done < len(schedule.epochs):
+        if schedule is not None and not is_dev_run(trainer) and self._done < len(schedule.epochs):
             rank_zero_warn(
                 f"Training ended after {self._done} of {len(schedule.epochs)} cuts (the next was "
                 f"due at epoch {schedule.epochs[self._done]}); the model is larger than asked for."
@@ -238,7 +249,7 @@ class PruningCallback(pl.Callback, ABC):
             seconds=dict(self._seconds),
         )
         self.report.cuts.append(cut)
-        for name, value in _metrics(cut).items():
+        for name, value in cut.metrics().items():
             pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
         if self._verbose and pl_module.trainer.is_global_zero:
             print_cut(cut, self.report)
@@ -280,44 +291,3 @@ class PruningCallback(pl.Callback, ABC):
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-
-
-def _metrics(cut: Cut) -> dict[str, float]:
-    """What a cut logs."""
-    metrics = {
-        "prune/parameters": float(cut.parameters),
-        "prune/sparsity": cut.sparsity,
-        "prune/macs": float(cut.macs),
-        "prune/information_kept": cut.information_fraction,
-    }
-    for axis in cut.axes:
-        metrics[f"prune/width/{axis.name}"] = float(axis.after)
-    return metrics
-
-
-def _batches(trainer: pl.Trainer) -> list[int]:
-    counts = trainer.num_val_batches
-    numbers = counts if isinstance(counts, list) else [counts]
-    return [int(n) if n != float("inf") else 1_000 for n in numbers]
-
-
-def _epochs(trainer: pl.Trainer) -> float:
-    """Epochs of the run, a fraction when ``max_steps`` ends it first."""
-    limit = float("inf") if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    if trainer.max_steps not in (None, -1):
-        steps = trainer.num_training_batches / max(1, trainer.accumulate_grad_batches)
-        limit = min(limit, trainer.max_steps / max(1.0, -(-steps // 1)))
-    if limit == float("inf"):
-        raise MisconfigurationException(
-            "The length of the run is not known, so no schedule fits. Set max_epochs, or max_steps "
-            "with a training set of known length."
-        )
-    return limit
-
-
-def _example(axes: list[WidthAxis], listener: Listener) -> tuple[str, Example] | None:
-    """One call of the network, or of its encoder where the network itself is never called."""
-    for path in (axes[0].network, axes[0].scope):
-        if path in listener.examples:
-            return path, listener.examples[path]
-    return None

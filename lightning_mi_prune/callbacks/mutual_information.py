@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
@@ -61,7 +61,7 @@ class MutualInformationPruning(PruningCallback):
         >>> callback = MutualInformationPruning(sparsity=0.5)
         >>> trainer = pl.Trainer(max_epochs=8, callbacks=[callback], logger=False)
 
-    See also:
+    See Also:
         Fan et al., "Layer-wise Model Pruning based on Mutual Information", EMNLP 2021. Only its
         abstract fixed this reading: the estimator, the treatment of heads and the schedule are
         ours.
@@ -76,7 +76,7 @@ class MutualInformationPruning(PruningCallback):
         include: str | None = None,
         exclude: str | None = None,
         selection: Literal["conditional", "topk"] = "conditional",
-        ridge: float = 1.0,
+        ridge: float = 0.1,
         fold_in: bool = True,
         multiple: int = 8,
         floor: float = 0.05,
@@ -122,6 +122,10 @@ class MutualInformationPruning(PruningCallback):
         return choose_axes(axes, units=self._units, include=self._include, exclude=self._exclude)
 
     @override
+    def check(self, axes: list[WidthAxis]) -> None:
+        uniform_widths(axes, self.sparsity, multiple=self._multiple, floor=self._floor)
+
+    @override
     def schedule(self, length: float, every: int) -> Schedule:
         try:
             return fit_schedule(
@@ -162,15 +166,16 @@ class MutualInformationPruning(PruningCallback):
             current,
             self._criterion,
             fold_in=self._fold_in,
+            ridge=self._criterion.ridge,
         )
 
 
-def _between(
-    name: str, value: float, low: float, high: float, *, closed: bool = False
-) -> None:
+def _between(name: str, value: float, low: float, high: float, *, closed: bool = False) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not (
-        low <= value < high if closed else low < value < high
+    if (
+        not number
+        or not math.isfinite(value)
+        or not (low <= value < high if closed else low < value < high)
     ):
         raise MisconfigurationException(
             f"{name}={value!r}; expected a number {'from' if closed else 'above'} {low} "
@@ -189,9 +194,7 @@ def _at_least(name: str, value: int | None, least: int) -> None:
 
 def _check_order(ramp: str, cuts: int | None, first: int | None, last: int | None) -> None:
     if ramp not in ("cubic", "linear", "one_shot"):
-        raise MisconfigurationException(
-            f"ramp={ramp!r}; expected 'cubic', 'linear' or 'one_shot'."
-        )
+        raise MisconfigurationException(f"ramp={ramp!r}; expected 'cubic', 'linear' or 'one_shot'.")
     if ramp == "one_shot" and cuts not in (None, 1):
         raise MisconfigurationException(
             f"ramp='one_shot' makes one cut, but cuts={cuts}; drop cuts or choose another ramp."

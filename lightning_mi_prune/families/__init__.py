@@ -95,7 +95,7 @@ def find_axes(module: nn.Module, within: str = "") -> list[WidthAxis]:
 
 
 def present_plan(module: nn.Module, axes: Sequence[WidthAxis]) -> Plan:
-    """The plan that ``module`` already carries: full, unless a pruned network was loaded into it."""
+    """The plan that ``module`` carries: full, unless a pruned network was loaded into it."""
     kept: dict[str, tuple[int, ...]] = {axis.name: tuple(range(axis.size)) for axis in axes}
     for path in {axis.network for axis in axes}:
         plan = recorded_plan(module.get_submodule(path))
@@ -111,13 +111,15 @@ def _sizes(network: nn.Module) -> dict[str, int]:
 
 
 def _unknown(module: nn.Module) -> str:
-    what = transformers.nearest_unknown(module) or f"{type(module).__name__}"
-    known = sorted(transformers.MODEL_TYPES)
+    stranger = transformers.nearest_unknown(module) or module
+    kind = getattr(getattr(stranger, "config", None), "model_type", None)
+    name = type(stranger).__name__
     return (
-        f"Nothing to prune was found in {what}. Known families: {known}. "
-        "Describe the axes of another model by hand:\n\n"
+        f"Nothing to prune was found in {name}{f' (model type {kind!r})' if kind else ''}. Known "
+        f"families: {sorted(transformers.MODEL_TYPES)}. Describe the axes of another model by "
+        "hand:\n\n"
         "    from lightning_mi_prune import linear_axis, register_family\n\n"
-        f'    @register_family("mine", matches=lambda m: type(m).__name__ == "{what.split(" ")[0]}")\n'
+        f'    @register_family("mine", matches=lambda m: type(m).__name__ == "{name}")\n'
         "    def mine(network):\n"
         '        return [linear_axis(network, "ffn", kind="ffn", producers=["up"], '
         'readers=["down"])]\n'

@@ -103,13 +103,10 @@ def matches(module: nn.Module) -> bool:
     return True
 
 
-def nearest_unknown(module: nn.Module) -> str | None:
-    """Class and type of the first Hugging Face model inside that no table describes."""
-    for part in module.modules():
-        kind = _model_type(part)
-        if kind is not None and not matches(part):
-            return f"{type(part).__name__} (model type {kind!r})"
-    return None
+def nearest_unknown(module: nn.Module) -> nn.Module | None:
+    """The first Hugging Face model inside that no table describes."""
+    strangers = (m for m in module.modules() if _model_type(m) is not None and not matches(m))
+    return next(strangers, None)
 
 
 def describe(network: nn.Module) -> list[WidthAxis]:

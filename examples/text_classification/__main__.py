@@ -1,0 +1,188 @@
+"""Fine-tune a text classifier while it gets smaller.
+
+    python -m examples.text_classification fit --config examples/text_classification/demo.yaml
+
+`fit` trains with the callbacks of the YAML, tests on rows that were never listened to, trains a
+dense control for the same number of epochs, and writes `runs/<name>/`: the pruned model with its
+tokenizer, and `report.json`. `validate`, `test` and `predict` take the same YAML.
+"""
+
+import copy
+import csv
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import transformers
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.table import Table
+
+from examples.text_classification.data import TextDataModule
+from examples.text_classification.model import TextClassifier
+from lightning_mi_prune.callbacks import PruningCallback
+from lightning_mi_prune.report import measure_latency
+
+
+class TextClassificationCLI(LightningCLI):
+    """LightningCLI that names runs and, after `fit`, tells what pruning did."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what belongs to neither trainer, model nor data."""
+        parser.add_argument("--name", type=str, default="run", help="Results go to runs/<name>.")
+        parser.add_argument(
+            "--control",
+            type=bool,
+            default=True,
+            help="Train a dense control for the same number of epochs, to compare with.",
+        )
+        parser.link_arguments("model.model", "data.model")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+    @property
+    def options(self) -> Any:
+        """The configuration of this subcommand."""
+        return self.config[self.config.subcommand]
+
+    @property
+    def folder(self) -> Path:
+        """Where this run writes."""
+        return Path("runs", self.options.name)
+
+    def before_instantiate_classes(self) -> None:
+        """Keep everything the run writes in its folder."""
+        if self.options.trainer.default_root_dir is None:
+            self.options.trainer.default_root_dir = str(self.folder)
+
+    def before_fit(self) -> None:
+        """Remember the dense model as it starts."""
+        self.dense = copy.deepcopy(self.model)
+
+    def after_fit(self) -> None:
+        """Save, test, train the control, compare."""
+        callback = next((c for c in self.callbacks if isinstance(c, PruningCallback)), None)
+        if callback is None or not callback.report.cuts:
+            return
+        after = self.trainer.test(self.model, self.datamodule, verbose=False)[0]
+        self.model.network.save_pretrained(self.folder)
+        self.datamodule.tokenizer.save_pretrained(self.folder)
+        before = self.train_control() if self.options.control else {}
+        latency = compare_latency(self.dense.network, self.model.network)
+        extra = {
+            "before": {"metrics": named(before), "latency_ms": latency["before"]},
+            "after": {"metrics": named(after), "latency_ms": latency["after"]},
+            "epochs": self.trainer.current_epoch,
+            "test_rows": len(self.datamodule.splits["test"]),
+        }
+        callback.report.write(self.folder / "report.json", extra)
+        tell(callback.report.to_dict(), extra, self.folder)
+
+    @property
+    def callbacks(self) -> list[pl.Callback]:
+        """The callbacks of the trainer."""
+        return list(self.trainer.callbacks)  # type: ignore[attr-defined]
+
+    def train_control(self) -> dict[str, float]:
+        """Train the dense model the same way, without the pruning callback, and test it."""
+        Console().rule("dense control, the same number of epochs")
+        pl.seed_everything(self.options.seed_everything or 0, workers=True, verbose=False)
+        given = self.options.trainer.as_dict()
+        given |= {"callbacks": None, "logger": False, "enable_checkpointing": False}
+        trainer = pl.Trainer(**given)
+        trainer.fit(self.dense, self.datamodule)
+        return dict(trainer.test(self.dense, self.datamodule, verbose=False)[0])
+
+    def after_predict(self) -> None:
+        """Write the predicted classes beside the model."""
+        predictions: Any = self.trainer.predict_loop.predictions
+        probabilities = torch.cat(list(predictions))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["row", "class", "probability"])
+            for row, (best, index) in enumerate(zip(*probabilities.max(-1), strict=True)):
+                writer.writerow([row, self.datamodule.class_names[int(index)], f"{best:.4f}"])
+        Console().print(f"Predictions are in {self.folder / 'predictions.csv'}")
+
+
+def named(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics without the name of the stage."""
+    return {name.removeprefix("test_"): value for name, value in metrics.items()}
+
+
+def compare_latency(before: Any, after: Any, length: int = 64) -> dict[str, list[dict[str, Any]]]:
+    """Median forward time of both encoders in ms, in turn, at batch sizes 1 and 32."""
+    results: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
+    encoders = {"before": before.base_model.eval(), "after": after.base_model.eval()}
+    device = next(after.parameters()).device
+    for batch_size in (1, 32):
+        ids = torch.randint(5, before.config.vocab_size, (batch_size, length), device=device)
+        calls = {name: _forward(encoder.to(device), ids) for name, encoder in encoders.items()}
+        for name, median in measure_latency(calls).items():
+            results[name].append(
+                {
+                    "median": median,
+                    "batch_size": batch_size,
+                    "sequence_length": length,
+                    "threads": torch.get_num_threads(),
+                    "device": device.type,
+                }
+            )
+    return results
+
+
+def _forward(encoder: Any, ids: torch.Tensor) -> Any:
+    def call() -> None:
+        with torch.inference_mode():
+            encoder(ids)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+
+    return call
+
+
+def tell(report: dict[str, Any], extra: dict[str, Any], folder: Path) -> None:
+    """Print what changed, and where it is."""
+    table = Table(title=f"{extra['epochs']} epochs, {extra['test_rows']} test rows")
+    for name in ("", "dense", "pruned", "ratio"):
+        table.add_column(name, justify="right" if name else "left")
+    before, after = (report[side] | extra[side] for side in ("before", "after"))
+    for key in ("parameters", "prunable_parameters", "macs"):
+        ratio = before[key] / after[key]
+        table.add_row(key.replace("_", " "), f"{before[key]:,}", f"{after[key]:,}", f"{ratio:.2f}x")
+    for old, new in zip(before["latency_ms"], after["latency_ms"], strict=True):
+        table.add_row(
+            f"encoder, batch {old['batch_size']} x {old['sequence_length']}, ms",
+            f"{old['median']:.1f}",
+            f"{new['median']:.1f}",
+            f"{old['median'] / new['median']:.2f}x",
+        )
+    for name, value in after["metrics"].items():
+        dense = before["metrics"].get(name)
+        table.add_row(
+            f"test {name}",
+            "not trained" if dense is None else f"{dense:.2%}",
+            f"{value:.2%}",
+            "" if dense is None else f"{100 * (value - dense):+.2f} points",
+        )
+    Console().print(table, f"\nThe pruned model and report.json are in {folder}")
+
+
+def main() -> None:
+    """Run the command line."""
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    TextClassificationCLI(
+        TextClassifier,
+        TextDataModule,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+    )
+
+
+if __name__ == "__main__":
+    main()

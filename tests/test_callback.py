@@ -1,0 +1,560 @@
+from __future__ import annotations
+
+import copy
+import math
+from itertools import pairwise
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_mi_prune import MutualInformationPruning, PruningError, find_axes
+from lightning_mi_prune.budget import sparsity_of
+from lightning_mi_prune.strategies import refuse_unsupported
+from tests.boring import Classifier, Sentences, trainer
+from tests.conftest import count_hooks
+from tests.models import CONFIGS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning"),
+    # Lightning's own: its pytree helper on new torch, few workers, log interval, eval mode.
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*module.s. in eval mode.*"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+]
+
+
+def quiet(sparsity: float = 0.5, **options):
+    return MutualInformationPruning(sparsity, verbose=False, **options)
+
+
+def widths(module, kind):
+    axes = [a for a in find_axes(module) if a.kind == kind]
+    return [module.get_parameter(a.slices[0].tensor).shape[0] // a.entries for a in axes]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_one_line_makes_the_model_smaller(family):
+    module, callback = Classifier(family=family), quiet(0.5)
+    before = sum(p.numel() for p in module.parameters())
+    run = trainer(callback, max_epochs=2)
+    run.fit(module)
+    assert widths(module, "heads") == [2, 2]
+    assert widths(module, "ffn") == [16, 16]
+    assert sum(p.numel() for p in module.parameters()) < before
+    assert callback.plan is not None
+    assert not callback.plan.is_full
+    assert run.callback_metrics["prune/sparsity"] >= 0.5
+
+
+def test_the_ramp_is_nested_and_ends_where_one_shot_ends():
+    gradual, at_once = Classifier(), Classifier()
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append(dict(callback.plan.kept))
+
+    callback = quiet(0.6, multiple=2, ramp="linear")
+    trainer(callback, Watch(), max_epochs=8).fit(gradual)
+    trainer(quiet(0.6, multiple=2, ramp="one_shot"), max_epochs=2).fit(at_once)
+    for earlier, later in pairwise(seen):
+        assert all(set(later[name]) <= set(earlier[name]) for name in later)
+    assert len({str(kept) for kept in seen}) == 5
+    for kind in ("ffn", "heads"):
+        assert widths(gradual, kind) == widths(at_once, kind)
+    epochs = [cut.epoch for cut in callback.report.cuts]
+    assert epochs == [1, 2, 3, 4]
+    sparsities = [cut.sparsity for cut in callback.report.cuts]
+    assert sparsities == sorted(sparsities)
+    assert sparsity_of(callback._chosen, callback._present_widths()) >= 0.6
+
+
+def test_weights_are_cut_at_the_start_of_the_epoch_and_not_before():
+    """Score, weights and shape of an epoch belong together."""
+    sizes = []
+
+    class Watch(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            sizes.append(("validation", widths(pl_module, "ffn")[0]))
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            sizes.append(("end", widths(pl_module, "ffn")[0]))
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                sizes.append(("first batch", widths(pl_module, "ffn")[0]))
+
+    trainer(quiet(0.5), Watch(), max_epochs=3, num_sanity_val_steps=0).fit(Classifier())
+    assert sizes[:3] == [("first batch", 40), ("validation", 40), ("end", 40)]
+    assert sizes[3:6] == [("first batch", 16), ("validation", 16), ("end", 16)]
+
+
+def test_until_the_first_cut_nothing_differs_from_a_run_without_the_callback():
+    """Listening draws no random number of the run and touches no weight."""
+    losses = {}
+
+    class Watch(pl.Callback):
+        def __init__(self, name):
+            self.losses = losses.setdefault(name, [])
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.losses.append(outputs["loss"].item())
+
+    torch.manual_seed(3)
+    trainer(Watch("with"), quiet(0.5), max_epochs=4).fit(Classifier())
+    torch.manual_seed(3)
+    trainer(Watch("without"), max_epochs=4).fit(Classifier())
+    assert losses["with"][:4] == losses["without"][:4]
+    assert losses["with"][4:] != losses["without"][4:]
+
+
+@pytest.mark.parametrize(
+    "kind", ["adamw", "adam-fused", "sgd-momentum", "rmsprop"], ids=lambda kind: kind
+)
+def test_every_live_parameter_is_in_the_optimizer_once_and_moves(kind):
+    make = {
+        "adamw": torch.optim.AdamW,
+        "adam-fused": lambda p, lr: torch.optim.Adam(p, lr=lr, fused=True),
+        "sgd-momentum": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9),
+        "rmsprop": torch.optim.RMSprop,
+    }[kind]
+    after_cut = {}
+
+    class Watch(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            self.optimizer, self.inner = pl_module.optimizers(), trainer.optimizers[0]
+            if trainer.current_epoch == 1:
+                after_cut.update({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+
+    module, watch = Classifier(optimizer=make, lr=1e-2), Watch()
+    frozen = {
+        f"model.bert.encoder.layer.0.{n}"
+        for n, _ in module.model.bert.encoder.layer[0].named_parameters()
+    }
+    module.model.bert.encoder.layer[0].requires_grad_(False)
+    run = trainer(quiet(0.5), watch, max_epochs=2)
+    run.fit(module)
+    (optimizer,) = run.optimizers
+    assert watch.inner is optimizer
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in module.parameters())
+    for name, parameter in module.named_parameters():
+        # A key's bias shifts all scores of a query alike: its gradient is rounding.
+        if "key.bias" in name or "token_type" in name or "position" in name:
+            continue
+        assert torch.equal(parameter, after_cut[name]) == (name in frozen), name
+    for parameter, state in optimizer.state.items():
+        assert all(
+            v.shape == parameter.shape
+            for v in state.values()
+            if isinstance(v, torch.Tensor) and v.ndim
+        )
+
+
+def test_the_learning_rate_goes_on_as_if_nothing_had_happened(tmp_path):
+    def rates(*callbacks):
+        seen = []
+
+        class Watch(pl.Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        monitor = LearningRateMonitor(logging_interval="step")
+        run = trainer(*callbacks, Watch(), monitor, max_epochs=4, logger=CSVLogger(tmp_path))
+        run.fit(Classifier())
+        return seen
+
+    assert rates(quiet(0.5)) == rates()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate_grad_batches": 3},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+        {"val_check_interval": 2},
+        {"val_check_interval": 0.25},
+        {"limit_val_batches": 3},
+        {"limit_val_batches": 0.5},
+        {"num_sanity_val_steps": 0},
+        {"gradient_clip_val": 1.0},
+        {"check_val_every_n_epoch": 2, "max_epochs": 6},
+        {"max_epochs": -1, "max_steps": 10},
+        {"max_steps": 100},
+        {"limit_train_batches": 2},
+        {"reload_dataloaders_every_n_epochs": 1},
+        {"inference_mode": False},
+        {"accumulate_grad_batches": 3, "max_epochs": -1, "max_steps": 5},
+        {"detect_anomaly": True},
+    ],
+    ids=str,
+)
+def test_trainer_options(options):
+    module, callback = Classifier(validation_rows=256), quiet(0.5)
+    trainer(callback, **options).fit(module)
+    assert widths(module, "ffn") == [16, 16]
+    assert widths(module, "heads") == [2, 2]
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    assert count_hooks(module) == 0
+
+
+def test_several_validation_loaders_are_all_heard():
+    class Two(Classifier):
+        def val_dataloader(self):
+            loader = super().val_dataloader()
+            return [loader, loader]
+
+        def validation_step(self, batch, index, dataloader_idx=0):
+            super().validation_step(batch, index)
+
+    counts = []
+
+    class Count(MutualInformationPruning):
+        def select(self, axes, listener, *rest):
+            counts.append(int(listener.moments[axes[0].name].count))
+            return super().select(axes, listener, *rest)
+
+    trainer(Count(0.5, verbose=False), max_epochs=2).fit(Two(validation_rows=128))
+    assert counts == [2 * 128 * 12]
+
+
+def test_the_last_validation_of_the_epoch_counts_alone():
+    counts = []
+
+    class Count(MutualInformationPruning):
+        def select(self, axes, listener, *rest):
+            counts.append(int(listener.moments[axes[0].name].count))
+            return super().select(axes, listener, *rest)
+
+    trainer(Count(0.5, verbose=False), max_epochs=2, val_check_interval=1).fit(
+        Classifier(validation_rows=128)
+    )
+    assert counts == [128 * 12]
+
+
+def test_positions_bound_what_is_heard():
+    counts = []
+
+    class Count(MutualInformationPruning):
+        def select(self, axes, listener, *rest):
+            counts.append({int(m.count) for m in listener.moments.values()})
+            return super().select(axes, listener, *rest)
+
+    trainer(Count(0.5, verbose=False, positions=800), max_epochs=2).fit(Classifier())
+    assert counts == [{800}]
+
+
+def test_fast_dev_run_listens_and_cuts_nothing():
+    module = Classifier()
+    trainer(quiet(0.5), fast_dev_run=True).fit(module)
+    assert widths(module, "ffn") == [40, 40]
+    assert count_hooks(module) == 0
+
+
+def test_the_sanity_check_is_not_heard():
+    module, callback = Classifier(), quiet(0.5)
+
+    class Watch(pl.Callback):
+        def on_sanity_check_end(self, trainer, pl_module):
+            assert count_hooks(pl_module) == 0
+            assert callback._listener is None
+
+    trainer(callback, Watch(), num_sanity_val_steps=2, max_epochs=2).fit(module)
+    assert len(callback.report.cuts) == 1
+
+
+@pytest.mark.parametrize("where", ["validation", "training"])
+def test_hooks_are_gone_after_an_exception(where):
+    class Failing(Classifier):
+        def validation_step(self, batch, index):
+            super().validation_step(batch, index)
+            if where == "validation" and not self.trainer.sanity_checking:
+                assert count_hooks(self) > 0
+                raise RuntimeError("the user's own bug")
+
+        def training_step(self, batch, index):
+            if where == "training" and self.current_epoch == 1:
+                raise RuntimeError("the user's own bug")
+            return super().training_step(batch, index)
+
+    module = Failing()
+    with pytest.raises(RuntimeError, match="the user's own bug"):
+        trainer(quiet(0.5)).fit(module)
+    assert count_hooks(module) == 0
+
+
+def test_validate_alone_is_not_heard_and_test_follows_fit():
+    module, callback = Classifier(), quiet(0.5)
+    run = trainer(callback, max_epochs=2)
+    run.fit(module)
+    cuts = len(callback.report.cuts)
+    run.validate(module, verbose=False)
+    run.test(module, verbose=False)
+    assert len(callback.report.cuts) == cuts
+    assert count_hooks(module) == 0
+
+
+def test_a_second_fit_goes_on_from_the_smaller_model():
+    module = Classifier()
+    trainer(quiet(0.3, multiple=2), max_epochs=2).fit(module)
+    first = widths(module, "ffn")
+    second = quiet(0.6, multiple=2)
+    trainer(second, max_epochs=2).fit(module)
+    assert widths(module, "ffn") < first
+    assert second.plan.sizes["model.bert.encoder.layer.0.ffn"] == 40
+    assert sparsity_of(second._chosen, second._present_widths()) >= 0.6
+    third = quiet(0.3)
+    trainer(third, max_epochs=2).fit(module)
+    assert third.report.cuts == []
+
+
+def test_only_what_was_asked_for_is_cut():
+    module = Classifier()
+    trainer(quiet(0.4, units=["ffn"], exclude=r"layer\.0"), max_epochs=2).fit(module)
+    assert widths(module, "ffn") == [40, 24]
+    assert widths(module, "heads") == [4, 4]
+    both = nn.ModuleDict({"a": Classifier().model, "b": Classifier().model})
+
+    class Pair(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.model, self.pair = None, both
+
+        def loss(self, batch):
+            return self.pair["a"](**batch).loss + self.pair["b"](**batch).loss
+
+    module = Pair()
+    trainer(quiet(0.5, module="pair.b", units=["ffn", "heads", "pooler"]), max_epochs=2).fit(module)
+    assert widths(module.pair["a"], "ffn") == [40, 40]
+    assert widths(module.pair["b"], "ffn") == [16, 16]
+    assert widths(module.pair["b"], "pooler") == [16]
+
+
+def test_each_cut_logs_and_prints_one_table(tmp_path, capsys):
+    logger = CSVLogger(tmp_path)
+    callback = MutualInformationPruning(0.5)
+    run = trainer(callback, max_epochs=2, logger=logger)
+    run.fit(Classifier())
+    logger.save()
+    header = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]
+    names = {
+        "prune/parameters",
+        "prune/sparsity",
+        "prune/macs",
+        "prune/information_kept",
+        "prune/width/model.bert.encoder.layer.0.ffn",
+    }
+    assert names <= set(header.split(","))
+    printed = capsys.readouterr().out
+    assert printed.count("Cut at epoch 1") == 1
+    assert "1.ffn" in printed
+    (cut,) = callback.report.cuts
+    assert set(cut.seconds) == {"listening", "scoring", "cutting"}
+    assert 0 < cut.information_fraction < 1
+    assert cut.macs < callback.report.macs
+    assert cut.parameters == sum(p.numel() for p in run.lightning_module.parameters())
+    assert [axis.before for axis in cut.axes if axis.kind == "ffn"] == [40, 40]
+
+
+def test_a_pruned_checkpoint_loads_into_a_fresh_module_and_can_grow_back(tmp_path):
+    keep = ModelCheckpoint(
+        dirpath=tmp_path, save_top_k=-1, filename="{epoch}", save_weights_only=True
+    )
+    module, callback = Classifier(), quiet(0.5)
+    run = trainer(callback, keep, max_epochs=3, enable_checkpointing=True)
+    run.fit(module)
+    small = copy.deepcopy(module.state_dict())
+    run.test(module, ckpt_path=str(tmp_path / "epoch=0.ckpt"), weights_only=True, verbose=False)
+    assert widths(module, "ffn") == [40, 40]
+    fresh = Classifier()
+    trainer(quiet(0.5)).test(
+        fresh, ckpt_path=str(tmp_path / "epoch=2.ckpt"), weights_only=True, verbose=False
+    )
+    assert widths(fresh, "ffn") == [16, 16]
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(value, small[name])
+
+
+def fit_with(module=None, options=None, *callbacks, **trainer_options):
+    def run():
+        target = Classifier() if module is None else module()
+        trainer(quiet(**(options or {})), *callbacks, **{"max_epochs": 4, **trainer_options}).fit(
+            target
+        )
+
+    return run
+
+
+class NoValidation(Classifier):
+    val_dataloader = pl.LightningModule.val_dataloader
+    validation_step = pl.LightningModule.validation_step
+
+
+class Plain(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def training_step(self, batch, index):
+        return self.layer(torch.ones(1, 2)).sum()
+
+    def validation_step(self, batch, index):
+        self.layer(torch.ones(1, 2))
+
+    configure_optimizers = Classifier.configure_optimizers
+    optimizer, lr = torch.optim.AdamW, 0.1
+
+    train_dataloader = val_dataloader = Classifier.test_dataloader
+
+
+class NotANumber(Classifier):
+    def on_validation_start(self):
+        if not self.trainer.sanity_checking:
+            self.model.bert.encoder.layer[1].intermediate.dense.bias.data[3] = float("nan")
+
+
+class Silent(Classifier):
+    def validation_step(self, batch, index):
+        return None
+
+
+class History(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
+class Compiled(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.model = torch.compile(self.model)
+
+
+BAD_RUNS = [
+    (fit_with(max_epochs=1), "has 1 epochs; expected at least 2"),
+    (fit_with(max_epochs=-1, max_steps=7), "has 1.75 epochs"),
+    (fit_with(max_epochs=-1, max_steps=-1), "length of the run is not known"),
+    (fit_with(options={"last_epoch": 4}), "last_epoch=4 leaves no epoch to recover"),
+    (fit_with(options={"first_epoch": 3}), "first_epoch=3 comes after the last cut at epoch 2"),
+    (fit_with(options={"cuts": 3}), "cuts=3, but only the epochs"),
+    (fit_with(check_val_every_n_epoch=3), "No validation runs before epochs 1 to 2"),
+    (fit_with(NoValidation), "this run has none"),
+    (fit_with(limit_val_batches=0), "this run has none"),
+    (fit_with(Plain), "Nothing to prune was found in Plain"),
+    (fit_with(options={"sparsity": 0.99}), "sparsity=0.99 is out of reach"),
+    (fit_with(options={"module": "encoder"}), "module='encoder' is not part of"),
+    (fit_with(options={"include": "decoder"}), "include='decoder' matches no axis"),
+    (fit_with(options={"exclude": "decoder"}), "exclude='decoder' matches no axis"),
+    (fit_with(options={"exclude": "model"}), "Nothing is left to prune"),
+    (fit_with(options={"units": ["neurons"]}), "units names 'neurons'"),
+    (fit_with(lambda: Classifier(validation_rows=2)), "samples were heard at"),
+    (fit_with(NotANumber), "NaN or infinite activations at 'model.bert.encoder.layer.1.ffn'"),
+    (fit_with(Silent), "Nothing was heard at"),
+    (fit_with(History), "LBFGS keeps a history"),
+    (fit_with(Compiled), "is compiled for the uncut shape"),
+    (
+        fit_with(None, None, StochasticWeightAveraging(1e-2)),
+        "StochasticWeightAveraging cannot run beside",
+    ),
+    (fit_with(None, None, EMAWeightAveraging()), "EMAWeightAveraging cannot run beside"),
+    (
+        fit_with(None, None, ModelPruning("l1_unstructured", amount=0.5)),
+        "ModelPruning cannot run beside",
+    ),
+    (
+        lambda: refuse_unsupported(trainer(strategy="ddp", devices=2), Classifier()),
+        "prunes on one device; found DDPStrategy over 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("run", "message"), BAD_RUNS, ids=[m for _, m in BAD_RUNS])
+def test_runs_that_cannot_be_pruned_are_refused(run, message, monkeypatch):
+    cuts = []
+    monkeypatch.setattr("lightning_mi_prune.callbacks.base.apply", lambda *a, **k: cuts.append(a))
+    with pytest.raises((MisconfigurationException, PruningError), match=message):
+        run()
+    assert cuts == []
+
+
+@pytest.mark.parametrize("sabotage", [NotANumber, lambda: Classifier(validation_rows=2)])
+def test_a_refused_cut_leaves_model_and_optimizer_as_they_were(sabotage):
+    module = sabotage()
+    run = trainer(quiet(0.5))
+    with pytest.raises(PruningError):
+        run.fit(module)
+    assert widths(module, "ffn") == [40, 40]
+    held = [p for g in run.optimizers[0].param_groups for p in g["params"]]
+    assert all(a is b for a, b in zip(held, module.parameters(), strict=True))
+    assert module.model.config.intermediate_size == 40
+    assert count_hooks(module) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 0}, "sparsity=0; expected a number above 0 and below 1"),
+        ({"sparsity": 1.0}, "sparsity=1.0"),
+        ({"sparsity": -0.1}, "sparsity=-0.1"),
+        ({"sparsity": math.nan}, "sparsity=nan"),
+        ({"sparsity": "half"}, "sparsity='half'"),
+        ({"sparsity": True}, "sparsity=True"),
+        ({"floor": 1.0}, "floor=1.0"),
+        ({"floor": -1}, "floor=-1"),
+        ({"multiple": 0}, "multiple=0; expected a whole number of at least 1"),
+        ({"multiple": 2.5}, "multiple=2.5"),
+        ({"positions": 1}, "positions=1"),
+        ({"cuts": 0}, "cuts=0"),
+        ({"first_epoch": 0}, "first_epoch=0"),
+        ({"last_epoch": 0}, "last_epoch=0"),
+        ({"first_epoch": 3, "last_epoch": 2}, "first_epoch=3 comes after last_epoch=2"),
+        ({"first_epoch": 3, "last_epoch": 4, "cuts": 3}, "cuts=3 do not fit into epochs 3 to 4"),
+        ({"ramp": "one_shot", "cuts": 2}, "makes one cut, but cuts=2"),
+        ({"ramp": "slow"}, "ramp='slow'"),
+        ({"selection": "greedy"}, "selection='greedy'"),
+        ({"ridge": 0.0}, "ridge=0.0"),
+        ({"include": "("}, r"include='\(' is not a regular expression"),
+        ({"exclude": "["}, r"exclude='\[' is not a regular expression"),
+        ({"units": []}, r"units=\[\]"),
+        ({"units": "ffn"}, "units='ffn'; expected a list"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_when_they_are_given(options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        MutualInformationPruning(**options)
+
+
+def test_a_cut_that_never_came_is_said():
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == 1
+
+    with pytest.warns(UserWarning, match="ended after 1 of 4 cuts"):
+        trainer(quiet(0.6), Stop(), max_epochs=8).fit(Classifier())
+
+
+def test_a_late_validation_delays_the_cut_and_says_so():
+    class Sparse(Classifier):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(Sentences(64), batch_size=16)
+
+    module = Sparse()
+    with pytest.warns(UserWarning, match="The cut of epoch . waits"):
+        trainer(quiet(0.5), max_epochs=6, val_check_interval=8, check_val_every_n_epoch=None).fit(
+            module
+        )
+    assert widths(module, "ffn") == [16, 16]
