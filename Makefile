@@ -4,7 +4,8 @@
 #   make demo          fine-tune a real encoder on real data while half of it is pruned
 #   make demo FAST=1   the same on fewer rows, for a first look
 #   make test          all checks: format, lint, types, tests and doctests
-#   make benchmark     the cost of listening, scoring and cutting (minutes)
+#   make benchmark     what listening, scoring and cutting cost, and the demo with three seeds
+#                      (half an hour; results in benchmarks/results)
 #   make format        rewrite the code in the project's format
 #   make clean         remove the environment, caches and results of runs
 
@@ -32,6 +33,7 @@ test: $(VENV)/dev.stamp
 
 benchmark: $(VENV)/runtime.stamp
 	$(BIN)/python -m benchmarks.cost
+	$(BIN)/python -m benchmarks.seeds
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix-only .

@@ -41,8 +41,9 @@ RESULTS = Path(__file__).parent / "results" / "cost.json"
 def build(shape: str) -> nn.Module:
     """A random BERT of a known shape, with twelve heads."""
     torch.manual_seed(0)
-    config = BertConfig(**SHAPES[shape], num_attention_heads=12, vocab_size=1000)  # type: ignore[arg-type]
-    return BertForSequenceClassification(config).eval()
+    config = BertConfig(**SHAPES[shape], num_attention_heads=12, vocab_size=1000)
+    model: nn.Module = BertForSequenceClassification(config)
+    return model.eval()
 
 
 def measure(shape: str, selection: Any) -> dict[str, float]:
@@ -112,7 +113,7 @@ def main() -> None:
             records.append(record)
             print_records(records[-1:])
     machine = {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads,
         "python": platform.python_version(),
@@ -125,7 +126,8 @@ def main() -> None:
     print_records(records)
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """Model of the processor."""
     info = Path("/proc/cpuinfo")
     if sys.platform == "linux" and info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]

@@ -66,6 +66,13 @@ class Moments(Metric):
             self.total += x.sum(0)
             self.outer.addmm_(x.mT, x)
 
+    def hear(self, x: Tensor) -> None:
+        """Add samples where they are; sums live on the CPU if their device has no float64."""
+        home = torch.device("cpu") if x.device.type == "mps" else x.device
+        with torch.inference_mode(False):  # moved in inference mode, sums could not be added to
+            self.to(home)
+        self.update(x.to(home))
+
     def compute(self) -> tuple[Tensor, Tensor]:
         """Mean ``(d,)`` and covariance ``(d, d)`` (divided by ``N``)."""
         mean = self.total / self.count
@@ -184,7 +191,7 @@ class Listener:
                 return
             if len(index) > wanted:
                 index = index[self._draw(axis.scope, len(index), wanted).to(x.device)]
-            moments.to(x.device).update(flat[index])
+            moments.hear(flat[index])
             self.seconds += time.perf_counter() - started
 
         return hook

@@ -55,6 +55,9 @@ class Plan:
         object.__setattr__(self, "sizes", MappingProxyType({n: self.sizes[n] for n in names}))
         object.__setattr__(self, "kept", MappingProxyType({n: tuple(self.kept[n]) for n in names}))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plan, (dict(self.sizes), dict(self.kept))
+
     @classmethod
     def full(cls, sizes: Mapping[str, int]) -> Plan:
         """The plan that keeps everything.

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import pytest
 
@@ -20,6 +22,11 @@ def test_json_is_canonical_and_comes_back_equal():
 def test_a_plan_cannot_be_changed():
     with pytest.raises(TypeError):
         PLAN.kept["a"] = (1,)
+
+
+def test_a_plan_can_be_copied_and_sent():
+    assert copy.deepcopy(PLAN) == PLAN
+    assert pickle.loads(pickle.dumps(PLAN)) == PLAN  # noqa: S301
 
 
 def test_two_cuts_are_one_plan():

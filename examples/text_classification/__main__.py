@@ -17,6 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import transformers
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
@@ -54,8 +55,14 @@ class TextClassificationCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Keep everything the run writes in its folder."""
-        if self.options.trainer.default_root_dir is None:
-            self.options.trainer.default_root_dir = str(self.folder)
+        trainer = self.options.trainer
+        if trainer.default_root_dir is None:
+            trainer.default_root_dir = str(self.folder)
+        if trainer.logger is None:
+            arguments = Namespace(save_dir=str(self.folder))
+            trainer.logger = Namespace(
+                class_path="lightning.pytorch.loggers.CSVLogger", init_args=arguments
+            )
 
     def before_fit(self) -> None:
         """Remember the dense model as it starts."""

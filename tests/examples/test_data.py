@@ -14,23 +14,12 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from jsonargparse import ArgumentParser
 from pyarrow import parquet
-from transformers import BertTokenizer
 
 from examples.text_classification import packaged
 from examples.text_classification.data import TextDataModule, draw
 from examples.text_classification.packaged import PACKAGED, model_path
 
 Row = dict[str, Any]
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tokenizer that knows the words w0 to w299, so that a token id identifies its row."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(300))]
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=64)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def rows(numbers: Iterable[int], classes: int = 2) -> list[Row]:
@@ -292,6 +281,19 @@ def test_train_order_depends_on_seed_and_epoch_only(tmp_path: Path, model: str) 
     assert order(0) == order(0) != order(1) == order(1)
     assert order(0) != order(0, seed=7)
     assert sorted(order(0)) == list(range(140))
+
+
+def test_grouped_batches_hold_texts_of_one_length(tmp_path: Path, model: str) -> None:
+    table = [{"text": "w1 " * (1 + i % 8), "label": i % 2} for i in range(400)]
+    path = write(tmp_path / "all.csv", table)
+
+    def padding(grouped: bool) -> int:
+        data = ready(dataset=path, model=model, batch_size=10, group_by_length=grouped)
+        loader = data.train_dataloader()
+        assert sorted(loader.sampler) == list(range(280))
+        return sum(int((batch["attention_mask"] == 0).sum()) for batch in loader)
+
+    assert padding(grouped=True) < padding(grouped=False) / 4
 
 
 def test_worker_processes_can_receive_rows_and_collate(tmp_path: Path, model: str) -> None:

@@ -1,0 +1,146 @@
+"""The command line of the example, from a YAML to a folder that opens again."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+from examples.text_classification.__main__ import TextClassificationCLI
+from examples.text_classification.data import TextDataModule
+from examples.text_classification.model import TextClassifier
+from lightning_mi_prune import Plan, from_pretrained
+
+ROOT = Path(__file__).parent.parent.parent
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*"),
+    pytest.mark.filterwarnings("ignore:.*Precision .* is not supported by the model summary.*"),
+]
+
+
+@pytest.fixture
+def config(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model and data in a folder of their own, and the demo's YAML pointed at them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["text_classification"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of LightningCLI's own calls
+    shape = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 40}
+    network = BertForSequenceClassification(
+        BertConfig(**shape, num_attention_heads=4, vocab_size=305)
+    )
+    network.save_pretrained("tiny")
+    BertTokenizer.from_pretrained(model).save_pretrained("tiny")
+    rows = [{"text": f"w{i % 7} w{i} w{i % 5}", "label": "ab"[i % 2]} for i in range(290)]
+    with Path("all.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    demo: dict[str, Any] = yaml.safe_load(
+        (ROOT / "examples/text_classification/demo.yaml").read_text()
+    )
+    demo["trainer"] |= {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False}
+    demo["trainer"]["enable_model_summary"] = False
+    demo["model"]["model"] = "tiny"
+    demo["data"]["dataset"] = "all.csv"
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(demo))
+    return path
+
+
+def run(*arguments: str) -> TextClassificationCLI:
+    return TextClassificationCLI(
+        TextClassifier,
+        TextDataModule,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        args=list(arguments),
+    )
+
+
+def score(*arguments: str) -> float:
+    cli = run("test", *arguments)
+    return float(cli.trainer.callback_metrics["test_accuracy"])
+
+
+def test_fit_reports_and_its_results_open_again(config: Path) -> None:
+    run("fit", "--config", str(config))
+    report = json.loads(Path("runs/demo/report.json").read_text())
+    for side in ("before", "after"):
+        assert {"parameters", "prunable_parameters", "macs", "metrics", "latency_ms"} <= set(
+            report[side]
+        )
+        assert 0 <= report[side]["metrics"]["accuracy"] <= 1
+        for latency in report[side]["latency_ms"]:
+            assert {"median", "batch_size", "sequence_length", "threads"} <= set(latency)
+    assert report["after"]["parameters"] < report["before"]["parameters"]
+    assert report["after"]["prunable_parameters"] <= 0.5 * report["before"]["prunable_parameters"]
+    (cut,) = report["cuts"]
+    assert cut["epoch"] == 1
+    assert cut["sparsity"] >= 0.5
+    assert set(cut["seconds"]) == {"listening", "scoring", "cutting"}
+    for axis in cut["axes"]:
+        assert set(axis) == {
+            "name",
+            "kind",
+            "before",
+            "after",
+            "information_nats",
+            "information_fraction",
+        }
+
+    accuracy = report["after"]["metrics"]["accuracy"]
+    assert score("--config", str(config), "--model.model", "runs/demo") == accuracy
+    (checkpoint,) = Path("runs/demo").rglob("*.ckpt")
+    assert score("--config", str(config), "--ckpt_path", str(checkpoint)) == accuracy
+
+    saved = json.loads(Path("runs/demo/config.json").read_text())
+    assert Plan.from_json(saved["pruning_plan"]).width("bert.encoder.layer.0.heads") == 2
+    reloaded = from_pretrained(BertForSequenceClassification, "runs/demo")
+    assert sum(p.numel() for p in reloaded.parameters()) == report["after"]["parameters"]
+
+
+def test_the_held_out_rows_are_never_listened_to(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[torch.Tensor] = []
+    inner = TextClassifier.validation_step
+
+    def listen(self: TextClassifier, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        heard.append(batch["input_ids"][:, 2])  # the word that tells the row
+        inner(self, batch, batch_idx)
+
+    monkeypatch.setattr(TextClassifier, "validation_step", listen)
+    cli = run("fit", "--config", str(config), "--control", "false")
+    test_rows = {ids[2] for ids in cli.datamodule.splits["test"]["input_ids"][:]}
+    assert len(test_rows) == 58
+    assert not test_rows & set(torch.cat(heard).tolist())
+    report = json.loads(Path("runs/demo/report.json").read_text())
+    assert report["before"]["metrics"] == {}
+
+
+def test_validate_and_predict(config: Path) -> None:
+    run("validate", "--config", str(config))
+    run("predict", "--config", str(config))
+    with Path("runs/demo/predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 58
+    assert {row["class"] for row in rows} <= {"a", "b"}
+
+
+def test_a_plain_run_without_the_callback_is_an_ordinary_run(config: Path) -> None:
+    run("fit", "--config", str(config), "--trainer.callbacks", "null")
+    assert not Path("runs/demo/report.json").exists()
+
+
+def test_options_of_the_callback_are_checked_on_the_command_line(config: Path) -> None:
+    with pytest.raises(ValueError, match=r"sparsity=1.5; expected a number above 0 and below 1"):
+        run("fit", "--config", str(config), "--trainer.callbacks.init_args.sparsity", "1.5")

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertModel
+
+from lightning_mi_prune.checkpoints import PLAN_KEY, PlanKeeper, from_pretrained
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families import find_axes, present_plan
+from lightning_mi_prune.surgery import apply
+from tests.models import CONFIGS, HEADS, batch, build, outputs, random_plan
+
+EVERY = pytest.mark.parametrize(("family", "head"), [(f, h) for f in CONFIGS for h in HEADS])
+
+
+def kept(family="bert", head="sequence"):
+    root = nn.ModuleDict({"net": build(family, head)})
+    return root, PlanKeeper(root)
+
+
+def cut(root, keeper, share=0.5):
+    plan = random_plan(keeper.axes, share)
+    apply(root, keeper.axes, plan)
+    keeper.plan = plan
+
+
+@EVERY
+def test_a_state_dict_tells_its_shape_to_a_fresh_model(family, head, tmp_path):
+    root, keeper = kept(family, head)
+    cut(root, keeper)
+    torch.save(root.state_dict(), tmp_path / "weights.pt")
+    fresh, fresh_keeper = kept(family, head)
+    fresh.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert fresh_keeper.plan == keeper.plan
+    assert torch.equal(outputs(fresh["net"], batch()), outputs(root["net"], batch()))
+
+
+def test_a_larger_checkpoint_makes_the_model_grow():
+    root, keeper = kept()
+    full = copy.deepcopy(root.state_dict())
+    assert PLAN_KEY not in full
+    before = outputs(root["net"], batch())
+    cut(root, keeper)
+    half = copy.deepcopy(root.state_dict())
+    root.load_state_dict(full)
+    assert keeper.plan.is_full
+    assert torch.equal(outputs(root["net"], batch()), before)
+    root.load_state_dict(half)
+    assert root["net"].bert.encoder.layer[0].intermediate.dense.out_features == 20
+
+
+def test_without_a_keeper_a_pruned_checkpoint_is_refused_loudly():
+    root, keeper = kept()
+    cut(root, keeper)
+    stranger = nn.ModuleDict({"net": build()})
+    with pytest.raises(RuntimeError, match=f"Unexpected key.*{PLAN_KEY}"):
+        stranger.load_state_dict(root.state_dict())
+    keeper.close()
+    assert PLAN_KEY not in root.state_dict()
+
+
+def test_a_module_with_a_keeper_can_be_copied_and_pickled():
+    root, keeper = kept()
+    cut(root, keeper)
+    other = copy.deepcopy(root)
+    assert PLAN_KEY in other.state_dict()
+    keeper.plan = None
+    assert PLAN_KEY in other.state_dict()
+    pickle.loads(pickle.dumps(other))  # noqa: S301
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (torch.zeros(3), "is not a plan"),
+        (torch.zeros(2, 2, dtype=torch.uint8), "is not a plan"),
+        ("text", "is not a plan"),
+        (torch.tensor([255, 254], dtype=torch.uint8), "is damaged"),
+        (torch.frombuffer(bytearray(b"{}"), dtype=torch.uint8), "version None"),
+        (
+            torch.frombuffer(
+                bytearray(b'{"version":1,"sizes":{"a":2},"kept":{"a":[0]}}'), dtype=torch.uint8
+            ),
+            "made for another model",
+        ),
+    ],
+)
+def test_a_damaged_entry_is_refused_and_the_model_stays(entry, message):
+    root, _ = kept()
+    before = {k: v.clone() for k, v in root.state_dict().items()}
+    with pytest.raises(PruningError, match=message):
+        root.load_state_dict({**before, PLAN_KEY: entry})
+    after = root.state_dict()
+    assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+@EVERY
+def test_save_pretrained_and_back(family, head, tmp_path):
+    model = build(family, head)
+    axes = find_axes(model)
+    apply(model, axes, random_plan(axes))
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(HEADS[head], tmp_path)
+    assert torch.equal(outputs(again, batch()), outputs(model, batch()))
+    assert present_plan(again, find_axes(again)) == present_plan(model, axes)
+    if head == "masked-lm":
+        assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+
+
+def test_an_uncut_folder_goes_the_ordinary_way(tmp_path):
+    build().save_pretrained(tmp_path)
+    again = from_pretrained(AutoModelForSequenceClassification, tmp_path)
+    assert torch.equal(outputs(again, batch()), outputs(build(), batch()))
+
+
+def test_a_model_class_is_as_good_as_an_auto_class(tmp_path):
+    model = build()
+    axes = find_axes(model)
+    apply(model, axes, random_plan(axes))
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(type(model), str(tmp_path))
+    assert torch.equal(outputs(again, batch()), outputs(model, batch()))
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    model = build()
+    axes = find_axes(model)
+    apply(model, axes, random_plan(axes))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(PruningError, match=r"\['quantization'\] cannot be passed"):
+        from_pretrained(type(model), tmp_path, quantization="8bit")
+    for other in (AutoModelForMaskedLM, BertModel):
+        with pytest.raises(PruningError, match=r"do not fit|made for another model"):
+            from_pretrained(other, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["bert.encoder.layer.0.output.dense.weight"] = torch.zeros(24, 7)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PruningError, match="do not fit its plan"):
+        from_pretrained(type(model), tmp_path)

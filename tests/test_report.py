@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import io
+import json
+import time
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from lightning_mi_prune.families import find_axes
+from lightning_mi_prune.moments import Example
+from lightning_mi_prune.report import (
+    AxisCut,
+    Cut,
+    PruningReport,
+    count_macs,
+    cut_table,
+    measure_latency,
+)
+from lightning_mi_prune.surgery import apply
+from tests.models import batch, build, random_plan
+
+CUT = Cut(
+    epoch=1,
+    sparsity=0.5,
+    parameters=60,
+    prunable_parameters=40,
+    macs=600,
+    axes=(
+        AxisCut("net.layer.0.heads", "heads", 4, 4, 2.0, 1.0),
+        AxisCut("net.layer.0.ffn", "ffn", 40, 20, 3.0, 0.9),
+    ),
+    seconds={"listening": 1.0, "scoring": 2.0, "cutting": 0.1},
+)
+REPORT = PruningReport(parameters=100, prunable_parameters=80, macs=1000, cuts=[CUT])
+
+
+def test_a_report_is_json_with_before_after_and_cuts(tmp_path):
+    path = tmp_path / "deep" / "report.json"
+    REPORT.write(path, {"before": {"metrics": {"accuracy": 0.9}}, "epochs": 4})
+    body = json.loads(path.read_text())
+    assert body["before"] == {
+        "parameters": 100,
+        "prunable_parameters": 80,
+        "macs": 1000,
+        "metrics": {"accuracy": 0.9},
+    }
+    assert body["after"] == {"parameters": 60, "prunable_parameters": 40, "macs": 600}
+    assert body["epochs"] == 4
+    assert body["cuts"][0]["axes"][1] == {
+        "name": "net.layer.0.ffn",
+        "kind": "ffn",
+        "before": 40,
+        "after": 20,
+        "information_nats": 3.0,
+        "information_fraction": 0.9,
+    }
+
+
+def test_a_run_without_cuts_ends_as_it_began():
+    body = PruningReport(parameters=5, prunable_parameters=4, macs=3).to_dict()
+    assert body["before"] == body["after"]
+    assert body["cuts"] == []
+
+
+def test_information_is_averaged_over_what_was_cut():
+    assert CUT.information_fraction == 0.9
+    assert CUT.metrics()["prune/width/net.layer.0.ffn"] == 20
+
+
+def test_the_table_names_axes_from_their_common_path():
+    out = io.StringIO()
+    Console(file=out, width=120).print(cut_table(CUT, REPORT))
+    text = " ".join(out.getvalue().split())
+    assert "50.0% of the prunable parameters of net.layer.0 are gone" in text
+    assert text.index("ffn") < text.index("heads")
+    assert "100 -> 60" in text
+
+
+def test_macs_are_what_the_shapes_say():
+    model, inputs = build(), batch(1)
+    expected = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            once = "pooler" in name or "classifier" in name
+            expected += module.weight.numel() * (1 if once else 12)
+    expected += 2 * 2 * 12 * 12 * 24  # two layers, scores and mixture
+    assert count_macs(model, Example((), inputs)) == expected
+
+
+def test_counting_leaves_modes_gradients_and_random_state_alone():
+    model = build()
+    model.train()
+    model.bert.encoder.layer[0].eval()
+    modes = [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    axes = find_axes(model)
+    before = count_macs(model, Example((), batch(1)))
+    apply(model, axes, random_plan(axes))
+    assert count_macs(model, Example((), batch(1))) < 0.7 * before
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_latency_takes_turns():
+    order = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: (order.append("b"), time.sleep(0.002))}
+    result = measure_latency(calls, seconds=0.05, rounds=3)
+    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert turns == ["a", "b"] * 4  # once each to warm up, then three rounds
+    assert result["b"] >= 2
