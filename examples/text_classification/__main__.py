@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import transformers
-from jsonargparse import Namespace
+from jsonargparse import dict_to_namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
@@ -59,9 +59,11 @@ class TextClassificationCLI(LightningCLI):
         if trainer.default_root_dir is None:
             trainer.default_root_dir = str(self.folder)
         if trainer.logger is None:
-            arguments = Namespace(save_dir=str(self.folder))
-            trainer.logger = Namespace(
-                class_path="lightning.pytorch.loggers.CSVLogger", init_args=arguments
+            trainer.logger = dict_to_namespace(
+                {
+                    "class_path": "lightning.pytorch.loggers.CSVLogger",
+                    "init_args": {"save_dir": str(self.folder)},
+                }
             )
 
     def before_fit(self) -> None:
