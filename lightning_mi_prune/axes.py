@@ -137,19 +137,27 @@ def count_parameters(axes: Sequence[WidthAxis], widths: Mapping[str, int] | None
 def choose_axes(
     axes: Sequence[WidthAxis],
     *,
-    units: Sequence[str],
+    units: Sequence[str] | None = None,
     include: str | None = None,
     exclude: str | None = None,
 ) -> list[WidthAxis]:
     """Narrow the axes by kind and by regular expressions searched in their names.
 
+    Args:
+        axes: All axes of a model.
+        units: Kinds to keep; None keeps neurons and heads, or every kind where there are neither.
+        include: Only axes whose name this finds.
+        exclude: No axes whose name this finds.
+
     Raises:
         PruningError: If a kind or an expression matches no axis, is not valid, or nothing is left.
     """
     kinds = sorted({axis.kind for axis in axes})
+    if units is None:
+        units = [kind for kind in ("ffn", "heads") if kind in kinds] or kinds
     for kind in units:
         if kind not in kinds:
-            raise PruningError(f"units names {kind!r}, but this model has only {kinds}.")
+            raise PruningError(f"units names {kind!r}, but this model has only units={kinds}.")
     chosen = [axis for axis in axes if axis.kind in units]
     chosen = _filter(chosen, "include", include, keep=True)
     chosen = _filter(chosen, "exclude", exclude, keep=False)

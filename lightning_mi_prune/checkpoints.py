@@ -134,9 +134,14 @@ def from_pretrained(cls: Any, name_or_path: str | Path, **kwargs: Any) -> Any:
         )
     build = getattr(cls, "from_config", None) or cls._from_config
     network: nn.Module = build(config)
-    reshape(network, find_axes(network), plan)
     try:
+        reshape(network, find_axes(network), plan)
         load_model(network, str(cached_file(str(name_or_path), "model.safetensors")))
     except RuntimeError as error:
-        raise PruningError(f"The weights of {name_or_path} do not fit its plan: {error}") from error
+        saved = getattr(config, "architectures", None)
+        raise PruningError(
+            f"{name_or_path} cannot be opened as {type(network).__name__}: it was saved from "
+            f"{saved} and the weights do not fit. Open it with that class, and leave num_labels "
+            f"as saved. ({error})"
+        ) from error
     return network.eval()

@@ -202,11 +202,14 @@ class Listener:
             self._draws[key] = torch.randperm(available, generator=self._generator)
         return self._draws[key][:wanted]
 
-    def example(self, axis: WidthAxis) -> tuple[str, Example] | None:
-        """One call of the axis' network, or of its encoder where the network is never called."""
-        paths = (path for path in (axis.network, axis.scope) if path in self.examples)
-        path = next(paths, None)
-        return None if path is None else (path, self.examples[path])
+    def calls(self, axes: Sequence[WidthAxis]) -> dict[str, Example]:
+        """One call of each network, or of its encoder where the network itself is never called."""
+        found: dict[str, Example] = {}
+        for network, scope in sorted({(axis.network, axis.scope) for axis in axes}):
+            path = network if network in self.examples else scope
+            if path in self.examples:
+                found[path] = self.examples[path]
+        return found
 
     def check(self) -> None:
         """Refuse what was heard if it cannot be scored.

@@ -82,27 +82,33 @@ class Cut:
 
 @dataclass
 class PruningReport:
-    """All cuts of a run, beside the model as it was before the first.
+    """All cuts of a run, beside the model as it was built.
 
     Args:
-        parameters: Parameters of the whole module as built.
-        prunable_parameters: Those the axes can cut.
-        macs: Multiply-accumulates of the network for one example (0 until something was heard).
+        parameters: Parameters of the whole module as built, before any cut of any run.
+        prunable_parameters: Those the axes can cut, as built.
+        macs: Multiply-accumulates of the networks for one example, before the first cut of this
+            run (0 until something was heard).
         cuts: The cuts, in order.
+        start: Sizes at the start of this run, where an earlier one had cut already.
     """
 
     parameters: int = 0
     prunable_parameters: int = 0
     macs: int = 0
     cuts: list[Cut] = field(default_factory=list)
+    start: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, ready for JSON: ``before``, ``after`` and ``cuts``."""
-        last: Any = self.cuts[-1] if self.cuts else self
-        sizes = ("parameters", "prunable_parameters", "macs")
+        names = ("parameters", "prunable_parameters", "macs")
+        before = {name: getattr(self, name) for name in names}
+        after = before | dict(self.start)
+        if self.cuts:
+            after = {name: getattr(self.cuts[-1], name) for name in names}
         return {
-            "before": {key: getattr(self, key) for key in sizes},
-            "after": {key: getattr(last, key) for key in sizes},
+            "before": before,
+            "after": after,
             "cuts": [asdict(cut) for cut in self.cuts],
         }
 

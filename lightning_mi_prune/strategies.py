@@ -7,7 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-__all__ = ["refuse_unsupported"]
+__all__ = ["refuse_second", "refuse_unsupported"]
 
 _CALLBACKS: dict[type[pl.Callback], str] = {
     StochasticWeightAveraging: "it averages copies of the uncut weights",
@@ -40,3 +40,17 @@ def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 f"{name or type(part).__name__!r} is compiled for the uncut shape; prune first, "
                 "then call torch.compile on the result."
             )
+
+
+def refuse_second(trainer: pl.Trainer, callback: pl.Callback, kind: type[pl.Callback]) -> None:
+    """Refuse two callbacks that both own the plan of the module.
+
+    Raises:
+        MisconfigurationException: If another callback of this kind is in the trainer.
+    """
+    others = [c for c in trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
+    if len(others) > 1:
+        raise MisconfigurationException(
+            f"{len(others)} pruning callbacks in one Trainer would each cut by a plan of their "
+            f"own; expected one. Give one {type(callback).__name__} all units, or fit twice."
+        )

@@ -36,6 +36,12 @@ def test_prefix_reaches_every_name():
 AXES = [axis("layer.0.ffn"), axis("layer.1.ffn"), axis("layer.0.heads", "heads")]
 
 
+def test_by_itself_neurons_and_heads_are_chosen_or_whatever_there_is():
+    assert choose_axes(AXES) == AXES
+    assert choose_axes([axis("a"), axis("b", "pooler")]) == [axis("a")]
+    assert choose_axes([axis("b", "channels")]) == [axis("b", "channels")]
+
+
 def test_choose_by_kind_and_name():
     def names(**options):
         return [a.name for a in choose_axes(AXES, **options)]
@@ -48,7 +54,7 @@ def test_choose_by_kind_and_name():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"units": ["pooler"]}, r"'pooler'.*only \['ffn', 'heads'\]"),
+        ({"units": ["pooler"]}, r"'pooler'.*only units=\['ffn', 'heads'\]"),
         ({"units": ["ffn"], "include": "decoder"}, "matches no axis; the names look like"),
         ({"units": ["ffn"], "exclude": "decoder"}, "matches no axis"),
         ({"units": ["ffn"], "include": "("}, "not a regular expression"),

@@ -444,8 +444,8 @@ class Compiled(Classifier):
 
 
 BAD_RUNS = [
-    (fit_with(max_epochs=1), "has 1 epochs; expected at least 2"),
-    (fit_with(max_epochs=-1, max_steps=7), "has 1.75 epochs"),
+    (fit_with(max_epochs=1), "lasts 1 epochs; expected at least 2"),
+    (fit_with(max_epochs=-1, max_steps=7), "lasts 1.75 epochs"),
     (fit_with(max_epochs=-1, max_steps=-1), "length of the run is not known"),
     (fit_with(options={"last_epoch": 4}), "last_epoch=4 leaves no epoch to recover"),
     (fit_with(options={"first_epoch": 3}), "first_epoch=3 comes after the last cut at epoch 2"),
@@ -474,6 +474,7 @@ BAD_RUNS = [
         fit_with(None, None, ModelPruning("l1_unstructured", amount=0.5)),
         "ModelPruning cannot run beside",
     ),
+    (fit_with(None, None, MutualInformationPruning(0.3)), "2 pruning callbacks in one Trainer"),
     (
         lambda: refuse_unsupported(trainer(strategy="ddp", devices=2), Classifier()),
         "prunes on one device; found DDPStrategy over 2",
@@ -526,6 +527,13 @@ def test_a_refused_cut_leaves_model_and_optimizer_as_they_were(sabotage):
         ({"ramp": "slow"}, "ramp='slow'"),
         ({"selection": "greedy"}, "selection='greedy'"),
         ({"ridge": 0.0}, "ridge=0.0"),
+        ({"ridge": None}, "ridge=None; expected int or float"),
+        ({"seed": None}, "seed=None; expected a whole number"),
+        ({"seed": -1}, "seed=-1"),
+        ({"positions": None}, "positions=None"),
+        ({"include": 3}, "include=3; expected str or None"),
+        ({"module": 3}, "module=3; expected str or None"),
+        ({"fold_in": "yes"}, "fold_in='yes'; expected bool"),
         ({"include": "("}, r"include='\(' is not a regular expression"),
         ({"exclude": "["}, r"exclude='\[' is not a regular expression"),
         ({"units": []}, r"units=\[\]"),

@@ -47,8 +47,8 @@ def test_due():
 @pytest.mark.parametrize(
     ("length", "options", "message"),
     [
-        (1, {}, "has 1 epochs; expected at least 2"),
-        (1.5, {}, "has 1.5 epochs"),
+        (1, {}, "lasts 1 epochs; expected at least 2"),
+        (1.5, {}, "lasts 1.5 epochs"),
         (5, {"last_epoch": 5}, "leaves no epoch to recover"),
         (5, {"first_epoch": 4}, "comes after the last cut at epoch 2"),
         (5, {"cuts": 3}, r"only the epochs \[1, 2\]"),

@@ -9,6 +9,7 @@ tokenizer, and `report.json`. `validate`, `test` and `predict` take the same YAM
 
 import copy
 import csv
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +18,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import transformers
-from jsonargparse import dict_to_namespace
+from jsonargparse import ArgumentParser, Namespace, dict_to_namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
 from examples.text_classification.data import TextDataModule
 from examples.text_classification.model import TextClassifier
+from examples.text_classification.packaged import DataError
+from lightning_mi_prune import PruningError
 from lightning_mi_prune.callbacks import PruningCallback
 from lightning_mi_prune.report import measure_latency
 
@@ -72,21 +76,32 @@ class TextClassificationCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Save, test, train the control, compare."""
-        callback = next((c for c in self.callbacks if isinstance(c, PruningCallback)), None)
-        if callback is None or not callback.report.cuts:
+        if getattr(self.trainer, "fast_dev_run", False):
             return
-        after = self.trainer.test(self.model, self.datamodule, verbose=False)[0]
+        names = dict(enumerate(self.datamodule.class_names))
+        self.model.network.config.id2label = names
+        self.model.network.config.label2id = {name: index for index, name in names.items()}
         self.model.network.save_pretrained(self.folder)
         self.datamodule.tokenizer.save_pretrained(self.folder)
-        before = self.train_control() if self.options.control else {}
-        latency = compare_latency(self.dense.network, self.model.network)
-        extra = {
-            "before": {"metrics": named(before), "latency_ms": latency["before"]},
-            "after": {"metrics": named(after), "latency_ms": latency["after"]},
+        after = named(self.trainer.test(self.model, self.datamodule, verbose=False)[0])
+        callback = next((c for c in self.callbacks if isinstance(c, PruningCallback)), None)
+        if callback is None:
+            Console().print(f"Test metrics: {after}. The model is in {self.folder}")
+            return
+        extra: dict[str, Any] = {
+            "before": {"metrics": {}},
+            "after": {"metrics": after},
             "epochs": self.trainer.current_epoch,
             "test_rows": len(self.datamodule.splits["test"]),
         }
-        callback.report.write(self.folder / "report.json", extra)
+        latency = compare_latency(self.dense.network, self.model.network)
+        for side, measured in latency.items():
+            extra[side]["latency_ms"] = measured
+        path = self.folder / "report.json"
+        callback.report.write(path, extra)
+        if self.options.control:
+            extra["before"]["metrics"] = self.train_control()
+            callback.report.write(path, extra)
         tell(callback.report.to_dict(), extra, self.folder)
 
     @property
@@ -95,41 +110,53 @@ class TextClassificationCLI(LightningCLI):
         return list(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def train_control(self) -> dict[str, float]:
-        """Train the dense model the same way, without the pruning callback, and test it."""
+        """Train the dense model from the same start for as many epochs, without callbacks."""
         Console().rule("dense control, the same number of epochs")
         pl.seed_everything(self.options.seed_everything or 0, workers=True, verbose=False)
-        given = self.options.trainer.as_dict()
-        given |= {"callbacks": None, "logger": False, "enable_checkpointing": False}
-        trainer = pl.Trainer(**given)
+        given = self.options.trainer.clone()
+        given.callbacks, given.logger, given.enable_checkpointing = None, False, False
+        given.max_epochs = self.trainer.current_epoch
+        parser = ArgumentParser()
+        parser.add_class_arguments(pl.Trainer, "trainer", instantiate=True)
+        trainer = parser.instantiate_classes(Namespace(trainer=given)).trainer  # type: ignore[no-untyped-call]
         trainer.fit(self.dense, self.datamodule)
-        return dict(trainer.test(self.dense, self.datamodule, verbose=False)[0])
+        return named(trainer.test(self.dense, self.datamodule, verbose=False)[0])
 
     def after_predict(self) -> None:
         """Write the predicted classes beside the model."""
         predictions: Any = self.trainer.predict_loop.predictions
-        probabilities = torch.cat(list(predictions))
+        rows, names = self.datamodule.splits["test"], self.datamodule.class_names
+        texts = self.datamodule.tokenizer.batch_decode(
+            rows["input_ids"][:], skip_special_tokens=True
+        )
+        best, predicted = torch.cat(list(predictions)).max(-1)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["row", "class", "probability"])
-            for row, (best, index) in enumerate(zip(*probabilities.max(-1), strict=True)):
-                writer.writerow([row, self.datamodule.class_names[int(index)], f"{best:.4f}"])
+            writer.writerow(["text", "label", "predicted", "probability"])
+            for text, label, index, share in zip(
+                texts, rows["labels"][:], predicted.tolist(), best.tolist(), strict=True
+            ):
+                writer.writerow([text, names[label], names[index], f"{share:.4f}"])
         Console().print(f"Predictions are in {self.folder / 'predictions.csv'}")
 
 
 def named(metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics without the name of the stage."""
-    return {name.removeprefix("test_"): value for name, value in metrics.items()}
+    return {name.removeprefix("test_"): float(value) for name, value in metrics.items()}
 
 
 def compare_latency(before: Any, after: Any, length: int = 64) -> dict[str, list[dict[str, Any]]]:
     """Median forward time of both encoders in ms, in turn, at batch sizes 1 and 32."""
     results: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
-    encoders = {"before": before.base_model.eval(), "after": after.base_model.eval()}
     device = next(after.parameters()).device
+    encoders = {  # copies, because these models are not done with training
+        name: copy.deepcopy(network.base_model).to(device).eval()
+        for name, network in (("before", before), ("after", after))
+    }
     for batch_size in (1, 32):
         ids = torch.randint(5, before.config.vocab_size, (batch_size, length), device=device)
-        calls = {name: _forward(encoder.to(device), ids) for name, encoder in encoders.items()}
+        calls = {name: _forward(encoder, ids) for name, encoder in encoders.items()}
         for name, median in measure_latency(calls).items():
             results[name].append(
                 {
@@ -160,6 +187,8 @@ def tell(report: dict[str, Any], extra: dict[str, Any], folder: Path) -> None:
         table.add_column(name, justify="right" if name else "left")
     before, after = (report[side] | extra[side] for side in ("before", "after"))
     for key in ("parameters", "prunable_parameters", "macs"):
+        if not after[key]:
+            continue  # MACs are counted while the callback listens; nothing was heard
         ratio = before[key] / after[key]
         table.add_row(key.replace("_", " "), f"{before[key]:,}", f"{after[key]:,}", f"{ratio:.2f}x")
     for old, new in zip(before["latency_ms"], after["latency_ms"], strict=True):
@@ -185,12 +214,15 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    TextClassificationCLI(
-        TextClassifier,
-        TextDataModule,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-    )
+    try:
+        TextClassificationCLI(
+            TextClassifier,
+            TextDataModule,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+        )
+    except (PruningError, MisconfigurationException, DataError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

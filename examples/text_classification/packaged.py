@@ -27,10 +27,14 @@ SPLIT_NAMES = {
 }
 
 
+class DataError(ValueError):
+    """Data or options that do not fit; the message says what was expected."""
+
+
 def require(met: bool, message: str) -> None:
-    """Raises ValueError unless a condition is met."""
+    """Raises DataError unless a condition is met."""
     if not met:
-        raise ValueError(message)
+        raise DataError(message)
 
 
 def packaged_path(requirement: str, path: str) -> Path:
@@ -59,7 +63,7 @@ def load_tokenizer(model: str, max_length: int) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise DataError(
             f"model={model!r}: expected 'minilm-l6', the folder of a model, or the name of a model "
             f"on the Hugging Face hub ({error})"
         ) from error
@@ -160,7 +164,7 @@ def local_files(dataset: str) -> dict[str, Path]:
         return files
     if path.is_file():
         if path.suffix not in FILE_TYPES:
-            raise ValueError(f"dataset={dataset!r}: expected a file of type {types}")
+            raise DataError(f"dataset={dataset!r}: expected a file of type {types}")
         return {"train": path}
     if path.suffix in FILE_TYPES or dataset.startswith((".", "/", "~")):
         raise FileNotFoundError(f"dataset={dataset!r}: no such file or folder; check the path")
@@ -184,7 +188,7 @@ def read_file(path: Path) -> Dataset:
         require(named, "expected one or more rows with the same named columns")
         return Dataset.from_list(rows)
     except (ValueError, TypeError, csv.Error) as error:  # what all these readers raise
-        raise ValueError(f"{path} is not a good {path.suffix} file in UTF-8: {error}") from error
+        raise DataError(f"{path} is not a good {path.suffix} file in UTF-8: {error}") from error
 
 
 def load_hub(dataset: str) -> dict[str, Dataset]:
@@ -193,7 +197,7 @@ def load_hub(dataset: str) -> dict[str, Dataset]:
     try:
         return dict(load_dataset(name, config or None))
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
+        raise DataError(
             f"dataset={dataset!r}: expected a packaged data set ({', '.join(PACKAGED)}), a local "
             f"file or folder, or `name` or `name:config` of the Hugging Face hub ({error})"
         ) from error
@@ -211,7 +215,7 @@ def load_source(dataset: str) -> dict[str, Dataset]:
     if len(source) == 1:
         return {"train": next(iter(source.values()))}
     if "train" not in source:
-        raise ValueError(f"dataset={dataset!r}: no split is called train: {sorted(source)}")
+        raise DataError(f"dataset={dataset!r}: no split is called train: {sorted(source)}")
     return {
         split: next(source[name] for name in names if name in source)
         for split, names in SPLIT_NAMES.items()

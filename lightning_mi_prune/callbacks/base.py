@@ -27,7 +27,7 @@ from lightning_mi_prune.optimizers import check_optimizers, rebind
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.report import Cut, PruningReport, axis_cuts, count_macs, print_cut
 from lightning_mi_prune.selection import Selection
-from lightning_mi_prune.strategies import refuse_unsupported
+from lightning_mi_prune.strategies import refuse_second, refuse_unsupported
 from lightning_mi_prune.surgery import apply
 
 __all__ = ["PruningCallback"]
@@ -52,7 +52,7 @@ class PruningCallback(pl.Callback, ABC):
         self._schedule: Schedule | None = None
         self._chosen: list[WidthAxis] = []
         self._listener: Listener | None = None
-        self._example: tuple[str, Example] | None = None
+        self._examples: dict[str, Example] = {}
         self._pending: tuple[int, Selection] | None = None
         self._done = 0
         self._heard = False
@@ -93,6 +93,7 @@ class PruningCallback(pl.Callback, ABC):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the plan travel with the module's state dict; refuse what cannot work."""
+        refuse_second(trainer, self, PruningCallback)
         if self._keeper is None or self._keeper.module is not pl_module:
             if self._keeper is not None:
                 self._keeper.close()
@@ -107,11 +108,17 @@ class PruningCallback(pl.Callback, ABC):
         if keeper.plan is None:
             keeper.plan = present_plan(pl_module, keeper.axes)
         self._chosen = self.choose(keeper.axes)
-        widths = self._present_widths()
+        built = count_parameters(keeper.axes)
+        present = count_parameters(keeper.axes, {n: len(k) for n, k in keeper.plan.kept.items()})
         self.report = PruningReport(
-            parameters=sum(p.numel() for p in pl_module.parameters()),
-            prunable_parameters=count_parameters(self._chosen, widths),
+            parameters=sum(p.numel() for p in pl_module.parameters()) + built - present,
+            prunable_parameters=count_parameters(self._chosen),
+            start={
+                "parameters": sum(p.numel() for p in pl_module.parameters()),
+                "prunable_parameters": count_parameters(self._chosen, self._present_widths()),
+            },
         )
+        self._examples = {}
         self._done, self._pending = 0, None
         parameters = [pl_module.get_parameter(s.tensor) for a in self._chosen for s in a.slices]
         check_optimizers(trainer.strategy.optimizers, parameters)
@@ -167,7 +174,7 @@ class PruningCallback(pl.Callback, ABC):
             )
             return
         listener, self._listener, self._heard = self._listener, None, False
-        self._example = listener.example(self._chosen[0])
+        self._examples = self._examples or listener.calls(self._chosen)
         self._seconds = {"listening": listener.seconds}
         if is_dev_run(trainer):
             return
@@ -282,10 +289,8 @@ class PruningCallback(pl.Callback, ABC):
         return fitting and self._due(trainer.current_epoch + 1) is not None
 
     def _macs(self, pl_module: pl.LightningModule) -> int:
-        if self._example is None:
-            return 0
-        path, example = self._example
-        return count_macs(pl_module.get_submodule(path), example)
+        calls = self._examples.items()
+        return sum(count_macs(pl_module.get_submodule(path), call) for path, call in calls)
 
     def _close(self) -> None:
         if self._listener is not None:

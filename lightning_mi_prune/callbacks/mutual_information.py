@@ -35,7 +35,8 @@ class MutualInformationPruning(PruningCallback):
     Args:
         sparsity: Share of the prunable parameters to remove by the last cut, against the model as
             built; between 0 and 1.
-        units: Kinds of unit to cut: ``"ffn"``, ``"heads"``, ``"pooler"``. Default: the first two.
+        units: Kinds of unit to cut: ``"ffn"``, ``"heads"``, ``"pooler"``. Default: the first two
+            (whichever the model has).
         module: Path of the submodule to search, such as ``"encoder"``; default: the whole module.
         include: Regular expression; only axes whose name it finds are cut.
         exclude: Regular expression; axes whose name it finds are left alone.
@@ -90,7 +91,17 @@ class MutualInformationPruning(PruningCallback):
     ) -> None:
         _between("sparsity", sparsity, 0, 1)
         _between("floor", floor, 0, 1, closed=True)
+        for name, given, kinds in (
+            ("ridge", ridge, (int, float)),
+            ("include", include, (str, type(None))),
+            ("exclude", exclude, (str, type(None))),
+            ("module", module, (str, type(None))),
+            ("fold_in", fold_in, (bool,)),
+            ("verbose", verbose, (bool,)),
+        ):
+            _is_one_of(name, given, kinds)
         for name, value, least in (
+            ("seed", seed, 0),
             ("multiple", multiple, 1),
             ("positions", positions, 2),
             ("cuts", cuts, 1),
@@ -111,7 +122,7 @@ class MutualInformationPruning(PruningCallback):
         except PruningError as error:
             raise MisconfigurationException(str(error)) from error
         self.sparsity = float(sparsity)
-        self._units = ["ffn", "heads"] if units is None else list(units)
+        self._units = units
         self._include, self._exclude = include, exclude
         self._fold_in, self._multiple, self._floor = fold_in, multiple, floor
         self._ramp: Ramp = ramp
@@ -183,8 +194,14 @@ def _between(name: str, value: float, low: float, high: float, *, closed: bool =
         )
 
 
+def _is_one_of(name: str, value: object, kinds: tuple[type, ...]) -> None:
+    if not isinstance(value, kinds):
+        wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+        raise MisconfigurationException(f"{name}={value!r}; expected {wanted}.")
+
+
 def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is None:
+    if value is None and name in ("cuts", "first_epoch", "last_epoch"):
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise MisconfigurationException(

@@ -73,7 +73,7 @@ def fit_schedule(
     first = 1 if first_epoch is None else first_epoch
     if length < 2:
         raise PruningError(
-            f"The run has {length:g} epochs; expected at least 2, one before a cut and one to "
+            f"The run lasts {length:g} epochs; expected at least 2, one before a cut and one to "
             "recover. Raise max_epochs or max_steps."
         )
     if last_epoch is not None and last_epoch > latest:

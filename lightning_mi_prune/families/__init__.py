@@ -114,13 +114,15 @@ def _unknown(module: nn.Module) -> str:
     stranger = transformers.nearest_unknown(module) or module
     kind = getattr(getattr(stranger, "config", None), "model_type", None)
     name = type(stranger).__name__
+    linear = [path for path, part in stranger.named_modules() if type(part) is nn.Linear and path]
+    up, down = (*linear, "up", "down")[:2] if len(linear) != 1 else (linear[0], "down")
     return (
         f"Nothing to prune was found in {name}{f' (model type {kind!r})' if kind else ''}. Known "
         f"families: {sorted(transformers.MODEL_TYPES)}. Describe the axes of another model by "
-        "hand:\n\n"
+        f"hand (its first linear layers are {linear[:6]}):\n\n"
         "    from lightning_mi_prune import linear_axis, register_family\n\n"
         f'    @register_family("mine", matches=lambda m: type(m).__name__ == "{name}")\n'
         "    def mine(network):\n"
-        '        return [linear_axis(network, "ffn", kind="ffn", producers=["up"], '
-        'readers=["down"])]\n'
+        f'        return [linear_axis(network, "ffn", kind="ffn", producers=["{up}"], '
+        f'readers=["{down}"])]\n'
     )

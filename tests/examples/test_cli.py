@@ -103,6 +103,7 @@ def test_fit_reports_and_its_results_open_again(config: Path) -> None:
     assert score("--config", str(config), "--ckpt_path", str(checkpoint)) == accuracy
 
     saved = json.loads(Path("runs/demo/config.json").read_text())
+    assert saved["label2id"] == {"a": 0, "b": 1}
     assert Plan.from_json(saved["pruning_plan"]).width("bert.encoder.layer.0.heads") == 2
     reloaded = from_pretrained(BertForSequenceClassification, "runs/demo")
     assert sum(p.numel() for p in reloaded.parameters()) == report["after"]["parameters"]
@@ -133,12 +134,31 @@ def test_validate_and_predict(config: Path) -> None:
     with Path("runs/demo/predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 58
-    assert {row["class"] for row in rows} <= {"a", "b"}
+    assert {row["predicted"] for row in rows} <= {"a", "b"}
+    for row in rows:  # the text tells its own label
+        number = int(row["text"].split()[1].removeprefix("w"))
+        assert row["label"] == "ab"[number % 2]
 
 
-def test_a_plain_run_without_the_callback_is_an_ordinary_run(config: Path) -> None:
+def test_a_plain_run_without_the_callback_is_saved_too(config: Path) -> None:
     run("fit", "--config", str(config), "--trainer.callbacks", "null")
     assert not Path("runs/demo/report.json").exists()
+    score("--config", str(config), "--model.model", "runs/demo")
+
+
+def test_a_pruned_model_is_trained_on_without_a_further_cut(config: Path) -> None:
+    """With a profiler in the trainer, which the control's trainer must build again."""
+    options = ["--config", str(config), "--trainer.profiler", "SimpleProfiler"]
+    run("fit", *options, "--control", "false")
+    again = ["--model.model", "runs/demo", "--name", "again"]
+    run("fit", *options, *again)
+    first, second = (
+        json.loads(Path("runs", name, "report.json").read_text()) for name in ("demo", "again")
+    )
+    assert second["cuts"] == []
+    for key in ("parameters", "prunable_parameters"):
+        assert second["before"][key] == first["before"][key]
+    assert second["after"]["parameters"] == first["after"]["parameters"]
 
 
 def test_options_of_the_callback_are_checked_on_the_command_line(config: Path) -> None:
