@@ -10,14 +10,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from lightning_mi_prune.elimination import Elimination, eliminate
 from lightning_mi_prune.errors import PruningError, PruningWarning
-from lightning_mi_prune.information import (
-    Elimination,
-    eliminate,
-    inverse,
-    plugin_bias,
-    unit_information,
-)
+from lightning_mi_prune.information import inverse, plugin_bias, shrink, unit_information
 
 __all__ = [
     "ActivationNorm",
@@ -69,13 +64,13 @@ class Evidence:
         """Refuse evidence too thin to score.
 
         Raises:
-            PruningError: If ``N <= m + 1``: the covariance of the layer above is singular.
+            PruningError: If ``N <= m + g``: too few for the layer above and one unit.
         """
         dimension = self.readout.shape[0]
-        if self.samples <= dimension + 1:
+        if self.samples <= dimension + self.entries:
             raise PruningError(
                 f"{self.samples} samples were heard at {self.name!r}, but scoring against the "
-                f"{dimension} units above needs more than {dimension + 1}, better "
+                f"{dimension} units above needs more than {dimension + self.entries}, better "
                 f"{20 * dimension}. Use a larger validation set, raise limit_val_batches or "
                 "positions, or exclude the axis."
             )
@@ -114,10 +109,10 @@ class MutualInformation:
         if self.selection not in ("conditional", "topk"):
             raise PruningError(f"selection={self.selection!r}; expected 'conditional' or 'topk'.")
         least = 0.0 if self.selection == "topk" else 1e-12
-        if not least <= self.ridge < float("inf"):
+        if not least <= self.ridge <= 1e6:
             raise PruningError(
-                f"ridge={self.ridge!r}; expected a finite number "
-                + ("of at least 0." if self.selection == "topk" else "above 0 ('topk' allows 0).")
+                f"ridge={self.ridge!r}; expected a number up to a million, "
+                + ("from 0." if self.selection == "topk" else "above 0 ('topk' allows 0).")
             )
 
     def rank(self, evidence: Evidence, keep: int) -> Elimination:
@@ -129,7 +124,10 @@ class MutualInformation:
             return Elimination(tuple(order.tolist()), tuple(scores[order].tolist()))
         # y = T x + noise, so Cov(x | y)^-1 = Cov(x)^-1 + T'T / noise: no second inverse.
         noise = max(evidence.noise(self.ridge), torch.finfo(torch.float64).tiny)
-        precision = inverse(evidence.covariance)
+        covariance = evidence.covariance
+        if evidence.samples < 2 * len(covariance):  # exact copies stay exact where there is enough
+            covariance = shrink(covariance, evidence.samples)
+        precision = inverse(covariance)
         posterior = precision + evidence.readout.mT @ evidence.readout / noise
         return eliminate(precision, posterior, keep=keep, entries=evidence.entries)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -75,6 +75,10 @@ class Moments(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Mean ``(d,)`` and covariance ``(d, d)`` (divided by ``N``)."""
+        return self.statistics()
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """What :meth:`compute` says, uncached, and unsqueezed where there is one entry."""
         mean = self.total / self.count
         return mean, (self.outer / self.count).addr_(mean, mean, alpha=-1)
 
@@ -132,6 +136,7 @@ class Listener:
         self._generator = torch.Generator().manual_seed(seed)
         self._masks: dict[str, Tensor | None] = {}
         self._draws: dict[tuple[str, int], Tensor] = {}
+        self._left: dict[str, int] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Listener:
@@ -159,6 +164,10 @@ class Listener:
         self._masks.clear()
         self._draws.clear()
 
+    def start_batch(self) -> None:
+        """Say that a batch begins, so that one that runs the network twice gets no double share."""
+        self._left = {axis.name: self._quota for axis in self._axes}
+
     def _attach(self, path: str, hook: Any) -> None:
         module = self._model.get_submodule(path)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -166,7 +175,8 @@ class Listener:
     def _on_scope(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if path not in self.examples:
-                self.examples[path] = Example(_first(args), _first(kwargs))
+                rows = _rows((*args, *kwargs.values()))
+                self.examples[path] = Example(_first(args, rows), _first(kwargs, rows))
             bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
             mask = bound.arguments.get("attention_mask")
             self._masks[path] = mask if isinstance(mask, Tensor) else None
@@ -181,7 +191,8 @@ class Listener:
             mask = self._masks.get(axis.scope)
             flat = x.reshape(-1, x.shape[-1])
             moments = self.moments[axis.name]
-            wanted = min(self._quota, self._positions - int(moments.count))
+            room = self._positions - int(moments.count)
+            wanted = min(self._left.get(axis.name, self._quota), room)
             if mask is not None and mask.shape == x.shape[:-1]:
                 live = mask.to(x.device).reshape(-1).bool()
                 index = live.nonzero().flatten()
@@ -192,6 +203,8 @@ class Listener:
             if len(index) > wanted:
                 index = index[self._draw(axis.scope, len(index), wanted).to(x.device)]
             moments.hear(flat[index])
+            if axis.name in self._left:
+                self._left[axis.name] -= len(index)
             self.seconds += time.perf_counter() - started
 
         return hook
@@ -230,14 +243,20 @@ class Listener:
                 )
 
 
-def _first(value: Any) -> Any:
-    """The first example of every batched tensor in nested containers."""
+def _first(value: Any, rows: int | None) -> Any:
+    """The first example of every tensor with that many rows, in nested containers."""
     if isinstance(value, Tensor):
-        return value[:1].detach().clone() if value.ndim else value.detach().clone()
+        batched = value.ndim > 0 and value.shape[0] == rows
+        return (value[:1] if batched else value).detach().clone()
     if isinstance(value, tuple):
-        return tuple(_first(v) for v in value)
+        return tuple(_first(v, rows) for v in value)
     if isinstance(value, list):
-        return [_first(v) for v in value]
+        return [_first(v, rows) for v in value]
     if isinstance(value, dict):
-        return {k: _first(v) for k, v in value.items()}
+        return {k: _first(v, rows) for k, v in value.items()}
     return value
+
+
+def _rows(values: Iterable[Any]) -> int | None:
+    """Batch size of a call: rows of its first tensor with two dimensions or more."""
+    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim > 1), None)

@@ -14,6 +14,11 @@ from lightning_mi_prune.surgery import Rewrite
 
 __all__ = ["check_optimizers", "rebind"]
 
+_REFUSED: dict[type[Optimizer], str] = {
+    torch.optim.LBFGS: "a history over all parameters flattened together",
+    torch.optim.Adafactor: "sums over rows and columns of each parameter",
+}
+
 
 def rebind(optimizers: Iterable[Optimizer], rewrites: Sequence[Rewrite]) -> None:
     """Point optimizers at the cut parameters and keep the state of what survived.
@@ -68,11 +73,12 @@ def check_optimizers(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Pa
     cut = {id(parameter) for parameter in parameters}
     for optimizer in optimizers:
         name = type(optimizer).__name__
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise PruningError(
-                "LBFGS keeps a history over all parameters flattened together, which cannot "
-                "be cut. Use AdamW or SGD, or prune before training with it."
-            )
+        for kind, keeps in _REFUSED.items():
+            if isinstance(optimizer, kind):
+                raise PruningError(
+                    f"{name} keeps {keeps}, which cannot be cut. Use AdamW or SGD, or prune "
+                    "before training with it."
+                )
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) in cut:

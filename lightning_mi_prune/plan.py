@@ -17,6 +17,7 @@ __all__ = ["CONFIG_FIELD", "Plan", "recorded_plan"]
 CONFIG_FIELD = "pruning_plan"
 
 _VERSION = 1
+_LARGEST_AXIS = 2**24
 _LARGEST_TEXT = 64 * 2**20  # a plan is a few hundred kB; anything near this is not a plan
 
 
@@ -171,8 +172,10 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_axis(name: str, size: int, kept: tuple[int, ...]) -> None:
-    if not _is_count(size) or size < 1:
-        raise PruningError(f"Axis {name!r} has size {size!r}; expected a whole number above 0.")
+    if not _is_count(size) or not 1 <= size <= _LARGEST_AXIS:
+        raise PruningError(
+            f"Axis {name!r} has size {size!r}; expected a whole number from 1 to {_LARGEST_AXIS}."
+        )
     if not kept:
         raise PruningError(f"Axis {name!r} keeps no position; expected at least one of its {size}.")
     if not all(_is_count(p) and 0 <= p < size for p in kept):

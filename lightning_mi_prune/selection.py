@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.criteria import Criterion, Evidence, MutualInformation, copies_kept
 from lightning_mi_prune.errors import PruningError, PruningWarning
-from lightning_mi_prune.information import JITTER, regression
+from lightning_mi_prune.information import regression
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.plan import Plan
 
@@ -92,10 +92,12 @@ def select(
         now = current.kept[axis.name]
         evidence = _evidence(axis, moments[axis.name], weights, kept, current, axes)
         keep = min(widths[axis.name], len(now))
-        evidence.check()
-        if evidence.samples < 20 * evidence.readout.shape[0]:
-            thin.append(axis.name)
-        stay = judge.rank(evidence, keep).keep(keep, len(now))
+        stay = tuple(range(len(now)))
+        if keep < len(now):
+            evidence.check()
+            wanted = max(20 * evidence.readout.shape[0], 2 * len(evidence.mean))
+            thin += [axis.name] if evidence.samples < wanted else []
+            stay = judge.rank(evidence, keep).keep(keep, len(now))
         kept[axis.name] = tuple(now[i] for i in stay)
         coefficients, left = _split(evidence, stay)
         information[axis.name] = _information(evidence, coefficients, left, ridge)
@@ -119,7 +121,7 @@ def _evidence(
 ) -> Evidence:
     if int(moments.count) == 0:
         raise PruningError(f"Nothing was heard at {axis.name!r}; run validation first.")
-    mean, covariance = moments.compute()
+    mean, covariance = moments.statistics()
     readouts = []
     for reader in axis.readers:
         weight = weights[f"{reader}.weight"].detach().to(covariance)
@@ -169,7 +171,8 @@ def _split(evidence: Evidence, stay: tuple[int, ...]) -> tuple[Tensor, tuple[Ten
     mask = torch.zeros(evidence.units, dtype=torch.bool, device=device)
     mask[list(stay)] = True
     kept, dropped = (_entries(units[m], evidence.entries) for m in (mask, ~mask))
-    return regression(evidence.covariance, kept, dropped, JITTER), (kept, dropped)
+    found = regression(evidence.covariance, kept, dropped, evidence.samples)
+    return found, (kept, dropped)
 
 
 def _information(
@@ -181,7 +184,9 @@ def _information(
         evidence.noise(ridge), torch.finfo(above.dtype).tiny
     )
     block = evidence.covariance[dropped]
-    unexplained = block[:, dropped] - coefficients @ block[:, kept].mT
+    mixed = coefficients @ block[:, kept].mT
+    fitted = coefficients @ evidence.covariance[kept][:, kept] @ coefficients.mT
+    unexplained = block[:, dropped] - mixed - mixed.mT + fitted
     lost = evidence.readout[:, dropped] @ unexplained @ evidence.readout[:, dropped].mT
     full, residual, floor = (torch.logdet(m) for m in (above + noise, lost + noise, noise))
     total = float(full - floor) / 2
@@ -202,7 +207,7 @@ def _fold(
     bias = weights.get(f"{reader}.bias")
     if bias is None:
         raw = evidence.covariance + torch.outer(evidence.mean, evidence.mean)
-        coefficients = regression(raw, kept, dropped, JITTER)
+        coefficients = regression(raw, kept, dropped, evidence.samples)
     new = weight[:, kept] + weight[:, dropped] @ coefficients
     folded = {f"{reader}.weight": new.to(stored)}
     if bias is not None:
@@ -214,8 +219,9 @@ def _fold(
 def _warn(thin: Sequence[str], copies: Sequence[str]) -> None:
     if thin:
         warnings.warn(
-            f"{len(thin)} axes, {thin[0]!r} first, were heard with fewer than 20 samples per unit "
-            "above; scores are noisy. A larger validation set or more positions helps.",
+            f"{len(thin)} axes, {thin[0]!r} first, were heard with fewer than 20 samples for each "
+            "unit above, or 2 for each entry; scores are noisy. A larger validation set or more "
+            "positions helps.",
             PruningWarning,
             stacklevel=3,
         )

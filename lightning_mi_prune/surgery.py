@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from lightning_mi_prune.axes import WidthAxis, full_plan
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
 
-__all__ = ["Rewrite", "apply", "reshape"]
+__all__ = ["Rewrite", "apply", "check", "reshape"]
 
 
 class Rewrite(NamedTuple):
@@ -92,6 +93,15 @@ def apply(
     return rewrites
 
 
+def check(model: nn.Module, axes: Sequence[WidthAxis], current: Plan) -> None:
+    """Refuse a model that a cut of these axes would break, long before the cut.
+
+    Raises:
+        PruningError: As :func:`apply` would raise it.
+    """
+    _incisions(model, axes, current, {axis.name: () for axis in axes}, {})
+
+
 def reshape(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
     """Give every tensor the shape a plan asks for, growing or shrinking; values are not kept.
 
@@ -113,8 +123,9 @@ def reshape(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
             shape = shapes.setdefault(s.tensor, list(s.shape))
             shape[s.dim] = plan.width(axis.name) * axis.entries
     owners = _owners(model)
+    parameters = {name: _parameter(model, name) for name in shapes}
     for name, shape in shapes.items():
-        old = model.get_parameter(name)
+        old = parameters[name]
         if list(old.shape) != shape:
             new = nn.Parameter(old.detach().new_zeros(shape), requires_grad=old.requires_grad)
             for module, attribute in owners[id(old)]:
@@ -232,9 +243,9 @@ def _follow(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
         for count in axis.counts:
             value = plan.width(axis.name) * count.per_unit
             setattr(model.get_submodule(count.module), count.attribute, value)
-    for path in {axis.network for axis in axes}:
-        config = getattr(model.get_submodule(path), "config", None)
-        if config is None or not hasattr(config, "to_dict"):
+    for path in sorted({axis.network for axis in axes}):
+        config = _own_config(model, path)
+        if config is None:
             continue
         mine = [axis for axis in axes if axis.network == path]
         for name in {axis.config for axis in mine if axis.config is not None}:
@@ -243,3 +254,19 @@ def _follow(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
             # One number cannot say several widths: the field then stays as built, the plan tells.
             setattr(config, name, widths.pop() if len(widths) == 1 else named[0].size)
         setattr(config, CONFIG_FIELD, plan.under(path).to_json())
+
+
+def _own_config(model: nn.Module, path: str) -> Any:
+    """The config of a network; a copy of its own if other networks hold the same object."""
+    network = model.get_submodule(path)
+    config = getattr(network, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return None
+    inside = set(network.modules())
+    holders = [part for part in model.modules() if getattr(part, "config", None) is config]
+    if any(part not in inside for part in holders):
+        config = copy.deepcopy(config)
+        for part in holders:
+            if part in inside:
+                part.config = config
+    return config

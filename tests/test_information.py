@@ -9,14 +9,15 @@ import pytest
 import torch
 from sklearn.feature_selection import mutual_info_regression
 
+from lightning_mi_prune.elimination import eliminate
 from lightning_mi_prune.information import (
     conditional_covariance,
-    eliminate,
     gaussian_copula,
     inverse,
     joint_information,
     plugin_bias,
     regression,
+    shrink,
     unbiased_cka,
     unit_information,
 )
@@ -203,11 +204,42 @@ def test_inverse_survives_dead_and_duplicated_entries():
     assert torch.isfinite(inverse(cov)).all()
 
 
+def test_shrinkage_fades_with_samples_and_rescues_few():
+    x = torch.randn(20, 30, dtype=F64)
+    few = x.mT @ x / 20
+    assert torch.linalg.eigvalsh(shrink(few, 20)).min() > 0.1
+    assert torch.equal(shrink(few, 20).diagonal(), few.diagonal())
+    scale = torch.logspace(-6, 6, 30, dtype=F64)
+    scaled = shrink(few * scale[:, None] * scale, 20)
+    assert torch.allclose(scaled, shrink(few, 20) * scale[:, None] * scale)
+    a = torch.randn(30, 30, dtype=F64)
+    true = a @ a.mT / 30
+    x = torch.randn(20, 30, dtype=F64) @ torch.linalg.cholesky(true).mT
+    plugin = x.mT @ x / 20
+    assert (shrink(plugin, 20) - true).norm() < (plugin - true).norm()
+    assert torch.allclose(shrink(true, 10**9), true, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [40, 100, 200])
+def test_regression_on_noise_gives_nearly_nothing(n):
+    """Independent entries: with few samples plain least squares would only fit noise."""
+    x = torch.randn(n, 120, dtype=F64)
+    cov = x.mT @ x / n
+    kept, dropped = torch.arange(90), torch.arange(90, 120)
+    found = regression(cov, kept, dropped, n)
+    fresh = torch.randn(2000, 120, dtype=F64)
+    error = (fresh[:, dropped] - fresh[:, kept] @ found.mT).square().mean()
+    assert error < 2
+    if n > 91:
+        plain = torch.linalg.solve(cov[kept][:, kept], cov[kept][:, dropped]).mT
+        assert error < (fresh[:, dropped] - fresh[:, kept] @ plain.mT).square().mean()
+
+
 def test_regression_recovers_a_linear_dependence():
     x = torch.randn(500, 3, dtype=F64)
     x = torch.cat([x, x @ torch.tensor([[1.0], [-2.0], [0.5]], dtype=F64)], 1)
     cov = x.mT @ x / 500
-    found = regression(cov, torch.tensor([0, 1, 2]), torch.tensor([3]), 1e-12)
+    found = regression(cov, torch.tensor([0, 1, 2]), torch.tensor([3]), 500)
     assert torch.allclose(found, torch.tensor([[1.0, -2.0, 0.5]], dtype=F64), atol=1e-9)
 
 

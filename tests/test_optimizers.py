@@ -218,7 +218,7 @@ class Strange(torch.optim.SGD):
     ("make", "message"),
     [
         (lambda p: torch.optim.LBFGS(p, lr=0.01), "LBFGS keeps a history"),
-        (lambda p: torch.optim.Adafactor(p, lr=0.01), "Adafactor keeps state 'row_var'"),
+        (lambda p: torch.optim.Adafactor(p, lr=0.01), "Adafactor keeps sums over rows"),
         (
             lambda p: type("Listy", (Strange,), {"value": [1, 2]})(p, lr=0.1),
             r"Listy keeps state 'strange' \(list",

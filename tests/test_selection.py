@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mi_prune.axes import full_plan
+from lightning_mi_prune.axes import Count, Slice, WidthAxis, full_plan
 from lightning_mi_prune.criteria import (
     ActivationNorm,
     Evidence,
@@ -42,7 +42,7 @@ def two_layers(d=8, m=3, *, bias=True):
 
 def listen_to(net, axis, n=2000):
     x = torch.randn(n, 6)
-    with Listener(net, [axis]) as heard, torch.no_grad():
+    with Listener(net, [axis], positions=n) as heard, torch.no_grad():
         net(x)
     return x, heard.moments
 
@@ -89,7 +89,7 @@ def test_conditional_keeps_one_of_each_pair_where_topk_keeps_both():
 
 def test_information_kept_is_total_less_the_costs():
     net, axis = two_layers(8, 3)
-    _, moments = listen_to(net, axis)
+    _, moments = listen_to(net, axis, n=200_000)
     weights = dict(net.named_parameters())
     chosen = select(
         [axis],
@@ -102,7 +102,7 @@ def test_information_kept_is_total_less_the_costs():
     )
     mean, sxx = moments["hidden"].compute()
     readout = net[2].weight.detach().double()
-    evidence = Evidence("hidden", 1, 2000, mean, sxx, readout)
+    evidence = Evidence("hidden", 1, 200_000, mean, sxx, readout)
     order = MutualInformation("conditional", 0.1).rank(evidence, 5)
     syy = evidence.above() + evidence.noise(0.1) * torch.eye(3, dtype=torch.float64)
     total = joint_information(sxx, sxx @ readout.T, syy).item()
@@ -113,7 +113,7 @@ def test_information_kept_is_total_less_the_costs():
 
 def test_fold_in_is_the_least_squares_solution():
     net, axis = two_layers(8, 3)
-    x, moments = listen_to(net, axis)
+    x, moments = listen_to(net, axis, n=200_000)
     weights = {k: v.detach().clone() for k, v in net.named_parameters()}
     chosen = select([axis], moments, weights, {"hidden": 4}, full_plan([axis]))
     kept = list(chosen.plan.kept["hidden"])
@@ -127,7 +127,7 @@ def test_fold_in_is_the_least_squares_solution():
 
 def test_fold_in_without_a_bias_fits_raw_moments():
     net, axis = two_layers(8, 3, bias=False)
-    x, moments = listen_to(net, axis)
+    x, moments = listen_to(net, axis, n=200_000)
     chosen = select([axis], moments, dict(net.named_parameters()), {"hidden": 4}, full_plan([axis]))
     kept = list(chosen.plan.kept["hidden"])
     with torch.no_grad():
@@ -302,3 +302,53 @@ def test_nothing_heard_is_refused():
             {"hidden": 4},
             Plan.full({"hidden": 8}),
         )
+
+
+@pytest.mark.parametrize("n", [180, 200, 260, 400])
+def test_with_few_samples_fold_in_does_not_fit_noise(n):
+    """Independent units: the kept ones know nothing of the dropped ones, whatever n suggests."""
+    d, m, keep = 256, 8, 192
+    net = nn.Sequential(nn.Identity(), nn.Linear(d, m)).double()
+    axis = WidthAxis(
+        "x", "ffn", d, 1, (Slice("1.weight", 1, (m, d)),), ("1",), (Count("1", "in_features"),)
+    )
+    x, fresh = torch.randn(n, d, dtype=torch.float64), torch.randn(4000, d, dtype=torch.float64)
+    with Listener(net, [axis]) as heard, torch.no_grad():
+        net(x)
+        target = net(fresh)
+    weights = {name: p.detach().clone() for name, p in net.named_parameters()}
+    with pytest.warns(PruningWarning, match="or 2 for each entry"):
+        chosen = select([axis], heard.moments, weights, {"x": keep}, full_plan([axis]))
+    kept = list(chosen.plan.kept["x"])
+    with torch.no_grad():
+        folded = fresh[:, kept] @ chosen.folded["1.weight"].mT + chosen.folded["1.bias"]
+        plain = fresh[:, kept] @ weights["1.weight"][:, kept].mT + weights["1.bias"]
+    error, without = ((z - target).square().mean() for z in (folded, plain))
+    assert error < 1.3 * without
+    assert chosen.information["x"].fraction < 0.95
+
+
+def test_an_axis_of_one_entry_and_an_axis_that_stays_are_no_trouble():
+    net = nn.Sequential(nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 2))
+    one = linear_axis(net, "one", kind="ffn", producers=["0"], readers=["2"])
+    many = linear_axis(net, "many", kind="ffn", producers=["2"], readers=["4"], level=1)
+    with Listener(net, [one, many]) as heard, torch.no_grad():
+        net(torch.randn(9, 4))
+    weights = dict(net.named_parameters())
+    chosen = select(
+        [one, many], heard.moments, weights, {"one": 1, "many": 4}, full_plan([one, many])
+    )
+    assert chosen.plan.width("many") == 4
+    assert chosen.information["one"].fraction == pytest.approx(1)
+
+
+def test_heads_are_scored_whatever_their_scale():
+    torch.manual_seed(0)
+    a = torch.randn(12, 40, dtype=torch.float64)
+    cov, readout = a @ a.mT / 40, torch.randn(6, 12, dtype=torch.float64)
+    scale = torch.ones(12, dtype=torch.float64)
+    scale[3:6] = 1e-6
+    first = Evidence("h", 3, 10_000, torch.zeros(12), cov, readout)
+    other = Evidence("h", 3, 10_000, torch.zeros(12), cov * scale[:, None] * scale, readout / scale)
+    criterion = MutualInformation("topk", 0.01)
+    assert torch.allclose(criterion.scores(first), criterion.scores(other), rtol=1e-4)

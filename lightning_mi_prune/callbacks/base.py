@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,17 +19,22 @@ from typing_extensions import override
 
 from lightning_mi_prune.axes import WidthAxis, count_parameters
 from lightning_mi_prune.budget import sparsity_of
-from lightning_mi_prune.callbacks.run import is_dev_run, run_length, validation_batches
+from lightning_mi_prune.callbacks.run import (
+    is_dev_run,
+    run_length,
+    validation_batches,
+    without_frozen,
+)
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.checkpoints import PlanKeeper
-from lightning_mi_prune.families import find_axes, present_plan
+from lightning_mi_prune.families import find_axes, is_within
 from lightning_mi_prune.moments import Example, Listener
 from lightning_mi_prune.optimizers import check_optimizers, rebind
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.report import Cut, PruningReport, axis_cuts, count_macs, print_cut
 from lightning_mi_prune.selection import Selection
 from lightning_mi_prune.strategies import refuse_second, refuse_unsupported
-from lightning_mi_prune.surgery import apply
+from lightning_mi_prune.surgery import apply, check
 
 __all__ = ["PruningCallback"]
 
@@ -49,7 +55,7 @@ class PruningCallback(pl.Callback, ABC):
         self._within, self._positions, self._seed = module, positions, seed
         self._verbose = verbose
         self._keeper: PlanKeeper | None = None
-        self._schedule: Schedule | None = None
+        self._schedule = Schedule((), ())
         self._chosen: list[WidthAxis] = []
         self._listener: Listener | None = None
         self._examples: dict[str, Example] = {}
@@ -94,10 +100,7 @@ class PruningCallback(pl.Callback, ABC):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the plan travel with the module's state dict; refuse what cannot work."""
         refuse_second(trainer, self, PruningCallback)
-        if self._keeper is None or self._keeper.module is not pl_module:
-            if self._keeper is not None:
-                self._keeper.close()
-            self._keeper = PlanKeeper(pl_module, partial(find_axes, within=self._within))
+        self._keeper = PlanKeeper.of(pl_module, partial(find_axes, within=self._within))
         if stage == "fit":
             refuse_unsupported(trainer, pl_module)
 
@@ -105,9 +108,9 @@ class PruningCallback(pl.Callback, ABC):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the axes and check everything that can be known before the first batch."""
         keeper = self._kept()
-        if keeper.plan is None:
-            keeper.plan = present_plan(pl_module, keeper.axes)
-        self._chosen = self.choose(keeper.axes)
+        mine = [axis for axis in keeper.axes if is_within(axis.name, self._within)]
+        self._chosen = self.choose(without_frozen(pl_module, mine))
+        check(pl_module, self._chosen, keeper.plan)
         built = count_parameters(keeper.axes)
         present = count_parameters(keeper.axes, {n: len(k) for n, k in keeper.plan.kept.items()})
         self.report = PruningReport(
@@ -120,8 +123,7 @@ class PruningCallback(pl.Callback, ABC):
         )
         self._examples = {}
         self._done, self._pending = 0, None
-        parameters = [pl_module.get_parameter(s.tensor) for a in self._chosen for s in a.slices]
-        check_optimizers(trainer.strategy.optimizers, parameters)
+        self._check_optimizers(trainer, pl_module)
         self.check(self._chosen)
 
     @override
@@ -131,7 +133,7 @@ class PruningCallback(pl.Callback, ABC):
             rank_zero_info("fast_dev_run: listening to validation, but no cut is made.")
             self._schedule = Schedule((trainer.current_epoch + 1,), (0.0,))
             return
-        if not trainer.enable_validation or not validation_batches(trainer):
+        if not trainer.enable_validation or validation_batches(trainer) == 0:
             raise MisconfigurationException(
                 "Pruning listens to validation, but this run has none. Give the trainer a "
                 "val_dataloader and a validation_step, with limit_val_batches above 0."
@@ -155,6 +157,12 @@ class PruningCallback(pl.Callback, ABC):
         self._listener.__enter__()
 
     @override
+    def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
+        """Give the batch its share of the positions."""
+        if self._listener is not None:
+            self._listener.start_batch()
+
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the hooks down and keep what was heard."""
         if self._listener is not None:
@@ -164,7 +172,7 @@ class PruningCallback(pl.Callback, ABC):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide what to cut at the start of the next epoch."""
-        sparsity = self._due(trainer.current_epoch + 1)
+        sparsity = self._schedule.due(trainer.current_epoch + 1, self._done)
         if sparsity is None:
             return
         if self._listener is None or not self._heard:
@@ -182,10 +190,10 @@ class PruningCallback(pl.Callback, ABC):
         listener.check()
         weights = dict(pl_module.named_parameters(remove_duplicate=False))
         widths = self.widths(self._chosen, sparsity)
-        plan = self._plan()
+        plan = self._kept().plan
         if all(widths[axis.name] >= plan.width(axis.name) for axis in self._chosen):
             rank_zero_info(f"The model is at sparsity {sparsity:.3f} or beyond already: no cut.")
-            self._done = self._scheduled().count_until(trainer.current_epoch + 1)
+            self._done = self._schedule.count_until(trainer.current_epoch + 1)
             return
         selection = self.select(self._chosen, listener, weights, widths, plan)
         self._pending = (trainer.current_epoch + 1, selection)
@@ -198,28 +206,25 @@ class PruningCallback(pl.Callback, ABC):
             return
         epoch, selection = self._pending
         before, started = self._present_widths(), time.perf_counter()
-        macs_before = self._macs(pl_module) if not self.report.cuts else self.report.macs
-        keeper, current = self._kept(), self._plan()
-        check_optimizers(
-            trainer.strategy.optimizers,
-            [pl_module.get_parameter(s.tensor) for a in self._chosen for s in a.slices],
-        )
+        macs_before = self.report.macs if self.report.cuts else self._macs(trainer, pl_module)
+        keeper, current = self._kept(), self._kept().plan
+        self._check_optimizers(trainer, pl_module)
         rewrites = apply(
             pl_module, keeper.axes, selection.plan, current=current, folded=selection.folded
         )
         rebind(trainer.strategy.optimizers, rewrites)
         keeper.plan = current.then(selection.plan)
         self._pending = None
-        self._done = self._scheduled().count_until(epoch)
+        self._done = self._schedule.count_until(epoch)
         self._seconds["cutting"] = time.perf_counter() - started
         self.report.macs = macs_before
-        self._tell(pl_module, epoch, selection, before)
+        self._tell(trainer, pl_module, epoch, selection, before)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the run ended before the schedule did."""
         schedule = self._schedule
-        if schedule is not None and not is_dev_run(trainer) and self._done < len(schedule.epochs):
+        if not is_dev_run(trainer) and self._done < len(schedule.epochs):
             rank_zero_warn(
                 f"Training ended after {self._done} of {len(schedule.epochs)} cuts (the next was "
                 f"due at epoch {schedule.epochs[self._done]}); the model is larger than asked for."
@@ -229,7 +234,7 @@ class PruningCallback(pl.Callback, ABC):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the listening hooks down."""
         self._close()
-        self._schedule = None
+        self._schedule = Schedule((), ())
 
     @override
     def on_exception(
@@ -240,6 +245,7 @@ class PruningCallback(pl.Callback, ABC):
 
     def _tell(
         self,
+        trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         epoch: int,
         selection: Selection,
@@ -251,14 +257,14 @@ class PruningCallback(pl.Callback, ABC):
             sparsity=sparsity_of(self._chosen, after),
             parameters=sum(p.numel() for p in pl_module.parameters()),
             prunable_parameters=count_parameters(self._chosen, after),
-            macs=self._macs(pl_module),
+            macs=self._macs(trainer, pl_module),
             axes=axis_cuts(self._chosen, before, after, selection.information),
             seconds=dict(self._seconds),
         )
         self.report.cuts.append(cut)
         for name, value in cut.metrics().items():
             pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
-        if self._verbose and pl_module.trainer.is_global_zero:
+        if self._verbose and trainer.is_global_zero:
             print_cut(cut, self.report)
 
     def _kept(self) -> PlanKeeper:
@@ -266,31 +272,26 @@ class PruningCallback(pl.Callback, ABC):
             raise MisconfigurationException("The callback was not set up by a Trainer.")
         return self._keeper
 
-    def _plan(self) -> Plan:
-        plan = self._kept().plan
-        if plan is None:
-            raise MisconfigurationException("The callback knows no model; run Trainer.fit first.")
-        return plan
-
-    def _scheduled(self) -> Schedule:
-        if self._schedule is None:
-            raise MisconfigurationException("The callback has no schedule; run Trainer.fit first.")
-        return self._schedule
+    def _check_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        cut = [pl_module.get_parameter(s.tensor) for a in self._chosen for s in a.slices]
+        check_optimizers(trainer.strategy.optimizers, cut)
 
     def _present_widths(self) -> dict[str, int]:
-        plan = self._plan()
+        plan = self._kept().plan
         return {axis.name: plan.width(axis.name) for axis in self._chosen}
-
-    def _due(self, epoch: int) -> float | None:
-        return None if self._schedule is None else self._schedule.due(epoch, self._done)
 
     def _listens(self, trainer: pl.Trainer) -> bool:
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
-        return fitting and self._due(trainer.current_epoch + 1) is not None
+        return fitting and self._schedule.due(trainer.current_epoch + 1, self._done) is not None
 
-    def _macs(self, pl_module: pl.LightningModule) -> int:
+    def _macs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
         calls = self._examples.items()
-        return sum(count_macs(pl_module.get_submodule(path), call) for path, call in calls)
+        try:
+            with trainer.precision_plugin.forward_context():
+                return sum(count_macs(pl_module.get_submodule(path), c) for path, c in calls)
+        except Exception as error:  # a number for the report is not worth a training run
+            rank_zero_warn(f"MACs could not be counted and are reported as 0: {error}")
+            return 0
 
     def _close(self) -> None:
         if self._listener is not None:

@@ -7,9 +7,9 @@ import math
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-__all__ = ["is_dev_run", "run_length", "validation_batches"]
+from lightning_mi_prune.axes import WidthAxis
 
-_UNKNOWN = 1_000  # batches assumed of a validation set that does not tell its length
+__all__ = ["is_dev_run", "run_length", "validation_batches", "without_frozen"]
 
 
 def is_dev_run(trainer: pl.Trainer) -> bool:
@@ -17,11 +17,21 @@ def is_dev_run(trainer: pl.Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def validation_batches(trainer: pl.Trainer) -> int:
-    """Batches of one validation run, over all loaders; 0 without validation."""
+def validation_batches(trainer: pl.Trainer) -> int | None:
+    """Batches of one validation run, over all loaders; 0 without validation, None if unknown."""
     counts = trainer.num_val_batches
     numbers = counts if isinstance(counts, list) else [counts]
-    return sum(_UNKNOWN if math.isinf(n) else int(n) for n in numbers)
+    return None if any(math.isinf(n) for n in numbers) else sum(int(n) for n in numbers)
+
+
+def without_frozen(module: pl.LightningModule, axes: list[WidthAxis]) -> list[WidthAxis]:
+    """Leave out networks that are frozen whole, such as a teacher, beside one that is trained."""
+    trained = {
+        path
+        for path in {axis.network for axis in axes}
+        if any(p.requires_grad for p in module.get_submodule(path).parameters())
+    }
+    return [axis for axis in axes if axis.network in trained] or axes
 
 
 def run_length(trainer: pl.Trainer) -> float:

@@ -13,7 +13,7 @@ from lightning_mi_prune.families import transformers
 from lightning_mi_prune.families.describe import linear_axis
 from lightning_mi_prune.plan import Plan, recorded_plan
 
-__all__ = ["find_axes", "linear_axis", "present_plan", "register_family"]
+__all__ = ["find_axes", "is_within", "linear_axis", "present_plan", "register_family"]
 
 Matches = Callable[[nn.Module], bool]
 Describe = Callable[[nn.Module], Sequence[WidthAxis]]
@@ -81,14 +81,16 @@ def find_axes(module: nn.Module, within: str = "") -> list[WidthAxis]:
         ) from error
     axes: list[WidthAxis] = []
     seen: list[str] = []
-    for path, network in root.named_modules(prefix=within):
-        if any(path == top or path.startswith(f"{top}.") or top == "" for top in seen):
+    for path, network in module.named_modules():
+        if any(is_within(path, top) for top in seen):
             continue
         family = next((f for f in _FAMILIES if f.matches(network)), None)
-        if family is not None:
+        if family is not None and (is_within(path, within) or is_within(within, path)):
             seen.append(path)
-            found = as_built(family.describe(network), _sizes(network))
-            axes += [axis.prefixed(path) for axis in found]
+            plan = _plan_of(network)
+            sizes = {} if plan is None else plan.sizes
+            axes += [a.prefixed(path) for a in as_built(family.describe(network), sizes)]
+    axes = [axis for axis in axes if is_within(axis.name, within)]
     if not axes:
         raise PruningError(_unknown(root))
     return axes
@@ -98,16 +100,26 @@ def present_plan(module: nn.Module, axes: Sequence[WidthAxis]) -> Plan:
     """The plan that ``module`` carries: full, unless a pruned network was loaded into it."""
     kept: dict[str, tuple[int, ...]] = {axis.name: tuple(range(axis.size)) for axis in axes}
     for path in {axis.network for axis in axes}:
-        plan = recorded_plan(module.get_submodule(path))
+        plan = _plan_of(module.get_submodule(path))
         if plan is not None:
             named = plan.prefixed(path)
             kept.update({name: k for name, k in named.kept.items() if name in kept})
     return Plan({axis.name: axis.size for axis in axes}, kept)
 
 
-def _sizes(network: nn.Module) -> dict[str, int]:
+def is_within(path: str, top: str) -> bool:
+    """Whether a module path is ``top`` or below it."""
+    return top == "" or path == top or path.startswith(f"{top}.")
+
+
+def _plan_of(network: nn.Module) -> Plan | None:
+    """The recorded plan; an encoder saved out of a model with a head reads its part of it."""
     plan = recorded_plan(network)
-    return {} if plan is None else dict(plan.sizes)
+    prefix = str(getattr(network, "base_model_prefix", ""))
+    if plan is None or not prefix or hasattr(network, prefix):
+        return plan
+    part = plan.under(prefix)
+    return part if part.sizes else plan
 
 
 def _unknown(module: nn.Module) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_mi_prune.axes import Count, WidthAxis
+from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families.describe import linear_axis
 
 __all__ = ["MODEL_TYPES", "describe", "matches", "nearest_unknown"]
@@ -119,10 +120,15 @@ def describe(network: nn.Module) -> list[WidthAxis]:
     names = MODEL_TYPES[str(_model_type(network))]
     dot = f"{prefix}." if prefix else ""
     layers = base.get_submodule(names.stack)
+    if getattr(network.config, "chunk_size_feed_forward", 0):
+        raise PruningError(
+            f"{type(network).__name__} cuts its sequences into chunks, where padding cannot be "
+            "told from text. Set config.chunk_size_feed_forward=0 when the model is built."
+        )
     axes: list[WidthAxis] = []
     seen: set[int] = set()
-    for index, layer in enumerate(layers.children()):
-        if id(layer) in seen:  # a layer that stands twice in the stack is one set of axes
+    for index, layer in enumerate(layers._modules.values()):
+        if layer is None or id(layer) in seen:  # a layer that stands twice is one set of axes
             continue
         seen.add(id(layer))
         path = f"{dot}{names.stack}.{index}"
