@@ -152,12 +152,12 @@ def shrink(covariance: Tensor, samples: int) -> Tensor:
 def regression(covariance: Tensor, kept: Tensor, dropped: Tensor, samples: int) -> Tensor:
     """Least-squares coefficients of the dropped entries on the kept ones, ``(dropped, kept)``.
 
-    ``M = S_DK S_KK^-1``, each row scaled by its adjusted over its plain ``R^2`` (Ezekiel 1930), so
-    that what is only fitted noise is not used: exact relations stay exact, and with no more samples
-    than kept entries nothing is left but the means.
+    ``M = S_DK S_KK^-1``, each row scaled by the share of its ``R^2`` that is expected to hold on
+    fresh samples (Stein's formula, Darlington 1968), so that fitted noise is not used: exact
+    relations stay exact, and with no more samples than kept entries only the means are left.
     """
     skk, skd = covariance[kept][:, kept], covariance[kept][:, dropped]
-    freedom = samples - len(kept) - 1
+    freedom = samples - len(kept) - 2
     if freedom <= 0 or not len(dropped):
         return torch.zeros_like(skd.mT)
     variance = skk.diagonal().mean().clamp_min(torch.finfo(skk.dtype).tiny)
@@ -165,8 +165,9 @@ def regression(covariance: Tensor, kept: Tensor, dropped: Tensor, samples: int) 
     plain = torch.cholesky_solve(skd, cholesky(skk + noise)).mT
     total = covariance.diagonal()[dropped].clamp_min(torch.finfo(skk.dtype).tiny)
     explained = ((plain * skd.mT).sum(1) / total).clamp(1e-12, 1.0)
-    adjusted = 1 - (1 - explained) * (samples - 1) / freedom
-    return plain * (adjusted / explained).clamp_min(0)[:, None]
+    loss = (samples - 1) / (freedom + 1) * (samples - 2) / freedom * (samples + 1) / samples
+    lasting = 1 - (1 - explained) * loss
+    return plain * (lasting / explained).clamp_min(0)[:, None]
 
 
 def gaussian_copula(x: Tensor) -> Tensor:

@@ -566,3 +566,131 @@ def test_a_late_validation_delays_the_cut_and_says_so():
             module
         )
     assert widths(module, "ffn") == [16, 16]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_two_fits_with_two_callbacks_load_again(tmp_path):
+    module = Classifier()
+    trainer(quiet(0.3, multiple=2), max_epochs=2).fit(module)
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="last")
+    run = trainer(quiet(0.6, multiple=2), keep, max_epochs=2, enable_checkpointing=True)
+    run.fit(module)
+    run.validate(module, ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True, verbose=False)
+    module.load_state_dict(copy.deepcopy(module.state_dict()))
+    fresh = Classifier()
+    trainer(quiet(0.6)).validate(fresh, ckpt_path=str(tmp_path / "last.ckpt"), verbose=False)
+    assert widths(fresh, "ffn") == widths(module, "ffn")
+    other = Classifier()
+    callback = quiet(0.5)
+    trainer(callback, max_epochs=2).fit(module)
+    trainer(callback, max_epochs=2).fit(other)
+    assert any("lightning_mi_prune" in key for key in module.state_dict())
+
+
+def test_a_frozen_teacher_is_left_alone():
+    class Distilled(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+
+        def loss(self, batch):
+            self.teacher(**batch)
+            return super().loss(batch)
+
+    module = Distilled()
+    trainer(quiet(0.5), max_epochs=2).fit(module)
+    assert widths(module.model, "ffn") == [16, 16]
+    assert widths(module.teacher, "ffn") == [40, 40]
+
+
+def test_a_batch_that_runs_the_encoder_twice_gets_one_share():
+    counts = []
+
+    class Twice(Classifier):
+        def validation_step(self, batch, index):
+            super().validation_step(batch, index)
+            super().validation_step(batch, index)
+
+    class Count(MutualInformationPruning):
+        def on_validation_batch_end(self, *args):
+            if self._listener is not None:
+                counts.append(int(next(iter(self._listener.moments.values())).count))
+
+    trainer(Count(0.5, verbose=False, positions=800), max_epochs=2).fit(Twice())
+    assert counts == [100 * (i + 1) for i in range(8)]
+
+
+def test_validation_of_unknown_length_is_heard():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(Sentences(256, seed=1))
+
+    class Streaming(Classifier):
+        def val_dataloader(self):
+            return torch.utils.data.DataLoader(Stream(), batch_size=64)
+
+    module = Streaming()
+    trainer(quiet(0.5, positions=1000), max_epochs=2).fit(module)
+    assert widths(module, "ffn") == [16, 16]
+
+
+def test_macs_that_cannot_be_counted_do_not_stop_the_run(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("opaque kernel")
+
+    monkeypatch.setattr("lightning_mi_prune.callbacks.base.count_macs", fail)
+    callback, module = quiet(0.5), Classifier()
+    with pytest.warns(UserWarning, match="MACs could not be counted.*opaque kernel"):
+        trainer(callback, max_epochs=2).fit(module)
+    assert callback.report.cuts[0].macs == 0
+    assert widths(module, "ffn") == [16, 16]
+
+
+def test_macs_of_every_cut_are_of_the_same_example_and_all_networks():
+    class Pair(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.other = copy.deepcopy(self.model)
+
+        def loss(self, batch):
+            length = 12 - 2 * (self.current_epoch % 3)
+            batch = {k: v[:, :length] if v.ndim == 2 else v for k, v in batch.items()}
+            return self.model(**batch).loss + self.other(**batch).loss
+
+    pair, single = quiet(0.6, multiple=2), quiet(0.6, multiple=2)
+    trainer(pair, max_epochs=8).fit(Pair())
+    trainer(single, max_epochs=2).fit(Classifier())
+    assert pair.report.macs == 2 * single.report.macs
+    macs = [cut.macs for cut in pair.report.cuts]
+    assert macs == sorted(macs, reverse=True)
+
+
+class Tied(Classifier):
+    def __init__(self):
+        super().__init__()
+        layers = self.model.bert.encoder.layer
+        layers[1].intermediate.dense.weight = layers[0].intermediate.dense.weight
+
+
+class Stale(Classifier):
+    def __init__(self):
+        super().__init__()
+        small = Classifier()
+        trainer(quiet(0.5), max_epochs=2).fit(small)
+        self.model = type(self.model)(small.model.config)  # four heads, where the plan keeps two
+
+
+@pytest.mark.parametrize(
+    ("module", "message"), [(Tied, "is cut by .* at once"), (Stale, "changed behind the plan")]
+)
+def test_models_that_cannot_be_cut_are_refused_before_the_first_batch(module, message):
+    steps = []
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            steps.append(1)
+
+    target = module()
+    with pytest.raises(PruningError, match=message):
+        trainer(quiet(0.5), Watch()).fit(target)
+    assert steps == []

@@ -142,3 +142,77 @@ def test_what_does_not_fit_is_refused(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PruningError, match="weights do not fit"):
         from_pretrained(type(model), tmp_path)
+
+
+def test_a_part_of_a_state_dict_leaves_a_pruned_model_alone():
+    root, keeper = kept()
+    cut(root, keeper)
+    before = copy.deepcopy(root.state_dict())
+    root.load_state_dict({"net.classifier.bias": torch.ones(3)}, strict=False)
+    without_plan = {k: v for k, v in before.items() if k != PLAN_KEY}
+    after = root.state_dict()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {"net.classifier.bias"}
+    root.load_state_dict(without_plan)  # the same shape without its plan
+    assert torch.equal(root.state_dict()["net.classifier.bias"], before["net.classifier.bias"])
+    other = {**without_plan, "net.bert.encoder.layer.0.output.dense.weight": torch.zeros(24, 7)}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        root.load_state_dict(other)
+    assert root["net"].bert.encoder.layer[0].output.dense.weight.abs().sum() > 0
+
+
+def test_a_module_has_one_keeper_and_its_copies_have_their_own():
+    root, keeper = kept()
+    cut(root, keeper)
+    assert PlanKeeper.of(root) is keeper
+    other = copy.deepcopy(root)
+    mine = PlanKeeper.of(other)
+    assert mine is not keeper
+    assert mine.plan == keeper.plan
+    other.load_state_dict(root.state_dict())
+    assert torch.equal(outputs(other["net"], batch()), outputs(root["net"], batch()))
+
+
+def test_networks_with_one_config_object_keep_their_own_plans(tmp_path):
+    config = CONFIGS["bert"]()
+    pair = nn.ModuleDict({"q": BertModel(config), "d": BertModel(config)}).eval()
+    axes = find_axes(pair, "q")
+    apply(pair, axes, random_plan(axes))
+    assert pair["q"].config.intermediate_size == 20
+    assert pair["d"].config.intermediate_size == 40
+    assert not hasattr(pair["d"].config, "pruning_plan")
+    both = find_axes(pair)
+    apply(pair, both, random_plan(both, 0.25), current=present_plan(pair, both))
+    for name in ("q", "d"):
+        pair[name].save_pretrained(tmp_path / name)
+        again = from_pretrained(BertModel, tmp_path / name)
+        for a, b in zip(again.parameters(), pair[name].parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_encoder_of_a_pruned_classifier_can_be_saved_alone(tmp_path):
+    model = build()
+    axes = [axis for axis in find_axes(model, "bert") if axis.kind != "pooler"]
+    assert len(axes) == 4
+    apply(model, find_axes(model), random_plan(axes))
+    model.bert.save_pretrained(tmp_path / "encoder")
+    model.save_pretrained(tmp_path / "whole")
+    encoder = from_pretrained(BertModel, tmp_path / "encoder")
+    for a, b in zip(encoder.parameters(), model.bert.parameters(), strict=True):
+        assert torch.equal(a, b)
+    whole = from_pretrained(type(model), tmp_path / "whole")
+    assert torch.equal(outputs(whole, batch()), outputs(model, batch()))
+    assert [a.size for a in find_axes(model.bert)] == [4, 40, 4, 40]
+
+
+def test_weights_come_from_the_same_place_as_the_config(tmp_path):
+    first, second = build(), build(seed=1)
+    for model, folder in ((first, tmp_path), (second, tmp_path / "sub")):
+        axes = find_axes(model)
+        apply(model, axes, random_plan(axes))
+        model.save_pretrained(folder)
+    again = from_pretrained(type(first), tmp_path, subfolder="sub")
+    assert torch.equal(outputs(again, batch()), outputs(second, batch()))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(PruningError, match="in one piece"):
+        from_pretrained(type(first), tmp_path)

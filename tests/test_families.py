@@ -141,3 +141,16 @@ def test_a_damaged_record_is_refused():
 def test_axes_hold_no_tensors():
     for axis in find_axes(build()):
         assert not any(isinstance(value, torch.Tensor) for value in vars(axis).values())
+
+
+def test_layers_after_a_repeated_one_keep_their_place():
+    model = build()
+    layers = model.bert.encoder.layer
+    model.bert.encoder.layer = nn.ModuleList([layers[0], layers[0], layers[1]])
+    names = [a.name for a in find_axes(model) if a.kind == "ffn"]
+    assert names == ["bert.encoder.layer.0.ffn", "bert.encoder.layer.2.ffn"]
+
+
+def test_chunked_sequences_are_refused():
+    with pytest.raises(PruningError, match="chunk_size_feed_forward=0"):
+        find_axes(build(chunk_size_feed_forward=4))

@@ -59,6 +59,7 @@ def test_prefixes_come_and_go():
         ({"a": 3}, {"a": (1, 0)}, "strictly increasing"),
         ({"a": 3}, {"a": (1, 1)}, "strictly increasing"),
         ({"a": 0}, {"a": (0,)}, "size 0"),
+        ({"a": 10**12}, {"a": (0,)}, "size 1000000000000"),
         ({"a": "3"}, {"a": (0,)}, "size '3'"),
     ],
 )

@@ -315,6 +315,7 @@ def test_with_few_samples_fold_in_does_not_fit_noise(n):
     x, fresh = torch.randn(n, d, dtype=torch.float64), torch.randn(4000, d, dtype=torch.float64)
     with Listener(net, [axis]) as heard, torch.no_grad():
         net(x)
+    with torch.no_grad():
         target = net(fresh)
     weights = {name: p.detach().clone() for name, p in net.named_parameters()}
     with pytest.warns(PruningWarning, match="or 2 for each entry"):
@@ -324,7 +325,7 @@ def test_with_few_samples_fold_in_does_not_fit_noise(n):
         folded = fresh[:, kept] @ chosen.folded["1.weight"].mT + chosen.folded["1.bias"]
         plain = fresh[:, kept] @ weights["1.weight"][:, kept].mT + weights["1.bias"]
     error, without = ((z - target).square().mean() for z in (folded, plain))
-    assert error < 1.3 * without
+    assert error < 1.1 * without
     assert chosen.information["x"].fraction < 0.95
 
 
