@@ -46,10 +46,10 @@ def build(shape: str) -> nn.Module:
     return model.eval()
 
 
-def measure(shape: str, selection: Any) -> dict[str, float]:
+def measure(shape: str) -> dict[str, float]:
     """One pass of the whole method; seconds by step, bytes of the sums, peak memory."""
     model = build(shape)
-    axes = choose_axes(find_axes(model), units=["ffn", "heads"])
+    axes = choose_axes(find_axes(model))
     ids = torch.randint(5, 1000, (BATCH, LENGTH))
     batches = -(-POSITIONS // (BATCH * LENGTH))
 
@@ -64,54 +64,51 @@ def measure(shape: str, selection: Any) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with Listener(model, axes, positions=POSITIONS, batches=batches) as heard:
         listened = validate()
-    widths = uniform_widths(axes, SPARSITY)
-    weights = dict(model.named_parameters())
-    started = time.perf_counter()
-    chosen = select(
-        axes, heard.moments, weights, widths, full_plan(axes), MutualInformation(selection)
-    )
-    scored = time.perf_counter()
-    apply(model, axes, chosen.plan, folded=chosen.folded)
     states = [t for m in heard.moments.values() for t in vars(m).values() if isinstance(t, Tensor)]
-    return {
+    result = {
         "validation_s": plain,
         "listening_s": listened - plain,
-        "scoring_s": scored - started,
-        "cutting_s": time.perf_counter() - scored,
         "moments_mb": sum(t.nbytes for t in states) / 1e6,
-        "peak_above_model_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
-        / 1e6,
     }
+    widths = uniform_widths(axes, SPARSITY)
+    weights = dict(model.named_parameters())
+    for criterion in (MutualInformation("topk"), MutualInformation("conditional")):
+        started = time.perf_counter()
+        chosen = select(axes, heard.moments, weights, widths, full_plan(axes), criterion)
+        result[f"{criterion.selection}_s"] = time.perf_counter() - started
+    started = time.perf_counter()
+    apply(model, axes, chosen.plan, folded=chosen.folded)
+    result["cutting_s"] = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return result | {"peak_above_model_mb": (peak - before) / 1e6}
 
 
-def job(arguments: tuple[str, str, int]) -> dict[str, float]:
+def job(arguments: tuple[str, int]) -> dict[str, float]:
     """`measure` in a fresh process."""
-    shape, selection, threads = arguments
+    shape, threads = arguments
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
-    return measure(shape, selection)
+    return measure(shape)
 
 
 def main() -> None:
-    """Measure every shape and selection, print a table, write the records."""
+    """Measure every shape, print a table, write the records."""
     threads = torch.get_num_threads()
     records: list[dict[str, Any]] = []
     for shape in SHAPES:
-        for selection in ("topk", "conditional"):
-            runs = []
-            for _ in range(REPEATS):
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    runs.append(pool.apply(job, ((shape, selection, threads),)))
-            record: dict[str, Any] = {"shape": shape, "selection": selection, "repeats": REPEATS}
-            for key in runs[0]:
-                values = [run[key] for run in runs]
-                record[key] = {
-                    "median": statistics.median(values),
-                    "min": min(values),
-                    "max": max(values),
-                }
-            records.append(record)
-            print_records(records[-1:])
+        runs = []
+        for _ in range(REPEATS):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                runs.append(pool.apply(job, ((shape, threads),)))
+        record: dict[str, Any] = {"shape": shape, "repeats": REPEATS}
+        for key in runs[0]:
+            values = [run[key] for run in runs]
+            record[key] = {
+                "median": statistics.median(values),
+                "min": min(values),
+                "max": max(values),
+            }
+        records.append(record)
     machine = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -140,11 +137,11 @@ def print_records(records: list[dict[str, Any]]) -> None:
     """Medians, with the range of the repeats."""
     keys = [key for key in records[0] if isinstance(records[0][key], dict)]
     table = Table(title=f"Median of {REPEATS} runs (min - max)")
-    for name in ("shape", "selection", *keys):
+    for name in ("shape", *keys):
         table.add_column(name)
     for record in records:
         cells = ["{median:.1f} ({min:.1f} - {max:.1f})".format(**record[key]) for key in keys]
-        table.add_row(record["shape"], record["selection"], *cells)
+        table.add_row(record["shape"], *cells)
     Console(width=160).print(table)
 
 
