@@ -10,7 +10,15 @@ from dataclasses import dataclass, replace
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import Plan
 
-__all__ = ["Count", "Slice", "WidthAxis", "choose_axes", "count_parameters", "full_plan"]
+__all__ = [
+    "Count",
+    "Slice",
+    "WidthAxis",
+    "as_built",
+    "choose_axes",
+    "count_parameters",
+    "full_plan",
+]
 
 
 @dataclass(frozen=True)

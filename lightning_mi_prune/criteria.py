@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -21,6 +20,7 @@ __all__ = [
     "Magnitude",
     "MutualInformation",
     "Random",
+    "copies_kept",
 ]
 
 
@@ -202,11 +202,11 @@ def _ascending(scores: Tensor) -> Elimination:
     return Elimination(tuple(order.tolist()), tuple(scores[order].tolist()))
 
 
-def copies_kept(evidence: Evidence, kept: Mapping[int, int] | tuple[int, ...]) -> int:
+def copies_kept(evidence: Evidence, kept: tuple[int, ...]) -> int:
     """How many kept units are copies (correlation above 0.999) of another kept unit."""
     if evidence.entries != 1:
         return 0
-    index = torch.tensor(tuple(kept), device=evidence.covariance.device)
+    index = torch.tensor(kept, device=evidence.covariance.device)
     block = evidence.covariance[index][:, index]
     scale = block.diagonal().clamp_min(1e-300).sqrt()
     correlation = (block / scale[:, None] / scale[None, :]).abs().fill_diagonal_(0)

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "cholesky",
     "conditional_covariance",
+    "diagonal_blocks",
     "gaussian_copula",
     "inverse",
     "joint_information",
+    "log_det_blocks",
     "plugin_bias",
     "regression",
     "shrink",
@@ -30,6 +33,7 @@ JITTER = 1e-6
 
 
 def cholesky(matrix: Tensor) -> Tensor:
+    """Lower Cholesky factor, with the type that torch leaves out."""
     factor: Tensor = torch.linalg.cholesky(matrix)
     return factor
 

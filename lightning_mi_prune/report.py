@@ -20,7 +20,16 @@ from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.moments import Example
 from lightning_mi_prune.selection import Information
 
-__all__ = ["AxisCut", "Cut", "PruningReport", "count_macs", "cut_table", "measure_latency"]
+__all__ = [
+    "AxisCut",
+    "Cut",
+    "PruningReport",
+    "axis_cuts",
+    "count_macs",
+    "cut_table",
+    "measure_latency",
+    "print_cut",
+]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.seeds import summary
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -18,3 +22,16 @@ def test_the_code_of_the_readme_runs(number):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Linear(in_features=16, out_features=24" in done.stdout
+
+
+def test_the_readme_is_finished():
+    assert "@@" not in (ROOT / "README.md").read_text()
+
+
+def test_every_number_of_the_results_is_in_the_records():
+    """The table of the README is the one that benchmarks/seeds.py prints."""
+    records = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    table = (ROOT / "README.md").read_text().split("## What it measures")[1].split("\n## ")[0]
+    for name, values in summary(records).items():
+        cells = [f"{v:.2f}" for v in (statistics.median(values), min(values), max(values))]
+        assert f"| {name} | {' | '.join(cells)} |" in table
