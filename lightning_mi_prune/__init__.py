@@ -6,6 +6,7 @@ The method, one step a file::
     families    WHOSE    axes they are
     moments     LISTEN   to activations in validation
     information MEASURE  what units say about the layer above
+    elimination ORDER    what to give up next, exactly
     criteria    JUDGE    in which order they go
     budget      ALLOT    a width to every axis
     selection   CHOOSE   the survivors, top-down
@@ -13,6 +14,7 @@ The method, one step a file::
     surgery     CUT      the model
     optimizers  CARRY    their state across
     checkpoints KEEP     the plan with the weights
+    strategies  AGREE    on what cannot work, before it starts
     report      TELL     what happened
     callbacks   WHEN     all of it, inside Trainer.fit
 """
