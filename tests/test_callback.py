@@ -25,15 +25,7 @@ from tests.boring import Classifier, Sentences, trainer
 from tests.conftest import count_hooks
 from tests.models import CONFIGS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning"),
-    # Lightning's own: its pytree helper on new torch, few workers, log interval, eval mode.
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*module.s. in eval mode.*"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
 
 
 def quiet(sparsity: float = 0.5, **options):

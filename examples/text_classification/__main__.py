@@ -18,7 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import transformers
-from jsonargparse import ArgumentParser, Namespace, dict_to_namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
@@ -63,11 +63,9 @@ class TextClassificationCLI(LightningCLI):
         if trainer.default_root_dir is None:
             trainer.default_root_dir = str(self.folder)
         if trainer.logger is None:
-            trainer.logger = dict_to_namespace(
-                {
-                    "class_path": "lightning.pytorch.loggers.CSVLogger",
-                    "init_args": {"save_dir": str(self.folder)},
-                }
+            trainer.logger = Namespace(  # type: ignore[no-untyped-call]
+                class_path="lightning.pytorch.loggers.CSVLogger",
+                init_args=Namespace(save_dir=str(self.folder)),  # type: ignore[no-untyped-call]
             )
 
     def before_fit(self) -> None:
@@ -118,7 +116,7 @@ class TextClassificationCLI(LightningCLI):
         given.max_epochs = self.trainer.current_epoch
         parser = ArgumentParser()
         parser.add_class_arguments(pl.Trainer, "trainer", instantiate=True)
-        trainer = parser.instantiate_classes(Namespace(trainer=given)).trainer  # type: ignore[no-untyped-call]
+        trainer = parser.instantiate(Namespace(trainer=given)).trainer  # type: ignore[no-untyped-call]
         trainer.fit(self.dense, self.datamodule)
         return named(trainer.test(self.dense, self.datamodule, verbose=False)[0])
 

@@ -17,14 +17,7 @@ from lightning_mi_prune import Plan, from_pretrained
 
 ROOT = Path(__file__).parent.parent.parent
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
-    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*"),
-    pytest.mark.filterwarnings("ignore:.*Precision .* is not supported by the model summary.*"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
 
 
 @pytest.fixture
