@@ -4,7 +4,8 @@ The method, one step a file::
 
     axes        WHAT     a model can lose: neurons, heads
     families    WHOSE    axes they are
-    moments     LISTEN   to activations in validation
+    listener    LISTEN   to activations in validation
+    moments     SUM      what was heard, alike on every rank
     information MEASURE  what units say about the layer above
     elimination ORDER    what to give up next, exactly
     criteria    JUDGE    in which order they go
@@ -14,7 +15,7 @@ The method, one step a file::
     surgery     CUT      the model
     optimizers  CARRY    their state across
     checkpoints KEEP     the plan with the weights
-    strategies  AGREE    on what cannot work, before it starts
+    strategies  AGREE    on one plan across ranks, and wrap again
     report      TELL     what happened
     callbacks   WHEN     all of it, inside Trainer.fit
 """
@@ -25,7 +26,7 @@ from lightning_mi_prune.checkpoints import from_pretrained
 from lightning_mi_prune.criteria import MutualInformation
 from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.families import find_axes, linear_axis, register_family
-from lightning_mi_prune.moments import Listener
+from lightning_mi_prune.listener import Listener
 from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.report import PruningReport

@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mi_prune.axes import WidthAxis
-from lightning_mi_prune.moments import Example
+from lightning_mi_prune.listener import Example
 from lightning_mi_prune.selection import Information
 
 __all__ = [
@@ -100,6 +100,7 @@ class PruningReport:
             run (0 until something was heard).
         cuts: The cuts, in order.
         start: Sizes at the start of this run, where an earlier one had cut already.
+        undone: Cuts that cost more than ``max_drop`` and were taken back.
     """
 
     parameters: int = 0
@@ -107,6 +108,22 @@ class PruningReport:
     macs: int = 0
     cuts: list[Cut] = field(default_factory=list)
     start: Mapping[str, int] = field(default_factory=dict)
+    undone: list[Cut] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as plain containers for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> PruningReport:
+        """The report that :meth:`state_dict` was taken of.
+
+        Example:
+            >>> report = PruningReport(parameters=10, start={"parameters": 8})
+            >>> PruningReport.from_state(report.state_dict()) == report
+            True
+        """
+        return cls(**{**state, **{n: [_read_cut(c) for c in state[n]] for n in ("cuts", "undone")}})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, ready for JSON: ``before``, ``after`` and ``cuts``."""
@@ -119,6 +136,7 @@ class PruningReport:
             "before": before,
             "after": after,
             "cuts": [asdict(cut) for cut in self.cuts],
+            "undone": [asdict(cut) for cut in self.undone],
         }
 
     def write(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
@@ -129,8 +147,16 @@ class PruningReport:
                 body[key] |= dict(value)
             else:
                 body[key] = value
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A crash half-way through must not leave half a report where a whole one was.
+        draft = target.with_name(f".{target.name}.tmp")
+        draft.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+        draft.replace(target)
+
+
+def _read_cut(state: Mapping[str, Any]) -> Cut:
+    return Cut(**{**state, "axes": tuple(AxisCut(**axis) for axis in state["axes"])})
 
 
 def axis_cuts(

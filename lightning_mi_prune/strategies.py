@@ -1,19 +1,152 @@
-"""AGREE    refuse what cannot work, in one sentence each; the only file that touches a strategy."""
+"""AGREE    one plan on all ranks, wrap again; the only file that touches a strategy."""
 
 from __future__ import annotations
 
+import gc
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from lightning.pytorch.strategies.xla import XLAStrategy
 
-__all__ = ["refuse_second", "refuse_unsupported"]
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.moments import Moments
+
+__all__ = [
+    "agree",
+    "decide_once",
+    "pool",
+    "refuse_second",
+    "refuse_unsupported",
+    "rewrap",
+    "world_size",
+]
+
+T = TypeVar("T")
 
 _CALLBACKS: dict[type[pl.Callback], str] = {
     StochasticWeightAveraging: "it averages copies of the uncut weights",
     WeightAveraging: "it averages copies of the uncut weights",
     ModelPruning: "it holds masks of the uncut shape",
 }
+_STRATEGIES: dict[type[Strategy], str] = {
+    DeepSpeedStrategy: "keeps its own flat copies of the parameters",
+    XLAStrategy: "compiles the model for its uncut shape",
+    FSDPStrategy: "shards parameters that a cut would have to gather",
+    ModelParallelStrategy: "shards parameters that a cut would have to gather",
+}
+
+
+def world_size(strategy: Strategy) -> int:
+    """Processes that train together."""
+    return int(getattr(strategy, "world_size", 1))
+
+
+def agree(strategy: Strategy, subject: str, statement: str) -> None:
+    """Make sure that every rank would say the same; 32 bytes a rank are gathered.
+
+    Args:
+        strategy: Strategy of the run.
+        subject: What the statement is about, for the error.
+        statement: What this rank says.
+
+    Raises:
+        PruningError: On every rank, naming those that differ from rank 0, so that none waits for
+            another.
+    """
+    if world_size(strategy) == 1:
+        return
+    digest = bytearray(hashlib.sha256(statement.encode()).digest())
+    mine = torch.frombuffer(digest, dtype=torch.uint8).to(strategy.root_device)
+    said = strategy.all_gather(mine)
+    odd = [rank for rank, other in enumerate(said) if not torch.equal(other, said[0])]
+    if odd:
+        raise PruningError(
+            f"Ranks {odd} and rank 0 disagree on {subject}; expected the same on all "
+            f"{world_size(strategy)}. Build the same model with the same options and seed on every "
+            f"rank. This rank ({strategy.global_rank}) has {statement[:300]}"  # type: ignore[attr-defined]
+        )
+
+
+def pool(strategy: Strategy, moments: Mapping[str, Moments]) -> None:
+    """Add up what all ranks heard, in place, with one all-reduce of float64 sums.
+
+    Every rank must call it, also one that heard nothing; all end with the same sums. An axis of
+    ``d`` entries takes ``8 (1 + d + d (d + 1) / 2)`` bytes.
+    """
+    if world_size(strategy) == 1:
+        return
+    packed = {name: moments[name].packed().to(strategy.root_device) for name in sorted(moments)}
+    sizes = [len(vector) for vector in packed.values()]
+    summed = strategy.reduce(torch.cat(list(packed.values())), reduce_op="sum")
+    if not isinstance(summed, torch.Tensor):
+        raise PruningError(f"{type(strategy).__name__} cannot add up sums over ranks.")
+    for name, vector in zip(packed, torch.split(summed, sizes), strict=True):
+        moments[name].unpack(vector.to(moments[name].total.device))
+
+
+def decide_once(strategy: Strategy, decide: Callable[[], T]) -> T:
+    """Let rank 0 decide and tell the others; if deciding fails there, it fails everywhere.
+
+    Raises:
+        PruningError: With the error of rank 0, on every other rank.
+    """
+    if world_size(strategy) == 1:
+        return decide()
+    outcome: tuple[T | None, str | None] = (None, None)
+    mine: Exception | None = None
+    if strategy.is_global_zero:
+        try:
+            outcome = (decide(), None)
+        except Exception as error:  # whatever it is, the other ranks must not wait for it
+            mine, outcome = error, (None, f"{type(error).__name__}: {error}")
+    decision, failure = strategy.broadcast(outcome)
+    if mine is not None:
+        raise mine
+    if failure is not None:
+        raise PruningError(f"Rank 0 could not decide. {failure}")
+    return decision  # type: ignore[return-value]
+
+
+def rewrap(strategy: Strategy) -> None:
+    """Wrap the module in DDP again after its parameters were replaced.
+
+    The new wrapper is made as the first one was (``static_graph``, bucket options, communication
+    hooks); the old one, its reducer and its buckets are gone when this returns. Weights and buffers
+    are broadcast from rank 0 on the way.
+    """
+    if not isinstance(strategy, DDPStrategy):
+        return
+    module = strategy.lightning_module
+    for parameter in module.parameters() if module is not None else ():
+        # A gradient that is a view of a bucket would keep the bucket of the old wrapper.
+        if parameter.grad is not None and parameter.grad._is_view():
+            parameter.grad = parameter.grad.clone()
+    strategy.model = module
+    _forget_shapes(strategy._ddp_comm_state)
+    strategy._pl_static_graph_delay_done = False
+    gc.collect()  # wrappers sit in reference cycles, and hold the old parameters
+    strategy.configure_ddp()
+
+
+def _forget_shapes(state: Any) -> None:
+    """Let a stateful communication hook (PowerSGD) start anew: its buckets have new shapes."""
+    for name in ("error_dict", "p_memory_dict", "q_memory_dict"):
+        if isinstance(getattr(state, name, None), dict):
+            getattr(state, name).clear()
+            state.iter = 0
 
 
 def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -22,11 +155,7 @@ def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     Raises:
         MisconfigurationException: Naming what was found and what works instead.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        raise MisconfigurationException(
-            f"This version prunes on one device; found {type(trainer.strategy).__name__} over "
-            f"{trainer.world_size} processes. Set Trainer(devices=1)."
-        )
+    _refuse_strategy(trainer.strategy)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, reason in _CALLBACKS.items():
             if isinstance(callback, kind):
@@ -40,6 +169,25 @@ def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 f"{name or type(part).__name__!r} is compiled for the uncut shape; prune first, "
                 "then call torch.compile on the result."
             )
+
+
+def _refuse_strategy(strategy: Strategy) -> None:
+    name = type(strategy).__name__
+    for kind, reason in _STRATEGIES.items():
+        if isinstance(strategy, kind):
+            raise MisconfigurationException(
+                f"{name} {reason}; prune with Trainer(strategy='ddp') or on one device."
+            )
+    if isinstance(strategy, DDPStrategy):
+        if strategy._start_method != "popen":
+            raise MisconfigurationException(
+                f"{name} with start method {strategy._start_method!r} copies the weights of its "
+                "processes back into an uncut model; use Trainer(strategy='ddp')."
+            )
+    elif not isinstance(strategy, SingleDeviceStrategy):
+        raise MisconfigurationException(
+            f"{name} is not known to survive a cut; use Trainer(strategy='ddp') or one device."
+        )
 
 
 def refuse_second(trainer: pl.Trainer, callback: pl.Callback, kind: type[pl.Callback]) -> None:

@@ -15,7 +15,7 @@ from lightning_mi_prune.axes import WidthAxis, full_plan
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
 
-__all__ = ["Rewrite", "apply", "check", "reshape"]
+__all__ = ["Rewrite", "apply", "check", "reshape", "undo"]
 
 
 class Rewrite(NamedTuple):
@@ -94,11 +94,7 @@ def apply(
 
 
 def check(model: nn.Module, axes: Sequence[WidthAxis], current: Plan) -> None:
-    """Refuse a model that a cut of these axes would break, long before the cut.
-
-    Raises:
-        PruningError: As :func:`apply` would raise it.
-    """
+    """Refuse, as :func:`apply` would, a model that a cut of these axes would break."""
     _incisions(model, axes, current, {axis.name: () for axis in axes}, {})
 
 
@@ -106,9 +102,7 @@ def reshape(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
     """Give every tensor the shape a plan asks for, growing or shrinking; values are not kept.
 
     For loading: weights of the right shape follow.
-
-    Raises:
-        PruningError: If the plan names other axes than the model has.
+    Raises PruningError if the plan names other axes than the model has.
     """
     by_name = {axis.name: axis for axis in axes}
     if dict(plan.sizes) != {name: axis.size for name, axis in by_name.items()}:
@@ -117,11 +111,7 @@ def reshape(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
             f"The stored plan was made for another model: axes {odd[:6]} or their sizes differ. "
             "Build the model with the configuration it was trained with."
         )
-    shapes: dict[str, list[int]] = {}
-    for axis in axes:
-        for s in axis.slices:
-            shape = shapes.setdefault(s.tensor, list(s.shape))
-            shape[s.dim] = plan.width(axis.name) * axis.entries
+    shapes = _shapes_at(axes, plan)
     owners = _owners(model)
     parameters = {name: _parameter(model, name) for name in shapes}
     for name, shape in shapes.items():
@@ -131,6 +121,42 @@ def reshape(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
             for module, attribute in owners[id(old)]:
                 setattr(module, attribute, new)
     _follow(model, axes, plan)
+
+
+def _shapes_at(axes: Sequence[WidthAxis], plan: Plan) -> dict[str, list[int]]:
+    """Shape of every tensor that the axes cut, at a plan."""
+    shapes: dict[str, list[int]] = {}
+    for axis in axes:
+        for s in axis.slices:
+            shape = shapes.setdefault(s.tensor, list(s.shape))
+            shape[s.dim] = plan.width(axis.name) * axis.entries
+    return shapes
+
+
+@torch.no_grad()
+def undo(
+    model: nn.Module, axes: Sequence[WidthAxis], plan: Plan, values: Mapping[str, Tensor]
+) -> dict[int, nn.Parameter]:
+    """Give a model back the shape and the values it had at an earlier plan.
+
+    Returns the parameter that took the place of each replaced one, by the identity of the old one;
+    ``values`` are the parameters and buffers of that time, by name.
+
+    Raises:
+        PruningError: If the values are not those of this model at this plan; it stays as it was.
+    """
+    old = dict(model.named_parameters())
+    shapes = _shapes_at(axes, plan)
+    for name, parameter in old.items():
+        shape = shapes.get(name, list(parameter.shape))
+        if name not in values or list(values[name].shape) != shape:
+            raise PruningError(f"The snapshot has no {name!r} of shape {shape}; wrong model?")
+    reshape(model, axes, plan)
+    now = dict(model.named_parameters())
+    for name, tensor in (*now.items(), *model.named_buffers()):
+        if name in values:
+            tensor.copy_(values[name])
+    return {id(old[name]): now[name] for name in old if old[name] is not now[name]}
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -5,7 +5,8 @@ import torch
 
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes
-from lightning_mi_prune.moments import Listener, Moments
+from lightning_mi_prune.listener import Listener
+from lightning_mi_prune.moments import Moments
 from tests.conftest import count_hooks
 from tests.models import CONFIGS, HEADS, batch, build
 

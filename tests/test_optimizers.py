@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import copy
+import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from transformers.optimization import Adafactor as HFAdafactor
 
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, linear_axis
-from lightning_mi_prune.optimizers import check_optimizers, rebind
+from lightning_mi_prune.optimizers import check_optimizers, rebind, restore, snapshot
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.surgery import apply
+from lightning_mi_prune.surgery import Rewrite, apply, reshape
 from tests.models import CONFIGS, HEADS, batch, build, random_plan
 
 OPTIMIZERS = {
@@ -24,6 +27,12 @@ OPTIMIZERS = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01, weight_decay=0.1),
+    "adafactor-foreach": lambda p: torch.optim.Adafactor(p, lr=0.01, foreach=True),
+    "adafactor-transformers": lambda p: HFAdafactor(p),
+    "adafactor-transformers-momentum": lambda p: HFAdafactor(
+        p, lr=0.01, relative_step=False, beta1=0.9
+    ),
 }
 
 
@@ -52,11 +61,13 @@ def test_after_a_cut_every_step_equals_the_sliced_problem(kind):
     states = [copy.deepcopy(optimizer.state[p]) for p in net.parameters()]
     cuts = [{0: kept}, {0: kept}, {1: kept}, {}]
 
-    def sliced(tensor, shape, cut):
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
+    def sliced(tensor, shape, cut, key=None):
+        if not isinstance(tensor, torch.Tensor):
             return tensor
-        for dim, index in cut.items():
-            tensor = tensor.index_select(dim, torch.tensor(index))
+        summed = {"exp_avg_sq_row": (0,), "exp_avg_sq_col": (1,)}
+        for place, dim in enumerate(summed.get(key, range(tensor.ndim))):
+            if dim in cut and tensor.shape[place] == shape[dim]:  # not where it is summed to one
+                tensor = tensor.index_select(place, torch.tensor(cut[dim]))
         return tensor.clone()
 
     reference = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
@@ -65,7 +76,7 @@ def test_after_a_cut_every_step_equals_the_sliced_problem(kind):
         for p, value, state, cut in zip(reference.parameters(), old, states, cuts, strict=True):
             p.copy_(sliced(value, value.shape, cut))
             if state:
-                by_hand.state[p] = {k: sliced(v, value.shape, cut) for k, v in state.items()}
+                by_hand.state[p] = {k: sliced(v, value.shape, cut, k) for k, v in state.items()}
 
     rebind([optimizer], apply(net, [axis], Plan({"hidden": 8}, {"hidden": tuple(kept)})))
     for seed in range(10, 16):
@@ -204,6 +215,10 @@ def test_state_dict_of_a_cut_optimizer_loads_into_a_fresh_one():
     assert fresh.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
 
 
+class Packed(torch.Tensor):
+    """Shaped like the state of torchao: a subclass that hides its codes and scales."""
+
+
 class Strange(torch.optim.SGD):
     value: object = None
 
@@ -218,7 +233,6 @@ class Strange(torch.optim.SGD):
     ("make", "message"),
     [
         (lambda p: torch.optim.LBFGS(p, lr=0.01), "LBFGS keeps a history"),
-        (lambda p: torch.optim.Adafactor(p, lr=0.01), "Adafactor keeps sums over rows"),
         (
             lambda p: type("Listy", (Strange,), {"value": [1, 2]})(p, lr=0.1),
             r"Listy keeps state 'strange' \(list",
@@ -226,6 +240,12 @@ class Strange(torch.optim.SGD):
         (
             lambda p: type("Odd", (Strange,), {"value": torch.zeros(7)})(p, lr=0.1),
             r"Odd keeps state 'strange' .*shape \(7,\)",
+        ),
+        (
+            lambda p: type("AdamW4bit", (Strange,), {"value": torch.zeros(1).as_subclass(Packed)})(
+                p, lr=0.1
+            ),
+            r"AdamW4bit keeps state 'strange' \(Packed",
         ),
     ],
 )
@@ -259,3 +279,330 @@ def test_folded_weights_keep_their_state():
     rebind([optimizer], rewrites)
     assert torch.equal(net[2].bias, torch.ones(3, dtype=torch.float64))
     assert torch.equal(optimizer.state[net[2].bias]["exp_avg"], before)
+
+
+class Args:
+    """Shaped like MockArgs of bitsandbytes."""
+
+    def __init__(self, optim_bits):
+        self.optim_bits = optim_bits
+
+
+class Adam8bit(torch.optim.Adam):
+    def __init__(self, params, optim_bits=8):
+        super().__init__(params)
+        self.args = Args(optim_bits)
+
+
+def test_eight_bits_are_refused_before_there_is_state():
+    net, _ = network()
+    with pytest.raises(PruningError, match="Adam8bit keeps its state in blocks of 8-bit numbers"):
+        check_optimizers([Adam8bit(net.parameters())], net.parameters())
+    check_optimizers([Adam8bit(net.parameters(), optim_bits=32)], net.parameters())
+
+
+class Lookahead(torch.optim.Optimizer):
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+
+class Chain(torch.optim.Optimizer):
+    def __init__(self, *parts):
+        super().__init__([g for part in parts for g in part.param_groups], {})
+        self.parts = list(parts)
+
+
+def test_optimizers_around_another_are_refused():
+    net, _ = network()
+    adam = torch.optim.Adam(net.parameters())
+    for outer in (Lookahead(adam), Chain(adam)):
+        message = rf"{type(outer).__name__} wraps Adam \(.*: use Adam directly\.$"
+        with pytest.raises(PruningError, match=message):
+            check_optimizers([outer], net.parameters())
+        with pytest.raises(PruningError, match=message):
+            snapshot([outer], {})
+        with pytest.raises(PruningError, match=message):
+            restore([outer], {}, {}, [{}])
+    adam.itself = adam
+    check_optimizers([adam], net.parameters())
+
+
+@pytest.fixture
+def one_process():
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_the_wrappers_of_torch_are_refused():
+    # Imported here: the import itself warns.
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
+
+    net, _ = network()
+    zero = ZeroRedundancyOptimizer(net.parameters(), torch.optim.Adam, lr=0.1)
+    with pytest.raises(PruningError, match=r"ZeroRedundancyOptimizer wraps Adam \(in 'optim'\)"):
+        check_optimizers([zero], net.parameters())
+    local = PostLocalSGDOptimizer(
+        torch.optim.SGD(net.parameters(), lr=0.1), PeriodicModelAverager(period=2, warmup_steps=0)
+    )
+    with pytest.raises(PruningError, match=r"PostLocalSGDOptimizer wraps SGD \(in 'optim'\)"):
+        check_optimizers([local], net.parameters())
+
+
+def test_a_parameter_held_twice_is_refused_where_it_is_cut():
+    net, _ = network()
+    twice = [net[0].weight, net[0].weight, net[2].weight]
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = torch.optim.SGD(twice, lr=0.1)
+    with pytest.raises(PruningError, match="SGD holds a parameter twice"):
+        check_optimizers([optimizer], net.parameters())
+    check_optimizers([optimizer], [net[2].weight, net[2].weight])
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4), (4, 1), (1, 4)])
+def test_rows_and_columns_of_a_square_are_told_apart(shape, dim):
+    """Cut a dimension of constant slices: what follows it loses the same slices, the rest none."""
+    old = nn.Parameter(torch.ones(shape))
+    kept = torch.tensor([1, 3] if shape[dim] == 4 else [0])
+    new = nn.Parameter(old.detach().index_select(dim, kept))
+    for make in (torch.optim.Adafactor, HFAdafactor):
+        optimizer = make([old])
+        view = [-1 if i == dim else 1 for i in range(old.ndim)]
+        values = (10.0 ** torch.arange(shape[dim])).view(view).expand(shape)
+        old.grad = values.clone()
+        optimizer.step()
+        fresh = make([new])
+        new.grad = values.index_select(dim, kept)
+        fresh.step()
+        expected = fresh.state[new]
+        rebind([optimizer], [Rewrite(old, new, {dim: kept})])
+        state = optimizer.state[new]
+        assert state.keys() == expected.keys()
+        along = {"row_var": len(shape) - 1, "exp_avg_sq_row": len(shape) - 1}
+        along |= {"col_var": len(shape) - 2, "exp_avg_sq_col": len(shape) - 2}
+        for key in along.keys() & state.keys():
+            assert state[key].shape == expected[key].shape
+            if along[key] != dim:  # a mean along the cut dimension remembers what was cut
+                assert torch.allclose(state[key], expected[key])
+        new = nn.Parameter(new.detach().clone())
+
+
+def named(net):
+    return {id(p): name for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_cut_that_is_undone_never_happened(kind):
+    """Train, snapshot, cut, train, grow, restore, train on == train, train on; bit for bit."""
+    net, axis = network()
+    optimizer = OPTIMIZERS[kind](net.parameters())
+    for seed in range(4):
+        step(net, optimizer, seed)
+    # Copied as one object: load_state_dict would cast NAdam's products to the parameters' type.
+    never, never_cut = copy.deepcopy((net, optimizer))
+    weights = copy.deepcopy(net.state_dict())
+    file = io.BytesIO()
+    torch.save(snapshot([optimizer], named(net)), file)
+
+    rebind([optimizer], apply(net, [axis], Plan({"hidden": 8}, {"hidden": (1, 2, 5)})))
+    for seed in range(4, 8):
+        step(net, optimizer, seed)
+    group, held = optimizer.param_groups[0], optimizer.param_groups[0]["params"]
+    small = dict(net.named_parameters())
+    reshape(net, [axis], Plan({"hidden": 8}, {"hidden": tuple(range(8))}))
+    net.load_state_dict(weights)
+    grown = {id(small[n]): p for n, p in net.named_parameters() if p is not small[n]}
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    kept = copy.deepcopy(states)
+    restore([optimizer], grown, named(net), states)
+
+    assert optimizer.param_groups[0] is group
+    assert group["params"] is held
+    assert all(a is b for a, b in zip(held, net.parameters(), strict=True))
+    assert set(optimizer.state) <= set(net.parameters())
+    for seed in range(10, 16):
+        step(net, optimizer, seed)
+        step(never, never_cut, seed)
+        for a, b in zip(net.parameters(), never.parameters(), strict=True):
+            assert torch.equal(a, b)
+    # Training on has not written into the snapshot: it can be restored once more.
+    for name, state in kept[0].items():
+        for key, value in state.items():
+            again = states[0][name][key]
+            assert torch.equal(value, again) if isinstance(value, torch.Tensor) else value == again
+
+
+def test_a_snapshot_is_plain_and_of_named_parameters():
+    net, _ = network()
+    adam, sgd = torch.optim.Adam(net.parameters()), torch.optim.SGD(net.parameters(), lr=0.1)
+    step(net, adam, 0)
+    adam.state[net[0].weight]["ratio"] = np.float64(0.5)
+    adam.state[net[0].weight]["exp_avg"].requires_grad_()
+    first, second = snapshot([adam, sgd], {id(net[0].weight): "a", id(net[2].bias): "b"})
+    assert type(first) is dict
+    assert first.keys() == second.keys() == {"a", "b"}
+    assert type(first["a"]) is dict
+    assert type(first["a"]["ratio"]) is float
+    assert not first["a"]["exp_avg"].requires_grad
+    assert second == {"a": {}, "b": {}}
+    before = first["b"]["exp_avg"].clone()
+    step(net, adam, 1)
+    assert torch.equal(first["b"]["exp_avg"], before)
+
+
+def test_a_snapshot_refuses_what_a_cut_refuses():
+    net, _ = network()
+    optimizer = type("Odd", (Strange,), {"value": torch.zeros(7)})(net.parameters(), lr=0.1)
+    step(net, optimizer, 0)
+    with pytest.raises(PruningError, match="Odd keeps state 'strange'"):
+        snapshot([optimizer], named(net))
+    assert snapshot([optimizer], {}) == [{}]
+
+
+def test_restore_of_an_early_snapshot_forgets_later_state():
+    net, _ = network()
+    adam = torch.optim.Adam(net.parameters())
+    states = snapshot([adam], named(net))
+    step(net, adam, 0)
+    restore([adam], {}, named(net), states)
+    assert not adam.state
+
+
+def test_restore_leaves_hyperparameters_and_strangers_alone():
+    net, _ = network()
+    adam = torch.optim.Adam(net.parameters(), lr=0.1)
+    step(net, adam, 0)
+    known = {id(net[0].weight): "0.weight"}
+    states = snapshot([adam], known)
+    step(net, adam, 1)
+    adam.param_groups[0]["lr"] = 0.05
+    others = {p: dict(adam.state[p]) for p in net.parameters()}
+    grown = nn.Parameter(torch.zeros(9, dtype=torch.float64))
+    folded = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    old_bias, old_out = net[0].bias, net[2].bias
+    replaced = {id(old_bias): grown, id(old_out): folded}
+    restore([adam], replaced, known | {id(grown): "0.bias"}, states)
+    assert adam.param_groups[0]["lr"] == 0.05
+    assert adam.state[net[0].weight]["step"] == 1
+    assert adam.state[net[2].weight] == others[net[2].weight]
+    assert adam.state[folded] == others[old_out]  # same shape: the present state goes on
+    assert grown not in adam.state  # the present state is of another shape
+    assert old_bias not in adam.state
+    assert adam.param_groups[0]["params"] == [net[0].weight, grown, net[2].weight, folded]
+
+
+def test_two_optimizers_are_restored_each_from_its_own():
+    net, axis = network()
+    first = torch.optim.Adam(net[0].parameters())
+    second = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    step(net, first, 0)
+    step(net, second, 1)
+    states = snapshot([first, second], named(net))
+    small = apply(net, [axis], Plan({"hidden": 8}, {"hidden": (0, 3)}))
+    rebind([first, second], small)
+    step(net, second, 2)
+    replaced = {id(r.new): r.old for r in small}
+    names = {id(r.old): n for r in small for n, p in net.named_parameters() if p is r.new}
+    names[id(net[2].bias)] = "2.bias"
+    restore([first, second], replaced, names, states)
+    weight = next(r.old for r in small if names[id(r.old)] == "0.weight")
+    assert first.param_groups[0]["params"][0] is weight is second.param_groups[0]["params"][0]
+    assert torch.equal(first.state[weight]["exp_avg"], states[0]["0.weight"]["exp_avg"])
+    buffer = second.state[weight]["momentum_buffer"]
+    assert torch.equal(buffer, states[1]["0.weight"]["momentum_buffer"])
+
+
+def broken(states, **changes):
+    states = copy.deepcopy(states)
+    states[0]["2.weight"].update(changes)
+    return states
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: [], "holds 0 readable optimizer states; expected 1"),
+        (lambda s: [*s, {}], "holds 2 readable optimizer states; expected 1"),
+        (lambda s: {"0": s[0]}, "holds 0 readable"),
+        (lambda s: [[1]], "holds 0 readable"),
+        (lambda s: [{"2.weight": torch.zeros(3)}], "holds 0 readable"),
+        (lambda s: broken(s, exp_avg=torch.zeros(3, 7)), r"'2\.weight' holds 'exp_avg'.*\(3, 7\)"),
+        (lambda s: broken(s, exp_avg=torch.zeros(8, 3)), "does not fit"),
+        (lambda s: broken(s, exp_avg=torch.zeros(1, 8)), "does not fit"),
+        (lambda s: broken(s, exp_avg=torch.zeros(1)), "does not fit"),
+        (lambda s: broken(s, step=torch.zeros(3, 8)), "does not fit"),
+        (lambda s: broken(s, step=torch.zeros(1)), "does not fit"),
+        (lambda s: broken(s, exp_avg=torch.zeros(3, 8).to_sparse()), "does not fit"),
+        (lambda s: broken(s, exp_avg="text"), "does not fit"),
+        (lambda s: broken(s, exp_avg=[torch.zeros(3, 8)]), "does not fit"),
+    ],
+)
+def test_a_snapshot_that_does_not_fit_changes_nothing(change, message):
+    net, _ = network()
+    adam = torch.optim.Adam(net.parameters())
+    step(net, adam, 0)
+    states = snapshot([adam], named(net))
+    step(net, adam, 1)
+    parameters = list(net.parameters())
+    before = copy.deepcopy(adam.state_dict())
+    replaced = {id(p): nn.Parameter(p.detach().clone()) for p in parameters}
+    names = {id(replaced[id(p)]): name for name, p in net.named_parameters()}
+    with pytest.raises(PruningError, match=message):
+        restore([adam], replaced, names, change(states))
+    assert all(a is b for a, b in zip(parameters, adam.param_groups[0]["params"], strict=True))
+    after = adam.state_dict()
+    assert before["state"].keys() == after["state"].keys()
+    for place, state in before["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, after["state"][place][key])
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_steps_are_put_where_the_optimizer_wants_them(capturable):
+    """The meta device stands in for an accelerator: nothing computes, but tensors live there."""
+    weight = nn.Parameter(torch.zeros(3, device="meta"))
+    states = [{"w": {"step": torch.tensor(2.0), "exp_avg": torch.ones(3)}}]
+    adam = torch.optim.Adam([weight], capturable=capturable)
+    restore([adam], {}, {id(weight): "w"}, states)
+    assert adam.state[weight]["exp_avg"].device.type == "meta"
+    assert adam.state[weight]["step"].device.type == ("meta" if capturable else "cpu")
+    # An optimizer that shows where it keeps its step is believed.
+    adam.state[weight]["step"] = torch.tensor(0.0, device="cpu" if capturable else "meta")
+    restore([adam], {}, {id(weight): "w"}, states)
+    assert adam.state[weight]["step"].device.type == ("cpu" if capturable else "meta")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch refuses capturable off the GPU")
+@pytest.mark.parametrize("option", ["capturable", "fused"])
+def test_steps_on_the_gpu_stay_there(option):
+    net, axis = network()
+    net.cuda()
+    adam = torch.optim.Adam(net.parameters(), **{option: True})
+
+    def train():
+        adam.zero_grad()
+        net(torch.ones(4, 5, dtype=torch.float64, device="cuda")).square().sum().backward()
+        adam.step()
+
+    train()
+    states = snapshot([adam], named(net))
+    assert all(v.device.type == "cpu" for state in states[0].values() for v in state.values())
+    rewrites = apply(net, [axis], Plan({"hidden": 8}, {"hidden": (0, 3)}))
+    rebind([adam], rewrites)
+    train()
+    small = dict(net.named_parameters())
+    reshape(net, [axis], Plan({"hidden": 8}, {"hidden": tuple(range(8))}))
+    grown = {id(small[n]): p for n, p in net.named_parameters() if p is not small[n]}
+    restore([adam], grown, named(net), states)
+    assert all(v.is_cuda for state in adam.state.values() for v in state.values())
+    train()
+    assert adam.state[net[0].weight]["step"] == 2

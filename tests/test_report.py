@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_mi_prune.families import find_axes
-from lightning_mi_prune.moments import Example
+from lightning_mi_prune.listener import Example
 from lightning_mi_prune.report import (
     AxisCut,
     Cut,

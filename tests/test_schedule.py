@@ -39,9 +39,10 @@ def test_only_epochs_after_a_validation():
 def test_due():
     schedule = Schedule((1, 3), (0.2, 0.5))
     assert [schedule.due(e, 0) for e in range(5)] == [None, 0.2, 0.2, 0.5, 0.5]
-    assert [schedule.due(e, 1) for e in range(5)] == [None, None, None, 0.5, 0.5]
-    assert schedule.due(4, 2) is None
-    assert schedule.count_until(2) == 1
+    assert [schedule.due(e, 0.2) for e in range(5)] == [None, None, None, 0.5, 0.5]
+    assert schedule.due(4, 0.5) is None
+    assert schedule.left(0) == (1, 3)
+    assert schedule.left(0.2) == (3,)
 
 
 @pytest.mark.parametrize(

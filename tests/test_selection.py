@@ -15,7 +15,7 @@ from lightning_mi_prune.criteria import (
 from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.families import find_axes, linear_axis
 from lightning_mi_prune.information import joint_information
-from lightning_mi_prune.moments import Listener
+from lightning_mi_prune.listener import Listener
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.selection import select
 from lightning_mi_prune.surgery import apply

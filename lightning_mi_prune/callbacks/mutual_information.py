@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -14,10 +12,20 @@ from typing_extensions import override
 from lightning_mi_prune.axes import WidthAxis, choose_axes
 from lightning_mi_prune.budget import uniform_widths
 from lightning_mi_prune.callbacks.base import PruningCallback
-from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule
+from lightning_mi_prune.callbacks.companions import BestOf
+from lightning_mi_prune.callbacks.options import (
+    at_least,
+    between,
+    check_budget,
+    check_order,
+    check_regex,
+    is_one_of,
+)
+from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule, judging_epoch
+from lightning_mi_prune.callbacks.trial import AccuracyBudget
 from lightning_mi_prune.criteria import MutualInformation
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.moments import Listener
+from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.selection import Selection, select
 
@@ -53,6 +61,17 @@ class MutualInformationPruning(PruningCallback):
         last_epoch: Epoch of the last cut; default: half-way through the run.
         seed: Seed of the draw of positions.
         verbose: Whether each cut prints a table on rank zero.
+        max_drop: Largest loss of ``monitor``, in its own unit, that a cut may cost once it has
+            recovered, against the best value of the models before it. A cut that costs more is
+            taken back: weights, optimizer state and plan. None keeps every cut.
+        monitor: Metric that ``max_drop`` watches, as validation logs it.
+        mode: ``"max"`` if more of it is better, ``"min"`` if less is.
+        on_drop: After a cut was taken back, ``"halve"`` the step or ``"stop"`` cutting.
+        best_of: Which models ``ModelCheckpoint(monitor=...)``, ``EarlyStopping`` and
+            ``ReduceLROnPlateau`` may compare. ``"final_size"``: those of the present size;
+            checkpoints of other sizes are the first to be replaced. ``"each_size"``: the same, but
+            the best of every size stays on disk. ``"any_size"``: all, as if nothing was pruned.
+            Unless it is ``"any_size"``, early stopping waits for the last cut.
 
     Raises:
         MisconfigurationException: If an option is outside its range, or two contradict each other.
@@ -88,9 +107,14 @@ class MutualInformationPruning(PruningCallback):
         last_epoch: int | None = None,
         seed: int = 0,
         verbose: bool = True,
+        max_drop: float | None = None,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        on_drop: Literal["halve", "stop"] = "halve",
+        best_of: BestOf = "final_size",
     ) -> None:
-        _between("sparsity", sparsity, 0, 1)
-        _between("floor", floor, 0, 1, closed=True)
+        between("sparsity", sparsity, 0, 1)
+        between("floor", floor, 0, 1, closed=True)
         for name, given, kinds in (
             ("ridge", ridge, (int, float)),
             ("include", include, (str, type(None))),
@@ -99,7 +123,7 @@ class MutualInformationPruning(PruningCallback):
             ("fold_in", fold_in, (bool,)),
             ("verbose", verbose, (bool,)),
         ):
-            _is_one_of(name, given, kinds)
+            is_one_of(name, given, kinds)
         for name, value, least in (
             ("seed", seed, 0),
             ("multiple", multiple, 1),
@@ -108,15 +132,30 @@ class MutualInformationPruning(PruningCallback):
             ("first_epoch", first_epoch, 1),
             ("last_epoch", last_epoch, 1),
         ):
-            _at_least(name, value, least)
-        _check_order(ramp, cuts, first_epoch, last_epoch)
+            at_least(name, value, least)
+        check_order(ramp, cuts, first_epoch, last_epoch)
         for name, expression in (("include", include), ("exclude", exclude)):
-            _check_regex(name, expression)
+            check_regex(name, expression)
         if units is not None and (isinstance(units, str) or not units):
             raise MisconfigurationException(
                 f"units={units!r}; expected a list of kinds such as ['ffn', 'heads']."
             )
-        super().__init__(module=module or "", positions=positions, seed=seed, verbose=verbose)
+        check_budget(max_drop, monitor, mode, on_drop)
+        if best_of not in get_args(BestOf):
+            raise MisconfigurationException(
+                f"best_of={best_of!r}; expected one of {get_args(BestOf)}."
+            )
+        budget = None
+        if max_drop is not None and monitor is not None:
+            budget = AccuracyBudget(float(max_drop), monitor, mode, on_drop)
+        super().__init__(
+            module=module or "",
+            positions=positions,
+            seed=seed,
+            verbose=verbose,
+            best_of=best_of,
+            budget=budget,
+        )
         try:
             self._criterion = MutualInformation(selection=selection, ridge=ridge)
         except PruningError as error:
@@ -139,7 +178,7 @@ class MutualInformationPruning(PruningCallback):
     @override
     def schedule(self, length: float, every: int) -> Schedule:
         try:
-            return fit_schedule(
+            found = fit_schedule(
                 length,
                 self.sparsity,
                 ramp=self._ramp,
@@ -147,9 +186,17 @@ class MutualInformationPruning(PruningCallback):
                 first_epoch=self._first,
                 last_epoch=self._last,
                 every=every,
+                recovery=1 if self._budget is None else 2,
             )
         except PruningError as error:
             raise MisconfigurationException(str(error)) from error
+        judged = judging_epoch(found.epochs[-1], None, length, every)
+        if self._budget is not None and (judged + 1) % every:
+            raise MisconfigurationException(
+                f"No validation comes after the last cut at epoch {found.epochs[-1]} in time to "
+                f"take it back in a run of {length:g} epochs; lower last_epoch or raise max_epochs."
+            )
+        return found
 
     @override
     def widths(self, axes: list[WidthAxis], sparsity: float) -> dict[str, int]:
@@ -164,14 +211,14 @@ class MutualInformationPruning(PruningCallback):
     def select(
         self,
         axes: list[WidthAxis],
-        listener: Listener,
+        moments: Mapping[str, Moments],
         weights: Mapping[str, Tensor],
         widths: Mapping[str, int],
         current: Plan,
     ) -> Selection:
         return select(
             axes,
-            listener.moments,
+            moments,
             weights,
             widths,
             current,
@@ -179,61 +226,3 @@ class MutualInformationPruning(PruningCallback):
             fold_in=self._fold_in,
             ridge=self._criterion.ridge,
         )
-
-
-def _between(name: str, value: float, low: float, high: float, *, closed: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if (
-        not number
-        or not math.isfinite(value)
-        or not (low <= value < high if closed else low < value < high)
-    ):
-        raise MisconfigurationException(
-            f"{name}={value!r}; expected a number {'from' if closed else 'above'} {low} "
-            f"and below {high}."
-        )
-
-
-def _is_one_of(name: str, value: object, kinds: tuple[type, ...]) -> None:
-    if not isinstance(value, kinds):
-        wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
-        raise MisconfigurationException(f"{name}={value!r}; expected {wanted}.")
-
-
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is None and name in ("cuts", "first_epoch", "last_epoch"):
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise MisconfigurationException(
-            f"{name}={value!r}; expected a whole number of at least {least}."
-        )
-
-
-def _check_order(ramp: str, cuts: int | None, first: int | None, last: int | None) -> None:
-    if ramp not in ("cubic", "linear", "one_shot"):
-        raise MisconfigurationException(f"ramp={ramp!r}; expected 'cubic', 'linear' or 'one_shot'.")
-    if ramp == "one_shot" and cuts not in (None, 1):
-        raise MisconfigurationException(
-            f"ramp='one_shot' makes one cut, but cuts={cuts}; drop cuts or choose another ramp."
-        )
-    if first is not None and last is not None:
-        if first > last:
-            raise MisconfigurationException(
-                f"first_epoch={first} comes after last_epoch={last}; swap or drop one of them."
-            )
-        if cuts is not None and cuts > last - first + 1:
-            raise MisconfigurationException(
-                f"cuts={cuts} do not fit into epochs {first} to {last}; expected at most "
-                f"{last - first + 1}."
-            )
-
-
-def _check_regex(name: str, expression: str | None) -> None:
-    if expression is None:
-        return
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise MisconfigurationException(
-            f"{name}={expression!r} is not a regular expression: {error}."
-        ) from error

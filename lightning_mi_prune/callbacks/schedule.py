@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from lightning_mi_prune.errors import PruningError
 
-__all__ = ["Ramp", "Schedule", "fit_schedule"]
+__all__ = ["Ramp", "Schedule", "fit_schedule", "judging_epoch"]
 
 Ramp = Literal["cubic", "linear", "one_shot"]
 _MOST_CUTS = 4  # automatic schedules; each cut wants an epoch to recover in
@@ -23,17 +24,56 @@ class Schedule:
         sparsities: Sparsity after each, against the model as built.
     """
 
-    epochs: tuple[int, ...]
-    sparsities: tuple[float, ...]
+    epochs: tuple[int, ...] = ()
+    sparsities: tuple[float, ...] = ()
 
-    def due(self, epoch: int, done: int) -> float | None:
-        """Sparsity to reach at the start of ``epoch`` when ``done`` cuts were made, or None."""
-        reached = [s for e, s in zip(self.epochs, self.sparsities, strict=True) if e <= epoch]
-        return reached[-1] if len(reached) > done else None
+    def due(self, epoch: int, reached: float) -> float | None:
+        """Sparsity to reach at the start of ``epoch`` if only ``reached`` was, or None."""
+        wanted = [s for e, s in zip(self.epochs, self.sparsities, strict=True) if e <= epoch]
+        return wanted[-1] if wanted and wanted[-1] > reached else None
 
-    def count_until(self, epoch: int) -> int:
-        """Number of cuts that are due by the start of ``epoch``."""
-        return sum(e <= epoch for e in self.epochs)
+    def left(self, reached: float) -> tuple[int, ...]:
+        """Epochs of the cuts that are still to come after sparsity ``reached``."""
+        return tuple(e for e, s in zip(self.epochs, self.sparsities, strict=True) if s > reached)
+
+    def halved(self, epoch: int, reached: float, failed: float, last: int, every: int) -> Schedule:
+        """Go on from ``reached`` with half of the step that ``failed``, as far as the run allows.
+
+        Args:
+            epoch: First epoch that may start with a cut.
+            reached: Sparsity of the model that was brought back.
+            failed: Sparsity of the cut that was undone.
+            last: Last epoch that may start with a cut.
+            every: Validation runs after every so many epochs.
+
+        Example:
+            >>> Schedule((1, 3, 5), (0.2, 0.4, 0.6)).halved(6, 0.2, 0.4, last=8, every=1)
+            Schedule(epochs=(6, 8), sparsities=(0.3, 0.4))
+        """
+        gaps = [b - a for a, b in pairwise(self.epochs)]
+        stride = max(every, *gaps) if gaps else every
+        first = -(-epoch // every) * every
+        step, end = (failed - reached) / 2, self.sparsities[-1]
+        cuts = [
+            (e, min(end, reached + step * (i + 1)))
+            for i, e in enumerate(range(first, last + 1, stride))
+            if reached + step * i < end
+        ]
+        return Schedule(tuple(e for e, _ in cuts), tuple(round(s, 12) for _, s in cuts))
+
+
+def judging_epoch(cut: int, following: int | None, length: float, every: int) -> int:
+    """Epoch whose validation judges the cut made at the start of epoch ``cut``.
+
+    The last one before the ``following`` cut; after the last cut, the last one that leaves the run
+    another epoch, so that an undone cut is followed by training.
+
+    Example:
+        >>> judging_epoch(1, 3, 8, 1), judging_epoch(4, None, 8, 1), judging_epoch(4, None, 8, 2)
+        (2, 6, 5)
+    """
+    end = following if following is not None else math.ceil(length - 1e-9) - 1
+    return max(cut, end // every * every - 1)
 
 
 def fit_schedule(
@@ -45,11 +85,12 @@ def fit_schedule(
     first_epoch: int | None = None,
     last_epoch: int | None = None,
     every: int = 1,
+    recovery: int = 1,
 ) -> Schedule:
     """Fit the cuts into a run.
 
     Cuts happen at the start of an epoch that follows a validation. Without ``last_epoch`` the last
-    cut is no later than half-way; at least one whole epoch of recovery always follows it.
+    cut is no later than half-way; at least ``recovery`` whole epochs always follow it.
 
     Args:
         length: Epochs of the run; a fraction when ``max_steps`` ends it inside one.
@@ -60,6 +101,7 @@ def fit_schedule(
         first_epoch: Epoch of the first cut, from 1.
         last_epoch: Epoch of the last cut.
         every: Validation runs after every so many epochs.
+        recovery: Epochs that must follow the last cut.
 
     Raises:
         PruningError: If the run is too short, or the numbers contradict each other.
@@ -68,18 +110,18 @@ def fit_schedule(
         >>> fit_schedule(8, 0.8, ramp="linear")
         Schedule(epochs=(1, 2, 3, 4), sparsities=(0.2, 0.4, 0.6, 0.8))
     """
-    latest = math.floor(length - 1 + 1e-9)
-    last = math.floor(length / 2 + 1e-9) if last_epoch is None else last_epoch
+    latest = math.floor(length - recovery + 1e-9)
+    last = min(latest, math.floor(length / 2 + 1e-9)) if last_epoch is None else last_epoch
     first = 1 if first_epoch is None else first_epoch
-    if length < 2:
+    if length < 1 + recovery:
         raise PruningError(
-            f"The run lasts {length:g} epochs; expected at least 2, one before a cut and one to "
-            "recover. Raise max_epochs or max_steps."
+            f"The run lasts {length:g} epochs; expected at least {1 + recovery}, one before a cut "
+            f"and {recovery} to recover. Raise max_epochs or max_steps."
         )
     if last_epoch is not None and last_epoch > latest:
         raise PruningError(
             f"last_epoch={last_epoch} leaves no epoch to recover in a run of {length:g}; expected "
-            f"at most {latest}. Lower last_epoch or raise max_epochs."
+            f"at most {latest}, with {recovery} to recover. Lower last_epoch or raise max_epochs."
         )
     if first > last:
         raise PruningError(

@@ -1,0 +1,37 @@
+"""Several ranks on the CPU: processes with gloo, one thread each."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+__all__ = ["launch"]
+
+
+def launch(world: int, function: Callable[..., Any], *args: Any) -> dict[int, Any]:
+    """Run a function on every rank, as torchrun would; its results by rank."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    return elastic_launch(config, _quietly)(function, *args)
+
+
+def _quietly(function: Callable[..., Any], *args: Any) -> Any:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    return function(*args)
