@@ -15,6 +15,7 @@ The method, one step a file::
     surgery     CUT      the model
     optimizers  CARRY    their state across
     checkpoints KEEP     the plan with the weights
+    pretrained  OPEN     checkpoints and folders of pruned models
     strategies  AGREE    on one plan across ranks, and wrap again
     report      TELL     what happened
     callbacks   WHEN     all of it, inside Trainer.fit
@@ -22,13 +23,13 @@ The method, one step a file::
 
 from lightning_mi_prune.axes import Count, Slice, WidthAxis
 from lightning_mi_prune.callbacks import MutualInformationPruning
-from lightning_mi_prune.checkpoints import from_pretrained
 from lightning_mi_prune.criteria import MutualInformation
 from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.families import find_axes, linear_axis, register_family
 from lightning_mi_prune.listener import Listener
 from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.pretrained import from_pretrained, load_pruned
 from lightning_mi_prune.report import PruningReport
 from lightning_mi_prune.selection import select
 from lightning_mi_prune.surgery import apply
@@ -50,6 +51,7 @@ __all__ = [
     "find_axes",
     "from_pretrained",
     "linear_axis",
+    "load_pruned",
     "rebind",
     "register_family",
     "select",

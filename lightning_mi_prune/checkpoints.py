@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.axes import WidthAxis, full_plan
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, present_plan
-from lightning_mi_prune.plan import Plan, recorded_plan
+from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.surgery import reshape
 
-__all__ = ["PLAN_KEY", "PlanKeeper", "from_pretrained"]
+__all__ = ["PLAN_KEY", "PlanKeeper"]
 
-PLAN_KEY = "lightning_mi_prune.plan"
+_NAME = "lightning_mi_prune.plan"
+# A model without a keeper can only show the key, so the key says what to do.
+PLAN_KEY = (
+    f"{_NAME} (this checkpoint is pruned: open it with lightning_mi_prune.load_pruned, "
+    "or with its callback in the Trainer)"
+)
 _ATTRIBUTE = "_lightning_mi_prune_keeper"
 _LARGEST_ENTRY = 64 * 2**20
-_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 Find = Callable[[nn.Module], Sequence[WidthAxis]]
 
@@ -71,11 +75,17 @@ class PlanKeeper:
     @classmethod
     def of(cls, module: nn.Module, find: Find = find_axes) -> PlanKeeper:
         """The one keeper of a module, made if there is none; it stays with copies of the module."""
-        keeper = module.__dict__.get(_ATTRIBUTE)
-        if not isinstance(keeper, PlanKeeper):
+        keeper = cls.held_by(module)
+        if keeper is None:
             return cls(module, find)
         keeper._finders.append(find)
         return keeper
+
+    @staticmethod
+    def held_by(module: nn.Module) -> PlanKeeper | None:
+        """The keeper of a module, or None."""
+        keeper = module.__dict__.get(_ATTRIBUTE)
+        return keeper if isinstance(keeper, PlanKeeper) else None
 
     @property
     def axes(self) -> list[WidthAxis]:
@@ -84,9 +94,7 @@ class PlanKeeper:
             found = self._finders[0](self.module)
             new = [axis for axis in found if axis.name not in self._axes]
             if self._plan is not None and new:
-                present = present_plan(self.module, new)
-                sizes, kept = self._plan.sizes, self._plan.kept
-                self._plan = Plan({**sizes, **present.sizes}, {**kept, **present.kept})
+                self._plan = _merged(self._plan, present_plan(self.module, new))
             self._axes |= {axis.name: axis for axis in new}
             self._finders.pop(0)
         return list(self._axes.values())
@@ -117,86 +125,102 @@ class PlanKeeper:
     def _replay(
         self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, **__: Any
     ) -> None:
-        stored = state.pop(prefix + PLAN_KEY, None)
-        if stored is not None:
-            plan = _read(stored)
+        # Found by its first words: the rest of the key is prose, and may be put better one day.
+        key = next((key for key in state if key.startswith(prefix + _NAME)), None)
+        axes = None
+        if key is not None:
+            stored = _read(state.pop(key))
+            axes = self._axes_for(stored)
+            plan = self._completed(stored, axes, state, prefix)
+            _check_weights(module, axes, plan, state, prefix)
         elif self._plan is not None and self._is_uncut(state, prefix):
-            plan = Plan.full({axis.name: axis.size for axis in self.axes})
-        else:
+            axes = self.axes
+            plan = full_plan(axes)
+        if axes is None:
             return  # weights for the present shape, or a part without the cut tensors
-        reshape(module, self.axes, plan)
-        self._plan = plan
+        reshape(module, axes, plan)
+        self._axes, self._plan = {axis.name: axis for axis in axes}, plan
 
-    def _is_uncut(self, state: dict[str, Any], prefix: str) -> bool:
+    def _axes_for(self, stored: Plan) -> list[WidthAxis]:
+        """The known axes, and those of the whole module if the plan names more."""
+        known = {axis.name: axis for axis in self.axes}
+        if not set(stored.sizes) <= set(known):
+            with contextlib.suppress(PruningError):  # no family knows it: said below
+                known = {axis.name: axis for axis in find_axes(self.module)} | known
+        for name, size in stored.sizes.items():
+            if name not in known or known[name].size != size:
+                here = f"has {known[name].size}" if name in known else "is missing"
+                raise PruningError(
+                    f"The stored plan was made for another model: axis {name!r} of size {size} "
+                    f"{here} here. Build the model with the configuration it was trained with."
+                )
+        return list(known.values())
+
+    def _completed(
+        self, stored: Plan, axes: Sequence[WidthAxis], state: Mapping[str, Any], prefix: str
+    ) -> Plan:
+        """The stored plan over all axes; one it does not name is as built, or stays as it is."""
+        now = present_plan(self.module, axes)
+        if self._plan is not None:
+            now = _merged(now, self._plan)
+        grown = [axis for axis in axes if _arrives_uncut(axis, state, prefix)]
+        return _merged(_merged(now, full_plan(grown)), stored)
+
+    def _is_uncut(self, state: Mapping[str, Any], prefix: str) -> bool:
         """Whether a state dict without a plan holds every cut tensor in the shape it was built."""
         slices = [s for axis in self.axes for s in axis.slices]
         tensors = ((state.get(prefix + s.tensor), s.shape) for s in slices)
         return all(isinstance(t, Tensor) and tuple(t.shape) == shape for t, shape in tensors)
 
 
+def _merged(first: Plan, second: Plan) -> Plan:
+    """Both plans in one; where both name an axis, the second holds."""
+    return Plan({**first.sizes, **second.sizes}, {**first.kept, **second.kept})
+
+
+def _arrives_uncut(axis: WidthAxis, state: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a state dict holds all tensors of an axis at the width it was built with."""
+    tensors = ((state.get(prefix + s.tensor), s.dim, s.shape) for s in axis.slices)
+    return all(
+        isinstance(t, Tensor) and t.ndim == len(shape) and t.shape[dim] == shape[dim]
+        for t, dim, shape in tensors
+    )
+
+
+def _check_weights(
+    module: nn.Module, axes: Sequence[WidthAxis], plan: Plan, state: Mapping[str, Any], prefix: str
+) -> None:
+    """Refuse weights that torch would refuse when the module has its new shape already."""
+    shapes: dict[str, list[int]] = {}
+    for axis in axes:
+        for s in axis.slices:
+            shape = shapes.setdefault(s.tensor, list(s.shape))
+            shape[s.dim] = plan.width(axis.name) * axis.entries
+    present = dict(module.named_parameters(remove_duplicate=False))
+    arriving = {id(p) for name, p in present.items() if prefix + name in state}
+    for name, shape in shapes.items():
+        tensor = state.get(prefix + name)
+        if isinstance(tensor, Tensor) and list(tensor.shape) != shape:
+            raise PruningError(
+                f"{name!r} has shape {tuple(tensor.shape)} in the checkpoint; expected "
+                f"{tuple(shape)} from its plan and this model. Build the model with the "
+                "configuration it was trained with."
+            )
+        old = present.get(name)
+        if old is not None and id(old) not in arriving and list(old.shape) != shape:
+            raise PruningError(
+                f"The checkpoint has a plan that cuts {name!r}, but not this tensor; expected all "
+                "weights of pruned layers. Save the whole state dict."
+            )
+
+
 def _read(stored: Any) -> Plan:
     if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.ndim != 1:
-        raise PruningError(
-            f"The entry {PLAN_KEY!r} of the checkpoint is not a plan; is it damaged?"
-        )
+        raise PruningError(f"The entry {_NAME!r} of the checkpoint is not a plan; is it damaged?")
     if stored.numel() > _LARGEST_ENTRY:
-        raise PruningError(f"The entry {PLAN_KEY!r} holds {stored.numel()} bytes: not a plan.")
+        raise PruningError(f"The entry {_NAME!r} holds {stored.numel()} bytes: not a plan.")
     try:
         text = bytes(stored.cpu().tolist()).decode()
     except UnicodeDecodeError as error:
-        raise PruningError(f"The entry {PLAN_KEY!r} of the checkpoint is damaged.") from error
+        raise PruningError(f"The entry {_NAME!r} of the checkpoint is damaged.") from error
     return Plan.from_json(text)
-
-
-def from_pretrained(cls: Any, name_or_path: str | Path, **kwargs: Any) -> Any:
-    """``cls.from_pretrained`` that also opens folders saved from a pruned model.
-
-    A pruned Hugging Face model is saved with its own ``save_pretrained``; its config carries the
-    plan. Models that were never cut go straight to ``cls.from_pretrained``.
-
-    Args:
-        cls: A model class or Auto class of transformers.
-        name_or_path: Folder or hub name.
-        kwargs: Passed on; for a pruned model they may only change the config.
-
-    Raises:
-        PruningError: If the weights do not fit the recorded plan.
-    """
-    from safetensors.torch import load_model
-    from transformers import AutoConfig
-    from transformers.utils import cached_file
-
-    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
-    config, unused = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
-    holder = nn.Module()
-    holder.config = config
-    plan = recorded_plan(holder)
-    if plan is None or plan.is_full:
-        return cls.from_pretrained(name_or_path, **kwargs)
-    strange = sorted(set(unused) - set(hub))
-    if strange:
-        raise PruningError(
-            f"{strange} cannot be passed when a pruned model is loaded; expected options of its "
-            f"config, or {list(_HUB)}."
-        )
-    try:
-        weights = cached_file(str(name_or_path), "model.safetensors", **hub)
-    except OSError as error:
-        raise PruningError(
-            f"{name_or_path} holds a pruned model without model.safetensors in one piece; save it "
-            "with a larger max_shard_size."
-        ) from error
-    build = getattr(cls, "from_config", None) or cls._from_config
-    network: nn.Module = build(config)
-    try:
-        axes = find_axes(network)
-        reshape(network, axes, present_plan(network, axes))
-        load_model(network, str(weights))
-    except RuntimeError as error:
-        saved = getattr(config, "architectures", None)
-        raise PruningError(
-            f"{name_or_path} cannot be opened as {type(network).__name__}: it was saved from "
-            f"{saved} and the weights do not fit. Open it with that class, and leave num_labels "
-            f"as saved. ({error})"
-        ) from error
-    return network.eval()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tests.runs import fit
 
 __all__ = ["launch"]
 
@@ -35,3 +41,16 @@ def _quietly(function: Callable[..., Any], *args: Any) -> Any:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     return function(*args)
+
+
+def main() -> None:
+    """``python -m tests.ranks FOLDER DEVICES NODES``: one run, a JSON file for each rank."""
+    folder, devices, nodes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    trainer, _, watch = _quietly(
+        partial(fit, folder, strategy="ddp", devices=devices, num_nodes=nodes)
+    )
+    (folder / f"{trainer.global_rank}.json").write_text(json.dumps(watch.digests))
+
+
+if __name__ == "__main__":
+    main()

@@ -171,7 +171,7 @@ class Watch(pl.Callback):
     def _at(self, hook: str, trainer: pl.Trainer, batch: int | None = None) -> None:
         if trainer.sanity_checking:
             return
-        for place, (name, point) in enumerate(self.points.items()):
+        for place, point in enumerate(self.points.values()):
             if point == Point(hook, trainer.current_epoch, batch):
                 trainer.save_checkpoint(self.folder / f"{place}.ckpt")
 

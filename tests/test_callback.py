@@ -465,7 +465,10 @@ BAD_RUNS = [
         fit_with(None, None, ModelPruning("l1_unstructured", amount=0.5)),
         "ModelPruning cannot run beside",
     ),
-    (fit_with(None, None, MutualInformationPruning(0.3)), "more than one stateful callback of type"),
+    (
+        fit_with(None, None, MutualInformationPruning(0.3)),
+        "more than one stateful callback of type",
+    ),
 ]
 
 

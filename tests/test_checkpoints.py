@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertModel
 
-from lightning_mi_prune.checkpoints import PLAN_KEY, PlanKeeper, from_pretrained
+from lightning_mi_prune.checkpoints import PLAN_KEY, PlanKeeper
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.families import find_axes, present_plan
+from lightning_mi_prune.families import find_axes, linear_axis, present_plan
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.pretrained import from_pretrained
 from lightning_mi_prune.surgery import apply
 from tests.models import CONFIGS, HEADS, batch, build, outputs, random_plan
 
@@ -58,8 +62,9 @@ def test_without_a_keeper_a_pruned_checkpoint_is_refused_loudly():
     root, keeper = kept()
     cut(root, keeper)
     stranger = nn.ModuleDict({"net": build()})
-    with pytest.raises(RuntimeError, match=f"Unexpected key.*{PLAN_KEY}"):
+    with pytest.raises(RuntimeError, match=f"Unexpected key.*{re.escape(PLAN_KEY)}") as refusal:
         stranger.load_state_dict(root.state_dict())
+    assert "open it with lightning_mi_prune.load_pruned" in str(refusal.value)
     keeper.close()
     assert PLAN_KEY not in root.state_dict()
 
@@ -159,6 +164,129 @@ def test_a_part_of_a_state_dict_leaves_a_pruned_model_alone():
     with pytest.raises(RuntimeError, match="size mismatch"):
         root.load_state_dict(other)
     assert root["net"].bert.encoder.layer[0].output.dense.weight.abs().sum() > 0
+
+
+def unchanged(root, before):
+    after = root.state_dict()
+    return after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_the_wording_of_the_key_may_change():
+    root, keeper = kept()
+    cut(root, keeper)
+    state = root.state_dict()
+    state["lightning_mi_prune.plan (other words)"] = state.pop(PLAN_KEY)
+    fresh, fresh_keeper = kept()
+    fresh.load_state_dict(state)
+    assert fresh_keeper.plan == keeper.plan
+
+
+def two(*, within="", cut_as_built=False):
+    """Two networks, of which a keeper may know one; the other may come cut from its folder."""
+    root = nn.ModuleDict({"q": build(), "d": build(seed=1)})
+    if cut_as_built:
+        axes = find_axes(root, "d")
+        apply(root, axes, random_plan(axes, seed=3))
+    return root, PlanKeeper(root, partial(find_axes, within=within))
+
+
+@pytest.mark.parametrize("cut_as_built", [False, True])
+@pytest.mark.parametrize(("writer", "reader"), [("q", "q"), ("q", ""), ("", "q"), ("q", "d")])
+def test_keepers_of_a_part_and_of_the_whole_understand_each_other(writer, reader, cut_as_built):
+    root, keeper = two(within=writer, cut_as_built=cut_as_built)
+    keeper.plan = keeper.plan.then(random_plan([a for a in keeper.axes if a.name.startswith("q.")]))
+    apply(
+        root,
+        [a for a in keeper.axes if a.name.startswith("q.")],
+        keeper.plan.under("q").prefixed("q"),
+    )
+    fresh, other = two(within=reader, cut_as_built=cut_as_built)
+    fresh.load_state_dict(root.state_dict())
+    for name in ("q", "d"):
+        assert torch.equal(outputs(fresh[name], batch()), outputs(root[name], batch()))
+    assert set(other.plan.sizes) >= set(keeper.plan.sizes)
+    assert [axis.name for axis in other.axes if axis.name not in other.plan.sizes] == []
+    again, _ = two(cut_as_built=cut_as_built)
+    again.load_state_dict(fresh.state_dict())
+    assert torch.equal(outputs(again["q"], batch()), outputs(root["q"], batch()))
+
+
+def test_an_axis_without_a_stored_plan_goes_back_to_how_it_was_built():
+    root, keeper = two(within="q")
+    cut(root, keeper)
+    fresh, other = two()
+    cut(fresh, other)
+    fresh.load_state_dict(root.state_dict())
+    assert torch.equal(outputs(fresh["d"], batch()), outputs(root["d"], batch()))
+    assert other.plan.under("d").is_full
+
+
+def test_an_axis_that_gets_neither_plan_nor_weights_stays_as_it_is():
+    def pair(*names):
+        root = nn.ModuleDict(
+            {n: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for n in names}
+        )
+        describe = {"kind": "ffn", "producers": ["0"], "readers": ["2"]}
+        axes = [linear_axis(root[n], "hidden", **describe).prefixed(n) for n in names]
+        keeper = PlanKeeper(root, lambda module: axes)
+        cut(root, keeper, 0.5)
+        return root, keeper
+
+    root, keeper = pair("q", "d")
+    before = copy.deepcopy(root["d"].state_dict())
+    other, _ = pair("q")
+    root.load_state_dict(other.state_dict(), strict=False)
+    assert torch.equal(root["q"][0].weight, other["q"][0].weight)
+    assert unchanged(root["d"], before)
+    assert keeper.plan.width("d.hidden") == 2
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        (
+            "net.bert.encoder.layer.1.output.dense.weight",
+            torch.zeros(24, 7),
+            r"\(24, 7\).*\(24, 10\)",
+        ),
+        (
+            "net.bert.encoder.layer.1.intermediate.dense.bias",
+            torch.zeros(10, 1),
+            r"expected \(10,\)",
+        ),
+        ("net.bert.encoder.layer.1.output.dense.weight", None, "but not this tensor"),
+    ],
+)
+def test_weights_that_do_not_fit_their_plan_change_nothing(share, entry, value, message):
+    root, keeper = kept()
+    cut(root, keeper, 0.25)
+    state = {**root.state_dict(), entry: value}
+    if value is None:
+        del state[entry]
+    fresh, fresh_keeper = kept()
+    cut(fresh, fresh_keeper, share)
+    before, plan = copy.deepcopy(fresh.state_dict()), fresh_keeper.plan
+    for strict in (True, False):
+        with pytest.raises(PruningError, match=message):
+            fresh.load_state_dict(state, strict=strict)
+    assert unchanged(fresh, before)
+    assert fresh_keeper.plan == plan
+
+
+def test_a_plan_of_other_sizes_is_refused_and_nothing_changes():
+    root, keeper = two(within="q")
+    before = copy.deepcopy(root.state_dict())
+    name = keeper.axes[0].name
+    for plan, message in [
+        (Plan({name: 7}, {name: (0,)}), f"axis '{name}' of size 7 has 4 here"),
+        (Plan({"d.nothing": 7}, {"d.nothing": (0,)}), "axis 'd.nothing' of size 7 is missing here"),
+    ]:
+        entry = torch.frombuffer(bytearray(plan.to_json().encode()), dtype=torch.uint8)
+        with pytest.raises(PruningError, match=f"made for another model: {message}"):
+            root.load_state_dict({**before, PLAN_KEY: entry})
+        assert unchanged(root, before)
+    assert {axis.name[0] for axis in keeper.axes} == {"q"}
 
 
 def test_a_module_has_one_keeper_and_its_copies_have_their_own():

@@ -94,7 +94,7 @@ class PruningCallback(PruningSteps):
             rank_zero_info("fast_dev_run: listening to validation, but no cut is made.")
             self._run.schedule = Schedule((trainer.current_epoch + 1,), (1.0,))
             return
-        heard = trainer.enable_validation and validation_batches(trainer) != 0
+        heard = validation_batches(trainer) != 0
         agree(trainer.strategy, "whether there are validation batches", str(heard))
         if not heard:
             raise MisconfigurationException(

@@ -31,8 +31,12 @@ def is_dev_run(trainer: pl.Trainer) -> bool:
 
 def validation_batches(trainer: pl.Trainer) -> int | None:
     """Batches of one validation run, over all loaders; 0 without validation, None if unknown."""
-    counts = trainer.num_val_batches
+    if not trainer.enable_validation:
+        return 0
+    counts = trainer.num_val_batches or [math.inf]  # empty until the loaders were asked for
     numbers = counts if isinstance(counts, list) else [counts]
+    if not numbers and trainer.enable_validation:  # the loaders come with the first validation
+        return None
     return None if any(math.isinf(n) for n in numbers) else sum(int(n) for n in numbers)
 
 

@@ -65,15 +65,17 @@ class Schedule:
 def judging_epoch(cut: int, following: int | None, length: float, every: int) -> int:
     """Epoch whose validation judges the cut made at the start of epoch ``cut``.
 
-    The last one before the ``following`` cut; after the last cut, the last one that leaves the run
-    another epoch, so that an undone cut is followed by training.
+    The last one before the ``following`` cut; after the last cut, half-way through what is left of
+    the run, so that there is time to train what was taken back, or to try a smaller step.
 
     Example:
         >>> judging_epoch(1, 3, 8, 1), judging_epoch(4, None, 8, 1), judging_epoch(4, None, 8, 2)
-        (2, 6, 5)
+        (2, 5, 5)
     """
-    end = following if following is not None else math.ceil(length - 1e-9) - 1
-    return max(cut, end // every * every - 1)
+    end = math.ceil(length - 1e-9) - 1
+    half = following if following is not None else cut + max(1, -(-(end - cut) // 2))
+    judged = -(-half // every) * every - 1
+    return max(cut, judged if judged < end else end // every * every - 1)
 
 
 def fit_schedule(

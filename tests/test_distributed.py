@@ -1,0 +1,371 @@
+"""Several ranks prune as one. Every launch runs many checks, because starting one takes seconds."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+from torch.utils.data import DataLoader
+
+from lightning_mi_prune import PruningError
+from lightning_mi_prune.strategies import _forget_shapes
+from tests.boring import Sentences
+from tests.ranks import launch
+from tests.runs import Batches, Module, fit, sha
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
+CUTS = 2
+
+
+class Log(pl.Callback):
+    """What a rank sees: sums of every cut, its gradients, its wrapper."""
+
+    def __init__(self):
+        self.counts, self.grads, self.inputs, self.wrappers, self.alive = [], [], [], [], []
+        self.old, self.wraps = [], 0
+
+    def setup(self, trainer, pl_module, stage):
+        original = trainer.strategy._setup_model
+
+        def setup_model(model):
+            self.wraps += 1
+            wrapped = original(model)
+            self.wrappers.append(weakref.ref(wrapped))
+            return wrapped
+
+        trainer.strategy._setup_model = setup_model
+
+    def on_validation_end(self, trainer, pl_module):
+        pending = trainer.callbacks[0]._run.pending
+        if pending is not None:
+            self.old = [weakref.ref(p) for p in pl_module.parameters()]
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.inputs.append(sha(batch["input_ids"]))
+        gc.collect()
+        self.alive.append(sum(wrapper() is not None for wrapper in self.wrappers))
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.grads.append(sha(*(p.grad for p in pl_module.parameters() if p.grad is not None)))
+
+
+def seen(folder, **options):
+    """What one run did on this rank."""
+    log, name = Log(), f"{len(list(folder.iterdir()))}"
+    (folder / name).mkdir(exist_ok=True)
+    strategy = options.pop("strategy", None) or DDPStrategy()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    trainer, module, watch = fit(
+        folder / name, strategy=strategy, devices=world, callbacks=[log], **options
+    )
+    prune = trainer.callbacks[0]
+    return {
+        "digests": watch.digests,
+        "plan": prune.plan.to_json(),
+        "cuts": [cut.epoch for cut in prune.report.cuts],
+        "grads": log.grads,
+        "inputs": log.inputs,
+        "alive": log.alive,
+        "wraps": log.wraps,
+        "old": sum(p() is not None and p() not in set(module.parameters()) for p in log.old),
+        "norms": [type(m).__name__ for m in module.modules() if "BatchNorm" in type(m).__name__],
+    }
+
+
+class Uneven(Module):
+    """Rank 1 has half of the validation batches of rank 0."""
+
+    def val_dataloader(self):
+        return Batches(128 if self.global_rank == 0 else 64, 32, seed=1)
+
+
+class Padded(Module):
+    """An ordinary loader: the distributed sampler repeats one example on the last rank."""
+
+    def val_dataloader(self):
+        return DataLoader(Sentences(129, seed=1), batch_size=16)
+
+
+class Empty(Module):
+    """Rank 1 has nothing to validate on."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def val_dataloader(self):
+        found = Batches(128, 32, seed=1)
+        found.size = 32 if self.global_rank == 0 else 4096
+        return found
+
+
+class Normed(Module):
+    """Has a batch norm, which turns into a SyncBatchNorm."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.norm = nn.BatchNorm1d(4).eval()
+
+
+def failing(folder, **options):
+    """The error of this rank."""
+    try:
+        seen(folder, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def collectives(folder, pruning):
+    """Collectives that Python code starts in one run, by name."""
+    counts: dict[str, list[int]] = {}
+    originals = {n: getattr(torch.distributed, n) for n in ("all_reduce", "all_gather")}
+
+    def counted(name, original):
+        def call(*args, **kwargs):
+            tensor = next(a for a in args if isinstance(a, torch.Tensor))
+            counts.setdefault(name, []).append(tensor.numel() * tensor.element_size())
+            return original(*args, **kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(torch.distributed, name, counted(name, original))
+    try:
+        if pruning:
+            seen(folder)
+        else:
+            trainer = fit.__globals__["pl"].Trainer(
+                accelerator="cpu", devices=2, strategy="ddp", max_epochs=4, logger=False,
+                enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False, num_sanity_val_steps=0,
+            )  # fmt: skip
+            trainer.fit(Module())
+    finally:
+        for name, original in originals.items():
+            setattr(torch.distributed, name, original)
+    return counts
+
+
+def two_ranks(folder):
+    """Everything that two ranks are asked."""
+    rank = int(os.environ["RANK"])
+    folder = folder / str(rank)
+    folder.mkdir()
+
+    def broken(self, *args, **kwargs):
+        raise ZeroDivisionError("a bug in a criterion")
+
+    found = {
+        "plain": seen(folder),
+        "again": seen(folder),
+        "static": seen(folder, strategy=DDPStrategy(static_graph=True)),
+        "views": seen(folder, strategy=DDPStrategy(gradient_as_bucket_view=True)),
+        "unused": seen(folder, strategy=DDPStrategy(find_unused_parameters=True)),
+        "manual static": seen(
+            folder, optimizer="two-manual", strategy=DDPStrategy(static_graph=True)
+        ),
+        "accumulated": seen(folder, accumulate_grad_batches=3),
+        "uneven": seen(folder, module=Uneven),
+        "padded": seen(folder, module=Padded),
+        "few": seen(folder, pruning={"positions": 600}),
+        "with": collectives(folder, True),
+        "without": collectives(folder, False),
+        "empty": failing(folder, module=Empty),
+        "sparsity": failing(folder, pruning={"sparsity": 0.5 if rank else 0.4}),
+        "units": failing(folder, pruning={"units": ["ffn"] if rank else ["heads"]}),
+    }
+    from lightning_mi_prune import MutualInformationPruning
+
+    original, MutualInformationPruning.select = MutualInformationPruning.select, broken
+    found["bug"] = failing(folder)
+    MutualInformationPruning.select = original
+    found["after"] = seen(folder)["digests"]
+    return found
+
+
+def four_ranks(folder):
+    folder = folder / os.environ["RANK"]
+    folder.mkdir()
+    return {"plain": seen(folder), "padded": seen(folder, module=Padded)}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    found = {}
+    for name, module in (("plain", Module), ("padded", Padded)):
+        trainer, _, watch = fit(folder, module=module)
+        prune = trainer.callbacks[0]
+        found[name] = {"plan": prune.plan.to_json(), "digests": watch.digests}
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return launch(2, two_ranks, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return launch(4, four_ranks, tmp_path_factory.mktemp("four"))
+
+
+ALIKE = ("plain", "static", "views", "unused", "manual static", "accumulated", "uneven", "padded")
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_all_ranks_have_the_same_weights_state_and_plan_after_every_epoch(two, name):
+    first, second = two[0][name], two[1][name]
+    assert first["cuts"] == second["cuts"] == [1, 2]
+    assert first["digests"] == second["digests"]
+    assert len(first["digests"]) == 4
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_gradients_are_reduced_before_and_after_every_cut(two, name):
+    first, second = two[0][name], two[1][name]
+    assert first["grads"] == second["grads"]
+    assert len(set(first["grads"])) > 4
+    assert not set(first["inputs"]) & set(second["inputs"])
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_the_model_is_wrapped_once_for_each_cut_and_the_old_wrapper_is_gone(two, name):
+    for rank in (0, 1):
+        assert two[rank][name]["wraps"] == 1 + CUTS
+        assert set(two[rank][name]["alive"]) == {1}
+        assert two[rank][name]["old"] == 0
+
+
+def test_options_of_the_wrapper_change_nothing(two):
+    for name in ("again", "static", "views", "unused"):
+        assert two[0][name]["digests"] == two[0]["plain"]["digests"]
+
+
+@pytest.mark.parametrize("name", ["plain", "padded"])
+def test_one_two_and_four_ranks_keep_the_same_units(one, two, four, name):
+    plans = [one[name]["plan"], two[0][name]["plan"], four[0][name]["plan"]]
+    assert plans[0] == plans[1] == plans[2]
+    assert all(four[rank][name]["digests"] == four[0][name]["digests"] for rank in range(4))
+
+
+def test_a_cut_costs_one_large_all_reduce_and_a_step_nothing(two):
+    """float64: count, sums and one triangle of outer products; heads and neurons of two layers."""
+    with_, without = two[0]["with"], two[0]["without"]
+    expected = 2 * sum(8 * (1 + d + d * (d + 1) // 2) for d in (24, 40))
+    smaller = 2 * sum(8 * (1 + d + d * (d + 1) // 2) for d in (18, 34))
+    extra = sorted(with_["all_reduce"])
+    for size in without["all_reduce"]:
+        extra.remove(size)
+    assert len(extra) == CUTS
+    assert extra[1] == expected
+    assert extra[0] < smaller * 1.2
+    gathered = len(with_["all_gather"]) - len(without.get("all_gather", []))
+    assert gathered == 3 + 2 * CUTS
+    assert set(with_["all_gather"]) <= {32, *without.get("all_gather", [])}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sparsity", "Ranks \\[1\\] and rank 0 disagree on the schedule of the cuts"),
+        ("units", "Ranks \\[1\\] and rank 0 disagree on what to prune"),
+        ("empty", "Ranks \\[1\\] and rank 0 disagree on whether there are validation batches"),
+    ],
+)
+def test_ranks_that_disagree_all_fail_with_the_same_sentence(two, name, message):
+    for rank in (0, 1):
+        with pytest.raises(PruningError, match=message):
+            raise PruningError(two[rank][name])
+
+
+def test_an_error_where_it_is_decided_is_an_error_everywhere(two):
+    assert two[0]["bug"] == "ZeroDivisionError: a bug in a criterion"
+    assert two[1]["bug"].startswith("PruningError: Rank 0 could not decide. ZeroDivisionError: a")
+    assert two[0]["after"] == two[0]["plain"]["digests"]
+
+
+def run_script(folder, *command, nodes=1, devices=2):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        [sys.executable, *command, "-m", "tests.ranks", str(folder), str(devices), str(nodes)],
+        env=environment,
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def read(folder):
+    return [
+        {int(k): v for k, v in json.loads((folder / f"{rank}.json").read_text()).items()}
+        for rank in (0, 1)
+    ]
+
+
+def test_lightnings_own_launcher_gives_the_same_run(two, tmp_path):
+    process = run_script(tmp_path)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output.decode()[-3000:]
+    assert read(tmp_path) == [two[0]["plain"]["digests"]] * 2
+
+
+def test_torchrun_over_two_nodes_gives_the_same_run(two, tmp_path):
+    """Two agents on one machine, one process each: what a cluster starts on two."""
+    port = 29000 + os.getpid() % 2000
+    agents = [
+        run_script(
+            tmp_path,
+            *("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
+            *(f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}"),
+            nodes=2,
+            devices=1,
+        )
+        for rank in (0, 1)
+    ]
+    for agent in agents:
+        output, _ = agent.communicate(timeout=240)
+        assert agent.returncode == 0, output.decode()[-3000:]
+    assert read(tmp_path) == [two[0]["plain"]["digests"]] * 2
+
+
+def test_a_stateful_communication_hook_starts_anew():
+    state = PowerSGDState(process_group=None, matrix_approximation_rank=1)
+    state.iter = 1500
+    state.error_dict[0] = state.p_memory_dict[0] = state.q_memory_dict[0] = torch.ones(3)
+    _forget_shapes(state)
+    assert state.iter == 0
+    assert state.error_dict == state.p_memory_dict == state.q_memory_dict == {}
+    _forget_shapes(None)
+
+
+def on_gpus(folder):
+    folder = folder / os.environ["RANK"]
+    folder.mkdir()
+    hooked = DDPStrategy(ddp_comm_hook=fp16_compress_hook)
+    options = {"accelerator": "gpu", "sync_batchnorm": True, "module": Normed}
+    return seen(folder, strategy=hooked, **options)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_gpus_hooks_and_synchronized_norms_are_kept(tmp_path):
+    first, second = launch(2, on_gpus, tmp_path).values()
+    assert first["digests"] == second["digests"]
+    assert first["grads"] == second["grads"]
+    assert first["wraps"] == 1 + CUTS
+    assert first["norms"] == ["SyncBatchNorm"]

@@ -1,0 +1,400 @@
+"""A pruned checkpoint opens with one call, and what cannot be opened says why."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers import AutoModelForSequenceClassification
+
+from lightning_mi_prune import PruningError, from_pretrained, load_pruned
+from lightning_mi_prune.checkpoints import PLAN_KEY, PlanKeeper
+from lightning_mi_prune.surgery import apply
+from tests.boring import Classifier, trainer
+from tests.models import batch, build, outputs, random_plan
+
+
+class WithOptions(Classifier):
+    """Its checkpoints hold what it was built with; another family would not fit."""
+
+    def __init__(self, name: str, *, width: int = 3) -> None:
+        super().__init__(family=name)
+        self.save_hyperparameters()
+        self.extra = nn.Linear(width, 1)
+
+
+class Late(Classifier):
+    """Makes its layers where Lightning asks for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = build()
+
+
+class WithTeacher(Classifier):
+    """Holds another module of its own class, and listens to what is loaded."""
+
+    def __init__(self, teacher: bool = True) -> None:
+        super().__init__()
+        self.teacher = WithTeacher(teacher=False) if teacher else None
+        self.seen = None
+
+    def on_load_checkpoint(self, checkpoint):
+        self.seen = checkpoint["pytorch-lightning_version"]
+
+
+class Anything:
+    """A class that torch does not know."""
+
+    def __eq__(self, other):
+        return isinstance(other, Anything)
+
+    __hash__ = None
+
+
+class WithAnything(Classifier):
+    def __init__(self, thing=None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+class Runs:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+CLASSES = {
+    Classifier: Classifier,
+    WithOptions: lambda: WithOptions("distilbert", width=5),
+    Late: Late,
+    WithTeacher: WithTeacher,
+}
+EVERY = pytest.mark.parametrize("cls", CLASSES)
+
+
+def pruned(module):
+    """What the callback leaves behind: a cut module with its plan."""
+    module.configure_model()
+    keeper = PlanKeeper.of(module)
+    plan = random_plan(keeper.axes)
+    apply(module, keeper.axes, plan)
+    keeper.plan = plan
+    return module
+
+
+def save(module, path, *, weights_only=True):
+    run = trainer()
+    run.strategy.connect(module)
+    run.save_checkpoint(path, weights_only=weights_only)
+    return path
+
+
+def same(module, other):
+    assert module.state_dict().keys() == other.state_dict().keys()
+    return torch.equal(outputs(module.model, batch()), outputs(other.model, batch()))
+
+
+@pytest.fixture(autouse=True)
+def _no_hook_stays():
+    yield
+    assert not torch_module._global_module_registration_hooks
+
+
+@EVERY
+def test_a_class(cls, tmp_path):
+    module = pruned(CLASSES[cls]())
+    again = load_pruned(cls, save(module, tmp_path / "a.ckpt"))
+    assert type(again) is cls
+    assert same(again, module)
+    assert again.hparams == module.hparams
+    assert PlanKeeper.held_by(again).plan == PlanKeeper.held_by(module).plan
+    assert same(load_pruned(cls, save(again, str(tmp_path / "b.ckpt"))), module)
+
+
+@EVERY
+def test_a_module(cls, tmp_path):
+    module = pruned(CLASSES[cls]())
+    for path in (save(module, tmp_path / "a.ckpt"), tmp_path / "a.pt"):
+        if path.suffix == ".pt":
+            torch.save(module.state_dict(), path)
+        fresh = CLASSES[cls]()
+        assert load_pruned(fresh, path, map_location="cpu") is fresh
+        assert same(fresh, module)
+        assert load_pruned(fresh, path) is fresh  # a second time changes nothing
+        assert same(fresh, module)
+
+
+@EVERY
+def test_what_was_never_cut(cls, tmp_path):
+    module = CLASSES[cls]()
+    module.configure_model()
+    path = save(module, tmp_path / "a.ckpt")
+    assert same(load_pruned(cls, path), module)
+    assert same(load_pruned(CLASSES[cls](), path), module)
+    assert same(load_pruned(load_pruned(pruned(CLASSES[cls]()), path), path), module)
+
+
+def test_a_whole_run_and_its_weights_alone(tmp_path):
+    module, run = pruned(WithOptions("bert")), trainer(max_epochs=1)
+    run.fit(module)
+    for weights_only in (False, True):
+        path = tmp_path / f"{weights_only}.ckpt"
+        run.save_checkpoint(path, weights_only=weights_only)
+        assert same(load_pruned(WithOptions, path), module)
+        assert same(load_pruned(WithOptions("bert"), path), module)
+
+
+def test_modules_that_know_nothing_of_lightning(tmp_path):
+    net = pruned(Classifier()).model
+    root = nn.ModuleDict({"model": net})
+    keeper = PlanKeeper.of(root)
+    keeper.plan = keeper.plan
+    torch.save(root.state_dict(), tmp_path / "a.pt")
+    again = load_pruned(nn.ModuleDict({"model": build()}), tmp_path / "a.pt")
+    assert torch.equal(outputs(again["model"], batch()), outputs(net, batch()))
+    linear = nn.Linear(2, 1)
+    torch.save(linear.state_dict(), tmp_path / "b.pt")
+    assert torch.equal(load_pruned(nn.Linear(2, 1), tmp_path / "b.pt").weight, linear.weight)
+
+
+@pytest.mark.parametrize("subclass", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_module_of_the_command_line(subclass, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    words = ["--model.name=distilbert", "--model.width=7"]
+    if subclass:
+        path = f"{WithOptions.__module__}.{WithOptions.__qualname__}"
+        words = [f"--model={path}", *(w.replace("model.", "model.init_args.") for w in words)]
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    cli = LightningCLI(
+        Classifier if subclass else WithOptions,
+        run=False,
+        args=words,
+        save_config_callback=None,
+        seed_everything_default=False,
+        subclass_mode_model=subclass,
+        trainer_defaults=quiet,
+    )
+    module = pruned(cli.model)
+    path = save(module, tmp_path / "a.ckpt")
+    assert "_instantiator" in torch.load(path, weights_only=True)["hyper_parameters"]
+    again = load_pruned(WithOptions, path)
+    assert type(again) is WithOptions
+    assert again.extra.in_features == 7
+    assert same(again, module)
+
+
+def test_hyperparameters_may_be_given(tmp_path):
+    path = save(pruned(WithOptions("bert")), tmp_path / "a.ckpt")
+    (tmp_path / "h.yaml").write_text("name: bert\nwidth: 3\n")
+    assert same(
+        load_pruned(WithOptions, path, hparams_file=str(tmp_path / "h.yaml"), strict=True),
+        load_pruned(WithOptions, path, name="bert"),
+    )
+    with pytest.raises(PruningError, match="made for another model"):
+        load_pruned(WithOptions, path, name="distilbert")
+    with pytest.raises(PruningError, match="do not fit this WithOptions"):
+        load_pruned(WithOptions, path, width=4)
+    with pytest.raises(PruningError, match=r"\['width'\] cannot be set on a WithOptions"):
+        load_pruned(WithOptions("bert"), path, width=4)
+    with pytest.raises(PruningError, match="weights_only is always True"):
+        load_pruned(WithOptions, path, weights_only=False)
+    with pytest.raises(TypeError, match="'name'"):  # as Lightning says it
+        load_pruned(WithOptions, save(pruned(Classifier()), tmp_path / "b.ckpt"))
+
+
+def test_strictness_is_what_the_module_says(tmp_path):
+    module = pruned(Classifier())
+    path = save(module, tmp_path / "a.ckpt")
+    wider = WithOptions("bert")
+    with pytest.raises(PruningError, match="Missing key"):
+        load_pruned(wider, path)
+    assert same_model(load_pruned(WithOptions("bert"), path, strict=False), module)
+    wider = WithOptions("bert")
+    wider.strict_loading = False
+    assert same_model(load_pruned(wider, path), module)
+
+
+def same_model(module, other):
+    return torch.equal(outputs(module.model, batch()), outputs(other.model, batch()))
+
+
+def test_only_the_returned_module_keeps_a_keeper(tmp_path):
+    module = pruned(WithTeacher())
+    path = save(module, tmp_path / "a.ckpt")
+    again = load_pruned(WithTeacher, path)
+    assert again.seen == pl.__version__
+    assert PlanKeeper.held_by(again.teacher) is None
+    assert [key for key in again.state_dict() if "lightning_mi_prune" in key] == [PLAN_KEY]
+    assert outputs(again.teacher.model, batch()).equal(outputs(module.teacher.model, batch()))
+    assert PlanKeeper.held_by(WithTeacher()) is None
+
+
+def test_the_ordinary_way_names_the_remedy(tmp_path):
+    module = pruned(Classifier())
+    path = save(module, tmp_path / "a.ckpt")
+    remedy = "open it with lightning_mi_prune.load_pruned"
+    with pytest.raises(RuntimeError, match=remedy):
+        Classifier.load_from_checkpoint(path, weights_only=True)
+    with pytest.raises(RuntimeError, match=remedy):
+        Classifier().load_state_dict(module.state_dict())
+
+
+def damaged(kind, folder):
+    path = folder / kind
+    if kind == "garbage":
+        path.write_bytes(b"these are no weights")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "half":
+        torch.save({"state_dict": {"a": torch.zeros(99)}}, path)
+        path.write_bytes(path.read_bytes()[:300])
+    elif kind == "code":
+        torch.save({"state_dict": {}, "x": Runs()}, path)
+    elif kind == "old code":
+        path.write_bytes(pickle.dumps(Runs(), protocol=2))
+    elif kind == "list":
+        torch.save([torch.zeros(1)], path)
+    elif kind == "numbers":
+        torch.save({"epoch": 3, "weight": torch.zeros(1)}, path)
+    elif kind == "nothing":
+        torch.save({}, path)
+    elif kind == "a list of weights":
+        torch.save({"state_dict": [1], "pytorch-lightning_version": "2.6.0"}, path)
+    elif kind == "folder":
+        path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "There is no file '.*missing'"),
+        ("folder", "is a folder; expected one file"),
+        ("garbage", "is not a checkpoint, or it is damaged"),
+        ("empty", "is not a checkpoint, or it is damaged"),
+        ("half", "is not a checkpoint, or it is damaged"),
+        ("code", r"would run \w+.system when opened"),
+        ("old code", "damaged|would run"),
+        ("list", "holds no weights"),
+        ("numbers", "holds no weights"),
+        ("nothing", "holds no weights"),
+        ("a list of weights", "holds no weights"),
+    ],
+)
+def test_files_that_are_no_checkpoints(kind, message, tmp_path):
+    path = damaged(kind, tmp_path)
+    module = Classifier()
+    before = copy.deepcopy(module.state_dict())
+    for target in (Classifier, module):
+        with pytest.raises(PruningError, match=message):
+            load_pruned(target, path)
+    assert PlanKeeper.held_by(module) is None
+    assert all(torch.equal(module.state_dict()[name], before[name]) for name in before)
+
+
+def test_weights_alone_do_not_build_a_class(tmp_path):
+    torch.save(Classifier().state_dict(), tmp_path / "a.pt")
+    torch.save({"state_dict": Classifier().state_dict()}, tmp_path / "b.pt")
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(PruningError, match=r"pass that: load_pruned\(Classifier\(...\), path"):
+            load_pruned(Classifier, tmp_path / name)
+        load_pruned(Classifier(), tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (nn.Linear, "Linear is a class without load_from_checkpoint"),
+        (dict, "dict is a class without load_from_checkpoint"),
+        ("Classifier", "cannot be loaded into 'Classifier'"),
+        (None, "cannot be loaded into None"),
+    ],
+)
+def test_targets_that_are_no_modules(target, message, tmp_path):
+    with pytest.raises(PruningError, match=message):
+        load_pruned(target, tmp_path / "a.ckpt")
+
+
+def test_hyperparameters_of_unknown_classes_name_the_way(tmp_path):
+    module = pruned(WithAnything(Anything()))
+    path = save(module, tmp_path / "a.ckpt")
+    for target in (WithAnything, WithAnything()):
+        with pytest.raises(PruningError, match=r"add_safe_globals\(\[\S*test_loading.Anything\]"):
+            load_pruned(target, path)
+    with torch.serialization.safe_globals([Anything]):
+        assert same(load_pruned(WithAnything, path), module)
+        assert same(load_pruned(WithAnything(), path), module)
+    torch.save(module.state_dict(), tmp_path / "a.pt")
+    assert same(load_pruned(WithAnything(), tmp_path / "a.pt"), module)
+
+
+@pytest.mark.parametrize("had_a_keeper", [False, True])
+def test_a_refused_file_leaves_the_module_as_it_was(had_a_keeper, tmp_path):
+    module = pruned(Classifier())
+    state = module.state_dict()
+    state["model.classifier.weight"] = torch.zeros(3, 5)
+    torch.save(state, tmp_path / "a.pt")
+    fresh = Classifier()
+    keeper = PlanKeeper.of(fresh) if had_a_keeper else None
+    before = copy.deepcopy(fresh.state_dict())
+    with pytest.raises(PruningError, match=r"'model.classifier.weight' has shape \(3, 5\)"):
+        load_pruned(fresh, tmp_path / "a.pt")
+    assert PlanKeeper.held_by(fresh) is keeper
+    assert fresh.state_dict().keys() == before.keys()
+    assert all(torch.equal(fresh.state_dict()[name], before[name]) for name in before)
+
+
+def test_errors_of_the_module_itself_pass_through(tmp_path):
+    path = save(pruned(Classifier()), tmp_path / "a.ckpt")
+
+    class Broken(Classifier):
+        def on_load_checkpoint(self, checkpoint):
+            raise KeyError("mine")
+
+    for target in (Broken, Broken()):
+        with pytest.raises(KeyError, match="mine"):
+            load_pruned(target, path)
+    with pytest.raises(Exception, match="nowhere") as error:
+        load_pruned(Classifier, "nowhere://a.ckpt")
+    assert not isinstance(error.value, PruningError)
+
+
+def test_a_network_that_was_opened_cut_loads_its_own_training(tmp_path):
+    net = build()
+    axes = PlanKeeper(net).axes
+    apply(net, axes, random_plan(axes))
+    net.save_pretrained(tmp_path)
+
+    class Tuned(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = from_pretrained(AutoModelForSequenceClassification, tmp_path)
+
+    module = Tuned()
+    with torch.no_grad():
+        module.model.classifier.weight.add_(1)
+    path = save(module, tmp_path / "a.ckpt")
+    assert same(load_pruned(Tuned, path), module)
+    keeper = PlanKeeper.of(module)
+    assert not keeper.plan.is_full
+    path = save(module, tmp_path / "b.ckpt")
+    assert same(load_pruned(Tuned, path), module)
+    assert same(load_pruned(Classifier(), path), module)
