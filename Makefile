@@ -6,6 +6,8 @@
 #   make test          all checks: format, lint, types, tests and doctests
 #   make benchmark     what listening, scoring and cutting cost, and the demo with three seeds
 #                      (half an hour; results in benchmarks/results)
+#   make matrix        stop and resume under every strategy, precision and optimizer
+#                      (some minutes; writes docs/matrix.md)
 #   make format        rewrite the code in the project's format
 #   make clean         remove the environment, caches and results of runs
 
@@ -16,7 +18,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 EXAMPLE := examples/text_classification
 CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.yaml)
 
-.PHONY: help demo test benchmark format clean
+.PHONY: help demo test benchmark matrix format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +36,9 @@ test: $(VENV)/dev.stamp
 benchmark: $(VENV)/runtime.stamp
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.seeds
+
+matrix: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.matrix
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix-only .

@@ -71,6 +71,11 @@ class Moments(Metric):
         """Mean ``(d,)`` and covariance ``(d, d)`` (divided by ``N``)."""
         return self.statistics()
 
+    @property
+    def packed_size(self) -> int:
+        """Length of :meth:`packed`: ``1 + d + d (d + 1) / 2``."""
+        return 1 + self.dimension + self.dimension * (self.dimension + 1) // 2
+
     def packed(self) -> Tensor:
         """The sums as one float64 vector ``(1 + d + d (d + 1) / 2,)``: each outer product once.
 
@@ -93,8 +98,7 @@ class Moments(Metric):
             tensor([[1., 2.],
                     [2., 4.]], dtype=torch.float64)
         """
-        d = self.dimension
-        expected = 1 + d + d * (d + 1) // 2
+        d, expected = self.dimension, self.packed_size
         if packed.shape != (expected,) or packed.dtype != torch.float64:
             raise PruningError(
                 f"Sums of shape {tuple(packed.shape)} and type {packed.dtype}; expected "

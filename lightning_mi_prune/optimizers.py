@@ -14,8 +14,7 @@ from lightning_mi_prune.surgery import Rewrite
 
 __all__ = ["check_optimizers", "rebind", "restore", "snapshot"]
 
-# What Adafactor of transformers keeps with a dimension of the parameter summed away, and which:
-# of a square matrix, the shape does not tell.
+# The dimension that Adafactor of transformers sums away: of a square matrix, no shape tells.
 _SUMMED: dict[str, int] = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
 
 
@@ -49,16 +48,17 @@ def rebind(optimizers: Iterable[Optimizer], rewrites: Sequence[Rewrite]) -> None
     all_optimizers = list(optimizers)
     check_optimizers(all_optimizers, (rewrite.old for rewrite in rewrites))
     by_old = {id(rewrite.old): rewrite for rewrite in rewrites}
+    moves = []  # everything that can fail comes before the first change
     for optimizer in all_optimizers:
         for group, place, parameter in _held(optimizer):
-            rewrite = by_old.get(id(parameter))
-            if rewrite is None:
-                continue
-            group["params"][place] = rewrite.new
-            if parameter in optimizer.state:
-                state = optimizer.state.pop(parameter)
-                carried = {key: _carry(key, value, rewrite) for key, value in state.items()}
-                optimizer.state[rewrite.new] = carried
+            if (rewrite := by_old.get(id(parameter))) is not None:
+                state = optimizer.state.get(parameter)
+                carried = state and {k: _carry(k, v, rewrite) for k, v in state.items()}
+                moves.append((optimizer, group["params"], place, rewrite, carried))
+    for optimizer, parameters, place, rewrite, carried in moves:
+        parameters[place] = rewrite.new
+        if optimizer.state.pop(rewrite.old, None) is not None:
+            optimizer.state[rewrite.new] = carried
 
 
 def snapshot(

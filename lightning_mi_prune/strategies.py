@@ -88,13 +88,18 @@ def pool(strategy: Strategy, moments: Mapping[str, Moments]) -> None:
     """
     if world_size(strategy) == 1:
         return
-    packed = {name: moments[name].packed().to(strategy.root_device) for name in sorted(moments)}
-    sizes = [len(vector) for vector in packed.values()]
-    summed = strategy.reduce(torch.cat(list(packed.values())), reduce_op="sum")
+    names = sorted(moments)
+    sizes = [moments[name].packed_size for name in names]
+    device = strategy.root_device
+    # Filled axis by axis: for wide models this buffer is as large as the gradients.
+    buffer = torch.empty(sum(sizes), dtype=torch.float64, device=device)
+    for name, part in zip(names, torch.split(buffer, sizes), strict=True):
+        part.copy_(moments[name].packed())
+    summed = strategy.reduce(buffer, reduce_op="sum")
     if not isinstance(summed, torch.Tensor):
         raise PruningError(f"{type(strategy).__name__} cannot add up sums over ranks.")
-    for name, vector in zip(packed, torch.split(summed, sizes), strict=True):
-        moments[name].unpack(vector.to(moments[name].total.device))
+    for name, part in zip(names, torch.split(summed, sizes), strict=True):
+        moments[name].unpack(part.to(moments[name].total.device))
 
 
 def decide_once(strategy: Strategy, decide: Callable[[], T]) -> T:

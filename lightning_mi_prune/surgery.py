@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_mi_prune.axes import WidthAxis, full_plan
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.incisions import Incision, incisions, owners, parameter_of, shapes_at
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
 
-__all__ = ["Rewrite", "apply", "check", "reshape", "undo"]
+__all__ = ["Rewrite", "apply", "check", "reshape", "revert", "undo"]
 
 
 class Rewrite(NamedTuple):
@@ -30,17 +29,6 @@ class Rewrite(NamedTuple):
     old: nn.Parameter
     new: nn.Parameter
     kept: Mapping[int, Tensor]
-
-
-@dataclass
-class _Incision:
-    """One parameter, everywhere it lives, and what is to be cut off it."""
-
-    name: str
-    old: nn.Parameter
-    owners: list[tuple[nn.Module, str]]
-    kept: dict[int, Tensor] = field(default_factory=dict)
-    folded: Tensor | None = None
 
 
 def apply(
@@ -84,18 +72,19 @@ def apply(
     now = full_plan(axes) if current is None else current
     places = plan.positions_in(now)
     target = now.then(plan)
-    incisions = _incisions(model, axes, now, places, folded or {})
-    rewrites = [_rewrite(incision) for incision in incisions]
-    for incision, rewrite in zip(incisions, rewrites, strict=True):
-        for module, attribute in incision.owners:
-            setattr(module, attribute, rewrite.new)
-    _follow(model, axes, target)
+    rewrites = [_rewrite(i) for i in incisions(model, axes, now, places, folded or {})]
+    _swap(model, rewrites)
+    try:
+        _follow(model, axes, target)
+    except BaseException:
+        revert(model, axes, now, rewrites)
+        raise
     return rewrites
 
 
 def check(model: nn.Module, axes: Sequence[WidthAxis], current: Plan) -> None:
     """Refuse, as :func:`apply` would, a model that a cut of these axes would break."""
-    _incisions(model, axes, current, {axis.name: () for axis in axes}, {})
+    incisions(model, axes, current, {axis.name: () for axis in axes}, {})
 
 
 def reshape(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
@@ -111,149 +100,78 @@ def reshape(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
             f"The stored plan was made for another model: axes {odd[:6]} or their sizes differ. "
             "Build the model with the configuration it was trained with."
         )
-    shapes = _shapes_at(axes, plan)
-    owners = _owners(model)
-    parameters = {name: _parameter(model, name) for name in shapes}
-    for name, shape in shapes.items():
-        old = parameters[name]
-        if list(old.shape) != shape:
-            new = nn.Parameter(old.detach().new_zeros(shape), requires_grad=old.requires_grad)
-            for module, attribute in owners[id(old)]:
-                setattr(module, attribute, new)
+    shapes = shapes_at(axes, plan)
+    parameters = {name: parameter_of(model, name) for name in shapes}
+    changed = {id(p): (p, shapes[n]) for n, p in parameters.items() if list(p.shape) != shapes[n]}
+    rewrites = [
+        Rewrite(old, nn.Parameter(old.detach().new_zeros(shape), old.requires_grad), {})
+        for old, shape in changed.values()
+    ]
+    _swap(model, rewrites)
     _follow(model, axes, plan)
-
-
-def _shapes_at(axes: Sequence[WidthAxis], plan: Plan) -> dict[str, list[int]]:
-    """Shape of every tensor that the axes cut, at a plan."""
-    shapes: dict[str, list[int]] = {}
-    for axis in axes:
-        for s in axis.slices:
-            shape = shapes.setdefault(s.tensor, list(s.shape))
-            shape[s.dim] = plan.width(axis.name) * axis.entries
-    return shapes
 
 
 @torch.no_grad()
 def undo(
     model: nn.Module, axes: Sequence[WidthAxis], plan: Plan, values: Mapping[str, Tensor]
-) -> dict[int, nn.Parameter]:
+) -> list[Rewrite]:
     """Give a model back the shape and the values it had at an earlier plan.
 
-    Returns the parameter that took the place of each replaced one, by the identity of the old one;
-    ``values`` are the parameters and buffers of that time, by name.
+    Args:
+        model: Module from which the axes are named.
+        axes: All axes of the model.
+        plan: The earlier plan.
+        values: Parameters and buffers of that time, by name.
+
+    Returns:
+        One record for each parameter that was replaced.
 
     Raises:
         PruningError: If the values are not those of this model at this plan; it stays as it was.
     """
-    old = dict(model.named_parameters())
-    shapes = _shapes_at(axes, plan)
+    shapes, old = shapes_at(axes, plan), dict(model.named_parameters())
     for name, parameter in old.items():
         shape = shapes.get(name, list(parameter.shape))
         if name not in values or list(values[name].shape) != shape:
-            raise PruningError(f"The snapshot has no {name!r} of shape {shape}; wrong model?")
-    reshape(model, axes, plan)
-    now = dict(model.named_parameters())
-    for name, tensor in (*now.items(), *model.named_buffers()):
+            raise PruningError(
+                f"The snapshot has no {name!r} of shape {tuple(shape)}; expected one of this model."
+            )
+    rewrites = [
+        Rewrite(p, nn.Parameter(values[n].to(p, copy=True), requires_grad=p.requires_grad), {})
+        for n, p in old.items()
+        if p.shape != values[n].shape
+    ]
+    _swap(model, rewrites)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in values:
             tensor.copy_(values[name])
-    return {id(old[name]): now[name] for name in old if old[name] is not now[name]}
+    _follow(model, axes, plan)
+    return rewrites
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every place where each parameter lives, by identity."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for module in model.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                owners[id(parameter)].append((module, attribute))
-    return owners
+def revert(
+    model: nn.Module, axes: Sequence[WidthAxis], plan: Plan, rewrites: Sequence[Rewrite]
+) -> None:
+    """Put the old parameters back where the new ones are, and the numbers of ``plan``."""
+    _swap(model, [Rewrite(r.new, r.old, {}) for r in rewrites])
+    _follow(model, axes, plan)
 
 
-def _incisions(
-    model: nn.Module,
-    axes: Sequence[WidthAxis],
-    current: Plan,
-    places: Mapping[str, tuple[int, ...]],
-    folded: Mapping[str, Tensor],
-) -> list[_Incision]:
-    owners = _owners(model)
-    described = {id(model.get_submodule(_module(s.tensor))) for a in axes for s in a.slices}
-    found: dict[int, _Incision] = {}
-    cut_by: dict[tuple[int, int], str] = {}
-    for axis in axes:
-        if axis.name not in places or len(places[axis.name]) == current.width(axis.name):
-            continue
-        for s in axis.slices:
-            old = _parameter(model, s.tensor)
-            key = (id(old), s.dim)
-            if key in cut_by:
-                raise PruningError(
-                    f"{s.tensor!r} is cut by {cut_by[key]!r} and {axis.name!r} at once: layers "
-                    "share it. Exclude one of the axes, or untie the parameter."
-                )
-            cut_by[key] = axis.name
-            stranger = next((m for m, _ in owners[id(old)] if id(m) not in described), None)
-            if stranger is not None:
-                raise PruningError(
-                    f"{s.tensor!r} is shared with a {type(stranger).__name__} outside the axis "
-                    f"{axis.name!r}, which would break. Exclude the axis, or untie the parameter."
-                )
-            width = current.width(axis.name) * axis.entries
-            if old.shape[s.dim] != width:
-                raise PruningError(
-                    f"{s.tensor!r} has {old.shape[s.dim]} entries along dimension {s.dim}; the "
-                    f"plan expects {width}. The model was changed behind the plan."
-                )
-            units = torch.tensor(places[axis.name], device=old.device)
-            entries = torch.arange(axis.entries, device=old.device)
-            incision = found.setdefault(id(old), _Incision(s.tensor, old, owners[id(old)]))
-            incision.kept[s.dim] = (units[:, None] * axis.entries + entries).flatten()
-    for name, values in folded.items():
-        old = _parameter(model, name)
-        incision = found.setdefault(id(old), _Incision(name, old, owners[id(old)]))
-        incision.folded = values
-    for incision in found.values():
-        _check_folded(incision)
-    return list(found.values())
-
-
-def _module(tensor: str) -> str:
-    return tensor.rpartition(".")[0]
-
-
-def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+def _swap(model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
+    """Replace parameters wherever they live: all of them, or none."""
+    places = owners(model)
+    moves = [(module, name, r) for r in rewrites for module, name in places.get(id(r.old), ())]
     try:
-        parameter = model.get_parameter(name)
-    except AttributeError as error:
-        raise PruningError(f"The model has no parameter {name!r}; was it replaced?") from error
-    if type(parameter) is not nn.Parameter:
-        raise PruningError(
-            f"{name!r} is a {type(parameter).__name__}; expected a plain torch.nn.Parameter. "
-            "Prune before quantizing or sharding."
-        )
-    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-        raise PruningError(
-            f"{name!r} carries gradient hooks, which would stay behind on the old parameter. "
-            "Remove them before the cut and register them again after it."
-        )
-    return parameter
-
-
-def _check_folded(incision: _Incision) -> None:
-    if incision.folded is None:
-        return
-    shape = list(incision.old.shape)
-    if 1 in incision.kept:
-        shape[1] = len(incision.kept[1])
-    if list(incision.folded.shape) != shape:
-        raise PruningError(
-            f"The fold-in of {incision.name!r} has shape {tuple(incision.folded.shape)}; expected "
-            f"{tuple(shape)}. It belongs to another plan."
-        )
+        for module, name, rewrite in moves:
+            setattr(module, name, rewrite.new)
+    except BaseException:
+        for module, name, rewrite in moves:
+            module._parameters[name] = rewrite.old
+        raise
 
 
 @torch.no_grad()
-def _rewrite(incision: _Incision) -> Rewrite:
+def _rewrite(incision: Incision) -> Rewrite:
     old = incision.old
     values = old.detach() if incision.folded is None else incision.folded.to(old)
     for dim, index in incision.kept.items():

@@ -44,7 +44,7 @@ Blow = Callable[..., None]
 Arm = Callable[[Blow], None]
 
 
-class Boom(Exception):
+class BoomError(Exception):
     """What a run that "raises" raises."""
 
 
@@ -196,9 +196,11 @@ class Scene(pl.Callback):
         if first is not None:
             first()
         place = {"epoch": trainer.current_epoch, "step": trainer.global_step, "at": time.time()}
-        (self.folder / "ended.json").write_text(json.dumps(place))
+        draft = self.folder / f"ended-{os.getpid()}.json"
+        draft.write_text(json.dumps(place))
+        draft.replace(self.folder / "ended.json")  # both ranks may end
         if case.deed == "raise":
-            raise Boom
+            raise BoomError
         if case.deed == "interrupt":
             raise KeyboardInterrupt
         os.kill(os.getpid(), signal.SIGTERM if case.deed == "term" else signal.SIGKILL)
@@ -277,7 +279,7 @@ def guarded(function: Callable[..., None], *args: Any, **options: Any) -> None:
     os.setsid()
     try:
         function(*args, **options)
-    except Boom:
+    except BoomError:
         os._exit(3)
     except SystemExit as error:
         os._exit(4 if type(error).__name__ == "SIGTERMException" else 5)
@@ -325,8 +327,8 @@ def launched(folder: Path, world: int, *args: Any, **options: Any) -> None:
 
 def torchrun(folder: Path, name: str, world: int) -> subprocess.Popen:
     """The same with the real launcher and fresh processes."""
-    command = f"{sys.executable} -m torch.distributed.run --nproc-per-node {world}".split()
-    command += "--rdzv-backend c10d --rdzv-endpoint localhost:0 --max-restarts 0".split()
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--max-restarts=0"]
     command += ["-m", "tests.crashing", str(folder), name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, start_new_session=True)

@@ -9,6 +9,7 @@ import pickle
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -19,6 +20,7 @@ from lightning_mi_prune.checkpoints import PLAN_KEY, PlanKeeper
 from lightning_mi_prune.surgery import apply
 from tests.boring import Classifier, trainer
 from tests.models import batch, build, outputs, random_plan
+from tests.runs import Module, fit
 
 
 class WithOptions(Classifier):
@@ -398,3 +400,50 @@ def test_a_network_that_was_opened_cut_loads_its_own_training(tmp_path):
     path = save(module, tmp_path / "b.ckpt")
     assert same(load_pruned(Tuned, path), module)
     assert same(load_pruned(Classifier(), path), module)
+
+
+class Answers(Module):
+    """Predicts logits and keeps what each of the three loops answered."""
+
+    def predict_step(self, batch, index):
+        return self.model(**batch).logits
+
+    def predict_dataloader(self):
+        return self.val_dataloader()
+
+
+@pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_right_after_fit_every_loop_opens_every_checkpoint(tmp_path):
+    """Larger and smaller ones, while the smallest model is in memory; bit-equal answers."""
+    keep = ModelCheckpoint(
+        tmp_path, filename="{epoch}", monitor="val_loss", save_top_k=-1, save_last=True
+    )
+    answers: dict[str, torch.Tensor] = {}
+
+    def logits(module):
+        with torch.no_grad():
+            return torch.cat([module.model(**b).logits for b in module.val_dataloader()])
+
+    class Remember(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if trainer.state.fn == "fit":
+                answers[str(tmp_path / f"epoch={trainer.current_epoch}.ckpt")] = logits(pl_module)
+
+    run, module, _ = fit(
+        tmp_path, module=Answers, callbacks=[keep, Remember()], enable_checkpointing=True
+    )
+    answers["best"] = answers[keep.best_model_path]
+    answers["last"] = answers[str(tmp_path / "epoch=3.ckpt")]
+    assert len(answers) == 6
+    assert len({sum(p.numel() for p in module.parameters())}) == 1
+    sizes = set()
+    for path, expected in [*answers.items(), *reversed(answers.items())]:
+        options = {"ckpt_path": path, "weights_only": True}
+        assert torch.equal(torch.cat(run.predict(module, **options)), expected)
+        for loop, name in ((run.validate, "val"), (run.test, "test")):
+            (metrics,) = loop(module, verbose=False, **options)
+            assert torch.equal(logits(module), expected)
+            assert f"{name}_loss" in metrics
+        sizes.add(sum(p.numel() for p in module.parameters()))
+    assert len(sizes) == 3

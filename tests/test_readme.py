@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.communication import table
 from benchmarks.seeds import summary
 
 ROOT = Path(__file__).parent.parent
@@ -35,3 +36,8 @@ def test_every_number_of_the_results_is_in_the_records():
     for name, values in summary(records).items():
         cells = [f"{v:.2f}" for v in (statistics.median(values), min(values), max(values))]
         assert f"| {name} | {' | '.join(cells)} |" in table
+
+
+def test_the_table_of_communication_is_what_its_script_prints():
+    page = (ROOT / "docs/distributed.md").read_text()
+    assert "\n".join(table()) in page

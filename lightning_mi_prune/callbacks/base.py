@@ -109,6 +109,7 @@ class PruningCallback(PruningSteps):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen, if the next epoch starts with a cut; the last validation before it counts."""
+        self._forget_stale(trainer)
         self._hold_patience(trainer)
         if not self._listens(trainer) or not is_last_validation(trainer):
             return
@@ -210,5 +211,6 @@ class PruningCallback(PruningSteps):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Take the listening hooks down."""
+        """Take the listening hooks down and let the companions go."""
         self._close()
+        self._patience.release()

@@ -71,6 +71,7 @@ class RunState:
         best: Best value of the monitored metric of an accepted model.
         examples: One call of each network, to count its work.
         seconds: Time spent on the cut that comes next.
+        stale: Whether no validation ran since the size changed: the logged metrics are older.
     """
 
     fitted: Schedule = field(default_factory=Schedule)
@@ -82,6 +83,7 @@ class RunState:
     best: float | None = None
     examples: Mapping[str, Example] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    stale: bool = False
 
     def to_dict(self, report: PruningReport) -> dict[str, Any]:
         """Plain containers and tensors, which ``torch.load(weights_only=True)`` opens."""
@@ -96,6 +98,7 @@ class RunState:
             "best": self.best,
             "examples": {p: vars(e) for p, e in self.examples.items() if _is_plain(vars(e))},
             "seconds": dict(self.seconds),
+            "stale": self.stale,
             "report": report.state_dict(),
         }
 
@@ -123,6 +126,7 @@ class RunState:
                 best=state["best"],
                 examples={path: Example(**call) for path, call in state["examples"].items()},
                 seconds=dict(state["seconds"]),
+                stale=bool(state["stale"]),
             ), PruningReport.from_state(state["report"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PruningError(

@@ -28,7 +28,7 @@ from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.report import Cut, PruningReport, axis_cuts, count_macs, print_cut
 from lightning_mi_prune.selection import Selection
 from lightning_mi_prune.strategies import agree, decide_once, rewrap
-from lightning_mi_prune.surgery import apply
+from lightning_mi_prune.surgery import apply, revert
 
 __all__ = ["PruningSteps"]
 
@@ -131,13 +131,21 @@ class PruningSteps(pl.Callback, ABC):
             run.trial = begin_trial(trainer, module, current, pending.epoch, run.reached)
         folded = selection.folded
         rewrites = apply(module, keeper.axes, selection.plan, current=current, folded=folded)
-        rebind(trainer.strategy.optimizers, rewrites)
+        try:
+            cut = self._describe(trainer, module, pending, before, after)
+            rebind(trainer.strategy.optimizers, rewrites)
+        except BaseException:  # a checkpoint that is written now must hold a whole model
+            revert(module, keeper.axes, current, rewrites)
+            run.trial = None
+            raise
         del rewrites  # the last to hold the old parameters
         keeper.plan, run.pending, run.reached = after, None, pending.sparsity
+        self.report.macs, self.report.cuts = macs_before, [*self.report.cuts, cut]
         self._resized(trainer)
-        run.seconds["cutting"] = time.perf_counter() - started
-        self.report.macs = macs_before
-        self._tell(trainer, module, pending.epoch, selection, before)
+        seconds = {**run.seconds, "cutting": time.perf_counter() - started}
+        self.report.cuts[-1] = replace(cut, seconds=seconds)
+        if self._verbose and trainer.is_global_zero:
+            print_cut(self.report.cuts[-1], self.report)
 
     def _take_back(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run, budget, trial = self._run, self._budget, self._run.trial
@@ -165,32 +173,28 @@ class PruningSteps(pl.Callback, ABC):
         """What must follow whenever the model has another size."""
         rewrap(trainer.strategy)
         agree(trainer.strategy, "the plan after the cut", self._kept().plan.digest())
+        self._run.stale = True
         if self._best_of != "any_size":
             restart_comparison(trainer, self._best_of)
-        if self._is_finished():
-            self._patience.release()
 
-    def _tell(
+    def _describe(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        epoch: int,
-        selection: Selection,
+        module: pl.LightningModule,
+        pending: Pending,
         before: Mapping[str, int],
-    ) -> None:
-        after = self._present_widths()
-        cut = Cut(
-            epoch=epoch,
+        plan: Plan,
+    ) -> Cut:
+        after = {axis.name: plan.width(axis.name) for axis in self._chosen}
+        return Cut(
+            epoch=pending.epoch,
             sparsity=sparsity_of(self._chosen, after),
-            parameters=sum(p.numel() for p in pl_module.parameters()),
+            parameters=sum(p.numel() for p in module.parameters()),
             prunable_parameters=count_parameters(self._chosen, after),
-            macs=self._macs(trainer, pl_module),
-            axes=axis_cuts(self._chosen, before, after, selection.information),
-            seconds=dict(self._run.seconds),
+            macs=self._macs(trainer, module),
+            axes=axis_cuts(self._chosen, before, after, pending.selection.information),
+            seconds=self._run.seconds,
         )
-        self.report.cuts.append(cut)
-        if self._verbose and trainer.is_global_zero:
-            print_cut(cut, self.report)
 
     def _begin_report(self, module: pl.LightningModule, keeper: PlanKeeper) -> PruningReport:
         built = count_parameters(keeper.axes)
@@ -228,7 +232,16 @@ class PruningSteps(pl.Callback, ABC):
 
     def _is_finished(self) -> bool:
         run = self._run
-        return not run.schedule.left(run.reached) and run.pending is None and run.trial is None
+        decided = run.pending is None and run.trial is None and not run.stale
+        return decided and not run.schedule.left(run.reached)
+
+    def _forget_stale(self, trainer: pl.Trainer) -> None:
+        """What was compared between a change of size and the validation that starts now."""
+        if not self._run.stale or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._run.stale = False
+        if self._best_of != "any_size":
+            restart_comparison(trainer, "final_size")
 
     def _hold_patience(self, trainer: pl.Trainer) -> None:
         held = trainer.state.fn == "fit" and self._best_of != "any_size"

@@ -17,7 +17,7 @@ from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.optimizers import restore, snapshot
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.strategies import decide_once
-from lightning_mi_prune.surgery import undo
+from lightning_mi_prune.surgery import revert, undo
 
 __all__ = ["AccuracyBudget", "begin_trial", "judge", "take_back"]
 
@@ -105,7 +105,12 @@ def take_back(
 
     Learning rates and everything else that follows time goes on.
     """
-    replaced = undo(module, keeper.axes, trial.plan, trial.weights)
-    names = {id(p): name for name, p in module.named_parameters()}
-    restore(trainer.strategy.optimizers, replaced, names, trial.optimizers)
+    rewrites = undo(module, keeper.axes, trial.plan, trial.weights)
+    try:
+        replaced = {id(rewrite.old): rewrite.new for rewrite in rewrites}
+        names = {id(p): name for name, p in module.named_parameters()}
+        restore(trainer.strategy.optimizers, replaced, names, trial.optimizers)
+    except BaseException:
+        revert(module, keeper.axes, keeper.plan, rewrites)
+        raise
     keeper.plan = trial.plan

@@ -93,6 +93,7 @@ def _linear(network: nn.Module, path: str, axis: str) -> nn.Linear:
     if type(layer) is not nn.Linear:
         raise PruningError(
             f"{path!r} is a {type(layer).__module__}.{type(layer).__qualname__}; expected a plain "
-            "torch.nn.Linear. Merge adapters or parametrizations, and prune before quantization."
+            "torch.nn.Linear. Merge adapters first (model.merge_and_unload().requires_grad_(True) "
+            "of PEFT), remove parametrizations, and prune before quantization."
         )
     return layer

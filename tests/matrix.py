@@ -1,0 +1,201 @@
+"""Strategy x precision x optimizer x resume point; ``python -m tests.matrix`` writes the page.
+
+Every cell is a run that was stopped at a point, resumed from its checkpoint with
+``weights_only=True``, and compared with the straight run after every epoch, bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
+from lightning.pytorch.strategies.xla import XLAStrategy
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from lightning_mi_prune.optimizers import check_optimizers
+from lightning_mi_prune.strategies import refuse_unsupported
+from tests.boring import Classifier
+from tests.ranks import launch
+from tests.runs import OPTIMIZERS, POINTS, PRECISIONS, resumed_equals_straight
+
+PAGE = Path(__file__).parent.parent / "docs" / "matrix.md"
+EVERY = [(precision, optimizer) for precision in PRECISIONS for optimizer in OPTIMIZERS]
+EACH = [("32-true", optimizer) for optimizer in OPTIMIZERS] + [
+    (precision, "adamw") for precision in PRECISIONS if precision != "32-true"
+]
+STRATEGIES: dict[str, tuple[int, list[tuple[str, str]]]] = {
+    "one process": (1, EVERY),
+    "ddp, 2 ranks": (2, EVERY),
+    "ddp, 4 ranks": (4, [("32-true", "adamw")]),
+}
+Found = dict[tuple[str, str], dict[str, str]]
+
+
+def compare(folder: Path, world: int, rows: Iterable[tuple[str, str]]) -> Found:
+    """For every precision and optimizer, what differs at each point ("" if nothing)."""
+    found = {}
+    for precision, optimizer in rows:
+        place = folder / f"{world} {precision} {optimizer}"
+        place.mkdir(parents=True, exist_ok=True)
+        strategy = {"strategy": "ddp", "devices": world} if world > 1 else {}
+        found[precision, optimizer] = resumed_equals_straight(
+            place, precision=precision, optimizer=optimizer, **strategy
+        )
+    return found
+
+
+def run(folder: Path, world: int, rows: list[tuple[str, str]]) -> Found:
+    """The same over ranks; what one of them sees to differ, differs."""
+    if world == 1:
+        return compare(folder, 1, rows)
+    ranks = launch(world, compare, folder, world, rows)
+    return {
+        row: {p: "; ".join({r[row][p] for r in ranks.values()} - {""}) for p in POINTS}
+        for row in rows
+    }
+
+
+class EightBit(torch.optim.AdamW):
+    """Shaped like the 8-bit optimizers of bitsandbytes, which keep their width in ``args``."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+        self.args = SimpleNamespace(optim_bits=8)
+
+
+def _strategy(kind: type, **options: Any) -> Callable[[], None]:
+    found = kind.__new__(kind)
+    vars(found).update({"_start_method": "popen", **options})
+    stub = SimpleNamespace(strategy=found, callbacks=[])
+    return lambda: refuse_unsupported(stub, Classifier())
+
+
+def _callback(make: Callable[[], Any]) -> Callable[[], None]:
+    from tests.boring import trainer
+
+    return lambda: refuse_unsupported(trainer(make()), Classifier())
+
+
+def _optimizer(make: Callable[[Any], Any]) -> Callable[[], None]:
+    def check() -> None:
+        parameters = list(Classifier().parameters())
+        check_optimizers([make(parameters)], parameters)
+
+    return check
+
+
+def _compiled() -> None:
+    from tests.boring import trainer
+
+    module = Classifier()
+    module.model = torch.compile(module.model)
+    refuse_unsupported(trainer(), module)
+
+
+def _zero(parameters: Any) -> Any:
+    wrapper = ZeroRedundancyOptimizer.__new__(ZeroRedundancyOptimizer)
+    torch.optim.Optimizer.__init__(wrapper, parameters, {})
+    wrapper.optim = torch.optim.AdamW(parameters)
+    return wrapper
+
+
+REFUSED: dict[str, Callable[[], None]] = {
+    "FSDP": _strategy(FSDPStrategy),
+    "FSDP2, tensor parallel": _strategy(ModelParallelStrategy),
+    "DeepSpeed": _strategy(DeepSpeedStrategy),
+    "XLA": _strategy(XLAStrategy),
+    "ddp_spawn": _strategy(DDPStrategy, _start_method="spawn"),
+    "ddp_fork, ddp_notebook": _strategy(DDPStrategy, _start_method="fork"),
+    "stochastic weight averaging": _callback(lambda: StochasticWeightAveraging(1e-2)),
+    "EMA": _callback(EMAWeightAveraging),
+    "Lightning's ModelPruning": _callback(lambda: ModelPruning("l1_unstructured", amount=0.5)),
+    "torch.compile before pruning": _compiled,
+    "LBFGS": _optimizer(torch.optim.LBFGS),
+    "8-bit optimizers": _optimizer(EightBit),
+    "ZeRO": _optimizer(_zero),
+}
+
+
+def sentence(refused: Callable[[], None]) -> str:
+    """What is said when it is refused."""
+    try:
+        refused()
+    except Exception as error:
+        return str(error)
+    return "not refused"
+
+
+def page(results: dict[str, Found], seconds: float) -> str:
+    """The tables of docs/matrix.md."""
+    points = list(POINTS)
+    cells = sum(len(row) for found in results.values() for row in found.values())
+    good = sum(not c for f in results.values() for row in f.values() for c in row.values())
+    lines = [
+        "# What can be stopped and resumed",
+        "",
+        "Written by `make matrix`. Every cell is a run of four epochs with cuts at the start of the",
+        "second and third that was stopped at a point, resumed from the checkpoint of that point",
+        "(`weights_only=True`), and compared with the run that was never stopped after every later",
+        "epoch: weights, optimizer state, learning rates, plan, metrics and cuts, bit for bit, on",
+        "every rank. `=` means equal. Batches come from a loader that can resume inside an epoch.",
+        "",
+        f"{good} of {cells} cells are equal. {_machine()}, {seconds / 60:.1f} minutes,",
+        "one thread a process. fp16 (`16-mixed`) runs with a GradScaler on the CPU. No GPU was at",
+        "hand; tests for GPUs skip without one.",
+        "",
+    ]
+    for strategy, found in results.items():
+        lines += [f"## {strategy}", "", "| precision | optimizer | " + " | ".join(points) + " |"]
+        lines += ["|---" * (2 + len(points)) + "|"]
+        for (precision, optimizer), row in found.items():
+            marks = " | ".join(row[point] or "=" for point in points)
+            lines.append(f"| {precision} | {optimizer} | {marks} |")
+        lines.append("")
+    lines += ["## Refused", "", "In `setup`, or before the first cut, in one sentence:", ""]
+    lines += ["| what | the sentence |", "|---|---|"]
+    lines += [f"| {name} | {sentence(refused)} |" for name, refused in REFUSED.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _machine() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    cpu = names[0].partition(":")[2].strip() if names else platform.processor()
+    return f"{cpu}, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Run every cell and write the page."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        results = {
+            strategy: run(Path(folder), world, rows)
+            for strategy, (world, rows) in STRATEGIES.items()
+        }
+    PAGE.write_text(page(results, time.perf_counter() - started), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
