@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mi_prune.axes import WidthAxis, full_plan
+from lightning_mi_prune.axes import WidthAxis, as_built, full_plan
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, present_plan
 from lightning_mi_prune.plan import Plan
@@ -61,6 +61,7 @@ class PlanKeeper:
         self._finders: list[Find] = [find]
         self._axes: dict[str, WidthAxis] = {}
         self._plan: Plan | None = None
+        self._inherited = Plan({}, {})
         # torch marks these hooks with an attribute, which bound methods do not take.
         self._handles = [
             module.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
@@ -74,11 +75,22 @@ class PlanKeeper:
 
     @classmethod
     def of(cls, module: nn.Module, find: Find = find_axes) -> PlanKeeper:
-        """The one keeper of a module, made if there is none; it stays with copies of the module."""
+        """The one keeper of a module, made if there is none; it stays with copies of the module.
+
+        Keepers of parts of the module hand over what they know: two would soon disagree.
+        """
         keeper = cls.held_by(module)
         if keeper is None:
-            return cls(module, find)
-        keeper._finders.append(find)
+            keeper = cls(module, find)
+        else:
+            keeper._finders.append(find)
+        for path, part in module.named_modules():
+            inner = cls.held_by(part)
+            if inner is not None and inner is not keeper:
+                keeper._inherited = _merged(keeper._inherited, inner.plan.prefixed(path))
+                inner.close()
+        if keeper._inherited.sizes:
+            keeper._plan = keeper.plan  # now, while the shapes are those of the inherited plan
         return keeper
 
     @staticmethod
@@ -91,10 +103,10 @@ class PlanKeeper:
     def axes(self) -> list[WidthAxis]:
         """All axes of the module, as built."""
         while self._finders:
-            found = self._finders[0](self.module)
+            found = as_built(self._finders[0](self.module), self._inherited.sizes)
             new = [axis for axis in found if axis.name not in self._axes]
             if self._plan is not None and new:
-                self._plan = _merged(self._plan, present_plan(self.module, new))
+                self._plan = _merged(self._plan, self._present(new))
             self._axes |= {axis.name: axis for axis in new}
             self._finders.pop(0)
         return list(self._axes.values())
@@ -104,12 +116,19 @@ class PlanKeeper:
         """The plan the module carries now."""
         axes = self.axes
         if self._plan is None:
-            self._plan = present_plan(self.module, axes)
+            self._plan = self._present(axes)
         return self._plan
 
     @plan.setter
     def plan(self, plan: Plan) -> None:
         self._plan = plan
+
+    def _present(self, axes: Sequence[WidthAxis]) -> Plan:
+        known = {axis.name for axis in axes} & set(self._inherited.sizes)
+        sizes, kept = self._inherited.sizes, self._inherited.kept
+        other = [axis for axis in axes if axis.name not in known]
+        inherited = Plan({n: sizes[n] for n in known}, {n: kept[n] for n in known})
+        return _merged(present_plan(self.module, other), inherited)
 
     def close(self) -> None:
         """Take both hooks down; the module is an ordinary module again."""
@@ -125,11 +144,9 @@ class PlanKeeper:
     def _replay(
         self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, **__: Any
     ) -> None:
-        # Found by its first words: the rest of the key is prose, and may be put better one day.
-        key = next((key for key in state if key.startswith(prefix + _NAME)), None)
+        stored = _stored(state, prefix)
         axes = None
-        if key is not None:
-            stored = _read(state.pop(key))
+        if stored is not None:
             axes = self._axes_for(stored)
             plan = self._completed(stored, axes, state, prefix)
             _check_weights(module, axes, plan, state, prefix)
@@ -171,6 +188,19 @@ class PlanKeeper:
         slices = [s for axis in self.axes for s in axis.slices]
         tensors = ((state.get(prefix + s.tensor), s.shape) for s in slices)
         return all(isinstance(t, Tensor) and tuple(t.shape) == shape for t, shape in tensors)
+
+
+def _stored(state: dict[str, Any], prefix: str) -> Plan | None:
+    """The plan in a state dict, its own and those that keepers of parts wrote; taken out of it."""
+    found: dict[str, Plan] = {}
+    # Found by its first words: the rest of the key is prose, and may be put better one day.
+    for key in [key for key in state if key.startswith(prefix) and _NAME in key]:
+        path = key[len(prefix) : key.index(_NAME, len(prefix))].removesuffix(".")
+        found[path] = _read(state[key]).prefixed(path)
+    for key in [key for key in state if key.startswith(prefix) and _NAME in key]:
+        state.pop(key)
+    plans = [found[path] for path in sorted(found, reverse=True)]  # its own, "", comes last
+    return reduce(_merged, plans) if plans else None
 
 
 def _merged(first: Plan, second: Plan) -> Plan:

@@ -31,6 +31,7 @@ __all__ = [
     "refuse_second",
     "refuse_unsupported",
     "rewrap",
+    "together",
     "world_size",
 ]
 
@@ -78,6 +79,28 @@ def agree(strategy: Strategy, subject: str, statement: str) -> None:
             f"{world_size(strategy)}. Build the same model with the same options and seed on every "
             f"rank. This rank ({strategy.global_rank}) has {statement[:300]}"  # type: ignore[attr-defined]
         )
+
+
+def together(strategy: Strategy, subject: str, attempt: Callable[[], T]) -> T:
+    """Do on every rank what may fail on some, and make sure that all of them have the same result.
+
+    Raises:
+        Exception: The error of this rank; on ranks without one, a PruningError.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = attempt()
+    except Exception as error:  # ranks that succeed must hear of it
+        failure = error
+    try:
+        agree(strategy, subject, repr(failure) if failure is not None else str(result))
+    except PruningError:
+        if failure is None:
+            raise
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
 
 
 def pool(strategy: Strategy, moments: Mapping[str, Moments]) -> None:

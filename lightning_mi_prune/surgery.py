@@ -142,9 +142,14 @@ def undo(
         if p.shape != values[n].shape
     ]
     _swap(model, rewrites)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in values:
-            tensor.copy_(values[name])
+    for name, parameter in model.named_parameters():
+        parameter.copy_(values[name])
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            saved = values.get(f"{path}.{name}" if path else name)
+            if buffer is not None and saved is not None:
+                # A queue may have another length by now, and an expanded one takes no copy.
+                module._buffers[name] = saved.to(buffer, copy=True)
     _follow(model, axes, plan)
     return rewrites
 

@@ -131,7 +131,7 @@ CASES: dict[str, Case] = {
     "killed in surgery, sizes not yet true": Case(before(surgery, "_follow"), 2),
     "killed carrying the optimizer across": Case(before(optimizers, "_carry"), 2, 7),
     "killed before wrapping again": Case(before(steps, "rewrap"), 2),
-    "killed before the report": Case(before(steps.PruningSteps, "_tell"), 2),
+    "killed before the report": Case(before(steps.PruningSteps, "_describe"), 2),
     "killed taking a cut back": Case(SWAP, 2, 4, method=WRONG),
     "killed taking a cut back, optimizer half undone": Case(
         before(optimizers, "_revived"), 2, 7, saves="epochs", method=WRONG
@@ -167,7 +167,7 @@ HALF_CUT: dict[str, Case] = {
     "exception carrying the optimizer across": Case(
         before(optimizers, "_carry"), 2, 7, "both", "raise"
     ),
-    "exception before the report": Case(before(steps.PruningSteps, "_tell"), 2, 1, "both", "raise"),
+    "exception after a cut": Case(before(steps, "restart_comparison"), 2, 1, "both", "raise"),
 }
 
 

@@ -152,9 +152,9 @@ def page(results: dict[str, Found], seconds: float) -> str:
     lines = [
         "# What can be stopped and resumed",
         "",
-        "Written by `make matrix`. Every cell is a run of four epochs with cuts at the start of the",
-        "second and third that was stopped at a point, resumed from the checkpoint of that point",
-        "(`weights_only=True`), and compared with the run that was never stopped after every later",
+        "Written by `make matrix`. Every cell is a run of four epochs with cuts at the start of",
+        "the second and third that was stopped at a point, resumed from its checkpoint",
+        "(`weights_only=True`), and compared with a run that was never stopped, after every later",
         "epoch: weights, optimizer state, learning rates, plan, metrics and cuts, bit for bit, on",
         "every rank. `=` means equal. Batches come from a loader that can resume inside an epoch.",
         "",

@@ -441,7 +441,7 @@ BAD_RUNS = [
     (fit_with(options={"last_epoch": 4}), "last_epoch=4 leaves no epoch to recover"),
     (fit_with(options={"first_epoch": 3}), "first_epoch=3 comes after the last cut at epoch 2"),
     (fit_with(options={"cuts": 3}), "cuts=3, but only the epochs"),
-    (fit_with(check_val_every_n_epoch=3), "No validation runs before epochs 1 to 2"),
+    (fit_with(check_val_every_n_epoch=3), "No validation runs before and after epochs 1 to 2"),
     (fit_with(NoValidation), "this run has none"),
     (fit_with(limit_val_batches=0), "this run has none"),
     (fit_with(Plain), "Nothing to prune was found in Plain"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import get_args
 
 import lightning.pytorch as pl
+import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
@@ -47,7 +48,7 @@ from lightning_mi_prune.strategies import refuse_unsupported
 from tests.boring import Classifier, Sentences, trainer
 from tests.conftest import count_hooks
 from tests.models import build
-from tests.runs import PRECISIONS, Batches, Module
+from tests.runs import PRECISIONS, Batches, Module, fit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning"),
@@ -983,7 +984,6 @@ def test_parameter_groups_keep_their_members_and_rates():
 
 
 def with_adapters():
-    peft = pytest.importorskip("peft")
     module = Module()
     options = peft.LoraConfig(target_modules=["query", "value"])
     module.model = peft.get_peft_model(module.model, options)
@@ -1050,3 +1050,15 @@ def test_a_trainer_with_a_forking_strategy_is_refused(name):
 @pytest.mark.parametrize("make", [lambda: SingleDeviceStrategy("cpu"), DDPStrategy])
 def test_strategies_that_can_be_pruned_are_not_refused(make):
     refuse_unsupported(SimpleNamespace(strategy=make(), callbacks=[]), Module())
+
+
+def test_a_run_that_saves_nothing_after_the_last_cut_says_so(tmp_path):
+    keep = ModelCheckpoint(tmp_path, monitor="val_loss", every_n_epochs=2)
+    with pytest.warns(UserWarning, match="'val_loss'.* saved no model of the final size"):
+        fit(
+            tmp_path,
+            pruning={"cuts": 1, "last_epoch": 2, "first_epoch": 2},
+            callbacks=[keep],
+            enable_checkpointing=True,
+            max_epochs=3,
+        )

@@ -153,5 +153,5 @@ def test_a_checkpoint_of_an_exception_inside_a_cut_can_be_resumed(results, name)
 
 
 def test_a_checkpoint_of_an_exception_after_a_cut_has_it_in_its_report(results):
-    found = results["cases"]["exception before the report"]
+    found = results["cases"]["exception after a cut"]
     assert found["resumed"][0]["cuts"] == [1, 2]

@@ -119,6 +119,14 @@ class Normed(Module):
         self.norm = nn.BatchNorm1d(4).eval()
 
 
+class Lonely(Module):
+    """Logs a metric on rank 0 only, as Lightning allows."""
+
+    def on_validation_epoch_end(self):
+        if self.global_rank == 0:
+            self.log("lonely", 1.0, rank_zero_only=True)
+
+
 def failing(folder, **options):
     """The error of this rank."""
     try:
@@ -184,6 +192,9 @@ def two_ranks(folder):
         "with": collectives(folder, True),
         "without": collectives(folder, False),
         "empty": failing(folder, module=Empty),
+        "budget": failing(folder, pruning={"max_drop": 0.5, "monitor": "val_acc"} if rank else {}),
+        "metric": failing(folder, module=Lonely, pruning={"max_drop": 0.5, "monitor": "lonely"}),
+        "epoch": failing(folder, pruning={"last_epoch": 99} if rank else {}),
         "sparsity": failing(folder, pruning={"sparsity": 0.5 if rank else 0.4}),
         "units": failing(folder, pruning={"units": ["ffn"] if rank else ["heads"]}),
     }
@@ -282,7 +293,8 @@ def test_a_cut_costs_one_large_all_reduce_and_a_step_nothing(two):
     ("name", "message"),
     [
         ("sparsity", "Ranks \\[1\\] and rank 0 disagree on the schedule of the cuts"),
-        ("units", "Ranks \\[1\\] and rank 0 disagree on what to prune"),
+        ("units", "Ranks \\[1\\] and rank 0 disagree on what to prune and how"),
+        ("budget", "Ranks \\[1\\] and rank 0 disagree on what to prune and how"),
         ("empty", "Ranks \\[1\\] and rank 0 disagree on whether there are validation batches"),
     ],
 )
@@ -290,6 +302,15 @@ def test_ranks_that_disagree_all_fail_with_the_same_sentence(two, name, message)
     for rank in (0, 1):
         with pytest.raises(PruningError, match=message):
             raise PruningError(two[rank][name])
+
+
+def test_an_error_on_one_rank_stops_all(two):
+    assert "Ranks [1] and rank 0 disagree on the schedule of the cuts" in two[0]["epoch"]
+    assert two[1]["epoch"].startswith("MisconfigurationException: last_epoch=99 leaves no epoch")
+
+
+def test_a_metric_that_rank_zero_logs_is_enough(two):
+    assert two[0]["metric"] == two[1]["metric"] == "no error"
 
 
 def test_an_error_where_it_is_decided_is_an_error_everywhere(two):

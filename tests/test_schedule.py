@@ -53,7 +53,7 @@ def test_due():
         (5, {"last_epoch": 5}, "leaves no epoch to recover"),
         (5, {"first_epoch": 4}, "comes after the last cut at epoch 2"),
         (5, {"cuts": 3}, r"only the epochs \[1, 2\]"),
-        (4, {"every": 3}, "No validation runs before epochs 1 to 2"),
+        (4, {"every": 3}, "No validation runs before and after epochs 1 to 2"),
     ],
 )
 def test_schedules_that_do_not_fit(length, options, message):

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_mi_prune.callbacks.companions import without_best
 from lightning_mi_prune.callbacks.run import (
     is_dev_run,
     is_last_validation,
@@ -23,7 +24,7 @@ from lightning_mi_prune.callbacks.run import (
     without_frozen,
 )
 from lightning_mi_prune.callbacks.schedule import Schedule
-from lightning_mi_prune.callbacks.state import RunState
+from lightning_mi_prune.callbacks.state import RunState, reconcile
 from lightning_mi_prune.callbacks.steps import PruningSteps
 from lightning_mi_prune.callbacks.trial import judge
 from lightning_mi_prune.checkpoints import PlanKeeper
@@ -36,6 +37,7 @@ from lightning_mi_prune.strategies import (
     pool,
     refuse_second,
     refuse_unsupported,
+    together,
     world_size,
 )
 from lightning_mi_prune.surgery import check
@@ -76,16 +78,23 @@ class PruningCallback(PruningSteps):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the axes and check everything that can be known before the first batch."""
-        keeper = self._kept()
-        mine = [axis for axis in keeper.axes if is_within(axis.name, self._within)]
-        self._chosen = self.choose(without_frozen(pl_module, mine))
-        check(pl_module, self._chosen, keeper.plan)
-        if not self._run.fitted.epochs:
-            self.report = self._begin_report(pl_module, keeper)
-        self._check_optimizers(trainer, pl_module)
-        self.check(self._chosen)
-        sizes = [(axis.name, axis.size) for axis in self._chosen]
-        agree(trainer.strategy, "what to prune", f"{keeper.plan.digest()} {sizes}")
+
+        def prepare() -> str:
+            keeper = self._kept()
+            mine = [axis for axis in keeper.axes if is_within(axis.name, self._within)]
+            self._chosen = self.choose(without_frozen(pl_module, mine))
+            check(pl_module, self._chosen, keeper.plan)
+            if not self._run.fitted.epochs:
+                self.report = self._begin_report(pl_module, keeper)
+            self._check_optimizers(trainer, pl_module)
+            self.check(self._chosen)
+            sizes = [(axis.name, axis.size) for axis in self._chosen]
+            options = (self._budget, self._best_of, self._positions, self._seed)
+            return f"{keeper.plan.digest()} {sizes} {options}"
+
+        together(trainer.strategy, "what to prune and how", prepare)
+        for surprise in reconcile(self._run, self._chosen, pl_module, self._budget):
+            rank_zero_warn(surprise)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -101,10 +110,15 @@ class PruningCallback(PruningSteps):
                 "Pruning listens to validation, but this run has none. Give the trainer a "
                 "val_dataloader and a validation_step, with limit_val_batches above 0."
             )
-        fitted = self.schedule(run_length(trainer), trainer.check_val_every_n_epoch or 1)
-        agree(trainer.strategy, "the schedule of the cuts", str(fitted))
-        if fitted != self._run.fitted:
-            self._run.fitted = self._run.schedule = fitted
+        run, every = self._run, trainer.check_val_every_n_epoch or 1
+        begin = run.begin if run.fitted.epochs else trainer.current_epoch
+        fitted = together(
+            trainer.strategy,
+            "the schedule of the cuts",
+            lambda: self.schedule(run_length(trainer), every, begin),
+        )
+        if fitted != run.fitted:
+            run.fitted, run.schedule, run.begin = fitted, fitted, begin
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -147,18 +161,17 @@ class PruningCallback(PruningSteps):
         run.examples = run.examples or listener.calls(self._chosen)
         run.seconds = {"listening": listener.seconds}
         pool(trainer.strategy, listener.moments)
-        run.heard = listener.moments
+        run.heard, run.heard_at = listener.moments, trainer.current_epoch
         check_moments(run.heard)
         if trainer.is_last_batch:
-            self._decide(trainer, pl_module)
+            self._decide(trainer, pl_module, trainer.current_epoch + 1)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide what to cut at the start of the next epoch, if that is still open."""
         self._hold_patience(trainer)
-        if self.report.cuts:
-            for name, value in self.report.cuts[-1].metrics().items():
-                pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
+        for name, value in self._sizes(pl_module).items():
+            pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
         if not self._listens(trainer) or self._is_failed() or is_dev_run(trainer):
             return
         if self._run.heard is None:
@@ -167,21 +180,29 @@ class PruningCallback(PruningSteps):
                 "epoch. Validate in every epoch that comes before a cut."
             )
             return
-        self._decide(trainer, pl_module)
+        self._decide(trainer, pl_module, trainer.current_epoch + 1)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Carry out what was decided: a cut, or taking the last one back."""
-        if self._is_failed():
-            self._take_back(trainer, pl_module)
-        elif self._run.pending is not None:
-            self._cut(trainer, pl_module, self._run.pending)
+        """Carry out what was decided: a cut, or taking the last one back.
+
+        Some resumptions skip the end of an epoch, and what would have been decided there.
+        """
+        run, epoch = self._run, trainer.current_epoch
+        if run.trial is not None and run.trial.failed_at is not None:
+            if epoch > run.trial.failed_at:
+                self._take_back(trainer, pl_module)
+            return
+        if run.pending is None and run.heard is not None and run.heard_at < epoch:
+            self._decide(trainer, pl_module, epoch)
+        if run.pending is not None and run.pending.epoch <= epoch:
+            self._cut(trainer, pl_module, run.pending)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Some resumptions skip the start of the epoch: the decision must not wait for another."""
+        """Some resumptions skip the start of an epoch too; nothing must wait for another one."""
         self.on_train_epoch_start(trainer, pl_module)
 
     @override
@@ -195,6 +216,12 @@ class PruningCallback(PruningSteps):
                 f"Training ended after {total - len(left)} of {total} cuts (the next was due at "
                 f"epoch {left[0]}); the model is larger than asked for."
             )
+        if self._best_of != "any_size" and self.report.cuts:
+            for metric in without_best(trainer):
+                rank_zero_warn(
+                    f"ModelCheckpoint(monitor={metric!r}) saved no model of the final size, so it "
+                    "has no best one; save after the last cut, or pass best_of='any_size'."
+                )
         if run.trial is not None:
             rank_zero_warn(
                 f"Training ended before the cut of epoch {run.trial.epoch} could be judged or "

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-__all__ = ["BestOf", "Patience", "restart_comparison"]
+__all__ = ["BestOf", "Patience", "restart_comparison", "without_best"]
 
 BestOf = Literal["final_size", "each_size", "any_size"]
 
@@ -57,6 +57,18 @@ def restart_comparison(trainer: pl.Trainer, best_of: BestOf) -> None:
         if isinstance(config.scheduler, ReduceLROnPlateau):
             config.scheduler.best = config.scheduler.mode_worse
             config.scheduler.num_bad_epochs = 0
+
+
+def without_best(trainer: pl.Trainer) -> list[str]:
+    """Metrics of the checkpoint callbacks that have saved no model of the present size."""
+    return [
+        checkpoint.monitor
+        for checkpoint in trainer.checkpoint_callbacks
+        if isinstance(checkpoint, ModelCheckpoint)
+        and checkpoint.monitor is not None
+        and checkpoint.save_top_k != 0
+        and not checkpoint.best_model_path
+    ]
 
 
 def _restart_checkpoint(checkpoint: ModelCheckpoint, best_of: BestOf) -> None:

@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_mi_prune.axes import WidthAxis, choose_axes
 from lightning_mi_prune.budget import uniform_widths
 from lightning_mi_prune.callbacks.base import PruningCallback
+from lightning_mi_prune.callbacks.budget import AccuracyBudget
 from lightning_mi_prune.callbacks.companions import BestOf
 from lightning_mi_prune.callbacks.options import (
     at_least,
@@ -22,7 +23,6 @@ from lightning_mi_prune.callbacks.options import (
     is_one_of,
 )
 from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule, judging_epoch
-from lightning_mi_prune.callbacks.trial import AccuracyBudget
 from lightning_mi_prune.criteria import MutualInformation
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.moments import Moments
@@ -176,7 +176,7 @@ class MutualInformationPruning(PruningCallback):
         uniform_widths(axes, self.sparsity, multiple=self._multiple, floor=self._floor)
 
     @override
-    def schedule(self, length: float, every: int) -> Schedule:
+    def schedule(self, length: float, every: int, begin: int) -> Schedule:
         try:
             found = fit_schedule(
                 length,
@@ -186,6 +186,7 @@ class MutualInformationPruning(PruningCallback):
                 first_epoch=self._first,
                 last_epoch=self._last,
                 every=every,
+                begin=begin,
                 recovery=1 if self._budget is None else 2,
             )
         except PruningError as error:

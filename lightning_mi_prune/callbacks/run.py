@@ -100,9 +100,9 @@ def _validates_after(trainer: pl.Trainer, batch: int) -> bool:
         return False
     if interval is None:  # every so many minutes
         return False
-    if math.isinf(interval):
-        return batch + 1 == trainer.num_training_batches
     progress = trainer.fit_loop.epoch_loop.batch_progress
+    if math.isinf(interval):  # of unknown length: the loader knows when it is over
+        return bool(progress.is_last_batch)
     before = progress.total.ready - progress.current.ready if every_epochs is None else 0
     return bool((before + batch + 1) % interval == 0)
 

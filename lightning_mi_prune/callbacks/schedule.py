@@ -87,6 +87,7 @@ def fit_schedule(
     first_epoch: int | None = None,
     last_epoch: int | None = None,
     every: int = 1,
+    begin: int = 0,
     recovery: int = 1,
 ) -> Schedule:
     """Fit the cuts into a run.
@@ -103,6 +104,7 @@ def fit_schedule(
         first_epoch: Epoch of the first cut, from 1.
         last_epoch: Epoch of the last cut.
         every: Validation runs after every so many epochs.
+        begin: Epochs that were over when pruning began.
         recovery: Epochs that must follow the last cut.
 
     Raises:
@@ -113,12 +115,13 @@ def fit_schedule(
         Schedule(epochs=(1, 2, 3, 4), sparsities=(0.2, 0.4, 0.6, 0.8))
     """
     latest = math.floor(length - recovery + 1e-9)
-    last = min(latest, math.floor(length / 2 + 1e-9)) if last_epoch is None else last_epoch
-    first = 1 if first_epoch is None else first_epoch
-    if length < 1 + recovery:
+    half = begin + math.floor((length - begin) / 2 + 1e-9)
+    last = min(latest, half) if last_epoch is None else last_epoch
+    first = begin + 1 if first_epoch is None else max(first_epoch, begin + 1)
+    if length - begin < 1 + recovery:
         raise PruningError(
-            f"The run lasts {length:g} epochs; expected at least {1 + recovery}, one before a cut "
-            f"and {recovery} to recover. Raise max_epochs or max_steps."
+            f"The run lasts {length - begin:g} epochs; expected at least {1 + recovery}, one "
+            f"before a cut and {recovery} to recover. Raise max_epochs or max_steps."
         )
     if last_epoch is not None and last_epoch > latest:
         raise PruningError(
@@ -130,10 +133,15 @@ def fit_schedule(
             f"first_epoch={first} comes after the last cut at epoch {last} (of {length:g}); "
             "lower first_epoch, set last_epoch, or raise max_epochs."
         )
-    open_epochs = [epoch for epoch in range(first, last + 1) if epoch % every == 0]
+    # A validation before it, to listen to, and one after it, to know what it cost.
+    open_epochs = [
+        epoch
+        for epoch in range(first, last + 1)
+        if epoch % every == 0 and epoch + every <= length + 1e-9
+    ]
     if not open_epochs:
         raise PruningError(
-            f"No validation runs before epochs {first} to {last} "
+            f"No validation runs before and after epochs {first} to {last} "
             f"(check_val_every_n_epoch={every}); validate more often or raise max_epochs."
         )
     count = 1 if ramp == "one_shot" else (cuts or min(_MOST_CUTS, len(open_epochs)))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.callbacks.budget import AccuracyBudget
 from lightning_mi_prune.callbacks.schedule import Schedule
+from lightning_mi_prune.callbacks.untrusted import is_plain, number, tensors, whole
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.listener import Example
 from lightning_mi_prune.moments import Moments
@@ -16,7 +19,9 @@ from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.report import PruningReport
 from lightning_mi_prune.selection import Information, Selection
 
-__all__ = ["Pending", "RunState", "Trial"]
+__all__ = ["Pending", "RunState", "Trial", "reconcile"]
+
+T = TypeVar("T")
 
 _VERSION = 1
 
@@ -46,7 +51,7 @@ class Trial:
         plan: Plan before it.
         weights: Parameters and buffers before it, by name, on the CPU.
         optimizers: State of every optimizer before it, by parameter name, on the CPU.
-        failed: Whether it was judged and is to be taken back.
+        failed_at: Epoch at whose end it failed and after which it is taken back, or None.
     """
 
     epoch: int
@@ -54,7 +59,7 @@ class Trial:
     plan: Plan
     weights: Mapping[str, Tensor]
     optimizers: list[dict[str, dict[str, Any]]]
-    failed: bool = False
+    failed_at: int | None = None
 
 
 @dataclass
@@ -65,10 +70,13 @@ class RunState:
         fitted: The schedule as it was fitted to the run.
         schedule: The schedule now; another one after a cut was taken back.
         reached: Sparsity that was asked for last, and given.
+        begin: Epochs that were over when the schedule was fitted.
         heard: Sums of the last validation, until a cut is decided from them.
+        heard_at: Epoch of that validation.
         pending: The cut that comes next.
         trial: The last cut, until it is accepted.
         best: Best value of the monitored metric of an accepted model.
+        watched: Which metric that is, and whether more of it is better.
         examples: One call of each network, to count its work.
         seconds: Time spent on the cut that comes next.
         stale: Whether no validation ran since the size changed: the logged metrics are older.
@@ -77,10 +85,13 @@ class RunState:
     fitted: Schedule = field(default_factory=Schedule)
     schedule: Schedule = field(default_factory=Schedule)
     reached: float = 0.0
+    begin: int = 0
     heard: Mapping[str, Moments] | None = None
+    heard_at: int = 0
     pending: Pending | None = None
     trial: Trial | None = None
     best: float | None = None
+    watched: str = ""
     examples: Mapping[str, Example] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     stale: bool = False
@@ -92,11 +103,14 @@ class RunState:
             "fitted": _write_schedule(self.fitted),
             "schedule": _write_schedule(self.schedule),
             "reached": self.reached,
+            "begin": self.begin,
+            "heard_at": self.heard_at,
+            "watched": self.watched,
             "heard": self.heard and {n: (m.dimension, m.packed()) for n, m in self.heard.items()},
             "pending": self.pending and _write_pending(self.pending),
             "trial": self.trial and {**vars(self.trial), "plan": self.trial.plan.to_json()},
             "best": self.best,
-            "examples": {p: vars(e) for p, e in self.examples.items() if _is_plain(vars(e))},
+            "examples": {p: vars(e) for p, e in self.examples.items() if is_plain(vars(e))},
             "seconds": dict(self.seconds),
             "stale": self.stale,
             "report": report.state_dict(),
@@ -109,41 +123,107 @@ class RunState:
         Raises:
             PruningError: If it is something else.
         """
-        if state.get("version") != _VERSION:
+        if not isinstance(state, Mapping) or state.get("version") != _VERSION:
+            found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
             raise PruningError(
-                f"The checkpoint holds a pruning run of version {state.get('version')!r}; this "
-                f"package reads version {_VERSION}."
+                f"The checkpoint holds a pruning run of version {found!r}; this package reads "
+                f"version {_VERSION}."
             )
         try:
-            heard, trial = state["heard"], state["trial"]
             return cls(
                 fitted=_read_schedule(state["fitted"]),
                 schedule=_read_schedule(state["schedule"]),
-                reached=float(state["reached"]),
-                heard=heard and {n: Moments(d).unpack(sums) for n, (d, sums) in heard.items()},
-                pending=state["pending"] and _read_pending(state["pending"]),
-                trial=trial and Trial(**{**trial, "plan": Plan.from_json(trial["plan"])}),
-                best=state["best"],
-                examples={path: Example(**call) for path, call in state["examples"].items()},
-                seconds=dict(state["seconds"]),
+                reached=number(state["reached"], 0, 1),
+                begin=whole(state["begin"]),
+                heard=_unless_none(_read_heard, state["heard"]),
+                heard_at=whole(state["heard_at"]),
+                pending=_unless_none(_read_pending, state["pending"]),
+                trial=_unless_none(_read_trial, state["trial"]),
+                best=_unless_none(number, state["best"]),
+                watched=str(state["watched"]),
+                examples={path: _read_example(call) for path, call in state["examples"].items()},
+                seconds={str(name): number(s, 0) for name, s in state["seconds"].items()},
                 stale=bool(state["stale"]),
             ), PruningReport.from_state(state["report"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise PruningError(
                 f"The pruning state of the checkpoint is damaged ({type(error).__name__}: "
                 f"{error}); take another checkpoint."
             ) from error
 
 
+def reconcile(
+    run: RunState,
+    axes: list[WidthAxis],
+    module: nn.Module,
+    budget: AccuracyBudget | None,
+) -> list[str]:
+    """Let go of what does not fit the options a run resumes with.
+
+    Returns:
+        What was let go of, in a sentence each.
+    """
+    surprises, names = [], {axis.name for axis in axes}
+    widths = {a.name: module.get_parameter(f"{a.readers[0]}.weight").shape[1] for a in axes}
+    if run.heard is not None and {n: m.dimension for n, m in run.heard.items()} != widths:
+        run.heard = None
+        surprises.append("What was heard was of other axes; a cut waits for the next validation.")
+    if run.pending is not None and set(run.pending.selection.information) != names:
+        run.pending = None
+        surprises.append("The pending cut was chosen for other axes; it will be chosen again.")
+    watched = "" if budget is None else f"{budget.monitor} {budget.mode}"
+    if run.watched != watched:
+        if run.trial is not None:
+            run.trial = None
+            surprises.append("max_drop watches something else now: the last cut is kept.")
+        run.best, run.watched = None, watched
+    return surprises
+
+
 def _write_schedule(schedule: Schedule) -> dict[str, list[float]]:
     return {name: list(values) for name, values in asdict(schedule).items()}
 
 
+def _unless_none(read: Callable[[Any], T], value: Any) -> T | None:
+    return None if value is None else read(value)
+
+
 def _read_schedule(state: Mapping[str, Any]) -> Schedule:
-    epochs, sparsities = tuple(map(int, state["epochs"])), tuple(map(float, state["sparsities"]))
+    epochs = tuple(whole(epoch) for epoch in state["epochs"])
+    sparsities = tuple(number(s, 0, 1) for s in state["sparsities"])
     if len(epochs) != len(sparsities):
         raise ValueError(f"{len(epochs)} epochs and {len(sparsities)} sparsities")
     return Schedule(epochs, sparsities)
+
+
+def _read_heard(state: Mapping[str, Any]) -> dict[str, Moments]:
+    found = {}
+    for name, (dimension, packed) in state.items():
+        sums = tensors({name: packed})[name]
+        if sums.numel() < whole(dimension, 2**20) ** 2 // 2:  # before anything is made that large
+            raise ValueError(f"{sums.numel()} sums for an axis of {dimension}")
+        found[name] = Moments(dimension).unpack(sums)
+    return found
+
+
+def _read_trial(state: Mapping[str, Any]) -> Trial:
+    for optimizer in state["optimizers"]:
+        for values in optimizer.values():
+            tensors({k: v for k, v in values.items() if isinstance(v, Tensor)})
+    return Trial(
+        epoch=whole(state["epoch"]),
+        reached=number(state["reached"], 0, 1),
+        plan=Plan.from_json(state["plan"]),
+        weights=tensors(state["weights"]),
+        optimizers=list(state["optimizers"]),
+        failed_at=_unless_none(whole, state["failed_at"]),
+    )
+
+
+def _read_example(state: Mapping[str, Any]) -> Example:
+    if not isinstance(state["args"], tuple) or not isinstance(state["kwargs"], dict):
+        raise TypeError("a call without arguments")
+    return Example(state["args"], state["kwargs"])
 
 
 def _write_pending(pending: Pending) -> dict[str, Any]:
@@ -158,15 +238,10 @@ def _write_pending(pending: Pending) -> dict[str, Any]:
 
 
 def _read_pending(state: Mapping[str, Any]) -> Pending:
-    information = {name: Information(**i) for name, i in state["information"].items()}
-    selection = Selection(Plan.from_json(state["plan"]), dict(state["folded"]), information)
-    return Pending(int(state["epoch"]), float(state["sparsity"]), selection)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether ``torch.load(weights_only=True)`` opens it."""
-    if isinstance(value, dict):
-        return all(_is_plain(v) for v in (*value, *value.values()))
-    if isinstance(value, (list, tuple)):
-        return type(value) in (list, tuple) and all(map(_is_plain, value))
-    return value is None or type(value) in (Tensor, bool, int, float, str)
+    information = {
+        name: Information(number(i["total"]), number(i["kept"]))
+        for name, i in state["information"].items()
+    }
+    plan = Plan.from_json(state["plan"])
+    selection = Selection(plan, tensors(state["folded"]), information)
+    return Pending(whole(state["epoch"]), number(state["sparsity"], 0, 1), selection)

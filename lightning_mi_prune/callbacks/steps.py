@@ -15,11 +15,12 @@ from torch import Tensor
 
 from lightning_mi_prune.axes import WidthAxis, count_parameters
 from lightning_mi_prune.budget import sparsity_of
+from lightning_mi_prune.callbacks.budget import AccuracyBudget
 from lightning_mi_prune.callbacks.companions import BestOf, Patience, restart_comparison
 from lightning_mi_prune.callbacks.run import run_length
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.state import Pending, RunState
-from lightning_mi_prune.callbacks.trial import AccuracyBudget, begin_trial, take_back
+from lightning_mi_prune.callbacks.trial import begin_trial, take_back
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.listener import Example, Listener
 from lightning_mi_prune.moments import Moments
@@ -74,8 +75,8 @@ class PruningSteps(pl.Callback, ABC):
         """Refuse a budget that these axes cannot meet."""
 
     @abstractmethod
-    def schedule(self, length: float, every: int) -> Schedule:
-        """The cuts of a run of ``length`` epochs that validates after ``every`` of them."""
+    def schedule(self, length: float, every: int, begin: int) -> Schedule:
+        """The cuts of a run of ``length`` epochs, from ``begin``, validated after ``every``."""
 
     @abstractmethod
     def widths(self, axes: list[WidthAxis], sparsity: float) -> dict[str, int]:
@@ -97,10 +98,13 @@ class PruningSteps(pl.Callback, ABC):
         """The plan the module carries now; None before ``setup``."""
         return None if self._keeper is None else self._keeper.plan
 
-    def _decide(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        run, epoch = self._run, trainer.current_epoch + 1
+    def _decide(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
+        run = self._run
         sparsity = run.schedule.due(epoch, run.reached)
         if sparsity is None or run.heard is None or getattr(trainer, "fast_dev_run", False):
+            return
+        if epoch >= run_length(trainer):  # late by a missed validation: nothing would follow it
+            run.heard = None
             return
         started, heard, plan = time.perf_counter(), run.heard, self._kept().plan
         agree(trainer.strategy, "the cut", f"epoch {epoch}, to {sparsity}, of {plan.digest()}")
@@ -228,7 +232,20 @@ class PruningSteps(pl.Callback, ABC):
         return fitting and run.pending is None and due is not None
 
     def _is_failed(self) -> bool:
-        return self._run.trial is not None and self._run.trial.failed
+        return self._run.trial is not None and self._run.trial.failed_at is not None
+
+    def _sizes(self, module: pl.LightningModule) -> dict[str, float]:
+        """What loggers are told after every epoch from the first cut on."""
+        if self.report.cuts:
+            return self.report.cuts[-1].metrics()
+        if not self.report.undone:
+            return {}
+        widths = self._present_widths()
+        sizes = {"parameters": sum(p.numel() for p in module.parameters())}
+        sizes["macs"] = self.report.macs
+        found = {f"prune/{name}": float(value) for name, value in sizes.items()}
+        found["prune/sparsity"] = sparsity_of(self._chosen, widths)
+        return found | {f"prune/width/{name}": float(width) for name, width in widths.items()}
 
     def _is_finished(self) -> bool:
         run = self._run
