@@ -85,7 +85,11 @@ def load_pruned(
     strict: bool | None = None,
     **kwargs: Any,
 ) -> Module:
-    """Open a checkpoint, pruned or not, without its callback; no code in it is run.
+    """Open a checkpoint, pruned or not, without its callback.
+
+    The file is opened with ``weights_only=True``. But one that LightningCLI wrote names the classes
+    of its hyperparameters, and Lightning imports those when ``target`` is a class: of a file that
+    you do not trust, load the weights into a module that you built yourself.
 
     ``load_pruned(Classifier, "last.ckpt")`` or ``load_pruned(Classifier(...), "weights.pt")``.
 

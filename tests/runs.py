@@ -230,6 +230,8 @@ def fit(
     )
     watch = Watch(folder, points or {}, prune)
     target = module(optimizer=optimizer)
+    if precision == "64-true":
+        target.double()  # Lightning loads a checkpoint before it converts a module
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
