@@ -17,7 +17,7 @@ from lightning_mi_prune.axes import WidthAxis, count_parameters
 from lightning_mi_prune.budget import sparsity_of
 from lightning_mi_prune.callbacks.budget import AccuracyBudget
 from lightning_mi_prune.callbacks.companions import BestOf, Patience, restart_comparison
-from lightning_mi_prune.callbacks.run import run_length
+from lightning_mi_prune.callbacks.run import is_dev_run, run_length
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.state import Pending, RunState
 from lightning_mi_prune.callbacks.trial import begin_trial, take_back
@@ -101,10 +101,7 @@ class PruningSteps(pl.Callback, ABC):
     def _decide(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
         run = self._run
         sparsity = run.schedule.due(epoch, run.reached)
-        if sparsity is None or run.heard is None or getattr(trainer, "fast_dev_run", False):
-            return
-        if epoch >= run_length(trainer):  # late by a missed validation: nothing would follow it
-            run.heard = None
+        if sparsity is None or run.heard is None or is_dev_run(trainer):
             return
         started, heard, plan = time.perf_counter(), run.heard, self._kept().plan
         agree(trainer.strategy, "the cut", f"epoch {epoch}, to {sparsity}, of {plan.digest()}")
@@ -228,8 +225,11 @@ class PruningSteps(pl.Callback, ABC):
 
     def _listens(self, trainer: pl.Trainer) -> bool:
         run, fitting = self._run, trainer.state.fn == "fit" and not trainer.sanity_checking
-        due = run.schedule.due(trainer.current_epoch + 1, run.reached)
-        return fitting and run.pending is None and due is not None
+        epoch = trainer.current_epoch + 1
+        if not fitting or run.pending is not None or run.schedule.due(epoch, run.reached) is None:
+            return False
+        # A cut that a missed validation made late must still be followed by training.
+        return is_dev_run(trainer) or epoch < run_length(trainer)
 
     def _is_failed(self) -> bool:
         return self._run.trial is not None and self._run.trial.failed_at is not None
@@ -262,7 +262,7 @@ class PruningSteps(pl.Callback, ABC):
 
     def _hold_patience(self, trainer: pl.Trainer) -> None:
         held = trainer.state.fn == "fit" and self._best_of != "any_size"
-        if held and not self._is_finished() and not getattr(trainer, "fast_dev_run", False):
+        if held and not self._is_finished() and not is_dev_run(trainer):
             self._patience.hold(trainer)
         else:
             self._patience.release()
