@@ -12,6 +12,7 @@ The method, one step a file::
     budget      ALLOT    a width to every axis
     selection   CHOOSE   the survivors, top-down
     plan        RECORD   the choice
+    incisions   PREPARE  a cut, before anything changes
     surgery     CUT      the model
     optimizers  CARRY    their state across
     checkpoints KEEP     the plan with the weights

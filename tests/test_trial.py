@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_mi_prune import MutualInformationPruning
+from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.schedule import Schedule, fit_schedule, judging_epoch
-from lightning_mi_prune.callbacks.trial import AccuracyBudget
 from tests.ranks import launch
 from tests.runs import Module, Point, fit, resumed_equals_straight, sha
 

@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from lightning_mi_prune.axes import WidthAxis, choose_axes
 from lightning_mi_prune.budget import uniform_widths
+from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.base import PruningCallback
-from lightning_mi_prune.callbacks.budget import AccuracyBudget
 from lightning_mi_prune.callbacks.companions import BestOf
 from lightning_mi_prune.callbacks.options import (
     at_least,

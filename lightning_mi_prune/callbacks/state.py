@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from lightning_mi_prune.axes import WidthAxis
-from lightning_mi_prune.callbacks.budget import AccuracyBudget
+from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.untrusted import is_plain, number, tensors, whole
 from lightning_mi_prune.errors import PruningError

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_mi_prune.axes import WidthAxis, count_parameters
 from lightning_mi_prune.budget import sparsity_of
-from lightning_mi_prune.callbacks.budget import AccuracyBudget
+from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.companions import BestOf, Patience, restart_comparison
 from lightning_mi_prune.callbacks.run import is_dev_run, run_length
 from lightning_mi_prune.callbacks.schedule import Schedule

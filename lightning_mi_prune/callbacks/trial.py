@@ -7,7 +7,7 @@ from itertools import chain
 
 import lightning.pytorch as pl
 
-from lightning_mi_prune.callbacks.budget import AccuracyBudget
+from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.run import is_last_validation, run_length
 from lightning_mi_prune.callbacks.schedule import judging_epoch
 from lightning_mi_prune.callbacks.state import RunState, Trial
