@@ -79,12 +79,15 @@ class TextClassificationCLI(LightningCLI):
         names = dict(enumerate(self.datamodule.class_names))
         self.model.network.config.id2label = names
         self.model.network.config.label2id = {name: index for index, name in names.items()}
-        self.model.network.save_pretrained(self.folder)
-        self.datamodule.tokenizer.save_pretrained(self.folder)
+        first = self.trainer.is_global_zero
+        if first:
+            self.model.network.save_pretrained(self.folder)
+            self.datamodule.tokenizer.save_pretrained(self.folder)
         after = named(self.trainer.test(self.model, self.datamodule, verbose=False)[0])
         callback = next((c for c in self.callbacks if isinstance(c, PruningCallback)), None)
         if callback is None:
-            Console().print(f"Test metrics: {after}. The model is in {self.folder}")
+            if first:
+                Console().print(f"Test metrics: {after}. The model is in {self.folder}")
             return
         extra: dict[str, Any] = {
             "before": {"metrics": {}},
@@ -92,15 +95,18 @@ class TextClassificationCLI(LightningCLI):
             "epochs": self.trainer.current_epoch,
             "test_rows": len(self.datamodule.splits["test"]),
         }
-        latency = compare_latency(self.dense.network, self.model.network)
-        for side, measured in latency.items():
-            extra[side]["latency_ms"] = measured
         path = self.folder / "report.json"
-        callback.report.write(path, extra)
+        if first:
+            latency = compare_latency(self.dense.network, self.model.network)
+            for side, measured in latency.items():
+                extra[side]["latency_ms"] = measured
+            callback.report.write(path, extra)
+        self.trainer.strategy.barrier()  # nothing else may run while one rank measures
         if self.options.control:
             extra["before"]["metrics"] = self.train_control()
+        if first:
             callback.report.write(path, extra)
-        tell(callback.report.to_dict(), extra, self.folder)
+            tell(callback.report.to_dict(), extra, self.folder)
 
     @property
     def callbacks(self) -> list[pl.Callback]:
@@ -122,6 +128,11 @@ class TextClassificationCLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Write the predicted classes beside the model."""
+        if self.trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"predict writes the rows in their order, but {self.trainer.world_size} processes "
+                "have a share of them each; use --trainer.devices 1."
+            )
         predictions: Any = self.trainer.predict_loop.predictions
         rows, names = self.datamodule.splits["test"], self.datamodule.class_names
         texts = self.datamodule.tokenizer.batch_decode(

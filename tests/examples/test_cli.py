@@ -2,12 +2,17 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from examples.text_classification.__main__ import TextClassificationCLI
@@ -157,3 +162,27 @@ def test_a_pruned_model_is_trained_on_without_a_further_cut(config: Path) -> Non
 def test_options_of_the_callback_are_checked_on_the_command_line(config: Path) -> None:
     with pytest.raises(ValueError, match=r"sparsity=1.5; expected a number above 0 and below 1"):
         run("fit", "--config", str(config), "--trainer.callbacks.init_args.sparsity", "1.5")
+
+
+def test_two_ranks_write_one_report(config):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-m", "examples.text_classification", "fit"]
+    options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--name", "pair"]
+    done = subprocess.run(
+        [*program, "--config", str(config), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The pruned model and report.json are in") == 1
+    report = json.loads(Path("runs/pair/report.json").read_text())
+    assert report["after"]["parameters"] < report["before"]["parameters"]
+    assert report["before"]["metrics"]
+
+
+def test_predictions_of_shares_are_refused():
+    stub = SimpleNamespace(trainer=SimpleNamespace(world_size=2))
+    with pytest.raises(MisconfigurationException, match="2 processes have a share"):
+        TextClassificationCLI.after_predict(stub)
