@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from lightning_mi_prune import MutualInformationPruning
-from tests.boring import Classifier, Sentences
+from tests.boring import Classifier, Sentences, trainer
 
 
 def sha(*values: Any) -> str:
@@ -232,20 +232,10 @@ def fit(
     target = module(optimizer=optimizer)
     if precision == "64-true":
         target.double()  # Lightning loads a checkpoint before it converts a module
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 4,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    settings = {**defaults, **PRECISIONS[precision](), **options}
-    trainer = pl.Trainer(**settings, callbacks=[prune, watch, *(callbacks or [])])
-    trainer.fit(target, ckpt_path=resume, weights_only=True if resume else None)
-    return trainer, target, watch
+    settings = {"num_sanity_val_steps": 0, **PRECISIONS[precision](), **options}
+    run = trainer(prune, watch, *(callbacks or []), **settings)
+    run.fit(target, ckpt_path=resume, weights_only=True if resume else None)
+    return run, target, watch
 
 
 def resumed_equals_straight(

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mi_prune import PruningError
 from lightning_mi_prune.strategies import _forget_shapes
-from tests.boring import Sentences
+from tests.boring import Sentences, trainer
 from tests.ranks import launch
 from tests.runs import Batches, Module, fit, sha
 
@@ -155,12 +155,7 @@ def collectives(folder, pruning):
         if pruning:
             seen(folder)
         else:
-            trainer = fit.__globals__["pl"].Trainer(
-                accelerator="cpu", devices=2, strategy="ddp", max_epochs=4, logger=False,
-                enable_checkpointing=False, enable_progress_bar=False,
-                enable_model_summary=False, num_sanity_val_steps=0,
-            )  # fmt: skip
-            trainer.fit(Module())
+            trainer(devices=2, strategy="ddp", num_sanity_val_steps=0).fit(Module())
     finally:
         for name, original in originals.items():
             setattr(torch.distributed, name, original)
