@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_mi_prune.errors import PruningError
@@ -12,6 +12,7 @@ from lightning_mi_prune.plan import Plan
 
 __all__ = [
     "Count",
+    "Silence",
     "Slice",
     "WidthAxis",
     "as_built",
@@ -38,11 +39,49 @@ class Slice:
 
 @dataclass(frozen=True)
 class Count:
-    """A number on a module that must follow the axis: ``module.attribute = units * per_unit``."""
+    """A number on a module that must follow the axis: ``module.attribute = units * per_unit``.
+
+    Args:
+        module: Path of the module.
+        attribute: Attribute that holds the number.
+        per_unit: Amount for each unit.
+        sequence: Whether the attribute is a tuple of this one number (``normalized_shape``).
+    """
 
     module: str
     attribute: str
     per_unit: int = 1
+    sequence: bool = False
+
+
+@dataclass(frozen=True)
+class Silence:
+    """A module whose ``forward`` cannot run without units, and what it then says: nothing.
+
+    While the axis is empty, ``forward`` returns the sum of what ``projections`` make of its input
+    (a tensor without entries, through which gradients still pass), read by ``reader`` if the module
+    holds that too; the residual stream carries on.
+
+    Args:
+        module: Path of the module.
+        projections: Paths of the linear modules that make the units.
+        reader: Path of the linear module that reads them, where the module calls it itself.
+        pair: Whether ``forward`` returns a pair of output and attention weights (None then).
+    """
+
+    module: str
+    projections: tuple[str, ...]
+    reader: str | None = None
+    pair: bool = True
+
+    def prefixed(self, path: Callable[[str], str]) -> Silence:
+        """The same, with every module path mapped by ``path``."""
+        return replace(
+            self,
+            module=path(self.module),
+            projections=tuple(path(p) for p in self.projections),
+            reader=None if self.reader is None else path(self.reader),
+        )
 
 
 @dataclass(frozen=True)
@@ -51,16 +90,26 @@ class WidthAxis:
 
     Args:
         name: Path of the axis, ``"encoder.layer.0.ffn"``.
-        kind: ``"ffn"``, ``"heads"`` or ``"pooler"``; free for other families.
+        kind: ``"ffn"``, ``"heads"``, ``"pooler"`` or ``"residual"``; free for other families.
         size: Number of units as built (neurons or heads).
         entries: Scalars per unit (1 for a neuron, the head size for a head).
         slices: The tensors cut together.
         readers: Linear modules that read the units: their input is listened to, their output is
             the layer above, their weight takes the fold-in.
+        sites: The readers in groups that read the same input; empty means one group of all. The
+            residual stream has a site wherever it is read.
+        skip: Module whose input is the residual stream that is added to the reader's output.
+        above: Linear modules above that read the reader's output, through norms and skips.
+        norms: Normalisations over the units of the axis.
+        silence: What stands in where a module cannot run without units; such an axis and one with
+            ``may_vanish`` may lose all of them.
+        may_vanish: Whether the axis may lose all its units.
         counts: Numbers on modules that follow the axis.
         network: Path of the network the axis belongs to.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
         config: Field of the network's config that holds the width when it is the same everywhere.
+        tie: Config field that must equal ``units * entries`` for an ordinary config: transformers
+            derive the head size from the hidden size and the number of heads.
         level: Height in the network; the sweep runs from the highest level down.
     """
 
@@ -75,6 +124,20 @@ class WidthAxis:
     scope: str = ""
     config: str | None = None
     level: int = 0
+    sites: tuple[tuple[str, ...], ...] = ()
+    skip: str | None = None
+    above: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    silence: tuple[Silence, ...] = ()
+    may_vanish: bool = False
+    tie: str | None = None
+
+    @property
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """Where the axis is listened to: the readers of each site, by the key of its sums."""
+        if not self.sites:
+            return {self.name: self.readers}
+        return {f"{self.name}@{readers[0]}": readers for readers in self.sites}
 
     def prefixed(self, prefix: str) -> WidthAxis:
         """The same axis, named from a module that holds this network at ``prefix``."""
@@ -89,6 +152,11 @@ class WidthAxis:
             name=path(self.name),
             slices=tuple(replace(s, tensor=path(s.tensor)) for s in self.slices),
             readers=tuple(path(r) for r in self.readers),
+            sites=tuple(tuple(path(r) for r in site) for site in self.sites),
+            skip=None if self.skip is None else path(self.skip),
+            above=tuple(path(r) for r in self.above),
+            norms=tuple(path(n) for n in self.norms),
+            silence=tuple(s.prefixed(path) for s in self.silence),
             counts=tuple(replace(c, module=path(c.module)) for c in self.counts),
             network=path(self.network),
             scope=path(self.scope),

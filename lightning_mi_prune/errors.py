@@ -11,10 +11,10 @@ class PruningError(RuntimeError):
     Example:
         >>> from lightning_mi_prune import Plan, PruningError
         >>> try:
-        ...     Plan(sizes={"ffn": 4}, kept={"ffn": ()})
+        ...     Plan(sizes={"ffn": 4}, kept={"ffn": (7,)})
         ... except PruningError as error:
         ...     print(error)
-        Axis 'ffn' keeps no position; expected at least one of its 4.
+        Axis 'ffn' keeps position 7; expected 0 to 3.
     """
 
 

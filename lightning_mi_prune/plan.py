@@ -1,24 +1,72 @@
-"""RECORD   Plan: which positions survive on each axis, counted in the model as it was built."""
+"""RECORD   Plan: which positions survive on each axis, and in which order the others went."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
 from lightning_mi_prune.errors import PruningError
 
-__all__ = ["CONFIG_FIELD", "Plan", "recorded_plan"]
+__all__ = ["CONFIG_FIELD", "Plan", "Ranking", "recorded_plan"]
 
 CONFIG_FIELD = "pruning_plan"
 
 _VERSION = 1
 _LARGEST_AXIS = 2**24
 _LARGEST_TEXT = 64 * 2**20  # a plan is a few hundred kB; anything near this is not a plan
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """In which order an axis gives up its units, to the last one, and what is lost on the way.
+
+    Args:
+        order: Positions in the model as built, the first to go first.
+        loss: Expected rise of the task loss ``J``, in nats an example, after each of them is gone.
+        nats: Information with the layer above that is lost after each of them is gone.
+
+    Raises:
+        PruningError: If the three differ in length, repeat a position or hold no plain numbers.
+
+    Example:
+        >>> Ranking(order=(2, 0, 1), loss=(0.0, 0.1, 0.9), nats=(0.0, 0.5, 2.0)).kept(1)
+        (1,)
+    """
+
+    order: tuple[int, ...]
+    loss: tuple[float, ...]
+    nats: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.order) == len(self.loss) == len(self.nats):
+            raise PruningError(
+                f"A ranking of {len(self.order)} positions has {len(self.loss)} losses and "
+                f"{len(self.nats)} nats; expected one of each for each position."
+            )
+        if len(set(self.order)) < len(self.order) or not all(map(_is_count, self.order)):
+            raise PruningError(
+                "A ranking repeats a position, or holds one that is no whole number."
+            )
+        for value in (*self.loss, *self.nats):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise PruningError(f"A ranking holds {value!r:.40}; expected a number.")
+            if not math.isfinite(value) or value < 0:
+                raise PruningError(f"A ranking holds {value!r}; expected a number from 0.")
+
+    def kept(self, units: int) -> tuple[int, ...]:
+        """Survivors in increasing order when ``units`` stay."""
+        return tuple(sorted(self.order[max(0, len(self.order) - units) :]))
+
+    def lost(self, units: int) -> tuple[float, float]:
+        """``J`` and nats lost when ``units`` stay."""
+        gone = len(self.order) - units
+        return (self.loss[gone - 1], self.nats[gone - 1]) if gone > 0 else (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -31,6 +79,9 @@ class Plan:
     Args:
         sizes: Size of every axis as built, by axis name.
         kept: Surviving positions of every axis, strictly increasing, by axis name.
+        rankings: The order in which axes would go on to give up their units, if it is known, so
+            that a smaller budget needs no new pass over the data. They decide nothing: two
+            plans that keep the same are equal.
 
     Raises:
         PruningError: If the two name different axes, or a position is missing, repeated or outside.
@@ -45,6 +96,7 @@ class Plan:
 
     sizes: Mapping[str, int]
     kept: Mapping[str, tuple[int, ...]]
+    rankings: Mapping[str, Ranking] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if set(self.sizes) != set(self.kept):
@@ -53,11 +105,16 @@ class Plan:
         for name, size in self.sizes.items():
             _check_axis(name, size, self.kept[name])
         names = sorted(self.sizes)
+        for name, ranking in self.rankings.items():
+            if name not in self.sizes or not all(0 <= p < self.sizes[name] for p in ranking.order):
+                raise PruningError(f"The ranking of {name!r} does not belong to this plan.")
+        known = {n: self.rankings[n] for n in names if n in self.rankings}
+        object.__setattr__(self, "rankings", MappingProxyType(known))
         object.__setattr__(self, "sizes", MappingProxyType({n: self.sizes[n] for n in names}))
         object.__setattr__(self, "kept", MappingProxyType({n: tuple(self.kept[n]) for n in names}))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Plan, (dict(self.sizes), dict(self.kept))
+        return Plan, (dict(self.sizes), dict(self.kept), dict(self.rankings))
 
     @classmethod
     def full(cls, sizes: Mapping[str, int]) -> Plan:
@@ -101,7 +158,8 @@ class Plan:
                     f"The later plan keeps positions {back[:8]} of axis {name!r}, which were "
                     "already removed; expected a subset of what is left."
                 )
-        return Plan(self.sizes, {**self.kept, **later.kept})
+        rankings = {**self.rankings, **later.rankings}
+        return Plan(self.sizes, {**self.kept, **later.kept}, rankings)
 
     def positions_in(self, current: Plan) -> dict[str, tuple[int, ...]]:
         """Where this plan's survivors stand in a model that already carries ``current``.
@@ -120,26 +178,38 @@ class Plan:
         dot = f"{prefix}." if prefix else ""
         names = [name for name in self.sizes if name.startswith(dot)]
         cut = len(dot)
-        return Plan({n[cut:]: self.sizes[n] for n in names}, {n[cut:]: self.kept[n] for n in names})
+        return Plan(
+            {n[cut:]: self.sizes[n] for n in names},
+            {n[cut:]: self.kept[n] for n in names},
+            {n[cut:]: self.rankings[n] for n in names if n in self.rankings},
+        )
 
     def prefixed(self, prefix: str) -> Plan:
         """The same plan with every axis named from a module that holds this one at ``prefix``."""
         dot = f"{prefix}." if prefix else ""
         return Plan(
-            {dot + n: s for n, s in self.sizes.items()}, {dot + n: k for n, k in self.kept.items()}
+            {dot + n: s for n, s in self.sizes.items()},
+            {dot + n: k for n, k in self.kept.items()},
+            {dot + n: r for n, r in self.rankings.items()},
         )
 
+    def bare(self) -> Plan:
+        """The same plan without rankings."""
+        return Plan(self.sizes, self.kept)
+
     def digest(self) -> str:
-        """SHA-256 of the plan, to compare plans across processes."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """SHA-256 of what the plan keeps, to compare plans across processes."""
+        return hashlib.sha256(self.bare().to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """Canonical compact JSON; equal plans give equal text."""
-        body = {
+        body: dict[str, Any] = {
             "version": _VERSION,
             "sizes": dict(self.sizes),
             "kept": {name: list(kept) for name, kept in self.kept.items()},
         }
+        if self.rankings:
+            body["rankings"] = {name: vars(ranking) for name, ranking in self.rankings.items()}
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -164,7 +234,21 @@ class Plan:
         for name, positions in kept.items():
             if not isinstance(positions, list):
                 raise PruningError(f"Axis {name!r} keeps {positions!r}; expected a list of ints.")
-        return cls(sizes=sizes, kept={name: tuple(p) for name, p in kept.items()})
+        return cls(
+            sizes=sizes,
+            kept={name: tuple(p) for name, p in kept.items()},
+            rankings=_read_rankings(body.get("rankings", {})),
+        )
+
+
+def _read_rankings(found: Any) -> dict[str, Ranking]:
+    fields = ("order", "loss", "nats")
+    if not isinstance(found, dict) or not all(
+        isinstance(ranking, dict) and all(isinstance(ranking.get(f), list) for f in fields)
+        for ranking in found.values()
+    ):
+        raise PruningError("The rankings of a plan need 'order', 'loss' and 'nats'; was it edited?")
+    return {n: Ranking(*(tuple(ranking[f]) for f in fields)) for n, ranking in found.items()}
 
 
 def _is_count(value: Any) -> bool:
@@ -176,8 +260,6 @@ def _check_axis(name: str, size: int, kept: tuple[int, ...]) -> None:
         raise PruningError(
             f"Axis {name!r} has size {size!r}; expected a whole number from 1 to {_LARGEST_AXIS}."
         )
-    if not kept:
-        raise PruningError(f"Axis {name!r} keeps no position; expected at least one of its {size}.")
     if not all(_is_count(p) and 0 <= p < size for p in kept):
         bad = next(p for p in kept if not _is_count(p) or not 0 <= p < size)
         raise PruningError(f"Axis {name!r} keeps position {bad!r}; expected 0 to {size - 1}.")

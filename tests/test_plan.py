@@ -52,7 +52,6 @@ def test_prefixes_come_and_go():
     ("sizes", "kept", "message"),
     [
         ({"a": 2}, {}, "survivors for each axis"),
-        ({"a": 2}, {"a": ()}, "keeps no position"),
         ({"a": 2}, {"a": (0, 2)}, "position 2"),
         ({"a": 2}, {"a": (-1,)}, "position -1"),
         ({"a": 2}, {"a": (True,)}, "position True"),

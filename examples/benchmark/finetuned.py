@@ -1,0 +1,180 @@
+"""The dense, fine-tuned classifiers that every method of the benchmark starts from.
+
+    python -m examples.benchmark.finetuned
+
+Trains what is missing of all tasks and seeds. A model, its tokenizer and `dense.json` go to
+`runs/benchmark/dense/<task>-<seed>/`; whoever asks for it again gets what is there.
+"""
+
+import json
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import transformers
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from examples.text_classification.data import TextDataModule
+from examples.text_classification.model import TextClassifier
+
+SEEDS = (0, 1, 2)
+FOLDER = Path("runs", "benchmark", "dense")
+RECORD = "dense.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task is split and trained."""
+
+    learning_rate: float
+    epochs: int
+    validation_fraction: float
+    test_fraction: float
+    batch_size: int = 32
+    max_length: int = 64
+    group_by_length: bool = True
+
+
+RECIPES = {
+    "trec-6": Recipe(1e-4, epochs=4, validation_fraction=0.2, test_fraction=0.2),
+    "movie-snippets": Recipe(5e-5, epochs=3, validation_fraction=0.2, test_fraction=0.27),
+}
+
+
+class EpochTimes(Callback):
+    """Prints seconds and validation accuracy of each epoch."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        seconds = time.perf_counter() - self.started
+        accuracy = float(trainer.callback_metrics["val_accuracy"])
+        print(f"  epoch {trainer.current_epoch}: {accuracy:.2%}, {seconds:.0f} s", flush=True)
+
+
+def finetuned(task: str, seed: int) -> tuple[PreTrainedModel, TextDataModule]:
+    """Gives a fine-tuned classifier and its data, training it only where that was never done.
+
+    Split, head and order of training change with the seed. Random states are left as they were.
+
+    Args:
+        task: A key of `RECIPES`.
+        seed: Seed of everything.
+
+    Returns:
+        The network, in evaluation mode, and its data, set up.
+    """
+    data = task_data(task, seed)
+    folder = FOLDER / f"{task}-{seed}"
+    if not is_done(folder, settings(task, seed)):
+        with isolate_rng():
+            train(task, seed, data, folder)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32
+    )
+    return model.eval(), data
+
+
+def dense_record(task: str, seed: int) -> dict[str, Any]:
+    """Reads what is known of a fine-tuned classifier: accuracies, rows, settings."""
+    text = (FOLDER / f"{task}-{seed}" / RECORD).read_text(encoding="utf-8")
+    record: dict[str, Any] = json.loads(text)
+    return record
+
+
+def task_data(task: str, seed: int) -> TextDataModule:
+    """Loads, splits and tokenizes the data of a task."""
+    recipe = RECIPES[task]
+    data = TextDataModule(
+        dataset=task,
+        max_length=recipe.max_length,
+        batch_size=recipe.batch_size,
+        validation_fraction=recipe.validation_fraction,
+        test_fraction=recipe.test_fraction,
+        group_by_length=recipe.group_by_length,
+        seed=seed,
+    )
+    data.setup()
+    return data
+
+
+def settings(task: str, seed: int) -> dict[str, Any]:
+    """Everything a fine-tuned classifier depends on but the machine."""
+    return {"task": task, "seed": seed, "model": "minilm-l6", **asdict(RECIPES[task])}
+
+
+def is_done(folder: Path, expected: dict[str, Any]) -> bool:
+    """Whether a folder has a classifier that was trained with these settings."""
+    record = folder / RECORD
+    if not record.exists():
+        return False
+    found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))["settings"]
+    return found == expected
+
+
+def train(task: str, seed: int, data: TextDataModule, folder: Path) -> None:
+    """Fine-tunes and tests on the CPU; the record is written last, when all else is there."""
+    print(f"{task}, seed {seed}", flush=True)
+    pl.seed_everything(seed, verbose=False)
+    recipe = RECIPES[task]
+    module = TextClassifier(num_classes=data.num_classes, learning_rate=recipe.learning_rate)
+    module.network.float()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=recipe.epochs,
+        num_sanity_val_steps=0,
+        callbacks=[EpochTimes()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    started = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - started
+    validation = float(trainer.callback_metrics["val_accuracy"])
+    test = float(trainer.test(module, data, verbose=False)[0]["test_accuracy"])
+    print(f"  test: {test:.2%}, {seconds:.0f} s in all", flush=True)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)
+    module.network.config.id2label = dict(enumerate(data.class_names))
+    module.network.config.label2id = {name: i for i, name in enumerate(data.class_names)}
+    module.network.save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    record = {
+        "test_accuracy": test,
+        "validation_accuracy": validation,
+        "rows": {split: len(rows) for split, rows in data.splits.items()},
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "settings": settings(task, seed),
+    }
+    partial = folder / f"{RECORD}.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / RECORD)
+
+
+def main() -> None:
+    """Train what is missing, one after another."""
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    for seed in SEEDS:
+        for task in RECIPES:
+            finetuned(task, seed)
+            record = dense_record(task, seed)
+            print(f"{task}, seed {seed}: dense {record['test_accuracy']:.2%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
