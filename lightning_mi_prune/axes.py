@@ -12,6 +12,7 @@ from lightning_mi_prune.plan import Plan
 
 __all__ = [
     "Count",
+    "Selects",
     "Silence",
     "Slice",
     "WidthAxis",
@@ -66,12 +67,16 @@ class Silence:
         module: Path of the module.
         projections: Paths of the linear modules that make the units.
         reader: Path of the linear module that reads them, where the module calls it itself.
+        dropout: Path of what the module then drops out with, if it does.
+        norm: Path of the normalisation of output plus input, where the module holds that too.
         pair: Whether ``forward`` returns a pair of output and attention weights (None then).
     """
 
     module: str
     projections: tuple[str, ...]
     reader: str | None = None
+    dropout: str | None = None
+    norm: str | None = None
     pair: bool = True
 
     def prefixed(self, path: Callable[[str], str]) -> Silence:
@@ -81,7 +86,27 @@ class Silence:
             module=path(self.module),
             projections=tuple(path(p) for p in self.projections),
             reader=None if self.reader is None else path(self.reader),
+            dropout=None if self.dropout is None else path(self.dropout),
+            norm=None if self.norm is None else path(self.norm),
         )
+
+
+@dataclass(frozen=True)
+class Selects:
+    """An argument of a module's ``forward`` that brings something for every unit as built.
+
+    It is made once for all layers, so it cannot shrink with one of them: the module takes the
+    entries of its own units out of it.
+
+    Args:
+        module: Path of the module.
+        argument: Name of the argument.
+        dim: Dimension of the argument that counts the units.
+    """
+
+    module: str
+    argument: str
+    dim: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,12 +129,14 @@ class WidthAxis:
         silence: What stands in where a module cannot run without units; such an axis and one with
             ``may_vanish`` may lose all of them.
         may_vanish: Whether the axis may lose all its units.
+        selects: Arguments out of which a module takes what belongs to its units.
         counts: Numbers on modules that follow the axis.
         network: Path of the network the axis belongs to.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
         config: Field of the network's config that holds the width when it is the same everywhere.
         tie: Config field that must equal ``units * entries`` for an ordinary config: transformers
             derive the head size from the hidden size and the number of heads.
+        twins: Further config fields that hold the same number as ``config``.
         level: Height in the network; the sweep runs from the highest level down.
     """
 
@@ -130,7 +157,9 @@ class WidthAxis:
     norms: tuple[str, ...] = ()
     silence: tuple[Silence, ...] = ()
     may_vanish: bool = False
+    selects: tuple[Selects, ...] = ()
     tie: str | None = None
+    twins: tuple[str, ...] = ()
 
     @property
     def places(self) -> dict[str, tuple[str, ...]]:
@@ -157,6 +186,7 @@ class WidthAxis:
             above=tuple(path(r) for r in self.above),
             norms=tuple(path(n) for n in self.norms),
             silence=tuple(s.prefixed(path) for s in self.silence),
+            selects=tuple(replace(s, module=path(s.module)) for s in self.selects),
             counts=tuple(replace(c, module=path(c.module)) for c in self.counts),
             network=path(self.network),
             scope=path(self.scope),

@@ -3,84 +3,45 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_mi_prune.elimination import Elimination, eliminate
+from lightning_mi_prune.elimination import Elimination, eliminate_together
 from lightning_mi_prune.errors import PruningError, PruningWarning
-from lightning_mi_prune.information import inverse, plugin_bias, shrink, unit_information
+from lightning_mi_prune.evidence import Evidence
+from lightning_mi_prune.information import (
+    conditional_covariance,
+    inverse,
+    plugin_bias,
+    shrink,
+    unit_information,
+)
 
 __all__ = [
     "ActivationNorm",
     "Criterion",
-    "Evidence",
     "Magnitude",
     "MutualInformation",
     "Random",
+    "Taylor",
     "copies_kept",
 ]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """All that is known of one axis when it is judged; plain tensors in float64.
-
-    Args:
-        name: Name of the axis.
-        entries: Entries per unit ``g``.
-        samples: Samples ``N`` behind the moments.
-        mean: Mean of the entries ``(d,)``.
-        covariance: Covariance of the entries ``(d, d)``.
-        readout: Linear map ``(m, d)`` to the kept units of the layer above. Weighting its rows
-            (by relevance to the loss, say) changes what counts as information, nothing else.
-        rows: The weight rows ``(units, w)`` that make each unit, for criteria that look at them.
-    """
-
-    name: str
-    entries: int
-    samples: int
-    mean: Tensor
-    covariance: Tensor
-    readout: Tensor
-    rows: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-
-    @property
-    def units(self) -> int:
-        """Number of units on the axis now."""
-        return self.covariance.shape[0] // self.entries
-
-    def above(self) -> Tensor:
-        """Covariance ``(m, m)`` of the layer above, a linear read-out of the entries."""
-        return self.readout @ self.covariance @ self.readout.mT
-
-    def noise(self, ridge: float) -> float:
-        """Noise variance on the layer above: ``ridge`` times its mean variance."""
-        return ridge * float(self.above().diagonal().mean())
-
-    def check(self) -> None:
-        """Refuse evidence too thin to score.
-
-        Raises:
-            PruningError: If ``N <= m + g``: too few for the layer above and one unit.
-        """
-        dimension = self.readout.shape[0]
-        if self.samples <= dimension + self.entries:
-            raise PruningError(
-                f"{self.samples} samples were heard at {self.name!r}, but scoring against the "
-                f"{dimension} units above needs more than {dimension + self.entries}, better "
-                f"{20 * dimension}. Use a larger validation set, raise limit_val_batches or "
-                "positions, or exclude the axis."
-            )
 
 
 class Criterion(Protocol):
     """Anything that puts the units of an axis in the order in which they may go."""
 
-    def rank(self, evidence: Evidence, keep: int) -> Elimination:
-        """Order of at least all but ``keep`` units, the first to go first."""
+    def rank(self, sites: Sequence[Evidence], keep: int) -> Elimination:
+        """Order of at least all but ``keep`` units, the first to go first.
+
+        Args:
+            sites: What is known at each place where the units are read, at least one.
+            keep: Units that stay; 0 asks for the whole order.
+        """
         ...
 
 
@@ -96,7 +57,8 @@ class MutualInformation:
         selection: ``"conditional"`` or ``"topk"``.
         ridge: Noise on the layer above as a share of its mean variance. Towards 0 the score is
             log-determinant MI, large values approach least-squares reconstruction of the layer
-            above. ``conditional`` needs it above 0.
+            above. ``conditional`` needs it above 0. With relevance, the layer above is weighted
+            first, so that this is noise where the loss does not listen.
 
     Raises:
         PruningError: If an option is outside its range.
@@ -115,21 +77,18 @@ class MutualInformation:
                 + ("from 0." if self.selection == "topk" else "above 0 ('topk' allows 0).")
             )
 
-    def rank(self, evidence: Evidence, keep: int) -> Elimination:
-        """Order the units; costs are nats."""
-        evidence.check()
+    def rank(self, sites: Sequence[Evidence], keep: int) -> Elimination:
+        """Order the units; costs are nats, summed over the sites."""
+        for evidence in sites:
+            evidence.check()
         if self.selection == "topk":
-            scores = self.scores(evidence)
+            scores = torch.stack([self.scores(evidence) for evidence in sites]).sum(0)
             order = torch.argsort(scores, stable=True)
             return Elimination(tuple(order.tolist()), tuple(scores[order].tolist()))
-        # y = T x + noise, so Cov(x | y)^-1 = Cov(x)^-1 + T'T / noise: no second inverse.
-        noise = max(evidence.noise(self.ridge), torch.finfo(torch.float64).tiny)
-        covariance = evidence.covariance
-        if evidence.samples < 2 * len(covariance):  # exact copies stay exact where there is enough
-            covariance = shrink(covariance, evidence.samples)
-        precision = inverse(covariance)
-        posterior = precision + evidence.readout.mT @ evidence.readout / noise
-        return eliminate(precision, posterior, keep=keep, entries=evidence.entries)
+        # One noise for all sites: where less of the loss hangs on the units, they say less.
+        noise = sum(evidence.noise(self.ridge) for evidence in sites) / len(sites)
+        pairs = [_precisions(e, max(noise, torch.finfo(torch.float64).tiny)) for e in sites]
+        return eliminate_together(pairs, keep=keep, entries=sites[0].entries)
 
     def scores(self, evidence: Evidence) -> Tensor:
         """Information of each unit alone with the layer above, less its plug-in bias ``(units,)``.
@@ -139,19 +98,18 @@ class MutualInformation:
                 read-outs as entries determine every unit exactly.
         """
         readouts, entries = evidence.readout.shape
+        covariance, cross, above = evidence.joint()
         if self.ridge == 0 and readouts >= entries:
             raise PruningError(
                 f"ridge=0 gives no ranking at {evidence.name!r}: its {entries} entries are "
                 f"determined by the {readouts} units above, so every score is infinite. Expected "
                 "fewer units above than entries; set a ridge above 0, such as 0.01."
             )
-        above = evidence.above()
         variance = above.diagonal().mean()
         noisy = above + torch.diag(torch.full_like(above.diagonal(), self.ridge) * variance)
         noisy = noisy + torch.diag(torch.full_like(above.diagonal(), 1e-12) * variance + 1e-300)
         effective = float(torch.linalg.solve(noisy, above).diagonal().sum())
-        cross = evidence.covariance @ evidence.readout.mT
-        scores = unit_information(evidence.covariance, cross, noisy, evidence.entries)
+        scores = unit_information(covariance, cross, noisy, evidence.entries)
         spread = float(scores.max() - scores.min())
         if len(scores) > 1 and spread <= 1e-3 * float(scores.max().clamp_min(1e-300)):
             warnings.warn(
@@ -167,21 +125,46 @@ class MutualInformation:
 class Magnitude:
     """Euclidean norm of the weights that make and read a unit (group L2)."""
 
-    def rank(self, evidence: Evidence, keep: int) -> Elimination:
+    def rank(self, sites: Sequence[Evidence], keep: int) -> Elimination:
         """Order the units by norm, smallest first."""
-        read = evidence.readout.square().sum(0).view(-1, evidence.entries).sum(1)
-        return _ascending(read + evidence.rows.to(read).square().sum(1))
+        read = sum(e.weight.square().sum(0).view(-1, e.entries).sum(1) for e in sites)
+        return _ascending(read + sites[0].rows.to(sites[0].weight).square().sum(1))
 
 
 @dataclass(frozen=True)
 class ActivationNorm:
     """Root mean square of a unit times the norm of the weights that read it (Wanda-like)."""
 
-    def rank(self, evidence: Evidence, keep: int) -> Elimination:
+    def rank(self, sites: Sequence[Evidence], keep: int) -> Elimination:
         """Order the units by what they send upwards, smallest first."""
-        power = evidence.covariance.diagonal() + evidence.mean.square()
-        sent = power * evidence.readout.square().sum(0)
-        return _ascending(sent.view(-1, evidence.entries).sum(1))
+        sent = torch.zeros_like(sites[0].mean)
+        for evidence in sites:
+            power = evidence.covariance.diagonal() + evidence.mean.square()
+            sent = sent + power * evidence.weight.square().sum(0)
+        return _ascending(sent.view(-1, sites[0].entries).sum(1))
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """Expected first-order change of the loss when a unit is set to zero.
+
+    The root mean square over examples of ``sum_positions x_i dL/dx_i`` (Molchanov et al. 2017,
+    squared so that signs do not cancel). It needs what training steps say
+    (:class:`relevance.Relevance`).
+    """
+
+    def rank(self, sites: Sequence[Evidence], keep: int) -> Elimination:
+        """Order the units by the change they make, smallest first.
+
+        Raises:
+            PruningError: If no gradients were gathered.
+        """
+        if any(evidence.taylor is None for evidence in sites):
+            raise PruningError(
+                f"Taylor needs gradients at {sites[0].name!r}, but none were gathered; expected a "
+                "sample of training steps. Gather relevance from gradients."
+            )
+        return _ascending(torch.stack([e.taylor for e in sites if e.taylor is not None]).sum(0))
 
 
 @dataclass(frozen=True)
@@ -190,11 +173,26 @@ class Random:
 
     seed: int = 0
 
-    def rank(self, evidence: Evidence, keep: int) -> Elimination:
+    def rank(self, sites: Sequence[Evidence], keep: int) -> Elimination:
         """Order the units at random, the same way for the same seed and axis."""
+        evidence = sites[0]
         salt = sum(ord(c) * (i + 1) for i, c in enumerate(evidence.name))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + salt)
         return _ascending(torch.rand(evidence.units, generator=generator, dtype=torch.float64))
+
+
+def _precisions(evidence: Evidence, noise: float) -> tuple[Tensor, Tensor]:
+    """``Cov(x)^-1`` and ``Cov(x | y)^-1`` with noise of this variance on ``y``."""
+    covariance, cross, above = evidence.joint()
+    if evidence.samples < 2 * len(covariance):  # exact copies stay exact where there is enough
+        covariance = shrink(covariance, evidence.samples)
+    precision = inverse(covariance)
+    if evidence.scores is None:
+        # y = T x + noise, so Cov(x | y)^-1 = Cov(x)^-1 + T'T / noise: no second inverse.
+        return precision, precision + evidence.readout.mT @ evidence.readout / noise
+    noisy = above + noise * torch.eye(len(above)).to(above)
+    given = conditional_covariance(covariance, cross, noisy)
+    return precision, inverse((given + given.mT) / 2)
 
 
 def _ascending(scores: Tensor) -> Elimination:

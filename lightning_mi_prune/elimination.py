@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lightning_mi_prune.information import cholesky, diagonal_blocks, log_det_blocks
 
-__all__ = ["Elimination", "eliminate"]
+__all__ = ["Elimination", "eliminate", "eliminate_together"]
 
 _BLOCK = 64  # eliminations between two flushes of the delayed updates
 
@@ -21,7 +22,7 @@ class Elimination:
 
     Args:
         order: Positions of the eliminated units.
-        costs: Loss at each step; for exact elimination nats of ``I(X_kept; Y)`` lost by the step.
+        costs: Cost of each step; for exact elimination nats of ``I(X_kept; Y)`` lost by the step.
     """
 
     order: tuple[int, ...]
@@ -86,7 +87,7 @@ def eliminate(
     Args:
         precision: ``P (d, d)``.
         posterior: ``Q (d, d)``.
-        keep: Units that stay, at least 1.
+        keep: Units that stay; 0 gives the whole order.
         entries: Entries per unit ``g``; ``d`` is a multiple of it.
 
     Example:
@@ -95,26 +96,42 @@ def eliminate(
         >>> eliminate(sxx, posterior).order
         (1,)
     """
-    p, q = _Precision(precision, entries), _Precision(posterior, entries)
-    units = precision.shape[0] // entries
-    names = torch.arange(units, device=precision.device)
-    alive = torch.ones(units, dtype=torch.bool, device=precision.device)
+    return eliminate_together([(precision, posterior)], keep=keep, entries=entries)
+
+
+def eliminate_together(
+    sites: Sequence[tuple[Tensor, Tensor]], *, keep: int = 1, entries: int = 1
+) -> Elimination:
+    """The same for units that are read at several places: the costs of all places add up.
+
+    Args:
+        sites: ``(P, Q)`` of each place, all of one shape.
+        keep: Units that stay; 0 gives the whole order.
+        entries: Entries per unit.
+    """
+    pairs = [(_Precision(p, entries), _Precision(q, entries)) for p, q in sites]
+    first = sites[0][0]
+    units = first.shape[0] // entries
+    names = torch.arange(units, device=first.device)
+    alive = torch.ones(units, dtype=torch.bool, device=first.device)
     order: list[int] = []
     costs: list[float] = []
     for step in range(1, units - keep + 1):
-        cost = (log_det_blocks(q.blocks) - log_det_blocks(p.blocks)) / 2
+        gains = [log_det_blocks(q.blocks) - log_det_blocks(p.blocks) for p, q in pairs]
+        cost = gains[0] / 2 if len(gains) == 1 else torch.stack(gains).sum(0) / 2
         group = int(torch.where(alive, cost, math.inf).argmin())
         order.append(int(names[group]))
         costs.append(max(0.0, float(cost[group])))
-        p.forget(group)
-        q.forget(group)
+        for matrix in (m for pair in pairs for m in pair):
+            matrix.forget(group)
         alive[group] = False
         if step % _BLOCK == 0:
-            p.flush(~alive)
-            q.flush(~alive)
-            if 4 * int(alive.sum()) <= 3 * len(alive):
-                left = alive.nonzero().flatten()
-                p.shrink(left)
-                q.shrink(left)
+            smaller = 4 * int(alive.sum()) <= 3 * len(alive)
+            left = alive.nonzero().flatten()
+            for matrix in (m for pair in pairs for m in pair):
+                matrix.flush(~alive)
+                if smaller:
+                    matrix.shrink(left)
+            if smaller:
                 names, alive = names[left], alive[left]
     return Elimination(tuple(order), tuple(costs))

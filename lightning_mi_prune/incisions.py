@@ -12,8 +12,17 @@ from torch import Tensor, nn
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.standins import is_ours
 
-__all__ = ["Incision", "incisions", "owners", "parameter_of", "shapes_at"]
+__all__ = [
+    "Incision",
+    "check_empty",
+    "config_numbers",
+    "incisions",
+    "owners",
+    "parameter_of",
+    "shapes_at",
+]
 
 
 @dataclass
@@ -34,6 +43,42 @@ def shapes_at(axes: Sequence[WidthAxis], plan: Plan) -> dict[str, list[int]]:
             shape = shapes.setdefault(s.tensor, list(s.shape))
             shape[s.dim] = plan.width(axis.name) * axis.entries
     return shapes
+
+
+def config_numbers(axes: Sequence[WidthAxis], plan: Plan) -> dict[str, int]:
+    """What the config fields of one network must say at a plan.
+
+    One number cannot say several widths, and none can say that nothing is left: the field then
+    stays as built, and the plan tells. Fields that are tied are written together or not at all.
+
+    Example:
+        >>> parts = {"slices": (), "readers": ()}
+        >>> heads = WidthAxis("h", "heads", 4, 6, config="n_heads", tie="dim", **parts)
+        >>> stream = WidthAxis("r", "residual", 24, 1, config="dim", **parts)
+        >>> kept = {"h": (0, 1), "r": tuple(range(12))}
+        >>> config_numbers([heads, stream], Plan({"h": 4, "r": 24}, kept))
+        {'n_heads': 2, 'dim': 12}
+        >>> config_numbers([heads, stream], Plan({"h": 4, "r": 24}, kept | {"h": (0,)}))
+        {'n_heads': 4, 'dim': 24}
+    """
+    named: dict[str, list[WidthAxis]] = {}
+    for axis in axes:
+        for name in () if axis.config is None else (axis.config, *axis.twins):
+            named.setdefault(name, []).append(axis)
+    numbers: dict[str, int] = {}
+    for name, holders in named.items():
+        widths = {plan.width(axis.name) for axis in holders}
+        uniform = len(widths) == 1 and 0 not in widths
+        numbers[name] = widths.pop() if uniform else holders[0].size
+    for field_name in {axis.tie for axis in axes if axis.tie is not None}:
+        tied = [axis for axis in axes if axis.tie == field_name]
+        entries = {plan.width(axis.name) * axis.entries for axis in tied}
+        ends = [axis for axis in axes if axis.config == field_name]
+        if not ends or entries | {plan.width(axis.name) for axis in ends} != {numbers[field_name]}:
+            for axis in (*tied, *ends):
+                for name in () if axis.config is None else (axis.config, *axis.twins):
+                    numbers[name] = axis.size
+    return numbers
 
 
 def owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -60,13 +105,15 @@ def incisions(
         axes: Axes of the plan.
         current: Plan the model carries now.
         places: Survivors of every axis that is cut, as positions in the present model.
-        folded: New values of readers, by tensor name.
+        folded: New values of parameters in their final shape, by tensor name.
 
     Raises:
         PruningError: If a parameter cannot be cut, or does not fit the plan.
     """
     homes = owners(model)
-    described = {id(model.get_submodule(_module(s.tensor))) for a in axes for s in a.slices}
+    paths = {_module(s.tensor) for a in axes for s in a.slices}
+    paths |= {count.module for a in axes for count in a.counts}
+    described = {id(model.get_submodule(path)) for path in paths}
     found: dict[int, Incision] = {}
     cut_by: dict[tuple[int, int], str] = {}
     for axis in axes:
@@ -75,6 +122,8 @@ def incisions(
         for s in axis.slices:
             old = parameter_of(model, s.tensor)
             key = (id(old), s.dim)
+            if cut_by.get(key) == axis.name:
+                continue  # a tied parameter, reached by its other name
             if key in cut_by:
                 raise PruningError(
                     f"{s.tensor!r} is cut by {cut_by[key]!r} and {axis.name!r} at once: layers "
@@ -133,12 +182,39 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
+def check_empty(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
+    """Refuse a plan that empties an axis which cannot be empty.
+
+    Raises:
+        PruningError: If there is such an axis, or a stand-in's place on a module is taken.
+    """
+    for axis in axes:
+        if axis.name not in plan.sizes:
+            continue
+        width = plan.width(axis.name)
+        if not width and not axis.may_vanish and not axis.silence:
+            raise PruningError(
+                f"The plan keeps none of the {axis.size} units of axis {axis.name!r}, which cannot "
+                "be empty; expected at least one. Lower the sparsity, or exclude the axis."
+            )
+        places = [s.module for s in axis.silence if not width]
+        places += [s.module for s in axis.selects if width < axis.size]
+        for path in places:
+            forward = vars(model.get_submodule(path)).get("forward")
+            if forward is not None and not is_ours(forward):
+                raise PruningError(
+                    f"{path!r} has a forward of its own, {forward!r:.80}; expected that of its "
+                    "class, because the cut must replace it. Remove it, or exclude the axis "
+                    f"{axis.name!r}."
+                )
+
+
 def _check_folded(incision: Incision) -> None:
     if incision.folded is None:
         return
     shape = list(incision.old.shape)
-    if 1 in incision.kept:
-        shape[1] = len(incision.kept[1])
+    for dim, index in incision.kept.items():
+        shape[dim] = len(index)
     if list(incision.folded.shape) != shape:
         raise PruningError(
             f"The fold-in of {incision.name!r} has shape {tuple(incision.folded.shape)}; expected "

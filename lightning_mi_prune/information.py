@@ -20,6 +20,7 @@ __all__ = [
     "inverse",
     "joint_information",
     "log_det_blocks",
+    "normal_scores",
     "plugin_bias",
     "regression",
     "shrink",
@@ -194,6 +195,37 @@ def gaussian_copula(x: Tensor) -> Tensor:
         mean_rank = last - (counts.to(x.dtype) - 1) / 2
         columns.append(torch.special.ndtri(mean_rank[inverse_index] / (len(column) + 1)))
     return torch.stack(columns, dim=1)
+
+
+def normal_scores(
+    x: Tensor, base: Tensor, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Second moments ``(Sxx, Sxy, Syy)`` of normal scores, for MI that only ranks decide.
+
+    ``x`` and ``z = base x`` are turned into normal scores column by column and scaled to unit
+    variance (ties, as after a ReLU, leave less); then ``y = factor diag(std z) z``.
+
+    Args:
+        x: Samples ``(N, d)``.
+        base: Linear map to the layer above ``(m, d)``.
+        factor: How the layer above is weighted ``(k, m)``; None leaves it as it is.
+    """
+    z = x @ base.mT
+    scores, above = _unit_scores(x), _unit_scores(z)
+    scale = z.std(0, correction=0)
+    weighted = torch.diag(scale) if factor is None else factor * scale
+    cross = scores.mT @ above / len(x) @ weighted.mT
+    return (
+        scores.mT @ scores / len(x),
+        cross,
+        weighted @ (above.mT @ above / len(x)) @ weighted.mT,
+    )
+
+
+def _unit_scores(x: Tensor) -> Tensor:
+    scores = gaussian_copula(x)
+    spread = scores.std(0, correction=0)
+    return scores / torch.where(spread > 0, spread, 1.0)
 
 
 def unbiased_cka(x: Tensor, y: Tensor) -> Tensor:

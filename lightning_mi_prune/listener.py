@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,16 +13,9 @@ from torch import Tensor, nn
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.moments import Moments, check_moments
+from lightning_mi_prune.sample import Example, rows_of, taken
 
 __all__ = ["Example", "Listener"]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One real call of a network, cut down to its first example: enough to count its work."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class Listener:
@@ -39,6 +31,8 @@ class Listener:
         positions: Samples to take for each axis.
         batches: Batches that will be heard; None takes positions first come, first served.
         seed: Seed of the draw; the global random state is not touched.
+        calls: Positions of the inputs to store, so that a cut model can be run on them.
+        samples: Positions of every axis to store, for measures that need more than sums.
 
     Example:
         >>> from lightning_mi_prune.families import linear_axis
@@ -58,19 +52,28 @@ class Listener:
         positions: int = 16_384,
         batches: int | None = None,
         seed: int = 0,
+        calls: int = 0,
+        samples: int = 0,
     ) -> None:
+        places = {key: readers[0] for axis in axes for key, readers in axis.places.items()}
         self.moments = {
-            axis.name: Moments(model.get_parameter(f"{axis.readers[0]}.weight").shape[1])
-            for axis in axes
+            key: Moments(model.get_parameter(f"{reader}.weight").shape[1])
+            for key, reader in places.items()
         }
         self.examples: dict[str, Example] = {}
+        self.stored: dict[str, list[Example]] = {}
+        self._samples: dict[str, list[Tensor]] = {key: [] for key in places}
         self.seconds = 0.0
         self._model, self._axes = model, axes
         self._positions = positions
-        self._quota = positions if batches is None else max(1, -(-positions // max(1, batches)))
+        share = 1 if batches is None else max(1, batches)
+        self._quota, self._calls, self._keep = (-(-n // share) for n in (positions, calls, samples))
+        self._most = samples
         self._generator = torch.Generator().manual_seed(seed)
         self._masks: dict[str, Tensor | None] = {}
         self._draws: dict[tuple[str, int], Tensor] = {}
+        self._open: dict[str, Example] = {}
+        self._rows = torch.Generator().manual_seed(seed + 1)
         self._left: dict[str, int] = {}
         self._fresh: tuple[int, int] | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -81,7 +84,8 @@ class Listener:
         for path in sorted(hook):
             self._attach(path, self._on_scope(path))
         for axis in self._axes:
-            self._attach(axis.readers[0], self._on_reader(axis))
+            for key, readers in axis.places.items():
+                self._attach(readers[0], self._on_reader(axis, key))
         return self
 
     def __exit__(
@@ -99,6 +103,7 @@ class Listener:
         self._handles.clear()
         self._masks.clear()
         self._draws.clear()
+        self._open.clear()
 
     def start_batch(self, rows: int | None = None, padded: int = 0) -> None:
         """Say that a batch begins, so that one that runs the network twice gets no double share.
@@ -107,7 +112,7 @@ class Listener:
             rows: Examples in the batch, if known.
             padded: How many of them, at the end, only repeat others: they are not heard.
         """
-        self._left = {axis.name: self._quota for axis in self._axes}
+        self._left = dict.fromkeys(self.moments, self._quota)
         self._fresh = (rows, rows - padded) if rows is not None and padded else None
 
     def _attach(self, path: str, hook: Any) -> None:
@@ -116,25 +121,27 @@ class Listener:
 
     def _on_scope(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if path not in self.examples:
-                rows = _rows((*args, *kwargs.values()))
-                self.examples[path] = Example(_first(args, rows), _first(kwargs, rows))
             bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-            mask = bound.arguments.get("attention_mask")
-            self._masks[path] = mask if isinstance(mask, Tensor) else None
+            given = bound.arguments.get("attention_mask")
+            mask = given if isinstance(given, Tensor) else None
+            if path not in self.examples:
+                rows, first = rows_of((*args, *kwargs.values())), torch.zeros(1, dtype=torch.long)
+                self.examples[path] = Example(*taken((args, kwargs, mask), rows, first))
+            self._masks[path], self._open[path] = mask, Example(args, kwargs, mask)
             self._draws.clear()
 
         return hook
 
-    def _on_reader(self, axis: WidthAxis) -> Any:
+    def _on_reader(self, axis: WidthAxis, key: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             started = time.perf_counter()
             x = (args[0] if args else kwargs["input"]).detach()
+            self._store_call(axis, x)
             mask = self._masks.get(axis.scope)
             flat = x.reshape(-1, x.shape[-1])
-            moments = self.moments[axis.name]
+            moments = self.moments[key]
             room = self._positions - int(moments.count)
-            wanted = min(self._left.get(axis.name, self._quota), room)
+            wanted = min(self._left.get(key, self._quota), room)
             live = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
             if mask is not None and mask.shape == x.shape[:-1]:
                 live &= mask.to(x.device).bool()
@@ -146,11 +153,42 @@ class Listener:
             if len(index) > wanted:
                 index = index[self._draw(axis.scope, len(index), wanted).to(x.device)]
             moments.hear(flat[index])
-            if axis.name in self._left:
-                self._left[axis.name] -= len(index)
+            self._store_sample(key, flat[index])
+            if key in self._left:
+                self._left[key] -= len(index)
             self.seconds += time.perf_counter() - started
 
         return hook
+
+    @property
+    def samples(self) -> dict[str, Tensor]:
+        """Stored positions ``(N, d)`` of every axis, by key; the same ones on all of a network."""
+        return {key: torch.cat(parts) for key, parts in self._samples.items() if parts}
+
+    def _store_sample(self, key: str, x: Tensor) -> None:
+        parts = self._samples[key]
+        room = min(self._keep, self._most - sum(map(len, parts)))
+        if room > 0:
+            parts.append(x[:room].to("cpu", torch.float32, copy=True))
+
+    def _store_call(self, axis: WidthAxis, x: Tensor) -> None:
+        """Keep some examples of the call that is under way, the first time a reader hears of it."""
+        path = axis.network if axis.network in self._open else axis.scope
+        call = self._open.get(path)
+        if call is None:
+            return
+        self._open.clear()
+        rows, real = call.rows, call.rows
+        if self._fresh is not None and rows == self._fresh[0]:
+            real = self._fresh[1]
+        each = x.shape[:-1].numel() / max(1, rows)
+        if call.mask is not None and call.mask.ndim > 1:
+            each = float(call.mask.sum()) / max(1, rows)
+        wanted = min(real, round(self._calls / max(1.0, each) + 0.499))
+        if self._calls and wanted:
+            index = torch.randperm(real, generator=self._rows)[:wanted].sort().values
+            kept = taken((call.args, call.kwargs, call.mask), rows, index)
+            self.stored.setdefault(path, []).append(Example(*kept))
 
     def _draw(self, scope: str, available: int, wanted: int) -> Tensor:
         key = (scope, available)
@@ -170,22 +208,3 @@ class Listener:
     def check(self) -> None:
         """Refuse what was heard if it cannot be scored, as :func:`check_moments` does."""
         check_moments(self.moments)
-
-
-def _first(value: Any, rows: int | None) -> Any:
-    """The first example of every tensor with that many rows, in nested containers."""
-    if isinstance(value, Tensor):
-        batched = value.ndim > 0 and value.shape[0] == rows
-        return (value[:1] if batched else value).detach().clone()
-    if isinstance(value, tuple):
-        return tuple(_first(v, rows) for v in value)
-    if isinstance(value, list):
-        return [_first(v, rows) for v in value]
-    if isinstance(value, dict):
-        return {k: _first(v, rows) for k, v in value.items()}
-    return value
-
-
-def _rows(values: Iterable[Any]) -> int | None:
-    """Batch size of a call: rows of its first tensor with two dimensions or more."""
-    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim > 1), None)

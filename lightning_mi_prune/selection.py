@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_mi_prune.axes import WidthAxis
-from lightning_mi_prune.criteria import Criterion, Evidence, MutualInformation, copies_kept
-from lightning_mi_prune.errors import PruningError, PruningWarning
+from lightning_mi_prune.criteria import Criterion, MutualInformation, copies_kept
+from lightning_mi_prune.errors import PruningWarning
+from lightning_mi_prune.evidence import Evidence, entries_of, gather, kept_rows
 from lightning_mi_prune.information import regression
 from lightning_mi_prune.moments import Moments
-from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.plan import Plan, Ranking
+from lightning_mi_prune.ranking import RelevanceSource, rank_axes
 
 __all__ = ["Information", "Selection", "select"]
 
@@ -43,8 +45,8 @@ class Selection:
 
     Args:
         plan: Survivors of every axis, in original positions.
-        folded: New weight ``(rows, kept columns)`` and bias of each reader, by tensor name; empty
-            without fold-in.
+        folded: New weights and biases of readers, in the shape they have after the cut, by tensor
+            name; empty without fold-in.
         information: What each axis kept, by axis name.
     """
 
@@ -61,6 +63,9 @@ def select(
     current: Plan,
     criterion: Criterion | None = None,
     *,
+    relevance: RelevanceSource = None,
+    rankings: Mapping[str, Ranking] | None = None,
+    samples: Mapping[str, Tensor] | None = None,
     fold_in: bool = True,
     ridge: float = 0.1,
 ) -> Selection:
@@ -71,11 +76,14 @@ def select(
 
     Args:
         axes: Axes to cut.
-        moments: What was heard at each, by axis name.
+        moments: What was heard at each place, by key.
         weights: Parameters of the model as it stands, by qualified name; only read.
         widths: Units to keep on each axis; never more than it has now.
         current: The plan the model carries now.
         criterion: Who judges; default conditional mutual information.
+        relevance: Which part of the layer above matters, as for :func:`ranking.rank_axes`.
+        rankings: Orders of all axes, if they are known already; nobody judges then.
+        samples: Stored samples, as for :func:`ranking.rank_axes`.
         fold_in: Whether the readers' weights absorb the dropped units by least squares.
         ridge: Noise of the information that is reported, as a share of the mean variance above.
 
@@ -83,6 +91,18 @@ def select(
         PruningError: If an axis was heard too little to score.
     """
     judge = MutualInformation() if criterion is None else criterion
+    cut = [a for a in axes if widths[a.name] < len(current.kept[a.name])]
+    if rankings is None:
+        rankings = rank_axes(
+            cut,
+            moments,
+            weights,
+            current,
+            judge,
+            relevance=relevance,
+            widths=widths,
+            samples=samples,
+        )
     kept = dict(current.kept)
     folded: dict[str, Tensor] = {}
     information: dict[str, Information] = {}
@@ -90,78 +110,34 @@ def select(
     copies: list[str] = []
     for axis in sorted(axes, key=lambda axis: -axis.level):
         now = current.kept[axis.name]
-        evidence = _evidence(axis, moments[axis.name], weights, kept, current, axes)
-        keep = min(widths[axis.name], len(now))
+        sites = gather(axis, moments, weights, kept, current, axes)
         stay = tuple(range(len(now)))
-        if keep < len(now):
-            evidence.check()
-            wanted = max(20 * evidence.readout.shape[0], 2 * len(evidence.mean))
-            thin += [axis.name] if evidence.samples < wanted else []
-            stay = judge.rank(evidence, keep).keep(keep, len(now))
-        kept[axis.name] = tuple(now[i] for i in stay)
-        coefficients, left = _split(evidence, stay)
-        information[axis.name] = _information(evidence, coefficients, left, ridge)
+        if axis in cut:
+            kept[axis.name] = rankings[axis.name].kept(widths[axis.name])
+            place = {position: index for index, position in enumerate(now)}
+            stay = tuple(place[position] for position in kept[axis.name])
+            wanted = max(max(20 * len(e.readout), 2 * len(e.mean)) for e in sites)
+            thin += [axis.name] if min(e.samples for e in sites) < wanted else []
+        splits = [_split(evidence, stay) for evidence in sites]
+        parts = [_information(e, *s, ridge) for e, s in zip(sites, splits, strict=True)]
+        information[axis.name] = Information(
+            total=sum(part.total for part in parts), kept=sum(part.kept for part in parts)
+        )
+        if axis not in cut:
+            continue
         topk = isinstance(judge, MutualInformation) and judge.selection == "topk"
-        if topk and keep < len(now) and copies_kept(evidence, stay):
+        if topk and any(copies_kept(evidence, stay) for evidence in sites):
             copies.append(axis.name)
-        if fold_in and keep < len(now):
-            for reader in axis.readers:
-                folded |= _fold(reader, weights, evidence, coefficients, left)
+        if fold_in:
+            for readers, evidence, split in zip(axis.places.values(), sites, splits, strict=True):
+                for reader in readers:
+                    folded |= _fold(reader, weights, evidence, *split)
     _warn(thin, copies)
-    return Selection(Plan(current.sizes, kept), folded, information)
-
-
-def _evidence(
-    axis: WidthAxis,
-    moments: Moments,
-    weights: Mapping[str, Tensor],
-    kept: Mapping[str, tuple[int, ...]],
-    current: Plan,
-    axes: Sequence[WidthAxis],
-) -> Evidence:
-    if int(moments.count) == 0:
-        raise PruningError(f"Nothing was heard at {axis.name!r}; run validation first.")
-    mean, covariance = moments.statistics()
-    readouts = []
-    for reader in axis.readers:
-        weight = weights[f"{reader}.weight"].detach().to(covariance)
-        rows = _kept_rows(f"{reader}.weight", kept, current, axes)
-        readouts.append(weight if rows is None else weight[rows.to(weight.device)])
-    width = len(current.kept[axis.name])
-    makers = [
-        weights[s.tensor].detach().to(covariance).reshape(width, -1)
-        for s in axis.slices
-        if s.dim == 0
-    ]
-    return Evidence(
-        name=axis.name,
-        entries=axis.entries,
-        samples=int(moments.count),
-        mean=mean,
-        covariance=covariance,
-        readout=torch.cat(readouts),
-        rows=torch.cat(makers, dim=1) if makers else torch.zeros(width, 0),
-    )
-
-
-def _kept_rows(
-    tensor: str,
-    kept: Mapping[str, tuple[int, ...]],
-    current: Plan,
-    axes: Sequence[WidthAxis],
-) -> Tensor | None:
-    """Rows of a reader that survive the cut above it, or None where nothing above is cut."""
-    for axis in axes:
-        if any(s.tensor == tensor and s.dim == 0 for s in axis.slices):
-            place = {p: i for i, p in enumerate(current.kept[axis.name])}
-            units = torch.tensor([place[p] for p in kept[axis.name]])
-            return _entries(units, axis.entries)
-    return None
-
-
-def _entries(units: Tensor, entries: int) -> Tensor:
-    """Positions of all entries of the given units."""
-    return (units[:, None] * entries + torch.arange(entries, device=units.device)).flatten()
+    # Rows that go with an axis below are known only at the end of the sweep.
+    rows = {name: kept_rows(name, kept, current, axes) for name in folded}
+    final = {n: t if (r := rows[n]) is None else t[r.to(t.device)] for n, t in folded.items()}
+    known = {name: ranking for name, ranking in rankings.items() if name in current.sizes}
+    return Selection(Plan(current.sizes, kept, known), final, information)
 
 
 def _split(evidence: Evidence, stay: tuple[int, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -170,7 +146,7 @@ def _split(evidence: Evidence, stay: tuple[int, ...]) -> tuple[Tensor, tuple[Ten
     units = torch.arange(evidence.units, device=device)
     mask = torch.zeros(evidence.units, dtype=torch.bool, device=device)
     mask[list(stay)] = True
-    kept, dropped = (_entries(units[m], evidence.entries) for m in (mask, ~mask))
+    kept, dropped = (entries_of(units[m], evidence.entries) for m in (mask, ~mask))
     found = regression(evidence.covariance, kept, dropped, evidence.samples)
     return found, (kept, dropped)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,17 @@ from torch import Tensor, nn
 
 from lightning_mi_prune.axes import WidthAxis, full_plan
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.incisions import Incision, incisions, owners, parameter_of, shapes_at
+from lightning_mi_prune.incisions import (
+    Incision,
+    check_empty,
+    config_numbers,
+    incisions,
+    owners,
+    parameter_of,
+    shapes_at,
+)
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
+from lightning_mi_prune.standins import KEPT_UNITS, is_ours, selecting, silent
 
 __all__ = ["Rewrite", "apply", "check", "reshape", "revert", "undo"]
 
@@ -49,7 +59,8 @@ def apply(
         axes: Axes of the plan.
         plan: Survivors, in original positions.
         current: Plan the model carries now; default: as built.
-        folded: New values for readers (:attr:`Selection.folded`), cut along their columns already.
+        folded: New values of parameters in the shape the plan gives them, by tensor name
+            (:attr:`Selection.folded`).
 
     Returns:
         One record for each parameter that was replaced, to give to :func:`optimizers.rebind`.
@@ -72,6 +83,7 @@ def apply(
     now = full_plan(axes) if current is None else current
     places = plan.positions_in(now)
     target = now.then(plan)
+    check_empty(model, axes, target)
     rewrites = [_rewrite(i) for i in incisions(model, axes, now, places, folded or {})]
     _swap(model, rewrites)
     try:
@@ -100,6 +112,7 @@ def reshape(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
             f"The stored plan was made for another model: axes {odd[:6]} or their sizes differ. "
             "Build the model with the configuration it was trained with."
         )
+    check_empty(model, axes, plan)
     shapes = shapes_at(axes, plan)
     parameters = {name: parameter_of(model, name) for name in shapes}
     changed = {id(p): (p, shapes[n]) for n, p in parameters.items() if list(p.shape) != shapes[n]}
@@ -129,9 +142,12 @@ def undo(
     Raises:
         PruningError: If the values are not those of this model at this plan; it stays as it was.
     """
-    shapes, old = shapes_at(axes, plan), dict(model.named_parameters())
+    check_empty(model, axes, plan)
+    old, every = dict(model.named_parameters()), model.named_parameters(remove_duplicate=False)
+    named = shapes_at(axes, plan)
+    shapes = {id(p): named[name] for name, p in every if name in named}  # tied ones under any name
     for name, parameter in old.items():
-        shape = shapes.get(name, list(parameter.shape))
+        shape = shapes.get(id(parameter), list(parameter.shape))
         if name not in values or list(values[name].shape) != shape:
             raise PruningError(
                 f"The snapshot has no {name!r} of shape {tuple(shape)}; expected one of this model."
@@ -178,9 +194,11 @@ def _swap(model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
 @torch.no_grad()
 def _rewrite(incision: Incision) -> Rewrite:
     old = incision.old
-    values = old.detach() if incision.folded is None else incision.folded.to(old)
-    for dim, index in incision.kept.items():
-        if incision.folded is None or dim != 1:
+    values = old.detach()
+    if incision.folded is not None:
+        values = incision.folded.to(old)
+    else:
+        for dim, index in incision.kept.items():
             values = values.index_select(dim, index)
     new = nn.Parameter(values.clone(), requires_grad=old.requires_grad)
     return Rewrite(old, new, incision.kept)
@@ -191,18 +209,39 @@ def _follow(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
     for axis in axes:
         for count in axis.counts:
             value = plan.width(axis.name) * count.per_unit
-            setattr(model.get_submodule(count.module), count.attribute, value)
+            module = model.get_submodule(count.module)
+            setattr(module, count.attribute, (value,) if count.sequence else value)
+        _stand_in(model, axis, plan.kept[axis.name])
     for path in sorted({axis.network for axis in axes}):
         config = _own_config(model, path)
         if config is None:
             continue
         mine = [axis for axis in axes if axis.network == path]
-        for name in {axis.config for axis in mine if axis.config is not None}:
-            named = [axis for axis in mine if axis.config == name]
-            widths = {plan.width(axis.name) for axis in named}
-            # One number cannot say several widths: the field then stays as built, the plan tells.
-            setattr(config, name, widths.pop() if len(widths) == 1 else named[0].size)
-        setattr(config, CONFIG_FIELD, plan.under(path).to_json())
+        for name, number in config_numbers(mine, plan).items():
+            setattr(config, name, number)
+        setattr(config, CONFIG_FIELD, plan.under(path).bare().to_json())
+
+
+def _stand_in(model: nn.Module, axis: WidthAxis, kept: Sequence[int]) -> None:
+    """Put the stand-ins of an axis in place, or take them away."""
+    for path in {part.module for part in (*axis.silence, *axis.selects)}:
+        module = model.get_submodule(path)
+        if is_ours(module.__dict__.get("forward")):
+            del module.__dict__["forward"]
+        module._buffers.pop(KEPT_UNITS, None)
+    for selects in axis.selects if len(kept) < axis.size else ():
+        module = model.get_submodule(selects.module)
+        index = torch.tensor(kept, dtype=torch.long, device=_device(module))
+        module.register_buffer(KEPT_UNITS, index, persistent=False)
+        module.__dict__["forward"] = partial(selecting, module, selects)
+    for silence in axis.silence if not kept else ():
+        module = model.get_submodule(silence.module)
+        inside = silence.prefixed(lambda name, top=silence.module: name[len(top) + 1 :])
+        module.__dict__["forward"] = partial(silent, module, inside)
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((p.device for p in module.parameters()), None)
 
 
 def _own_config(model: nn.Module, path: str) -> Any:

@@ -8,14 +8,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AlbertConfig,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
+    DebertaV2Config,
+    DeiTConfig,
     DistilBertConfig,
     ElectraConfig,
+    MPNetConfig,
     RobertaConfig,
+    ViTConfig,
     XLMRobertaConfig,
 )
 
@@ -38,12 +44,39 @@ _DISTILBERT = {
     "hidden_dim": 40,
     "max_position_embeddings": 40,
 }
+_DEBERTA = _BERT | {
+    "relative_attention": True,
+    "max_relative_positions": 16,
+    "position_buckets": 8,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "share_att_key": True,
+}
+# Two groups of one layer, each run twice.
+_ALBERT = _BERT | {"num_hidden_layers": 4, "num_hidden_groups": 2, "embedding_size": 16}
+_VIT = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 2,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+}
 CONFIGS: dict[str, Callable[..., object]] = {
     "bert": lambda **k: BertConfig(**_BERT, **k),
     "roberta": lambda **k: RobertaConfig(**_BERT, **k),
     "xlm-roberta": lambda **k: XLMRobertaConfig(**_BERT, **k),
     "electra": lambda **k: ElectraConfig(**_BERT, embedding_size=24, **k),
     "distilbert": lambda **k: DistilBertConfig(**_DISTILBERT, **k),
+    "mpnet": lambda **k: MPNetConfig(**_BERT, **k),
+    "deberta-v2": lambda **k: DebertaV2Config(**(_DEBERTA | k)),
+    "albert": lambda **k: AlbertConfig(**(_ALBERT | k)),
+}
+PICTURES: dict[str, Callable[..., object]] = {
+    "vit": lambda **k: ViTConfig(**(_VIT | k)),
+    "deit": lambda **k: DeiTConfig(**(_VIT | k)),
 }
 HEADS = {
     "sequence": AutoModelForSequenceClassification,
@@ -51,18 +84,38 @@ HEADS = {
     "question": AutoModelForQuestionAnswering,
     "masked-lm": AutoModelForMaskedLM,
 }
+EVERY = [(family, head) for family in CONFIGS for head in HEADS] + [(f, "image") for f in PICTURES]
 
 
 def build(family: str = "bert", head: str = "sequence", *, seed: int = 0, **options: object):
     """A tiny model with random weights large enough that every unit matters."""
     torch.manual_seed(seed)
-    labels = {"num_labels": 3} if head in ("sequence", "token") else {}
-    model = HEADS[head].from_config(CONFIGS[family](**labels, **options))
+    labels = {"num_labels": 3} if head in ("sequence", "token", "image") else {}
+    if head == "image":
+        model = AutoModelForImageClassification.from_config(PICTURES[family](**labels, **options))
+    else:
+        model = HEADS[head].from_config(CONFIGS[family](**labels, **options))
+    randomize(model)
+    return model.eval()
+
+
+def randomize(model: nn.Module) -> None:
+    """Weights large enough that every unit matters."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "LayerNorm" not in name and "layer_norm" not in name:
                 parameter.normal_(0, 0.2)
-    return model.eval()
+
+
+def pictures(rows: int = 6, *, seed: int = 0) -> dict[str, Tensor]:
+    """Pixels for the image models."""
+    generator = torch.Generator().manual_seed(seed)
+    return {"pixel_values": torch.randn(rows, 2, 8, 8, generator=generator)}
+
+
+def inputs_of(head: str) -> dict[str, Tensor]:
+    """Inputs for a model with that head."""
+    return pictures() if head == "image" else batch()
 
 
 def batch(rows: int = 32, length: int = 12, *, seed: int = 0) -> dict[str, Tensor]:
@@ -79,6 +132,8 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Logits of the real positions (padding is nobody's business)."""
     result = model.eval()(**inputs)
     logits = result.logits if "logits" in result else result.start_logits
+    if "attention_mask" not in inputs:
+        return logits
     if logits.shape[:2] == inputs["attention_mask"].shape:
         return logits[inputs["attention_mask"].bool()]
     return logits
@@ -107,6 +162,8 @@ def masked_copy(model: nn.Module, axes: list[WidthAxis], plan: Plan) -> nn.Modul
     masked = copy.deepcopy(model)
     with torch.no_grad():
         for axis in axes:
+            if axis.kind == "residual":
+                continue  # its norms would have to know: tests/test_residual.py
             gone = sorted(set(range(axis.size)) - set(plan.kept[axis.name]))
             for reader in axis.readers:
                 weight = masked.get_parameter(f"{reader}.weight")
@@ -115,11 +172,16 @@ def masked_copy(model: nn.Module, axes: list[WidthAxis], plan: Plan) -> nn.Modul
     return masked
 
 
-def random_plan(axes: list[WidthAxis], share: float = 0.5, *, seed: int = 0) -> Plan:
-    """Random survivors on every axis."""
+def random_plan(
+    axes: list[WidthAxis], share: float = 0.5, *, seed: int = 0, residual: bool = False
+) -> Plan:
+    """Random survivors on every axis; the residual stream stays whole unless asked for."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for axis in axes:
+        if axis.kind == "residual" and not residual:
+            kept[axis.name] = tuple(range(axis.size))
+            continue
         order = torch.randperm(axis.size, generator=generator)[: max(1, int(share * axis.size))]
         kept[axis.name] = tuple(sorted(order.tolist()))
     return Plan({axis.name: axis.size for axis in axes}, kept)

@@ -7,12 +7,12 @@ from torch import nn
 from lightning_mi_prune.axes import Count, Slice, WidthAxis, full_plan
 from lightning_mi_prune.criteria import (
     ActivationNorm,
-    Evidence,
     Magnitude,
     MutualInformation,
     Random,
 )
 from lightning_mi_prune.errors import PruningError, PruningWarning
+from lightning_mi_prune.evidence import Evidence
 from lightning_mi_prune.families import find_axes, linear_axis
 from lightning_mi_prune.information import joint_information
 from lightning_mi_prune.listener import Listener
@@ -103,7 +103,7 @@ def test_information_kept_is_total_less_the_costs():
     mean, sxx = moments["hidden"].compute()
     readout = net[2].weight.detach().double()
     evidence = Evidence("hidden", 1, 200_000, mean, sxx, readout)
-    order = MutualInformation("conditional", 0.1).rank(evidence, 5)
+    order = MutualInformation("conditional", 0.1).rank([evidence], 5)
     syy = evidence.above() + evidence.noise(0.1) * torch.eye(3, dtype=torch.float64)
     total = joint_information(sxx, sxx @ readout.T, syy).item()
     info = chosen.information["hidden"]
@@ -176,7 +176,7 @@ def test_the_sweep_judges_against_what_was_kept_above():
     lost = Evidence(
         "low", 1, 3000, *heard.moments["low"].compute(), net[1].weight[:2].detach().double()
     )
-    order = MutualInformation().rank(lost, 3)
+    order = MutualInformation().rank([lost], 3)
     assert chosen.plan.kept["low"] == order.keep(3, 6)
     assert chosen.plan.kept["low"] != alone.plan.kept["low"]
 
@@ -241,7 +241,7 @@ def test_too_few_samples_are_refused_and_few_are_warned_about():
     with pytest.raises(
         PruningError, match=r"4 samples were heard at 'hidden'.*3 units above needs more than 4"
     ):
-        MutualInformation().rank(evidence(samples=4), 4)
+        MutualInformation().rank([evidence(samples=4)], 4)
     net, axis = two_layers()
     _, moments = listen_to(net, axis, n=30)
     with pytest.warns(PruningWarning, match="fewer than 20 samples"):
@@ -251,8 +251,8 @@ def test_too_few_samples_are_refused_and_few_are_warned_about():
 @pytest.mark.parametrize("m", [8, 20])
 def test_a_layer_above_that_determines_every_unit_is_no_ranking(m):
     with pytest.raises(PruningError, match="ridge=0 gives no ranking"):
-        MutualInformation("topk", 0.0).rank(evidence(m=m), 4)
-    MutualInformation("topk", 0.01).rank(evidence(m=m), 4)
+        MutualInformation("topk", 0.0).rank([evidence(m=m)], 4)
+    MutualInformation("topk", 0.01).rank([evidence(m=m)], 4)
 
 
 def test_equal_scores_are_warned_about():
@@ -266,13 +266,13 @@ def test_equal_scores_are_warned_about():
         torch.eye(8, dtype=torch.float64),
     )
     with pytest.warns(PruningWarning, match="no ranking"):
-        MutualInformation("topk", 0.01).rank(same, 4)
+        MutualInformation("topk", 0.01).rank([same], 4)
 
 
 def test_bias_does_not_move_a_ranking():
     few, many = evidence(samples=50), evidence(samples=10**9)
     criterion = MutualInformation("topk", 0.01)
-    assert criterion.rank(few, 4).order == criterion.rank(many, 4).order
+    assert criterion.rank([few], 4).order == criterion.rank([many], 4).order
     assert (criterion.scores(few) < criterion.scores(many)).all()
 
 

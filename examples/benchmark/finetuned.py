@@ -167,6 +167,7 @@ def train(task: str, seed: int, data: TextDataModule, folder: Path) -> None:
 def main() -> None:
     """Train what is missing, one after another."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     for seed in SEEDS:

@@ -1,83 +1,32 @@
-"""Hugging Face encoders: one table of names a family, no tracing."""
+"""Hugging Face encoders: their axes, read off one table of names a family, no tracing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lightning_mi_prune.axes import Count, WidthAxis
+from lightning_mi_prune.axes import Count, Selects, Silence, WidthAxis
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families.describe import linear_axis
+from lightning_mi_prune.families.names import FamilyNames, LayerNames
+from lightning_mi_prune.families.residual import module_at, residual_axis, state_readers
+from lightning_mi_prune.families.text import TEXT
+from lightning_mi_prune.families.vision import VISION
 
 __all__ = ["MODEL_TYPES", "describe", "matches", "nearest_unknown"]
 
-
-@dataclass(frozen=True)
-class _Names:
-    """Where the parts of one layer are, seen from the layer; the stack is seen from the encoder."""
-
-    stack: str
-    query: str
-    key: str
-    value: str
-    attention_out: str
-    ffn_in: str
-    ffn_out: str
-    ffn_width: str
-    heads: tuple[str, str]
-    entries: tuple[str, str] | None
+MODEL_TYPES: dict[str, FamilyNames] = {**TEXT, **VISION}
 
 
 @dataclass(frozen=True)
-class _Head:
-    """Two dense layers above the encoder: the units between them can be cut."""
+class _Layer:
+    """A layer, where it stands, and the item of the stack it belongs to."""
 
-    producer: str
-    reader: str
-
-
-_BERT = _Names(
-    stack="encoder.layer",
-    query="attention.self.query",
-    key="attention.self.key",
-    value="attention.self.value",
-    attention_out="attention.output.dense",
-    ffn_in="intermediate.dense",
-    ffn_out="output.dense",
-    ffn_width="intermediate_size",
-    heads=("attention.self", "num_attention_heads"),
-    entries=("attention.self", "all_head_size"),
-)
-_DISTILBERT = _Names(
-    stack="transformer.layer",
-    query="attention.q_lin",
-    key="attention.k_lin",
-    value="attention.v_lin",
-    attention_out="attention.out_lin",
-    ffn_in="ffn.lin1",
-    ffn_out="ffn.lin2",
-    ffn_width="hidden_dim",
-    heads=("attention", "n_heads"),
-    entries=None,
-)
-_DENSE_HEAD = _Head("classifier.dense", "classifier.out_proj")
-
-MODEL_TYPES: dict[str, _Names] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "electra": _BERT,
-    "distilbert": _DISTILBERT,
-}
-# Masked-LM, token and question heads read the residual stream itself: no units of their own.
-_HEADS: dict[str, _Head] = {
-    "BertForSequenceClassification": _Head("bert.pooler.dense", "classifier"),
-    "RobertaForSequenceClassification": _DENSE_HEAD,
-    "XLMRobertaForSequenceClassification": _DENSE_HEAD,
-    "ElectraForSequenceClassification": _DENSE_HEAD,
-    "DistilBertForSequenceClassification": _Head("pre_classifier", "classifier"),
-}
+    path: str
+    module: nn.Module
+    item: int
 
 
 def _model_type(module: nn.Module) -> str | None:
@@ -96,12 +45,7 @@ def matches(module: nn.Module) -> bool:
     kind = _model_type(module)
     if kind not in MODEL_TYPES:
         return False
-    _, base = _base(module)
-    try:
-        base.get_submodule(MODEL_TYPES[kind].stack)
-    except AttributeError:
-        return False
-    return True
+    return module_at(_base(module)[1], MODEL_TYPES[kind].stack[0]) is not None
 
 
 def nearest_unknown(module: nn.Module) -> nn.Module | None:
@@ -111,71 +55,133 @@ def nearest_unknown(module: nn.Module) -> nn.Module | None:
 
 
 def describe(network: nn.Module) -> list[WidthAxis]:
-    """Axes of one network: FFN neurons and heads of every layer, and the head's units.
+    """Axes of one network: neurons and heads of every layer, the head's units, the stream.
 
     Raises:
         PruningError: If a layer is not a plain ``nn.Linear`` or its widths disagree.
     """
-    prefix, base = _base(network)
+    scope, base = _base(network)
     names = MODEL_TYPES[str(_model_type(network))]
-    dot = f"{prefix}." if prefix else ""
-    layers = base.get_submodule(names.stack)
+    prefix = f"{scope}." if scope else ""
     if getattr(network.config, "chunk_size_feed_forward", 0):
         raise PruningError(
             f"{type(network).__name__} cuts its sequences into chunks, where padding cannot be "
             "told from text. Set config.chunk_size_feed_forward=0 when the model is built."
         )
+    layers = _layers(base, prefix, names.stack)
+    residual = residual_axis(network, prefix, names, [(one.path, one.module) for one in layers])
+    state = state_readers(network, prefix, names)
     axes: list[WidthAxis] = []
-    seen: set[int] = set()
-    for index, layer in enumerate(layers._modules.values()):
-        if layer is None or id(layer) in seen:  # a layer that stands twice is one set of axes
-            continue
-        seen.add(id(layer))
-        path = f"{dot}{names.stack}.{index}"
-        axes += _layer_axes(network, layer, path, names, scope=prefix, level=2 * index)
-    head = _HEADS.get(type(network).__name__)
-    if head is not None:
+    for index, layer in enumerate(layers):
+        again = [one for one in layers if names.repeats and one.item == layer.item]
+        later = [one for one in layers[index + 1 :] if one not in again]
+        axes += _layer_axes(network, layer, names, scope, level=2 * index, above=[*again, *later])
+    axes = [replace(axis, above=(*axis.above, *state)) for axis in axes]
+    head = names.heads.get(type(network).__name__.removeprefix(names.classes))
+    if head is not None and head.pooler is not None:
         axes.append(
             linear_axis(
                 network,
                 "pooler",
                 kind="pooler",
-                producers=[head.producer],
-                readers=[head.reader],
-                scope=prefix,
+                producers=head.pooler[:1],
+                readers=head.pooler[1:],
+                scope=scope,
+                # The config has one number for these units and for those of the stream.
+                config=None if residual is None else residual.config,
                 level=2 * len(axes),
             )
         )
-    return axes
+    return axes if residual is None else [*axes, residual]
+
+
+def _layers(base: nn.Module, prefix: str, stack: tuple[str, ...]) -> list[_Layer]:
+    """The layers in the order they run; one that stands twice is there once."""
+    found: list[_Layer] = []
+    seen: set[int] = set()
+    for item, part in base.get_submodule(stack[0])._modules.items():
+        path = f"{prefix}{stack[0]}.{item}"
+        inner = {path: part}
+        for name in stack[1:]:
+            inside = module_at(part, name) if part is not None else None
+            inner = {f"{path}.{name}.{i}": m for i, m in inside._modules.items()} if inside else {}
+        for where, layer in inner.items():
+            if layer is not None and id(layer) not in seen:
+                seen.add(id(layer))
+                found.append(_Layer(where, layer, int(item)))
+    return found
 
 
 def _layer_axes(
-    network: nn.Module, layer: nn.Module, path: str, names: _Names, *, scope: str, level: int
+    network: nn.Module,
+    layer: _Layer,
+    names: FamilyNames,
+    scope: str,
+    *,
+    level: int,
+    above: Sequence[_Layer],
 ) -> list[WidthAxis]:
-    attention, attribute = names.heads
-    entries = int(layer.get_submodule(attention).attention_head_size)  # type: ignore[arg-type]
-    counts = [Count(f"{path}.{attention}", attribute)]
-    if names.entries is not None:
-        counts.append(Count(f"{path}.{names.entries[0]}", names.entries[1], entries))
+    parts, path = names.layer, layer.path
+    attention = layer.module.get_submodule(parts.attention)
+    entries = int(getattr(attention, parts.head_size))
+    counts = [Count(f"{path}.{parts.attention}", parts.heads)]
+    if parts.width is not None:
+        counts.append(Count(f"{path}.{parts.attention}", parts.width, entries))
+    producers = [f"{path}.{part}" for part in _projections(layer.module, parts)]
     heads = linear_axis(
         network,
         f"{path}.heads",
         kind="heads",
-        producers=[f"{path}.{part}" for part in (names.query, names.key, names.value)],
-        readers=[f"{path}.{names.attention_out}"],
+        producers=producers,
+        readers=[f"{path}.{parts.out}"],
         entries=entries,
         counts=counts,
         scope=scope,
+        config=names.head_count,
         level=level,
     )
     ffn = linear_axis(
         network,
         f"{path}.ffn",
         kind="ffn",
-        producers=[f"{path}.{names.ffn_in}"],
-        readers=[f"{path}.{names.ffn_out}"],
+        producers=[f"{path}.{parts.ffn_in}"],
+        readers=[f"{path}.{parts.ffn_out}"],
         scope=scope,
         config=names.ffn_width,
         level=level + 1,
     )
+    # Attention that keeps what it has seen would lose count of the positions without its heads.
+    may_vanish = not getattr(network.config, "is_decoder", False)
+    inside = parts.out.startswith(f"{parts.attention}.")
+    silence = Silence(
+        module=f"{path}.{parts.attention}",
+        projections=tuple(producers),
+        reader=f"{path}.{parts.out}" if inside else None,
+        dropout=None if parts.dropout is None else f"{path}.{parts.dropout}",
+        norm=None if parts.norm is None else f"{path}.{parts.norm}",
+    )
+    selects = (
+        () if parts.selects is None else (Selects(f"{path}.{parts.attention}", parts.selects),)
+    )
+    free = names.head_size is not None and hasattr(network.config, names.head_size)
+    beyond = [
+        f"{one.path}.{part}"
+        for one in above
+        for part in (parts.query, parts.key, parts.value, parts.ffn_in)
+    ]
+    heads = replace(
+        heads,
+        skip=f"{path}.{parts.skips[0]}",
+        above=tuple(dict.fromkeys([f"{path}.{parts.ffn_in}", *beyond])),
+        silence=(silence,) if may_vanish else (),
+        may_vanish=may_vanish,
+        selects=selects,
+        tie=None if free or names.head_count is None else names.hidden,
+    )
+    ffn = replace(ffn, skip=f"{path}.{parts.skips[1]}", above=tuple(beyond), may_vanish=may_vanish)
     return [heads, ffn]
+
+
+def _projections(layer: nn.Module, parts: LayerNames) -> list[str]:
+    extra = [part for part in parts.positions if module_at(layer, part) is not None]
+    return [parts.query, parts.key, parts.value, *extra]

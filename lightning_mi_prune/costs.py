@@ -1,0 +1,299 @@
+"""PRICE    what widths cost: parameters of the module, multiply-accumulates of an example."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.listener import Example
+
+__all__ = ["Costs", "MacCosts", "ParameterCosts", "measure_macs"]
+
+
+class Costs(Protocol):
+    """What a model of given widths costs, and how that changes along one axis."""
+
+    @property
+    def measure(self) -> str:
+        """What is counted: ``"parameters"``, ``"MACs"`` or ``"ms"``."""
+
+    def total(self, widths: Mapping[str, float]) -> float:
+        """Cost of everything that is counted; axes that are not named stay as they are."""
+
+    def unit(self, name: str, widths: Mapping[str, float]) -> float:
+        """Cost of the last unit of one axis, the others as they are in ``widths``."""
+
+    def savings(
+        self, name: str, widths: Mapping[str, float], options: Sequence[float]
+    ) -> list[float]:
+        """What goes when one axis shrinks from its place in ``widths`` to each of ``options``."""
+
+    def neighbours(self, name: str) -> frozenset[str]:
+        """Other axes whose units get cheaper when this one shrinks: they share tensors."""
+
+
+class _Products:
+    """A sum of products of widths: each tensor costs the product of its dimensions."""
+
+    def __init__(self, axes: Sequence[WidthAxis], weigh: Callable[[str], float]) -> None:
+        shapes: dict[str, list[int]] = {}
+        cut_by: dict[str, list[str]] = defaultdict(list)
+        for axis in axes:
+            for s in axis.slices:
+                shapes.setdefault(s.tensor, list(s.shape))[s.dim] = axis.entries
+                cut_by[s.tensor].append(axis.name)
+        self.terms: dict[tuple[str, ...], float] = defaultdict(float)
+        for tensor, shape in shapes.items():
+            if weight := weigh(tensor):
+                self.terms[tuple(sorted(cut_by[tensor]))] += math.prod(shape) * weight
+
+    @cached_property
+    def along(self) -> dict[str, list[tuple[float, int, list[str]]]]:
+        """By axis, its products: coefficient, power of its own width, the other axes."""
+        found: dict[str, list[tuple[float, int, list[str]]]] = defaultdict(list)
+        for names, coefficient in self.terms.items():
+            for name in set(names):
+                others = [other for other in names if other != name]
+                found[name].append((coefficient, names.count(name), others))
+        return dict(found)
+
+    def total(self, widths: Mapping[str, float]) -> float:
+        return sum(c * math.prod(widths[n] for n in names) for names, c in self.terms.items())
+
+    def savings(
+        self, name: str, widths: Mapping[str, float], options: Sequence[float]
+    ) -> list[float]:
+        powers: dict[int, float] = defaultdict(float)
+        for coefficient, power, others in self.along.get(name, ()):
+            powers[power] += coefficient * math.prod(widths[other] for other in others)
+        now = sum(c * widths[name] ** p for p, c in powers.items())
+        return [now - sum(c * width**p for p, c in powers.items()) for width in options]
+
+    def neighbours(self, name: str) -> frozenset[str]:
+        return frozenset(n for _, _, others in self.along.get(name, ()) for n in others)
+
+
+@dataclass(frozen=True)
+class _TensorCosts:
+    """Costs that are sums over tensors; subclasses say what one entry of a tensor costs."""
+
+    axes: Sequence[WidthAxis]
+    fixed: float = 0
+    held: Mapping[str, int] = field(default_factory=dict, kw_only=True)
+
+    def _products(self) -> _Products:
+        raise NotImplementedError
+
+    @cached_property
+    def _sum(self) -> _Products:
+        return self._products()
+
+    @cached_property
+    def _present(self) -> dict[str, float]:
+        return {axis.name: self.held.get(axis.name, axis.size) for axis in self.axes}
+
+    def total(self, widths: Mapping[str, float]) -> float:
+        """Cost of everything that is counted, the fixed part included."""
+        return self.fixed + self._sum.total({**self._present, **widths})
+
+    def unit(self, name: str, widths: Mapping[str, float]) -> float:
+        """Cost of the last unit of one axis."""
+        top = max(1, widths[name])
+        return self._sum.savings(name, {**self._present, **widths, name: top}, [top - 1])[0]
+
+    def savings(
+        self, name: str, widths: Mapping[str, float], options: Sequence[float]
+    ) -> list[float]:
+        """What goes when one axis shrinks to each of ``options``."""
+        return self._sum.savings(name, {**self._present, **widths}, options)
+
+    def neighbours(self, name: str) -> frozenset[str]:
+        """Other axes that cut the same tensors."""
+        return self._sum.neighbours(name)
+
+
+@dataclass(frozen=True)
+class ParameterCosts(_TensorCosts):
+    """Parameters of the whole module.
+
+    Args:
+        axes: Axes that may shrink, and any other that cuts the same tensors.
+        fixed: Parameters of the tensors that no axis cuts.
+        held: Present widths of axes that a caller does not name (default: as built).
+
+    Example:
+        >>> from lightning_mi_prune.axes import Slice
+        >>> rows = WidthAxis("rows", "ffn", 6, 1, (Slice("w", 0, (6, 4)),), ("down",))
+        >>> columns = WidthAxis("columns", "ffn", 4, 1, (Slice("w", 1, (6, 4)),), ("down",))
+        >>> costs = ParameterCosts([rows, columns], fixed=10)
+        >>> costs.total({"rows": 6, "columns": 4}), costs.unit("rows", {"rows": 6, "columns": 2})
+        (34.0, 2.0)
+    """
+
+    @property
+    def measure(self) -> str:
+        """Parameters."""
+        return "parameters"
+
+    def _products(self) -> _Products:
+        return _Products(self.axes, lambda tensor: 1)
+
+
+@dataclass(frozen=True)
+class MacCosts(_TensorCosts):
+    """Multiply-accumulates of one example; :func:`measure_macs` fills it from a call.
+
+    Args:
+        axes: Axes that may shrink, and any other that cuts the same tensors.
+        fixed: Multiply-accumulates that no axis changes.
+        positions: Rows that pass through each weight in one example, over all calls of its
+            layer, by tensor name. Tensors without an entry (biases, norms, embeddings) are free.
+        products: Multiply-accumulates of each head beside its weights (scores, mixture), by axis.
+        held: Present widths of axes that a caller does not name (default: as built).
+    """
+
+    positions: Mapping[str, float] = field(default_factory=dict)
+    products: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def measure(self) -> str:
+        """Multiply-accumulates."""
+        return "MACs"
+
+    def _products(self) -> _Products:
+        found = _Products(self.axes, lambda tensor: self.positions.get(tensor, 0))
+        for name, product in self.products.items():
+            found.terms[name,] += product
+        return found
+
+
+def measure_macs(
+    root: nn.Module,
+    axes: Sequence[WidthAxis],
+    calls: Mapping[str, Example],
+    widths: Mapping[str, int] | None = None,
+) -> MacCosts:
+    """Run each network once on an example and learn what its multiply-accumulates depend on.
+
+    The sum at the present widths is what :func:`report.count_macs` counts for these calls. The
+    networks run in evaluation mode; every mode flag is put back.
+
+    Args:
+        root: Module from which the axes are named.
+        axes: All axes of its networks.
+        calls: One example call by module path (:meth:`Listener.calls`).
+        widths: Present widths (default: as built).
+
+    Example:
+        >>> from lightning_mi_prune.families import linear_axis
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> axis = linear_axis(net, "hidden", kind="ffn", producers=["0"], readers=["2"])
+        >>> costs = measure_macs(net, [axis], {"": Example((torch.zeros(1, 5, 3),), {})})
+        >>> costs.total({"hidden": 4}), costs.unit("hidden", {"hidden": 4})
+        (100.0, 25.0)
+    """
+    now = {axis.name: axis.size for axis in axes} | dict(widths or {})
+    meter = _Meter(root, axes)
+    try:
+        for path, example in calls.items():
+            meter.run(root.get_submodule(path), example)
+    finally:
+        meter.close()
+    positions, products = {}, {}
+    for axis in axes:
+        passed = []
+        for s in axis.slices:
+            rows, pairs = meter.passed.get(id(root.get_parameter(s.tensor)), (0, 0))
+            if rows:
+                positions[s.tensor] = rows
+                passed.append(pairs)
+        if axis.kind != "heads" or not passed:
+            continue
+        units, work = now[axis.name], meter.inside[axis.name]
+        # Where no head is left there is nothing to see: scores and mixture of plain attention.
+        products[axis.name] = work / units if units and work else 2 * max(passed) * axis.entries
+    products = {n: int(p) if float(p).is_integer() else p for n, p in products.items()}
+    draft = MacCosts(axes, 0, positions, products, held=now)
+    return MacCosts(axes, meter.total - draft.total(now), positions, products, held=now)
+
+
+class _Meter:
+    """Hooks that tell the work of weights from the work beside them."""
+
+    def __init__(self, root: nn.Module, axes: Sequence[WidthAxis]) -> None:
+        self.total = 0
+        self.passed: dict[int, tuple[int, int]] = {}
+        self.inside: dict[str, int] = dict.fromkeys((axis.name for axis in axes), 0)
+        self._counter = FlopCounterMode(display=False)
+        self._linear = 0
+        self._handles = []
+        for module in root.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                self._handles.append(module.register_forward_hook(self._on_weight))
+        for axis in axes:
+            if axis.kind == "heads":
+                module, (before, after) = root.get_submodule(_common(axis)), self._around(axis.name)
+                self._handles.append(module.register_forward_pre_hook(before))
+                self._handles.append(module.register_forward_hook(after))
+
+    def run(self, network: nn.Module, example: Example) -> None:
+        """Run one call and add up its work."""
+        modes = {module: module.training for module in network.modules()}
+        network.eval()
+        self._counter, self._linear = FlopCounterMode(display=False), 0
+        try:
+            # The fused CPU kernel is opaque to the counter; the plain one shows its products.
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), self._counter:
+                network(*example.args, **example.kwargs)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        self.total += self._counter.get_total_flops() // 2
+
+    def close(self) -> None:
+        """Take the hooks down."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _on_weight(self, module: Any, args: Any, output: Any) -> None:
+        weight, shape = module.weight, output.shape
+        if isinstance(module, nn.Linear):
+            here = (math.prod(shape[:-1]), shape[-2] if len(shape) > 1 else 1)
+        else:
+            here = (shape[0] * math.prod(shape[2:]), 1)
+        rows, pairs = self.passed.get(id(weight), (0, 0))
+        self.passed[id(weight)] = (rows + here[0], pairs + here[0] * here[1])
+        self._linear += here[0] * weight.numel()
+
+    def _around(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def beside() -> int:
+            return int(self._counter.get_total_flops()) // 2 - self._linear
+
+        def before(*_: object) -> None:
+            self.inside[name] -= beside()
+
+        def after(*_: object) -> None:
+            self.inside[name] += beside()
+
+        return before, after
+
+
+def _common(axis: WidthAxis) -> str:
+    """The module that holds all tensors of an axis."""
+    paths = [s.tensor.split(".")[:-1] for s in axis.slices]
+    common: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)

@@ -1,0 +1,192 @@
+"""GATHER   all that is known of an axis when it is judged: moments, weights above, relevance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.information import normal_scores
+from lightning_mi_prune.moments import Moments
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.relevance import Relevance
+
+__all__ = ["Evidence", "entries_of", "gather", "kept_rows"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known of the units of an axis at one place; plain tensors in float64.
+
+    Args:
+        name: Name of the axis.
+        entries: Entries per unit ``g``.
+        samples: Samples ``N`` behind the moments.
+        mean: Mean of the entries ``(d,)``.
+        covariance: Covariance of the entries ``(d, d)``.
+        readout: Linear map ``T (m, d)`` to what is kept above. Weighting it by relevance,
+            ``T = G^(1/2) W``, changes what counts as information, nothing else.
+        rows: The weight rows ``(units, w)`` that make each unit, for criteria that look at them.
+        weight: The weights ``W (rows, d)`` that read the entries; default the readout.
+        taylor: First-order change of the loss without each unit ``(units,)``, if it is known.
+        scores: Second moments ``(Sxx, Sxy, Syy)`` of normal scores, if the copula measures.
+    """
+
+    name: str
+    entries: int
+    samples: int
+    mean: Tensor
+    covariance: Tensor
+    readout: Tensor
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    weight: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    taylor: Tensor | None = None
+    scores: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.weight.numel():
+            object.__setattr__(self, "weight", self.readout)
+
+    @property
+    def units(self) -> int:
+        """Number of units on the axis now."""
+        return self.covariance.shape[0] // self.entries
+
+    def above(self) -> Tensor:
+        """Covariance ``(m, m)`` of the layer above, a linear read-out of the entries."""
+        return self.readout @ self.covariance @ self.readout.mT
+
+    def joint(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Second moments ``(Sxx, Sxy, Syy)`` on the scale on which information is measured."""
+        if self.scores is not None:
+            return self.scores
+        cross = self.covariance @ self.readout.mT
+        return self.covariance, cross, self.readout @ cross
+
+    def noise(self, ridge: float) -> float:
+        """Noise variance on the layer above: ``ridge`` times its mean variance."""
+        return ridge * float(self.joint()[2].diagonal().mean())
+
+    def check(self) -> None:
+        """Refuse evidence too thin to score.
+
+        Raises:
+            PruningError: If ``N <= m + g``: too few for the layer above and one unit.
+        """
+        dimension = self.readout.shape[0]
+        if self.samples <= dimension + self.entries:
+            raise PruningError(
+                f"{self.samples} samples were heard at {self.name!r}, but scoring against the "
+                f"{dimension} units above needs more than {dimension + self.entries}, better "
+                f"{20 * dimension}. Use a larger validation set, raise limit_val_batches or "
+                "positions, or exclude the axis."
+            )
+
+
+def gather(
+    axis: WidthAxis,
+    moments: Mapping[str, Moments],
+    weights: Mapping[str, Tensor],
+    kept: Mapping[str, tuple[int, ...]],
+    current: Plan,
+    axes: Sequence[WidthAxis],
+    relevance: Mapping[str, Relevance] | None = None,
+    samples: Mapping[str, Tensor] | None = None,
+) -> list[Evidence]:
+    """What is known of an axis at each place where it is read.
+
+    Args:
+        axis: The axis.
+        moments: Sums at each place, by key (:attr:`WidthAxis.places`).
+        weights: Parameters of the model as it stands, by qualified name; only read.
+        kept: What is kept on the axes above, in positions of the model as built.
+        current: The plan the model carries now.
+        axes: All axes that are being cut.
+        relevance: Which part of what is above matters to the loss, by key; None: all of it alike.
+        samples: Stored samples ``(N, d)`` by key, to measure on normal scores.
+
+    Raises:
+        PruningError: If nothing was heard at a place.
+    """
+    width = len(current.kept[axis.name])
+    makers = [weights[s.tensor].detach().reshape(width, -1) for s in axis.slices if s.dim == 0]
+    rows = torch.cat(makers, dim=1).double() if makers else torch.zeros(width, 0)
+    found = []
+    for key, readers in axis.places.items():
+        if int(moments[key].count) == 0:
+            raise PruningError(f"Nothing was heard at {key!r}; run validation first.")
+        mean, covariance = moments[key].statistics()
+        known = None if relevance is None else relevance.get(key)
+        weight, above = _read(readers, weights, kept, current, axes, covariance)
+        base, factor = weight, None
+        if known is not None:
+            matrix = known.matrix.to(covariance)
+            base = torch.eye(len(mean)).to(covariance) if known.inside else weight
+            factor = _factor(matrix if known.inside else matrix[above][:, above])
+        sample = None if samples is None else samples[key].to(covariance)
+        found.append(
+            Evidence(
+                name=axis.name,
+                entries=axis.entries,
+                samples=int(moments[key].count) if sample is None else len(sample),
+                mean=mean,
+                covariance=covariance,
+                readout=base if factor is None else factor @ base,
+                rows=rows,
+                weight=weight,
+                taylor=None if known is None else known.taylor,
+                scores=None if sample is None else normal_scores(sample, base, factor),
+            )
+        )
+    return found
+
+
+def _read(
+    readers: Sequence[str],
+    weights: Mapping[str, Tensor],
+    kept: Mapping[str, tuple[int, ...]],
+    current: Plan,
+    axes: Sequence[WidthAxis],
+    like: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The kept rows of all readers of one place, and which rows of the first reader they are."""
+    parts: list[Tensor] = []
+    first = torch.empty(0, dtype=torch.long)
+    for reader in readers:
+        weight = weights[f"{reader}.weight"].detach().to(like)
+        rows = kept_rows(f"{reader}.weight", kept, current, axes)
+        rows = torch.arange(len(weight)) if rows is None else rows
+        first = first if parts else rows.to(like.device)
+        parts.append(weight[rows.to(weight.device)])
+    return torch.cat(parts), first
+
+
+def kept_rows(
+    tensor: str,
+    kept: Mapping[str, tuple[int, ...]],
+    current: Plan,
+    axes: Sequence[WidthAxis],
+) -> Tensor | None:
+    """Rows of a tensor that survive, as it stands now, or None where its rows are not cut."""
+    for axis in axes:
+        if any(s.tensor == tensor and s.dim == 0 for s in axis.slices):
+            place = {p: i for i, p in enumerate(current.kept[axis.name])}
+            units = torch.tensor([place[p] for p in kept[axis.name]], dtype=torch.long)
+            return entries_of(units, axis.entries)
+    return None
+
+
+def entries_of(units: Tensor, entries: int) -> Tensor:
+    """Positions of all entries of the given units."""
+    return (units[:, None] * entries + torch.arange(entries, device=units.device)).flatten()
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    """``F`` with ``F'F = G`` for a symmetric ``G`` that is positive but for rounding."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    factor: Tensor = values.clamp_min(0).sqrt()[:, None] * vectors.mT
+    return factor

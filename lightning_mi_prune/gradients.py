@@ -1,0 +1,181 @@
+"""FEEL     hooks on readers in training steps: gradients of a bounded sample of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.relevance import GradientSums
+from lightning_mi_prune.sample import rows_of
+
+__all__ = ["GradientListener"]
+
+
+class GradientListener:
+    """Hooks the readers of every axis and sums the gradients at their outputs, step by step.
+
+    The gradients are those that ordinary training computes: of scaled losses, of losses divided for
+    accumulation, of several losses in one step, through activation checkpoints. Where a step was
+    scaled, say so, and gradients of different steps weigh the same. A step with a gradient that is
+    not finite is left out at every place.
+
+    Args:
+        model: Module that holds the axes.
+        axes: What to feel.
+        steps: Steps to hear.
+        batches: Steps there will be; they are heard evenly spread. None hears the first ones.
+        taylor: Whether to gather first-order changes too, for the criterion of that name.
+
+    Example:
+        >>> from lightning_mi_prune.families import linear_axis
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> axis = linear_axis(net, "hidden", kind="ffn", producers=["0"], readers=["2"])
+        >>> with GradientListener(net, [axis]) as felt:
+        ...     with felt.step(0):
+        ...         net(torch.randn(5, 3)).square().mean().backward()
+        >>> [int(n) for n in felt.sums["hidden"].counts]
+        [5, 1, 0]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        axes: Sequence[WidthAxis],
+        *,
+        steps: int = 64,
+        batches: int | None = None,
+        taylor: bool = False,
+    ) -> None:
+        self.sums: dict[str, GradientSums] = {}
+        self._readers: list[tuple[str, str, int]] = []
+        for axis in axes:
+            for key, readers in axis.places.items():
+                rows, columns = model.get_parameter(f"{readers[0]}.weight").shape
+                inside = bool(axis.sites)
+                self.sums[key] = GradientSums(
+                    columns if inside else rows, columns // axis.entries, inside=inside
+                )
+                self._readers += [(key, reader, axis.entries) for reader in readers]
+        self._model, self._steps, self._taylor = model, steps, taylor
+        self._stride = 1 if batches is None else max(1, batches // steps)
+        self._networks = sorted({axis.scope or axis.network for axis in axes})
+        self._staged: dict[str, list[Tensor]] = {}
+        self._examples = 0
+        self._hearing = False
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> GradientListener:
+        self.close()
+        for path in self._networks:
+            module = self._model.get_submodule(path)
+            self._handles.append(module.register_forward_pre_hook(self._count, with_kwargs=True))
+        for key, reader, entries in self._readers:
+            module = self._model.get_submodule(reader)
+            hook = self._on_reader(key, entries)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take our own hooks down; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._drop()
+
+    @contextmanager
+    def step(self, index: int, *, scale: float = 1.0) -> Iterator[None]:
+        """The block in which one training step runs: :meth:`begin` and :meth:`end`."""
+        self.begin(index)
+        yield
+        self.end(scale=scale)
+
+    def begin(self, index: int) -> None:
+        """A training step begins.
+
+        Args:
+            index: Index of the step within its epoch.
+        """
+        self._drop()
+        heard = int(next(iter(self.sums.values())).counts[1]) if self.sums else self._steps
+        self._hearing = heard < self._steps and index % self._stride == self._stride - 1
+
+    def end(self, *, scale: float = 1.0) -> None:
+        """A training step is over: add what was felt to the sums, if all of it is finite.
+
+        Args:
+            scale: What one example's loss was multiplied with times the number of examples of the
+                step: the scale of a gradient scaler over the number of accumulated batches.
+        """
+        staged, self._hearing = self._staged, False
+        if staged:
+            values = [t for parts in staged.values() for t in parts]
+            finite = bool(torch.stack([t.sum() for t in values]).isfinite().all())
+            weight = (self._examples / scale) ** 2
+            for key, sums in self.sums.items():
+                if not finite:
+                    sums.counts[2] += 1
+                    continue
+                sums.counts += torch.tensor([self._examples, 1.0, 0.0], dtype=torch.float64)
+                if key in staged:
+                    matrix, taylor = (t.to("cpu", torch.float64) for t in staged[key])
+                    sums.matrix += matrix * weight
+                    sums.taylor += taylor * weight
+        self._drop()
+
+    def _drop(self) -> None:
+        self._staged, self._examples, self._hearing = {}, 0, False
+
+    def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._hearing and torch.is_grad_enabled():
+            self._examples += rows_of((*args, *kwargs.values())) or 0
+
+    def _on_reader(self, key: str, entries: int) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
+            if not self._hearing or not torch.is_grad_enabled():
+                return
+            if not output.requires_grad:
+                # Everything below is frozen, but what is above still says what matters here.
+                if not module.training or not output.is_floating_point():
+                    return
+                output.requires_grad_()
+            x = (args[0] if args else kwargs["input"]).detach()
+            weight: Any = module.weight
+            feel = partial(self._feel, key, entries, x, weight.detach())
+            output.register_hook(feel)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _feel(self, key: str, entries: int, x: Tensor, weight: Tensor, grad: Tensor) -> None:
+        if not self._hearing:
+            return
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            sums = self.sums[key]
+            g = grad.detach().reshape(-1, grad.shape[-1]).float()
+            down = g @ weight.float() if self._taylor or sums.inside else g
+            heard = down if sums.inside else g
+            if key not in self._staged:
+                blank = torch.zeros(sums.dimension, sums.dimension, device=g.device)
+                self._staged[key] = [blank, torch.zeros(sums.units, device=g.device)]
+            matrix, taylor = self._staged[key]
+            matrix.addmm_(heard.mT, heard)
+            if self._taylor:
+                change = (x.reshape(down.shape).float() * down).view(x.shape[0], -1, x.shape[-1])
+                change = change.sum(1).view(x.shape[0], -1, entries).sum(2)
+                taylor += change.square().sum(0)

@@ -1,0 +1,131 @@
+"""RANK     every axis to its last unit, top-down: the order, and what is lost on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.criteria import Criterion, MutualInformation
+from lightning_mi_prune.evidence import Evidence, entries_of, gather, kept_rows
+from lightning_mi_prune.information import JITTER, cholesky, shrink
+from lightning_mi_prune.moments import Moments
+from lightning_mi_prune.plan import Plan, Ranking
+from lightning_mi_prune.relevance import Relevance, relevance_of_readers
+
+__all__ = ["RelevanceSource", "loss_curve", "rank_axes"]
+
+RelevanceSource = Mapping[str, Relevance] | Literal["readers"] | None
+
+
+def rank_axes(
+    axes: Sequence[WidthAxis],
+    moments: Mapping[str, Moments],
+    weights: Mapping[str, Tensor],
+    current: Plan,
+    criterion: Criterion | None = None,
+    *,
+    relevance: RelevanceSource = None,
+    widths: Mapping[str, int] | None = None,
+    samples: Mapping[str, Tensor] | None = None,
+) -> dict[str, Ranking]:
+    """Put the units of every axis in the order in which they may go, once for all budgets.
+
+    Each axis is judged against what is kept above it. Cutting above does not change what is below,
+    so one validation pass serves the whole sweep exactly.
+
+    Args:
+        axes: Axes to rank.
+        moments: What was heard at each place, by key.
+        weights: Parameters of the model as it stands, by qualified name; only read.
+        current: The plan the model carries now.
+        criterion: Who judges; default conditional mutual information.
+        relevance: Which part of the layer above matters: gathered from training steps
+            (:func:`relevance.relevance_of`), ``"readers"`` for the weights that are kept above,
+            or None for all of it alike.
+        widths: Units expected to stay on each axis, for what is kept above others; default all.
+        samples: Stored samples ``(N, d)`` by key, to measure on normal scores.
+
+    Returns:
+        A ranking of all present units by axis name, in positions of the model as built.
+
+    Raises:
+        PruningError: If an axis was heard too little to score.
+    """
+    judge = MutualInformation() if criterion is None else criterion
+    kept = dict(current.kept)
+    found: dict[str, Ranking] = {}
+    for axis in sorted(axes, key=lambda axis: -axis.level):
+        known = _weigh(axis, weights, kept, current, axes, relevance)
+        sites = gather(axis, moments, weights, kept, current, axes, known, samples)
+        order, costs = _whole(judge, sites)
+        now = current.kept[axis.name]
+        nats = accumulate(costs)
+        found[axis.name] = Ranking(
+            order=tuple(now[i] for i in order),
+            loss=tuple(float(f"{loss:.6g}") for loss in loss_curve(sites, order)),
+            nats=tuple(float(f"{lost:.6g}") for lost in nats),
+        )
+        if widths is not None:
+            kept[axis.name] = found[axis.name].kept(widths[axis.name])
+    return found
+
+
+def loss_curve(sites: Sequence[Evidence], order: Sequence[int]) -> list[float]:
+    """Expected rise of the loss after each unit of an order is gone, in nats an example.
+
+    ``J = 1/2 tr(T Cov(x | x_kept) T')``, the least-squares residual of the layer above. In the
+    basis of innovations (a Cholesky factor, the last survivors first) every unit adds its own
+    share, so one factorisation gives the whole curve.
+
+    Args:
+        sites: What is known at each place; losses add up.
+        order: All units, the first to go first.
+
+    Example:
+        >>> two = torch.eye(2, dtype=torch.float64)
+        >>> readout = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+        >>> curve = loss_curve([Evidence("ffn", 1, 100, torch.zeros(2), two, readout)], (1, 0))
+        >>> [round(loss, 6) for loss in curve]
+        [0.5, 2.5]
+    """
+    total = torch.zeros(len(order), dtype=torch.float64)
+    backwards = torch.tensor(tuple(reversed(order)), dtype=torch.long)
+    for evidence in sites:
+        place = entries_of(backwards.to(evidence.mean.device), evidence.entries)
+        covariance = evidence.covariance
+        if evidence.samples < 2 * len(covariance):
+            covariance = shrink(covariance, evidence.samples)
+        mean = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
+        jitter = JITTER**2 * mean * torch.eye(len(place)).to(covariance)
+        innovations = evidence.readout[:, place] @ cholesky(covariance[place][:, place] + jitter)
+        shares = innovations.square().sum(0).view(-1, evidence.entries).sum(1)
+        total += shares.flip(0).cumsum(0).cpu() / 2
+    return [float(loss) for loss in total]
+
+
+def _whole(judge: Criterion, sites: Sequence[Evidence]) -> tuple[list[int], list[float]]:
+    """The order of all units, whatever the criterion left out at its end."""
+    found = judge.rank(sites, 0)
+    rest = sorted(set(range(sites[0].units)) - set(found.order))
+    costs = [*found.costs, *([found.costs[-1] if found.costs else 0.0] * len(rest))]
+    return [*found.order, *rest], [max(0.0, cost) for cost in costs]
+
+
+def _weigh(
+    axis: WidthAxis,
+    weights: Mapping[str, Tensor],
+    kept: Mapping[str, tuple[int, ...]],
+    current: Plan,
+    axes: Sequence[WidthAxis],
+    relevance: RelevanceSource,
+) -> Mapping[str, Relevance] | None:
+    if relevance != "readers":
+        return relevance
+    tensors = [f"{reader}.weight" for reader in axis.above]
+    rows = {name: kept_rows(name, kept, current, axes) for name in tensors}
+    return relevance_of_readers(axis, weights, rows)
