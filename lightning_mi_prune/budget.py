@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from lightning_mi_prune.axes import WidthAxis, count_parameters
 from lightning_mi_prune.costs import Costs, ParameterCosts
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.limits import Limits, step_of, widths_between
+from lightning_mi_prune.limits import (
+    Bounds,
+    Limits,
+    at_share,
+    by_choices,
+    never_empty,
+    shares_of,
+)
+from lightning_mi_prune.plan import Ranking
 
-__all__ = ["Bounds", "Budget", "at_share", "sparsity_of", "uniform", "uniform_widths"]
+__all__ = [
+    "NATS",
+    "Budget",
+    "check_reach",
+    "left_to_lose",
+    "ranking_of",
+    "sparsity_of",
+    "uniform",
+    "uniform_informed",
+    "uniform_widths",
+]
 
-Bounds = Mapping[str, tuple[int, int]]
+NATS = 1e-9  # information below this is rounding
 
 _SLACK = 1e-12
+_GRID = 10**6
 
 
 @dataclass(frozen=True)
@@ -72,12 +92,8 @@ class Budget:
     @property
     def amount(self) -> float:
         """Its value."""
-        return float(getattr(self, self.kind)) if self.is_share else getattr(self, self.kind)
-
-    @property
-    def is_share(self) -> bool:
-        """Whether the amount is a share, not a size."""
-        return self.kind in ("sparsity", "keep_information")
+        value: float = getattr(self, self.kind)
+        return value
 
     @property
     def measure(self) -> str:
@@ -85,7 +101,7 @@ class Budget:
         return {"target_macs": "MACs", "target_latency_ms": "ms"}.get(self.kind, "parameters")
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.amount:g}" if self.is_share else f"{self.kind}={self.amount}"
+        return f"{self.kind}={self.amount}"
 
     def target(self, axes: Sequence[WidthAxis], costs: Costs, progress: float = 1.0) -> float:
         """Cost that must not be exceeded, ``progress`` of the way from the model as built.
@@ -122,6 +138,44 @@ def sparsity_of(axes: Sequence[WidthAxis], widths: Mapping[str, int]) -> float:
     return 1 - count_parameters(axes, widths) / count_parameters(axes)
 
 
+def check_reach(
+    axes: Sequence[WidthAxis],
+    budget: Budget,
+    *,
+    costs: Costs,
+    widths: Literal["global", "uniform"] = "global",
+    current: Mapping[str, int] | None = None,
+    limits: Limits | None = None,
+    multiple: int = 8,
+    progress: float = 1.0,
+) -> None:
+    """Refuse a budget that no ranking could meet, before anything is heard or trained.
+
+    Raises:
+        PruningError: If the fewest units that may stay still cost too much; it names what is
+            reachable. Also if limits match nothing or contradict each other.
+    """
+    bounds = (limits or Limits()).resolve(axes, current, multiple=multiple)
+    if widths == "uniform":
+        bounds = never_empty(axes, bounds, multiple)
+    target = budget.target(axes, costs, progress)
+    fewest = costs.total({name: least for name, (least, _) in bounds.items()})
+    built = costs.total({axis.name: axis.size for axis in axes})
+    if fewest <= target + _SLACK * max(1.0, built):
+        return
+    if budget.kind == "sparsity":
+        prunable = built - costs.total({axis.name: 0 for axis in axes})
+        reach = (built - fewest) / prunable if prunable else 0.0
+        best = f"at most {int(reach * 1e4) / 1e4:.4f} of the prunable parameters can go"
+    else:
+        size = f"{fewest:.4g}" if costs.measure == "ms" else f"{fewest:,.0f}"
+        best = f"no fewer than {size} {costs.measure} can be reached (as built: {built:,.6g})"
+    raise PruningError(
+        f"{budget} is out of reach: with the floors, pins and multiple={multiple} given, {best}. "
+        "Loosen the budget, the limits or the multiple, or include more axes."
+    )
+
+
 def uniform_widths(
     axes: Sequence[WidthAxis],
     sparsity: float,
@@ -146,16 +200,11 @@ def uniform_widths(
         >>> uniform_widths([ffn], 0.5)
         {'ffn': 32}
     """
-    bounds = never_empty(axes, Limits(floor=floor).resolve(axes, multiple=multiple), multiple)
-    reach = sparsity_of(axes, {name: least for name, (least, _) in bounds.items()})
-    if sparsity > reach + _SLACK:
-        raise PruningError(
-            f"sparsity={sparsity:g} is out of reach: with floor={floor:g} and multiple={multiple} "
-            f"at most {math.floor(reach * 1e4) / 1e4:.4f} of the prunable parameters can go. "
-            "Lower the sparsity, the floor or the multiple, or include more axes."
-        )
-    target = (1 - sparsity) * count_parameters(axes)
-    return uniform(axes, ParameterCosts(axes), target, bounds=bounds, multiple=multiple)
+    budget, limits, costs = Budget(sparsity=sparsity), Limits(floor=floor), ParameterCosts(axes)
+    check_reach(axes, budget, costs=costs, widths="uniform", limits=limits, multiple=multiple)
+    bounds = never_empty(axes, limits.resolve(axes, multiple=multiple), multiple)
+    target = budget.target(axes, costs)
+    return uniform(axes, costs, target, bounds=bounds, multiple=multiple)
 
 
 def uniform(
@@ -180,11 +229,12 @@ def uniform(
     """
     fits = target + _SLACK * costs.total({axis.name: axis.size for axis in axes})
 
-    def cost(share: float) -> float:
-        return costs.total({axis.name: share * axis.size for axis in axes})
+    def starts(gone: int) -> bool:
+        share = 1 - gone / _GRID
+        return costs.total({a.name: min(share * a.size, bounds[a.name][1]) for a in axes}) <= fits
 
-    kept = round(_bisect(lambda share: cost(share) <= fits), 12)
-    fine, coarse = _by_choices(axes, multiple)
+    kept = 1 - bisect_left(range(_GRID), True, key=starts) / _GRID
+    fine, coarse = by_choices(axes, multiple)
     shares = shares_of(fine, bounds, multiple)
     while True:
         rough = at_share(coarse, kept, bounds, multiple)
@@ -200,56 +250,49 @@ def uniform(
         kept -= min(1 / axis.size for axis in coarse)
 
 
-def at_share(
+def uniform_informed(
     axes: Sequence[WidthAxis],
-    share: float,
+    rankings: Mapping[str, Ranking],
+    need: float,
     bounds: Bounds,
     multiple: int,
-    *,
-    down: bool = False,
 ) -> dict[str, int]:
-    """Width of every axis where ``share`` of it stays: the nearest in steps, or the next below."""
-    found = {}
+    """The same share of every axis, the smallest that keeps the information."""
     for axis in axes:
-        step, (least, most) = step_of(axis, multiple), bounds[axis.name]
-        steps = share * axis.size / step
-        width = step * (math.floor(steps + 1e-9) if down else round(steps))
-        found[axis.name] = max(least, min(most, axis.size if down and share >= 1 else width))
-    return found
+        ranking_of(axis, rankings, bounds[axis.name][1])
+
+    def spent(share: float) -> bool:
+        widths = at_share(axes, share, bounds, multiple)
+        return left_to_lose(axes, rankings, widths, need) < -NATS
+
+    shares = shares_of(axes, bounds, multiple)
+    place = max(0, bisect_left(shares, True, key=spent) - 1)
+    return at_share(axes, shares[place], bounds, multiple)
 
 
-def shares_of(axes: Sequence[WidthAxis], bounds: Bounds, multiple: int) -> list[float]:
-    """Every share at which one of the axes changes its width, the largest first."""
-    widths = {a: widths_between(*bounds[a.name], step_of(a, multiple)) for a in axes}
-    return sorted({w / a.size for a, found in widths.items() for w in found}, reverse=True)
+def left_to_lose(
+    axes: Sequence[WidthAxis],
+    rankings: Mapping[str, Ranking],
+    widths: Mapping[str, int],
+    need: float,
+) -> float:
+    """Nats that may still go so that the share ``need`` stays; negative if too many are gone."""
+    total = sum(ranking_of(axis, rankings, 0).lost(0)[1] for axis in axes)
+    lost = sum(rankings[axis.name].lost(widths[axis.name])[1] for axis in axes)
+    return (1 - need) * total - lost
 
 
-def never_empty(axes: Sequence[WidthAxis], bounds: Bounds, multiple: int) -> Bounds:
-    """The bounds, with one step at least on every axis that has one to keep."""
-    return {
-        a.name: (max(bounds[a.name][0], min(step_of(a, multiple), bounds[a.name][1])), most)
-        for a, most in ((axis, bounds[axis.name][1]) for axis in axes)
-    }
-
-
-def _by_choices(
-    axes: Sequence[WidthAxis], multiple: int
-) -> tuple[list[WidthAxis], list[WidthAxis]]:
-    """Axes with the most widths to choose from, and the others."""
-    choices = {axis.name: -(-axis.size // step_of(axis, multiple)) for axis in axes}
-    fine = [axis for axis in axes if choices[axis.name] == max(choices.values())]
-    return fine, [axis for axis in axes if axis not in fine]
-
-
-def _bisect(meets: Callable[[float], bool]) -> float:
-    """The largest share from 0 to 1 that meets a condition that small ones meet."""
-    low, high = 0.0, 1.0
-    if meets(high):
-        return high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if meets(middle) else (low, middle)
-    return low
+def ranking_of(axis: WidthAxis, rankings: Mapping[str, Ranking], width: int) -> Ranking:
+    """The ranking of an axis, if it covers ``width`` units; a PruningError otherwise."""
+    if axis.name not in rankings:
+        raise PruningError(f"{axis.name!r} has no ranking; rank every axis that competes.")
+    ranking = rankings[axis.name]
+    if len(ranking.order) < width:
+        raise PruningError(
+            f"The ranking of {axis.name!r} covers {len(ranking.order)} units of {width}; expected "
+            "all that are left. Rank the axis again."
+        )
+    return ranking
 
 
 def _is_number(value: object) -> bool:

@@ -205,7 +205,12 @@ def _stored(state: dict[str, Any], prefix: str) -> Plan | None:
 
 def _merged(first: Plan, second: Plan) -> Plan:
     """Both plans in one; where both name an axis, the second holds."""
-    return Plan({**first.sizes, **second.sizes}, {**first.kept, **second.kept})
+    rankings = {n: r for n, r in first.rankings.items() if n not in second.sizes}
+    return Plan(
+        {**first.sizes, **second.sizes},
+        {**first.kept, **second.kept},
+        {**rankings, **second.rankings},
+    )
 
 
 def _arrives_uncut(axis: WidthAxis, state: Mapping[str, Any], prefix: str) -> bool:

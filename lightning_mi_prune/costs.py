@@ -42,84 +42,68 @@ class Costs(Protocol):
         """Other axes whose units get cheaper when this one shrinks: they share tensors."""
 
 
-class _Products:
-    """A sum of products of widths: each tensor costs the product of its dimensions."""
-
-    def __init__(self, axes: Sequence[WidthAxis], weigh: Callable[[str], float]) -> None:
-        shapes: dict[str, list[int]] = {}
-        cut_by: dict[str, list[str]] = defaultdict(list)
-        for axis in axes:
-            for s in axis.slices:
-                shapes.setdefault(s.tensor, list(s.shape))[s.dim] = axis.entries
-                cut_by[s.tensor].append(axis.name)
-        self.terms: dict[tuple[str, ...], float] = defaultdict(float)
-        for tensor, shape in shapes.items():
-            if weight := weigh(tensor):
-                self.terms[tuple(sorted(cut_by[tensor]))] += math.prod(shape) * weight
-
-    @cached_property
-    def along(self) -> dict[str, list[tuple[float, int, list[str]]]]:
-        """By axis, its products: coefficient, power of its own width, the other axes."""
-        found: dict[str, list[tuple[float, int, list[str]]]] = defaultdict(list)
-        for names, coefficient in self.terms.items():
-            for name in set(names):
-                others = [other for other in names if other != name]
-                found[name].append((coefficient, names.count(name), others))
-        return dict(found)
-
-    def total(self, widths: Mapping[str, float]) -> float:
-        return sum(c * math.prod(widths[n] for n in names) for names, c in self.terms.items())
-
-    def savings(
-        self, name: str, widths: Mapping[str, float], options: Sequence[float]
-    ) -> list[float]:
-        powers: dict[int, float] = defaultdict(float)
-        for coefficient, power, others in self.along.get(name, ()):
-            powers[power] += coefficient * math.prod(widths[other] for other in others)
-        now = sum(c * widths[name] ** p for p, c in powers.items())
-        return [now - sum(c * width**p for p, c in powers.items()) for width in options]
-
-    def neighbours(self, name: str) -> frozenset[str]:
-        return frozenset(n for _, _, others in self.along.get(name, ()) for n in others)
-
-
 @dataclass(frozen=True)
 class _TensorCosts:
-    """Costs that are sums over tensors; subclasses say what one entry of a tensor costs."""
+    """A sum over tensors; subclasses say what one entry of each costs."""
 
     axes: Sequence[WidthAxis]
     fixed: float = 0
     held: Mapping[str, int] = field(default_factory=dict, kw_only=True)
 
-    def _products(self) -> _Products:
-        raise NotImplementedError
+    def _weigh(self, tensor: str) -> float:
+        return 1
 
     @cached_property
-    def _sum(self) -> _Products:
-        return self._products()
+    def _terms(self) -> dict[tuple[str, ...], float]:
+        """Coefficient of each product of widths, by the axes that it is a product of."""
+        shapes: dict[str, list[int]] = {}
+        cut_by: dict[str, list[str]] = defaultdict(list)
+        for axis in self.axes:
+            for s in axis.slices:
+                shapes.setdefault(s.tensor, list(s.shape))[s.dim] = axis.entries
+                cut_by[s.tensor].append(axis.name)
+        terms: dict[tuple[str, ...], float] = defaultdict(float)
+        for tensor, shape in shapes.items():
+            if weight := self._weigh(tensor):
+                terms[tuple(sorted(cut_by[tensor]))] += math.prod(shape) * weight
+        return terms
 
     @cached_property
-    def _present(self) -> dict[str, float]:
-        return {axis.name: self.held.get(axis.name, axis.size) for axis in self.axes}
+    def _along(self) -> dict[str, list[tuple[float, int, list[str]]]]:
+        """By axis, its products: coefficient, power of its own width, the other axes."""
+        found: dict[str, list[tuple[float, int, list[str]]]] = defaultdict(list)
+        for names, coefficient in self._terms.items():
+            for name in set(names):
+                others = [other for other in names if other != name]
+                found[name].append((coefficient, names.count(name), others))
+        return dict(found)
+
+    def _filled(self, widths: Mapping[str, float]) -> dict[str, float]:
+        return {**{a.name: self.held.get(a.name, a.size) for a in self.axes}, **widths}
 
     def total(self, widths: Mapping[str, float]) -> float:
         """Cost of everything that is counted, the fixed part included."""
-        return self.fixed + self._sum.total({**self._present, **widths})
+        at = self._filled(widths)
+        return self.fixed + sum(c * math.prod(at[n] for n in ns) for ns, c in self._terms.items())
 
     def unit(self, name: str, widths: Mapping[str, float]) -> float:
         """Cost of the last unit of one axis."""
         top = max(1, widths[name])
-        return self._sum.savings(name, {**self._present, **widths, name: top}, [top - 1])[0]
+        return self.savings(name, {**widths, name: top}, [top - 1])[0]
 
     def savings(
         self, name: str, widths: Mapping[str, float], options: Sequence[float]
     ) -> list[float]:
         """What goes when one axis shrinks to each of ``options``."""
-        return self._sum.savings(name, {**self._present, **widths}, options)
+        at, powers = self._filled(widths), defaultdict[int, float](float)
+        for coefficient, power, others in self._along.get(name, ()):
+            powers[power] += coefficient * math.prod(at[other] for other in others)
+        now = sum(c * at[name] ** p for p, c in powers.items())
+        return [now - sum(c * width**p for p, c in powers.items()) for width in options]
 
     def neighbours(self, name: str) -> frozenset[str]:
         """Other axes that cut the same tensors."""
-        return self._sum.neighbours(name)
+        return frozenset(n for _, _, others in self._along.get(name, ()) for n in others)
 
 
 @dataclass(frozen=True)
@@ -145,9 +129,6 @@ class ParameterCosts(_TensorCosts):
         """Parameters."""
         return "parameters"
 
-    def _products(self) -> _Products:
-        return _Products(self.axes, lambda tensor: 1)
-
 
 @dataclass(frozen=True)
 class MacCosts(_TensorCosts):
@@ -170,11 +151,15 @@ class MacCosts(_TensorCosts):
         """Multiply-accumulates."""
         return "MACs"
 
-    def _products(self) -> _Products:
-        found = _Products(self.axes, lambda tensor: self.positions.get(tensor, 0))
+    def _weigh(self, tensor: str) -> float:
+        return self.positions.get(tensor, 0)
+
+    @cached_property
+    def _terms(self) -> dict[tuple[str, ...], float]:
+        terms = super()._terms
         for name, product in self.products.items():
-            found.terms[name,] += product
-        return found
+            terms[name,] = terms.get((name,), 0) + product
+        return terms
 
 
 def measure_macs(

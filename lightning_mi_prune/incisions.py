@@ -111,14 +111,13 @@ def incisions(
         PruningError: If a parameter cannot be cut, or does not fit the plan.
     """
     homes = owners(model)
-    paths = {_module(s.tensor) for a in axes for s in a.slices}
-    paths |= {count.module for a in axes for count in a.counts}
+    cut = [a for a in axes if a.name in places and len(places[a.name]) < current.width(a.name)]
+    paths = {_module(s.tensor) for a in cut for s in a.slices}
+    paths |= {count.module for a in cut for count in a.counts}
     described = {id(model.get_submodule(path)) for path in paths}
     found: dict[int, Incision] = {}
     cut_by: dict[tuple[int, int], str] = {}
-    for axis in axes:
-        if axis.name not in places or len(places[axis.name]) == current.width(axis.name):
-            continue
+    for axis in cut:
         for s in axis.slices:
             old = parameter_of(model, s.tensor)
             key = (id(old), s.dim)
@@ -142,7 +141,7 @@ def incisions(
                     f"{s.tensor!r} has {old.shape[s.dim]} entries along dimension {s.dim}; the "
                     f"plan expects {width}. The model was changed behind the plan."
                 )
-            units = torch.tensor(places[axis.name], device=old.device)
+            units = torch.tensor(places[axis.name], dtype=torch.long, device=old.device)
             entries = torch.arange(axis.entries, device=old.device)
             incision = found.setdefault(id(old), Incision(s.tensor, old))
             incision.kept[s.dim] = (units[:, None] * axis.entries + entries).flatten()

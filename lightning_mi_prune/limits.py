@@ -12,7 +12,19 @@ from typing import Any
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
 
-__all__ = ["Limits", "may_vanish", "step_of", "widths_between"]
+__all__ = [
+    "Bounds",
+    "Limits",
+    "at_share",
+    "by_choices",
+    "may_vanish",
+    "never_empty",
+    "shares_of",
+    "step_of",
+    "widths_between",
+]
+
+Bounds = Mapping[str, tuple[int, int]]
 
 _SLACK = 1e-9
 
@@ -178,6 +190,52 @@ def widths_between(least: int, most: int, step: int) -> list[int]:
         return [most]
     inner = range(step * (-(-most // step) - 1), least, -step)
     return [most, *inner, least]
+
+
+def at_share(
+    axes: Sequence[WidthAxis],
+    share: float,
+    bounds: Bounds,
+    multiple: int,
+    *,
+    down: bool = False,
+) -> dict[str, int]:
+    """Width of every axis where ``share`` of it stays: the nearest in steps, or the next below."""
+    found = {}
+    for axis in axes:
+        step, (least, most) = step_of(axis, multiple), bounds[axis.name]
+        steps = share * axis.size / step
+        width = step * (math.floor(steps + 1e-9) if down else round(steps))
+        found[axis.name] = max(least, min(most, axis.size if down and share >= 1 else width))
+    return found
+
+
+def shares_of(axes: Sequence[WidthAxis], bounds: Bounds, multiple: int) -> list[float]:
+    """Every share at which one of the axes changes its width, the largest first."""
+    found = {
+        width / axis.size
+        for axis in axes
+        for width in widths_between(*bounds[axis.name], step_of(axis, multiple))
+    }
+    return sorted(found, reverse=True)
+
+
+def never_empty(
+    axes: Sequence[WidthAxis], bounds: Bounds, multiple: int
+) -> dict[str, tuple[int, int]]:
+    """The bounds, with one step at least on every axis that has one to keep."""
+    found = {}
+    for axis in axes:
+        least, most = bounds[axis.name]
+        found[axis.name] = (max(least, min(step_of(axis, multiple), most)), most)
+    return found
+
+
+def by_choices(axes: Sequence[WidthAxis], multiple: int) -> tuple[list[WidthAxis], list[WidthAxis]]:
+    """Axes with the most widths to choose from, and the others."""
+    choices = {axis.name: -(-axis.size // step_of(axis, multiple)) for axis in axes}
+    fine = [axis for axis in axes if choices[axis.name] == max(choices.values())]
+    return fine, [axis for axis in axes if axis not in fine]
 
 
 def may_vanish(axis: WidthAxis) -> bool:

@@ -37,7 +37,6 @@ def from_pretrained(cls: Any, name_or_path: str | Path, **kwargs: Any) -> Any:
     Raises:
         PruningError: If the weights do not fit the recorded plan.
     """
-    from safetensors.torch import load_model
     from transformers import AutoConfig
     from transformers.utils import cached_file
 
@@ -66,7 +65,7 @@ def from_pretrained(cls: Any, name_or_path: str | Path, **kwargs: Any) -> Any:
     try:
         axes = find_axes(network)
         reshape(network, axes, present_plan(network, axes))
-        load_model(network, str(weights))
+        _load(network, str(weights))
     except RuntimeError as error:
         saved = getattr(config, "architectures", None)
         raise PruningError(
@@ -75,6 +74,31 @@ def from_pretrained(cls: Any, name_or_path: str | Path, **kwargs: Any) -> Any:
             f"as saved. ({error})"
         ) from error
     return network.eval()
+
+
+def _load(network: nn.Module, path: str) -> None:
+    """Fill a network from a file of ``save_pretrained``; a tied tensor may be in it once.
+
+    Raises:
+        RuntimeError: If a tensor is missing, unknown or of another shape.
+    """
+    from safetensors.torch import load_file
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # Files keep the names of older versions of transformers; these are the same tensors.
+    state = network.state_dict()
+    own = {id(tensor): name for name, tensor in state.items()}
+    saved = revert_weight_conversion(network, dict(state))
+    names = {name: own[id(tensor)] for name, tensor in saved.items() if id(tensor) in own}
+    arriving = {names.get(name, name): tensor for name, tensor in load_file(path).items()}
+    found = network.load_state_dict(arriving, strict=False)
+    ids = {n: id(p) for n, p in network.named_parameters(remove_duplicate=False)}
+    filled = {ids.get(name) for name in arriving}
+    missing = [name for name in found.missing_keys if ids.get(name) not in filled]
+    if missing or found.unexpected_keys:
+        raise RuntimeError(
+            f"Missing key(s): {missing[:6]}. Unexpected key(s): {found.unexpected_keys[:6]}."
+        )
 
 
 def load_pruned(

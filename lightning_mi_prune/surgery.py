@@ -224,7 +224,7 @@ def _follow(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
 
 def _stand_in(model: nn.Module, axis: WidthAxis, kept: Sequence[int]) -> None:
     """Put the stand-ins of an axis in place, or take them away."""
-    for path in {part.module for part in (*axis.silence, *axis.selects)}:
+    for path in {s.module for s in axis.silence} | {s.module for s in axis.selects}:
         module = model.get_submodule(path)
         if is_ours(module.__dict__.get("forward")):
             del module.__dict__["forward"]
@@ -236,8 +236,12 @@ def _stand_in(model: nn.Module, axis: WidthAxis, kept: Sequence[int]) -> None:
         module.__dict__["forward"] = partial(selecting, module, selects)
     for silence in axis.silence if not kept else ():
         module = model.get_submodule(silence.module)
-        inside = silence.prefixed(lambda name, top=silence.module: name[len(top) + 1 :])
+        inside = silence.prefixed(partial(_below, silence.module))
         module.__dict__["forward"] = partial(silent, module, inside)
+
+
+def _below(top: str, path: str) -> str:
+    return path[len(top) + 1 :]
 
 
 def _device(module: nn.Module) -> torch.device | None:

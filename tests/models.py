@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
-    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -17,11 +16,13 @@ from transformers import (
     BertConfig,
     DebertaV2Config,
     DeiTConfig,
+    DeiTForImageClassification,
     DistilBertConfig,
     ElectraConfig,
     MPNetConfig,
     RobertaConfig,
     ViTConfig,
+    ViTForImageClassification,
     XLMRobertaConfig,
 )
 
@@ -74,9 +75,9 @@ CONFIGS: dict[str, Callable[..., object]] = {
     "deberta-v2": lambda **k: DebertaV2Config(**(_DEBERTA | k)),
     "albert": lambda **k: AlbertConfig(**(_ALBERT | k)),
 }
-PICTURES: dict[str, Callable[..., object]] = {
-    "vit": lambda **k: ViTConfig(**(_VIT | k)),
-    "deit": lambda **k: DeiTConfig(**(_VIT | k)),
+PICTURES: dict[str, Callable[..., nn.Module]] = {
+    "vit": lambda **k: ViTForImageClassification._from_config(ViTConfig(**(_VIT | k))),
+    "deit": lambda **k: DeiTForImageClassification._from_config(DeiTConfig(**(_VIT | k))),
 }
 HEADS = {
     "sequence": AutoModelForSequenceClassification,
@@ -92,7 +93,7 @@ def build(family: str = "bert", head: str = "sequence", *, seed: int = 0, **opti
     torch.manual_seed(seed)
     labels = {"num_labels": 3} if head in ("sequence", "token", "image") else {}
     if head == "image":
-        model = AutoModelForImageClassification.from_config(PICTURES[family](**labels, **options))
+        model = PICTURES[family](**labels, **options)
     else:
         model = HEADS[head].from_config(CONFIGS[family](**labels, **options))
     randomize(model)

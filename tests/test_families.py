@@ -14,11 +14,10 @@ from lightning_mi_prune.families import (
     register_family,
 )
 from lightning_mi_prune.surgery import apply
-from tests.models import CONFIGS, HEADS, build, random_plan
+from tests.models import CONFIGS, EVERY, build, random_plan
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("family", "head"), EVERY)
 def test_every_family_and_head_has_its_axes(family, head):
     axes = find_axes(build(family, head))
     kinds = [axis.kind for axis in axes]
@@ -26,6 +25,7 @@ def test_every_family_and_head_has_its_axes(family, head):
     assert kinds.count("pooler") == (1 if head == "sequence" else 0)
     assert {(a.size, a.entries) for a in axes if a.kind == "ffn"} == {(40, 1)}
     assert {(a.size, a.entries) for a in axes if a.kind == "heads"} == {(4, 6)}
+    assert [(a.size, a.entries) for a in axes if a.kind == "residual"] == [(24, 1)]
     assert len({a.level for a in axes}) == len(axes)
 
 
@@ -33,9 +33,9 @@ def test_every_family_and_head_has_its_axes(family, head):
 def test_the_sweep_goes_from_the_classifier_to_the_first_layer(family):
     order = sorted(find_axes(build(family)), key=lambda axis: -axis.level)
     kinds = [axis.kind for axis in order]
-    assert kinds == ["pooler", "ffn", "heads", "ffn", "heads"]
+    assert kinds == ["pooler", "ffn", "heads", "ffn", "heads", "residual"]
     assert ".1." in order[1].name
-    assert ".0." in order[-1].name
+    assert ".0." in order[-2].name
 
 
 def test_networks_are_found_at_any_depth_and_named_from_the_top():
@@ -54,7 +54,7 @@ def test_networks_are_found_at_any_depth_and_named_from_the_top():
 def test_a_layer_that_stands_twice_is_one_set_of_axes():
     model = build()
     model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
-    assert [a.kind for a in find_axes(model)] == ["heads", "ffn", "pooler"]
+    assert [a.kind for a in find_axes(model)] == ["heads", "ffn", "pooler", "residual"]
 
 
 def test_a_wrong_submodule_lists_what_there_is():

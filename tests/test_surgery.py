@@ -11,18 +11,19 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.surgery import apply, reshape
-from tests.models import CONFIGS, HEADS, batch, build, masked_copy, outputs, random_plan
+from tests import models
+from tests.models import CONFIGS, batch, build, inputs_of, masked_copy, outputs, random_plan
 
-EVERY = pytest.mark.parametrize(("family", "head"), [(f, h) for f in CONFIGS for h in HEADS])
+EVERY = pytest.mark.parametrize(("family", "head"), models.EVERY)
 
 
 @EVERY
 def test_keeping_everything_changes_no_bit(family, head):
     model = build(family, head)
     axes = find_axes(model)
-    before, parameters = outputs(model, batch()), list(model.parameters())
+    before, parameters = outputs(model, inputs_of(head)), list(model.parameters())
     assert apply(model, axes, full_plan(axes)) == []
-    assert torch.equal(outputs(model, batch()), before)
+    assert torch.equal(outputs(model, inputs_of(head)), before)
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
 
 
@@ -33,7 +34,8 @@ def test_a_cut_model_computes_what_the_masked_model_computes(family, head):
     plan = random_plan(axes)
     masked = masked_copy(model, axes, plan)
     apply(model, axes, plan)
-    assert torch.allclose(outputs(model, batch()), outputs(masked, batch()), atol=1e-5)
+    inputs = inputs_of(head)
+    assert torch.allclose(outputs(model, inputs), outputs(masked, inputs), atol=1e-5)
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in masked.parameters())
 
 
@@ -50,7 +52,7 @@ def test_two_cuts_are_one_cut(family, head):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", sorted(set(CONFIGS) - {"mpnet", "deberta-v2"}))
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_both_attention_kernels_take_fewer_heads(family, attention):
     model = build(family, attn_implementation=attention)
@@ -73,7 +75,8 @@ def test_numbers_on_modules_follow(family, head):
     for axis in axes:
         for count in axis.counts:
             value = getattr(model.get_submodule(count.module), count.attribute)
-            assert value == plan.width(axis.name) * count.per_unit
+            number = plan.width(axis.name) * count.per_unit
+            assert value == ((number,) if count.sequence else number)
 
 
 def test_the_config_tells_one_width_or_stays_as_built():
@@ -170,6 +173,18 @@ def tie_layers(model, axes):
     return random_plan(axes), {}
 
 
+def tie_layers_and_cut_one(model, axes):
+    tie_layers(model, axes)
+    name = "bert.encoder.layer.0.ffn"
+    return Plan({name: 40}, {name: (0, 1)}), {}
+
+
+def tie_to_another_axis(model, axes):
+    model.bert.encoder.layer[0].attention.self.query.bias = model.bert.pooler.dense.bias
+    name = "bert.encoder.layer.0.heads"
+    return Plan({name: 4}, {name: (0, 1)}), {}
+
+
 def tie_to_stranger(model, axes):
     model.extra = nn.Linear(24, 40)
     model.extra.weight = model.bert.encoder.layer[1].intermediate.dense.weight
@@ -213,6 +228,8 @@ def plan_of_another_model(model, axes):
     ("sabotage", "message"),
     [
         (tie_layers, "is cut by .* and .* at once"),
+        (tie_layers_and_cut_one, "shared with a Linear outside the axis"),
+        (tie_to_another_axis, "shared with a Linear outside the axis"),
         (tie_to_stranger, "shared with a Linear outside the axis"),
         (shrink_behind, "changed behind the plan"),
         (hook_a_parameter, "carries gradient hooks"),

@@ -43,7 +43,7 @@ class Recipe:
 
 RECIPES = {
     "trec-6": Recipe(1e-4, epochs=4, validation_fraction=0.2, test_fraction=0.2),
-    "movie-snippets": Recipe(5e-5, epochs=3, validation_fraction=0.2, test_fraction=0.27),
+    "movie-snippets": Recipe(5e-5, epochs=2, validation_fraction=0.2, test_fraction=0.27),
 }
 
 

@@ -20,7 +20,7 @@ class LayerNames:
         out: Linear module that reads the heads.
         ffn_in: Linear module that makes the neurons.
         ffn_out: Linear module that reads them.
-        skips: Modules whose input is the stream that is added to what the heads and the neurons say.
+        skips: Modules whose input is the stream that is added to what heads and neurons say.
         norms: Normalisations over the stream.
         positions: Further projections of the heads, where the layer has them; they read a stream
             of their own, of positions.

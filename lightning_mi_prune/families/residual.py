@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_mi_prune.axes import Count, Slice, WidthAxis
-from lightning_mi_prune.families.names import FamilyNames, HeadNames, LayerNames
+from lightning_mi_prune.families.names import FamilyNames, LayerNames
 
 __all__ = ["module_at", "residual_axis", "state_readers"]
 
@@ -98,7 +98,7 @@ def _head_name(network: nn.Module, names: FamilyNames) -> str:
 
 @dataclass
 class _Parts:
-    """Tensors and numbers of the axis, collected; ``strange`` if a part is not what it should be."""
+    """Tensors and numbers of the axis, collected; ``strange`` if a part is of an unknown kind."""
 
     network: nn.Module
     slices: list[Slice] = field(default_factory=list)

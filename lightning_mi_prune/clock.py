@@ -1,0 +1,189 @@
+"""CLOCK    measure_table: how long a network takes on this device as its axes shrink."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mi_prune.axes import WidthAxis, full_plan
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.latency import Device, LatencyCurve, LatencyTable
+from lightning_mi_prune.limits import may_vanish, step_of
+from lightning_mi_prune.listener import Example
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.report import measure_latency
+from lightning_mi_prune.surgery import reshape
+
+__all__ = ["cached_table", "device_of", "measure_table"]
+
+Clock = Callable[[Mapping[str, Callable[[], Any]]], Mapping[str, float]]
+
+_GRID = (3 / 4, 1 / 2, 1 / 4, 1 / 8)
+
+
+def device_of(module: nn.Module, dtype: str | None = None) -> Device:
+    """Where a module is now.
+
+    Args:
+        module: A module with parameters.
+        dtype: Type of the numbers where it is not that of the parameters (autocast).
+
+    Example:
+        >>> device_of(nn.Linear(2, 2)).type
+        'cpu'
+    """
+    parameter = next(p for p in module.parameters() if p.is_floating_point())
+    place = parameter.device
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else _processor()
+    kind = str(parameter.dtype).removeprefix("torch.") if dtype is None else dtype
+    return Device(place.type, name, torch.get_num_threads(), str(torch.__version__), kind)
+
+
+def cached_table(
+    path: str | Path, measure: Callable[[], LatencyTable], device: Device | None = None
+) -> LatencyTable:
+    """The table in a file; measured and written first if there is none.
+
+    Args:
+        path: The file.
+        measure: Measures the table, :func:`measure_table` of a model.
+        device: Where the table must have been measured.
+
+    Raises:
+        PruningError: If the file holds no table, or one of another device.
+    """
+    if Path(path).exists():
+        table = LatencyTable.load(path)
+        if device is not None:
+            table.check_device(device)
+        return table
+    table = measure()
+    table.write(path)
+    return table
+
+
+def measure_table(
+    root: nn.Module,
+    axes: Sequence[WidthAxis],
+    calls: Mapping[str, Example],
+    *,
+    kinds: Collection[str] | None = None,
+    multiple: int = 8,
+    seconds: float = 1.0,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    dtype: str | None = None,
+    clock: Clock | None = None,
+) -> LatencyTable:
+    """Time copies of the networks with their axes cut to a few widths, in turn with dense ones.
+
+    All axes of one kind and shape shrink together, and the difference is shared among them. The
+    model itself is only read; it may be cut already, the table is about the model as built.
+
+    Args:
+        root: Module from which the axes are named.
+        axes: All axes of its networks.
+        calls: One call of each network by module path; its batch and length are what is timed.
+        kinds: Kinds of axes to measure; default all.
+        multiple: Smallest width of an axis of neurons that cannot vanish.
+        seconds: Time for each width, and as much for the dense model beside it.
+        context: What the forward pass runs in, such as autocast.
+        dtype: Type of the numbers inside ``context``, for the record.
+        clock: Milliseconds of each call by name; default :func:`report.measure_latency`.
+    """
+    timed = partial(measure_latency, seconds=seconds, rounds=3) if clock is None else clock
+    dense, cut = (_copy(root, {axis.network for axis in axes}) for _ in range(2))
+    reshape(dense, axes, full_plan(axes))
+    groups: dict[Any, list[WidthAxis]] = {}
+    for axis in axes:
+        if kinds is None or axis.kind in kinds:
+            groups.setdefault(_shape(axis), []).append(axis)
+    times: list[float] = []
+    shares: list[tuple[list[WidthAxis], list[int], list[float]]] = []
+    for group in groups.values():
+        widths, saved = _widths(group[0], multiple), [0.0]
+        for width in widths[1:]:
+            names = {axis.name for axis in group}
+            kept = {a.name: tuple(range(width if a.name in names else a.size)) for a in axes}
+            reshape(cut, axes, Plan({axis.name: axis.size for axis in axes}, kept))
+            pair = {"dense": _forward(dense, calls, context), "cut": _forward(cut, calls, context)}
+            found = timed(pair)
+            times.append(found["dense"])
+            saved.append((1 - found["cut"] / found["dense"]) / len(group))
+        shares.append((group, widths, saved))
+    if not times:
+        raise PruningError(f"kinds={kinds!r} leaves no axis to measure; name kinds of this model.")
+    dense_ms = median(times)
+    curves = [
+        LatencyCurve(
+            tuple(axis.name for axis in group),
+            tuple(widths),
+            tuple(dense_ms * share for share in accumulate(saved, max)),
+        )
+        for group, widths, saved in shares
+    ]
+    inputs = [v for call in calls.values() for v in (*call.args, *call.kwargs.values())]
+    shape = next((v.shape for v in inputs if isinstance(v, Tensor) and v.ndim > 1), (0, 0))
+    return LatencyTable(device_of(root, dtype), shape[0], shape[1], dense_ms, tuple(curves))
+
+
+def _copy(root: nn.Module, networks: Collection[str]) -> nn.Module:
+    """A module that holds copies of the networks at their paths, and nothing else."""
+    if "" in networks:
+        return copy.deepcopy(root).eval()
+    shell, memo = nn.Module(), dict[int, Any]()  # one memo: what networks share stays shared
+    for path in sorted(networks):
+        node, (*parents, last) = shell, path.split(".")
+        for parent in parents:
+            if parent not in node._modules:
+                node.add_module(parent, nn.Module())
+            node = node.get_submodule(parent)
+        node.add_module(last, copy.deepcopy(root.get_submodule(path), memo))
+    return shell.eval()
+
+
+def _forward(
+    shell: nn.Module,
+    calls: Mapping[str, Example],
+    context: Callable[[], AbstractContextManager[Any]],
+) -> Callable[[], None]:
+    work = [(shell.get_submodule(path), call) for path, call in calls.items()]
+
+    def forward() -> None:
+        with torch.no_grad(), context():
+            for module, call in work:
+                module(*call.args, **call.kwargs)
+
+    return forward
+
+
+def _shape(axis: WidthAxis) -> tuple[Any, ...]:
+    """What axes that shrink together have in common."""
+    shapes = sorted((s.dim, s.shape) for s in axis.slices)
+    return axis.network, axis.kind, axis.size, axis.entries, tuple(shapes)
+
+
+def _widths(axis: WidthAxis, multiple: int) -> list[int]:
+    """The grid: full width, some shares of it in whole steps, and the least there can be."""
+    step = step_of(axis, multiple)
+    least = 0 if may_vanish(axis) else min(step, axis.size)
+    inner = {step * round(share * axis.size / step) for share in _GRID}
+    return sorted({axis.size, least} | {w for w in inner if least < w < axis.size}, reverse=True)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,300 @@
+"""TIME     LatencyTable: milliseconds that each axis saves as it shrinks, on one device."""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.errors import PruningError
+
+__all__ = ["Device", "LatencyCosts", "LatencyCurve", "LatencyTable"]
+
+_VERSION = 1
+_LARGEST_TEXT = 2**24
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a latency depends on beside the model.
+
+    Args:
+        type: ``"cpu"``, ``"cuda"``, ...
+        name: Name of the processor or of the GPU.
+        threads: Threads that torch uses on the processor.
+        torch: Version of torch.
+        dtype: Type of the numbers, ``"float32"``; under autocast that of the products.
+    """
+
+    type: str
+    name: str
+    threads: int
+    torch: str
+    dtype: str
+
+    def __str__(self) -> str:
+        parts = f"{self.name}, {self.threads} threads, torch {self.torch}, {self.dtype}"
+        return f"{self.type} ({parts})"
+
+
+@dataclass(frozen=True)
+class LatencyCurve:
+    """What one axis saves as it shrinks; the same for all axes of one kind and shape.
+
+    Args:
+        axes: Names of the axes.
+        widths: Widths that were measured, from the width as built down.
+        saved: Milliseconds that one of the axes saves at each of them; never falling.
+
+    Raises:
+        PruningError: If that is not what they are.
+
+    Example:
+        >>> curve = LatencyCurve(("ffn",), widths=(64, 32, 0), saved=(0.0, 1.0, 3.0))
+        >>> curve.at(48), curve.at(16), curve.at(0)
+        (0.5, 2.0, 3.0)
+    """
+
+    axes: tuple[str, ...]
+    widths: tuple[int, ...]
+    saved: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(w, int) and not isinstance(w, bool) for w in self.widths)
+        falling = whole and all(a > b >= 0 for a, b in pairwise(self.widths))
+        if not self.axes or not all(isinstance(name, str) for name in self.axes):
+            raise PruningError("A latency curve belongs to no axis; measure the table again.")
+        if not self.widths or not falling or len(self.saved) != len(self.widths):
+            raise PruningError(
+                f"The latency curve of {self.axes[0]!r} has widths {list(self.widths)!r:.60} and "
+                f"{len(self.saved)} times; expected one time for each, from the widest down."
+            )
+        times = [_number(f"A saving of {self.axes[0]!r}", saved) for saved in self.saved]
+        if times[0] != 0 or any(a > b for a, b in pairwise(times)):
+            raise PruningError(
+                f"The savings of {self.axes[0]!r} are {times!r:.60}; expected 0 at full width and "
+                "no less at any smaller one. Measure the table again."
+            )
+
+    def at(self, width: float) -> float:
+        """Milliseconds saved at a width; linear in between, level outside."""
+        place = bisect_left(self.widths, -width, key=lambda w: -w)
+        if place == 0 or place == len(self.widths):
+            return self.saved[min(place, len(self.widths) - 1)]
+        wide, narrow = self.widths[place - 1], self.widths[place]
+        share = (wide - width) / (wide - narrow)
+        return self.saved[place - 1] + share * (self.saved[place] - self.saved[place - 1])
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """How long a network takes on one device, and what each of its axes can save.
+
+    Args:
+        device: Where it was measured.
+        batch: Examples in the call that was measured.
+        length: Positions of each of them (size of the second dimension of the first input).
+        dense_ms: Milliseconds of one forward pass of the model as built.
+        curves: Savings of every axis that was measured.
+
+    Raises:
+        PruningError: If a number is missing or out of range.
+    """
+
+    device: Device
+    batch: int
+    length: int
+    dense_ms: float
+    curves: tuple[LatencyCurve, ...]
+
+    def __post_init__(self) -> None:
+        if _number("dense_ms", self.dense_ms) == 0:
+            raise PruningError("dense_ms=0; expected milliseconds above 0. Measure again.")
+        for name, count in (("batch", self.batch), ("length", self.length)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise PruningError(f"{name}={count!r}; expected a whole number.")
+        for curve in self.curves:
+            if curve.saved[-1] >= self.dense_ms:
+                given = f"{curve.axes[0]!r} saves {curve.saved[-1]:g} of {self.dense_ms:g} ms"
+                raise PruningError(f"{given}; expected less than all. Measure again.")
+
+    def curve(self, axis: WidthAxis) -> LatencyCurve:
+        """The savings of an axis; a PruningError if the table is not of this model."""
+        for curve in self.curves:
+            if axis.name in curve.axes and curve.widths[0] == axis.size:
+                return curve
+        raise PruningError(
+            f"The latency table does not know {axis.name!r} of {axis.size} units; it was measured "
+            "on another model or on other axes. Measure it again."
+        )
+
+    def check_device(self, device: Device) -> None:
+        """Refuse a table that was measured elsewhere."""
+        if device != self.device:
+            raise PruningError(
+                f"The latency table was measured on {self.device}, but this is {device}: measure "
+                "it here, or give the file of this device."
+            )
+
+    def to_json(self) -> str:
+        """The table as JSON."""
+        return json.dumps({"version": _VERSION, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> LatencyTable:
+        """Read a table from untrusted text.
+
+        Raises:
+            PruningError: If the text is not a table of a known version.
+        """
+        try:
+            body = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PruningError(f"The latency table is not valid JSON ({error}).") from error
+        found = body.get("version") if isinstance(body, dict) else type(body).__name__
+        if found != _VERSION or isinstance(found, bool):
+            raise PruningError(f"Latency table version {found!r}; this package reads {_VERSION}.")
+        try:
+            device = Device(**body["device"])
+            curves = tuple(
+                LatencyCurve(*(_tuple(c[part]) for part in ("axes", "widths", "saved")))
+                for c in body["curves"]
+            )
+            table = cls(device, body["batch"], body["length"], body["dense_ms"], curves)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PruningError(
+                f"The latency table is damaged ({error!r}); was it edited?"
+            ) from error
+        if not all(isinstance(v, int if n == "threads" else str) for n, v in vars(device).items()):
+            raise PruningError("The latency table names no device; measure it again.")
+        return table
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """Read a table from an untrusted file.
+
+        Raises:
+            PruningError: If the file cannot be read or holds no table.
+        """
+        try:
+            with Path(path).open(encoding="utf-8") as file:
+                text = file.read(_LARGEST_TEXT + 1)
+        except (OSError, ValueError) as error:
+            raise PruningError(f"No latency table could be read from {path}: {error}.") from error
+        try:
+            if len(text) > _LARGEST_TEXT:
+                raise PruningError(f"holds over {_LARGEST_TEXT} characters; expected a table.")
+            return cls.from_json(text)
+        except PruningError as error:
+            raise PruningError(f"{path}: {error} Delete the file to measure again.") from error
+
+    def write(self, path: str | Path) -> None:
+        """Write the table, or nothing: a crash leaves what was there."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{target.name}.tmp")
+        draft.write_text(self.to_json(), encoding="utf-8")
+        draft.replace(target)
+
+
+@dataclass(frozen=True)
+class LatencyCosts:
+    """Milliseconds of one forward pass, from a table.
+
+    Axes save side by side. One that shares tensors with all others (the residual stream) makes
+    everything narrower, so its share multiplies with what the others leave.
+
+    Args:
+        table: What was measured.
+        axes: Axes that may shrink, and any other of the table that has shrunk.
+        held: Present widths of axes that a caller does not name (default: as built).
+
+    Raises:
+        PruningError: If the table does not know one of the axes.
+
+    Example:
+        >>> axis = WidthAxis("ffn", "ffn", 64, 1, (), ("down",))
+        >>> curve = LatencyCurve(("ffn",), widths=(64, 32, 0), saved=(0.0, 1.0, 3.0))
+        >>> table = LatencyTable(Device("cpu", "any", 1, "2.9", "float32"), 1, 32, 10.0, (curve,))
+        >>> LatencyCosts(table, [axis]).total({"ffn": 16})
+        8.0
+    """
+
+    table: LatencyTable
+    axes: Sequence[WidthAxis]
+    held: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for axis in self.axes:
+            self.table.curve(axis)
+
+    @property
+    def measure(self) -> str:
+        """Milliseconds."""
+        return "ms"
+
+    @cached_property
+    def _hubs(self) -> frozenset[str]:
+        tensors = {axis.name: {s.tensor for s in axis.slices} for axis in self.axes}
+        many = len(tensors) > 1
+        return frozenset(
+            name
+            for name, mine in tensors.items()
+            if many and all(map(mine.__and__, tensors.values()))
+        )
+
+    @cached_property
+    def _curves(self) -> dict[str, tuple[LatencyCurve, int]]:
+        now = {axis.name: axis.size for axis in self.axes} | dict(self.held)
+        return {axis.name: (self.table.curve(axis), now[axis.name]) for axis in self.axes}
+
+    def _share(self, name: str, widths: Mapping[str, float]) -> float:
+        curve, held = self._curves[name]
+        return curve.at(widths.get(name, held)) / self.table.dense_ms
+
+    def _factors(self, widths: Mapping[str, float]) -> tuple[float, float]:
+        """What hubs leave of the dense time, and what the others leave."""
+        hubs = math.prod(1 - self._share(name, widths) for name in self._hubs)
+        return hubs, 1 - sum(self._share(n, widths) for n in self._curves if n not in self._hubs)
+
+    def total(self, widths: Mapping[str, float]) -> float:
+        """Milliseconds of one forward pass."""
+        return self.table.dense_ms * math.prod(self._factors(widths))
+
+    def unit(self, name: str, widths: Mapping[str, float]) -> float:
+        """Milliseconds that the last unit of one axis takes."""
+        top = max(1, widths[name])
+        return self.savings(name, {**widths, name: top}, [top - 1])[0]
+
+    def savings(
+        self, name: str, widths: Mapping[str, float], options: Sequence[float]
+    ) -> list[float]:
+        """Milliseconds that go when one axis shrinks to each of ``options``."""
+        (hubs, others), curve = self._factors({**widths, name: math.inf}), self._curves[name][0]
+        now, scale = self._share(name, widths), others if name in self._hubs else 1.0
+        scale *= hubs  # at full width the axis itself takes nothing away
+        return [scale * (curve.at(width) - now * self.table.dense_ms) for width in options]
+
+    def neighbours(self, name: str) -> frozenset[str]:
+        """The axes that multiply with this one."""
+        found = frozenset(self._curves) if name in self._hubs else self._hubs
+        return found - {name}
+
+
+def _tuple(value: object) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r:.40} is no list")
+    return tuple(value)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    raise PruningError(f"{name} is {value!r:.40}; expected milliseconds from 0.")

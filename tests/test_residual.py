@@ -1,0 +1,425 @@
+"""The residual stream is cut like any other axis, once for all layers."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    BertForSequenceClassification,
+    BertModel,
+    DeiTForImageClassificationWithTeacher,
+    ElectraForPreTraining,
+    ViTForMaskedImageModeling,
+    ViTModel,
+)
+
+from lightning_mi_prune.axes import choose_axes, count_parameters, full_plan
+from lightning_mi_prune.checkpoints import PlanKeeper
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families import find_axes, present_plan
+from lightning_mi_prune.optimizers import rebind
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.pretrained import from_pretrained, load_pruned
+from lightning_mi_prune.surgery import apply, reshape, revert, undo
+from tests import models
+from tests.models import CONFIGS, batch, build, inputs_of, masked_copy, outputs, random_plan
+
+EVERY = pytest.mark.parametrize(("family", "head"), models.EVERY)
+FEW = pytest.mark.parametrize(
+    ("family", "head"),
+    [(f, "sequence") for f in CONFIGS] + [("bert", "masked-lm"), ("vit", "image")],
+)
+
+
+class MaskedLayerNorm(nn.Module):
+    """Normalises over the kept entries; the others are zero."""
+
+    def __init__(self, norm: nn.LayerNorm, kept: tuple[int, ...]) -> None:
+        super().__init__()
+        self.norm = norm
+        self.kept = list(kept)
+
+    def forward(self, x):
+        x, norm = x[..., self.kept], self.norm
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        output = scaled.new_zeros(*x.shape[:-1], len(norm.weight))
+        output[..., self.kept] = scaled * norm.weight[self.kept] + norm.bias[self.kept]
+        return output
+
+
+@torch.no_grad()
+def masked_stream(model, axes, plan):
+    """The uncut model with dropped entries of the stream zero wherever they are written or read."""
+    model = masked_copy(model, axes, plan)
+    (axis,) = (axis for axis in axes if axis.kind == "residual")
+    kept = plan.kept[axis.name]
+    gone = sorted(set(range(axis.size)) - set(kept))
+    for s in axis.slices:
+        model.get_parameter(s.tensor).index_fill_(s.dim, torch.tensor(gone), 0)
+    for path in axis.norms:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, MaskedLayerNorm(model.get_submodule(path), kept))
+    return model
+
+
+def stirred(family, head="sequence", **options):
+    """A model whose norms differ from entry to entry too."""
+    model = build(family, head, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+@EVERY
+def test_a_cut_stream_is_the_masked_stream(family, head):
+    model = stirred(family, head)
+    axes = find_axes(model)
+    plan = random_plan(axes, residual=True)
+    masked, before = masked_stream(model, axes, plan), outputs(model, inputs_of(head))
+    apply(model, axes, plan)
+    after = outputs(model, inputs_of(head))
+    assert torch.allclose(after, outputs(masked, inputs_of(head)), atol=1e-5)
+    assert not torch.allclose(after, before, atol=1e-3)
+    assert find_axes(model) == axes
+    assert present_plan(model, axes) == plan
+
+
+@EVERY
+def test_the_stream_is_described_whole(family, head):
+    """Whatever is as wide as the stream and is no other axis is cut with it."""
+    model = build(family, head)
+    axes = find_axes(model)
+    (axis,) = (axis for axis in axes if axis.kind == "residual")
+    cut = {(id(model.get_parameter(s.tensor)), s.dim) for a in axes for s in a.slices}
+    for name, parameter in model.named_parameters():
+        for dim, width in enumerate(parameter.shape):
+            if width == 24 and (id(parameter), dim) not in cut:
+                assert name.endswith("predictions.dense.weight"), (name, dim)
+    assert set(axis.readers) == {reader for site in axis.sites for reader in site}
+    assert len(axis.places) == len(axis.sites)
+    assert axis.level == min(a.level for a in axes) == -1
+    assert axis.name not in {a.name for a in choose_axes(axes)}
+    assert [a.name for a in choose_axes(axes, units=["residual"])] == [axis.name]
+    for norm in axis.norms:
+        assert isinstance(model.get_submodule(norm), nn.LayerNorm)
+    # A tied decoder is counted once.
+    assert count_parameters(axes) <= sum(p.numel() for p in model.parameters())
+
+
+@EVERY
+def test_skips_and_readers_above(family, head):
+    """The skip brings what is added to the reader's output; the modules above hear of it."""
+    model = stirred(family, head)
+    axes = [axis for axis in find_axes(model) if axis.kind in ("ffn", "heads")]
+    order: list[str] = []
+    streams: dict[str, torch.Tensor] = {}
+    written: dict[str, torch.Tensor] = {}
+
+    def ran(module, inputs, *, name):
+        order.append(name)
+        for axis in axes:
+            if name == axis.skip:
+                streams.setdefault(axis.name, inputs[0])
+
+    def wrote(module, inputs, output, *, name):
+        written.setdefault(name, output)
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(partial(ran, name=name))
+    for axis in axes:
+        model.get_submodule(axis.readers[0]).register_forward_hook(partial(wrote, name=axis.name))
+    outputs(model, inputs_of(head))
+    last = {name: index for index, name in enumerate(order)}
+    (residual,) = (axis for axis in find_axes(model) if axis.kind == "residual")
+    for axis in axes:
+        assert streams[axis.name].shape == written[axis.name].shape
+        assert set(axis.above) <= set(residual.readers)
+        assert all(last[path] > order.index(axis.readers[0]) for path in axis.above)
+        later = {r for r in residual.readers if last[r] > last[axis.readers[0]]}
+        assert later <= set(axis.above)
+
+
+def test_the_config_says_what_fits_and_then_anyone_can_load(tmp_path):
+    families = ("bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", "vit", "deit")
+    for family in families:
+        head = "image" if family in models.PICTURES else "sequence"
+        model, inputs = stirred(family, head), inputs_of(head)
+        axes = find_axes(model)
+        sizes = {axis.name: axis.size for axis in axes}
+        apply(model, axes, Plan(sizes, {n: tuple(range(s // 2, s)) for n, s in sizes.items()}))
+        assert (model.config.hidden_size, model.config.num_attention_heads) == (12, 2)
+        model.save_pretrained(tmp_path / family)
+        for again in (
+            type(model).from_pretrained(tmp_path / family),
+            from_pretrained(type(model), tmp_path / family),
+        ):
+            assert torch.equal(outputs(again, inputs), outputs(model, inputs))
+            assert present_plan(again, find_axes(again)) == present_plan(model, axes)
+        encoder = getattr(model, model.base_model_prefix)
+        encoder.save_pretrained(tmp_path / "encoder")
+        alone = AutoModel.from_pretrained(tmp_path / "encoder")
+        mine = encoder(**inputs).last_hidden_state
+        assert torch.equal(alone.eval()(**inputs).last_hidden_state, mine)
+
+
+@pytest.mark.parametrize("family", ["vit", "deberta-v2"])
+def test_a_head_size_in_the_config_frees_the_heads(family, tmp_path):
+    field, head = ("head_dim", "image") if family == "vit" else ("attention_head_size", "token")
+    model = stirred(family, head, **{field: 4})
+    axes = find_axes(model)
+    assert {a.entries for a in axes if a.kind == "heads"} == {4}
+    kept = {a.name: tuple(range(2 if a.kind == "heads" else a.size)) for a in axes}
+    apply(model, axes, Plan({a.name: a.size for a in axes}, kept))
+    assert (model.config.hidden_size, model.config.num_attention_heads) == (24, 2)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(outputs(again, inputs_of(head)), outputs(model, inputs_of(head)))
+
+
+def test_plans_from_before_there_was_this_axis_still_open(tmp_path):
+    model = build()
+    axes = [axis for axis in find_axes(model) if axis.kind != "residual"]
+    apply(model, axes, random_plan(axes))
+    assert "residual" not in model.config.pruning_plan
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(type(model), tmp_path)
+    assert torch.equal(outputs(again, batch()), outputs(model, batch()))
+    everything = find_axes(again)
+    assert present_plan(again, everything).width("bert.residual") == 24
+    plan = Plan({"bert.residual": 24}, {"bert.residual": tuple(range(12))})
+    apply(again, everything, plan, current=present_plan(again, everything))
+    assert again.bert.embeddings.word_embeddings.embedding_dim == 12
+
+
+@pytest.mark.parametrize(
+    "widths", [{"heads": 4, "residual": 12}, {"heads": 2, "residual": 24}, {"pooler": 10}, {}]
+)
+def test_the_config_stays_as_built_where_it_does_not_fit(widths, tmp_path):
+    model = stirred("bert")
+    axes = find_axes(model)
+    kept = {a.name: tuple(range(widths.get(a.kind, a.size // 2))) for a in axes}
+    if not widths:
+        kept[axes[0].name] = (1,)
+    apply(model, axes, Plan({a.name: a.size for a in axes}, kept))
+    assert (model.config.hidden_size, model.config.num_attention_heads) == (24, 4)
+    assert model.config.intermediate_size == 20
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(type(model), tmp_path)
+    assert torch.equal(outputs(again, batch()), outputs(model, batch()))
+
+
+@EVERY
+def test_folders_and_state_dicts(family, head, tmp_path):
+    model = stirred(family, head)
+    keeper = PlanKeeper.of(model)
+    plan = random_plan(keeper.axes, residual=True)
+    apply(model, keeper.axes, plan)
+    keeper.plan = plan
+    expected = outputs(model, inputs_of(head))
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    opened = load_pruned(build(family, head), tmp_path / "a.pt")
+    assert torch.equal(outputs(opened, inputs_of(head)), expected)
+    keeper.close()
+    model.save_pretrained(tmp_path / "folder")
+    again = from_pretrained(type(model), tmp_path / "folder")
+    assert torch.equal(outputs(again, inputs_of(head)), expected)
+
+
+def test_a_tied_decoder_is_cut_once_under_either_name():
+    model = stirred("bert", "masked-lm")
+    axes = find_axes(model)
+    plan = random_plan(axes, residual=True)
+    decoder = model.get_output_embeddings()
+    apply(model, axes, plan)
+    assert model.get_input_embeddings().weight is decoder.weight
+    assert (decoder.in_features, decoder.weight.shape[1]) == (12, 12)
+    untied = stirred("bert", "masked-lm", tie_word_embeddings=False)
+    both = find_axes(untied)
+    names = {s.tensor for axis in both for s in axis.slices}
+    assert "cls.predictions.decoder.weight" in names
+    untied.cls.predictions.decoder.weight = untied.get_input_embeddings().weight  # tied afterwards
+    masked = masked_stream(untied, both, plan)
+    rewrites = apply(untied, both, plan)
+    assert torch.allclose(outputs(untied, batch()), outputs(masked, batch()), atol=1e-5)
+    assert len({id(r.old) for r in rewrites}) == len(rewrites)
+
+
+@FEW
+def test_growing_and_going_back(family, head):
+    model = stirred(family, head)
+    axes, inputs = find_axes(model), inputs_of(head)
+    plan, before = random_plan(axes, residual=True), outputs(model, inputs)
+    values = {k: v.clone() for k, v in (*model.named_parameters(), *model.named_buffers())}
+    rewrites = apply(model, axes, plan)
+    small, after = copy.deepcopy(model.state_dict()), outputs(model, inputs)
+    revert(model, axes, full_plan(axes), rewrites)
+    assert torch.equal(outputs(model, inputs), before)
+    reshape(model, axes, plan)
+    model.load_state_dict(small)
+    assert torch.equal(outputs(model, inputs), after)
+    undo(model, axes, full_plan(axes), values)
+    assert torch.equal(outputs(model, inputs), before)
+    reshape(model, axes, plan)
+    model.load_state_dict(small)
+    assert torch.equal(outputs(model, inputs), after)
+
+
+def test_training_goes_on():
+    model = stirred("bert")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    axes = find_axes(model)
+    for plan in (random_plan(axes, residual=True), random_plan(axes, 0.25, residual=True)):
+        now = present_plan(model, axes)
+        smaller = {n: tuple(p for p in k if p in now.kept[n])[:6] for n, k in plan.kept.items()}
+        rebind([optimizer], apply(model, axes, Plan(plan.sizes, smaller), current=now))
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(**batch(), labels=torch.zeros(32, dtype=torch.long)).loss.backward()
+            assert all(p.grad is not None for p in model.parameters())
+            optimizer.step()
+    states = [optimizer.state[p]["exp_avg"] for p in model.parameters()]
+    assert [s.shape for s in states] == [p.shape for p in model.parameters()]
+
+
+def test_values_in_final_shape_for_every_kind_of_parameter():
+    model = stirred("bert")
+    axes = find_axes(model)
+    plan = random_plan(axes, residual=True)
+    small = copy.deepcopy(model)
+    apply(small, axes, plan)
+    names = [
+        "bert.encoder.layer.0.output.LayerNorm.weight",
+        "bert.encoder.layer.0.output.dense.weight",  # columns by neurons, rows by the stream
+        "bert.encoder.layer.0.output.dense.bias",
+        "bert.embeddings.position_embeddings.weight",
+        "classifier.bias",  # not cut at all
+    ]
+    folded = {n: torch.randn_like(small.get_parameter(n)) for n in names}
+    rewrites = {id(r.new): r for r in apply(model, axes, plan, folded=folded)}
+    for name, values in folded.items():
+        assert torch.equal(model.get_parameter(name), values)
+        assert id(model.get_parameter(name)) in rewrites
+    wrong = {names[0]: torch.zeros(24)}
+    with pytest.raises(PruningError, match=r"has shape \(24,\); expected \(12,\)"):
+        apply(stirred("bert"), axes, plan, folded=wrong)
+
+
+def test_an_empty_stream_is_refused():
+    model = stirred("bert")
+    axes = find_axes(model)
+    before = copy.deepcopy(model.state_dict())
+    empty = full_plan(axes).then(Plan({"bert.residual": 24}, {"bert.residual": ()}))
+    sentence = r"none of the 24 units of axis 'bert.residual', which cannot be empty"
+    for change in (apply, reshape):
+        with pytest.raises(PruningError, match=sentence):
+            change(model, axes, empty)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"share_att_key": False}, "pos_key_proj"),
+        ({"conv_kernel_size": 3, "conv_act": "tanh"}, "conv.conv"),
+        ({"norm_rel_ebd": "none", "type_vocab_size": 2}, "token_type"),
+        ({"embedding_size": 16}, "embed_proj"),
+        ({"relative_attention": False, "pos_att_type": None}, "value_proj"),
+        ({"position_biased_input": True}, "position_embeddings"),
+    ],
+)
+@pytest.mark.parametrize("head", ["sequence", "masked-lm"])
+def test_every_deberta(options, parts, head):
+    model = stirred("deberta-v2", head, **options)
+    axes = find_axes(model)
+    assert any(parts in s.tensor for axis in axes for s in axis.slices)
+    plan = random_plan(axes, residual=True)
+    masked = masked_stream(model, axes, plan)
+    apply(model, axes, plan)
+    assert torch.allclose(outputs(model, batch()), outputs(masked, batch()), atol=1e-5)
+
+
+@pytest.mark.parametrize("head", models.HEADS)
+def test_embeddings_with_a_width_of_their_own_are_no_part_of_it(head):
+    model = models.HEADS[head].from_config(models.ElectraConfig(**models._BERT, embedding_size=16))
+    models.randomize(model.eval())
+    axes = find_axes(model)
+    assert not any("word_embeddings" in s.tensor for axis in axes for s in axis.slices)
+    assert any("embeddings_project" in s.tensor for axis in axes for s in axis.slices)
+    plan = random_plan(axes, residual=True)
+    masked = masked_stream(model, axes, plan)
+    apply(model, axes, plan)
+    assert model.config.embedding_size == 16
+    assert torch.allclose(outputs(model, batch()), outputs(masked, batch()), atol=1e-5)
+
+
+def test_encoders_alone_and_other_heads(tmp_path):
+    vit = models.ViTConfig(**models._VIT)
+    for model, inputs, name in [
+        (BertModel(CONFIGS["bert"]()), batch(), "last_hidden_state"),
+        (ViTModel(vit), models.pictures(), "pooler_output"),
+        (ElectraForPreTraining(models.ElectraConfig(**models._BERT)), batch(), "logits"),
+        (
+            DeiTForImageClassificationWithTeacher(models.DeiTConfig(**models._VIT)),
+            models.pictures(),
+            "logits",
+        ),
+    ]:
+        models.randomize(model.eval())
+        axes = find_axes(model)
+        plan = random_plan(axes, residual=True)
+        (stream,) = (axis for axis in axes if axis.kind == "residual")
+        masked = masked_stream(model, axes, plan)
+        apply(model, axes, plan)
+        expected = masked(**inputs)[name]
+        if name == "last_hidden_state":
+            expected = expected[..., list(plan.kept[stream.name])]
+        assert torch.allclose(model(**inputs)[name], expected, atol=1e-5)
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        assert torch.equal(
+            from_pretrained(type(model), folder)(**inputs)[name], model(**inputs)[name]
+        )
+
+
+def test_heads_that_no_table_describes_have_no_such_axis():
+    class Own(BertForSequenceClassification):
+        pass
+
+    for model in (
+        Own(CONFIGS["bert"]()),
+        ViTForMaskedImageModeling(models.ViTConfig(**models._VIT)),
+        BertModel(CONFIGS["bert"](is_decoder=True, add_cross_attention=True)),
+        models.PICTURES["vit"](num_labels=0),
+        build("deberta-v2", "masked-lm", legacy=False),
+    ):
+        kinds = {axis.kind for axis in find_axes(model)}
+        assert kinds == {"ffn", "heads"}
+        with pytest.raises(PruningError, match=r"units names 'residual', but this model has only"):
+            choose_axes(find_axes(model), units=["residual"])
+
+
+def test_a_strange_embedding_leaves_the_other_axes_alone():
+    class Own(nn.Embedding):
+        pass
+
+    model = build()
+    model.bert.embeddings.word_embeddings = Own(64, 24)
+    assert {axis.kind for axis in find_axes(model)} == {"ffn", "heads", "pooler"}
+
+
+def test_two_networks_have_two_streams():
+    root = nn.ModuleDict({"a": build(), "b": build(seed=1)})
+    axes = find_axes(root)
+    names = [axis.name for axis in axes if axis.kind == "residual"]
+    assert names == ["a.bert.residual", "b.bert.residual"]
+    plan = Plan({names[0]: 24}, {names[0]: tuple(range(12))})
+    apply(root, axes, plan)
+    assert root["a"].bert.embeddings.word_embeddings.embedding_dim == 12
+    assert root["b"].bert.embeddings.word_embeddings.embedding_dim == 24
