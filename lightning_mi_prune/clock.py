@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,9 +18,9 @@ from lightning_mi_prune.axes import WidthAxis, full_plan
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.latency import Device, LatencyCurve, LatencyTable
 from lightning_mi_prune.limits import may_vanish, step_of
-from lightning_mi_prune.listener import Example
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.report import measure_latency
+from lightning_mi_prune.sample import Example, copied
 from lightning_mi_prune.surgery import reshape
 
 __all__ = ["cached_table", "device_of", "measure_table"]
@@ -101,7 +100,7 @@ def measure_table(
         clock: Milliseconds of each call by name; default :func:`report.measure_latency`.
     """
     timed = partial(measure_latency, seconds=seconds, rounds=3) if clock is None else clock
-    dense, cut = (_copy(root, {axis.network for axis in axes}) for _ in range(2))
+    dense, cut = (copied(root, {axis.network for axis in axes}) for _ in range(2))
     reshape(dense, axes, full_plan(axes))
     groups: dict[Any, list[WidthAxis]] = {}
     for axis in axes:
@@ -134,21 +133,6 @@ def measure_table(
     inputs = [v for call in calls.values() for v in (*call.args, *call.kwargs.values())]
     shape = next((v.shape for v in inputs if isinstance(v, Tensor) and v.ndim > 1), (0, 0))
     return LatencyTable(device_of(root, dtype), shape[0], shape[1], dense_ms, tuple(curves))
-
-
-def _copy(root: nn.Module, networks: Collection[str]) -> nn.Module:
-    """A module that holds copies of the networks at their paths, and nothing else."""
-    if "" in networks:
-        return copy.deepcopy(root).eval()
-    shell, memo = nn.Module(), dict[int, Any]()  # one memo: what networks share stays shared
-    for path in sorted(networks):
-        node, (*parents, last) = shell, path.split(".")
-        for parent in parents:
-            if parent not in node._modules:
-                node.add_module(parent, nn.Module())
-            node = node.get_submodule(parent)
-        node.add_module(last, copy.deepcopy(root.get_submodule(path), memo))
-    return shell.eval()
 
 
 def _forward(

@@ -152,7 +152,7 @@ class GradientListener:
                 return
             if not output.requires_grad:
                 # Everything below is frozen, but what is above still says what matters here.
-                if not module.training or not output.is_floating_point():
+                if not output.is_floating_point():
                     return
                 output.requires_grad_()
             x = (args[0] if args else kwargs["input"]).detach()

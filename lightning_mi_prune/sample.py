@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Example", "merged", "rows_of", "run", "taken"]
+__all__ = ["Example", "copied", "merged", "placed", "rows_of", "run", "taken"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,17 @@ def taken(value: Any, rows: int | None, index: Tensor) -> Any:
         return [taken(v, rows, index) for v in value]
     if isinstance(value, dict):
         return {k: taken(v, rows, index) for k, v in value.items()}
+    return value
+
+
+def placed(value: Any, device: torch.device) -> Any:
+    """The same nested containers, with every tensor on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(placed(v, device) for v in value)
+    if isinstance(value, Mapping):
+        return {k: placed(v, device) for k, v in value.items()}
     return value
 
 
@@ -147,3 +159,22 @@ def run(network: nn.Module, call: Example) -> None:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def copied(root: nn.Module, networks: Collection[str]) -> nn.Module:
+    """A module that holds copies of the networks at their paths, and nothing else."""
+    memo: dict[int, Any] = {}  # one memo: what networks share stays shared
+    for name in ("_trainer", "_fabric"):  # of a LightningModule; neither can be copied, nor need be
+        held = getattr(root, name, None)
+        memo |= {} if held is None else {id(held): held}
+    if "" in networks:
+        return copy.deepcopy(root, memo).eval()
+    shell = nn.Module()
+    for path in sorted(networks):
+        node, (*parents, last) = shell, path.split(".")
+        for parent in parents:
+            if parent not in node._modules:
+                node.add_module(parent, nn.Module())
+            node = node.get_submodule(parent)
+        node.add_module(last, copy.deepcopy(root.get_submodule(path), memo))
+    return shell.eval()

@@ -174,7 +174,6 @@ _DEBERTA = FamilyNames(
     mixer="encoder.conv.conv",
     norms=("embeddings.LayerNorm", "encoder.LayerNorm", "encoder.conv.LayerNorm"),
     pooler=None,
-    head_size="attention_head_size",
     twins=("pooler_hidden_size",),
 )
 # One group of layers runs many times: one set of axes, whose readers are called many times.

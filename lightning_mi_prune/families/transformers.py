@@ -79,19 +79,17 @@ def describe(network: nn.Module) -> list[WidthAxis]:
     axes = [replace(axis, above=(*axis.above, *state)) for axis in axes]
     head = names.heads.get(type(network).__name__.removeprefix(names.classes))
     if head is not None and head.pooler is not None:
-        axes.append(
-            linear_axis(
-                network,
-                "pooler",
-                kind="pooler",
-                producers=head.pooler[:1],
-                readers=head.pooler[1:],
-                scope=scope,
-                # The config has one number for these units and for those of the stream.
-                config=None if residual is None else residual.config,
-                level=2 * len(axes),
-            )
+        pooler = linear_axis(
+            network,
+            "pooler",
+            kind="pooler",
+            producers=head.pooler[:1],
+            readers=head.pooler[1:],
+            scope=scope,
+            level=2 * len(axes),
         )
+        # The config has one number for these units and for those of the stream.
+        axes.append(replace(pooler, tie=names.hidden))
     return axes if residual is None else [*axes, residual]
 
 

@@ -1,0 +1,288 @@
+"""DECIDE   rank, allot, select, refit: one decision, for the callback and one shot alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mi_prune.axes import WidthAxis, count_parameters
+from lightning_mi_prune.budget import Budget, check_reach
+from lightning_mi_prune.clock import cached_table, device_of, measure_table
+from lightning_mi_prune.competition import allot
+from lightning_mi_prune.costs import Costs, ParameterCosts, measure_macs
+from lightning_mi_prune.criteria import Criterion, MutualInformation
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families import is_within
+from lightning_mi_prune.latency import LatencyCosts, LatencyTable
+from lightning_mi_prune.limits import Limits
+from lightning_mi_prune.moments import Moments
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.ranking import RelevanceSource, rank_axes
+from lightning_mi_prune.refit import Sum, readings, record, refit
+from lightning_mi_prune.relevance import GradientSums, relevance_of
+from lightning_mi_prune.sample import Example, copied, merged, placed, taken
+from lightning_mi_prune.selection import Selection, select
+from lightning_mi_prune.surgery import apply
+
+__all__ = ["Heard", "Method", "pull_back"]
+
+
+@dataclass
+class Heard:
+    """All that was heard before a cut.
+
+    Args:
+        moments: Sums of activations at each place, by key.
+        gradients: Sums of gradients of training steps, by key; None where nobody asked.
+        calls: Inputs to run the cut model on, by path of the network that was called.
+        samples: Stored positions ``(N, d)`` of each place; empty where nobody asked.
+        examples: One call of each network, to count and to time its work.
+    """
+
+    moments: Mapping[str, Moments]
+    gradients: Mapping[str, GradientSums] | None = None
+    calls: Mapping[str, Sequence[Example]] = field(default_factory=dict)
+    samples: Mapping[str, Tensor] = field(default_factory=dict)
+    examples: Mapping[str, Example] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which units stay, and with which weights.
+
+    Args:
+        budget: How small the model must get.
+        criterion: Who puts the units in order.
+        widths: ``"global"`` lets all axes compete by what they lose for their cost, ``"uniform"``
+            keeps the same share everywhere.
+        relevance: What tells which part of the layer above matters: ``"gradient"`` of training
+            steps, ``"readers"`` (the weights kept above), or None.
+        fold_in: Whether readers' weights absorb dropped units by least squares.
+        refit: Whether output projections are solved again on what the cut model really hears.
+        refit_positions: Positions of inputs that are stored for that.
+        refit_ridge: Pull towards the weights that folding in left, as a share of the mean variance.
+        limits: Floors, caps and pins.
+        multiple: Neuron widths are multiples of this.
+        estimator: ``"gaussian"`` measures on activations, ``"copula"`` on their normal scores.
+        samples: Positions that are stored for the copula.
+        latency_table: File of measured latencies (JSON), measured and written if it is not there.
+        latency_batch: Examples in the call that is timed.
+    """
+
+    budget: Budget
+    criterion: Criterion = field(default_factory=MutualInformation)
+    widths: Literal["global", "uniform"] = "global"
+    relevance: Literal["gradient", "readers"] | None = "gradient"
+    fold_in: bool = True
+    refit: bool = True
+    refit_positions: int = 8192
+    refit_ridge: float = 1e-2
+    limits: Limits = field(default_factory=Limits)
+    multiple: int = 8
+    estimator: Literal["gaussian", "copula"] = "gaussian"
+    samples: int = 4096
+    latency_table: str | None = None
+    latency_batch: int = 1
+
+    def check(
+        self, module: nn.Module, axes: Sequence[WidthAxis], current: Mapping[str, int]
+    ) -> None:
+        """Refuse what can be known to fail before anything is heard.
+
+        Raises:
+            PruningError: If limits contradict each other, or the budget is out of reach.
+        """
+        if self.budget.measure == "parameters":
+            costs = self.costs(module, axes, axes, current, {})
+            check_reach(
+                axes,
+                self.budget,
+                costs=costs,
+                widths=self.widths,
+                current=current,
+                limits=self.limits,
+                multiple=self.multiple,
+            )
+        else:
+            self.limits.resolve(axes, current, multiple=self.multiple)
+            path = self.latency_table
+            if path is not None and Path(path).exists():
+                LatencyTable.load(path).check_device(device_of(module))
+
+    def costs(
+        self,
+        module: nn.Module,
+        axes: Sequence[WidthAxis],
+        chosen: Sequence[WidthAxis],
+        current: Mapping[str, int],
+        examples: Mapping[str, Example],
+    ) -> Costs:
+        """What widths cost, in the measure of the budget.
+
+        Args:
+            module: The model as it stands.
+            axes: All its axes.
+            chosen: Those that may shrink.
+            current: Present widths of all axes.
+            examples: One call of each network; only MACs and latency need it.
+        """
+        if self.budget.measure == "parameters":
+            now = count_parameters(chosen, current)
+            fixed = sum(p.numel() for p in module.parameters()) - now
+            return ParameterCosts(chosen, fixed)
+        if not examples:
+            raise PruningError(
+                f"{self.budget} needs a call of the network to measure, but none was heard; run "
+                "validation first."
+            )
+        if self.budget.measure == "MACs":
+            return measure_macs(module, axes, examples, current)
+        index = torch.zeros(self.latency_batch, dtype=torch.long)
+        calls = {
+            path: Example(*taken((call.args, call.kwargs, call.mask), call.rows, index))
+            for path, call in examples.items()
+        }
+
+        def measure() -> LatencyTable:
+            return measure_table(module, axes, calls, multiple=self.multiple)
+
+        path = self.latency_table
+        table = measure() if path is None else cached_table(path, measure, device_of(module))
+        return LatencyCosts(table, axes, held=current)
+
+    def decide(
+        self,
+        module: nn.Module,
+        axes: Sequence[WidthAxis],
+        chosen: Sequence[WidthAxis],
+        current: Plan,
+        heard: Heard,
+        *,
+        progress: float = 1.0,
+        kept: float = 1.0,
+    ) -> Selection | None:
+        """Choose the survivors; the model is only read.
+
+        Args:
+            module: The model as it stands.
+            axes: All its axes.
+            chosen: Those that may shrink.
+            current: The plan it carries.
+            heard: What was heard of it.
+            progress: How far to go from the model as built to the budget.
+            kept: Share of the information that earlier cuts left.
+
+        Returns:
+            What to cut, or None where the model is that small already.
+
+        Raises:
+            PruningError: If the budget is out of reach, or too little was heard.
+        """
+        weights = dict(module.named_parameters(remove_duplicate=False))
+        now = {name: len(units) for name, units in current.kept.items()}
+        costs = self.costs(module, axes, chosen, now, heard.examples)
+        mine = {axis.name: now[axis.name] for axis in chosen}
+        relevance = self._relevance(heard)
+        samples = heard.samples if self.estimator == "copula" else None
+        rankings = None
+        if self.widths == "global" or self.budget.kind == "keep_information":
+            rankings = rank_axes(
+                chosen,
+                heard.moments,
+                weights,
+                current,
+                self.criterion,
+                relevance=relevance,
+                samples=samples,
+            )
+        widths = allot(
+            chosen,
+            self.budget,
+            costs=costs,
+            widths=self.widths,
+            rankings=rankings,
+            current=mine,
+            limits=self.limits,
+            multiple=self.multiple,
+            progress=progress,
+            kept=kept,
+        )
+        widths = {name: min(width, mine[name]) for name, width in widths.items()}
+        if widths == mine:
+            return None
+        return select(
+            chosen,
+            heard.moments,
+            weights,
+            widths,
+            current,
+            self.criterion,
+            relevance=relevance,
+            rankings=rankings,
+            samples=samples,
+            fold_in=self.fold_in,
+            ridge=getattr(self.criterion, "ridge", 0.1),
+        )
+
+    def _relevance(self, heard: Heard) -> RelevanceSource:
+        if self.relevance != "gradient":
+            return self.relevance
+        gradients = heard.gradients or {}
+        if not gradients:
+            raise PruningError(
+                "relevance='gradient' asks for training steps, but none were heard. Train first, "
+                "give a loss, or use relevance='readers', which needs none."
+            )
+        return relevance_of(gradients)
+
+
+def pull_back(
+    module: nn.Module,
+    axes: Sequence[WidthAxis],
+    current: Plan,
+    selection: Selection,
+    method: Method,
+    heard: Heard,
+    add: Sum = lambda sums: sums,
+    share: float = 1.0,
+) -> Selection:
+    """Refit what a selection leaves, on a cut copy; the model itself is only run.
+
+    Args:
+        module: The model as it stands.
+        axes: All its axes.
+        current: The plan it carries.
+        selection: What will be cut.
+        method: How.
+        heard: What was heard; every rank has calls of its own.
+        add: Adds sums up over ranks.
+        share: Weight of this rank's calls; 0 where they are borrowed, to keep the others company.
+
+    Returns:
+        The selection with the refitted weights.
+
+    Raises:
+        PruningError: If the stored sample is smaller than what there is to learn from it.
+    """
+    found = readings(axes, current, selection.plan)
+    if not method.refit or not found:
+        return selection
+    cut = copied(module, {axis.network for axis in axes})
+    apply(cut, axes, selection.plan, current=current, folded=selection.folded)
+    folded = dict(selection.folded)
+    for path in sorted(heard.calls):
+        call = merged(heard.calls[path], 2 * method.refit_positions)
+        mine = [reading for reading in found if is_within(reading.layer, path)]
+        if call is None or not mine:
+            continue
+        device = next(module.parameters()).device
+        call = Example(*placed((call.args, call.kwargs, call.mask), device))
+        targets = record(module, mine, path, call)
+        ridge = method.refit_ridge
+        folded |= refit(cut, mine, path, call, targets, ridge=ridge, add=add, share=share)
+    return replace(selection, folded=folded)

@@ -1,0 +1,250 @@
+"""PRUNE    a trained module in one call, without a Trainer."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mi_prune.axes import choose_axes, count_parameters
+from lightning_mi_prune.budget import Budget, sparsity_of
+from lightning_mi_prune.checkpoints import PlanKeeper
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families import find_axes, is_within
+from lightning_mi_prune.gradients import GradientListener
+from lightning_mi_prune.listener import Listener
+from lightning_mi_prune.method import Heard, Method, pull_back
+from lightning_mi_prune.optimizers import check_optimizers, rebind
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.relevance import GradientSums, check_gradients
+from lightning_mi_prune.sample import placed
+from lightning_mi_prune.selection import Information
+from lightning_mi_prune.surgery import apply, check
+
+__all__ = ["Pruned", "prune"]
+
+Forward = Callable[[nn.Module, Any], Any]
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What one call of :func:`prune` did.
+
+    Args:
+        plan: Survivors of every axis, with the order in which the others went.
+        sparsity: Share of the prunable parameters that is gone, against the model as built.
+        parameters: Parameters of the module before and after.
+        prunable_parameters: Those of the axes that could be cut, before and after.
+        information: What each axis kept of its information with the layer above.
+        seconds: Time spent ``listening``, feeling ``gradients``, ``scoring``, ``refitting``.
+    """
+
+    plan: Plan
+    sparsity: float
+    parameters: tuple[int, int]
+    prunable_parameters: tuple[int, int]
+    information: Mapping[str, Information]
+    seconds: Mapping[str, float]
+
+
+def prune(
+    module: nn.Module,
+    dataloader: Iterable[Any],
+    budget: float | Budget = 0.5,
+    *,
+    loss: Loss | None = None,
+    forward: Forward | None = None,
+    method: Method | None = None,
+    units: Sequence[str] | None = None,
+    within: str = "",
+    include: str | None = None,
+    exclude: str | None = None,
+    positions: int = 16_384,
+    steps: int = 64,
+    training: Iterable[Any] | None = None,
+    optimizers: Sequence[Optimizer] = (),
+    seed: int = 0,
+) -> Pruned:
+    """Make a trained module smaller in one call: listen, rank, allot, select, cut, refit.
+
+    The module is changed in place, its mode, its gradients and the random state stay. Everything is
+    checked before the first change.
+
+    Args:
+        module: The module, trained.
+        dataloader: Batches it would be validated on; a few thousand positions are enough.
+        budget: Share of the prunable parameters to remove, or any :class:`Budget`.
+        loss: Loss of a batch, ``loss(module, batch)``: a bounded number of backward passes then
+            tells which part of each layer matters. A LightningModule brings its ``training_step``.
+            Without either, the weights that are kept above tell.
+        forward: Runs the module on a batch; default ``module(**batch)``, ``module(*batch)`` or
+            ``module(batch)`` by the type of the batch, ``validation_step`` of a LightningModule.
+        method: Everything else that can be chosen; its budget is not looked at.
+        units: Kinds of unit to cut (:func:`axes.choose_axes`).
+        within: Path of the submodule to search.
+        include: Only axes whose name this regular expression finds.
+        exclude: No axes whose name this regular expression finds.
+        positions: Samples to listen to on each axis.
+        steps: Batches of the backward passes.
+        training: Batches for them; default those of ``dataloader``.
+        optimizers: Optimizers whose state is carried across the cut.
+        seed: Seed of the draw of positions.
+
+    Raises:
+        PruningError: If the module, the data, the budget or the method do not allow it.
+
+    Example:
+        >>> from lightning_mi_prune import linear_axis, register_family
+        >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> @register_family("docs-oneshot", matches=lambda m: m is net)
+        ... def describe(m):
+        ...     return [linear_axis(m, "hidden", kind="ffn", producers=["0"], readers=["2"])]
+        >>> batches = [torch.randn(500, 8) for _ in range(4)]
+        >>> done = prune(net, batches, 0.75, loss=lambda m, x: m(x).square().mean())
+        >>> net[0].out_features, done.plan.width("hidden")
+        (16, 16)
+    """
+    asked = Budget(sparsity=budget) if isinstance(budget, (int, float)) else budget
+    judged = loss is not None or hasattr(module, "training_step")
+    if method is None:
+        method = Method(asked, relevance="gradient" if judged else "readers")
+    elif method.relevance == "gradient" and not judged:
+        raise PruningError(
+            "relevance='gradient' asks for training steps, but there is no loss. Expected "
+            "loss(module, batch) or a LightningModule; or use relevance='readers'."
+        )
+    method = replace(method, budget=asked)
+    keeper = PlanKeeper.of(module, partial(find_axes, within=within))
+    axes, current = keeper.axes, keeper.plan
+    mine = [axis for axis in axes if is_within(axis.name, within)]
+    chosen = choose_axes(mine, units=units, include=include, exclude=exclude)
+    check(module, chosen, current)
+    check_optimizers(optimizers, [module.get_parameter(s.tensor) for a in chosen for s in a.slices])
+    before = {name: len(kept) for name, kept in current.kept.items()}
+    method.check(module, chosen, before)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "listening"):
+        listener = Listener(
+            module,
+            chosen,
+            positions=positions,
+            batches=_length(dataloader),
+            seed=seed,
+            calls=method.refit_positions if method.refit else 0,
+            samples=method.samples if method.estimator == "copula" else 0,
+        )
+        _listen(module, dataloader, forward or _validate, listener, positions)
+    heard = Heard(
+        listener.moments,
+        calls=listener.stored,
+        samples=listener.samples,
+        examples=listener.calls(chosen),
+    )
+    listener.check()
+    if method.relevance == "gradient":
+        with _timed(seconds, "gradients"):
+            felt = GradientListener(module, chosen, steps=steps)
+            batches = dataloader if training is None else training
+            heard.gradients = _feel(module, batches, loss or _train, felt, steps)
+    with _timed(seconds, "scoring"):
+        selection = method.decide(module, axes, chosen, current, heard)
+    if selection is None:
+        raise PruningError(f"The module meets {asked} already: nothing to cut. Ask for less.")
+    with _timed(seconds, "refitting"):
+        selection = pull_back(module, axes, current, selection, method, heard)
+    parameters = sum(p.numel() for p in module.parameters())
+    rewrites = apply(module, axes, selection.plan, current=current, folded=selection.folded)
+    rebind(optimizers, rewrites)
+    keeper.plan = current.then(selection.plan)
+    after = {axis.name: keeper.plan.width(axis.name) for axis in chosen}
+    return Pruned(
+        plan=keeper.plan,
+        sparsity=sparsity_of(chosen, after),
+        parameters=(parameters, sum(p.numel() for p in module.parameters())),
+        prunable_parameters=(count_parameters(chosen, before), count_parameters(chosen, after)),
+        information=selection.information,
+        seconds=seconds,
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+@contextmanager
+def _still(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and gradients of its own; both are put back."""
+    modes = {part: part.training for part in module.modules()}
+    gradients = {p: p.grad for p in module.parameters()}
+    module.eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*self.log.*")  # there is no Trainer
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
+def _listen(
+    module: nn.Module, batches: Iterable[Any], forward: Forward, listener: Listener, positions: int
+) -> None:
+    device = next(module.parameters()).device
+    with _still(module), torch.no_grad(), listener:
+        for batch in batches:
+            listener.start_batch()
+            forward(module, placed(batch, device))
+            if all(int(m.count) >= positions for m in listener.moments.values()):
+                break
+
+
+def _feel(
+    module: nn.Module, batches: Iterable[Any], loss: Loss, felt: GradientListener, steps: int
+) -> Mapping[str, GradientSums]:
+    device = next(module.parameters()).device
+    with _still(module), torch.enable_grad(), felt:
+        for index, batch in enumerate(islice(batches, steps)):
+            for parameter in module.parameters():
+                parameter.grad = None
+            with felt.step(index):
+                loss(module, placed(batch, device)).backward()  # type: ignore[no-untyped-call]
+    check_gradients(felt.sums)
+    return felt.sums
+
+
+def _validate(module: nn.Module, batch: Any) -> Any:
+    step: Any = getattr(module, "validation_step", None)
+    if step is not None and hasattr(module, "training_step"):
+        return step(batch, 0)
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    return module(*batch) if isinstance(batch, (tuple, list)) else module(batch)
+
+
+def _train(module: nn.Module, batch: Any) -> Tensor:
+    step: Any = module.training_step
+    result = step(batch, 0)
+    found: Tensor = result["loss"] if isinstance(result, Mapping) else result
+    return found
