@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mi_prune.axes import WidthAxis
-from lightning_mi_prune.listener import Example
+from lightning_mi_prune.sample import Example
 
 __all__ = ["Costs", "MacCosts", "ParameterCosts", "measure_macs"]
 

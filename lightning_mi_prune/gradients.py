@@ -15,7 +15,7 @@ from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.sample import rows_of
 
-__all__ = ["GradientListener"]
+__all__ = ["GradientListener", "blank"]
 
 
 class GradientListener:
@@ -53,16 +53,13 @@ class GradientListener:
         batches: int | None = None,
         taylor: bool = False,
     ) -> None:
-        self.sums: dict[str, GradientSums] = {}
-        self._readers: list[tuple[str, str, int]] = []
-        for axis in axes:
-            for key, readers in axis.places.items():
-                rows, columns = model.get_parameter(f"{readers[0]}.weight").shape
-                inside = bool(axis.sites)
-                self.sums[key] = GradientSums(
-                    columns if inside else rows, columns // axis.entries, inside=inside
-                )
-                self._readers += [(key, reader, axis.entries) for reader in readers]
+        self.sums = blank(model, axes)
+        self._readers = [
+            (key, reader, axis.entries)
+            for axis in axes
+            for key, readers in axis.places.items()
+            for reader in readers
+        ]
         self._model, self._steps, self._taylor = model, steps, taylor
         self._stride = 1 if batches is None else max(1, batches // steps)
         self._networks = sorted({axis.scope or axis.network for axis in axes})
@@ -111,8 +108,8 @@ class GradientListener:
             index: Index of the step within its epoch.
         """
         self._drop()
-        heard = int(next(iter(self.sums.values())).counts[1]) if self.sums else self._steps
-        self._hearing = heard < self._steps and index % self._stride == self._stride - 1
+        turn, rest = divmod(index, self._stride)
+        self._hearing = turn < self._steps and rest == self._stride - 1
 
     def end(self, *, scale: float = 1.0) -> None:
         """A training step is over: add what was felt to the sums, if all of it is finite.
@@ -179,3 +176,14 @@ class GradientListener:
                 change = (x.reshape(down.shape).float() * down).view(x.shape[0], -1, x.shape[-1])
                 change = change.sum(1).view(x.shape[0], -1, entries).sum(2)
                 taylor += change.square().sum(0)
+
+
+def blank(model: nn.Module, axes: Sequence[WidthAxis]) -> dict[str, GradientSums]:
+    """Empty sums for every place, in the shape the model has now."""
+    sums: dict[str, GradientSums] = {}
+    for axis in axes:
+        for key, readers in axis.places.items():
+            rows, columns = model.get_parameter(f"{readers[0]}.weight").shape
+            size, inside = (columns, True) if axis.sites else (rows, False)
+            sums[key] = GradientSums(size, columns // axis.entries, inside=inside)
+    return sums

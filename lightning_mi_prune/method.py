@@ -39,14 +39,14 @@ class Heard:
     Args:
         moments: Sums of activations at each place, by key.
         gradients: Sums of gradients of training steps, by key; None where nobody asked.
-        calls: Inputs to run the cut model on, by path of the network that was called.
+        ranks: Inputs to run the cut model on, of each rank, by path of the network called.
         samples: Stored positions ``(N, d)`` of each place; empty where nobody asked.
         examples: One call of each network, to count and to time its work.
     """
 
     moments: Mapping[str, Moments]
     gradients: Mapping[str, GradientSums] | None = None
-    calls: Mapping[str, Sequence[Example]] = field(default_factory=dict)
+    ranks: Sequence[Mapping[str, Sequence[Example]]] = ()
     samples: Mapping[str, Tensor] = field(default_factory=dict)
     examples: Mapping[str, Example] = field(default_factory=dict)
 
@@ -249,7 +249,8 @@ def pull_back(
     method: Method,
     heard: Heard,
     add: Sum = lambda sums: sums,
-    share: float = 1.0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Selection:
     """Refit what a selection leaves, on a cut copy; the model itself is only run.
 
@@ -259,9 +260,10 @@ def pull_back(
         current: The plan it carries.
         selection: What will be cut.
         method: How.
-        heard: What was heard; every rank has calls of its own.
+        heard: What was heard.
         add: Adds sums up over ranks.
-        share: Weight of this rank's calls; 0 where they are borrowed, to keep the others company.
+        rank: This process.
+        world: Processes that solve together, each on its own calls.
 
     Returns:
         The selection with the refitted weights.
@@ -275,8 +277,11 @@ def pull_back(
     cut = copied(module, {axis.network for axis in axes})
     apply(cut, axes, selection.plan, current=current, folded=selection.folded)
     folded = dict(selection.folded)
-    for path in sorted(heard.calls):
-        call = merged(heard.calls[path], 2 * method.refit_positions)
+    for path in sorted({path for calls in heard.ranks for path in calls}):
+        stored = [call for calls in heard.ranks[rank::world] for call in calls.get(path, ())]
+        # A rank that heard nothing borrows a call of no weight, to come by when sums are added.
+        lent = [call for calls in heard.ranks for call in calls.get(path, ())][:1]
+        call = merged(stored or lent, 2 * method.refit_positions // world)
         mine = [reading for reading in found if is_within(reading.layer, path)]
         if call is None or not mine:
             continue
@@ -284,5 +289,6 @@ def pull_back(
         call = Example(*placed((call.args, call.kwargs, call.mask), device))
         targets = record(module, mine, path, call)
         ridge = method.refit_ridge
+        share = 1.0 if stored else 0.0
         folded |= refit(cut, mine, path, call, targets, ridge=ridge, add=add, share=share)
     return replace(selection, folded=folded)

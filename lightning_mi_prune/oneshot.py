@@ -146,7 +146,7 @@ def prune(
         _listen(module, dataloader, forward or _validate, listener, positions)
     heard = Heard(
         listener.moments,
-        calls=listener.stored,
+        ranks=[listener.stored],
         samples=listener.samples,
         examples=listener.calls(chosen),
     )

@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mi_prune.axes import WidthAxis
-from lightning_mi_prune.listener import Example
+from lightning_mi_prune.sample import Example
 from lightning_mi_prune.selection import Information
 
 __all__ = [

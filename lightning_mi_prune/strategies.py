@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -22,11 +22,12 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.xla import XLAStrategy
 
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.moments import Moments
 
 __all__ = [
+    "add_up",
     "agree",
     "decide_once",
+    "gather",
     "pool",
     "refuse_second",
     "refuse_unsupported",
@@ -103,7 +104,18 @@ def together(strategy: Strategy, subject: str, attempt: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def pool(strategy: Strategy, moments: Mapping[str, Moments]) -> None:
+class Sums(Protocol):
+    """Sums of a fixed shape that can be one vector."""
+
+    @property
+    def packed_size(self) -> int: ...
+
+    def packed(self) -> torch.Tensor: ...
+
+    def unpack(self, packed: torch.Tensor) -> Any: ...
+
+
+def pool(strategy: Strategy, moments: Mapping[str, Sums]) -> None:
     """Add up what all ranks heard, in place, with one all-reduce of float64 sums.
 
     Every rank must call it, also one that heard nothing; all end with the same sums. An axis of
@@ -122,7 +134,24 @@ def pool(strategy: Strategy, moments: Mapping[str, Moments]) -> None:
     if not isinstance(summed, torch.Tensor):
         raise PruningError(f"{type(strategy).__name__} cannot add up sums over ranks.")
     for name, part in zip(names, torch.split(summed, sizes), strict=True):
-        moments[name].unpack(part.to(moments[name].total.device))
+        moments[name].unpack(part.to(moments[name].packed().device))
+
+
+def add_up(strategy: Strategy, sums: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks of one tensor; every rank must call it."""
+    if world_size(strategy) == 1:
+        return sums
+    summed: Any = strategy.reduce(sums.to(strategy.root_device), reduce_op="sum")
+    return torch.as_tensor(summed).to(sums.device)
+
+
+def gather(strategy: Strategy, mine: T) -> list[T]:
+    """What every rank has, in the order of ranks; plain containers and tensors on the CPU."""
+    if world_size(strategy) == 1:
+        return [mine]
+    found: list[T | None] = [None] * world_size(strategy)
+    torch.distributed.all_gather_object(found, mine)
+    return found  # type: ignore[return-value]
 
 
 def decide_once(strategy: Strategy, decide: Callable[[], T]) -> T:

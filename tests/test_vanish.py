@@ -291,3 +291,18 @@ def test_attentions_and_checkpointed_layers():
     model.train().activation_checkpointing_enable()
     model(**batch(), labels=torch.zeros(32, dtype=torch.long)).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@FAMILIES
+def test_networks_at_any_depth(family, head):
+    model, inputs = build(family, head), inputs_of(head)
+    root = nn.ModuleDict({"nets": nn.ModuleList([model, build(family, head, seed=1)])})
+    axes = find_axes(root)
+    plan = vanished(axes, "both")
+    masked = masked_copy(root, axes, plan)
+    apply(root, axes, plan)
+    for mine, theirs in zip(root["nets"], masked["nets"], strict=True):
+        assert torch.allclose(outputs(mine, inputs), outputs(theirs, inputs), atol=1e-5)
+    root["nets"][1].load_state_dict(root["nets"][1].state_dict())
+    reshape(root, axes, full_plan(axes))
+    assert not any("forward" in vars(module) for module in root.modules())

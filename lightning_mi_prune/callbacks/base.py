@@ -9,11 +9,14 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mi_prune.callbacks.companions import without_best
+from lightning_mi_prune.callbacks.feeling import pooled
+from lightning_mi_prune.callbacks.heard import write_gradients
 from lightning_mi_prune.callbacks.run import (
     is_dev_run,
     is_last_validation,
@@ -26,14 +29,18 @@ from lightning_mi_prune.callbacks.run import (
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.state import RunState, reconcile
 from lightning_mi_prune.callbacks.steps import PruningSteps
+from lightning_mi_prune.callbacks.telling import begin_report, sizes_of
 from lightning_mi_prune.callbacks.trial import judge
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.families import find_axes, is_within
 from lightning_mi_prune.listener import Listener
+from lightning_mi_prune.method import Heard
 from lightning_mi_prune.moments import check_moments
 from lightning_mi_prune.report import PruningReport
+from lightning_mi_prune.sample import placed
 from lightning_mi_prune.strategies import (
     agree,
+    gather,
     pool,
     refuse_second,
     refuse_unsupported,
@@ -74,6 +81,11 @@ class PruningCallback(PruningSteps):
         """A validation that is still to be heard is run again, whole, when the run resumes."""
         if self._listens(trainer) and self._run.heard is None and "loops" in checkpoint:
             rerun_validation(trainer, checkpoint["loops"])
+        felt = self._run.felt
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if felt is not None and state is not None and world_size(trainer.strategy) > 1:
+            # Only rank 0 writes; the others go on from nothing, so the sum over ranks is the same.
+            state["felt"] = write_gradients(pooled(trainer, felt))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -85,16 +97,20 @@ class PruningCallback(PruningSteps):
             self._chosen = self.choose(without_frozen(pl_module, mine))
             check(pl_module, self._chosen, keeper.plan)
             if not self._run.fitted.epochs:
-                self.report = self._begin_report(pl_module, keeper)
+                axes, plan = keeper.axes, keeper.plan
+                self.report = begin_report(pl_module, axes, self._chosen, plan)
             self._check_optimizers(trainer, pl_module)
-            self.check(self._chosen)
+            self.check(pl_module, self._chosen, self._present_widths())
             sizes = [(axis.name, axis.size) for axis in self._chosen]
-            options = (self._budget, self._best_of, self._positions, self._seed)
+            sampling = (self._positions, self._calls, self._samples, self._steps, self._seed)
+            options = (self._budget, self._best_of, sampling)
             return f"{keeper.plan.digest()} {sizes} {options}"
 
         together(trainer.strategy, "what to prune and how", prepare)
         for surprise in reconcile(self._run, self._chosen, pl_module, self._budget):
             rank_zero_warn(surprise)
+        if trainer.global_rank and self._run.felt is not None:
+            self._run.felt = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -129,12 +145,15 @@ class PruningCallback(PruningSteps):
             return
         self._close()
         self._run.heard = None
+        world = world_size(trainer.strategy)
         self._listener = Listener(
             pl_module,
             self._chosen,
-            positions=-(-self._positions // world_size(trainer.strategy)),
+            positions=-(-self._positions // world),
             batches=validation_batches(trainer),
             seed=self._seed,
+            calls=-(-self._calls // world),
+            samples=-(-self._samples // world),
         ).__enter__()
 
     @override
@@ -161,8 +180,20 @@ class PruningCallback(PruningSteps):
         run.examples = run.examples or listener.calls(self._chosen)
         run.seconds = {"listening": listener.seconds}
         pool(trainer.strategy, listener.moments)
-        run.heard, run.heard_at = listener.moments, trainer.current_epoch
-        check_moments(run.heard)
+        check_moments(listener.moments)
+        gradients = self._felt(trainer)
+        if self._steps and gradients is None:
+            return
+        run.heard, run.heard_at = Heard(listener.moments, gradients), trainer.current_epoch
+        if self._calls:
+            stored = placed(listener.stored, torch.device("cpu"))
+            run.heard.ranks = gather(trainer.strategy, stored)
+        if self._samples:
+            parts = gather(trainer.strategy, listener.samples)
+            keys = listener.samples or parts[0]
+            run.heard.samples = {
+                key: torch.cat([p[key] for p in parts if key in p]) for key in keys
+            }
         if trainer.is_last_batch:
             self._decide(trainer, pl_module, trainer.current_epoch + 1)
 
@@ -170,7 +201,8 @@ class PruningCallback(PruningSteps):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide what to cut at the start of the next epoch, if that is still open."""
         self._hold_patience(trainer)
-        for name, value in self._sizes(pl_module).items():
+        sizes = sizes_of(pl_module, self.report, self._chosen, self._kept().plan)
+        for name, value in sizes.items():
             pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
         if not self._listens(trainer) or self._is_failed() or is_dev_run(trainer):
             return
@@ -205,6 +237,21 @@ class PruningCallback(PruningSteps):
         """Some resumptions skip the start of an epoch too; nothing must wait for another one."""
         self.on_train_epoch_start(trainer, pl_module)
 
+        if self._steps and self._run.heard is None and self._listens(trainer):
+            self._feeling.begin(trainer, pl_module, self._chosen, self._run, batch_idx)
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Add what the training step let feel to the sums."""
+        self._feeling.end()
+
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the run ended before the schedule did."""
@@ -232,6 +279,7 @@ class PruningCallback(PruningSteps):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the listening hooks down and let the companions go."""
         self._close()
+        self._feeling.close()
         self._patience.release()
 
     @override
@@ -240,4 +288,5 @@ class PruningCallback(PruningSteps):
     ) -> None:
         """Take the listening hooks down and let the companions go."""
         self._close()
+        self._feeling.close()
         self._patience.release()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal, get_args
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_mi_prune.axes import WidthAxis, choose_axes
-from lightning_mi_prune.budget import uniform_widths
+from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.base import PruningCallback
 from lightning_mi_prune.callbacks.companions import BestOf
 from lightning_mi_prune.callbacks.options import (
+    among,
     at_least,
     between,
     check_budget,
@@ -25,9 +27,10 @@ from lightning_mi_prune.callbacks.options import (
 from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule, judging_epoch
 from lightning_mi_prune.criteria import MutualInformation
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.moments import Moments
-from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.selection import Selection, select
+from lightning_mi_prune.limits import Limits
+from lightning_mi_prune.method import Heard, Method, pull_back
+from lightning_mi_prune.selection import Selection
+from lightning_mi_prune.strategies import add_up, world_size
 
 __all__ = ["MutualInformationPruning"]
 
@@ -42,19 +45,43 @@ class MutualInformationPruning(PruningCallback):
 
     Args:
         sparsity: Share of the prunable parameters to remove by the last cut, against the model as
-            built; between 0 and 1.
-        units: Kinds of unit to cut: ``"ffn"``, ``"heads"``, ``"pooler"``. Default: the first two
-            (whichever the model has).
+            built; between 0 and 1. Default 0.5, unless one of the four budgets below is given.
+        target_parameters: Instead: parameters of the whole module after the last cut.
+        target_macs: Instead: multiply-accumulates of one validation example after it.
+        target_latency_ms: Instead: milliseconds of one forward pass of ``latency_batch`` examples,
+            predicted from a table that is measured on this device.
+        keep_information: Instead: share of the information with the layers above, in nats and
+            summed over all axes, that stays.
+        units: Kinds of unit to cut: ``"ffn"``, ``"heads"``, ``"pooler"``, ``"residual"`` (the width
+            of the stream and of the word embeddings). Default: the first two (whichever the model
+            has).
         module: Path of the submodule to search, such as ``"encoder"``; default: the whole module.
         include: Regular expression; only axes whose name it finds are cut.
         exclude: Regular expression; axes whose name it finds are left alone.
+        widths: ``"global"`` lets heads and neurons of all layers compete for the budget by what
+            they lose for their cost, ``"uniform"`` keeps the same share everywhere.
+        floors: Least units of an axis by regular expression on its name; an int counts units, a
+            float is a share of the axis as built.
+        caps: Most units, likewise.
+        pins: Exact units, likewise.
+        floor: Smallest share of every axis that stays. With 0 whole sublayers may vanish, where
+            the residual stream carries on without them.
+        multiple: Neuron widths are multiples of this.
+        relevance: Which part of the layer above matters. ``"gradient"``: the part that the loss
+            listens to, taken from ordinary training steps; ``"readers"``: what the weights kept
+            above read; None: all of it alike.
+        relevance_steps: Training steps of an epoch to take gradients from, over all ranks.
         selection: ``"conditional"`` (joint information, exact backward elimination) or ``"topk"``
             (every unit alone, the literal reading of the paper's abstract).
         ridge: Noise on the layer above as a share of its mean variance.
+        estimator: ``"gaussian"`` information of activations, or ``"copula"``: of their normal
+            scores, which only their ranks decide.
         fold_in: Whether the readers' weights absorb the dropped units by least squares.
-        multiple: Neuron widths are multiples of this.
-        floor: Smallest share of an axis that always stays.
+        refit: Whether output projections are solved again, bottom-up, on what the cut model hears.
+        refit_positions: Positions of validation inputs to store for that, over all ranks.
         positions: Samples to listen to on each axis in a validation run.
+        latency_table: JSON file of measured latencies; measured and written if it is not there.
+        latency_batch: Examples in the call that is timed.
         ramp: ``"cubic"``, ``"linear"`` or ``"one_shot"`` growth of the sparsity over the cuts.
         cuts: Number of cuts; default: what fits, at most 4.
         first_epoch: Training epoch (from 1) that starts with the first cut; default 1.
@@ -89,18 +116,33 @@ class MutualInformationPruning(PruningCallback):
 
     def __init__(
         self,
-        sparsity: float = 0.5,
+        sparsity: float | None = None,
         *,
+        target_parameters: int | None = None,
+        target_macs: int | None = None,
+        target_latency_ms: float | None = None,
+        keep_information: float | None = None,
         units: list[str] | None = None,
         module: str | None = None,
         include: str | None = None,
         exclude: str | None = None,
-        selection: Literal["conditional", "topk"] = "conditional",
-        ridge: float = 0.1,
-        fold_in: bool = True,
+        widths: Literal["global", "uniform"] = "global",
+        floors: dict[str, int | float] | None = None,
+        caps: dict[str, int | float] | None = None,
+        pins: dict[str, int | float] | None = None,
+        floor: float = 0.0,
         multiple: int = 8,
-        floor: float = 0.05,
+        relevance: Literal["gradient", "readers"] | None = "gradient",
+        relevance_steps: int = 64,
+        selection: Literal["conditional", "topk"] = "conditional",
+        ridge: float = 1.0,
+        estimator: Literal["gaussian", "copula"] = "gaussian",
+        fold_in: bool = True,
+        refit: bool = True,
+        refit_positions: int = 8192,
         positions: int = 16_384,
+        latency_table: str | None = None,
+        latency_batch: int = 1,
         ramp: Ramp = "cubic",
         cuts: int | None = None,
         first_epoch: int | None = None,
@@ -113,14 +155,15 @@ class MutualInformationPruning(PruningCallback):
         on_drop: Literal["halve", "stop"] = "halve",
         best_of: BestOf = "final_size",
     ) -> None:
-        between("sparsity", sparsity, 0, 1)
         between("floor", floor, 0, 1, closed=True)
         for name, given, kinds in (
             ("ridge", ridge, (int, float)),
             ("include", include, (str, type(None))),
             ("exclude", exclude, (str, type(None))),
             ("module", module, (str, type(None))),
+            ("latency_table", latency_table, (str, type(None))),
             ("fold_in", fold_in, (bool,)),
+            ("refit", refit, (bool,)),
             ("verbose", verbose, (bool,)),
         ):
             is_one_of(name, given, kinds)
@@ -128,11 +171,20 @@ class MutualInformationPruning(PruningCallback):
             ("seed", seed, 0),
             ("multiple", multiple, 1),
             ("positions", positions, 2),
+            ("refit_positions", refit_positions, 2),
+            ("relevance_steps", relevance_steps, 1),
+            ("latency_batch", latency_batch, 1),
             ("cuts", cuts, 1),
             ("first_epoch", first_epoch, 1),
             ("last_epoch", last_epoch, 1),
         ):
             at_least(name, value, least)
+        for name, choice, choices in (
+            ("widths", widths, ("global", "uniform")),
+            ("relevance", relevance, ("gradient", "readers", None)),
+            ("estimator", estimator, ("gaussian", "copula")),
+        ):
+            among(name, choice, choices)
         check_order(ramp, cuts, first_epoch, last_epoch)
         for name, expression in (("include", include), ("exclude", exclude)):
             check_regex(name, expression)
@@ -141,29 +193,42 @@ class MutualInformationPruning(PruningCallback):
                 f"units={units!r}; expected a list of kinds such as ['ffn', 'heads']."
             )
         check_budget(max_drop, monitor, mode, on_drop)
-        if best_of not in get_args(BestOf):
-            raise MisconfigurationException(
-                f"best_of={best_of!r}; expected one of {get_args(BestOf)}."
-            )
+        among("best_of", best_of, get_args(BestOf))
         budget = None
         if max_drop is not None and monitor is not None:
             budget = AccuracyBudget(float(max_drop), monitor, mode, on_drop)
+        targets = (target_parameters, target_macs, target_latency_ms, keep_information)
+        if sparsity is None and targets == (None,) * 4:
+            sparsity = 0.5
+        try:
+            self.method = Method(
+                budget=Budget(sparsity, *targets),
+                criterion=MutualInformation(selection=selection, ridge=ridge),
+                widths=widths,
+                relevance=relevance,
+                fold_in=fold_in,
+                refit=refit,
+                refit_positions=refit_positions,
+                limits=Limits(floors or {}, caps or {}, pins or {}, floor),
+                multiple=multiple,
+                estimator=estimator,
+                latency_table=latency_table,
+                latency_batch=latency_batch,
+            )
+        except PruningError as error:
+            raise MisconfigurationException(str(error)) from error
         super().__init__(
             module=module or "",
             positions=positions,
+            calls=refit_positions if refit else 0,
+            samples=self.method.samples if estimator == "copula" else 0,
+            steps=relevance_steps if relevance == "gradient" else 0,
             seed=seed,
             verbose=verbose,
             best_of=best_of,
             budget=budget,
         )
-        try:
-            self._criterion = MutualInformation(selection=selection, ridge=ridge)
-        except PruningError as error:
-            raise MisconfigurationException(str(error)) from error
-        self.sparsity = float(sparsity)
-        self._units = units
-        self._include, self._exclude = include, exclude
-        self._fold_in, self._multiple, self._floor = fold_in, multiple, floor
+        self._units, self._include, self._exclude = units, include, exclude
         self._ramp: Ramp = ramp
         self._cuts, self._first, self._last = cuts, first_epoch, last_epoch
 
@@ -172,15 +237,23 @@ class MutualInformationPruning(PruningCallback):
         return choose_axes(axes, units=self._units, include=self._include, exclude=self._exclude)
 
     @override
-    def check(self, axes: list[WidthAxis]) -> None:
-        uniform_widths(axes, self.sparsity, multiple=self._multiple, floor=self._floor)
+    def check(
+        self, module: pl.LightningModule, axes: list[WidthAxis], widths: Mapping[str, int]
+    ) -> None:
+        self.method.check(module, axes, widths)
+
+    @property
+    def _goal(self) -> float:
+        """Where the schedule ends: the sparsity, or all of the way to another budget."""
+        budget = self.method.budget
+        return budget.amount if budget.kind == "sparsity" else 1.0
 
     @override
     def schedule(self, length: float, every: int, begin: int) -> Schedule:
         try:
             found = fit_schedule(
                 length,
-                self.sparsity,
+                self._goal,
                 ramp=self._ramp,
                 cuts=self._cuts,
                 first_epoch=self._first,
@@ -200,30 +273,34 @@ class MutualInformationPruning(PruningCallback):
         return found
 
     @override
-    def widths(self, axes: list[WidthAxis], sparsity: float) -> dict[str, int]:
-        # No step may go below the end of the ramp: rounding heads up makes neurons go further down.
-        step, end = (
-            uniform_widths(axes, s, multiple=self._multiple, floor=self._floor)
-            for s in (sparsity, self.sparsity)
+    def decide(
+        self, module: pl.LightningModule, heard: Heard, goal: float, kept: float
+    ) -> Selection | None:
+        keeper = self._kept()
+        heard.examples = self._run.examples
+        return self.method.decide(
+            module,
+            keeper.axes,
+            self._chosen,
+            keeper.plan,
+            heard,
+            progress=min(1.0, goal / self._goal),
+            kept=kept,
         )
-        return {name: max(width, end[name]) for name, width in step.items()}
 
     @override
-    def select(
-        self,
-        axes: list[WidthAxis],
-        moments: Mapping[str, Moments],
-        weights: Mapping[str, Tensor],
-        widths: Mapping[str, int],
-        current: Plan,
+    def pull_back(
+        self, trainer: pl.Trainer, module: pl.LightningModule, selection: Selection, heard: Heard
     ) -> Selection:
-        return select(
-            axes,
-            moments,
-            weights,
-            widths,
-            current,
-            self._criterion,
-            fold_in=self._fold_in,
-            ridge=self._criterion.ridge,
+        keeper, strategy = self._kept(), trainer.strategy
+        return pull_back(
+            module,
+            keeper.axes,
+            keeper.plan,
+            selection,
+            self.method,
+            heard,
+            partial(add_up, strategy),
+            trainer.global_rank,
+            world_size(strategy),
         )

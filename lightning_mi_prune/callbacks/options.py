@@ -7,7 +7,15 @@ import re
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-__all__ = ["at_least", "between", "check_budget", "check_order", "check_regex", "is_one_of"]
+__all__ = [
+    "among",
+    "at_least",
+    "between",
+    "check_budget",
+    "check_order",
+    "check_regex",
+    "is_one_of",
+]
 
 
 def between(name: str, value: float, low: float, high: float, *, closed: bool = False) -> None:
@@ -29,6 +37,12 @@ def is_one_of(name: str, value: object, kinds: tuple[type, ...]) -> None:
     if not isinstance(value, kinds):
         wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
         raise MisconfigurationException(f"{name}={value!r}; expected {wanted}.")
+
+
+def among(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuse a value that is none of the choices."""
+    if value not in choices:
+        raise MisconfigurationException(f"{name}={value!r}; expected one of {choices}.")
 
 
 def at_least(name: str, value: int | None, least: int) -> None:
@@ -75,12 +89,8 @@ def check_regex(name: str, expression: str | None) -> None:
 
 def check_budget(max_drop: float | None, monitor: str | None, mode: str, on_drop: str) -> None:
     """Refuse an accuracy budget that says too little, or too much."""
-    for name, value, choices in (
-        ("mode", mode, ("max", "min")),
-        ("on_drop", on_drop, ("halve", "stop")),
-    ):
-        if value not in choices:
-            raise MisconfigurationException(f"{name}={value!r}; expected one of {choices}.")
+    among("mode", mode, ("max", "min"))
+    among("on_drop", on_drop, ("halve", "stop"))
     is_one_of("monitor", monitor, (str, type(None)))
     if max_drop is None:
         if monitor is not None:

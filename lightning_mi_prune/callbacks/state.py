@@ -10,20 +10,28 @@ from torch import Tensor, nn
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
+from lightning_mi_prune.callbacks.heard import (
+    read_example,
+    read_gradients,
+    read_heard,
+    write_gradients,
+    write_heard,
+)
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.untrusted import is_plain, number, tensors, whole
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.listener import Example
-from lightning_mi_prune.moments import Moments
+from lightning_mi_prune.method import Heard
 from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.report import PruningReport
+from lightning_mi_prune.sample import Example
 from lightning_mi_prune.selection import Information, Selection
 
 __all__ = ["Pending", "RunState", "Trial", "reconcile"]
 
 T = TypeVar("T")
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Trial:
     Args:
         epoch: Epoch that started with it.
         reached: Sparsity before it.
+        kept: Share of the information that was left before it.
         plan: Plan before it.
         weights: Parameters and buffers before it, by name, on the CPU.
         optimizers: State of every optimizer before it, by parameter name, on the CPU.
@@ -56,6 +65,7 @@ class Trial:
 
     epoch: int
     reached: float
+    kept: float
     plan: Plan
     weights: Mapping[str, Tensor]
     optimizers: list[dict[str, dict[str, Any]]]
@@ -70,8 +80,10 @@ class RunState:
         fitted: The schedule as it was fitted to the run.
         schedule: The schedule now; another one after a cut was taken back.
         reached: Sparsity that was asked for last, and given.
+        kept: Share of the information that the cuts so far have left.
         begin: Epochs that were over when the schedule was fitted.
-        heard: Sums of the last validation, until a cut is decided from them.
+        felt: Sums of gradients of the training steps of this epoch, of this rank.
+        heard: What the last validation said, until a cut is decided from it.
         heard_at: Epoch of that validation.
         pending: The cut that comes next.
         trial: The last cut, until it is accepted.
@@ -85,8 +97,10 @@ class RunState:
     fitted: Schedule = field(default_factory=Schedule)
     schedule: Schedule = field(default_factory=Schedule)
     reached: float = 0.0
+    kept: float = 1.0
     begin: int = 0
-    heard: Mapping[str, Moments] | None = None
+    felt: Mapping[str, GradientSums] | None = None
+    heard: Heard | None = None
     heard_at: int = 0
     pending: Pending | None = None
     trial: Trial | None = None
@@ -103,10 +117,12 @@ class RunState:
             "fitted": _write_schedule(self.fitted),
             "schedule": _write_schedule(self.schedule),
             "reached": self.reached,
+            "kept": self.kept,
             "begin": self.begin,
             "heard_at": self.heard_at,
             "watched": self.watched,
-            "heard": self.heard and {n: (m.dimension, m.packed()) for n, m in self.heard.items()},
+            "felt": self.felt and write_gradients(self.felt),
+            "heard": self.heard and write_heard(self.heard),
             "pending": self.pending and _write_pending(self.pending),
             "trial": self.trial and {**vars(self.trial), "plan": self.trial.plan.to_json()},
             "best": self.best,
@@ -134,14 +150,16 @@ class RunState:
                 fitted=_read_schedule(state["fitted"]),
                 schedule=_read_schedule(state["schedule"]),
                 reached=number(state["reached"], 0, 1),
+                kept=number(state["kept"], 0, 1),
                 begin=whole(state["begin"]),
-                heard=_unless_none(_read_heard, state["heard"]),
+                felt=_unless_none(read_gradients, state["felt"]),
+                heard=_unless_none(read_heard, state["heard"]),
                 heard_at=whole(state["heard_at"]),
                 pending=_unless_none(_read_pending, state["pending"]),
                 trial=_unless_none(_read_trial, state["trial"]),
                 best=_unless_none(number, state["best"]),
                 watched=str(state["watched"]),
-                examples={path: _read_example(call) for path, call in state["examples"].items()},
+                examples={path: read_example(call) for path, call in state["examples"].items()},
                 seconds={str(name): number(s, 0) for name, s in state["seconds"].items()},
                 stale=bool(state["stale"]),
             ), PruningReport.from_state(state["report"])
@@ -164,8 +182,10 @@ def reconcile(
         What was let go of, in a sentence each.
     """
     surprises, names = [], {axis.name for axis in axes}
-    widths = {a.name: module.get_parameter(f"{a.readers[0]}.weight").shape[1] for a in axes}
-    if run.heard is not None and {n: m.dimension for n, m in run.heard.items()} != widths:
+    places = {key: readers[0] for axis in axes for key, readers in axis.places.items()}
+    widths = {key: module.get_parameter(f"{r}.weight").shape[1] for key, r in places.items()}
+    heard = None if run.heard is None else run.heard.moments
+    if heard is not None and {key: m.dimension for key, m in heard.items()} != widths:
         run.heard = None
         surprises.append("What was heard was of other axes; a cut waits for the next validation.")
     if run.pending is not None and set(run.pending.selection.information) != names:
@@ -196,16 +216,6 @@ def _read_schedule(state: Mapping[str, Any]) -> Schedule:
     return Schedule(epochs, sparsities)
 
 
-def _read_heard(state: Mapping[str, Any]) -> dict[str, Moments]:
-    found = {}
-    for name, (dimension, packed) in state.items():
-        sums = tensors({name: packed})[name]
-        if sums.numel() < whole(dimension, 2**20) ** 2 // 2:  # before anything is made that large
-            raise ValueError(f"{sums.numel()} sums for an axis of {dimension}")
-        found[name] = Moments(dimension).unpack(sums)
-    return found
-
-
 def _read_trial(state: Mapping[str, Any]) -> Trial:
     for optimizer in state["optimizers"]:
         for values in optimizer.values():
@@ -213,17 +223,12 @@ def _read_trial(state: Mapping[str, Any]) -> Trial:
     return Trial(
         epoch=whole(state["epoch"]),
         reached=number(state["reached"], 0, 1),
+        kept=number(state["kept"], 0, 1),
         plan=Plan.from_json(state["plan"]),
         weights=tensors(state["weights"]),
         optimizers=list(state["optimizers"]),
         failed_at=_unless_none(whole, state["failed_at"]),
     )
-
-
-def _read_example(state: Mapping[str, Any]) -> Example:
-    if not isinstance(state["args"], tuple) or not isinstance(state["kwargs"], dict):
-        raise TypeError("a call without arguments")
-    return Example(state["args"], state["kwargs"])
 
 
 def _write_pending(pending: Pending) -> dict[str, Any]:

@@ -8,25 +8,26 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
-from lightning_mi_prune.axes import WidthAxis, count_parameters
-from lightning_mi_prune.budget import sparsity_of
+from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.companions import BestOf, Patience, restart_comparison
+from lightning_mi_prune.callbacks.feeling import Feeling, is_scaled, pooled
 from lightning_mi_prune.callbacks.run import is_dev_run, run_length
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.state import Pending, RunState
+from lightning_mi_prune.callbacks.telling import describe, macs_of
 from lightning_mi_prune.callbacks.trial import begin_trial, take_back
 from lightning_mi_prune.checkpoints import PlanKeeper
-from lightning_mi_prune.listener import Example, Listener
-from lightning_mi_prune.moments import Moments
+from lightning_mi_prune.gradients import blank
+from lightning_mi_prune.listener import Listener
+from lightning_mi_prune.method import Heard
 from lightning_mi_prune.optimizers import check_optimizers, rebind
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.report import Cut, PruningReport, axis_cuts, count_macs, print_cut
+from lightning_mi_prune.relevance import GradientSums, check_gradients
+from lightning_mi_prune.report import PruningReport, print_cut
 from lightning_mi_prune.selection import Selection
 from lightning_mi_prune.strategies import agree, decide_once, rewrap
 from lightning_mi_prune.surgery import apply, revert
@@ -40,6 +41,9 @@ class PruningSteps(pl.Callback, ABC):
     Args:
         module: Path of the submodule to search for prunable networks; "" searches all.
         positions: Samples to listen to on each axis in one validation run, over all ranks.
+        calls: Positions of the inputs to store in it, over all ranks; 0 stores none.
+        samples: Positions of each axis to store in it, over all ranks; 0 stores none.
+        steps: Training steps to take gradients from, over all ranks; 0 takes none.
         seed: Seed of the draw of positions.
         verbose: Whether each cut prints a table on rank zero.
         best_of: What monitors may compare (:func:`companions.restart_comparison`).
@@ -51,6 +55,9 @@ class PruningSteps(pl.Callback, ABC):
         *,
         module: str,
         positions: int,
+        calls: int,
+        samples: int,
+        steps: int,
         seed: int,
         verbose: bool,
         best_of: BestOf,
@@ -60,6 +67,8 @@ class PruningSteps(pl.Callback, ABC):
         self.report = PruningReport()
         self._within, self._positions, self._seed = module, positions, seed
         self._verbose, self._best_of, self._budget = verbose, best_of, budget
+        self._calls, self._samples, self._steps = calls, samples, steps
+        self._feeling = Feeling(steps)
         self._keeper: PlanKeeper | None = None
         self._chosen: list[WidthAxis] = []
         self._listener: Listener | None = None
@@ -71,27 +80,26 @@ class PruningSteps(pl.Callback, ABC):
         """The axes that may be cut."""
 
     @abstractmethod
-    def check(self, axes: list[WidthAxis]) -> None:
-        """Refuse a budget that these axes cannot meet."""
+    def check(
+        self, module: pl.LightningModule, axes: list[WidthAxis], widths: Mapping[str, int]
+    ) -> None:
+        """Refuse a budget that these axes cannot meet from their present widths."""
 
     @abstractmethod
     def schedule(self, length: float, every: int, begin: int) -> Schedule:
         """The cuts of a run of ``length`` epochs, from ``begin``, validated after ``every``."""
 
     @abstractmethod
-    def widths(self, axes: list[WidthAxis], sparsity: float) -> dict[str, int]:
-        """Width of every axis at a sparsity against the model as built."""
+    def decide(
+        self, module: pl.LightningModule, heard: Heard, goal: float, kept: float
+    ) -> Selection | None:
+        """Which units stay at a goal of the schedule; None where the model is that small."""
 
     @abstractmethod
-    def select(
-        self,
-        axes: list[WidthAxis],
-        moments: Mapping[str, Moments],
-        weights: Mapping[str, Tensor],
-        widths: Mapping[str, int],
-        current: Plan,
+    def pull_back(
+        self, trainer: pl.Trainer, module: pl.LightningModule, selection: Selection, heard: Heard
     ) -> Selection:
-        """Which units stay, given what was heard."""
+        """The selection with weights that make up for the cut; every rank comes by."""
 
     @property
     def plan(self) -> Plan | None:
@@ -106,34 +114,36 @@ class PruningSteps(pl.Callback, ABC):
         started, heard, plan = time.perf_counter(), run.heard, self._kept().plan
         agree(trainer.strategy, "the cut", f"epoch {epoch}, to {sparsity}, of {plan.digest()}")
         self._check_optimizers(trainer, module)
-        widths = self.widths(self._chosen, sparsity)
-        run.heard = None
-        if all(widths[axis.name] >= plan.width(axis.name) for axis in self._chosen):
+        run.heard, run.felt = None, None
+
+        def choose() -> Selection | None:
+            chosen = self.decide(module, heard, sparsity, run.kept)
+            return None if chosen is None else _on_cpu(chosen)
+
+        selection = decide_once(trainer.strategy, choose)
+        run.seconds["scoring"] = time.perf_counter() - started
+        if selection is None:
             rank_zero_info(f"The model is at sparsity {sparsity:.3f} or beyond already: no cut.")
             run.reached = sparsity
             return
-        weights = dict(module.named_parameters(remove_duplicate=False))
-
-        def choose() -> Selection:
-            chosen = self.select(self._chosen, heard, weights, widths, plan)
-            folded = {name: tensor.cpu() for name, tensor in chosen.folded.items()}
-            return replace(chosen, folded=folded)
-
-        run.pending = Pending(epoch, sparsity, decide_once(trainer.strategy, choose))
-        run.seconds["scoring"] = time.perf_counter() - started
+        started = time.perf_counter()
+        refitted = _on_cpu(self.pull_back(trainer, module, selection, heard))
+        # All ranks solved the same sums; with other processors they may differ in the last digit.
+        run.pending = Pending(epoch, sparsity, decide_once(trainer.strategy, lambda: refitted))
+        run.seconds["refitting"] = time.perf_counter() - started
 
     def _cut(self, trainer: pl.Trainer, module: pl.LightningModule, pending: Pending) -> None:
         run, keeper, selection = self._run, self._kept(), pending.selection
         before, started, current = self._present_widths(), time.perf_counter(), keeper.plan
-        macs_before = self.report.macs if self.report.cuts else self._macs(trainer, module)
+        macs_before = self.report.macs if self.report.cuts else macs_of(trainer, module, run)
         self._check_optimizers(trainer, module)
         after = current.then(selection.plan)
         if self._budget is not None:
-            run.trial = begin_trial(trainer, module, current, pending.epoch, run.reached)
+            run.trial = begin_trial(trainer, module, current, pending.epoch, run)
         folded = selection.folded
         rewrites = apply(module, keeper.axes, selection.plan, current=current, folded=folded)
         try:
-            cut = self._describe(trainer, module, pending, before, after)
+            cut = describe(trainer, module, run, self._chosen, pending, before, after)
             rebind(trainer.strategy.optimizers, rewrites)
         except BaseException:  # a checkpoint that is written now must hold a whole model
             revert(module, keeper.axes, current, rewrites)
@@ -141,6 +151,7 @@ class PruningSteps(pl.Callback, ABC):
             raise
         del rewrites  # the last to hold the old parameters
         keeper.plan, run.pending, run.reached = after, None, pending.sparsity
+        run.kept *= selection.kept_share
         self.report.macs, self.report.cuts = macs_before, [*self.report.cuts, cut]
         self._resized(trainer)
         seconds = {**run.seconds, "cutting": time.perf_counter() - started}
@@ -154,6 +165,7 @@ class PruningSteps(pl.Callback, ABC):
             return
         take_back(trainer, module, self._kept(), trial)
         failed, run.reached, run.trial, run.pending = run.reached, trial.reached, None, None
+        run.kept = trial.kept
         schedule, every = Schedule(), trainer.check_val_every_n_epoch or 1
         if budget.on_drop == "halve":
             last = int(run_length(trainer) + 1e-9) - 2
@@ -177,38 +189,6 @@ class PruningSteps(pl.Callback, ABC):
         self._run.stale = True
         if self._best_of != "any_size":
             restart_comparison(trainer, self._best_of)
-
-    def _describe(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        pending: Pending,
-        before: Mapping[str, int],
-        plan: Plan,
-    ) -> Cut:
-        after = {axis.name: plan.width(axis.name) for axis in self._chosen}
-        return Cut(
-            epoch=pending.epoch,
-            sparsity=sparsity_of(self._chosen, after),
-            parameters=sum(p.numel() for p in module.parameters()),
-            prunable_parameters=count_parameters(self._chosen, after),
-            macs=self._macs(trainer, module),
-            axes=axis_cuts(self._chosen, before, after, pending.selection.information),
-            seconds=self._run.seconds,
-        )
-
-    def _begin_report(self, module: pl.LightningModule, keeper: PlanKeeper) -> PruningReport:
-        built = count_parameters(keeper.axes)
-        present = count_parameters(keeper.axes, {n: len(k) for n, k in keeper.plan.kept.items()})
-        parameters = sum(p.numel() for p in module.parameters())
-        return PruningReport(
-            parameters=parameters + built - present,
-            prunable_parameters=count_parameters(self._chosen),
-            start={
-                "parameters": parameters,
-                "prunable_parameters": count_parameters(self._chosen, self._present_widths()),
-            },
-        )
 
     def _kept(self) -> PlanKeeper:
         if self._keeper is None:
@@ -234,19 +214,6 @@ class PruningSteps(pl.Callback, ABC):
     def _is_failed(self) -> bool:
         return self._run.trial is not None and self._run.trial.failed_at is not None
 
-    def _sizes(self, module: pl.LightningModule) -> dict[str, float]:
-        """What loggers are told after every epoch from the first cut on."""
-        if self.report.cuts:
-            return self.report.cuts[-1].metrics()
-        if not self.report.undone:
-            return {}
-        widths = self._present_widths()
-        sizes = {"parameters": sum(p.numel() for p in module.parameters())}
-        sizes["macs"] = self.report.macs
-        found = {f"prune/{name}": float(value) for name, value in sizes.items()}
-        found["prune/sparsity"] = sparsity_of(self._chosen, widths)
-        return found | {f"prune/width/{name}": float(width) for name, width in widths.items()}
-
     def _is_finished(self) -> bool:
         run = self._run
         decided = run.pending is None and run.trial is None and not run.stale
@@ -267,17 +234,20 @@ class PruningSteps(pl.Callback, ABC):
         else:
             self._patience.release()
 
-    def _macs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
-        try:
-            calls = {
-                path: Example(*move_data_to_device((call.args, call.kwargs), pl_module.device))
-                for path, call in self._run.examples.items()
-            }
-            with trainer.precision_plugin.forward_context():
-                return sum(count_macs(pl_module.get_submodule(p), c) for p, c in calls.items())
-        except Exception as error:  # a number for the report is not worth a training run
-            rank_zero_warn(f"MACs could not be counted and are reported as 0: {error}")
-            return 0
+    def _felt(self, trainer: pl.Trainer) -> dict[str, GradientSums] | None:
+        """What all ranks felt in this epoch; None, with a warning, where most of it was missed."""
+        self._feeling.close()
+        if not self._steps:
+            return None
+        sums = pooled(trainer, self._run.felt or blank(trainer.lightning_module, self._chosen))
+        if not any(s.counts.any() for s in sums.values()) and not self._feeling.whole:
+            rank_zero_warn(
+                f"The cut of epoch {trainer.current_epoch + 1} waits: the run was resumed too late "
+                "in this epoch to take gradients from its training steps."
+            )
+            return None
+        check_gradients(sums, scaled=is_scaled(trainer))
+        return sums
 
     def _close(self) -> Listener | None:
         """Take our hooks down; returns what listened."""
@@ -285,3 +255,8 @@ class PruningSteps(pl.Callback, ABC):
         if listener is not None:
             listener.close()
         return listener
+
+
+def _on_cpu(selection: Selection) -> Selection:
+    folded = {name: tensor.cpu() for name, tensor in selection.folded.items()}
+    return replace(selection, folded=folded)

@@ -20,14 +20,15 @@ __all__ = ["begin_trial", "judge", "take_back"]
 
 
 def begin_trial(
-    trainer: pl.Trainer, module: pl.LightningModule, plan: Plan, epoch: int, reached: float
+    trainer: pl.Trainer, module: pl.LightningModule, plan: Plan, epoch: int, run: RunState
 ) -> Trial:
     """Keep what it takes to undo the cut that comes now: copies on the CPU."""
     tensors = chain(module.named_parameters(), module.named_buffers())
     names = {id(p): name for name, p in module.named_parameters()}
     return Trial(
         epoch=epoch,
-        reached=reached,
+        reached=run.reached,
+        kept=run.kept,
         plan=plan,
         weights={name: t.detach().to("cpu", copy=True) for name, t in tensors},
         optimizers=snapshot(trainer.strategy.optimizers, names),
