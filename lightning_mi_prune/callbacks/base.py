@@ -33,6 +33,7 @@ from lightning_mi_prune.callbacks.telling import begin_report, sizes_of
 from lightning_mi_prune.callbacks.trial import judge
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.families import find_axes, is_within
+from lightning_mi_prune.gradients import blank
 from lightning_mi_prune.listener import Listener
 from lightning_mi_prune.method import Heard
 from lightning_mi_prune.moments import check_moments
@@ -107,10 +108,18 @@ class PruningCallback(PruningSteps):
             return f"{keeper.plan.digest()} {sizes} {options}"
 
         together(trainer.strategy, "what to prune and how", prepare)
-        for surprise in reconcile(self._run, self._chosen, pl_module, self._budget):
+        for surprise in reconcile(
+            self._run,
+            self._chosen,
+            pl_module,
+            self._budget,
+            calls=self._calls > 0,
+            samples=self._samples > 0,
+            gradients=self._steps > 0,
+        ):
             rank_zero_warn(surprise)
-        if trainer.global_rank and self._run.felt is not None:
-            self._run.felt = None
+        if trainer.global_rank and self._run.felt is not None:  # rank 0 goes on with all of it
+            self._run.felt = blank(pl_module, self._chosen)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -38,6 +38,7 @@ def read_heard(state: Mapping[str, Any]) -> Heard:
         sums = tensors({name: packed})[name]
         if sums.numel() < whole(dimension, _LARGEST) ** 2 // 2:  # before it is made that large
             raise ValueError(f"{sums.numel()} sums for an axis of {dimension}")
+        _check_finite(name, sums)
         moments[name] = Moments(dimension).unpack(sums)
     gradients = state["gradients"]
     return Heard(
@@ -63,6 +64,7 @@ def read_gradients(state: Mapping[str, Any]) -> dict[str, GradientSums]:
         sums = tensors({name: packed})[name]
         if sums.numel() < whole(dimension, _LARGEST) ** 2 // 2 + whole(units, _LARGEST):
             raise ValueError(f"{sums.numel()} sums of gradients for {dimension} outputs")
+        _check_finite(name, sums)
         found[name] = GradientSums(dimension, units, inside=bool(inside)).unpack(sums)
     return found
 
@@ -76,6 +78,11 @@ def read_example(state: Mapping[str, Any]) -> Example:
         raise TypeError("an attention mask that is no tensor")
     _check_tensors((args, kwargs, mask))
     return Example(args, kwargs, mask)
+
+
+def _check_finite(name: str, sums: Tensor) -> None:
+    if not sums.isfinite().all():
+        raise ValueError(f"{name!r:.60} holds sums that are not finite")
 
 
 def _check_tensors(value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,13 +16,14 @@ from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.base import PruningCallback
 from lightning_mi_prune.callbacks.companions import BestOf
 from lightning_mi_prune.callbacks.options import (
-    among,
-    at_least,
     between,
     check_budget,
+    check_choices,
+    check_counts,
     check_order,
     check_regex,
-    is_one_of,
+    check_types,
+    check_units,
 )
 from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule, judging_epoch
 from lightning_mi_prune.criteria import MutualInformation
@@ -156,44 +157,33 @@ class MutualInformationPruning(PruningCallback):
         best_of: BestOf = "final_size",
     ) -> None:
         between("floor", floor, 0, 1, closed=True)
-        for name, given, kinds in (
-            ("ridge", ridge, (int, float)),
-            ("include", include, (str, type(None))),
-            ("exclude", exclude, (str, type(None))),
-            ("module", module, (str, type(None))),
-            ("latency_table", latency_table, (str, type(None))),
-            ("fold_in", fold_in, (bool,)),
-            ("refit", refit, (bool,)),
-            ("verbose", verbose, (bool,)),
-        ):
-            is_one_of(name, given, kinds)
-        for name, value, least in (
-            ("seed", seed, 0),
-            ("multiple", multiple, 1),
-            ("positions", positions, 2),
-            ("refit_positions", refit_positions, 2),
-            ("relevance_steps", relevance_steps, 1),
-            ("latency_batch", latency_batch, 1),
-            ("cuts", cuts, 1),
-            ("first_epoch", first_epoch, 1),
-            ("last_epoch", last_epoch, 1),
-        ):
-            at_least(name, value, least)
-        for name, choice, choices in (
-            ("widths", widths, ("global", "uniform")),
-            ("relevance", relevance, ("gradient", "readers", None)),
-            ("estimator", estimator, ("gaussian", "copula")),
-        ):
-            among(name, choice, choices)
+        check_types(
+            ridge=ridge,
+            include=include,
+            exclude=exclude,
+            module=module,
+            latency_table=latency_table,
+            fold_in=fold_in,
+            refit=refit,
+            verbose=verbose,
+        )
+        check_counts(
+            seed=seed,
+            multiple=multiple,
+            positions=positions,
+            refit_positions=refit_positions,
+            relevance_steps=relevance_steps,
+            latency_batch=latency_batch,
+            cuts=cuts,
+            first_epoch=first_epoch,
+            last_epoch=last_epoch,
+        )
+        check_choices(widths=widths, relevance=relevance, estimator=estimator, best_of=best_of)
         check_order(ramp, cuts, first_epoch, last_epoch)
-        for name, expression in (("include", include), ("exclude", exclude)):
-            check_regex(name, expression)
-        if units is not None and (isinstance(units, str) or not units):
-            raise MisconfigurationException(
-                f"units={units!r}; expected a list of kinds such as ['ffn', 'heads']."
-            )
+        check_regex("include", include)
+        check_regex("exclude", exclude)
+        check_units(units)
         check_budget(max_drop, monitor, mode, on_drop)
-        among("best_of", best_of, get_args(BestOf))
         budget = None
         if max_drop is not None and monitor is not None:
             budget = AccuracyBudget(float(max_drop), monitor, mode, on_drop)

@@ -4,18 +4,54 @@ from __future__ import annotations
 
 import math
 import re
+from typing import get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_mi_prune.callbacks.companions import BestOf
+
 __all__ = [
-    "among",
-    "at_least",
     "between",
     "check_budget",
+    "check_choices",
+    "check_counts",
     "check_order",
     "check_regex",
-    "is_one_of",
+    "check_types",
+    "check_units",
 ]
+
+_TEXT: tuple[type, ...] = (str, type(None))
+_LEAST = {
+    "seed": 0,
+    "multiple": 1,
+    "positions": 2,
+    "refit_positions": 2,
+    "relevance_steps": 1,
+    "latency_batch": 1,
+    "cuts": 1,
+    "first_epoch": 1,
+    "last_epoch": 1,
+}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "ridge": (int, float),
+    "include": _TEXT,
+    "exclude": _TEXT,
+    "module": _TEXT,
+    "monitor": _TEXT,
+    "latency_table": _TEXT,
+    "fold_in": (bool,),
+    "refit": (bool,),
+    "verbose": (bool,),
+}
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "widths": ("global", "uniform"),
+    "relevance": ("gradient", "readers", None),
+    "estimator": ("gaussian", "copula"),
+    "mode": ("max", "min"),
+    "on_drop": ("halve", "stop"),
+    "best_of": get_args(BestOf),
+}
 
 
 def between(name: str, value: float, low: float, high: float, *, closed: bool = False) -> None:
@@ -32,27 +68,30 @@ def between(name: str, value: float, low: float, high: float, *, closed: bool = 
         )
 
 
-def is_one_of(name: str, value: object, kinds: tuple[type, ...]) -> None:
-    """Refuse a value of another type."""
-    if not isinstance(value, kinds):
-        wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
-        raise MisconfigurationException(f"{name}={value!r}; expected {wanted}.")
+def check_types(**given: object) -> None:
+    """Refuse values of another type, by name."""
+    for name, value in given.items():
+        if not isinstance(value, _TYPES[name]):
+            wanted = ["None" if k is type(None) else k.__name__ for k in _TYPES[name]]
+            raise MisconfigurationException(f"{name}={value!r}; expected {' or '.join(wanted)}.")
 
 
-def among(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Refuse a value that is none of the choices."""
-    if value not in choices:
-        raise MisconfigurationException(f"{name}={value!r}; expected one of {choices}.")
+def check_choices(**given: object) -> None:
+    """Refuse values that are none of the choices, by name."""
+    for name, value in given.items():
+        if value not in _CHOICES[name]:
+            raise MisconfigurationException(f"{name}={value!r}; expected one of {_CHOICES[name]}.")
 
 
-def at_least(name: str, value: int | None, least: int) -> None:
-    """Refuse anything but a whole number of at least ``least``."""
-    if value is None and name in ("cuts", "first_epoch", "last_epoch"):
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise MisconfigurationException(
-            f"{name}={value!r}; expected a whole number of at least {least}."
-        )
+def check_counts(**given: object) -> None:
+    """Refuse anything but whole numbers that are large enough, by name."""
+    for name, value in given.items():
+        if value is None and name in ("cuts", "first_epoch", "last_epoch"):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < _LEAST[name]:
+            raise MisconfigurationException(
+                f"{name}={value!r}; expected a whole number of at least {_LEAST[name]}."
+            )
 
 
 def check_order(ramp: str, cuts: int | None, first: int | None, last: int | None) -> None:
@@ -77,21 +116,26 @@ def check_order(ramp: str, cuts: int | None, first: int | None, last: int | None
 
 def check_regex(name: str, expression: str | None) -> None:
     """Refuse what is no regular expression."""
-    if expression is None:
-        return
     try:
-        re.compile(expression)
+        re.compile(expression or "")
     except re.error as error:
         raise MisconfigurationException(
             f"{name}={expression!r} is not a regular expression: {error}."
         ) from error
 
 
+def check_units(units: object) -> None:
+    """Refuse anything but kinds of units."""
+    if units is not None and (isinstance(units, str) or not units):
+        raise MisconfigurationException(
+            f"units={units!r}; expected a list of kinds such as ['ffn', 'heads']."
+        )
+
+
 def check_budget(max_drop: float | None, monitor: str | None, mode: str, on_drop: str) -> None:
     """Refuse an accuracy budget that says too little, or too much."""
-    among("mode", mode, ("max", "min"))
-    among("on_drop", on_drop, ("halve", "stop"))
-    is_one_of("monitor", monitor, (str, type(None)))
+    check_choices(mode=mode, on_drop=on_drop)
+    check_types(monitor=monitor)
     if max_drop is None:
         if monitor is not None:
             raise MisconfigurationException(

@@ -20,6 +20,7 @@ from lightning_mi_prune.callbacks.heard import (
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.untrusted import is_plain, number, tensors, whole
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.gradients import blank
 from lightning_mi_prune.method import Heard
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import GradientSums
@@ -175,8 +176,21 @@ def reconcile(
     axes: list[WidthAxis],
     module: nn.Module,
     budget: AccuracyBudget | None,
+    *,
+    calls: bool = False,
+    samples: bool = False,
+    gradients: bool = False,
 ) -> list[str]:
     """Let go of what does not fit the options a run resumes with.
+
+    Args:
+        run: The run, as it was read.
+        axes: Axes that may be cut now.
+        module: The model.
+        budget: What a cut may cost now.
+        calls: Whether stored calls are asked for now.
+        samples: Whether stored samples are.
+        gradients: Whether gradients of training steps are.
 
     Returns:
         What was let go of, in a sentence each.
@@ -184,10 +198,22 @@ def reconcile(
     surprises, names = [], {axis.name for axis in axes}
     places = {key: readers[0] for axis in axes for key, readers in axis.places.items()}
     widths = {key: module.get_parameter(f"{r}.weight").shape[1] for key, r in places.items()}
-    heard = None if run.heard is None else run.heard.moments
-    if heard is not None and {key: m.dimension for key, m in heard.items()} != widths:
+    shapes, heard = _shapes(blank(module, axes)), run.heard
+    if run.felt is not None and (not gradients or _shapes(run.felt) != shapes):
+        run.felt = None  # the rest of the epoch is felt anew
+    if heard is not None and {key: m.dimension for key, m in heard.moments.items()} != widths:
         run.heard = None
         surprises.append("What was heard was of other axes; a cut waits for the next validation.")
+    elif heard is not None and (
+        (calls and not heard.ranks)
+        or (samples and {key: x.shape[-1] for key, x in heard.samples.items()} != widths)
+        or (gradients and _shapes(heard.gradients or {}) != shapes)
+    ):
+        run.heard = None
+        surprises.append(
+            "What was heard is less than the options ask for now; a cut waits for the next "
+            "validation."
+        )
     if run.pending is not None and set(run.pending.selection.information) != names:
         run.pending = None
         surprises.append("The pending cut was chosen for other axes; it will be chosen again.")
@@ -198,6 +224,10 @@ def reconcile(
             surprises.append("max_drop watches something else now: the last cut is kept.")
         run.best, run.watched = None, watched
     return surprises
+
+
+def _shapes(sums: Mapping[str, GradientSums]) -> dict[str, tuple[int, int, bool]]:
+    return {key: (s.dimension, s.units, s.inside) for key, s in sums.items()}
 
 
 def _write_schedule(schedule: Schedule) -> dict[str, list[float]]:
