@@ -160,6 +160,7 @@ def prune(
         selection = method.decide(module, axes, chosen, current, heard)
     if selection is None:
         raise PruningError(f"The module meets {asked} already: nothing to cut. Ask for less.")
+    heard.moments = {}  # as large as the model; what follows needs the room
     with _timed(seconds, "refitting"):
         selection = pull_back(module, axes, current, selection, method, heard)
     parameters = sum(p.numel() for p in module.parameters())

@@ -4,6 +4,8 @@ The moments of a validation pass describe the uncut model; cutting below changes
 above receive. So every output projection of the cut model is solved again on the inputs that it
 really gets, when they get there: least squares towards ``z_dense + skip_dense - skip_cut``, the
 output that puts the residual stream back where it was, with a ridge towards the weights it has.
+Layers that read the stream above the lowest cut are solved towards what they said in the dense
+model, and normalisations whose width was cut, entry by entry.
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ class Reading:
         layer: Path of the linear layer, or of the normalisation.
         skip: Path of the module whose input is the stream that is added to the layer's output.
         rows: Outputs that survive the cut, as positions in the present model; None: all.
+        spare: Whether the layer is left as it is where the sample is small.
     """
 
     layer: str
     skip: str | None
     rows: Tensor | None
+    spare: bool = False
 
 
 def readings(axes: Sequence[WidthAxis], current: Plan, plan: Plan) -> list[Reading]:
@@ -64,6 +68,10 @@ def readings(axes: Sequence[WidthAxis], current: Plan, plan: Plan) -> list[Readi
         if axis.norms and axis in cut:
             norms = [kept_rows(f"{norm}.weight", target.kept, current, axes) for norm in axis.norms]
             found += [Reading(n, None, r) for n, r in zip(axis.norms, norms, strict=True)]
+    above = {r: None for axis in cut for r in axis.above}
+    for reader in above:
+        rows = kept_rows(f"{reader}.weight", target.kept, current, axes)
+        found.append(Reading(reader, None, rows, spare=True))
     return found
 
 
@@ -127,8 +135,9 @@ def refit(
         PruningError: If the sample is smaller than what a layer has to learn from it.
     """
     solved: dict[str, Tensor] = {}
-    waiting: dict[str, Tensor] = {}
+    waiting: dict[str, tuple[Reading, Tensor]] = {}
     heard: dict[str, int] = {}
+    inputs = _Inputs(call.mask)
 
     def solve(reading: Reading, x: Tensor, skip: Tensor | None, output: Tensor) -> Tensor:
         index = heard.get(reading.layer, 0)
@@ -142,17 +151,18 @@ def refit(
             new = _solve_norm(layer, _heard(plain, call.mask), wanted, add, share)
             solved.update({f"{reading.layer}.{name}": value for name, value in new.items()})
             return plain * new["weight"] + new.get("bias", 0)
-        sums = share * _sums(_heard(x, call.mask), _heard(output, call.mask), wanted)
+        sums = share * inputs.sums(x, wanted - _heard(output, call.mask))
         if len(targets[reading.layer]) > 1:
-            waiting[reading.layer] = waiting.get(reading.layer, 0) + sums
+            before = waiting.get(reading.layer)
+            waiting[reading.layer] = (reading, sums if before is None else before[1] + sums)
             return output
-        new = _solve(reading.layer, layer, add(sums), ridge)
+        new = _solve(reading, layer, add(sums), ridge)
         solved.update({f"{reading.layer}.{name}": value for name, value in new.items()})
-        return functional.linear(x, new["weight"], new.get("bias"))
+        return functional.linear(x, new["weight"], new.get("bias")) if new else output
 
     _run_with(cut, found, path, call, solve)
-    for name, sums in waiting.items():
-        new = _solve(name, cut.get_submodule(name), add(sums), ridge)
+    for name, (reading, sums) in waiting.items():
+        new = _solve(reading, cut.get_submodule(name), add(sums), ridge)
         solved.update({f"{name}.{key}": value for key, value in new.items()})
     return solved
 
@@ -201,25 +211,37 @@ def _heard(x: Tensor, mask: Tensor | None) -> Tensor:
     """The positions that are not padding, flat."""
     if mask is not None and mask.shape == x.shape[:-1]:
         return x[mask.to(x.device).bool()]
-    return x.reshape(-1, x.shape[-1])
+    return x.flatten(0, -2)
 
 
-def _sums(x: Tensor, output: Tensor, wanted: Tensor) -> Tensor:
-    """Normal equations of the correction: ``[1 x]' [1 x]`` and ``[1 x]' (wanted - output)``."""
-    x, missing = x.double(), (wanted - output).double()
-    inputs = torch.cat([torch.ones_like(x[:, :1]), x], dim=1)
-    return inputs.mT @ torch.cat([inputs, missing], dim=1)
+class _Inputs:
+    """Normal equations; layers that read the same input share its part of them."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        self._mask = mask
+        self._x: Tensor | None = None
+        self._inputs = self._outer = torch.empty(0)
+
+    def sums(self, x: Tensor, missing: Tensor) -> Tensor:
+        """``[1 x]' [1 x]`` beside ``[1 x]' missing``, over the positions that are not padding."""
+        if x is not self._x:
+            heard = _heard(x, self._mask).double()
+            self._inputs = torch.cat([torch.ones_like(heard[:, :1]), heard], dim=1)
+            self._outer, self._x = self._inputs.mT @ self._inputs, x
+        return torch.cat([self._outer, self._inputs.mT @ missing.double()], dim=1)
 
 
-def _solve(name: str, layer: nn.Module, sums: Tensor, ridge: float) -> dict[str, Tensor]:
-    """New weight and bias of a linear layer."""
+def _solve(reading: Reading, layer: nn.Module, sums: Tensor, ridge: float) -> dict[str, Tensor]:
+    """New weight and bias of a linear layer; nothing where it can be spared."""
     size = sums.shape[0]
     outer, cross = sums[:, :size], sums[:, size:]
     count, weight, bias = outer[0, 0], layer.weight, layer.bias
+    if reading.spare and float(count) < 2 * size:
+        return {}
     if float(count) <= size:
         raise PruningError(
-            f"{int(count)} positions were stored to refit {name!r}, which has {size} numbers to "
-            f"learn for each output; expected more, better {10 * size}. Validate on more data, "
+            f"{int(count)} positions were stored to refit {reading.layer!r}, which has {size} "
+            f"numbers to learn for each output; expected more, better {10 * size}. Validate on more data, "
             "raise refit_positions, or set refit=False."
         )
     assert isinstance(weight, Tensor)  # noqa: S101

@@ -41,15 +41,13 @@ class Recorder(MutualInformationPruning):
 
     def __init__(self, *args, **options):
         super().__init__(*args, verbose=False, **options)
-        self.recorded = []
+        self.counts, self.felt, self.rows = [], [], []
 
     def decide(self, module, heard, *rest):
-        self.recorded.append(heard)
+        self.counts.append({int(m.count) for m in heard.moments.values()})
+        self.felt.append({tuple(g.counts.tolist()) for g in heard.gradients.values()})
+        self.rows.append([sum(c.rows for c in rank["model"]) for rank in heard.ranks])
         return super().decide(module, heard, *rest)
-
-    @property
-    def counts(self):
-        return [{int(m.count) for m in heard.moments.values()} for heard in self.recorded]
 
 
 def widths(module, kind):
@@ -244,17 +242,15 @@ def test_the_last_validation_of_the_epoch_counts_alone():
     recorder = Recorder(0.5)
     trainer(recorder, max_epochs=2, val_check_interval=1).fit(Classifier(validation_rows=128))
     assert recorder.counts == [{128 * 12}]
-    (heard,) = recorder.recorded
-    assert {tuple(g.counts.tolist()) for g in heard.gradients.values()} == {(64, 4, 0)}
+    assert recorder.felt == [{(64, 4, 0)}]
 
 
 def test_positions_bound_what_is_heard():
     recorder = Recorder(0.5, positions=800, refit_positions=480, relevance_steps=2)
     trainer(recorder, max_epochs=2).fit(Classifier())
     assert recorder.counts == [{800}]
-    (heard,) = recorder.recorded
-    assert sum(call.rows for rank in heard.ranks for call in rank["model"]) * 12 == 480
-    assert {tuple(g.counts.tolist()) for g in heard.gradients.values()} == {(32, 2, 0)}
+    assert recorder.rows == [[480 / 12]]
+    assert recorder.felt == [{(32, 2, 0)}]
 
 
 def test_fast_dev_run_listens_and_cuts_nothing():
@@ -341,6 +337,21 @@ def test_only_what_was_asked_for_is_cut():
     assert widths(module.pair["a"], "ffn") == [40, 40]
     assert widths(module.pair["b"], "ffn") == [16, 16]
     assert widths(module.pair["b"], "pooler") == [16]
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "albert"])
+def test_sublayers_that_vanish_are_refitted_too(family):
+    """What is left of them is a bias: the mean of what they said, past what the stream lost."""
+    module, first = (
+        Classifier(family=family),
+        r"(layer|groups)\.0\.(albert_layers\.0\.)?(heads|ffn)$",
+    )
+    callback = quiet(0.5, pins={first: 0})
+    trainer(callback, max_epochs=2).fit(module)
+    gone = [name for name, kept in callback.plan.kept.items() if not kept]
+    assert len(gone) == 2
+    assert callback.report.cuts[0].seconds["refitting"] > 0
+    assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
 def test_each_cut_logs_and_prints_one_table(tmp_path, capsys):

@@ -19,7 +19,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.utils.data import DataLoader
 
-from lightning_mi_prune import PruningError
+from lightning_mi_prune import MutualInformationPruning, PruningError
+from lightning_mi_prune.callbacks import base, mutual_information
+from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.strategies import _forget_shapes
 from tests.boring import Sentences, trainer
 from tests.ranks import launch
@@ -136,37 +138,58 @@ def failing(folder, **options):
     return "no error"
 
 
+class Steps(pl.Callback):
+    """Counts collectives inside of training steps, the saving of gradients included."""
+
+    def __init__(self, counts):
+        self.counts, self.before = counts, 0
+
+    def on_train_batch_start(self, *_):
+        self.before = sum(map(len, self.counts.values()))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.counts["in steps"].append(sum(map(len, self.counts.values())) - self.before)
+
+
 def collectives(folder, pruning):
-    """Collectives that Python code starts in one run, by name."""
-    counts: dict[str, list[int]] = {}
-    originals = {n: getattr(torch.distributed, n) for n in ("all_reduce", "all_gather")}
+    """Collectives that Python code starts in one run, by name, in bytes."""
+    counts: dict[str, list[int]] = {"in steps": [], "refitted": [], "gathered": []}
+    dist = torch.distributed
+    places = [(dist, "all_reduce", "all_reduce"), (dist, "all_gather", "all_gather")]
+    places += [(mutual_information, "add_up", "refitted"), (base, "gather", "gathered")]
 
     def counted(name, original):
         def call(*args, **kwargs):
-            tensor = next(a for a in args if isinstance(a, torch.Tensor))
-            counts.setdefault(name, []).append(tensor.numel() * tensor.element_size())
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            counts.setdefault(name, []).append(sum(t.numel() * t.element_size() for t in tensors))
             return original(*args, **kwargs)
 
         return call
 
-    for name, original in originals.items():
-        setattr(torch.distributed, name, counted(name, original))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, label in places:
+            patch.setattr(owner, name, counted(label, getattr(owner, name)))
         if pruning:
-            seen(folder)
+            fit(folder, devices=2, strategy="ddp", callbacks=[Steps(counts)])
         else:
-            trainer(devices=2, strategy="ddp", num_sanity_val_steps=0).fit(Module())
-    finally:
-        for name, original in originals.items():
-            setattr(torch.distributed, name, original)
+            plain = trainer(Steps(counts), devices=2, strategy="ddp", num_sanity_val_steps=0)
+            plain.fit(Module())
     return counts
+
+
+def place(folder):
+    """This rank, and a folder of its own."""
+    Module()  # imports the rest
+    gc.collect()
+    gc.freeze()  # garbage is collected at every batch, and what was imported is none
+    folder = folder / os.environ["RANK"]
+    folder.mkdir()
+    return int(os.environ["RANK"]), folder
 
 
 def two_ranks(folder):
     """Everything that two ranks are asked."""
-    rank = int(os.environ["RANK"])
-    folder = folder / str(rank)
-    folder.mkdir()
+    rank, folder = place(folder)
 
     def broken(self, *args, **kwargs):
         raise ZeroDivisionError("a bug in a criterion")
@@ -193,18 +216,15 @@ def two_ranks(folder):
         "sparsity": failing(folder, pruning={"sparsity": 0.5 if rank else 0.4}),
         "units": failing(folder, pruning={"units": ["ffn"] if rank else ["heads"]}),
     }
-    from lightning_mi_prune import MutualInformationPruning
-
-    original, MutualInformationPruning.select = MutualInformationPruning.select, broken
+    original, MutualInformationPruning.decide = MutualInformationPruning.decide, broken
     found["bug"] = failing(folder)
-    MutualInformationPruning.select = original
+    MutualInformationPruning.decide = original
     found["after"] = seen(folder)["digests"]
     return found
 
 
 def four_ranks(folder):
-    folder = folder / os.environ["RANK"]
-    folder.mkdir()
+    _, folder = place(folder)
     return {"plain": seen(folder), "padded": seen(folder, module=Padded)}
 
 
@@ -263,22 +283,31 @@ def test_options_of_the_wrapper_change_nothing(two):
 
 @pytest.mark.parametrize("name", ["plain", "padded"])
 def test_one_two_and_four_ranks_keep_the_same_units(one, two, four, name):
-    plans = [one[name]["plan"], two[0][name]["plan"], four[0][name]["plan"]]
-    assert plans[0] == plans[1] == plans[2]
+    plans = [Plan.from_json(run[name]["plan"]) for run in (one, two[0], four[0])]
+    assert plans[0].kept == plans[1].kept == plans[2].kept
+    orders = [{n: ranking.order for n, ranking in plan.rankings.items()} for plan in plans]
+    assert orders[0] == orders[1] == orders[2]
     assert all(four[rank][name]["digests"] == four[0][name]["digests"] for rank in range(4))
 
 
-def test_a_cut_costs_one_large_all_reduce_and_a_step_nothing(two):
-    """float64: count, sums and one triangle of outer products; heads and neurons of two layers."""
+def test_a_cut_costs_two_large_all_reduces_one_a_refit_and_a_step_nothing(two):
+    """float64: count, sums and one triangle of outer products; heads and neurons of two layers.
+
+    Of gradients: counts, one number a unit, and one triangle over the outputs of its reader.
+    """
     with_, without = two[0]["with"], two[0]["without"]
-    expected = 2 * sum(8 * (1 + d + d * (d + 1) // 2) for d in (24, 40))
-    smaller = 2 * sum(8 * (1 + d + d * (d + 1) // 2) for d in (18, 34))
-    extra = sorted(with_["all_reduce"])
-    for size in without["all_reduce"]:
+    moments = 2 * sum(8 * (1 + d + d * (d + 1) // 2) for d in (24, 40))
+    gradients = 2 * sum(8 * (3 + units + 24 * 25 // 2) for units in (4, 40))
+    extra = list(with_["all_reduce"])
+    for size in [*without["all_reduce"], *with_["refitted"]]:
         extra.remove(size)
-    assert len(extra) == CUTS
-    assert extra[1] == expected
-    assert extra[0] < smaller * 1.2
+    assert extra[:2] == [moments, gradients]
+    assert len(extra) == 2 * CUTS
+    assert extra[2] < moments
+    assert extra[3] < gradients
+    assert len(with_["refitted"]) >= 4 * CUTS  # output projections of two layers, at least
+    assert with_["in steps"] == without["in steps"]
+    assert len(with_["gathered"]) == CUTS
     gathered = len(with_["all_gather"]) - len(without.get("all_gather", []))
     assert gathered == 3 + 2 * CUTS
     assert set(with_["all_gather"]) <= {32, *without.get("all_gather", [])}
@@ -371,8 +400,7 @@ def test_a_stateful_communication_hook_starts_anew():
 
 
 def on_gpus(folder):
-    folder = folder / os.environ["RANK"]
-    folder.mkdir()
+    _, folder = place(folder)
     hooked = DDPStrategy(ddp_comm_hook=fp16_compress_hook)
     options = {"accelerator": "gpu", "sync_batchnorm": True, "module": Normed}
     return seen(folder, strategy=hooked, **options)

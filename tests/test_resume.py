@@ -13,10 +13,11 @@ from lightning_mi_prune import MutualInformationPruning, PruningError, find_axes
 from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.report import PruningReport
+from lightning_mi_prune.sample import Example
 from lightning_mi_prune.surgery import apply
 from tests.boring import Classifier, Sentences, trainer
 from tests.models import random_plan
-from tests.runs import Batches, Module, Point, fit, resumed_equals_straight
+from tests.runs import Batches, Module, Point, fit, resumed_equals_straight, sha
 from tests.test_trial import BUDGET, Painless, Scored
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
@@ -86,10 +87,34 @@ def test_wherever_validation_falls_a_resumed_run_equals_the_straight_one(tmp_pat
     ids=["more", "less"],
 )
 def test_other_units_are_chosen_anew(tmp_path, point, options, before, after, ffn, heads):
-    path = stopped(tmp_path, point, pruning=before, **options)
-    _, module, _ = resumed(tmp_path, path, "other axes", pruning=after, **options)
+    even = {"widths": "uniform"}
+    path = stopped(tmp_path, point, pruning=before | even, **options)
+    _, module, _ = resumed(tmp_path, path, "other axes", pruning=after | even, **options)
     assert widths(module, "ffn") == ffn
     assert widths(module, "heads") == heads
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"relevance": "readers"}, {}),
+        ({"refit": False}, {}),
+        ({}, {"estimator": "copula"}),
+        ({"units": ["ffn"], "relevance_steps": 3}, {}),
+        ({}, {"relevance": None}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_the_options_now_ask_for_is_heard_anew(tmp_path, before, after, batch):
+    """Batch 3 comes after the validation of its epoch, batch 1 while gradients are gathered."""
+    options = {"val_check_interval": 3, "max_epochs": 3}
+    path = stopped(tmp_path, Point("on_train_batch_end", 0, batch), pruning=before, **options)
+    lacks = batch == 3 and after != {"relevance": None}
+    match = "What was heard (is less than the options ask for|was of other axes)" if lacks else None
+    _, _, watch = resumed(tmp_path, path, match, pruning=after, **options)
+    (cut,) = watch.pruning.report.cuts
+    assert cut.epoch == 1 + lacks
 
 
 def test_without_its_budget_a_trial_ends_and_the_cut_stays(tmp_path):
@@ -168,8 +193,9 @@ def test_pruning_may_begin_in_the_middle_of_a_run(tmp_path):
 
 
 def test_a_run_that_got_longer_fits_a_new_schedule_and_keeps_its_cuts(tmp_path):
-    path = stopped(tmp_path, Point("on_train_epoch_end", 2), max_epochs=4)
-    _, module, watch = resumed(tmp_path, path, max_epochs=8)
+    even = {"widths": "uniform"}
+    path = stopped(tmp_path, Point("on_train_epoch_end", 2), pruning=even, max_epochs=4)
+    _, module, watch = resumed(tmp_path, path, pruning=even, max_epochs=8)
     cuts = watch.pruning.report.cuts
     assert [cut.epoch for cut in cuts][:2] == [1, 2]
     assert widths(module, "ffn") == [20, 20]
@@ -243,10 +269,25 @@ def test_plans_of_parts_in_older_files_are_read():
 
 GOOD = RunState().to_dict(PruningReport())
 LYING = torch.zeros(1, dtype=torch.float64).expand(1 + 20_000 + 20_000 * 20_001 // 2)
+NAN = torch.full((3,), torch.nan, dtype=torch.float64)
+FELT = (1, 1, False, torch.ones(5, dtype=torch.float64))
+CALL = vars(Example((torch.ones(1, 2),), {}, torch.ones(1, 2)))
+HEARD = {
+    "moments": {"a": (1, torch.ones(3, dtype=torch.float64))},
+    "gradients": {"a": FELT},
+    "calls": [{"": [CALL]}],
+    "samples": {"a": torch.ones(2, 1)},
+}
+
+
+def heard(**change):
+    return {"heard": {**HEARD, **change}}
+
+
 PENDING = {"epoch": 1, "sparsity": 0.5, "plan": "{}", "folded": {}, "information": {}}
-TRIAL = {"epoch": 1, "reached": 0.0, "plan": "{}", "weights": {}, "optimizers": [],
+TRIAL = {"epoch": 1, "reached": 0.0, "kept": 1.0, "plan": "{}", "weights": {}, "optimizers": [],
          "failed_at": None}  # fmt: skip
-PLAN = '{"version":1,"sizes":{"a":2},"kept":{"a":[0]}}'
+PLAN = '{"kept":{"a":[0]},"sizes":{"a":2},"version":1}'
 
 
 @pytest.mark.parametrize(
@@ -254,7 +295,8 @@ PLAN = '{"version":1,"sizes":{"a":2},"kept":{"a":[0]}}'
     [
         None,
         [],
-        {"version": 2},
+        {"version": 1},
+        {"version": 3},
         {"version": None},
         {"reached": float("nan")},
         {"reached": 1e9},
@@ -268,22 +310,49 @@ PLAN = '{"version":1,"sizes":{"a":2},"kept":{"a":[0]}}'
         {"fitted": {"epochs": [1, 2], "sparsities": [0.5]}},
         {"schedule": {"epochs": [1], "sparsities": [1.5]}},
         {"schedule": 3},
-        {"heard": {"a": (20_000, LYING)}},
-        {"heard": {"a": (-1, torch.zeros(3))}},
-        {"heard": {"a": (2**62, torch.zeros(3))}},
-        {"heard": {"a": (100_000, torch.zeros(3))}},
-        {"heard": {"a": (1, torch.zeros(3))}},
-        {"heard": {"a": 3}},
+        {"kept": 1.5},
+        {"kept": None},
+        {"felt": 3},
+        {"felt": {"a": FELT[:3]}},
+        {"felt": {"a": (20_000, 1, False, LYING)}},
+        {"felt": {"a": (-1, 1, False, FELT[3])}},
+        {"felt": {"a": (1, 2**62, False, FELT[3])}},
+        {"felt": {"a": (2, 1, False, FELT[3])}},
+        {"felt": {"a": (*FELT[:3], FELT[3] * torch.inf)}},
+        {"felt": {"a": (*FELT[:3], FELT[3].float())}},
+        {"felt": {"a": (*FELT[:3], None)}},
+        {"heard": {}},
+        heard(moments={"a": (20_000, LYING)}),
+        heard(moments={"a": (-1, torch.zeros(3))}),
+        heard(moments={"a": (2**62, torch.zeros(3))}),
+        heard(moments={"a": (100_000, torch.zeros(3))}),
+        heard(moments={"a": (1, torch.zeros(3))}),
+        heard(moments={"a": (1, NAN)}),
+        heard(moments={"a": 3}),
+        heard(gradients={"a": (1, 1, False, LYING)}),
+        heard(gradients={"a": (1, 1, False, NAN)}),
+        heard(gradients=[FELT]),
+        heard(calls=None),
+        heard(calls=[3]),
+        heard(calls=[{"": [{}]}]),
+        heard(calls=[{"": [{**CALL, "args": CALL["args"][0]}]}]),
+        heard(calls=[{"": [{**CALL, "args": ({"x": [LYING]},)}]}]),
+        heard(calls=[{"": [{**CALL, "mask": LYING}]}]),
+        heard(samples={"a": LYING}),
+        heard(samples={"a": 3}),
+        heard(samples=None),
         {"pending": {}},
         {"pending": PENDING},
         {"pending": {**PENDING, "plan": PLAN, "folded": {"x": 3}}},
+        {"pending": {**PENDING, "plan": PLAN, "folded": {"x": LYING}}},
         {"pending": {**PENDING, "plan": PLAN, "epoch": "1"}},
         {"trial": TRIAL},
         {"trial": {**TRIAL, "plan": PLAN, "weights": None}},
         {"trial": {**TRIAL, "plan": PLAN, "weights": {"w": LYING}}},
         {"trial": {**TRIAL, "plan": PLAN, "failed_at": "no"}},
+        {"trial": {**TRIAL, "plan": PLAN, "kept": float("nan")}},
         {"trial": {**TRIAL, "plan": PLAN, "optimizers": [3]}},
-        {"examples": {"a": {"args": 3, "kwargs": {}}}},
+        {"examples": {"a": {"args": 3, "kwargs": {}, "mask": None}}},
         {"seconds": {"a": None}},
         {"report": {}},
         {"report": {**PruningReport().state_dict(), "cuts": [{"epoch": 1}]}},
@@ -300,6 +369,9 @@ def test_an_undamaged_state_is_read():
     callback = MutualInformationPruning()
     callback.load_state_dict(GOOD)
     assert callback.state_dict() == GOOD
+    for part in (heard(), {"felt": {"a": FELT}, "kept": 0.5}, {"trial": {**TRIAL, "plan": PLAN}}):
+        callback.load_state_dict(GOOD | part)
+        assert sha(callback.state_dict()) == sha(GOOD | part)
     assert Batches(64, 16, seed=0).state_dict() == {"served": 0}
 
 

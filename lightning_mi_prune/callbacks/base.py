@@ -108,15 +108,8 @@ class PruningCallback(PruningSteps):
             return f"{keeper.plan.digest()} {sizes} {options}"
 
         together(trainer.strategy, "what to prune and how", prepare)
-        for surprise in reconcile(
-            self._run,
-            self._chosen,
-            pl_module,
-            self._budget,
-            calls=self._calls > 0,
-            samples=self._samples > 0,
-            gradients=self._steps > 0,
-        ):
+        stored = {"calls": self._calls, "samples": self._samples, "steps": self._steps}
+        for surprise in reconcile(self._run, self._chosen, pl_module, self._budget, **stored):
             rank_zero_warn(surprise)
         if trainer.global_rank and self._run.felt is not None:  # rank 0 goes on with all of it
             self._run.felt = blank(pl_module, self._chosen)

@@ -177,9 +177,9 @@ def reconcile(
     module: nn.Module,
     budget: AccuracyBudget | None,
     *,
-    calls: bool = False,
-    samples: bool = False,
-    gradients: bool = False,
+    calls: int = 0,
+    samples: int = 0,
+    steps: int = 0,
 ) -> list[str]:
     """Let go of what does not fit the options a run resumes with.
 
@@ -188,9 +188,9 @@ def reconcile(
         axes: Axes that may be cut now.
         module: The model.
         budget: What a cut may cost now.
-        calls: Whether stored calls are asked for now.
-        samples: Whether stored samples are.
-        gradients: Whether gradients of training steps are.
+        calls: Positions of calls to store now; 0 stores none.
+        samples: Positions of every axis to store now.
+        steps: Training steps to take gradients from now.
 
     Returns:
         What was let go of, in a sentence each.
@@ -199,7 +199,7 @@ def reconcile(
     places = {key: readers[0] for axis in axes for key, readers in axis.places.items()}
     widths = {key: module.get_parameter(f"{r}.weight").shape[1] for key, r in places.items()}
     shapes, heard = _shapes(blank(module, axes)), run.heard
-    if run.felt is not None and (not gradients or _shapes(run.felt) != shapes):
+    if run.felt is not None and (not steps or _shapes(run.felt) != shapes):
         run.felt = None  # the rest of the epoch is felt anew
     if heard is not None and {key: m.dimension for key, m in heard.moments.items()} != widths:
         run.heard = None
@@ -207,7 +207,7 @@ def reconcile(
     elif heard is not None and (
         (calls and not heard.ranks)
         or (samples and {key: x.shape[-1] for key, x in heard.samples.items()} != widths)
-        or (gradients and _shapes(heard.gradients or {}) != shapes)
+        or (steps and _shapes(heard.gradients or {}) != shapes)
     ):
         run.heard = None
         surprises.append(

@@ -127,6 +127,7 @@ class PruningSteps(pl.Callback, ABC):
             run.reached = sparsity
             return
         started = time.perf_counter()
+        heard.moments = {}  # as large as the model; what follows needs the room
         refitted = _on_cpu(self.pull_back(trainer, module, selection, heard))
         # All ranks solved the same sums; with other processors they may differ in the last digit.
         run.pending = Pending(epoch, sparsity, decide_once(trainer.strategy, lambda: refitted))
