@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from lightning_mi_prune.axes import choose_axes, count_parameters
 from lightning_mi_prune.budget import Budget, sparsity_of
@@ -123,6 +124,12 @@ def prune(
             "relevance='gradient' asks for training steps, but there is no loss. Expected "
             "loss(module, batch) or a LightningModule; or use relevance='readers'."
         )
+    by_hand = not getattr(module, "automatic_optimization", True)
+    if method.relevance == "gradient" and by_hand and loss is None:
+        raise PruningError(
+            f"{type(module).__name__} optimizes by hand, so its training_step cannot run without "
+            "a Trainer. Pass loss(module, batch), or use relevance='readers'."
+        )
     method = replace(method, budget=asked)
     keeper = PlanKeeper.of(module, partial(find_axes, within=within))
     axes, current = keeper.axes, keeper.plan
@@ -194,19 +201,30 @@ def _length(batches: Iterable[Any]) -> int | None:
 
 @contextmanager
 def _still(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and gradients of its own; both are put back."""
+    """Evaluation mode, gradients and metrics of its own, nothing logged; all is put back."""
     modes = {part: part.training for part in module.modules()}
     gradients = {p: p.grad for p in module.parameters()}
+    metrics = [part for part in module.modules() if isinstance(part, Metric)]
+    states = [{name: copy(v) for name, v in metric.metric_state.items()} for metric in metrics]
+    quiet = [name for name in ("log", "log_dict") if hasattr(module, name)]
     module.eval()
+    module.__dict__.update(dict.fromkeys(quiet, _ignore))  # there is no loop to log to
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*self.log.*")  # there is no Trainer
-            yield
+        yield
     finally:
+        for name in quiet:
+            module.__dict__.pop(name)
         for part, mode in modes.items():
             part.training = mode
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
+        for metric, state in zip(metrics, states, strict=True):
+            vars(metric).update(state)
+            metric._computed = None
+
+
+def _ignore(*_: object, **__: object) -> None:
+    """Stands in for ``self.log``."""
 
 
 def _listen(

@@ -241,8 +241,8 @@ def _solve(reading: Reading, layer: nn.Module, sums: Tensor, ridge: float) -> di
     if float(count) <= size:
         raise PruningError(
             f"{int(count)} positions were stored to refit {reading.layer!r}, which has {size} "
-            f"numbers to learn for each output; expected more, better {10 * size}. Validate on more data, "
-            "raise refit_positions, or set refit=False."
+            f"numbers to learn for each output; expected more, better {10 * size}. Validate on "
+            "more data, raise refit_positions, or set refit=False."
         )
     assert isinstance(weight, Tensor)  # noqa: S101
     first = 0 if isinstance(bias, Tensor) else 1

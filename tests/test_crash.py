@@ -97,7 +97,8 @@ def test_the_run_ends_there_and_soon(results, name):
     else:
         assert found["code"] not in (0, "hangs"), f"the launcher: {found['code']}"
     if case.deed == "kill" and case.world > 1 and case.launcher == "fork":
-        assert found["failures"][str(case.rank)] == -9, found["failures"]
+        # Left alone, the other rank may fail first.
+        assert found["failures"].get(str(case.rank), -9) == -9, found["failures"]
 
 
 @every

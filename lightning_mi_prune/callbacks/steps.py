@@ -114,7 +114,7 @@ class PruningSteps(pl.Callback, ABC):
         started, heard, plan = time.perf_counter(), run.heard, self._kept().plan
         agree(trainer.strategy, "the cut", f"epoch {epoch}, to {sparsity}, of {plan.digest()}")
         self._check_optimizers(trainer, module)
-        run.heard, run.felt = None, None
+        run.heard = None  # validation runs again if this fails; training steps do not
 
         def choose() -> Selection | None:
             chosen = self.decide(module, heard, sparsity, run.kept)
@@ -124,13 +124,14 @@ class PruningSteps(pl.Callback, ABC):
         run.seconds["scoring"] = time.perf_counter() - started
         if selection is None:
             rank_zero_info(f"The model is at sparsity {sparsity:.3f} or beyond already: no cut.")
-            run.reached = sparsity
+            run.reached, run.felt = sparsity, None
             return
         started = time.perf_counter()
         heard.moments = {}  # as large as the model; what follows needs the room
         refitted = _on_cpu(self.pull_back(trainer, module, selection, heard))
         # All ranks solved the same sums; with other processors they may differ in the last digit.
-        run.pending = Pending(epoch, sparsity, decide_once(trainer.strategy, lambda: refitted))
+        refitted = decide_once(trainer.strategy, lambda: refitted)
+        run.pending, run.felt = Pending(epoch, sparsity, refitted), None
         run.seconds["refitting"] = time.perf_counter() - started
 
     def _cut(self, trainer: pl.Trainer, module: pl.LightningModule, pending: Pending) -> None:
