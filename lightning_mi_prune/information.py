@@ -224,6 +224,7 @@ def normal_scores(
 
 def _unit_scores(x: Tensor) -> Tensor:
     scores = gaussian_copula(x)
+    scores = scores - scores.mean(0)  # ties are not symmetric
     spread = scores.std(0, correction=0)
     return scores / torch.where(spread > 0, spread, 1.0)
 

@@ -116,7 +116,8 @@ def refit(
 
     The model is only run, never changed: each hook solves its layer when the data arrives and hands
     the new output on, so that everything above sees the refitted stream. A layer that runs several
-    times in a pass (a shared one) is solved over all its calls at the end of it.
+    times in a pass (ALBERT's are shared) stays as it is: each of its calls would want to make up
+    for the same loss of the stream.
 
     Args:
         cut: The cut model, with the weights that folding in left.
@@ -135,35 +136,25 @@ def refit(
         PruningError: If the sample is smaller than what a layer has to learn from it.
     """
     solved: dict[str, Tensor] = {}
-    waiting: dict[str, tuple[Reading, Tensor]] = {}
-    heard: dict[str, int] = {}
     inputs = _Inputs(call.mask)
 
     def solve(reading: Reading, x: Tensor, skip: Tensor | None, output: Tensor) -> Tensor:
-        index = heard.get(reading.layer, 0)
-        heard[reading.layer] = index + 1
-        wanted = targets[reading.layer][index]
+        if len(targets[reading.layer]) > 1:
+            return output
+        wanted, layer = targets[reading.layer][0], cut.get_submodule(reading.layer)
         if skip is not None:
             wanted = wanted - _heard(skip, call.mask)
-        layer = cut.get_submodule(reading.layer)
         if isinstance(layer, nn.LayerNorm):
             plain = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
             new = _solve_norm(layer, _heard(plain, call.mask), wanted, add, share)
             solved.update({f"{reading.layer}.{name}": value for name, value in new.items()})
             return plain * new["weight"] + new.get("bias", 0)
         sums = share * inputs.sums(x, wanted - _heard(output, call.mask))
-        if len(targets[reading.layer]) > 1:
-            before = waiting.get(reading.layer)
-            waiting[reading.layer] = (reading, sums if before is None else before[1] + sums)
-            return output
         new = _solve(reading, layer, add(sums), ridge)
         solved.update({f"{reading.layer}.{name}": value for name, value in new.items()})
         return functional.linear(x, new["weight"], new.get("bias")) if new else output
 
     _run_with(cut, found, path, call, solve)
-    for name, (reading, sums) in waiting.items():
-        new = _solve(reading, cut.get_submodule(name), add(sums), ridge)
-        solved.update({f"{name}.{key}": value for key, value in new.items()})
     return solved
 
 

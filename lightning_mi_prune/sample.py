@@ -14,6 +14,8 @@ from torch.nn import functional
 
 __all__ = ["Example", "copied", "merged", "placed", "rows_of", "run", "taken"]
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 
 @dataclass(frozen=True)
 class Example:
@@ -167,6 +169,9 @@ def copied(root: nn.Module, networks: Collection[str]) -> nn.Module:
     for name in ("_trainer", "_fabric"):  # of a LightningModule; neither can be copied, nor need be
         held = getattr(root, name, None)
         memo |= {} if held is None else {id(held): held}
+    for module in (m for path in networks for m in root.get_submodule(path).modules()):
+        for name in _HOOKS:  # of others; what they hold need not be copied, nor can it always
+            memo |= {id(hook): hook for hook in getattr(module, name).values()}
     if "" in networks:
         return copy.deepcopy(root, memo).eval()
     shell = nn.Module()

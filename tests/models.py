@@ -148,6 +148,10 @@ def duplicate(model: nn.Module, axis: WidthAxis, source: int, target: int) -> No
             if s.dim == 0:
                 tensor = model.get_parameter(s.tensor)
                 tensor[target * g : target * g + g] = tensor[source * g : source * g + g]
+        if axis.selects:  # heads that a table shared by all layers tells apart
+            for name, table in model.named_parameters():
+                if "relative_attention_bias" in name:
+                    table[:, target] = table[:, source]
 
 
 def make_constant(model: nn.Module, axis: WidthAxis, unit: int) -> None:

@@ -1,0 +1,290 @@
+"""One-shot pruning of the fine-tuned classifiers: every method on the same evidence, no training.
+
+    python -m examples.benchmark.oneshot
+    python -m examples.benchmark.oneshot --tasks trec-6 --seeds 0 --methods relevance-mi taylor
+    python -m examples.benchmark.oneshot --table
+
+What each model says on its validation split is gathered once; all methods then rank on it, and the
+test split tells what they kept. Records are written one by one, so a run that is stopped goes on
+where it was, and processes may share the work by tasks or seeds. Records that are there are not
+measured again: delete `runs/benchmark/oneshot-*.json` to start anew.
+"""
+
+import argparse
+import copy
+import platform
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.cost import cpu_name
+from examples.benchmark.finetuned import RECIPES, SEEDS, finetuned
+from examples.benchmark.records import Record, gather, key_of, load, part, write
+from examples.benchmark.tables import print_tables
+from examples.benchmark.variants import METHODS, Variant
+from lightning_mi_prune import Listener, Plan, PruningWarning, WidthAxis, apply, find_axes
+from lightning_mi_prune.axes import choose_axes, count_parameters, full_plan
+from lightning_mi_prune.gradients import GradientListener
+from lightning_mi_prune.method import Heard, pull_back
+from lightning_mi_prune.relevance import check_gradients
+
+NAME, MODEL = "oneshot", "minilm-l6"
+FOLDER = Path("runs", "benchmark")
+RESULTS = Path(__file__).parent / "results" / "oneshot.json"
+SPARSITIES = (0.75, 0.9)
+POSITIONS, CALLS, STEPS = 40_000, 16_384, 64
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dense model with all that is known of it, the same for every method.
+
+    Args:
+        task: Name of the task.
+        seed: Seed of the split and the model.
+        model: The network, in evaluation mode; only run and copied.
+        axes: All its axes.
+        chosen: Those that are cut: neurons and heads.
+        heard: What it said on the validation split.
+        seconds: Time to hear it.
+        test: Batches of the test split.
+        accuracy: Accuracy on them.
+        cross_entropy: Mean cross-entropy on them, in nats.
+    """
+
+    task: str
+    seed: int
+    model: nn.Module
+    axes: Sequence[WidthAxis]
+    chosen: Sequence[WidthAxis]
+    heard: Heard
+    seconds: float
+    test: Sequence[Batch]
+    accuracy: float
+    cross_entropy: float
+
+
+def examine(
+    task: str,
+    seed: int,
+    model: nn.Module,
+    validation: Sequence[Batch],
+    test: Sequence[Batch],
+    *,
+    positions: int = POSITIONS,
+    calls: int = CALLS,
+) -> Subject:
+    """Gather the evidence from the validation split, and test the dense model.
+
+    Args:
+        task: Name of the task.
+        seed: Seed of the split and the model.
+        model: The dense model, in evaluation mode.
+        validation: Batches with labels, for the evidence.
+        test: Batches with labels, for the accuracy only.
+        positions: Samples to listen to on each axis.
+        calls: Positions of inputs to store for the refit.
+    """
+    axes = find_axes(model)
+    chosen = choose_axes(axes)
+    started = time.perf_counter()
+    heard = listen(model, chosen, validation, positions, calls, seed)
+    seconds = time.perf_counter() - started
+    accuracy, cross_entropy = score(model, test)
+    return Subject(task, seed, model, axes, chosen, heard, seconds, test, accuracy, cross_entropy)
+
+
+def listen(
+    model: nn.Module,
+    axes: Sequence[WidthAxis],
+    batches: Sequence[Batch],
+    positions: int,
+    calls: int,
+    seed: int,
+) -> Heard:
+    """Moments and stored inputs of one pass, gradients of another; no weight changes."""
+    listener = Listener(
+        model, axes, positions=positions, batches=len(batches), seed=seed, calls=calls
+    )
+    with torch.no_grad(), listener:
+        for batch in batches:
+            listener.start_batch()
+            model(**batch)
+    listener.check()
+    felt = GradientListener(model, axes, steps=STEPS, batches=len(batches), taylor=True)
+    with felt:
+        for index, batch in enumerate(batches):
+            with felt.step(index):
+                model(**batch).loss.backward()
+            model.zero_grad(set_to_none=True)
+    check_gradients(felt.sums)
+    return Heard(
+        listener.moments,
+        gradients=felt.sums,
+        ranks=[listener.stored],
+        examples=listener.calls(axes),
+    )
+
+
+@torch.no_grad()
+def score(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
+    """Accuracy, and mean cross-entropy in nats."""
+    right, nats, rows = 0, 0.0, 0
+    for batch in batches:
+        logits, labels = model(**batch).logits.float(), batch["labels"]
+        right += int((logits.argmax(-1) == labels).sum())
+        nats += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        rows += len(labels)
+    return right / rows, nats / rows
+
+
+def measure(subject: Subject, variant: Variant, sparsity: float, positions: int = CALLS) -> Record:
+    """Prune a copy of the model one way and test it.
+
+    Args:
+        subject: The dense model and its evidence.
+        variant: The way.
+        sparsity: Share of the prunable parameters that must go.
+        positions: Stored positions that the refit may use.
+    """
+    method = variant.at(sparsity, subject.seed, positions)
+    dense, axes, plan = subject.model, subject.axes, full_plan(subject.axes)
+    started = time.perf_counter()
+    selection = method.decide(dense, axes, subject.chosen, plan, subject.heard)
+    if selection is None:
+        raise ValueError(f"sparsity={sparsity}: expected one that asks for a cut")
+    selection = pull_back(dense, axes, plan, selection, method, subject.heard)
+    seconds = time.perf_counter() - started
+    cut = copy.deepcopy(dense)
+    apply(cut, axes, selection.plan, current=plan, folded=selection.folded)
+    accuracy, cross_entropy = score(cut, subject.test)
+    before, after = (sum(p.numel() for p in model.parameters()) for model in (dense, cut))
+    prunable = count_parameters(subject.chosen)
+    return {
+        **identity(subject.task, subject.seed, variant, sparsity),
+        "model": MODEL,
+        "sparsity": (before - after) / prunable,
+        "n_test": sum(len(batch["labels"]) for batch in subject.test),
+        "accuracy": accuracy,
+        "dense_accuracy": subject.accuracy,
+        "cross_entropy": cross_entropy,
+        "dense_cross_entropy": subject.cross_entropy,
+        "parameters": after,
+        "dense_parameters": before,
+        "prunable_parameters": prunable - (before - after),
+        "dense_prunable_parameters": prunable,
+        "kept": kept(subject.chosen, selection.plan),
+        "seconds": seconds,
+        "evidence_seconds": subject.seconds,
+        "machine": machine(),
+    }
+
+
+def identity(task: str, seed: int, variant: Variant, sparsity: float) -> Record:
+    """The fields that tell a record from all others."""
+    return {
+        "task": task,
+        "seed": seed,
+        "method": variant.method,
+        "widths": variant.widths,
+        "fold_in": variant.fold_in,
+        "target_sparsity": sparsity,
+    }
+
+
+def kept(axes: Sequence[WidthAxis], plan: Plan) -> dict[str, list[int]]:
+    """Widths that stay from the bottom to the top, by kind of axis."""
+    found: dict[str, list[int]] = {}
+    for axis in sorted(axes, key=lambda axis: axis.level):
+        found.setdefault(axis.kind, []).append(plan.width(axis.name))
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What seconds depend on."""
+    return {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def run(task: str, seed: int, methods: Sequence[str], sparsities: Sequence[float]) -> None:
+    """Measure what the part of one model lacks; nothing is loaded where it lacks nothing."""
+    path = part(FOLDER, NAME, task, seed)
+    records = load(path)
+    there = {key_of(record) for record in records}
+    missing = [
+        (variant, sparsity)
+        for sparsity in dict.fromkeys(sparsities)
+        for method in dict.fromkeys(methods)
+        for variant in METHODS[method]
+        if key_of(identity(task, seed, variant, sparsity)) not in there
+    ]
+    if not missing:
+        return
+    model, data = finetuned(task, seed)
+    subject = examine(task, seed, model, [*data.val_dataloader()], [*data.test_dataloader()])
+    print(f"{task}, seed {seed}: dense {subject.accuracy:.2%}, evidence {subject.seconds:.0f} s")
+    for variant, sparsity in missing:
+        record = measure(subject, variant, sparsity)
+        records.append(record)
+        write(path, records)
+        print(
+            f"  {sparsity:.0%} {variant.method}, {variant.widths}, {variant.fold_in}: "
+            f"{record['accuracy']:.2%}, {record['seconds']:.1f} s",
+            flush=True,
+        )
+
+
+def share(text: str) -> float:
+    """A share above 0 and below 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a share above 0 and below 1")
+    return value
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser("examples.benchmark.oneshot", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=[*RECIPES], default=[*RECIPES], help="default: all")
+    add("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="default: all")
+    add("--sparsities", nargs="+", type=share, default=SPARSITIES, help="default: 0.75 0.9")
+    add("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="default: all")
+    add("--gather", action="store_true", help="only merge the records that are there")
+    add("--table", action="store_true", help="only merge and print the records that are there")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure what is missing, then merge all there is into the one list."""
+    asked = arguments(given)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # Thin evidence and copies that top-k keeps are part of the comparison.
+    warnings.filterwarnings("ignore", category=PruningWarning)
+    if not (asked.gather or asked.table):
+        for seed in asked.seeds:
+            for task in asked.tasks:
+                run(task, seed, asked.methods, asked.sparsities)
+    records = gather(FOLDER, NAME, RESULTS)
+    if asked.table:
+        print_tables(records)
+
+
+if __name__ == "__main__":
+    main()

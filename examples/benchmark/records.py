@@ -1,0 +1,61 @@
+"""Where the records of a benchmark are kept: a part for each model, gathered in one list."""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+Key = tuple[Any, ...]
+
+IDENTITY = ("task", "target_sparsity", "method", "widths", "fold_in", "seed")
+
+
+def key_of(record: Record) -> Key:
+    """What a record is about; there is one record of each."""
+    return tuple(record[name] for name in IDENTITY)
+
+
+def load(path: Path) -> list[Record]:
+    """The records of a file, none where it is not there."""
+    if not path.exists():
+        return []
+    records: list[Record] = json.loads(path.read_text(encoding="utf-8"))
+    return records
+
+
+def write(path: Path, records: Iterable[Record]) -> None:
+    """Write a file in one step: whoever reads it sees all of it or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(list(records), indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def part(folder: Path, name: str, task: str, seed: int) -> Path:
+    """The file of one model; processes that run on different models never write the same one."""
+    return folder / f"{name}-{task}-{seed}.json"
+
+
+def gather(folder: Path, name: str, results: Path) -> list[Record]:
+    """Merge all parts into the one list; a part wins over what the list says of the same.
+
+    What the list holds of models that have no part here stays, so results that came with the
+    project are not lost on a machine that runs only some of it.
+
+    Args:
+        folder: Where the parts are.
+        name: How their names begin.
+        results: The one list.
+    """
+    found = {key_of(record): record for record in load(results)}
+    whole = re.compile(rf"{re.escape(name)}-.+-\d+\.json")
+    for path in sorted(folder.glob(f"{name}-*.json")):
+        if whole.fullmatch(path.name):
+            found |= {key_of(record): record for record in load(path)}
+    records = [found[key] for key in sorted(found)]
+    if records != load(results):
+        write(results, records)
+    return records

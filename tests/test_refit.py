@@ -1,0 +1,259 @@
+"""The cut model is pulled back to the dense one: exactly where it can be, never away from it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from lightning_mi_prune.axes import full_plan
+from lightning_mi_prune.budget import Budget
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families import find_axes
+from lightning_mi_prune.listener import Listener
+from lightning_mi_prune.method import Heard, Method, pull_back
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.refit import readings, record, refit
+from lightning_mi_prune.sample import Example, merged
+from lightning_mi_prune.selection import Selection, select
+from lightning_mi_prune.surgery import apply
+from tests.models import (
+    CONFIGS,
+    PICTURES,
+    batch,
+    build,
+    duplicate,
+    inputs_of,
+    outputs,
+    pictures,
+    random_plan,
+)
+from tests.ranks import launch
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
+FAMILIES = [(family, "sequence") for family in CONFIGS] + [(f, "image") for f in PICTURES]
+METHOD = Method(Budget(sparsity=0.5), refit_ridge=1e-6)
+
+
+def many(head):
+    return pictures(96) if head == "image" else batch(160)
+
+
+def call_of(inputs):
+    return Example((), dict(inputs), inputs.get("attention_mask"))
+
+
+def heard_of(inputs):
+    return Heard({}, ranks=[{"": [call_of(inputs)]}])
+
+
+def cut_by(model, axes, plan, folded=None):
+    cut = copy.deepcopy(model)
+    apply(cut, axes, plan, folded=folded or {})
+    return cut
+
+
+@pytest.mark.parametrize(("family", "head"), FAMILIES)
+def test_nothing_cut_is_nothing_changed(family, head):
+    model = build(family, head)
+    axes = find_axes(model)
+    keep = Selection(full_plan(axes), {}, {})
+    assert readings(axes, full_plan(axes), keep.plan) == []
+    assert pull_back(model, axes, full_plan(axes), keep, METHOD, heard_of(many(head))) is keep
+
+
+@pytest.mark.parametrize(("family", "head"), FAMILIES)
+def test_solving_an_uncut_model_again_leaves_its_outputs(family, head):
+    model, inputs = build(family, head), many(head)
+    axes = find_axes(model)
+    found = readings(axes, full_plan(axes), random_plan(axes))  # as if all of it had been cut
+    found = [type(r)(r.layer, r.skip, None, r.spare) for r in found]
+    call = call_of(inputs)
+    new = refit(model, found, "", call, record(model, found, "", call))
+    before = outputs(model, inputs_of(head))
+    with torch.no_grad():
+        for name, value in new.items():
+            model.get_parameter(name).copy_(value)
+    assert torch.allclose(outputs(model, inputs_of(head)), before, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "head"), FAMILIES)
+def test_duplicates_come_back_through_several_layers(family, head):
+    """Without fold-in every layer is off by half of its units; refit finds all of it again."""
+    model = build(family, head)
+    axes = [a for a in find_axes(model) if a.kind in ("ffn", "heads")]
+    every = find_axes(model)
+    for axis in axes:
+        for unit in range(0, axis.size, 2):
+            duplicate(model, axis, unit, unit + 1)
+    kept = {
+        a.name: tuple(range(0, a.size, 2)) if a in axes else tuple(range(a.size)) for a in every
+    }
+    selection = Selection(Plan({a.name: a.size for a in every}, kept), {}, {})
+    wanted = outputs(model, inputs_of(head))
+    plain = outputs(cut_by(model, every, selection.plan), inputs_of(head))
+    method = Method(Budget(sparsity=0.5), refit_ridge=1e-9)
+    found = pull_back(model, every, full_plan(every), selection, method, heard_of(many(head)))
+    back = outputs(cut_by(model, every, found.plan, found.folded), inputs_of(head))
+    assert (plain - wanted).abs().max() > 1e-2
+    if family == "albert":  # a shared layer stays as folding in left it
+        assert set(found.folded) == {"albert.pooler.weight", "albert.pooler.bias"}
+    else:
+        assert torch.allclose(back, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("family", "head"), [f for f in FAMILIES if f[0] != "albert"])
+def test_a_refitted_model_is_nearer_to_the_dense_one(family, head, residual):
+    model = build(family, head, seed=3)
+    axes = find_axes(model)
+    plan = random_plan(axes, 0.75, residual=residual)
+    plan = Plan(
+        plan.sizes,
+        {**plan.kept, **{a.name: tuple(range(a.size)) for a in axes if a.kind == "pooler"}},
+    )
+    selection = Selection(plan, {}, {})
+    inputs = many(head)
+    call = call_of(inputs)
+    found = readings(axes, full_plan(axes), plan)
+    assert bool([r for r in found if r.skip is None and not r.spare]) == residual  # the norms
+    kept = pull_back(model, axes, full_plan(axes), selection, METHOD, heard_of(inputs))
+    assert set(kept.folded) >= {f"{r.layer}.weight" for r in found if r.skip is not None}
+    plain, fitted = (cut_by(model, axes, plan, folded) for folded in ({}, kept.folded))
+    wanted = record(model, found, "", call)
+    last = [r for r in found if r.skip is not None][-1]
+    errors = []
+    for cut in (plain, fitted):
+        own = [type(last)(last.layer, last.skip, None)]
+        said = record(cut, own, "", call)[last.layer][-1]
+        errors.append(float((said - wanted[last.layer][-1]).square().mean()))
+    assert errors[1] < errors[0]
+    assert model.config.to_dict() == build(family, head, seed=3).config.to_dict()
+
+
+def test_the_stream_is_pulled_back_with_its_skip():
+    """What the skip already lost is part of what an output projection makes up for."""
+    model, _inputs = build(), many("sequence")
+    axes = find_axes(model)
+    low = next(a for a in axes if a.kind == "ffn")
+    kept = {a.name: tuple(range(a.size)) for a in axes} | {low.name: (0, 1, 2, 3)}
+    plan = Plan({a.name: a.size for a in axes}, kept)
+    found = readings(axes, full_plan(axes), plan)
+    layers = [r.layer for r in found if r.skip]
+    assert low.readers[0] in layers
+    assert len(layers) == 3
+    assert not any("layer.0.attention" in layer for layer in layers)  # below the cut
+
+
+def test_a_sample_smaller_than_its_unknowns_is_refused_and_readers_are_spared():
+    model = build()
+    axes = find_axes(model)
+    selection = Selection(random_plan(axes, 0.5), {}, {})
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(PruningError, match=r"positions were stored to refit .* raise refit_pos"):
+        pull_back(model, axes, full_plan(axes), selection, METHOD, heard_of(batch(1, 8)))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    few = heard_of(batch(16))  # more than 24 positions, but only 16 pooled ones
+    found = pull_back(model, axes, full_plan(axes), selection, METHOD, few)
+    assert "bert.pooler.dense.weight" not in found.folded
+
+
+def test_mode_hooks_gradients_and_random_state_stay():
+    model = build().train()
+    axes = find_axes(model)
+    state = torch.get_rng_state()
+    selection = Selection(random_plan(axes, 0.5), {}, {})
+    found = pull_back(model, axes, full_plan(axes), selection, METHOD, heard_of(batch(128)))
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(t.requires_grad for t in found.folded.values())
+
+
+def solve_on_a_rank(rows):
+    """One rank of two, or the only one: refit on its share of the calls."""
+    from torch import distributed
+
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    rank = distributed.get_rank() if world > 1 else 0
+
+    def add(sums):
+        if world > 1:
+            distributed.all_reduce(sums)
+        return sums
+
+    model = build()
+    axes = find_axes(model)
+    inputs = batch(64)
+    parts = [{k: v[r] for k, v in inputs.items()} for r in rows]
+    ranks = [{"": [call_of(p)]} if len(p["input_ids"]) else {} for p in parts]
+    selection = Selection(random_plan(axes, 0.5), {}, {})
+    heard = Heard({}, ranks=ranks)
+    method = Method(Budget(sparsity=0.5))
+    found = pull_back(model, axes, full_plan(axes), selection, method, heard, add, rank, world)
+    return {name: value.tolist() for name, value in found.folded.items()}
+
+
+def initialized(shares):
+    torch.distributed.init_process_group("gloo")
+    try:
+        return [solve_on_a_rank(rows) for rows in shares]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_solve_what_one_does():
+    """Also where one rank heard nothing and only keeps the other company."""
+    alone = solve_on_a_rank([slice(0, 64)])
+    shares = [(slice(0, 40), slice(40, 64)), (slice(0, 64), slice(0, 0))]
+    found = launch(2, initialized, shares)
+    assert found[0] == found[1]
+    for both in found[0]:
+        assert set(both) == set(alone)
+        for name, value in alone.items():
+            assert torch.allclose(torch.tensor(both[name]), torch.tensor(value), atol=1e-4), name
+
+
+def test_calls_of_different_length_become_one():
+    calls = [call_of(batch(4, length, seed=length)) for length in (6, 9)]
+    call = merged(calls, 10_000)
+    assert call.rows == 8
+    assert call.kwargs["input_ids"].shape == (8, 9)
+    assert int(call.mask.sum()) == sum(int(c.mask.sum()) for c in calls)
+    assert merged(calls, 18).rows == 2
+    assert merged([], 10) is None
+    bare = [Example((torch.ones(3, n),), {}) for n in (4, 5, 4)]
+    assert merged(bare, 100).rows == 6  # nothing tells padding apart, so one length only
+
+
+def test_listening_stores_calls_and_samples_in_their_bounds():
+    model = build()
+    axes = [a for a in find_axes(model) if a.kind in ("ffn", "heads")]
+    with Listener(model, axes, batches=4, calls=100, samples=50) as heard, torch.no_grad():
+        for seed in range(4):
+            heard.start_batch(32, padded=2)
+            model(**batch(seed=seed))
+    stored = heard.stored[""]
+    assert len(stored) == 4
+    assert 80 <= sum(int(call.mask.sum()) for call in stored) <= 200
+    assert all(len(x) <= 52 for x in heard.samples.values())
+
+
+def test_fold_in_then_refit_beats_fold_in_on_data_that_was_not_heard():
+    model = build(seed=5)
+    axes = [a for a in find_axes(model) if a.kind in ("ffn", "heads")]
+    with Listener(model, axes, calls=4000) as heard, torch.no_grad():
+        model(**batch(300))
+    widths = {a.name: a.size // 2 for a in axes}
+    plan, weights = full_plan(axes), dict(model.named_parameters())
+    folded = select(axes, heard.moments, weights, widths, plan)
+    method = Method(Budget(sparsity=0.5))
+    fitted = pull_back(model, axes, plan, folded, method, Heard({}, ranks=[heard.stored]))
+    fresh = batch(200, seed=9)
+    wanted = outputs(model, fresh)
+    errors = [
+        float((outputs(cut_by(model, axes, s.plan, s.folded), fresh) - wanted).square().mean())
+        for s in (folded, fitted)
+    ]
+    assert errors[1] < errors[0]
