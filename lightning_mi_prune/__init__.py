@@ -2,35 +2,62 @@
 
 The method, one step a file::
 
-    axes        WHAT     a model can lose: neurons, heads
+    axes        WHAT     a model can lose: neurons, heads, the width of the stream
     families    WHOSE    axes they are
     listener    LISTEN   to activations in validation
     moments     SUM      what was heard, alike on every rank
+    sample      STORE    some of the inputs, to run a cut model on
+    gradients   FEEL     what the loss of training steps asks for
+    relevance   WEIGH    the layer above by it
+    evidence    GATHER   all that is known of an axis
     information MEASURE  what units say about the layer above
     elimination ORDER    what to give up next, exactly
     criteria    JUDGE    in which order they go
+    ranking     RANK     every axis to its last unit, and what is lost on the way
     budget      ALLOT    a width to every axis
+    limits      BOUND    floors, caps and pins
+    costs       COUNT    parameters and multiply-accumulates of widths
+    latency     TIME     milliseconds of widths, from a table
+    clock       CLOCK    the table, on this device
+    competition COMPETE  all axes for one budget
     selection   CHOOSE   the survivors, top-down
+    refit       REFIT    what is left to what it really hears
+    method      DECIDE   all of that, as one decision
     plan        RECORD   the choice
     incisions   PREPARE  a cut, before anything changes
     surgery     CUT      the model
+    standins    STAND IN for modules that cannot run without units
     optimizers  CARRY    their state across
     checkpoints KEEP     the plan with the weights
     pretrained  OPEN     checkpoints and folders of pruned models
     strategies  AGREE    on one plan across ranks, and wrap again
     report      TELL     what happened
+    oneshot     PRUNE    a trained module in one call
     callbacks   WHEN     all of it, inside Trainer.fit
+    cli         COMMAND  the same from a shell
 """
 
-from lightning_mi_prune.axes import Count, Slice, WidthAxis
+from lightning_mi_prune.axes import Count, Silence, Slice, WidthAxis
+from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.callbacks import MutualInformationPruning
-from lightning_mi_prune.criteria import MutualInformation
+from lightning_mi_prune.criteria import (
+    ActivationNorm,
+    Magnitude,
+    MutualInformation,
+    Random,
+    Taylor,
+)
 from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.families import find_axes, linear_axis, register_family
+from lightning_mi_prune.gradients import GradientListener
+from lightning_mi_prune.limits import Limits
 from lightning_mi_prune.listener import Listener
+from lightning_mi_prune.method import Method
+from lightning_mi_prune.oneshot import Pruned, prune
 from lightning_mi_prune.optimizers import rebind
-from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.pretrained import from_pretrained, load_pruned
+from lightning_mi_prune.ranking import rank_axes
 from lightning_mi_prune.report import PruningReport
 from lightning_mi_prune.selection import select
 from lightning_mi_prune.surgery import apply
@@ -38,21 +65,34 @@ from lightning_mi_prune.surgery import apply
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationNorm",
+    "Budget",
     "Count",
+    "GradientListener",
+    "Limits",
     "Listener",
+    "Magnitude",
+    "Method",
     "MutualInformation",
     "MutualInformationPruning",
     "Plan",
+    "Pruned",
     "PruningError",
     "PruningReport",
     "PruningWarning",
+    "Random",
+    "Ranking",
+    "Silence",
     "Slice",
+    "Taylor",
     "WidthAxis",
     "apply",
     "find_axes",
     "from_pretrained",
     "linear_axis",
     "load_pruned",
+    "prune",
+    "rank_axes",
     "rebind",
     "register_family",
     "select",

@@ -217,7 +217,8 @@ class _Inputs:
         """``[1 x]' [1 x]`` beside ``[1 x]' missing``, over the positions that are not padding."""
         if x is not self._x:
             heard = _heard(x, self._mask).double()
-            self._inputs = torch.cat([torch.ones_like(heard[:, :1]), heard], dim=1)
+            ones = heard.new_ones(len(heard), 1)  # there may be no input left
+            self._inputs = torch.cat([ones, heard], dim=1)
             self._outer, self._x = self._inputs.mT @ self._inputs, x
         return torch.cat([self._outer, self._inputs.mT @ missing.double()], dim=1)
 

@@ -88,3 +88,17 @@ def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
         "enable_model_summary": False,
     }
     return pl.Trainer(**{**defaults, **options}, callbacks=list(callbacks))
+
+
+class Data(pl.LightningDataModule):
+    """The same data as a DataModule."""
+
+    def __init__(self, rows: int = 256) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Sentences(64), batch_size=16)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(Sentences(self.rows, seed=1), batch_size=64)

@@ -58,7 +58,9 @@ def test_padding_is_not_heard(family, head):
     shared = 2 if family == "albert" else 1  # one layer that runs twice
     for axis in axes:
         for key, readers in axis.places.items():
-            pooled = any(word in readers[0] for word in ("pooler", "classifier", "sequence_summary"))
+            pooled = any(
+                word in readers[0] for word in ("pooler", "classifier", "sequence_summary")
+            )
             within = ".layer" in readers[0] or "layers." in readers[0]
             expected = rows if pooled and head == "sequence" else real * (shared if within else 1)
             assert int(heard.moments[key].count) == expected, key

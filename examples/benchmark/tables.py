@@ -10,8 +10,9 @@ from rich.table import Table
 from examples.benchmark.records import Record
 from examples.benchmark.variants import METHODS, OURS
 
-COLUMNS = ("method", "widths", "fold-in", "to dense, points", "min .. max", "s", "seeds")
-PAIRED = "ours minus this, points"
+COLUMNS = ("method", "widths", "fold-in", "to dense", "min .. max", "s", "seeds")
+PAIRED = "ours minus this"
+WIDTH = 110  # of a file or a pipe
 Name = tuple[str, str, str]
 
 
@@ -51,11 +52,16 @@ def paired(ours: dict[int, Record], theirs: dict[int, Record]) -> tuple[float, f
     return statistics.mean(gaps), error, len(gaps)
 
 
+def shown(mean: float, error: float, seeds: int) -> str:
+    """A paired difference as the table shows it."""
+    return f"{mean:+.2f} ± {error:.2f}" if seeds > 1 else f"{mean:+.2f}"
+
+
 def summary(records: Sequence[Record]) -> list[tuple[str, ...]]:
     """The rows of one table: one task, one sparsity."""
     variants = by_variant(records)
     mine = (OURS.method, OURS.widths, OURS.fold_in)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, seeds in variants.items():
         values = [difference(record) for record in seeds.values()]
         seconds = statistics.mean(record["seconds"] for record in seeds.values())
@@ -67,7 +73,7 @@ def summary(records: Sequence[Record]) -> list[tuple[str, ...]]:
                 f"{min(values):+.2f} .. {max(values):+.2f}",
                 f"{seconds:.1f}",
                 str(len(seeds)),
-                "" if gap is None else f"{gap[0]:+.2f} ± {gap[1]:.2f}",
+                "" if gap is None else shown(*gap),
             )
         )
     return rows
@@ -80,6 +86,8 @@ def print_tables(records: Sequence[Record]) -> None:
         return record["task"], record["target_sparsity"]
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     if not records:
         console.print("There are no records yet.")
     for (task, sparsity), group in groupby(sorted(records, key=about), key=about):
@@ -88,7 +96,7 @@ def print_tables(records: Sequence[Record]) -> None:
         table = Table(
             title=f"{task}, {sparsity:.0%} of the prunable parameters gone, no training step; "
             f"dense {statistics.mean(dense.values()):.2%}, {same[0]['n_test']} test rows",
-            caption="Means over the seeds; paired differences with their standard error.",
+            caption="Points of accuracy, means over the seeds; paired differences ± standard error.",
         )
         for name in (*COLUMNS, PAIRED):
             table.add_column(name, no_wrap=True)

@@ -1,0 +1,249 @@
+"""One call, no Trainer: prune() and the command line."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import yaml
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from lightning_mi_prune import PruningError, load_pruned, prune
+from lightning_mi_prune.budget import Budget
+from lightning_mi_prune.cli import main
+from lightning_mi_prune.families import find_axes
+from lightning_mi_prune.limits import Limits
+from lightning_mi_prune.method import Method
+from lightning_mi_prune.report import count_macs
+from lightning_mi_prune.sample import Example
+from tests.boring import Classifier, Sentences
+from tests.models import batch, build, outputs, pictures
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
+
+
+def batches(count=6):
+    return [batch(64, seed=i) for i in range(count)]
+
+
+def labelled(count=6):
+    return [{**b, "labels": b["input_ids"][:, 1] % 3} for b in batches(count)]
+
+
+def loss(model, inputs):
+    return model(**inputs).loss
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model, before):
+    after = model.state_dict()
+    return after.keys() == before.keys() and all(
+        torch.equal(after[n], t) for n, t in before.items()
+    )
+
+
+@pytest.mark.parametrize("widths", ["global", "uniform"])
+@pytest.mark.parametrize("relevance", ["gradient", "readers", None])
+def test_one_call_makes_a_network_smaller(widths, relevance):
+    net = build()
+    state = torch.get_rng_state()
+    method = Method(Budget(sparsity=0.5), widths=widths, relevance=relevance)
+    done = prune(net, labelled(), 0.5, loss=loss, method=method)
+    assert 0.5 <= done.sparsity < 0.6
+    assert done.parameters[1] == sum(p.numel() for p in net.parameters()) < done.parameters[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in net.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert net.config.pruning_plan == done.plan.bare().to_json()
+    assert outputs(net, batch()).isfinite().all()
+
+
+def test_the_plan_travels_and_keeps_the_order():
+    net = build()
+    done = prune(net, batches(), 0.5)
+    assert set(done.plan.rankings) == {n for n, s in done.plan.sizes.items() if "r." in n}
+    again = load_pruned_from(net)
+    assert torch.equal(outputs(again, batch()), outputs(net, batch()))
+    name = next(n for n in done.plan.rankings if n.endswith("ffn"))
+    assert done.plan.rankings[name].kept(done.plan.width(name)) == done.plan.kept[name]
+
+
+def load_pruned_from(net):
+    import tempfile
+
+    with tempfile.NamedTemporaryFile() as file:
+        torch.save(net.state_dict(), file.name)
+        return load_pruned(build(seed=7), file.name)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(target_parameters=7000),
+        Budget(target_macs=60_000),
+        Budget(keep_information=0.8),
+        Budget(target_latency_ms=1e6),
+    ],
+    ids=lambda budget: budget.kind,
+)
+def test_every_budget_is_met(budget):
+    net = build()
+    before = copy.deepcopy(net)
+    inputs = {name: t[:1] for name, t in batch().items()}
+    if budget.kind == "target_latency_ms":  # as built it is met already
+        with pytest.raises(PruningError, match=r"meets target_latency_ms=.* already"):
+            prune(net, batches(), budget)
+        assert same(net, before.state_dict())
+        return
+    done = prune(net, batches(), budget)
+    assert done.parameters[1] < done.parameters[0]
+    if budget.kind == "target_parameters":
+        assert done.parameters[1] <= 7000
+    elif budget.kind == "target_macs":
+        assert (
+            count_macs(net, Example((), inputs)) <= 60_000 < count_macs(before, Example((), inputs))
+        )
+    else:
+        total = sum(r.nats[-1] for r in done.plan.rankings.values())
+        lost = sum(r.lost(done.plan.width(n))[1] for n, r in done.plan.rankings.items())
+        assert 0.2 >= lost / total > 0.1
+
+
+def test_the_width_of_the_stream_goes_down_to_the_word_embeddings():
+    net = build()
+    method = Method(Budget(sparsity=0.4), limits=Limits(pins={"residual": 16, "heads": 2}))
+    done = prune(net, labelled(), 0.4, loss=loss, method=method, units=["ffn", "heads", "residual"])
+    assert done.plan.width("bert.residual") == 16
+    assert net.bert.embeddings.word_embeddings.weight.shape == (64, 16)
+    assert net.bert.encoder.layer[0].attention.output.LayerNorm.normalized_shape == (16,)
+    assert net(**batch()).logits.isfinite().all()
+
+
+def test_vision_models_and_plain_tuples_of_inputs():
+    net = build("vit", "image")
+    data = [(pictures(32)["pixel_values"],) for _ in range(4)]
+    assert prune(net, data, 0.5).sparsity >= 0.5
+
+
+def test_a_lightning_module_brings_its_own_steps():
+    module = Classifier(validation_rows=256)
+    module.train()
+    loader = DataLoader(Sentences(256, seed=1), batch_size=64)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module.loss(next(iter(loader))).backward()
+    optimizer.step()
+    gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    done = prune(module, loader, 0.5, training=module.train_dataloader(), optimizers=[optimizer])
+    assert done.sparsity >= 0.5
+    assert module.training
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:  # of tensors that were not cut
+            assert torch.equal(parameter.grad, gradients[name])
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.parameters()}
+    module.loss(next(iter(loader))).backward()
+    optimizer.step()
+
+
+def nan_loss(model, inputs):
+    return model(**inputs).loss * float("nan")
+
+
+def by_hand(model, inputs):
+    return cross_entropy(
+        model(**{k: v for k, v in inputs.items() if k != "labels"}).logits, inputs["labels"]
+    )
+
+
+REFUSED = {
+    "no loss": (
+        {"method": Method(Budget(sparsity=0.5))},
+        "asks for training steps, but there is no loss",
+    ),
+    "nan gradients": ({"loss": nan_loss}, "NaN or infinite gradients at"),
+    "no steps": ({"loss": by_hand, "training": []}, "none were heard at"),
+    "out of reach": (
+        {"budget": Budget(target_parameters=100)},
+        "target_parameters=100 is out of reach",
+    ),
+    "all of it": ({"budget": 1.0}, "sparsity=1.0; expected a number above 0 and below 1"),
+    "nothing": ({"include": "nowhere"}, "include='nowhere' matches no axis"),
+    "pin": (
+        {"method": Method(Budget(sparsity=0.5), relevance=None, limits=Limits(pins={"ffn": 41}))},
+        "41",
+    ),
+    "small": ({"dataloader": [batch(2, 6)]}, "samples were heard at"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_and_nothing_changes(case):
+    options, message = REFUSED[case]
+    net = build()
+    before = snapshot(net)
+    arguments = {"dataloader": labelled(3), "budget": 0.5, **options}
+    with pytest.raises(PruningError, match=message):
+        prune(net, **arguments)
+    assert same(net, before)
+    assert not hasattr(net.config, "pruning_plan")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_a_latency_table_of_another_device_is_refused(tmp_path):
+    net, path = build(), tmp_path / "table.json"
+    fast = Method(Budget(target_latency_ms=1e6), relevance=None, latency_table=str(path))
+    with pytest.raises(PruningError, match="already"):
+        prune(net, batches(), fast.budget, method=fast)
+    assert path.exists()
+    other = (
+        path.read_text()
+        .replace('"type": "cpu"', '"type": "cuda"')
+        .replace('"type":"cpu"', '"type":"cuda"')
+    )
+    path.write_text(other)
+    before = snapshot(net)
+    with pytest.raises(PruningError, match="cuda"):
+        prune(net, batches(), Budget(target_latency_ms=1.0), method=fast)
+    assert same(net, before)
+
+
+def config(tmp_path, **data):
+    body = {
+        "model": {"class_path": "tests.boring.Classifier"},
+        "data": {"class_path": "tests.boring.Data", "init_args": data},
+        "trainer": {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(body))
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*LightningArgumentParser|.*add_instantiator.*")
+def test_the_command_line_prunes_a_module_on_its_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    output = tmp_path / "small.ckpt"
+
+    def run(*options):
+        given = ["lightning-mi-prune", "--config", config(tmp_path), "--output", str(output)]
+        monkeypatch.setattr("sys.argv", [*given, *options])
+        main()
+
+    run("--sparsity", "0.6")
+    said = capsys.readouterr().out
+    assert "val_loss" in said
+    assert "small.ckpt" in said.replace("\n", "")
+    module = load_pruned(Classifier(), output)
+    axes = find_axes(module)
+    assert sum(p.numel() for p in module.parameters()) < sum(
+        p.numel() for p in Classifier().parameters()
+    )
+    assert len(axes) == 6
+    with pytest.raises(SystemExit, match=r"error: .*out of reach"):
+        run("--target_parameters", "5")
+    with pytest.raises(SystemExit, match=r"error: A budget of sparsity=0.5 and target_macs=3"):
+        run("--sparsity", "0.5", "--target_macs", "3")
