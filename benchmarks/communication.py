@@ -7,11 +7,12 @@ a buffer from every rank in ``2 (R - 1)`` steps.
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import BertConfig, BertModel
 
 from lightning_mi_prune import WidthAxis, find_axes
 
-__all__ = ["reduced_bytes", "ring_seconds", "sums_bytes", "table"]
+__all__ = ["reduced_bytes", "refit_bytes", "ring_seconds", "sums_bytes", "table"]
 
 _SHAPES = {
     "MiniLM-L6": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
@@ -28,16 +29,39 @@ _BANDWIDTH = 25e9 / 8  # bytes a second of a 25 Gbit/s link
 _LATENCY = 20e-6  # seconds of one step of the ring
 
 
-def reduced_bytes(axes: list[WidthAxis]) -> int:
-    """Bytes of the one all-reduce of a cut: count, sums and a triangle of products, float64."""
-    widths = [axis.size * axis.entries for axis in axes]
-    return sum(8 * (1 + d + d * (d + 1) // 2) for d in widths)
+def reduced_bytes(axes: list[WidthAxis], network: nn.Module) -> int:
+    """Bytes of the two all-reduces before a choice: sums of activations, sums of gradients."""
+    size = 0
+    for axis in axes:
+        d, rows = axis.size * axis.entries, outputs_of(network, axis.readers[0])
+        size += 8 * (1 + d + d * (d + 1) // 2) + 8 * (3 + axis.size + rows * (rows + 1) // 2)
+    return size
 
 
-def sums_bytes(axes: list[WidthAxis]) -> int:
-    """Bytes of the sums that a rank holds while it listens."""
-    widths = [axis.size * axis.entries for axis in axes]
-    return sum(8 * (1 + d + d * d) for d in widths)
+def sums_bytes(axes: list[WidthAxis], network: nn.Module) -> int:
+    """Bytes of the sums that a rank holds."""
+    size = 0
+    for axis in axes:
+        d, rows = axis.size * axis.entries, outputs_of(network, axis.readers[0])
+        size += 8 * (1 + d + d * d) + 8 * (3 + axis.size + rows * rows)
+    return size
+
+
+def refit_bytes(axes: list[WidthAxis], network: nn.Module) -> int:
+    """Bytes of the normal equations of all layers that are solved again, half of each axis kept."""
+    size = 0
+    for axis in axes:
+        kept = axis.size * axis.entries // 2 + 1
+        size += 8 * kept * (kept + outputs_of(network, axis.readers[0]))
+    for reader in {reader for axis in axes for reader in axis.above}:
+        rows, columns = network.get_parameter(f"{reader}.weight").shape
+        size += 8 * (columns + 1) * (columns + 1 + rows // 2)
+    return size
+
+
+def outputs_of(network: nn.Module, reader: str) -> int:
+    """Outputs of a linear layer."""
+    return network.get_parameter(f"{reader}.weight").shape[0]
 
 
 def ring_seconds(size: int, ranks: int) -> float:
@@ -48,21 +72,22 @@ def ring_seconds(size: int, ranks: int) -> float:
 def table() -> list[str]:
     """Rows of the table in docs/distributed.md."""
     rows = [
-        "| shapes | sums a rank, MB | all-reduce a cut, MB | gradients a step, MB | "
+        "| shapes | sums a rank, MB | before the choice, MB | refit, MB | gradients a step, MB | "
         + " | ".join(f"{ranks:,} ranks, s" for ranks in _RANKS)
         + " |",
-        "|---" + "|---:" * (3 + len(_RANKS)) + "|",
+        "|---" + "|---:" * (4 + len(_RANKS)) + "|",
     ]
     for name, shape in _SHAPES.items():
         with torch.device("meta"):
             network = BertModel(BertConfig(**shape), add_pooling_layer=False)
         axes = [axis for axis in find_axes(network) if axis.kind in ("ffn", "heads")]
-        size = reduced_bytes(axes)
+        before, solving = reduced_bytes(axes, network), refit_bytes(axes, network)
         gradients = 4 * sum(p.numel() for p in network.parameters())
-        times = " | ".join(f"{ring_seconds(size, ranks):.2f}" for ranks in _RANKS)
+        seconds = [ring_seconds(before, r) + ring_seconds(solving, r) for r in _RANKS]
+        times = " | ".join(f"{s:.2f}" for s in seconds)
         rows.append(
-            f"| {name} | {sums_bytes(axes) / 1e6:,.0f} | {size / 1e6:,.0f} | "
-            f"{gradients / 1e6:,.0f} | {times} |"
+            f"| {name} | {sums_bytes(axes, network) / 1e6:,.0f} | {before / 1e6:,.0f} | "
+            f"{solving / 1e6:,.0f} | {gradients / 1e6:,.0f} | {times} |"
         )
     return rows
 

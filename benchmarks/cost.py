@@ -1,4 +1,4 @@
-"""Seconds and memory of listening, scoring and cutting, for MiniLM-L6 and BERT-base shapes.
+"""Seconds and memory of every step of a cut, for MiniLM-L6 and BERT-base shapes.
 
     python -m benchmarks.cost
 
@@ -17,6 +17,8 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,23 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_mi_prune import Listener, MutualInformation, apply, find_axes, select
+from lightning_mi_prune import (
+    Budget,
+    GradientListener,
+    Listener,
+    Method,
+    MutualInformation,
+    Ranking,
+    WidthAxis,
+    apply,
+    find_axes,
+    rank_axes,
+    select,
+)
 from lightning_mi_prune.axes import choose_axes, full_plan
-from lightning_mi_prune.budget import uniform_widths
+from lightning_mi_prune.competition import allot
+from lightning_mi_prune.costs import ParameterCosts
+from lightning_mi_prune.method import Heard, pull_back
 
 SHAPES = {
     "MiniLM-L6": {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536},
@@ -49,38 +65,79 @@ def build(shape: str) -> nn.Module:
 def measure(shape: str) -> dict[str, float]:
     """One pass of the whole method; seconds by step, bytes of the sums, peak memory."""
     model = build(shape)
-    axes = choose_axes(find_axes(model))
+    axes = find_axes(model)
+    chosen = choose_axes(axes)
     ids = torch.randint(5, 1000, (BATCH, LENGTH))
     batches = -(-POSITIONS // (BATCH * LENGTH))
+    method = Method(Budget(sparsity=SPARSITY))
 
-    def validate() -> float:
-        started = time.perf_counter()
+    def validate() -> None:
         with torch.inference_mode():
             for _ in range(batches):
                 model(ids)
-        return time.perf_counter() - started
 
-    plain = validate()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    with Listener(model, axes, positions=POSITIONS, batches=batches) as heard:
-        listened = validate()
+    result = {"validation_s": timed(validate)}
+    result |= steps_of(model, chosen, ids)
+    before = peak_memory()
+    with Listener(
+        model, chosen, positions=POSITIONS, batches=batches, calls=method.refit_positions
+    ) as heard:
+        result["listening_s"] = timed(validate) - result["validation_s"]
     states = [t for m in heard.moments.values() for t in vars(m).values() if isinstance(t, Tensor)]
-    result = {
-        "validation_s": plain,
-        "listening_s": listened - plain,
-        "moments_mb": sum(t.nbytes for t in states) / 1e6,
-    }
-    widths = uniform_widths(axes, SPARSITY)
-    weights = dict(model.named_parameters())
-    for criterion in (MutualInformation("topk"), MutualInformation("conditional")):
-        started = time.perf_counter()
-        chosen = select(axes, heard.moments, weights, widths, full_plan(axes), criterion)
-        result[f"{criterion.selection}_s"] = time.perf_counter() - started
+    result["moments_mb"] = sum(t.nbytes for t in states) / 1e6
+    weights, plan = dict(model.named_parameters()), full_plan(axes)
+    found = Heard(heard.moments, ranks=[heard.stored])
+    rankings: dict[str, Ranking] = {}
+
+    def rank(criterion: MutualInformation) -> None:
+        rankings.update(
+            rank_axes(chosen, found.moments, weights, plan, criterion, relevance="readers")
+        )
+
+    for criterion in (MutualInformation("topk"), MutualInformation("conditional", ridge=1.0)):
+        result[f"order_{criterion.selection}_s"] = timed(partial(rank, criterion))
+    costs = ParameterCosts(chosen)
     started = time.perf_counter()
-    apply(model, axes, chosen.plan, folded=chosen.folded)
-    result["cutting_s"] = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return result | {"peak_above_model_mb": (peak - before) / 1e6}
+    widths = allot(chosen, method.budget, costs=costs, rankings=rankings)
+    selection = select(chosen, found.moments, weights, widths, plan, rankings=rankings)
+    result["choosing_s"] = time.perf_counter() - started
+    found.moments = {}
+    heard.moments.clear()
+    started = time.perf_counter()
+    selection = pull_back(model, axes, plan, selection, method, found)
+    result["refit_s"] = time.perf_counter() - started
+    result["cutting_s"] = timed(partial(apply, model, axes, selection.plan))
+    return result | {"peak_above_model_mb": (peak_memory() - before) / 1e6}
+
+
+def steps_of(model: nn.Module, axes: list[WidthAxis], ids: Tensor) -> dict[str, float]:
+    """A training step (forward and backward) without and with gradients being felt, in turn."""
+    plain, felt = [], []
+    labels = torch.zeros(len(ids), dtype=torch.long)
+
+    def step() -> None:
+        model(ids, labels=labels).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    step()
+    listener = GradientListener(model, axes)
+    for index in range(3):
+        plain.append(timed(step))
+        with listener, listener.step(index):
+            felt.append(timed(step))
+    return {"step_s": statistics.median(plain), "felt_step_s": statistics.median(felt)}
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that some work takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def job(arguments: tuple[str, int]) -> dict[str, float]:

@@ -168,8 +168,11 @@ class GradientListener:
             down = g @ weight.float() if self._taylor or sums.inside else g
             heard = down if sums.inside else g
             if key not in self._staged:
-                blank = torch.zeros(sums.dimension, sums.dimension, device=g.device)
-                self._staged[key] = [blank, torch.zeros(sums.units, device=g.device)]
+                # Of a given type: precision plugins change what torch makes by itself.
+                self._staged[key] = [
+                    g.new_zeros(sums.dimension, sums.dimension),
+                    g.new_zeros(sums.units),
+                ]
             matrix, taylor = self._staged[key]
             matrix.addmm_(heard.mT, heard)
             if self._taylor:

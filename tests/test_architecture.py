@@ -38,7 +38,9 @@ def test_lightning_is_known_where_a_trainer_is_held(path):
     assert allowed or not uses
 
 
-@pytest.mark.parametrize("stem", ["axes", "plan", "budget", "errors"])
+@pytest.mark.parametrize(
+    "stem", ["axes", "plan", "budget", "limits", "competition", "latency", "errors"]
+)
 def test_plain_data_knows_no_torch(stem):
     assert not {m for m in imports(PACKAGE / f"{stem}.py") if m.split(".")[0] == "torch"}
 

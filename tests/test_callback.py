@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_mi_prune import MutualInformationPruning, PruningError, find_axes
 from lightning_mi_prune.budget import sparsity_of
+from lightning_mi_prune.latency import Device, LatencyTable
 from tests.boring import Classifier, Sentences, trainer
 from tests.conftest import count_hooks
 from tests.models import CONFIGS
@@ -437,6 +438,26 @@ class NotANumber(Classifier):
             self.model.bert.encoder.layer[1].intermediate.dense.bias.data[3] = float("nan")
 
 
+class Unheard(Classifier):
+    """Trains on losses of another network."""
+
+    def __init__(self):
+        super().__init__()
+        self.beside = nn.Linear(1, 1)
+
+    def training_step(self, batch, index):
+        return self.beside(torch.ones(1, 1)).sum()
+
+
+class Overflowing(Classifier):
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        return loss * (math.inf if index == 2 else 1)
+
+    def optimizer_step(self, *args):
+        args[-1]()  # what the gradients do to the weights is not the question
+
+
 class Silent(Classifier):
     def validation_step(self, batch, index):
         return None
@@ -453,6 +474,8 @@ class Compiled(Classifier):
         self.model = torch.compile(self.model)
 
 
+TABLE = LatencyTable(Device("cpu", "another processor", 1, "2.9.0", "float32"), 1, 12, 5.0, ())
+
 BAD_RUNS = [
     (fit_with(max_epochs=1), "lasts 1 epochs; expected at least 2"),
     (fit_with(max_epochs=-1, max_steps=7), "lasts 1.75 epochs"),
@@ -466,6 +489,30 @@ BAD_RUNS = [
     (fit_with(Plain), "Nothing to prune was found in Plain"),
     (fit_with(options={"sparsity": 0.99, "floor": 0.05}), "sparsity=0.99 is out of reach"),
     (fit_with(options={"sparsity": 0.99, "widths": "uniform"}), "sparsity=0.99 is out of reach"),
+    (
+        fit_with(options={"sparsity": None, "target_parameters": 100}),
+        "target_parameters=100 is out of reach: .* no fewer than .* parameters can be reached",
+    ),
+    (
+        fit_with(options={"floors": {"decoder": 2}}),
+        "floors: 'decoder' matches no axis; the names look like",
+    ),
+    (
+        fit_with(options={"pins": {r"0\.ffn": 41}}),
+        "asks for a pinned width of 41 units, above the 40 that .*0.ffn' has as built; lower it",
+    ),
+    (
+        fit_with(options={"pins": {r"0\.ffn": 8}, "floors": {"ffn": 16}}),
+        "is pinned to 8 units, below its floor of 16 .*; change one of them",
+    ),
+    (
+        fit_with(
+            options={"sparsity": None, "target_latency_ms": 1.0, "latency_table": "latency.json"}
+        ),
+        "latency table was measured on .*another processor.*, but this is .*: measure",
+    ),
+    (fit_with(Unheard), "relevance='gradient' asks for training steps, but none were heard at"),
+    (fit_with(Overflowing), "NaN or infinite gradients at .* in 1 of 4 training steps .* readers"),
     (fit_with(options={"module": "encoder"}), "module='encoder' is not part of"),
     (fit_with(options={"include": "decoder"}), "include='decoder' matches no axis"),
     (fit_with(options={"exclude": "decoder"}), "exclude='decoder' matches no axis"),
@@ -493,15 +540,19 @@ BAD_RUNS = [
 
 
 @pytest.mark.parametrize(("run", "message"), BAD_RUNS, ids=[m for _, m in BAD_RUNS])
-def test_runs_that_cannot_be_pruned_are_refused(run, message, monkeypatch):
+def test_runs_that_cannot_be_pruned_are_refused(run, message, monkeypatch, tmp_path):
     cuts = []
+    monkeypatch.chdir(tmp_path)
+    TABLE.write("latency.json")
     monkeypatch.setattr("lightning_mi_prune.callbacks.steps.apply", lambda *a, **k: cuts.append(a))
     with pytest.raises((MisconfigurationException, PruningError, RuntimeError), match=message):
         run()
     assert cuts == []
 
 
-@pytest.mark.parametrize("sabotage", [NotANumber, lambda: Classifier(validation_rows=2)])
+@pytest.mark.parametrize(
+    "sabotage", [NotANumber, lambda: Classifier(validation_rows=2), Unheard, Overflowing]
+)
 def test_a_refused_cut_leaves_model_and_optimizer_as_they_were(sabotage):
     module = sabotage()
     run = trainer(quiet(0.5))
@@ -548,6 +599,33 @@ def test_a_refused_cut_leaves_model_and_optimizer_as_they_were(sabotage):
         ({"exclude": "["}, r"exclude='\[' is not a regular expression"),
         ({"units": []}, r"units=\[\]"),
         ({"units": "ffn"}, "units='ffn'; expected a list"),
+        (
+            {"sparsity": 0.5, "target_macs": 10_000},
+            "budget of sparsity=0.5 and target_macs=10000; expected exactly one of sparsity, ",
+        ),
+        (
+            {"target_parameters": 10, "keep_information": 0.9},
+            "target_parameters=10 and keep_information=0.9; expected exactly one",
+        ),
+        ({"target_parameters": 0}, "target_parameters=0; expected a whole number from 1"),
+        ({"target_macs": 1e6}, "target_macs=1000000.0; expected a whole number"),
+        ({"target_latency_ms": 0}, "target_latency_ms=0; expected milliseconds above 0"),
+        ({"keep_information": 1}, "keep_information=1; expected a number above 0 and below 1"),
+        ({"widths": "free"}, r"widths='free'; expected one of \('global', 'uniform'\)"),
+        ({"relevance": "labels"}, "relevance='labels'; expected one of .*'gradient', 'readers'"),
+        ({"estimator": "kde"}, r"estimator='kde'; expected one of \('gaussian', 'copula'\)"),
+        ({"relevance_steps": 0}, "relevance_steps=0; expected a whole number of at least 1"),
+        ({"refit": None}, "refit=None; expected bool"),
+        ({"refit_positions": 1}, "refit_positions=1; expected a whole number of at least 2"),
+        ({"latency_batch": 0}, "latency_batch=0; expected a whole number of at least 1"),
+        ({"latency_table": 3}, "latency_table=3; expected str or None"),
+        ({"floors": {"(": 0.5}}, r"floors: '\(' is not a regular expression"),
+        ({"caps": {3: 0.5}}, "caps: 3 is not text; expected a regular expression"),
+        ({"floors": {"ffn": 1.5}}, "floors: 'ffn' is 1.5; expected a whole number of units, or a"),
+        ({"caps": {"ffn": -1}}, "caps: 'ffn' is -1; expected a whole number of units, or a share"),
+        ({"pins": {"ffn": None}}, "pins: 'ffn' is None; expected a whole number of units, or a"),
+        ({"pins": ["ffn"]}, r"pins=\['ffn'\]; expected a mapping"),
+        ({"best_of": "all"}, "best_of='all'; expected one of"),
     ],
     ids=str,
 )

@@ -179,9 +179,6 @@ def collectives(folder, pruning):
 
 def place(folder):
     """This rank, and a folder of its own."""
-    Module()  # imports the rest
-    gc.collect()
-    gc.freeze()  # garbage is collected at every batch, and what was imported is none
     folder = folder / os.environ["RANK"]
     folder.mkdir()
     return int(os.environ["RANK"]), folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import yaml
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from lightning_mi_prune import PruningError, load_pruned, prune
+from lightning_mi_prune import PruningError, load_pruned, method, prune
 from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.cli import main
+from lightning_mi_prune.clock import measure_table
 from lightning_mi_prune.families import find_axes
 from lightning_mi_prune.limits import Limits
 from lightning_mi_prune.method import Method
@@ -22,6 +24,11 @@ from tests.boring import Classifier, Sentences
 from tests.models import batch, build, outputs, pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
+
+
+@pytest.fixture(autouse=True)
+def _short_measurements(monkeypatch):
+    monkeypatch.setattr(method, "measure_table", partial(measure_table, seconds=0.005))
 
 
 def batches(count=6):
@@ -52,8 +59,8 @@ def same(model, before):
 def test_one_call_makes_a_network_smaller(widths, relevance):
     net = build()
     state = torch.get_rng_state()
-    method = Method(Budget(sparsity=0.5), widths=widths, relevance=relevance)
-    done = prune(net, labelled(), 0.5, loss=loss, method=method)
+    how = Method(Budget(sparsity=0.5), widths=widths, relevance=relevance)
+    done = prune(net, labelled(), 0.5, loss=loss, method=how)
     assert 0.5 <= done.sparsity < 0.6
     assert done.parameters[1] == sum(p.numel() for p in net.parameters()) < done.parameters[0]
     assert torch.equal(torch.get_rng_state(), state)
@@ -116,8 +123,8 @@ def test_every_budget_is_met(budget):
 
 def test_the_width_of_the_stream_goes_down_to_the_word_embeddings():
     net = build()
-    method = Method(Budget(sparsity=0.4), limits=Limits(pins={"residual": 16, "heads": 2}))
-    done = prune(net, labelled(), 0.4, loss=loss, method=method, units=["ffn", "heads", "residual"])
+    how = Method(Budget(sparsity=0.4), limits=Limits(pins={"residual": 16, "heads": 2}))
+    done = prune(net, labelled(), 0.4, loss=loss, method=how, units=["ffn", "heads", "residual"])
     assert done.plan.width("bert.residual") == 16
     assert net.bert.embeddings.word_embeddings.weight.shape == (64, 16)
     assert net.bert.encoder.layer[0].attention.output.LayerNorm.normalized_shape == (16,)

@@ -96,7 +96,7 @@ def print_tables(records: Sequence[Record]) -> None:
         table = Table(
             title=f"{task}, {sparsity:.0%} of the prunable parameters gone, no training step; "
             f"dense {statistics.mean(dense.values()):.2%}, {same[0]['n_test']} test rows",
-            caption="Points of accuracy, means over the seeds; paired differences ± standard error.",
+            caption="Points of accuracy, means over seeds; paired differences ± standard error.",
         )
         for name in (*COLUMNS, PAIRED):
             table.add_column(name, no_wrap=True)

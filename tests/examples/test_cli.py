@@ -84,7 +84,7 @@ def test_fit_reports_and_its_results_open_again(config: Path) -> None:
     (cut,) = report["cuts"]
     assert cut["epoch"] == 1
     assert cut["sparsity"] >= 0.5
-    assert set(cut["seconds"]) == {"listening", "scoring", "cutting"}
+    assert set(cut["seconds"]) == {"listening", "scoring", "refitting", "cutting"}
     for axis in cut["axes"]:
         assert set(axis) == {
             "name",
