@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -64,7 +65,7 @@ class GradientListener:
         self._stride = 1 if batches is None else max(1, batches // steps)
         self._networks = sorted({axis.scope or axis.network for axis in axes})
         self._staged: dict[str, list[Tensor]] = {}
-        self._examples = 0
+        self._rows: Counter[tuple[str, bool]] = Counter()
         self._hearing = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -72,11 +73,12 @@ class GradientListener:
         self.close()
         for path in self._networks:
             module = self._model.get_submodule(path)
-            self._handles.append(module.register_forward_pre_hook(self._count, with_kwargs=True))
+            hook = partial(self._count, path)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for key, reader, entries in self._readers:
             module = self._model.get_submodule(reader)
-            hook = self._on_reader(key, entries)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            feel = self._on_reader(key, entries)
+            self._handles.append(module.register_forward_hook(feel, with_kwargs=True))
         return self
 
     def __exit__(
@@ -122,12 +124,13 @@ class GradientListener:
         if staged:
             values = [t for parts in staged.values() for t in parts]
             finite = bool(torch.stack([t.sum() for t in values]).isfinite().all())
-            weight = (self._examples / scale) ** 2
+            examples = self._examples()
+            weight = (examples / scale) ** 2
             for key, sums in self.sums.items():
                 if not finite:
                     sums.counts[2] += 1
                     continue
-                sums.counts += torch.tensor([self._examples, 1.0, 0.0], dtype=torch.float64)
+                sums.counts += torch.tensor([examples, 1.0, 0.0], dtype=torch.float64)
                 if key in staged:
                     matrix, taylor = (t.to("cpu", torch.float64) for t in staged[key])
                     sums.matrix += matrix * weight
@@ -135,27 +138,39 @@ class GradientListener:
         self._drop()
 
     def _drop(self) -> None:
-        self._staged, self._examples, self._hearing = {}, 0, False
+        self._staged, self._rows, self._hearing = {}, Counter(), False
 
-    def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _count(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if self._hearing and torch.is_grad_enabled():
-            self._examples += rows_of((*args, *kwargs.values())) or 0
+            again = torch._C._current_graph_task_id() >= 0  # an activation checkpoint, in backward
+            self._rows[path, again] += rows_of((*args, *kwargs.values())) or 0
+
+    def _examples(self) -> int:
+        """Examples of the step; each goes through every network, and may do so once more."""
+        return max(
+            (self._rows[path, False] or self._rows[path, True] for path in self._networks),
+            default=0,
+        )
 
     def _on_reader(self, key: str, entries: int) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> None:
+        ) -> Tensor | None:
             if not self._hearing or not torch.is_grad_enabled():
-                return
+                return None
             if not output.requires_grad:
-                # Everything below is frozen, but what is above still says what matters here.
+                # Everything below is frozen, but what is above still says what matters here. Of
+                # a copy: a leaf that needs gradients takes no operation in place.
                 if not output.is_floating_point():
-                    return
-                output.requires_grad_()
+                    return None
+                output = output.detach().requires_grad_().clone()
             x = (args[0] if args else kwargs["input"]).detach()
             weight: Any = module.weight
             feel = partial(self._feel, key, entries, x, weight.detach())
             output.register_hook(feel)  # type: ignore[no-untyped-call]
+            return output
 
         return hook
 

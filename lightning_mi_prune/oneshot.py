@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_mi_prune.axes import choose_axes, count_parameters
+from lightning_mi_prune.axes import WidthAxis, choose_axes, count_parameters
 from lightning_mi_prune.budget import Budget, sparsity_of
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.errors import PruningError
@@ -70,6 +70,7 @@ def prune(
     within: str = "",
     include: str | None = None,
     exclude: str | None = None,
+    cuts: int = 1,
     positions: int = 16_384,
     steps: int = 64,
     training: Iterable[Any] | None = None,
@@ -95,6 +96,8 @@ def prune(
         within: Path of the submodule to search.
         include: Only axes whose name this regular expression finds.
         exclude: No axes whose name this regular expression finds.
+        cuts: Cuts on the way to the budget, each from a fresh look at what is left; more of them
+            take more time, and lose a little less (docs/method.md).
         positions: Samples to listen to on each axis.
         steps: Batches of the backward passes.
         training: Batches for them; default those of ``dataloader``.
@@ -115,6 +118,8 @@ def prune(
         >>> net[0].out_features, done.plan.width("hidden")
         (16, 16)
     """
+    if not isinstance(cuts, int) or isinstance(cuts, bool) or cuts < 1:
+        raise PruningError(f"cuts={cuts!r}; expected a whole number from 1.")
     asked = Budget(sparsity=budget) if isinstance(budget, (int, float)) else budget
     judged = loss is not None or hasattr(module, "training_step")
     if method is None:
@@ -132,14 +137,65 @@ def prune(
         )
     method = replace(method, budget=asked)
     keeper = PlanKeeper.of(module, partial(find_axes, within=within))
-    axes, current = keeper.axes, keeper.plan
+    axes, plan = keeper.axes, keeper.plan
     mine = [axis for axis in axes if is_within(axis.name, within)]
     chosen = choose_axes(mine, units=units, include=include, exclude=exclude)
-    check(module, chosen, current)
+    check(module, chosen, plan)
     check_optimizers(optimizers, [module.get_parameter(s.tensor) for a in chosen for s in a.slices])
-    before = {name: len(kept) for name, kept in current.kept.items()}
+    before = {name: len(kept) for name, kept in plan.kept.items()}
     method.check(module, chosen, before)
-    seconds: dict[str, float] = {}
+    parameters = sum(p.numel() for p in module.parameters())
+    seconds: dict[str, float] = dict.fromkeys(("listening", "gradients", "scoring", "refitting"), 0)
+    told: dict[str, Information] = {}
+    kept = 1.0
+    for cut in range(1, cuts + 1):
+        current = keeper.plan
+        heard = _hear(
+            module, chosen, dataloader, forward or _validate, method, positions, seed, seconds
+        )
+        if method.relevance == "gradient":
+            with _timed(seconds, "gradients"):
+                felt = GradientListener(module, chosen, steps=steps)
+                batches = dataloader if training is None else training
+                heard.gradients = _feel(module, batches, loss or _train, felt, steps)
+        with _timed(seconds, "scoring"):
+            selection = method.decide(
+                module, axes, chosen, current, heard, progress=cut / cuts, kept=kept
+            )
+        if selection is None:
+            continue
+        heard.moments = {}  # as large as the model; what follows needs the room
+        with _timed(seconds, "refitting"):
+            selection = pull_back(module, axes, current, selection, method, heard)
+        rewrites = apply(module, axes, selection.plan, current=current, folded=selection.folded)
+        rebind(optimizers, rewrites)
+        keeper.plan = current.then(selection.plan)
+        kept *= selection.kept_share
+        told |= selection.information
+    if not told:
+        raise PruningError(f"The module meets {asked} already: nothing to cut. Ask for less.")
+    after = {axis.name: keeper.plan.width(axis.name) for axis in chosen}
+    return Pruned(
+        plan=keeper.plan,
+        sparsity=sparsity_of(chosen, after),
+        parameters=(parameters, sum(p.numel() for p in module.parameters())),
+        prunable_parameters=(count_parameters(chosen, before), count_parameters(chosen, after)),
+        information=told,
+        seconds=seconds,
+    )
+
+
+def _hear(
+    module: nn.Module,
+    chosen: Sequence[WidthAxis],
+    dataloader: Iterable[Any],
+    forward: Forward,
+    method: Method,
+    positions: int,
+    seed: int,
+    seconds: dict[str, float],
+) -> Heard:
+    """What the module says on the data as it stands."""
     with _timed(seconds, "listening"):
         listener = Listener(
             module,
@@ -150,38 +206,13 @@ def prune(
             calls=method.refit_positions if method.refit else 0,
             samples=method.samples if method.estimator == "copula" else 0,
         )
-        _listen(module, dataloader, forward or _validate, listener, positions)
-    heard = Heard(
+        _listen(module, dataloader, forward, listener, positions)
+        listener.check()
+    return Heard(
         listener.moments,
         ranks=[listener.stored],
         samples=listener.samples,
         examples=listener.calls(chosen),
-    )
-    listener.check()
-    if method.relevance == "gradient":
-        with _timed(seconds, "gradients"):
-            felt = GradientListener(module, chosen, steps=steps)
-            batches = dataloader if training is None else training
-            heard.gradients = _feel(module, batches, loss or _train, felt, steps)
-    with _timed(seconds, "scoring"):
-        selection = method.decide(module, axes, chosen, current, heard)
-    if selection is None:
-        raise PruningError(f"The module meets {asked} already: nothing to cut. Ask for less.")
-    heard.moments = {}  # as large as the model; what follows needs the room
-    with _timed(seconds, "refitting"):
-        selection = pull_back(module, axes, current, selection, method, heard)
-    parameters = sum(p.numel() for p in module.parameters())
-    rewrites = apply(module, axes, selection.plan, current=current, folded=selection.folded)
-    rebind(optimizers, rewrites)
-    keeper.plan = current.then(selection.plan)
-    after = {axis.name: keeper.plan.width(axis.name) for axis in chosen}
-    return Pruned(
-        plan=keeper.plan,
-        sparsity=sparsity_of(chosen, after),
-        parameters=(parameters, sum(p.numel() for p in module.parameters())),
-        prunable_parameters=(count_parameters(chosen, before), count_parameters(chosen, after)),
-        information=selection.information,
-        seconds=seconds,
     )
 
 
@@ -189,7 +220,7 @@ def prune(
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    seconds[name] = time.perf_counter() - started
+    seconds[name] += time.perf_counter() - started
 
 
 def _length(batches: Iterable[Any]) -> int | None:

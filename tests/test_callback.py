@@ -454,8 +454,9 @@ class Overflowing(Classifier):
         loss = super().training_step(batch, index)
         return loss * (math.inf if index == 2 else 1)
 
-    def optimizer_step(self, *args):
-        args[-1]()  # what the gradients do to the weights is not the question
+    def on_after_backward(self):
+        for parameter in self.parameters():  # the weights survive it
+            parameter.grad.nan_to_num_(0, 0, 0)
 
 
 class Silent(Classifier):
@@ -512,7 +513,7 @@ BAD_RUNS = [
         "latency table was measured on .*another processor.*, but this is .*: measure",
     ),
     (fit_with(Unheard), "relevance='gradient' asks for training steps, but none were heard at"),
-    (fit_with(Overflowing), "NaN or infinite gradients at .* in 1 of 4 training steps .* readers"),
+    (fit_with(Overflowing), "NaN or infinite gradients at .* in 1 of 4 training steps .*readers"),
     (fit_with(options={"module": "encoder"}), "module='encoder' is not part of"),
     (fit_with(options={"include": "decoder"}), "include='decoder' matches no axis"),
     (fit_with(options={"exclude": "decoder"}), "exclude='decoder' matches no axis"),

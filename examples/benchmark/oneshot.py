@@ -40,7 +40,7 @@ NAME, MODEL = "oneshot", "minilm-l6"
 FOLDER = Path("runs", "benchmark")
 RESULTS = Path(__file__).parent / "results" / "oneshot.json"
 SPARSITIES = (0.75, 0.9)
-POSITIONS, CALLS, STEPS = 40_000, 16_384, 64
+POSITIONS, CALLS, STEPS = 40_000, 8_192, 64
 
 Batch = dict[str, Tensor]
 
@@ -57,6 +57,7 @@ class Subject:
         chosen: Those that are cut: neurons and heads.
         heard: What it said on the validation split.
         seconds: Time to hear it.
+        validation: Batches of the validation split.
         test: Batches of the test split.
         accuracy: Accuracy on them.
         cross_entropy: Mean cross-entropy on them, in nats.
@@ -69,6 +70,7 @@ class Subject:
     chosen: Sequence[WidthAxis]
     heard: Heard
     seconds: float
+    validation: Sequence[Batch]
     test: Sequence[Batch]
     accuracy: float
     cross_entropy: float
@@ -101,7 +103,8 @@ def examine(
     heard = listen(model, chosen, validation, positions, calls, seed)
     seconds = time.perf_counter() - started
     accuracy, cross_entropy = score(model, test)
-    return Subject(task, seed, model, axes, chosen, heard, seconds, test, accuracy, cross_entropy)
+    known = (model, axes, chosen, heard, seconds, validation, test)
+    return Subject(task, seed, *known, accuracy, cross_entropy)
 
 
 def listen(
@@ -159,14 +162,19 @@ def measure(subject: Subject, variant: Variant, sparsity: float, positions: int 
     """
     method = variant.at(sparsity, subject.seed, positions)
     dense, axes, plan = subject.model, subject.axes, full_plan(subject.axes)
-    started = time.perf_counter()
-    selection = method.decide(dense, axes, subject.chosen, plan, subject.heard)
-    if selection is None:
-        raise ValueError(f"sparsity={sparsity}: expected one that asks for a cut")
-    selection = pull_back(dense, axes, plan, selection, method, subject.heard)
+    cut, heard, started = copy.deepcopy(dense), subject.heard, time.perf_counter()
+    for turn in range(1, variant.cuts + 1):
+        if turn > 1:
+            calls = [POSITIONS, positions, subject.seed]
+            heard = listen(cut, subject.chosen, subject.validation, *calls)
+        progress = turn / variant.cuts
+        selection = method.decide(cut, axes, subject.chosen, plan, heard, progress=progress)
+        if selection is None:
+            raise ValueError(f"sparsity={sparsity}: expected one that asks for a cut")
+        selection = pull_back(cut, axes, plan, selection, method, heard)
+        apply(cut, axes, selection.plan, current=plan, folded=selection.folded)
+        plan = plan.then(selection.plan)
     seconds = time.perf_counter() - started
-    cut = copy.deepcopy(dense)
-    apply(cut, axes, selection.plan, current=plan, folded=selection.folded)
     accuracy, cross_entropy = score(cut, subject.test)
     before, after = (sum(p.numel() for p in model.parameters()) for model in (dense, cut))
     prunable = count_parameters(subject.chosen)
@@ -183,7 +191,7 @@ def measure(subject: Subject, variant: Variant, sparsity: float, positions: int 
         "dense_parameters": before,
         "prunable_parameters": prunable - (before - after),
         "dense_prunable_parameters": prunable,
-        "kept": kept(subject.chosen, selection.plan),
+        "kept": kept(subject.chosen, plan),
         "seconds": seconds,
         "evidence_seconds": subject.seconds,
         "machine": machine(),
@@ -198,6 +206,7 @@ def identity(task: str, seed: int, variant: Variant, sparsity: float) -> Record:
         "method": variant.method,
         "widths": variant.widths,
         "fold_in": variant.fold_in,
+        "cuts": variant.cuts,
         "target_sparsity": sparsity,
     }
 

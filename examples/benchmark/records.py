@@ -10,7 +10,7 @@ from typing import Any
 Record = dict[str, Any]
 Key = tuple[Any, ...]
 
-IDENTITY = ("task", "target_sparsity", "method", "widths", "fold_in", "seed")
+IDENTITY = ("task", "target_sparsity", "method", "widths", "fold_in", "cuts", "seed")
 
 
 def key_of(record: Record) -> Key:

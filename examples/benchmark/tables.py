@@ -10,20 +10,20 @@ from rich.table import Table
 from examples.benchmark.records import Record
 from examples.benchmark.variants import METHODS, OURS
 
-COLUMNS = ("method", "widths", "fold-in", "to dense", "min .. max", "s", "seeds")
+COLUMNS = ("method", "widths", "fold-in", "cuts", "to dense", "min .. max", "s", "seeds")
 PAIRED = "ours minus this"
 WIDTH = 110  # of a file or a pipe
-Name = tuple[str, str, str]
+Name = tuple[str, str, str, int]
 
 
 def variant_of(record: Record) -> Name:
     """Method, widths and fold-in of a record."""
-    return record["method"], record["widths"], record["fold_in"]
+    return record["method"], record["widths"], record["fold_in"], record["cuts"]
 
 
 def by_variant(records: Sequence[Record]) -> dict[Name, dict[int, Record]]:
     """Records of one task and sparsity by variant, in the order of `METHODS`, and by seed."""
-    order = [(v.method, v.widths, v.fold_in) for group in METHODS.values() for v in group]
+    order = [(v.method, v.widths, v.fold_in, v.cuts) for group in METHODS.values() for v in group]
     found: dict[Name, dict[int, Record]] = {}
     for name in order:
         seeds = {r["seed"]: r for r in records if variant_of(r) == name}
@@ -60,7 +60,7 @@ def shown(mean: float, error: float, seeds: int) -> str:
 def summary(records: Sequence[Record]) -> list[tuple[str, ...]]:
     """The rows of one table: one task, one sparsity."""
     variants = by_variant(records)
-    mine = (OURS.method, OURS.widths, OURS.fold_in)
+    mine = (OURS.method, OURS.widths, OURS.fold_in, OURS.cuts)
     rows: list[tuple[str, ...]] = []
     for name, seeds in variants.items():
         values = [difference(record) for record in seeds.values()]
@@ -68,7 +68,7 @@ def summary(records: Sequence[Record]) -> list[tuple[str, ...]]:
         gap = paired(variants.get(mine, {}), seeds) if name != mine else None
         rows.append(
             (
-                *name,
+                *map(str, name),
                 f"{statistics.mean(values):+.2f}",
                 f"{min(values):+.2f} .. {max(values):+.2f}",
                 f"{seconds:.1f}",

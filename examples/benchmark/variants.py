@@ -26,12 +26,14 @@ class Variant:
         widths: Whether axes compete for the budget or all keep the same share.
         fold_in: "none", "fold_in" (least squares) or "refit" (that, and solved again bottom-up).
         relevance: What tells which part of the layer above matters.
+        cuts: Cuts on the way to the budget, each from fresh evidence of what is left.
     """
 
     method: str
     widths: Widths
     fold_in: FoldIn
     relevance: Relevance
+    cuts: int = 1
 
     def at(self, sparsity: float, seed: int, positions: int) -> Method:
         """The package's method for one budget."""
@@ -59,10 +61,10 @@ CRITERIA: dict[str, Callable[[int], Criterion]] = {
 RIVALS = ("taylor", "activation-norm", "magnitude", "random")
 FOLD_INS: tuple[FoldIn, ...] = ("none", "fold_in", "refit")
 
-# Global widths of the rivals: our loss curve over their order. Taylor needs gradients as it is.
 METHODS: dict[str, tuple[Variant, ...]] = {
     "relevance-mi": (
         Variant("relevance-mi", "global", "refit", "gradient"),
+        Variant("relevance-mi", "global", "refit", "gradient", cuts=3),
         Variant("relevance-mi", "global", "fold_in", "gradient"),
         Variant("relevance-mi", "uniform", "refit", "gradient"),
         Variant("relevance-mi", "uniform", "fold_in", "gradient"),
@@ -71,10 +73,7 @@ METHODS: dict[str, tuple[Variant, ...]] = {
     "mi": (Variant("mi", "uniform", "refit", None),),
     "mi-topk": tuple(Variant("mi-topk", "uniform", fold_in, None) for fold_in in FOLD_INS),
     **{
-        rival: (
-            *(Variant(rival, "uniform", fold_in, "gradient") for fold_in in FOLD_INS),
-            Variant(rival, "global", "refit", "gradient"),
-        )
+        rival: tuple(Variant(rival, "uniform", fold_in, "gradient") for fold_in in FOLD_INS)
         for rival in RIVALS
     },
 }
