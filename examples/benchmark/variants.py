@@ -61,6 +61,7 @@ CRITERIA: dict[str, Callable[[int], Criterion]] = {
 RIVALS = ("taylor", "activation-norm", "magnitude", "random")
 FOLD_INS: tuple[FoldIn, ...] = ("none", "fold_in", "refit")
 
+# Global widths of the rivals: our loss curve over their order, our refit.
 METHODS: dict[str, tuple[Variant, ...]] = {
     "relevance-mi": (
         Variant("relevance-mi", "global", "refit", "gradient"),
@@ -73,7 +74,10 @@ METHODS: dict[str, tuple[Variant, ...]] = {
     "mi": (Variant("mi", "uniform", "refit", None),),
     "mi-topk": tuple(Variant("mi-topk", "uniform", fold_in, None) for fold_in in FOLD_INS),
     **{
-        rival: tuple(Variant(rival, "uniform", fold_in, "gradient") for fold_in in FOLD_INS)
+        rival: (
+            *(Variant(rival, "uniform", fold_in, "gradient") for fold_in in FOLD_INS),
+            Variant(rival, "global", "refit", "gradient"),
+        )
         for rival in RIVALS
     },
 }

@@ -23,6 +23,7 @@ KEYS = {
     "method",
     "fold_in",
     "widths",
+    "cuts",
     "sparsity",
     "target_sparsity",
     "seed",
@@ -56,7 +57,7 @@ def subject() -> Subject:
 
 
 def named(variant: Variant) -> str:
-    return f"{variant.method}-{variant.widths}-{variant.fold_in}"
+    return f"{variant.method}-{variant.widths}-{variant.fold_in}-{variant.cuts}"
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=named)
@@ -145,7 +146,7 @@ def test_a_run_goes_on_where_it_was(
 def test_gathering_is_idempotent_and_keeps_what_has_no_part(tmp_path: Path) -> None:
     def record(seed: int, accuracy: float) -> dict[str, object]:
         same = {"task": "trec-6", "target_sparsity": 0.75, "widths": "global", "fold_in": "refit"}
-        return same | {"method": "relevance-mi", "seed": seed, "accuracy": accuracy}
+        return same | {"method": "relevance-mi", "cuts": 1, "seed": seed, "accuracy": accuracy}
 
     results = tmp_path / "results.json"
     write(results, [record(0, 0.1), record(2, 0.2)])
@@ -172,6 +173,7 @@ def test_differences_are_paired_by_seed() -> None:
             "method": variant.method,
             "widths": variant.widths,
             "fold_in": variant.fold_in,
+            "cuts": variant.cuts,
             "seed": seed,
             "accuracy": accuracy,
             "dense_accuracy": 0.9,
@@ -181,9 +183,9 @@ def test_differences_are_paired_by_seed() -> None:
         for seed in (0, 1)
     ]
     assert summary(rows) == [
-        ("relevance-mi", "global", "refit", "-10.00", "-10.00 .. -10.00", "2.0", "2", ""),
+        ("relevance-mi", "global", "refit", "1", "-10.00", "-10.00 .. -10.00", "2.0", "2", ""),
         (
-            *("random", "uniform", "none", "-40.00", "-40.00 .. -40.00", "2.0", "2"),
+            *("random", "uniform", "none", "1", "-40.00", "-40.00 .. -40.00", "2.0", "2"),
             "+30.00 ± 0.00",
         ),
     ]
