@@ -10,7 +10,6 @@ where it was, and processes may share the work by tasks or seeds. Records that a
 measured again: delete `runs/benchmark/oneshot-*.json` to start anew.
 """
 
-import argparse
 import copy
 import platform
 import time
@@ -26,10 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.cost import cpu_name
-from examples.benchmark.finetuned import RECIPES, SEEDS, finetuned
+from examples.benchmark.finetuned import finetuned
+from examples.benchmark.options import arguments, asked_variants
 from examples.benchmark.records import Record, gather, key_of, load, part, write
 from examples.benchmark.tables import print_tables
-from examples.benchmark.variants import METHODS, Variant
+from examples.benchmark.variants import Variant
 from lightning_mi_prune import Listener, Plan, PruningWarning, WidthAxis, apply, find_axes
 from lightning_mi_prune.axes import choose_axes, count_parameters, full_plan
 from lightning_mi_prune.gradients import GradientListener
@@ -39,7 +39,6 @@ from lightning_mi_prune.relevance import check_gradients
 NAME, MODEL = "oneshot", "minilm-l6"
 FOLDER = Path("runs", "benchmark")
 RESULTS = Path(__file__).parent / "results" / "oneshot.json"
-SPARSITIES = (0.75, 0.9)
 POSITIONS, CALLS, STEPS = 40_000, 8_192, 64
 
 Batch = dict[str, Tensor]
@@ -229,7 +228,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def run(task: str, seed: int, methods: Sequence[str], sparsities: Sequence[float]) -> None:
+def run(task: str, seed: int, variants: Sequence[Variant], sparsities: Sequence[float]) -> None:
     """Measure what the part of one model lacks; nothing is loaded where it lacks nothing."""
     path = part(FOLDER, NAME, task, seed)
     records = load(path)
@@ -237,8 +236,7 @@ def run(task: str, seed: int, methods: Sequence[str], sparsities: Sequence[float
     missing = [
         (variant, sparsity)
         for sparsity in dict.fromkeys(sparsities)
-        for method in dict.fromkeys(methods)
-        for variant in METHODS[method]
+        for variant in variants
         if key_of(identity(task, seed, variant, sparsity)) not in there
     ]
     if not missing:
@@ -257,31 +255,9 @@ def run(task: str, seed: int, methods: Sequence[str], sparsities: Sequence[float
         )
 
 
-def share(text: str) -> float:
-    """A share above 0 and below 1."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a share above 0 and below 1")
-    return value
-
-
-def arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser("examples.benchmark.oneshot", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("--tasks", nargs="+", choices=[*RECIPES], default=[*RECIPES], help="default: all")
-    add("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="default: all")
-    add("--sparsities", nargs="+", type=share, default=SPARSITIES, help="default: 0.75 0.9")
-    add("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="default: all")
-    add("--gather", action="store_true", help="only merge the records that are there")
-    add("--table", action="store_true", help="only merge and print the records that are there")
-    return parser.parse_args(given)
-
-
 def main(given: Sequence[str] | None = None) -> None:
     """Measure what is missing, then merge all there is into the one list."""
-    asked = arguments(given)
+    asked = arguments(given, __doc__)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # Thin evidence and copies that top-k keeps are part of the comparison.
@@ -289,7 +265,7 @@ def main(given: Sequence[str] | None = None) -> None:
     if not (asked.gather or asked.table):
         for seed in asked.seeds:
             for task in asked.tasks:
-                run(task, seed, asked.methods, asked.sparsities)
+                run(task, seed, asked_variants(asked), asked.sparsities)
     records = gather(FOLDER, NAME, RESULTS)
     if asked.table:
         print_tables(records)
