@@ -1,0 +1,105 @@
+"""Every budget, unit and estimator inside a real Trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_mi_prune import MutualInformationPruning, load_pruned
+from lightning_mi_prune.checkpoints import PlanKeeper
+from lightning_mi_prune.families import find_axes
+from tests.boring import Classifier, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
+
+
+def fit(epochs=3, family="bert", **options):
+    module = Classifier(family=family, validation_rows=256)
+    callback = MutualInformationPruning(verbose=False, **options)
+    run = trainer(callback, max_epochs=epochs)
+    run.fit(module)
+    return module, callback, run
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_parameters": 9000},
+        {"target_macs": 70_000},
+        {"keep_information": 0.9},
+        {"sparsity": 0.5, "estimator": "copula"},
+        {"sparsity": 0.5, "relevance": "readers"},
+        {"sparsity": 0.5, "relevance": None, "refit": False, "widths": "uniform"},
+        {
+            "sparsity": 0.5,
+            "floors": {"heads": 2},
+            "caps": {"layer.0.ffn": 0.5},
+            "pins": {"1.ffn": 7},
+        },
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_it_is_met_by_the_last_cut_and_training_goes_on(options):
+    module, callback, run = fit(4, **options)
+    cuts = callback.report.cuts
+    assert len(cuts) == 2
+    assert cuts[0].parameters > cuts[1].parameters == parameters(module)
+    budget = callback.method.budget
+    if budget.kind == "target_parameters":
+        assert cuts[-1].parameters <= 9000
+    elif budget.kind == "target_macs":
+        assert cuts[-1].macs <= 70_000
+    elif budget.kind == "sparsity":
+        assert cuts[-1].sparsity >= 0.5
+    if "pins" in options:
+        widths = {axis.name: axis.after for axis in cuts[-1].axes}
+        assert widths["model.bert.encoder.layer.1.ffn"] == 7
+        assert widths["model.bert.encoder.layer.0.ffn"] <= 20
+        assert all(width >= 2 for name, width in widths.items() if "heads" in name)
+    assert run.current_epoch == 4
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "deberta-v2", "albert", "mpnet"])
+def test_the_width_of_the_stream_shrinks_with_its_optimizer(family, tmp_path):
+    units = ["ffn", "heads", "residual"]
+    module, callback, run = fit(family=family, sparsity=0.5, units=units, pins={"residual": 16})
+    stream = next(a for a in callback.report.cuts[-1].axes if a.kind == "residual")
+    assert stream.after == 16 < stream.before
+    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.parameters()}
+    for parameter, state in run.optimizers[0].state.items():
+        assert state["exp_avg"].shape == parameter.shape
+    run.save_checkpoint(tmp_path / "small.ckpt")
+    again = load_pruned(Classifier(family=family), tmp_path / "small.ckpt").eval()
+    batch = next(iter(module.val_dataloader()))
+    with torch.no_grad():
+        assert torch.equal(again.model(**batch).logits, module.eval().model(**batch).logits)
+
+
+def test_whole_sublayers_may_vanish_and_training_goes_on():
+    module, callback, run = fit(sparsity=0.93)
+    gone = [axis.name for axis in callback.report.cuts[-1].axes if axis.after == 0]
+    assert gone
+    assert any(axis.size for axis in find_axes(module))
+    before = {n: p.clone() for n, p in module.named_parameters()}
+    run.fit_loop.max_epochs += 1
+    module.loss(next(iter(module.train_dataloader()))).backward()
+    run.optimizers[0].step()
+    assert any(not torch.equal(p, before[n]) for n, p in module.named_parameters())
+
+
+def test_the_order_travels_in_the_checkpoint(tmp_path):
+    _module, callback, run = fit(sparsity=0.5)
+    run.save_checkpoint(tmp_path / "small.ckpt")
+    again = load_pruned(Classifier(), tmp_path / "small.ckpt")
+
+    plan = PlanKeeper.of(again).plan
+    assert plan.rankings == callback.plan.rankings
+    assert set(plan.rankings) == {axis.name for axis in callback.report.cuts[-1].axes}
+    name, ranking = next(iter(plan.rankings.items()))
+    assert set(ranking.kept(1)) < set(plan.kept[name])
