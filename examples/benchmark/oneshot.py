@@ -39,7 +39,7 @@ from lightning_mi_prune.relevance import check_gradients
 NAME, MODEL = "oneshot", "minilm-l6"
 FOLDER = Path("runs", "benchmark")
 RESULTS = Path(__file__).parent / "results" / "oneshot.json"
-POSITIONS, CALLS, STEPS = 40_000, 8_192, 64
+POSITIONS, CALLS, STEPS = 40_000, 16_384, 64
 
 Batch = dict[str, Tensor]
 
