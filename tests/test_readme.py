@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.communication import table
 from benchmarks.seeds import summary
+from examples.benchmark.tables import markdown
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -36,6 +37,11 @@ def test_every_number_of_the_results_is_in_the_records():
     for name, values in summary(records).items():
         cells = [f"{v:.2f}" for v in (statistics.median(values), min(values), max(values))]
         assert f"| {name} | {' | '.join(cells)} |" in table
+
+
+def test_the_comparison_in_one_shot_is_what_its_script_prints():
+    records = json.loads((ROOT / "examples/benchmark/results/oneshot.json").read_text())
+    assert "\n".join(markdown(records)) in (ROOT / "README.md").read_text()
 
 
 def test_the_table_of_communication_is_what_its_script_prints():

@@ -28,7 +28,7 @@ from benchmarks.cost import cpu_name
 from examples.benchmark.finetuned import finetuned
 from examples.benchmark.options import arguments, asked_variants
 from examples.benchmark.records import Record, gather, key_of, load, part, write
-from examples.benchmark.tables import print_tables
+from examples.benchmark.tables import markdown, print_tables
 from examples.benchmark.variants import Variant
 from lightning_mi_prune import Listener, Plan, PruningWarning, WidthAxis, apply, find_axes
 from lightning_mi_prune.axes import choose_axes, count_parameters, full_plan
@@ -262,13 +262,15 @@ def main(given: Sequence[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     # Thin evidence and copies that top-k keeps are part of the comparison.
     warnings.filterwarnings("ignore", category=PruningWarning)
-    if not (asked.gather or asked.table):
+    if not (asked.gather or asked.table or asked.markdown):
         for seed in asked.seeds:
             for task in asked.tasks:
                 run(task, seed, asked_variants(asked), asked.sparsities)
     records = gather(FOLDER, NAME, RESULTS)
     if asked.table:
         print_tables(records)
+    if asked.markdown:
+        print("\n".join(markdown(records)))
 
 
 if __name__ == "__main__":

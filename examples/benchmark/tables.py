@@ -12,6 +12,7 @@ from examples.benchmark.variants import METHODS, OURS
 
 COLUMNS = ("method", "widths", "fold-in", "cuts", "to dense", "min .. max", "s", "seeds")
 PAIRED = "ours minus this"
+SEEDS_EXPECTED = 3
 WIDTH = 110  # of a file or a pipe
 Name = tuple[str, str, str, int]
 
@@ -103,3 +104,47 @@ def print_tables(records: Sequence[Record]) -> None:
         for row in summary(same):
             table.add_row(*row)
         console.print(table)
+
+
+COMPARED: dict[str, Name] = {
+    "ours": ("relevance-mi", "global", "refit", 1),
+    "ours, 3 cuts": ("relevance-mi", "global", "refit", 3),
+    "Taylor": ("taylor", "uniform", "fold_in", 1),
+    "activation norm": ("activation-norm", "uniform", "fold_in", 1),
+    "magnitude": ("magnitude", "uniform", "fold_in", 1),
+    "random": ("random", "uniform", "fold_in", 1),
+    "Taylor, our widths and refit": ("taylor", "global", "refit", 1),
+    "activation norm, our widths and refit": ("activation-norm", "global", "refit", 1),
+}
+
+
+def markdown(records: Sequence[Record]) -> list[str]:
+    """The comparison as a page shows it: a row a method, a column a task and sparsity.
+
+    Cells are points of accuracy less the dense model: mean over the seeds (least .. most).
+    """
+    columns = sorted({(r["task"], r["target_sparsity"]) for r in records})
+    head = " | ".join(f"{task}, {sparsity:.0%} gone" for task, sparsity in columns)
+    rows = [f"| one shot | {head} |", "|---" * (len(columns) + 1) + "|"]
+    for title, name in COMPARED.items():
+        cells = []
+        for column in columns:
+            values = [
+                difference(record)
+                for record in records
+                if variant_of(record) == name
+                and (record["task"], record["target_sparsity"]) == column
+            ]
+            if not values:
+                cells.append("")
+                continue
+            seeds = (
+                ""
+                if len(values) == SEEDS_EXPECTED
+                else f", {len(values)} of {SEEDS_EXPECTED} seeds"
+            )
+            low, high = min(values), max(values)
+            cells.append(f"{statistics.mean(values):.2f} ({low:.2f} .. {high:.2f}{seeds})")
+        if any(cells):
+            rows.append(f"| {title} | {' | '.join(cells)} |")
+    return rows
