@@ -44,7 +44,8 @@ from lightning_mi_prune import (
 from lightning_mi_prune.axes import choose_axes, full_plan
 from lightning_mi_prune.competition import allot
 from lightning_mi_prune.costs import ParameterCosts
-from lightning_mi_prune.method import Heard, pull_back
+from lightning_mi_prune.method import pull_back
+from lightning_mi_prune.sample import Heard
 
 SHAPES = {
     "MiniLM-L6": {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536},

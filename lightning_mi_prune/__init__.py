@@ -32,6 +32,7 @@ The method, one step a file::
     pretrained  OPEN     checkpoints and folders of pruned models
     strategies  AGREE    on one plan across ranks, and wrap again
     report      TELL     what happened
+    still       HOLD     a module as it is while something runs it
     oneshot     PRUNE    a trained module in one call
     callbacks   WHEN     all of it, inside Trainer.fit
     cli         COMMAND  the same from a shell

@@ -91,6 +91,7 @@ def prune_module(
     data.prepare_data()
     data.setup("fit")
     before = _metrics(trainer, module, data, evaluate)
+    module.to(trainer.strategy.root_device)  # a loop that is over leaves it on the CPU
     done = prune(
         module,
         data.val_dataloader(),

@@ -17,7 +17,7 @@ from lightning_mi_prune.information import (
     conditional_covariance,
     inverse,
     plugin_bias,
-    shrink,
+    shrinkage,
     unit_information,
 )
 
@@ -65,7 +65,7 @@ class MutualInformation:
     """
 
     selection: Literal["conditional", "topk"] = "conditional"
-    ridge: float = 0.1
+    ridge: float = 1.0
 
     def __post_init__(self) -> None:
         if self.selection not in ("conditional", "topk"):
@@ -185,7 +185,9 @@ def _precisions(evidence: Evidence, noise: float) -> tuple[Tensor, Tensor]:
     """``Cov(x)^-1`` and ``Cov(x | y)^-1`` with noise of this variance on ``y``."""
     covariance, cross, above = evidence.joint()
     if evidence.samples < 2 * len(covariance):  # exact copies stay exact where there is enough
-        covariance = shrink(covariance, evidence.samples)
+        # The diagonal alone grows, so that x and y stay jointly possible.
+        share = shrinkage(covariance, evidence.samples).clamp_max(0.999)
+        covariance = covariance + share / (1 - share) * torch.diag(covariance.diagonal())
     precision = inverse(covariance)
     if evidence.scores is None:
         # y = T x + noise, so Cov(x | y)^-1 = Cov(x)^-1 + T'T / noise: no second inverse.

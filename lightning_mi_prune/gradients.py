@@ -202,6 +202,7 @@ def blank(model: nn.Module, axes: Sequence[WidthAxis]) -> dict[str, GradientSums
     for axis in axes:
         for key, readers in axis.places.items():
             rows, columns = model.get_parameter(f"{readers[0]}.weight").shape
-            size, inside = (columns, True) if axis.sites else (rows, False)
+            inside = bool(axis.sites) or len(readers) > 1  # what several layers read
+            size = columns if inside else rows
             sums[key] = GradientSums(size, columns // axis.entries, inside=inside)
     return sums

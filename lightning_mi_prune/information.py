@@ -24,6 +24,7 @@ __all__ = [
     "plugin_bias",
     "regression",
     "shrink",
+    "shrinkage",
     "unbiased_cka",
     "unit_information",
 ]
@@ -142,6 +143,12 @@ def shrink(covariance: Tensor, samples: int) -> Tensor:
         >>> shrink(few, 10_000)[0, 1] > 0.499, shrink(few, 4)[0, 1] < 0.3
         (tensor(True), tensor(True))
     """
+    share = shrinkage(covariance, samples)
+    return (1 - share) * covariance + share * torch.diag(covariance.diagonal())
+
+
+def shrinkage(covariance: Tensor, samples: int) -> Tensor:
+    """How far :func:`shrink` pulls correlations towards 0: a share from 0 to 1."""
     size = covariance.shape[0]
     variance = covariance.diagonal()
     scale = torch.where(variance > 0, variance, 1.0).rsqrt()
@@ -150,8 +157,7 @@ def shrink(covariance: Tensor, samples: int) -> Tensor:
     spread = (samples + 1 - 2 / size) * (squares - trace.square() / size)
     wanted = (1 - 2 / size) * squares + trace.square()
     share = torch.where(spread > wanted, wanted / spread, 1.0) if size > 1 else torch.tensor(0.0)
-    share = share.to(covariance)
-    return (1 - share) * covariance + share * torch.diag(variance)
+    return share.to(covariance)
 
 
 def regression(covariance: Tensor, kept: Tensor, dropped: Tensor, samples: int) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mi_prune.axes import WidthAxis, count_parameters
 from lightning_mi_prune.budget import Budget, check_reach
@@ -20,35 +21,15 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import is_within
 from lightning_mi_prune.latency import LatencyCosts, LatencyTable
 from lightning_mi_prune.limits import Limits
-from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.ranking import RelevanceSource, rank_axes
 from lightning_mi_prune.refit import Sum, readings, record, refit
-from lightning_mi_prune.relevance import GradientSums, relevance_of
-from lightning_mi_prune.sample import Example, copied, merged, placed, taken
+from lightning_mi_prune.relevance import relevance_of
+from lightning_mi_prune.sample import Example, Heard, copied, merged, placed, taken
 from lightning_mi_prune.selection import Selection, select
 from lightning_mi_prune.surgery import apply
 
-__all__ = ["Heard", "Method", "pull_back"]
-
-
-@dataclass
-class Heard:
-    """All that was heard before a cut.
-
-    Args:
-        moments: Sums of activations at each place, by key.
-        gradients: Sums of gradients of training steps, by key; None where nobody asked.
-        ranks: Inputs to run the cut model on, of each rank, by path of the network called.
-        samples: Stored positions ``(N, d)`` of each place; empty where nobody asked.
-        examples: One call of each network, to count and to time its work.
-    """
-
-    moments: Mapping[str, Moments]
-    gradients: Mapping[str, GradientSums] | None = None
-    ranks: Sequence[Mapping[str, Sequence[Example]]] = ()
-    samples: Mapping[str, Tensor] = field(default_factory=dict)
-    examples: Mapping[str, Example] = field(default_factory=dict)
+__all__ = ["Method", "pull_back"]
 
 
 @dataclass(frozen=True)
@@ -90,26 +71,36 @@ class Method:
     latency_batch: int = 1
 
     def check(
-        self, module: nn.Module, axes: Sequence[WidthAxis], current: Mapping[str, int]
+        self,
+        module: nn.Module,
+        axes: Sequence[WidthAxis],
+        chosen: Sequence[WidthAxis],
+        current: Mapping[str, int],
     ) -> None:
         """Refuse what can be known to fail before anything is heard.
+
+        Args:
+            module: The model as it stands.
+            axes: All its axes.
+            chosen: Those that may shrink.
+            current: Present widths of all axes.
 
         Raises:
             PruningError: If limits contradict each other, or the budget is out of reach.
         """
         if self.budget.measure == "parameters":
-            costs = self.costs(module, axes, axes, current, {})
             check_reach(
-                axes,
+                chosen,
                 self.budget,
-                costs=costs,
+                costs=self.costs(module, axes, chosen, current, {}),
                 widths=self.widths,
-                current=current,
+                current={axis.name: current[axis.name] for axis in chosen},
                 limits=self.limits,
                 multiple=self.multiple,
             )
         else:
-            self.limits.resolve(axes, current, multiple=self.multiple)
+            now = {axis.name: current[axis.name] for axis in chosen}
+            self.limits.resolve(chosen, now, multiple=self.multiple)
             path = self.latency_table
             if path is not None and Path(path).exists():
                 LatencyTable.load(path).check_device(device_of(module))
@@ -131,10 +122,11 @@ class Method:
             current: Present widths of all axes.
             examples: One call of each network; only MACs and latency need it.
         """
+        if self.budget.kind == "target_parameters":  # of the whole module, whatever was cut of it
+            fixed = sum(p.numel() for p in module.parameters()) - count_parameters(axes, current)
+            return ParameterCosts(axes, fixed, held=current)
         if self.budget.measure == "parameters":
-            now = count_parameters(chosen, current)
-            fixed = sum(p.numel() for p in module.parameters()) - now
-            return ParameterCosts(chosen, fixed)
+            return ParameterCosts(chosen)
         if not examples:
             raise PruningError(
                 f"{self.budget} needs a call of the network to measure, but none was heard; run "
@@ -189,29 +181,34 @@ class Method:
         mine = {axis.name: now[axis.name] for axis in chosen}
         relevance = self._relevance(heard)
         samples = heard.samples if self.estimator == "copula" else None
-        rankings = None
-        if self.widths == "global" or self.budget.kind == "keep_information":
-            rankings = rank_axes(
-                chosen,
-                heard.moments,
-                weights,
-                current,
-                self.criterion,
-                relevance=relevance,
-                samples=samples,
-            )
-        widths = allot(
+        rank = partial(
+            rank_axes,
+            chosen,
+            heard.moments,
+            weights,
+            current,
+            self.criterion,
+            relevance=relevance,
+            samples=samples,
+        )
+        share = partial(
+            allot,
             chosen,
             self.budget,
             costs=costs,
             widths=self.widths,
-            rankings=rankings,
             current=mine,
             limits=self.limits,
             multiple=self.multiple,
             progress=progress,
             kept=kept,
         )
+        ranked = self.widths == "global" or self.budget.kind == "keep_information"
+        rankings = rank() if ranked else None
+        widths = share(rankings=rankings)
+        if rankings is not None and relevance == "readers":  # of which only some are kept above
+            rankings = rank(widths=widths)
+            widths = share(rankings=rankings)
         widths = {name: min(width, mine[name]) for name, width in widths.items()}
         if widths == mine:
             return None
@@ -226,7 +223,7 @@ class Method:
             rankings=rankings,
             samples=samples,
             fold_in=self.fold_in,
-            ridge=getattr(self.criterion, "ridge", 0.1),
+            ridge=getattr(self.criterion, "ridge", 1.0),
         )
 
     def _relevance(self, heard: Heard) -> RelevanceSource:

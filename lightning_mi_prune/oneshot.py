@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import Metric
 
 from lightning_mi_prune.axes import WidthAxis, choose_axes, count_parameters
 from lightning_mi_prune.budget import Budget, sparsity_of
@@ -23,12 +21,13 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, is_within
 from lightning_mi_prune.gradients import GradientListener
 from lightning_mi_prune.listener import Listener
-from lightning_mi_prune.method import Heard, Method, pull_back
+from lightning_mi_prune.method import Method, pull_back
 from lightning_mi_prune.optimizers import check_optimizers, rebind
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import GradientSums, check_gradients
-from lightning_mi_prune.sample import placed
+from lightning_mi_prune.sample import Heard, placed
 from lightning_mi_prune.selection import Information
+from lightning_mi_prune.still import still
 from lightning_mi_prune.surgery import apply, check
 
 __all__ = ["Pruned", "prune"]
@@ -143,7 +142,7 @@ def prune(
     check(module, chosen, plan)
     check_optimizers(optimizers, [module.get_parameter(s.tensor) for a in chosen for s in a.slices])
     before = {name: len(kept) for name, kept in plan.kept.items()}
-    method.check(module, chosen, before)
+    method.check(module, axes, chosen, before)
     parameters = sum(p.numel() for p in module.parameters())
     seconds: dict[str, float] = dict.fromkeys(("listening", "gradients", "scoring", "refitting"), 0)
     told: dict[str, Information] = {}
@@ -230,39 +229,11 @@ def _length(batches: Iterable[Any]) -> int | None:
         return None
 
 
-@contextmanager
-def _still(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, gradients and metrics of its own, nothing logged; all is put back."""
-    modes = {part: part.training for part in module.modules()}
-    gradients = {p: p.grad for p in module.parameters()}
-    metrics = [part for part in module.modules() if isinstance(part, Metric)]
-    states = [{name: copy(v) for name, v in metric.metric_state.items()} for metric in metrics]
-    quiet = [name for name in ("log", "log_dict") if hasattr(module, name)]
-    module.eval()
-    module.__dict__.update(dict.fromkeys(quiet, _ignore))  # there is no loop to log to
-    try:
-        yield
-    finally:
-        for name in quiet:
-            module.__dict__.pop(name)
-        for part, mode in modes.items():
-            part.training = mode
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        for metric, state in zip(metrics, states, strict=True):
-            vars(metric).update(state)
-            metric._computed = None
-
-
-def _ignore(*_: object, **__: object) -> None:
-    """Stands in for ``self.log``."""
-
-
 def _listen(
     module: nn.Module, batches: Iterable[Any], forward: Forward, listener: Listener, positions: int
 ) -> None:
     device = next(module.parameters()).device
-    with _still(module), torch.no_grad(), listener:
+    with still(module), torch.no_grad(), listener:
         for batch in batches:
             listener.start_batch()
             forward(module, placed(batch, device))
@@ -274,7 +245,7 @@ def _feel(
     module: nn.Module, batches: Iterable[Any], loss: Loss, felt: GradientListener, steps: int
 ) -> Mapping[str, GradientSums]:
     device = next(module.parameters()).device
-    with _still(module), torch.enable_grad(), felt:
+    with still(module), torch.enable_grad(), felt:
         for index, batch in enumerate(islice(batches, steps)):
             for parameter in module.parameters():
                 parameter.grad = None

@@ -267,6 +267,8 @@ def _solve_norm(
     del count
     variance = (square - mean_x**2).clamp_min(torch.finfo(square.dtype).tiny)
     gain = (product - mean_x * mean_y) / variance
+    # An entry that never changes says nothing of its gain.
+    gain = torch.where(variance > 1e-8 * variance.mean(), gain, layer.weight.double())
     new = {"weight": gain.to(layer.weight.dtype)}
     if layer.bias is not None:
         new["bias"] = (mean_y - gain * mean_x).to(layer.bias.dtype)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Example", "copied", "merged", "placed", "rows_of", "run", "taken"]
+from lightning_mi_prune.moments import Moments
+from lightning_mi_prune.relevance import GradientSums
+
+__all__ = ["Example", "Heard", "copied", "merged", "placed", "rows_of", "run", "taken"]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -35,6 +38,25 @@ class Example:
     def rows(self) -> int:
         """Examples in the call."""
         return rows_of((*self.args, *self.kwargs.values())) or 0
+
+
+@dataclass
+class Heard:
+    """All that was heard before a cut.
+
+    Args:
+        moments: Sums of activations at each place, by key.
+        gradients: Sums of gradients of training steps, by key; None where nobody asked.
+        ranks: Inputs to run the cut model on, of each rank, by path of the network called.
+        samples: Stored positions ``(N, d)`` of each place; empty where nobody asked.
+        examples: One call of each network, to count and to time its work.
+    """
+
+    moments: Mapping[str, Moments]
+    gradients: Mapping[str, GradientSums] | None = None
+    ranks: Sequence[Mapping[str, Sequence[Example]]] = ()
+    samples: Mapping[str, Tensor] = field(default_factory=dict)
+    examples: Mapping[str, Example] = field(default_factory=dict)
 
 
 def rows_of(values: Iterable[Any]) -> int | None:

@@ -16,9 +16,10 @@ from lightning_mi_prune.axes import choose_axes
 from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.families import linear_axis
 from lightning_mi_prune.gradients import GradientListener, blank
-from lightning_mi_prune.method import Heard, Method
+from lightning_mi_prune.method import Method
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import check_gradients, relevance_of
+from lightning_mi_prune.sample import Heard
 from tests.boring import Classifier, Sentences, trainer
 from tests.conftest import count_hooks
 from tests.models import batch, build

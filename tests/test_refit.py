@@ -12,10 +12,10 @@ from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes
 from lightning_mi_prune.listener import Listener
-from lightning_mi_prune.method import Heard, Method, pull_back
+from lightning_mi_prune.method import Method, pull_back
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.refit import readings, record, refit
-from lightning_mi_prune.sample import Example, merged
+from lightning_mi_prune.sample import Example, Heard, merged
 from lightning_mi_prune.selection import Selection, select
 from lightning_mi_prune.surgery import apply
 from tests.models import (

@@ -33,8 +33,9 @@ from examples.benchmark.variants import Variant
 from lightning_mi_prune import Listener, Plan, PruningWarning, WidthAxis, apply, find_axes
 from lightning_mi_prune.axes import choose_axes, count_parameters, full_plan
 from lightning_mi_prune.gradients import GradientListener
-from lightning_mi_prune.method import Heard, pull_back
+from lightning_mi_prune.method import pull_back
 from lightning_mi_prune.relevance import check_gradients
+from lightning_mi_prune.sample import Heard
 
 NAME, MODEL = "oneshot", "minilm-l6"
 FOLDER = Path("runs", "benchmark")

@@ -15,8 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mi_prune.callbacks.companions import without_best
-from lightning_mi_prune.callbacks.feeling import pooled
-from lightning_mi_prune.callbacks.heard import write_gradients
+from lightning_mi_prune.callbacks.feeling import write_felt
 from lightning_mi_prune.callbacks.run import (
     is_dev_run,
     is_last_validation,
@@ -27,7 +26,7 @@ from lightning_mi_prune.callbacks.run import (
     without_frozen,
 )
 from lightning_mi_prune.callbacks.schedule import Schedule
-from lightning_mi_prune.callbacks.state import RunState, reconcile
+from lightning_mi_prune.callbacks.state import Asked, RunState, reconcile
 from lightning_mi_prune.callbacks.steps import PruningSteps
 from lightning_mi_prune.callbacks.telling import begin_report, sizes_of
 from lightning_mi_prune.callbacks.trial import judge
@@ -35,10 +34,9 @@ from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.families import find_axes, is_within
 from lightning_mi_prune.gradients import blank
 from lightning_mi_prune.listener import Listener
-from lightning_mi_prune.method import Heard
 from lightning_mi_prune.moments import check_moments
 from lightning_mi_prune.report import PruningReport
-from lightning_mi_prune.sample import placed
+from lightning_mi_prune.sample import Heard, placed
 from lightning_mi_prune.strategies import (
     agree,
     gather,
@@ -82,11 +80,7 @@ class PruningCallback(PruningSteps):
         """A validation that is still to be heard is run again, whole, when the run resumes."""
         if self._listens(trainer) and self._run.heard is None and "loops" in checkpoint:
             rerun_validation(trainer, checkpoint["loops"])
-        felt = self._run.felt
-        state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if felt is not None and state is not None and world_size(trainer.strategy) > 1:
-            # Only rank 0 writes; the others go on from nothing, so the sum over ranks is the same.
-            state["felt"] = write_gradients(pooled(trainer, felt))
+        write_felt(trainer, self._run.felt, checkpoint.get("callbacks", {}).get(self.state_key))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -101,15 +95,16 @@ class PruningCallback(PruningSteps):
                 axes, plan = keeper.axes, keeper.plan
                 self.report = begin_report(pl_module, axes, self._chosen, plan)
             self._check_optimizers(trainer, pl_module)
-            self.check(pl_module, self._chosen, self._present_widths())
+            present = {name: len(kept) for name, kept in keeper.plan.kept.items()}
+            self.check(pl_module, self._chosen, present)
             sizes = [(axis.name, axis.size) for axis in self._chosen]
             sampling = (self._positions, self._calls, self._samples, self._steps, self._seed)
             options = (self._budget, self._best_of, sampling)
             return f"{keeper.plan.digest()} {sizes} {options}"
 
         together(trainer.strategy, "what to prune and how", prepare)
-        stored = {"calls": self._calls, "samples": self._samples, "steps": self._steps}
-        for surprise in reconcile(self._run, self._chosen, pl_module, self._budget, **stored):
+        asked = Asked(self._budget, self.aim(), self._calls, self._samples, self._steps)
+        for surprise in reconcile(self._run, self._chosen, pl_module, asked):
             rank_zero_warn(surprise)
         if trainer.global_rank and self._run.felt is not None:  # rank 0 goes on with all of it
             self._run.felt = blank(pl_module, self._chosen)
@@ -207,6 +202,9 @@ class PruningCallback(PruningSteps):
         for name, value in sizes.items():
             pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
         if not self._listens(trainer) or self._is_failed() or is_dev_run(trainer):
+            return
+        if self._run.heard is None and self._waits:
+            self._waits = False  # and it was said why
             return
         if self._run.heard is None:
             rank_zero_warn(

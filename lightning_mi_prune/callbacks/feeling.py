@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 
 from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.callbacks.heard import write_gradients
 from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.gradients import GradientListener
 from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.strategies import pool, world_size
 
-__all__ = ["Feeling", "copies", "is_scaled", "pooled"]
+__all__ = ["Feeling", "copies", "is_scaled", "pooled", "write_felt"]
 
 
 class Feeling:
@@ -94,3 +96,14 @@ def is_scaled(trainer: pl.Trainer) -> bool:
 def _scaler(trainer: pl.Trainer) -> float:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
+def write_felt(
+    trainer: pl.Trainer, felt: Mapping[str, GradientSums] | None, state: dict[str, Any] | None
+) -> None:
+    """Put what all ranks felt into the callback's part of a checkpoint.
+
+    Only rank 0 writes; the others go on from nothing, so the sum over ranks is the same.
+    """
+    if felt is not None and state is not None and world_size(trainer.strategy) > 1:
+        state["felt"] = write_gradients(pooled(trainer, felt))

@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_mi_prune.callbacks.untrusted import is_plain, tensors, whole
-from lightning_mi_prune.method import Heard
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.relevance import GradientSums
-from lightning_mi_prune.sample import Example
+from lightning_mi_prune.sample import Example, Heard
 
 __all__ = ["read_example", "read_gradients", "read_heard", "write_gradients", "write_heard"]
 

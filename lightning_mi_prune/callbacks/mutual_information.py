@@ -29,7 +29,8 @@ from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule, 
 from lightning_mi_prune.criteria import MutualInformation
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.limits import Limits
-from lightning_mi_prune.method import Heard, Method, pull_back
+from lightning_mi_prune.method import Method, pull_back
+from lightning_mi_prune.sample import Heard
 from lightning_mi_prune.selection import Selection
 from lightning_mi_prune.strategies import add_up, world_size
 
@@ -54,8 +55,7 @@ class MutualInformationPruning(PruningCallback):
         keep_information: Instead: share of the information with the layers above, in nats and
             summed over all axes, that stays.
         units: Kinds of unit to cut: ``"ffn"``, ``"heads"``, ``"pooler"``, ``"residual"`` (the width
-            of the stream and of the word embeddings). Default: the first two (whichever the model
-            has).
+            of stream and word embeddings). Default: the first two, where the model has them.
         module: Path of the submodule to search, such as ``"encoder"``; default: the whole module.
         include: Regular expression; only axes whose name it finds are cut.
         exclude: Regular expression; axes whose name it finds are left alone.
@@ -65,8 +65,7 @@ class MutualInformationPruning(PruningCallback):
             float is a share of the axis as built.
         caps: Most units, likewise.
         pins: Exact units, likewise.
-        floor: Smallest share of every axis that stays. With 0 whole sublayers may vanish, where
-            the residual stream carries on without them.
+        floor: Smallest share of every axis that stays. With 0 whole sublayers may vanish.
         multiple: Neuron widths are multiples of this.
         relevance: Which part of the layer above matters. ``"gradient"``: the part that the loss
             listens to, taken from ordinary training steps; ``"readers"``: what the weights kept
@@ -230,13 +229,18 @@ class MutualInformationPruning(PruningCallback):
     def check(
         self, module: pl.LightningModule, axes: list[WidthAxis], widths: Mapping[str, int]
     ) -> None:
-        self.method.check(module, axes, widths)
+        self.method.check(module, self._kept().axes, axes, widths)
 
     @property
     def _goal(self) -> float:
         """Where the schedule ends: the sparsity, or all of the way to another budget."""
         budget = self.method.budget
         return budget.amount if budget.kind == "sparsity" else 1.0
+
+    @override
+    def aim(self) -> str:
+        budget = self.method.budget
+        return "" if budget.kind == "sparsity" else str(budget)
 
     @override
     def schedule(self, length: float, every: int, begin: int) -> Schedule:

@@ -21,14 +21,13 @@ from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.untrusted import is_plain, number, tensors, whole
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.gradients import blank
-from lightning_mi_prune.method import Heard
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.report import PruningReport
-from lightning_mi_prune.sample import Example
+from lightning_mi_prune.sample import Example, Heard
 from lightning_mi_prune.selection import Information, Selection
 
-__all__ = ["Pending", "RunState", "Trial", "reconcile"]
+__all__ = ["Asked", "Pending", "RunState", "Trial", "reconcile"]
 
 T = TypeVar("T")
 
@@ -89,6 +88,7 @@ class RunState:
         pending: The cut that comes next.
         trial: The last cut, until it is accepted.
         best: Best value of the monitored metric of an accepted model.
+        aim: What the schedule leads to, where that is not a sparsity.
         watched: Which metric that is, and whether more of it is better.
         examples: One call of each network, to count its work.
         seconds: Time spent on the cut that comes next.
@@ -106,6 +106,7 @@ class RunState:
     pending: Pending | None = None
     trial: Trial | None = None
     best: float | None = None
+    aim: str = ""
     watched: str = ""
     examples: Mapping[str, Example] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -121,6 +122,7 @@ class RunState:
             "kept": self.kept,
             "begin": self.begin,
             "heard_at": self.heard_at,
+            "aim": self.aim,
             "watched": self.watched,
             "felt": self.felt and write_gradients(self.felt),
             "heard": self.heard and write_heard(self.heard),
@@ -159,6 +161,7 @@ class RunState:
                 pending=_unless_none(_read_pending, state["pending"]),
                 trial=_unless_none(_read_trial, state["trial"]),
                 best=_unless_none(number, state["best"]),
+                aim=str(state["aim"]),
                 watched=str(state["watched"]),
                 examples={path: read_example(call) for path, call in state["examples"].items()},
                 seconds={str(name): number(s, 0) for name, s in state["seconds"].items()},
@@ -171,43 +174,51 @@ class RunState:
             ) from error
 
 
-def reconcile(
-    run: RunState,
-    axes: list[WidthAxis],
-    module: nn.Module,
-    budget: AccuracyBudget | None,
-    *,
-    calls: int = 0,
-    samples: int = 0,
-    steps: int = 0,
-) -> list[str]:
+@dataclass(frozen=True)
+class Asked:
+    """What the options of a run ask for.
+
+    Args:
+        budget: What a cut may cost.
+        aim: What the schedule leads to, where that is not a sparsity.
+        calls: Positions of calls to store; 0 stores none.
+        samples: Positions of every axis to store.
+        steps: Training steps to take gradients from.
+    """
+
+    budget: AccuracyBudget | None = None
+    aim: str = ""
+    calls: int = 0
+    samples: int = 0
+    steps: int = 0
+
+
+def reconcile(run: RunState, axes: list[WidthAxis], module: nn.Module, asked: Asked) -> list[str]:
     """Let go of what does not fit the options a run resumes with.
 
     Args:
         run: The run, as it was read.
         axes: Axes that may be cut now.
         module: The model.
-        budget: What a cut may cost now.
-        calls: Positions of calls to store now; 0 stores none.
-        samples: Positions of every axis to store now.
-        steps: Training steps to take gradients from now.
+        asked: What is asked for now.
 
     Returns:
         What was let go of, in a sentence each.
     """
+    budget, aim = asked.budget, asked.aim
     surprises, names = [], {axis.name for axis in axes}
     places = {key: readers[0] for axis in axes for key, readers in axis.places.items()}
     widths = {key: module.get_parameter(f"{r}.weight").shape[1] for key, r in places.items()}
     shapes, heard = _shapes(blank(module, axes)), run.heard
-    if run.felt is not None and (not steps or _shapes(run.felt) != shapes):
+    if run.felt is not None and (not asked.steps or _shapes(run.felt) != shapes):
         run.felt = None  # the rest of the epoch is felt anew
     if heard is not None and {key: m.dimension for key, m in heard.moments.items()} != widths:
         run.heard = None
         surprises.append("What was heard was of other axes; a cut waits for the next validation.")
     elif heard is not None and (
-        (calls and not heard.ranks)
-        or (samples and {key: x.shape[-1] for key, x in heard.samples.items()} != widths)
-        or (steps and _shapes(heard.gradients or {}) != shapes)
+        (asked.calls and not any(stored for rank in heard.ranks for stored in rank.values()))
+        or (asked.samples and {key: x.shape[-1] for key, x in heard.samples.items()} != widths)
+        or (asked.steps and _shapes(heard.gradients or {}) != shapes)
     ):
         run.heard = None
         surprises.append(
@@ -217,6 +228,11 @@ def reconcile(
     if run.pending is not None and set(run.pending.selection.information) != names:
         run.pending = None
         surprises.append("The pending cut was chosen for other axes; it will be chosen again.")
+    if run.aim != aim and run.fitted.epochs:
+        # Goals are counted from the model as built: what is reached already asks for no cut.
+        run.reached, run.fitted, run.schedule, run.pending = 0.0, Schedule(), Schedule(), None
+        surprises.append(f"The budget was {run.aim or 'a sparsity'}; the schedule begins anew.")
+    run.aim = aim
     watched = "" if budget is None else f"{budget.monitor} {budget.mode}"
     if run.watched != watched:
         if run.trial is not None:

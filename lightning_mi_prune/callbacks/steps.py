@@ -23,11 +23,11 @@ from lightning_mi_prune.callbacks.trial import begin_trial, take_back
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.gradients import blank
 from lightning_mi_prune.listener import Listener
-from lightning_mi_prune.method import Heard
 from lightning_mi_prune.optimizers import check_optimizers, rebind
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import GradientSums, check_gradients
 from lightning_mi_prune.report import PruningReport, print_cut
+from lightning_mi_prune.sample import Heard
 from lightning_mi_prune.selection import Selection
 from lightning_mi_prune.strategies import agree, decide_once, rewrap
 from lightning_mi_prune.surgery import apply, revert
@@ -74,6 +74,7 @@ class PruningSteps(pl.Callback, ABC):
         self._listener: Listener | None = None
         self._patience = Patience()
         self._run = RunState()
+        self._waits = False
 
     @abstractmethod
     def choose(self, axes: list[WidthAxis]) -> list[WidthAxis]:
@@ -84,6 +85,10 @@ class PruningSteps(pl.Callback, ABC):
         self, module: pl.LightningModule, axes: list[WidthAxis], widths: Mapping[str, int]
     ) -> None:
         """Refuse a budget that these axes cannot meet from their present widths."""
+
+    @abstractmethod
+    def aim(self) -> str:
+        """What the schedule leads to, in words; empty where it counts sparsities."""
 
     @abstractmethod
     def schedule(self, length: float, every: int, begin: int) -> Schedule:
@@ -166,6 +171,8 @@ class PruningSteps(pl.Callback, ABC):
         if budget is None or trial is None:
             return
         take_back(trainer, module, self._kept(), trial)
+        self._feeling.close()
+        run.felt = None
         failed, run.reached, run.trial, run.pending = run.reached, trial.reached, None, None
         run.kept = trial.kept
         schedule, every = Schedule(), trainer.check_val_every_n_epoch or 1
@@ -237,16 +244,18 @@ class PruningSteps(pl.Callback, ABC):
             self._patience.release()
 
     def _felt(self, trainer: pl.Trainer) -> dict[str, GradientSums] | None:
-        """What all ranks felt in this epoch; None, with a warning, where most of it was missed."""
+        """What all ranks felt in this epoch; None, with a warning, where all of it was missed."""
         self._feeling.close()
         if not self._steps:
             return None
         sums = pooled(trainer, self._run.felt or blank(trainer.lightning_module, self._chosen))
-        if not any(s.counts.any() for s in sums.values()) and not self._feeling.whole:
+        missed = not any(s.counts.any() for s in sums.values())
+        if missed and not (self._feeling.whole and trainer.is_last_batch):
             rank_zero_warn(
-                f"The cut of epoch {trainer.current_epoch + 1} waits: the run was resumed too late "
-                "in this epoch to take gradients from its training steps."
+                f"The cut of epoch {trainer.current_epoch + 1} waits: no training step to take "
+                "gradients from ran before the last validation of this epoch."
             )
+            self._waits = True
             return None
         check_gradients(sums, scaled=is_scaled(trainer))
         return sums
