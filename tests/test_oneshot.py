@@ -8,14 +8,16 @@ from functools import partial
 import pytest
 import torch
 import yaml
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
 from lightning_mi_prune import PruningError, load_pruned, method, prune
 from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.cli import main
 from lightning_mi_prune.clock import measure_table
-from lightning_mi_prune.families import find_axes
+from lightning_mi_prune.families import find_axes, linear_axis, register_family
 from lightning_mi_prune.limits import Limits
 from lightning_mi_prune.method import Method
 from lightning_mi_prune.report import count_macs
@@ -155,6 +157,44 @@ def test_a_lightning_module_brings_its_own_steps():
     assert held == {id(p) for p in module.parameters()}
     module.loss(next(iter(loader))).backward()
     optimizer.step()
+
+
+def test_metrics_and_what_the_user_hung_on_the_module_stay():
+    module = Classifier(validation_rows=256)
+    module.metric = MeanMetric()
+    module.metric.update(torch.tensor(2.0))
+    step = module.validation_step
+    module.validation_step = lambda batch, index: (step(batch, index), module.metric.update(40.0))
+    module.log = mine = lambda *a, **k: None
+    loader = DataLoader(Sentences(256, seed=1), batch_size=64, shuffle=True)
+    state = torch.get_rng_state()
+    prune(module, loader, 0.5)
+    assert float(module.metric.compute()) == 2.0
+    assert module.log is mine
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_parameters_of_the_whole_module_count_what_others_cut_before():
+    net = build()
+    prune(net, batches(), 0.3, units=["residual"])
+    left = sum(p.numel() for p in net.parameters())
+    target = int(0.8 * left)
+    prune(net, batches(), Budget(target_parameters=target))
+    assert sum(p.numel() for p in net.parameters()) <= target
+
+
+def test_two_layers_may_read_the_same_units():
+    net = nn.Module()
+    net.a, net.b, net.c = nn.Linear(6, 16), nn.Linear(16, 4), nn.Linear(16, 3)
+    net.forward = lambda x: torch.cat([net.b(net.a(x).relu()), net.c(net.a(x).relu())], dim=-1)
+
+    @register_family("two-readers", matches=lambda module: module is net)
+    def describe(module):
+        return [linear_axis(module, "h", kind="ffn", producers=["a"], readers=["b", "c"])]
+
+    data = [torch.randn(300, 6) for _ in range(3)]
+    done = prune(net, data, 0.5, loss=lambda m, x: m(x).square().mean())
+    assert done.plan.width("h") == net.a.out_features == 8
 
 
 def nan_loss(model, inputs):

@@ -311,3 +311,17 @@ def test_evidence_of_a_stream_has_one_site_wherever_it_is_read():
         dict.fromkeys(stream.places, whole),
     )
     assert all(torch.allclose(s.above(), s.covariance) for s in seen)
+
+
+def test_the_copula_of_few_samples_stays_possible():
+    """Fewer than two samples an entry, few factors, a skewed relevance."""
+    g = torch.Generator().manual_seed(0)
+    factors = torch.randn(400, 8, generator=g, dtype=torch.float64)
+    x = nn.functional.gelu(factors @ torch.randn(8, 300, generator=g, dtype=torch.float64))
+    base = torch.randn(40, 300, generator=g, dtype=torch.float64)
+    factor = torch.diag(torch.logspace(0, -6, 40, dtype=torch.float64))
+    site = Evidence(
+        "ffn", 1, 400, x.mean(0), x.T.cov(), factor @ base, scores=normal_scores(x, base, factor)
+    )
+    for ridge in (0.01, 1.0):
+        assert sorted(MutualInformation(ridge=ridge).rank([site], 0).order) == list(range(300))

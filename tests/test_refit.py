@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_mi_prune.axes import full_plan
 from lightning_mi_prune.budget import Budget
@@ -14,7 +15,7 @@ from lightning_mi_prune.families import find_axes
 from lightning_mi_prune.listener import Listener
 from lightning_mi_prune.method import Method, pull_back
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.refit import readings, record, refit
+from lightning_mi_prune.refit import _solve_norm, readings, record, refit
 from lightning_mi_prune.sample import Example, Heard, merged
 from lightning_mi_prune.selection import Selection, select
 from lightning_mi_prune.surgery import apply
@@ -257,3 +258,12 @@ def test_fold_in_then_refit_beats_fold_in_on_data_that_was_not_heard():
         for s in (folded, fitted)
     ]
     assert errors[1] < errors[0]
+
+
+def test_a_norm_whose_entry_never_changes_keeps_its_gain():
+    norm = nn.LayerNorm(3)
+    plain = torch.randn(50, 3)
+    plain[:, 1] = 0.5
+    found = _solve_norm(norm, plain, plain * 2 + 1, lambda sums: sums, 1.0)
+    assert torch.allclose(found["weight"], torch.tensor([2.0, 1.0, 2.0]), atol=1e-4)
+    assert torch.allclose(found["bias"], torch.tensor([1.0, 1.5, 1.0]), atol=1e-4)
