@@ -117,6 +117,15 @@ def test_what_the_options_now_ask_for_is_heard_anew(tmp_path, before, after, bat
     assert cut.epoch == 1 + lacks
 
 
+def test_another_budget_on_resume_is_met(tmp_path):
+    first, second = ({"sparsity": None, "target_parameters": n} for n in (10_000, 8_000))
+    path = stopped(tmp_path, Point("on_train_epoch_end", 2), pruning=first, max_epochs=4)
+    said = "The budget was target_parameters=10000; the schedule begins anew"
+    _, module, watch = resumed(tmp_path, path, said, pruning=second, max_epochs=8)
+    assert sum(p.numel() for p in module.parameters()) <= 8_000
+    assert watch.pruning.report.cuts[-1].epoch > 2
+
+
 def test_without_its_budget_a_trial_ends_and_the_cut_stays(tmp_path):
     run = {"module": Scored, "max_epochs": 8}
     path = stopped(tmp_path, Point("on_validation_end", 1), pruning=BUDGET, **run)
