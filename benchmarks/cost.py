@@ -51,7 +51,7 @@ SHAPES = {
     "MiniLM-L6": {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536},
     "BERT-base": {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072},
 }
-SPARSITY, POSITIONS, BATCH, LENGTH, REPEATS = 0.5, 16_384, 32, 64, 1
+SPARSITY, POSITIONS, BATCH, LENGTH, REPEATS = 0.5, 16_384, 32, 64, 3
 RESULTS = Path(__file__).parent / "results" / "cost.json"
 
 
