@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -30,12 +29,12 @@ Clock = Callable[[Mapping[str, Callable[[], Any]]], Mapping[str, float]]
 _GRID = (3 / 4, 1 / 2, 1 / 4, 1 / 8)
 
 
-def device_of(module: nn.Module, dtype: str | None = None) -> Device:
+def device_of(module: nn.Module, calls: Mapping[str, Example] | None = None) -> Device:
     """Where a module is now.
 
     Args:
         module: A module with parameters.
-        dtype: Type of the numbers where it is not that of the parameters (autocast).
+        calls: Calls of its networks, which know of autocast.
 
     Example:
         >>> device_of(nn.Linear(2, 2)).type
@@ -44,7 +43,8 @@ def device_of(module: nn.Module, dtype: str | None = None) -> Device:
     parameter = next(p for p in module.parameters() if p.is_floating_point())
     place = parameter.device
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else _processor()
-    kind = str(parameter.dtype).removeprefix("torch.") if dtype is None else dtype
+    cast = next((call.autocast for call in (calls or {}).values()), "")
+    kind = cast or str(parameter.dtype).removeprefix("torch.")
     return Device(place.type, name, torch.get_num_threads(), str(torch.__version__), kind)
 
 
@@ -79,8 +79,6 @@ def measure_table(
     kinds: Collection[str] | None = None,
     multiple: int = 8,
     seconds: float = 1.0,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    dtype: str | None = None,
     clock: Clock | None = None,
 ) -> LatencyTable:
     """Time copies of the networks with their axes cut to a few widths, in turn with dense ones.
@@ -91,12 +89,11 @@ def measure_table(
     Args:
         root: Module from which the axes are named.
         axes: All axes of its networks.
-        calls: One call of each network by module path; its batch and length are what is timed.
+        calls: One call of each network by module path; its batch, its length and its type of
+            numbers (autocast) are what is timed.
         kinds: Kinds of axes to measure; default all.
         multiple: Smallest width of an axis of neurons that cannot vanish.
         seconds: Time for each width, and as much for the dense model beside it.
-        context: What the forward pass runs in, such as autocast.
-        dtype: Type of the numbers inside ``context``, for the record.
         clock: Milliseconds of each call by name; default :func:`report.measure_latency`.
     """
     timed = partial(measure_latency, seconds=seconds, rounds=3) if clock is None else clock
@@ -114,8 +111,7 @@ def measure_table(
             names = {axis.name for axis in group}
             kept = {a.name: tuple(range(width if a.name in names else a.size)) for a in axes}
             reshape(cut, axes, Plan({axis.name: axis.size for axis in axes}, kept))
-            pair = {"dense": _forward(dense, calls, context), "cut": _forward(cut, calls, context)}
-            found = timed(pair)
+            found = timed({"dense": _forward(dense, calls), "cut": _forward(cut, calls)})
             times.append(found["dense"])
             saved.append((1 - found["cut"] / found["dense"]) / len(group))
         shares.append((group, widths, saved))
@@ -132,20 +128,30 @@ def measure_table(
     ]
     inputs = [v for call in calls.values() for v in (*call.args, *call.kwargs.values())]
     shape = next((v.shape for v in inputs if isinstance(v, Tensor) and v.ndim > 1), (0, 0))
-    return LatencyTable(device_of(root, dtype), shape[0], shape[1], dense_ms, tuple(curves))
+    return LatencyTable(device_of(root, calls), shape[0], shape[1], dense_ms, tuple(curves))
 
 
-def _forward(
-    shell: nn.Module,
-    calls: Mapping[str, Example],
-    context: Callable[[], AbstractContextManager[Any]],
-) -> Callable[[], None]:
-    work = [(shell.get_submodule(path), call) for path, call in calls.items()]
+def _forward(shell: nn.Module, calls: Mapping[str, Example]) -> Callable[[], None]:
+    place = next(shell.parameters()).device.type
+    work = [
+        (
+            shell.get_submodule(path),
+            call,
+            partial(
+                torch.autocast,
+                place,
+                getattr(torch, call.autocast or "float32"),
+                enabled=bool(call.autocast),
+            ),
+        )
+        for path, call in calls.items()
+    ]
 
     def forward() -> None:
-        with torch.no_grad(), context():
-            for module, call in work:
-                module(*call.args, **call.kwargs)
+        with torch.no_grad():
+            for module, call, context in work:
+                with context():
+                    module(*call.args, **call.kwargs)
 
     return forward
 

@@ -30,9 +30,6 @@ class Costs(Protocol):
     def total(self, widths: Mapping[str, float]) -> float:
         """Cost of everything that is counted; axes that are not named stay as they are."""
 
-    def unit(self, name: str, widths: Mapping[str, float]) -> float:
-        """Cost of the last unit of one axis, the others as they are in ``widths``."""
-
     def savings(
         self, name: str, widths: Mapping[str, float], options: Sequence[float]
     ) -> list[float]:
@@ -86,11 +83,6 @@ class _TensorCosts:
         at = self._filled(widths)
         return self.fixed + sum(c * math.prod(at[n] for n in ns) for ns, c in self._terms.items())
 
-    def unit(self, name: str, widths: Mapping[str, float]) -> float:
-        """Cost of the last unit of one axis."""
-        top = max(1, widths[name])
-        return self.savings(name, {**widths, name: top}, [top - 1])[0]
-
     def savings(
         self, name: str, widths: Mapping[str, float], options: Sequence[float]
     ) -> list[float]:
@@ -120,8 +112,10 @@ class ParameterCosts(_TensorCosts):
         >>> rows = WidthAxis("rows", "ffn", 6, 1, (Slice("w", 0, (6, 4)),), ("down",))
         >>> columns = WidthAxis("columns", "ffn", 4, 1, (Slice("w", 1, (6, 4)),), ("down",))
         >>> costs = ParameterCosts([rows, columns], fixed=10)
-        >>> costs.total({"rows": 6, "columns": 4}), costs.unit("rows", {"rows": 6, "columns": 2})
-        (34.0, 2.0)
+        >>> costs.total({"rows": 6, "columns": 4})
+        34.0
+        >>> costs.savings("rows", {"rows": 6, "columns": 2}, [5, 3])
+        [2.0, 6.0]
     """
 
     @property
@@ -184,8 +178,8 @@ def measure_macs(
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> axis = linear_axis(net, "hidden", kind="ffn", producers=["0"], readers=["2"])
         >>> costs = measure_macs(net, [axis], {"": Example((torch.zeros(1, 5, 3),), {})})
-        >>> costs.total({"hidden": 4}), costs.unit("hidden", {"hidden": 4})
-        (100.0, 25.0)
+        >>> costs.total({"hidden": 4}), costs.savings("hidden", {"hidden": 4}, [3])
+        (100.0, [25.0])
     """
     now = {axis.name: axis.size for axis in axes} | dict(widths or {})
     meter = _Meter(root, axes)

@@ -268,11 +268,6 @@ class LatencyCosts:
         """Milliseconds of one forward pass."""
         return self.table.dense_ms * math.prod(self._factors(widths))
 
-    def unit(self, name: str, widths: Mapping[str, float]) -> float:
-        """Milliseconds that the last unit of one axis takes."""
-        top = max(1, widths[name])
-        return self.savings(name, {**widths, name: top}, [top - 1])[0]
-
     def savings(
         self, name: str, widths: Mapping[str, float], options: Sequence[float]
     ) -> list[float]:

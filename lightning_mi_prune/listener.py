@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -126,7 +127,8 @@ class Listener:
             mask = given if isinstance(given, Tensor) else None
             if path not in self.examples:
                 rows, first = rows_of((*args, *kwargs.values())), torch.zeros(1, dtype=torch.long)
-                self.examples[path] = Example(*taken((args, kwargs, mask), rows, first))
+                kept = taken((args, kwargs, mask), rows, first)
+                self.examples[path] = replace(Example(*kept), autocast=_autocast(module))
             self._masks[path], self._open[path] = mask, Example(args, kwargs, mask)
             self._draws.clear()
 
@@ -208,3 +210,11 @@ class Listener:
     def check(self) -> None:
         """Refuse what was heard if it cannot be scored, as :func:`check_moments` does."""
         check_moments(self.moments)
+
+
+def _autocast(module: nn.Module) -> str:
+    """Type that products have where the module runs now, if that is not their own."""
+    place = next((p.device.type for p in module.parameters()), "cpu")
+    if not torch.is_autocast_enabled(place):
+        return ""
+    return str(torch.get_autocast_dtype(place)).removeprefix("torch.")

@@ -103,7 +103,8 @@ class Method:
             self.limits.resolve(chosen, now, multiple=self.multiple)
             path = self.latency_table
             if path is not None and Path(path).exists():
-                LatencyTable.load(path).check_device(device_of(module))
+                table = LatencyTable.load(path)  # whether autocast runs, calls will tell
+                table.check_device(replace(device_of(module), dtype=table.device.dtype))
 
     def costs(
         self,
@@ -132,19 +133,18 @@ class Method:
                 f"{self.budget} needs a call of the network to measure, but none was heard; run "
                 "validation first."
             )
+        device = next(module.parameters()).device  # those of a checkpoint are on the CPU
+        examples = {path: replace(c, **placed(vars(c), device)) for path, c in examples.items()}
         if self.budget.measure == "MACs":
             return measure_macs(module, axes, examples, current)
         index = torch.zeros(self.latency_batch, dtype=torch.long)
-        calls = {
-            path: Example(*taken((call.args, call.kwargs, call.mask), call.rows, index))
-            for path, call in examples.items()
-        }
+        calls = {path: replace(c, **taken(vars(c), c.rows, index)) for path, c in examples.items()}
 
         def measure() -> LatencyTable:
             return measure_table(module, axes, calls, multiple=self.multiple)
 
         path = self.latency_table
-        table = measure() if path is None else cached_table(path, measure, device_of(module))
+        table = measure() if path is None else cached_table(path, measure, device_of(module, calls))
         return LatencyCosts(table, axes, held=current)
 
     def decide(

@@ -28,11 +28,13 @@ class Example:
         args: Positional arguments.
         kwargs: Arguments by name.
         mask: The attention mask ``(rows, positions)`` among them, if there is one.
+        autocast: Type that autocast gave to products, such as ``"bfloat16"``; empty without it.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mask: Tensor | None = None
+    autocast: str = ""
 
     @property
     def rows(self) -> int:

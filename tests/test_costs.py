@@ -72,7 +72,8 @@ def test_heads_cost_their_products_over_all_pairs_of_positions():
     (heads,) = (a for a in axes if a.name.endswith("0.heads"))
     length, hidden = 12, 24
     weights = 4 * heads.entries * hidden * length
-    assert macs.unit(heads.name, sizes(axes)) == weights + 2 * length**2 * heads.entries
+    expected = weights + 2 * length**2 * heads.entries
+    assert macs.savings(heads.name, sizes(axes), [heads.size - 1]) == [expected]
 
 
 def test_a_network_inside_a_module_is_heard_by_its_call():
@@ -97,7 +98,7 @@ def test_convolutions_count_and_embeddings_do_not():
         ("conv",),
     )
     macs = measure_macs(net, [stream], {"": Example((torch.ones(1, 7, dtype=torch.long),), {})})
-    assert macs.unit("stream", {"stream": 4}) == 5 * 6 * 3
+    assert macs.savings("stream", {"stream": 4}, [3]) == [5 * 6 * 3]
     assert macs.fixed == 0
 
 
@@ -115,8 +116,8 @@ def test_units_cost_less_where_a_neighbour_has_shrunk():
     costs, now = ParameterCosts(axes), sizes(axes)
     (stream,) = (a.name for a in axes if a.kind == "residual")
     ffn = next(a.name for a in axes if a.kind == "ffn")
-    assert costs.unit(ffn, now) == 2 * 24 + 1
-    assert costs.unit(ffn, {**now, stream: 10}) == 2 * 10 + 1
+    assert costs.savings(ffn, now, [now[ffn] - 1]) == [2 * 24 + 1]
+    assert costs.savings(ffn, {**now, stream: 10}, [now[ffn] - 1]) == [2 * 10 + 1]
     assert costs.neighbours(ffn) == {stream}
     assert costs.neighbours(stream) == {a.name for a in axes} - {stream}
 
@@ -130,7 +131,6 @@ def test_savings_are_differences_of_totals(name):
     options = list(range(now[axis.name], -1, -1))
     expected = [costs.total(now) - costs.total({**now, axis.name: w}) for w in options]
     assert costs.savings(axis.name, now, options) == expected
-    assert costs.unit(axis.name, now) == expected[1]
 
 
 def test_axes_that_nobody_names_stay_at_their_present_width():
@@ -139,5 +139,5 @@ def test_axes_that_nobody_names_stay_at_their_present_width():
     high = linear_axis(net, "high", kind="ffn", producers=["2"], readers=["4"])
     costs = ParameterCosts([low, high], fixed=2, held={"high": 3})
     assert costs.total({"low": 5}) == ParameterCosts([low, high], 2).total({"low": 5, "high": 3})
-    assert costs.unit("low", {"low": 5}) == 3 + 1 + 3
+    assert costs.savings("low", {"low": 5}, [4]) == [3 + 1 + 3]
     assert MacCosts([low], fixed=5).total({}) == 5

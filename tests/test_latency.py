@@ -16,7 +16,7 @@ from lightning_mi_prune.competition import allot
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes
 from lightning_mi_prune.latency import Device, LatencyCosts, LatencyCurve, LatencyTable
-from lightning_mi_prune.listener import Example
+from lightning_mi_prune.listener import Example, Listener
 from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.surgery import apply
 from tests.models import batch, build, random_plan
@@ -161,7 +161,7 @@ def test_the_device_is_named():
     assert (here.type, here.dtype, here.threads) == ("cpu", "float32", torch.get_num_threads())
     assert here.name
     assert device_of(nn.Linear(2, 2).bfloat16()).dtype == "bfloat16"
-    assert device_of(nn.Linear(2, 2), "float16").dtype == "float16"
+    assert device_of(nn.Linear(2, 2), {"": replace(TWO, autocast="float16")}).dtype == "float16"
 
 
 def test_axes_are_measured_together_and_only_read():
@@ -190,6 +190,31 @@ def test_a_cut_model_is_measured_as_it_was_built():
     shapes = [p.shape for p in model.parameters()]
     assert measure_table(model, axes, {"": TWO}, clock=ruler) == whole
     assert [p.shape for p in model.parameters()] == shapes
+
+
+def test_calls_are_timed_in_the_numbers_they_were_heard_in():
+    model, seen = build("bert"), []
+    axes = find_axes(model)
+    with torch.autocast("cpu", torch.bfloat16), Listener(model, axes, positions=8) as listener:
+        model(**batch(2))
+    calls = listener.calls(axes)
+    assert [call.autocast for call in calls.values()] == ["bfloat16"]
+
+    def typed(work):
+        def note(module, args, output):
+            seen.append(getattr(output, "dtype", None))
+
+        with torch.no_grad():
+            handle = nn.modules.module.register_module_forward_hook(note)
+            work["dense"]()
+            handle.remove()
+        return dict.fromkeys(work, 1.0)
+
+    table = measure_table(model, axes, calls, kinds=["ffn"], clock=typed)
+    assert torch.bfloat16 in seen
+    assert table.device.dtype == "bfloat16"
+    assert table.device == device_of(model, calls)
+    assert table.device != device_of(model)
 
 
 def test_chosen_kinds_are_measured_and_a_slower_cut_saves_nothing():
@@ -223,8 +248,8 @@ def test_costs_add_up_side_by_side():
     assert costs.total({}) == costs.total(full) == 10.0
     assert costs.total({**full, "0.ffn": 0, "1.ffn": 48, "0.heads": 1}) == pytest.approx(6.0)
     assert costs.savings("0.ffn", {**full, "0.ffn": 32}, [32, 16, 0]) == pytest.approx([0, 1, 2])
-    assert costs.unit("0.ffn", {**full, "0.ffn": 32}) == pytest.approx(2 / 32)
-    assert costs.unit("0.ffn", full) == pytest.approx(1 / 32)
+    assert costs.savings("0.ffn", {**full, "0.ffn": 32}, [31]) == pytest.approx([2 / 32])
+    assert costs.savings("0.ffn", full, [63]) == pytest.approx([1 / 32])
     assert costs.neighbours("0.ffn") == frozenset()
     held = LatencyCosts(TABLE, axes, held={"1.ffn": 32})
     assert held.total({"0.ffn": 64}) == pytest.approx(9.0)

@@ -362,6 +362,7 @@ PLAN = '{"kept":{"a":[0]},"sizes":{"a":2},"version":1}'
         {"trial": {**TRIAL, "plan": PLAN, "kept": float("nan")}},
         {"trial": {**TRIAL, "plan": PLAN, "optimizers": [3]}},
         {"examples": {"a": {"args": 3, "kwargs": {}, "mask": None}}},
+        {"examples": {"a": {"args": (), "kwargs": {}, "mask": None, "autocast": "exec"}}},
         {"seconds": {"a": None}},
         {"report": {}},
         {"report": {**PruningReport().state_dict(), "cuts": [{"epoch": 1}]}},

@@ -76,7 +76,10 @@ def read_example(state: Mapping[str, Any]) -> Example:
     if not isinstance(mask, (Tensor, type(None))):
         raise TypeError("an attention mask that is no tensor")
     _check_tensors((args, kwargs, mask))
-    return Example(args, kwargs, mask)
+    autocast = state.get("autocast", "")
+    if autocast not in ("", "bfloat16", "float16"):
+        raise ValueError(f"autocast to {autocast!r:.40}")
+    return Example(args, kwargs, mask, autocast)
 
 
 def _check_finite(name: str, sums: Tensor) -> None:
