@@ -23,7 +23,8 @@ from lightning_mi_prune.latency import LatencyCosts, LatencyTable
 from lightning_mi_prune.limits import Limits
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.ranking import RelevanceSource, rank_axes
-from lightning_mi_prune.refit import Sum, readings, record, refit
+from lightning_mi_prune.readings import Targets, readings
+from lightning_mi_prune.refit import Sum, refit
 from lightning_mi_prune.relevance import relevance_of
 from lightning_mi_prune.sample import Example, Heard, copied, merged, placed, taken
 from lightning_mi_prune.selection import Selection, select
@@ -284,7 +285,7 @@ def pull_back(
             continue
         device = next(module.parameters()).device
         call = Example(*placed((call.args, call.kwargs, call.mask), device))
-        targets = record(module, mine, path, call)
+        targets = Targets(module, mine, path, call)
         ridge = method.refit_ridge
         share = 1.0 if stored else 0.0
         folded |= refit(cut, mine, path, call, targets, ridge=ridge, add=add, share=share)

@@ -10,95 +10,21 @@ model, and normalisations whose width was cut, entry by entry.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.evidence import kept_rows
-from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.sample import Example, run
+from lightning_mi_prune.readings import Reading, Targets, heard_of, run_with
+from lightning_mi_prune.sample import Example
 
-__all__ = ["Reading", "readings", "record", "refit"]
+__all__ = ["refit"]
 
 Sum = Callable[[Tensor], Tensor]
 
-
-@dataclass(frozen=True)
-class Reading:
-    """One layer that is solved again.
-
-    Args:
-        layer: Path of the linear layer, or of the normalisation.
-        skip: Path of the module whose input is the stream that is added to the layer's output.
-        rows: Outputs that survive the cut, as positions in the present model; None: all.
-        spare: Whether the layer is left as it is where the sample is small.
-    """
-
-    layer: str
-    skip: str | None
-    rows: Tensor | None
-    spare: bool = False
-
-
-def readings(axes: Sequence[WidthAxis], current: Plan, plan: Plan) -> list[Reading]:
-    """What a plan leaves to be solved again: everything from the lowest cut upwards.
-
-    Args:
-        axes: All axes of the model.
-        current: Plan the model carries now.
-        plan: Plan it will carry.
-    """
-    target = current.then(plan)
-    cut = [axis for axis in axes if target.width(axis.name) < current.width(axis.name)]
-    if not cut:
-        return []
-    lowest = min(axis.level for axis in cut)
-    found = []
-    for axis in sorted(axes, key=lambda axis: axis.level):
-        if axis.skip is not None and axis.level >= lowest:
-            for reader in axis.readers:
-                rows = kept_rows(f"{reader}.weight", target.kept, current, axes)
-                found.append(Reading(reader, axis.skip, rows))
-        if axis.norms and axis in cut:
-            norms = [kept_rows(f"{norm}.weight", target.kept, current, axes) for norm in axis.norms]
-            found += [Reading(n, None, r) for n, r in zip(axis.norms, norms, strict=True)]
-    above = {r: None for axis in cut for r in axis.above}
-    for reader in above:
-        rows = kept_rows(f"{reader}.weight", target.kept, current, axes)
-        found.append(Reading(reader, None, rows, spare=True))
-    return found
-
-
-def record(model: nn.Module, found: Sequence[Reading], path: str, call: Example) -> _Targets:
-    """What the model as it stands says on a sample, where the cut model will be solved again.
-
-    Args:
-        model: Module from which everything is named.
-        found: Layers that will be solved.
-        path: Network that is called.
-        call: The sample.
-
-    Returns:
-        Target ``(positions, outputs)`` of every call of every layer, by layer.
-    """
-    targets: _Targets = {}
-
-    def keep(reading: Reading, x: Tensor, skip: Tensor | None, output: Tensor) -> Tensor:
-        wanted = output if skip is None else output + skip
-        wanted = _heard(wanted, call.mask)
-        if reading.rows is not None:
-            wanted = wanted[:, reading.rows.to(wanted.device)]
-        targets.setdefault(reading.layer, []).append(wanted)
-        return output
-
-    _run_with(model, found, path, call, keep)
-    return targets
+_PIECE = 4096
 
 
 def refit(
@@ -106,7 +32,7 @@ def refit(
     found: Sequence[Reading],
     path: str,
     call: Example,
-    targets: Mapping[str, Sequence[Tensor]],
+    targets: Targets,
     *,
     ridge: float = 1e-2,
     add: Sum = lambda sums: sums,
@@ -123,8 +49,8 @@ def refit(
         cut: The cut model, with the weights that folding in left.
         found: Layers to solve.
         path: Network that is called.
-        call: The sample, the same as for :func:`record`.
-        targets: What :func:`record` returned.
+        call: The sample.
+        targets: What the dense model says on it.
         ridge: Pull towards the present weights, as a share of the mean variance of the inputs.
         add: Adds sums up over ranks; every rank comes by in the same order.
         share: Weight of this rank's sample; 0 for one that only keeps the others company.
@@ -139,70 +65,23 @@ def refit(
     inputs = _Inputs(call.mask)
 
     def solve(reading: Reading, x: Tensor, skip: Tensor | None, output: Tensor) -> Tensor:
-        if len(targets[reading.layer]) > 1:
+        wanted, layer = targets.take(reading.layer), cut.get_submodule(reading.layer)
+        if wanted is None:
             return output
-        wanted, layer = targets[reading.layer][0], cut.get_submodule(reading.layer)
         if skip is not None:
-            wanted = wanted - _heard(skip, call.mask)
+            wanted = wanted - heard_of(skip, call.mask)
         if isinstance(layer, nn.LayerNorm):
             plain = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
-            new = _solve_norm(layer, _heard(plain, call.mask), wanted, add, share)
+            new = _solve_norm(layer, heard_of(plain, call.mask), wanted, add, share)
             solved.update({f"{reading.layer}.{name}": value for name, value in new.items()})
             return plain * new["weight"] + new.get("bias", 0)
-        sums = share * inputs.sums(x, wanted - _heard(output, call.mask))
+        sums = share * inputs.sums(x, wanted - heard_of(output, call.mask))
         new = _solve(reading, layer, add(sums), ridge)
         solved.update({f"{reading.layer}.{name}": value for name, value in new.items()})
         return functional.linear(x, new["weight"], new.get("bias")) if new else output
 
-    _run_with(cut, found, path, call, solve)
+    run_with(cut, found, path, call, solve)
     return solved
-
-
-_Targets = dict[str, list[Tensor]]
-_Act = Callable[[Reading, Tensor, Tensor | None, Tensor], Tensor]
-
-
-def _run_with(
-    model: nn.Module, found: Sequence[Reading], path: str, call: Example, act: _Act
-) -> None:
-    """Run the network once; every layer's output goes through ``act``."""
-    skips: dict[str, Tensor] = {}
-    handles = []
-
-    def hold(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            skips[name] = args[0] if args else next(iter(kwargs.values()))
-
-        return hook
-
-    def change(reading: Reading) -> Any:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> Tensor:
-            x = args[0] if args else kwargs["input"]
-            skip = None if reading.skip is None else skips[reading.skip]
-            return act(reading, x, skip, output)
-
-        return hook
-
-    try:
-        for name in sorted({r.skip for r in found if r.skip is not None}):
-            module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(hold(name), with_kwargs=True))
-        for reading in found:
-            module = model.get_submodule(reading.layer)
-            handles.append(module.register_forward_hook(change(reading), with_kwargs=True))
-        run(model.get_submodule(path), call)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _heard(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The positions that are not padding, flat."""
-    if mask is not None and mask.shape == x.shape[:-1]:
-        return x[mask.to(x.device).bool()]
-    return x.flatten(0, -2)
 
 
 class _Inputs:
@@ -211,16 +90,30 @@ class _Inputs:
     def __init__(self, mask: Tensor | None) -> None:
         self._mask = mask
         self._x: Tensor | None = None
-        self._inputs = self._outer = torch.empty(0)
+        self._heard = self._outer = torch.empty(0)
 
     def sums(self, x: Tensor, missing: Tensor) -> Tensor:
         """``[1 x]' [1 x]`` beside ``[1 x]' missing``, over the positions that are not padding."""
-        if x is not self._x:
-            heard = _heard(x, self._mask).double()
-            ones = heard.new_ones(len(heard), 1)  # there may be no input left
-            self._inputs = torch.cat([ones, heard], dim=1)
-            self._outer, self._x = self._inputs.mT @ self._inputs, x
-        return torch.cat([self._outer, self._inputs.mT @ missing.double()], dim=1)
+        fresh = x is not self._x
+        if fresh:
+            self._heard, self._x = heard_of(x, self._mask), x
+            size = self._heard.shape[1] + 1
+            self._outer = _double(x[:0]).new_zeros(size, size)
+        cross = self._outer.new_zeros(len(self._outer), missing.shape[1])
+        # In pieces: all of it in double precision would be larger than anything else.
+        for part, rest in zip(
+            *(torch.split(t, _PIECE) for t in (self._heard, missing)), strict=True
+        ):
+            inputs = functional.pad(_double(part), (1, 0), value=1.0)
+            cross.addmm_(inputs.mT, _double(rest))
+            if fresh:
+                self._outer.addmm_(inputs.mT, inputs)
+        return torch.cat([self._outer, cross], dim=1)
+
+
+def _double(x: Tensor) -> Tensor:
+    """In double precision; on the CPU where the device of ``x`` has none."""
+    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
 
 
 def _solve(reading: Reading, layer: nn.Module, sums: Tensor, ridge: float) -> dict[str, Tensor]:
@@ -250,9 +143,9 @@ def _solve(reading: Reading, layer: nn.Module, sums: Tensor, ridge: float) -> di
         change = torch.cholesky_solve(cross, torch.linalg.cholesky(outer)).mT
     else:
         change = cross.mT
-    new = {"weight": (weight.double() + change).to(weight.dtype)}
+    new = {"weight": (_double(weight) + change).to(weight)}
     if isinstance(bias, Tensor):
-        new["bias"] = (bias.double() + shift - change @ mean).to(bias.dtype)
+        new["bias"] = (_double(bias) + shift - change @ mean).to(bias)
     return {key: value.detach() for key, value in new.items()}
 
 
@@ -260,7 +153,7 @@ def _solve_norm(
     layer: nn.LayerNorm, plain: Tensor, wanted: Tensor, add: Sum, share: float
 ) -> dict[str, Tensor]:
     """New gain and offset of a normalisation, each entry by itself."""
-    x, y = plain.double(), wanted.double()
+    x, y = _double(plain), _double(wanted)
     ones = torch.ones_like(x)
     sums = add(share * torch.stack([v.sum(0) for v in (ones, x, y, x * x, x * y)]))
     count, mean_x, mean_y, square, product = sums / sums[0].clamp_min(1) * torch.ones_like(sums)
@@ -268,8 +161,8 @@ def _solve_norm(
     variance = (square - mean_x**2).clamp_min(torch.finfo(square.dtype).tiny)
     gain = (product - mean_x * mean_y) / variance
     # An entry that never changes says nothing of its gain.
-    gain = torch.where(variance > 1e-8 * variance.mean(), gain, layer.weight.double())
-    new = {"weight": gain.to(layer.weight.dtype)}
+    gain = torch.where(variance > 1e-8 * variance.mean(), gain, _double(layer.weight))
+    new = {"weight": gain.to(layer.weight)}
     if layer.bias is not None:
-        new["bias"] = (mean_y - gain * mean_x).to(layer.bias.dtype)
+        new["bias"] = (mean_y - gain * mean_x).to(layer.bias)
     return {key: value.detach() for key, value in new.items()}

@@ -15,7 +15,8 @@ from lightning_mi_prune.families import find_axes
 from lightning_mi_prune.listener import Listener
 from lightning_mi_prune.method import Method, pull_back
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.refit import _solve_norm, readings, record, refit
+from lightning_mi_prune.readings import Targets, readings
+from lightning_mi_prune.refit import _solve_norm, refit
 from lightning_mi_prune.sample import Example, Heard, merged
 from lightning_mi_prune.selection import Selection, select
 from lightning_mi_prune.surgery import apply
@@ -71,7 +72,7 @@ def test_solving_an_uncut_model_again_leaves_its_outputs(family, head):
     found = readings(axes, full_plan(axes), random_plan(axes))  # as if all of it had been cut
     found = [type(r)(r.layer, r.skip, None, r.spare) for r in found]
     call = call_of(inputs)
-    new = refit(model, found, "", call, record(model, found, "", call))
+    new = refit(copy.deepcopy(model), found, "", call, Targets(model, found, "", call))
     before = outputs(model, inputs_of(head))
     with torch.no_grad():
         for name, value in new.items():
@@ -122,15 +123,42 @@ def test_a_refitted_model_is_nearer_to_the_dense_one(family, head, residual):
     kept = pull_back(model, axes, full_plan(axes), selection, METHOD, heard_of(inputs))
     assert set(kept.folded) >= {f"{r.layer}.weight" for r in found if r.skip is not None}
     plain, fitted = (cut_by(model, axes, plan, folded) for folded in ({}, kept.folded))
-    wanted = record(model, found, "", call)
     last = [r for r in found if r.skip is not None][-1]
+    wanted = Targets(model, found, "", call).take(last.layer)
     errors = []
     for cut in (plain, fitted):
         own = [type(last)(last.layer, last.skip, None)]
-        said = record(cut, own, "", call)[last.layer][-1]
-        errors.append(float((said - wanted[last.layer][-1]).square().mean()))
+        said = Targets(cut, own, "", call).take(last.layer)
+        errors.append(float((said - wanted).square().mean()))
     assert errors[1] < errors[0]
     assert model.config.to_dict() == build(family, head, seed=3).config.to_dict()
+
+
+@pytest.mark.parametrize("room", [1, 500_000])
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_a_few_targets_at_a_time_are_the_same_targets(family, room):
+    model, inputs = build(family), many("sequence")
+    axes, call, runs = find_axes(model), call_of(inputs), []
+    found = readings(axes, full_plan(axes), random_plan(axes, residual=True))
+    layers = [r.layer for r in found]
+    ran = []
+    handles = [
+        model.get_submodule(n).register_forward_hook(lambda *_, n=n: ran.append(n)) for n in layers
+    ]
+    outputs(model, inputs)
+    for handle in handles:
+        handle.remove()
+    whole, parts = (Targets(model, found, "", call, room=n) for n in (2**30, room))
+    model.register_forward_hook(lambda *_: runs.append(1))
+    held = []
+    for layer in ran:
+        one, other = whole.take(layer), parts.take(layer)
+        assert (one is None) == (other is None) == (ran.count(layer) > 1)
+        assert one is None or torch.equal(one, other)
+        held.append(sum(t.nbytes for t in parts._held.values()))
+    assert max(held) <= room
+    if family == "bert":  # one run holds all of it, one a layer, or some layers each
+        assert len(runs) == 1 + len(ran) if room == 1 else 2 < len(runs) < 1 + len(ran)
 
 
 def test_the_stream_is_pulled_back_with_its_skip():

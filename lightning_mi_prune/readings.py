@@ -1,0 +1,167 @@
+"""READ     what the dense model says wherever the cut one will be solved again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.evidence import kept_rows
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.sample import Example, run
+
+__all__ = ["Reading", "Targets", "heard_of", "readings", "run_with"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One layer that is solved again.
+
+    Args:
+        layer: Path of the linear layer, or of the normalisation.
+        skip: Path of the module whose input is the stream that is added to the layer's output.
+        rows: Outputs that survive the cut, as positions in the present model; None: all.
+        spare: Whether the layer is left as it is where the sample is small.
+    """
+
+    layer: str
+    skip: str | None
+    rows: Tensor | None
+    spare: bool = False
+
+
+Act = Callable[[Reading, Tensor, Tensor | None, Tensor], Tensor]
+
+
+def readings(axes: Sequence[WidthAxis], current: Plan, plan: Plan) -> list[Reading]:
+    """What a plan leaves to be solved again: everything from the lowest cut upwards.
+
+    Args:
+        axes: All axes of the model.
+        current: Plan the model carries now.
+        plan: Plan it will carry.
+    """
+    target = current.then(plan)
+    cut = [axis for axis in axes if target.width(axis.name) < current.width(axis.name)]
+    if not cut:
+        return []
+    lowest = min(axis.level for axis in cut)
+    found = []
+    for axis in sorted(axes, key=lambda axis: axis.level):
+        if axis.skip is not None and axis.level >= lowest:
+            for reader in axis.readers:
+                rows = kept_rows(f"{reader}.weight", target.kept, current, axes)
+                found.append(Reading(reader, axis.skip, rows))
+        if axis.norms and axis in cut:
+            norms = [kept_rows(f"{norm}.weight", target.kept, current, axes) for norm in axis.norms]
+            found += [Reading(n, None, r) for n, r in zip(axis.norms, norms, strict=True)]
+    above = {r: None for axis in cut for r in axis.above}
+    for reader in above:
+        rows = kept_rows(f"{reader}.weight", target.kept, current, axes)
+        found.append(Reading(reader, None, rows, spare=True))
+    return found
+
+
+class Targets:
+    """What the model as it stands says on a sample, where the cut model will be solved again.
+
+    All of it at once would outgrow the model, so a few layers are held at a time, in the order in
+    which they run: when the next one is asked for, the model runs again, for the layers that fit.
+
+    Args:
+        model: Module from which everything is named; it is only run.
+        found: Layers that will be solved.
+        path: Network that is called.
+        call: The sample.
+        room: Bytes that may be held; the next layer is held in any case.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: Sequence[Reading],
+        path: str,
+        call: Example,
+        room: int = 2**30,
+    ) -> None:
+        self._model, self._path, self._call, self._room = model, path, call, room
+        self._left = {reading.layer: reading for reading in found}
+        self._held: dict[str, Tensor] = {}
+        self._often: set[str] = set()
+
+    def take(self, layer: str) -> Tensor | None:
+        """The target ``(positions, outputs)`` of a layer, to be asked for once.
+
+        None for one that runs several times in a pass, however often it is asked for.
+        """
+        if layer in self._left and layer not in self._held:
+            self._hold()
+        return None if layer in self._often else self._held.pop(layer)
+
+    def _hold(self) -> None:
+        used, ran = 0, set[str]()
+
+        def keep(reading: Reading, x: Tensor, skip: Tensor | None, output: Tensor) -> Tensor:
+            nonlocal used
+            layer = reading.layer
+            if layer in ran:
+                self._often.add(layer)
+                self._held.pop(layer, None)
+            elif not used or used < self._room:
+                wanted = heard_of(output if skip is None else output + skip, self._call.mask)
+                if reading.rows is not None:
+                    wanted = wanted[:, reading.rows.to(wanted.device)]
+                self._held[layer] = wanted
+                used += wanted.nbytes
+            ran.add(layer)
+            return output
+
+        run_with(self._model, list(self._left.values()), self._path, self._call, keep)
+        for layer in (*self._held, *self._often):
+            self._left.pop(layer, None)
+
+
+def run_with(
+    model: nn.Module, found: Sequence[Reading], path: str, call: Example, act: Act
+) -> None:
+    """Run the network once; every layer's output goes through ``act``."""
+    skips: dict[str, Tensor] = {}
+    handles = []
+
+    def hold(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            skips[name] = args[0] if args else next(iter(kwargs.values()))
+
+        return hook
+
+    def change(reading: Reading) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor:
+            x = args[0] if args else kwargs["input"]
+            skip = None if reading.skip is None else skips[reading.skip]
+            return act(reading, x, skip, output)
+
+        return hook
+
+    try:
+        for name in sorted({r.skip for r in found if r.skip is not None}):
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(hold(name), with_kwargs=True))
+        for reading in found:
+            module = model.get_submodule(reading.layer)
+            handles.append(module.register_forward_hook(change(reading), with_kwargs=True))
+        run(model.get_submodule(path), call)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def heard_of(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The positions that are not padding, flat."""
+    if mask is not None and mask.shape == x.shape[:-1]:
+        return x[mask.to(x.device).bool()]
+    return x.flatten(0, -2)
