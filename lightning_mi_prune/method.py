@@ -32,6 +32,9 @@ from lightning_mi_prune.surgery import apply
 
 __all__ = ["Method", "pull_back"]
 
+# Positions that the merged sample may have for each that was asked for: texts differ in length.
+_PADDING = 3
+
 
 @dataclass(frozen=True)
 class Method:
@@ -62,7 +65,7 @@ class Method:
     relevance: Literal["gradient", "readers"] | None = "gradient"
     fold_in: bool = True
     refit: bool = True
-    refit_positions: int = 8192
+    refit_positions: int = 16384
     refit_ridge: float = 1e-2
     limits: Limits = field(default_factory=Limits)
     multiple: int = 8
@@ -279,7 +282,7 @@ def pull_back(
         stored = [call for calls in heard.ranks[rank::world] for call in calls.get(path, ())]
         # A rank that heard nothing borrows a call of no weight, to come by when sums are added.
         lent = [call for calls in heard.ranks for call in calls.get(path, ())][:1]
-        call = merged(stored or lent, 2 * method.refit_positions // world)
+        call = merged(stored or lent, _PADDING * method.refit_positions // world)
         mine = [reading for reading in found if is_within(reading.layer, path)]
         if call is None or not mine:
             continue

@@ -100,8 +100,8 @@ def merged(calls: Sequence[Example], most: int) -> Example | None:
 
     Args:
         calls: Calls of one network, in the order in which they were made.
-        most: Positions, padding included, that the merged call may have; examples at the end are
-            left out beyond it.
+        most: Positions, padding included, that the merged call may have; beyond it examples are
+            left out evenly, for neighbours may be of one length.
 
     Example:
         >>> def call(length):
@@ -120,7 +120,8 @@ def merged(calls: Sequence[Example], most: int) -> Example | None:
     room = max(1, most // max(1, longest))
     joined = _join([(c.args, c.kwargs, c.mask) for c in same], rows)
     if sum(rows) > room:
-        joined = taken(joined, sum(rows), torch.arange(room))
+        spread = torch.linspace(0, sum(rows) - 1, room).round().long()
+        joined = taken(joined, sum(rows), spread)
     return Example(*joined)
 
 

@@ -251,6 +251,8 @@ def test_calls_of_different_length_become_one():
     assert call.kwargs["input_ids"].shape == (8, 9)
     assert int(call.mask.sum()) == sum(int(c.mask.sum()) for c in calls)
     assert merged(calls, 18).rows == 2
+    some = merged([call_of(batch(6, 8))], 3 * 8).kwargs["input_ids"]  # not only the first
+    assert torch.equal(some, batch(6, 8)["input_ids"][[0, 2, 5]])
     assert merged([], 10) is None
     bare = [Example((torch.ones(3, n),), {}) for n in (4, 5, 4)]
     assert merged(bare, 100).rows == 6  # nothing tells padding apart, so one length only

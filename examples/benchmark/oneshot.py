@@ -40,7 +40,7 @@ from lightning_mi_prune.sample import Heard
 NAME, MODEL = "oneshot", "minilm-l6"
 FOLDER = Path("runs", "benchmark")
 RESULTS = Path(__file__).parent / "results" / "oneshot.json"
-POSITIONS, CALLS, STEPS = 40_000, 16_384, 64
+POSITIONS, CALLS, STEPS = 40_000, 65_536, 64
 
 Batch = dict[str, Tensor]
 

@@ -78,7 +78,7 @@ class MutualInformationPruning(PruningCallback):
             scores, which only their ranks decide.
         fold_in: Whether the readers' weights absorb the dropped units by least squares.
         refit: Whether output projections are solved again, bottom-up, on what the cut model hears.
-        refit_positions: Positions of validation inputs to store for that, over all ranks.
+        refit_positions: Validation positions to store for that, over all ranks; more are better.
         positions: Samples to listen to on each axis in a validation run.
         latency_table: JSON file of measured latencies; measured and written if it is not there.
         latency_batch: Examples in the call that is timed.
@@ -139,7 +139,7 @@ class MutualInformationPruning(PruningCallback):
         estimator: Literal["gaussian", "copula"] = "gaussian",
         fold_in: bool = True,
         refit: bool = True,
-        refit_positions: int = 8192,
+        refit_positions: int = 16384,
         positions: int = 16_384,
         latency_table: str | None = None,
         latency_batch: int = 1,
