@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.evidence import kept_rows
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.sample import Example, run
+from lightning_mi_prune.sample import Example, run, taken
 
 __all__ = ["Reading", "Targets", "heard_of", "readings", "run_with"]
+
+_PIECE = 4096
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Targets:
         found: Sequence[Reading],
         path: str,
         call: Example,
-        room: int = 2**30,
+        room: int = 2**29,
     ) -> None:
         self._model, self._path, self._call, self._room = model, path, call, room
         self._left = {reading.layer: reading for reading in found}
@@ -102,26 +105,43 @@ class Targets:
         return None if layer in self._often else self._held.pop(layer)
 
     def _hold(self) -> None:
-        used, ran = 0, set[str]()
+        pieces = _pieces(self._call)
+        parts: dict[str, list[Tensor]] = {}
+        used, ran, call = 0, set[str](), self._call
 
         def keep(reading: Reading, x: Tensor, skip: Tensor | None, output: Tensor) -> Tensor:
             nonlocal used
             layer = reading.layer
             if layer in ran:
                 self._often.add(layer)
-                self._held.pop(layer, None)
-            elif not used or used < self._room:
-                wanted = heard_of(output if skip is None else output + skip, self._call.mask)
+            elif layer in parts or (call is pieces[0] and (not used or used < self._room)):
+                wanted = heard_of(output if skip is None else output + skip, call.mask)
                 if reading.rows is not None:
                     wanted = wanted[:, reading.rows.to(wanted.device)]
-                self._held[layer] = wanted
-                used += wanted.nbytes
+                used += 0 if layer in parts else wanted.nbytes * len(pieces)
+                parts.setdefault(layer, []).append(wanted)
             ran.add(layer)
             return output
 
-        run_with(self._model, list(self._left.values()), self._path, self._call, keep)
-        for layer in (*self._held, *self._often):
+        for call in pieces:
+            ran.clear()
+            run_with(self._model, list(self._left.values()), self._path, call, keep)
+        for layer in self._often:
+            parts.pop(layer, None)
             self._left.pop(layer, None)
+        for layer in list(parts):
+            self._held[layer] = torch.cat(parts.pop(layer))
+            del self._left[layer]
+
+
+def _pieces(call: Example) -> list[Example]:
+    """The examples of a call in several: what a layer takes for all at once would be large."""
+    shape = () if call.mask is None else call.mask.shape
+    rows = max(1, _PIECE // shape[1]) if len(shape) > 1 else 0
+    if not rows or call.rows <= rows:
+        return [call]
+    parts = torch.split(torch.arange(call.rows), rows)
+    return [Example(*taken((call.args, call.kwargs, call.mask), call.rows, p)) for p in parts]
 
 
 def run_with(
