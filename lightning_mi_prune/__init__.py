@@ -21,6 +21,7 @@ The method, one step a file::
     clock       CLOCK    the table, on this device
     competition COMPETE  all axes for one budget
     selection   CHOOSE   the survivors, top-down
+    readings    READ     what the dense model says where the cut one is solved again
     refit       REFIT    what is left to what it really hears
     method      DECIDE   all of that, as one decision
     plan        RECORD   the choice

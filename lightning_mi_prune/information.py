@@ -25,6 +25,7 @@ __all__ = [
     "regression",
     "shrink",
     "shrinkage",
+    "u_centered",
     "unbiased_cka",
     "unit_information",
 ]
@@ -249,13 +250,17 @@ def unbiased_cka(x: Tensor, y: Tensor) -> Tensor:
         >>> round(unbiased_cka(x, 3 * x.flip(1)).item(), 6)
         1.0
     """
-    kx, ky = _u_centered(x @ x.mT), _u_centered(y @ y.mT)
+    kx, ky = u_centered(x @ x.mT), u_centered(y @ y.mT)
     return (kx * ky).sum() / ((kx * kx).sum() * (ky * ky).sum()).sqrt()
 
 
-def _u_centered(gram: Tensor) -> Tensor:
+def u_centered(gram: Tensor) -> Tensor:
+    """A Gram matrix ``(N, N)`` centred so that products of two are unbiased (U-centring).
+
+    ``sum(u_centered(K) * u_centered(L)) / (N (N - 3))`` is the unbiased HSIC of Song et al. 2012.
+    """
     n = gram.shape[0]
     gram = gram - torch.diag(gram.diagonal())
     means = gram.sum(0) / (n - 2)
-    gram = gram - means[:, None] - means[None, :] + means.sum() / (2 * (n - 1))
+    gram = gram - means[:, None] - means[None, :] + means.sum() / (n - 1)
     return gram - torch.diag(gram.diagonal())

@@ -18,6 +18,7 @@ from lightning_mi_prune.information import (
     plugin_bias,
     regression,
     shrink,
+    u_centered,
     unbiased_cka,
     unit_information,
 )
@@ -250,6 +251,19 @@ def test_unbiased_cka_of_independent_data_is_about_zero(n):
         for _ in range(max(20, 12_000 // n))
     ]
     assert abs(np.mean(values)) < 0.03
+
+
+def test_unbiased_hsic_is_the_formula_and_knows_no_means():
+    """Song et al. 2012, eq. 5, term by term; a shift of the data changes nothing."""
+    n = 9
+    x, y = torch.randn(n, 5, dtype=F64), torch.randn(n, 5, dtype=F64)
+    k, g = (v @ v.mT - torch.diag((v @ v.mT).diagonal()) for v in (x, y))
+    terms = (k @ g).trace() + k.sum() * g.sum() / ((n - 1) * (n - 2))
+    expected = terms - 2 / (n - 2) * (k @ g).sum()
+    assert (u_centered(x @ x.mT) * u_centered(y @ y.mT)).sum().item() == pytest.approx(
+        expected.item()
+    )
+    assert unbiased_cka(x + 5, y).item() == pytest.approx(unbiased_cka(x, y).item())
 
 
 def test_unbiased_cka_of_a_rotated_scaled_copy_is_one():

@@ -1,0 +1,128 @@
+"""ALIGN    how alike layers are: unbiased HSIC of every pair, summed over minibatches (Metric)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.information import u_centered
+
+__all__ = ["Alignment", "Kernel"]
+
+Kernel = Literal["linear", "rbf"]
+
+
+class Alignment(Metric):
+    """Centered kernel alignment (CKA) of every pair of layers, streamed over minibatches.
+
+    The sums are those of the unbiased HSIC (Song et al. 2012, eq. 5) of each batch, of fixed size
+    ``layers x layers``, so memory does not depend on how much is heard, and ranks are reduced by
+    addition. Batches count by their ``n (n - 3)``, so a short last one does not count as much as
+    a full one (with equal batches: the minibatch CKA of Nguyen et al. 2021). About 0 for
+    independent layers at any batch size, 1 for rotated and scaled copies.
+
+    Args:
+        layers: Number of layers ``L``.
+        kernel: ``"linear"``, or ``"rbf"``: Gaussian, of the width ``bandwidth`` times the median
+            distance of the batch (Kornblith et al. 2019, section 4).
+        bandwidth: Share of the median distance; only ``"rbf"`` looks at it.
+
+    Raises:
+        PruningError: If the options are not these.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> alignment = Alignment(layers=3)
+        >>> for _ in range(50):
+        ...     x, other = torch.randn(2, 32, 8)
+        ...     alignment.update([x, -2 * x.flip(1), other])
+        >>> [[abs(round(float(cka), 1)) for cka in row] for row in alignment.compute()]
+        [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = None
+
+    products: Tensor
+    pairs: Tensor
+
+    def __init__(self, layers: int, kernel: Kernel = "linear", bandwidth: float = 1.0) -> None:
+        super().__init__()
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+            raise PruningError(f"layers={layers!r}; expected a whole number from 1.")
+        if kernel not in ("linear", "rbf"):
+            raise PruningError(f"kernel={kernel!r}; expected 'linear' or 'rbf'.")
+        if not 0 < bandwidth < float("inf"):
+            raise PruningError(f"bandwidth={bandwidth!r}; expected a number above 0.")
+        self.layers, self.kernel, self.bandwidth = layers, kernel, bandwidth
+        zeros = torch.zeros(layers, layers, dtype=torch.float64)
+        self.add_state("products", zeros, dist_reduce_fx="sum")
+        self.add_state("pairs", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, outputs: Sequence[Tensor]) -> None:
+        """Add what all layers say on one batch of samples.
+
+        Fewer than four samples say nothing of a likeness and are left out.
+
+        Args:
+            outputs: One ``(n, d)`` a layer; widths may differ, samples are the same ones.
+
+        Raises:
+            PruningError: If there is another number of layers, or they heard other samples.
+        """
+        sizes = [len(x) for x in outputs]
+        if len(sizes) != self.layers or len(set(sizes)) != 1:
+            raise PruningError(
+                f"{len(sizes)} outputs of {sizes} samples; expected {self.layers}, one a layer, "
+                "with the same samples in each."
+            )
+        if sizes[0] < 4:
+            return
+        # Validation runs in inference mode and maybe autocast; sums stay ordinary float64 tensors.
+        with torch.inference_mode(False), torch.autocast(outputs[0].device.type, enabled=False):
+            home = self.products.device
+            grams = [self._gram(x.detach().to(home, torch.float64)).flatten() for x in outputs]
+            centered = torch.stack(grams)
+            self.products += centered @ centered.mT
+            self.pairs += sizes[0] * (sizes[0] - 3)
+
+    def hsic(self) -> Tensor:
+        """Unbiased HSIC of every pair ``(L, L)``; that of independent layers is 0 on average."""
+        if not self.pairs:
+            raise PruningError(
+                "No batch of four samples or more was heard, so layers cannot be compared. Use "
+                "larger validation batches."
+            )
+        return self.products / self.pairs
+
+    def compute(self) -> Tensor:
+        """CKA of every pair ``(L, L)``; 0 where a layer is constant, alike to nothing.
+
+        Raises:
+            PruningError: If too little was heard, or values that are not finite.
+        """
+        hsic = self.hsic()
+        odd = (~hsic.diagonal().isfinite()).nonzero().flatten().tolist()
+        if odd:
+            raise PruningError(
+                f"Layers {odd} say NaN or infinite values. Expected finite activations; look for "
+                "a diverged loss or an overflow in half precision first."
+            )
+        scale = hsic.diagonal().clamp_min(0).sqrt()
+        alike = hsic / torch.outer(scale, scale)
+        return torch.where(torch.outer(scale, scale) > 0, alike, 0.0)
+
+    def _gram(self, x: Tensor) -> Tensor:
+        x = x - x.mean(0)  # no kernel here changes with it, and large means cost digits
+        if self.kernel == "linear":
+            return u_centered(x @ x.mT)
+        distances = torch.cdist(x, x).square()
+        apart = distances[~torch.eye(len(x), dtype=torch.bool, device=x.device)]
+        width = self.bandwidth**2 * apart.median()
+        return u_centered((-distances / (2 * width.clamp_min(torch.finfo(x.dtype).tiny))).exp())

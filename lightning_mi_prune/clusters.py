@@ -1,0 +1,74 @@
+"""CLUSTER  layers that are alike stand together; which of them may go (plain data, no torch)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lightning_mi_prune.errors import PruningError
+
+__all__ = ["Cluster", "clusters_of", "redundant"]
+
+Cluster = tuple[int, ...]
+
+
+def clusters_of(similarity: Sequence[Sequence[float]], threshold: float = 0.98) -> list[Cluster]:
+    """Runs of neighbouring layers, each as alike to the first of its run as the threshold asks.
+
+    The leader scan of MPruner (Hu et al. 2024, arXiv 2408.13482; read off the authors' script): a
+    layer joins while it is alike to the *first* of the cluster, else it begins the next.
+
+    Args:
+        similarity: Likeness of every pair of layers, bottom to top, 1 for copies.
+        threshold: Least likeness to the first of a cluster, above 0 and up to 1.
+
+    Raises:
+        PruningError: If the threshold is out of range, or the matrix is not one of layers.
+
+    Example:
+        >>> alike = [[1.0, 0.99, 0.7], [0.99, 1.0, 0.99], [0.7, 0.99, 1.0]]
+        >>> clusters_of(alike, 0.98)
+        [(0, 1), (2,)]
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise PruningError(f"threshold={threshold!r}; expected a number above 0 and up to 1.")
+    if not 0 < threshold <= 1:
+        raise PruningError(
+            f"threshold={threshold}; expected a likeness above 0 and up to 1, such as 0.98 "
+            "(not a percentage)."
+        )
+    count = len(similarity)
+    if not count or any(len(row) != count for row in similarity):
+        raise PruningError(
+            f"The similarity of {count} layers has rows of {[len(row) for row in similarity]} "
+            "numbers; expected a square matrix."
+        )
+    odd = [i for i, row in enumerate(similarity) if not all(map(math.isfinite, row))]
+    if odd:
+        raise PruningError(f"The similarity of layers {odd} is not finite; nothing can be said.")
+    found = [[0]]
+    for layer in range(1, count):
+        if similarity[found[-1][0]][layer] >= threshold:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return [tuple(cluster) for cluster in found]
+
+
+def redundant(clusters: Sequence[Cluster], every: int = 1) -> tuple[int, ...]:
+    """The layers that may go: of each cluster ``cluster[1::every]``, never the first.
+
+    Args:
+        clusters: Clusters of layers.
+        every: 1 leaves only the first of each cluster, 2 drops every second layer, and so on.
+
+    Raises:
+        PruningError: If ``every`` is no whole number from 1.
+
+    Example:
+        >>> redundant([(0, 1, 2, 3), (4,), (5, 6)]), redundant([(0, 1, 2, 3), (4,), (5, 6)], 2)
+        ((1, 2, 3, 6), (1, 3, 6))
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise PruningError(f"every={every!r}; expected a whole number from 1.")
+    return tuple(sorted(layer for cluster in clusters for layer in cluster[1::every]))

@@ -1,0 +1,197 @@
+"""CKA: 0 for independent layers, 1 for copies, whatever the batch; clusters of what is alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_mi_prune.alignment import Alignment
+from lightning_mi_prune.clusters import clusters_of, redundant
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.information import unbiased_cka
+from tests.ranks import launch
+
+
+def rotation(size, generator):
+    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+
+
+@pytest.mark.parametrize("batch", [8, 20, 64, 256])
+def test_independent_layers_are_not_alike_and_copies_are(batch):
+    draw, wide = torch.Generator().manual_seed(batch), 768
+    alignment, turn = Alignment(3), rotation(wide, draw)
+    for _ in range(max(20, 12_000 // batch)):
+        x, other = (torch.randn(batch, wide, generator=draw, dtype=torch.float64) for _ in "xy")
+        alignment.update([x, -3 * x @ turn + 5, other])
+    cka = alignment.compute()
+    assert cka[0, 1] == pytest.approx(1)
+    assert cka.diagonal().tolist() == pytest.approx([1, 1, 1])
+    assert abs(cka[0, 2]) < 0.03
+    assert torch.allclose(cka, cka.mT)
+
+
+def related(samples, draw):
+    x = torch.randn(samples, 24, generator=draw, dtype=torch.float64)
+    noise = torch.randn(samples, 24, generator=draw, dtype=torch.float64)
+    return x, x + 1.5 * noise
+
+
+def test_one_batch_is_the_u_statistic():
+    x, y = related(50, torch.Generator().manual_seed(0))
+    alignment = Alignment(2)
+    alignment.update([x, y])
+    assert float(alignment.compute()[0, 1]) == pytest.approx(float(unbiased_cka(x, y)))
+
+
+def test_minibatches_agree_with_the_full_batch_within_the_standard_error():
+    draw, errors = torch.Generator().manual_seed(1), []
+    for _ in range(12):
+        x, y = related(1024, draw)
+        alignment = Alignment(2)
+        for part in torch.randperm(1024, generator=draw).split(32):
+            alignment.update([x[part], y[part]])
+        errors.append(float(alignment.compute()[0, 1] - unbiased_cka(x, y)))
+    errors = torch.tensor(errors)
+    assert abs(errors.mean()) < 3 * errors.std() / 12**0.5
+    assert errors.abs().max() < 0.05
+
+
+def test_a_short_last_batch_counts_by_its_pairs():
+    draw = torch.Generator().manual_seed(2)
+    x, y = related(68, draw)
+    whole, cut = Alignment(2), Alignment(2)
+    whole.update([x[:64], y[:64]])
+    cut.update([x[:64], y[:64]])
+    cut.update([x[64:67], y[64:67]])  # three samples say nothing
+    assert torch.equal(whole.compute(), cut.compute())
+    cut.update([x[64:], y[64:]])
+    assert cut.pairs == 64 * 61 + 4
+
+
+def test_a_kernel_may_be_gaussian():
+    draw = torch.Generator().manual_seed(3)
+    turn = rotation(24, draw)
+    alignment = Alignment(3, kernel="rbf", bandwidth=0.8)
+    for _ in range(32):
+        x, other = (torch.randn(64, 24, generator=draw, dtype=torch.float64) for _ in "xy")
+        alignment.update([x, 7 * x @ turn, other])
+    cka = alignment.compute()
+    assert cka[0, 1] == pytest.approx(1)
+    assert abs(cka[0, 2]) < 0.03
+
+
+def test_a_constant_layer_is_alike_to_nothing():
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(4))
+    for kernel in ("linear", "rbf"):
+        alignment = Alignment(2, kernel=kernel)
+        alignment.update([x, torch.ones(16, 3)])
+        cka = alignment.compute()
+        assert cka[0, 1] == cka[1, 0] == 0
+        assert cka[0, 0] == pytest.approx(1)
+
+
+def test_sums_are_ordinary_tensors_in_inference_mode_and_under_autocast():
+    x = torch.randn(16, 4)
+    alignment = Alignment(2)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        alignment.update([x, x @ x.mT])
+    alignment.update([x, x])
+    assert alignment.products.dtype == torch.float64
+    assert not alignment.products.is_inference()
+
+
+def cka_of(batches):
+    alignment = Alignment(2)
+    for seed in batches:
+        alignment.update(related(32, torch.Generator().manual_seed(seed)))
+    return alignment.compute().tolist()
+
+
+def cka_on_a_rank(shares):
+    torch.distributed.init_process_group("gloo")
+    try:
+        return cka_of(shares[torch.distributed.get_rank()])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_one_rank_is_two_ranks():
+    alone = cka_of(range(6))
+    found = launch(2, cka_on_a_rank, [[0, 2, 3], [1, 4, 5]])
+    for both in found.values():
+        assert both == [pytest.approx(row) for row in alone]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"layers": 0}, "layers=0"),
+        ({"layers": True}, "layers=True"),
+        ({"layers": 2, "kernel": "cubic"}, "kernel='cubic'"),
+        ({"layers": 2, "bandwidth": 0}, "bandwidth=0"),
+        ({"layers": 2, "bandwidth": float("nan")}, "bandwidth=nan"),
+    ],
+)
+def test_bad_options_are_named(options, named):
+    with pytest.raises(PruningError, match=named):
+        Alignment(**options)
+
+
+def test_what_cannot_be_compared_is_refused():
+    alignment, x = Alignment(2), torch.randn(8, 4)
+    with pytest.raises(PruningError, match="expected 2, one a layer"):
+        alignment.update([x])
+    with pytest.raises(PruningError, match=r"\[8, 7\] samples"):
+        alignment.update([x, x[:7]])
+    with pytest.raises(PruningError, match="larger validation batches"):
+        alignment.compute()
+    alignment.update([x, x * float("nan")])
+    with pytest.raises(PruningError, match=r"Layers \[1\] say NaN"):
+        alignment.compute()
+
+
+ALIKE = [
+    [1.00, 0.99, 0.98, 0.90, 0.50],
+    [0.99, 1.00, 0.99, 0.99, 0.60],
+    [0.98, 0.99, 1.00, 0.99, 0.70],
+    [0.90, 0.99, 0.99, 1.00, 0.98],
+    [0.50, 0.60, 0.70, 0.98, 1.00],
+]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [
+        (0.98, [(0, 1, 2), (3, 4)]),  # 3 is alike to 2, but not to the first of the cluster
+        (0.995, [(0,), (1,), (2,), (3,), (4,)]),
+        (0.5, [(0, 1, 2, 3, 4)]),
+        (1, [(0,), (1,), (2,), (3,), (4,)]),
+    ],
+)
+def test_clusters_are_runs_alike_to_their_first(threshold, expected):
+    assert clusters_of(ALIKE, threshold) == expected
+
+
+def test_of_a_cluster_every_kth_goes_and_never_the_first():
+    clusters = [(0, 1, 2, 3, 4, 5, 6, 7), (8,)]
+    assert redundant(clusters) == (1, 2, 3, 4, 5, 6, 7)
+    assert redundant(clusters, 2) == (1, 3, 5, 7)
+    assert redundant(clusters, 3) == (1, 4, 7)
+    assert redundant([(0,), (1,)]) == ()
+
+
+@pytest.mark.parametrize("threshold", [0, -1, 98, 1.01, float("nan"), True, "0.9"])
+def test_a_threshold_out_of_range_is_named(threshold):
+    with pytest.raises(PruningError, match="threshold="):
+        clusters_of(ALIKE, threshold)
+
+
+def test_a_matrix_that_is_none_is_refused():
+    with pytest.raises(PruningError, match="square"):
+        clusters_of([[1.0, 0.5]])
+    with pytest.raises(PruningError, match="square"):
+        clusters_of([])
+    with pytest.raises(PruningError, match=r"layers \[1\] is not finite"):
+        clusters_of([[1.0, 0.5], [float("nan"), 1.0]])
+    with pytest.raises(PruningError, match="every=0"):
+        redundant([(0, 1)], 0)
