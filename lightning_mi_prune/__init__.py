@@ -7,6 +7,10 @@ The method, one step a file::
     listener    LISTEN   to activations in validation
     moments     SUM      what was heard, alike on every rank
     sample      STORE    some of the inputs, to run a cut model on
+    stack       COMPARE  the layers of a stack while it runs
+    alignment   ALIGN    them: CKA of every pair, alike on every rank
+    angles      TURN     how far they turn what they are given
+    depth       SHORTEN  which of them may go
     gradients   FEEL     what the loss of training steps asks for
     relevance   WEIGH    the layer above by it
     evidence    GATHER   all that is known of an axis

@@ -1,4 +1,4 @@
-"""CKA: 0 for independent layers, 1 for copies, whatever the batch; clusters of what is alike."""
+"""CKA: 0 for independent layers, 1 for copies, whatever the batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lightning_mi_prune.alignment import Alignment
-from lightning_mi_prune.clusters import clusters_of, redundant
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.information import unbiased_cka
 from tests.ranks import launch
@@ -148,50 +147,3 @@ def test_what_cannot_be_compared_is_refused():
     alignment.update([x, x * float("nan")])
     with pytest.raises(PruningError, match=r"Layers \[1\] say NaN"):
         alignment.compute()
-
-
-ALIKE = [
-    [1.00, 0.99, 0.98, 0.90, 0.50],
-    [0.99, 1.00, 0.99, 0.99, 0.60],
-    [0.98, 0.99, 1.00, 0.99, 0.70],
-    [0.90, 0.99, 0.99, 1.00, 0.98],
-    [0.50, 0.60, 0.70, 0.98, 1.00],
-]
-
-
-@pytest.mark.parametrize(
-    ("threshold", "expected"),
-    [
-        (0.98, [(0, 1, 2), (3, 4)]),  # 3 is alike to 2, but not to the first of the cluster
-        (0.995, [(0,), (1,), (2,), (3,), (4,)]),
-        (0.5, [(0, 1, 2, 3, 4)]),
-        (1, [(0,), (1,), (2,), (3,), (4,)]),
-    ],
-)
-def test_clusters_are_runs_alike_to_their_first(threshold, expected):
-    assert clusters_of(ALIKE, threshold) == expected
-
-
-def test_of_a_cluster_every_kth_goes_and_never_the_first():
-    clusters = [(0, 1, 2, 3, 4, 5, 6, 7), (8,)]
-    assert redundant(clusters) == (1, 2, 3, 4, 5, 6, 7)
-    assert redundant(clusters, 2) == (1, 3, 5, 7)
-    assert redundant(clusters, 3) == (1, 4, 7)
-    assert redundant([(0,), (1,)]) == ()
-
-
-@pytest.mark.parametrize("threshold", [0, -1, 98, 1.01, float("nan"), True, "0.9"])
-def test_a_threshold_out_of_range_is_named(threshold):
-    with pytest.raises(PruningError, match="threshold="):
-        clusters_of(ALIKE, threshold)
-
-
-def test_a_matrix_that_is_none_is_refused():
-    with pytest.raises(PruningError, match="square"):
-        clusters_of([[1.0, 0.5]])
-    with pytest.raises(PruningError, match="square"):
-        clusters_of([])
-    with pytest.raises(PruningError, match=r"layers \[1\] is not finite"):
-        clusters_of([[1.0, 0.5], [float("nan"), 1.0]])
-    with pytest.raises(PruningError, match="every=0"):
-        redundant([(0, 1)], 0)
