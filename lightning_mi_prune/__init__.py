@@ -4,6 +4,7 @@ The method, one step a file::
 
     axes        WHAT     a model can lose: neurons, heads, the width of the stream
     families    WHOSE    axes they are
+    hooks       HOOK     onto modules, and off again
     listener    LISTEN   to activations in validation
     moments     SUM      what was heard, alike on every rank
     sample      STORE    some of the inputs, to run a cut model on

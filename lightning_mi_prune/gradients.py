@@ -6,20 +6,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.hooks import Hooked
 from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.sample import rows_of
 
 __all__ = ["GradientListener", "blank"]
 
 
-class GradientListener:
+class GradientListener(Hooked):
     """Hooks the readers of every axis and sums the gradients at their outputs, step by step.
 
     The gradients are those that ordinary training computes: of scaled losses, of losses divided for
@@ -54,6 +55,7 @@ class GradientListener:
         batches: int | None = None,
         taylor: bool = False,
     ) -> None:
+        super().__init__()
         self.sums = blank(model, axes)
         self._readers = [
             (key, reader, axis.entries)
@@ -67,34 +69,14 @@ class GradientListener:
         self._staged: dict[str, list[Tensor]] = {}
         self._rows: Counter[tuple[str, bool]] = Counter()
         self._hearing = False
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> GradientListener:
-        self.close()
+    def _attach(self) -> Iterator[RemovableHandle]:
         for path in self._networks:
-            module = self._model.get_submodule(path)
-            hook = partial(self._count, path)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            module, hook = self._model.get_submodule(path), partial(self._count, path)
+            yield module.register_forward_pre_hook(hook, with_kwargs=True)
         for key, reader, entries in self._readers:
-            module = self._model.get_submodule(reader)
-            feel = self._on_reader(key, entries)
-            self._handles.append(module.register_forward_hook(feel, with_kwargs=True))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take our own hooks down; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._drop()
+            module, feel = self._model.get_submodule(reader), self._on_reader(key, entries)
+            yield module.register_forward_hook(feel, with_kwargs=True)
 
     @contextmanager
     def step(self, index: int, *, scale: float = 1.0) -> Iterator[None]:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.hooks import Hooked
 from lightning_mi_prune.moments import Moments, check_moments
 from lightning_mi_prune.sample import Example, rows_of, taken
 
 __all__ = ["Example", "Listener"]
 
 
-class Listener:
+class Listener(Hooked):
     """Hooks the readers of every axis and sums what arrives, until the ``with`` block ends.
 
     One sample is one position that is not padding; where the layer has no positions (after
@@ -56,6 +57,7 @@ class Listener:
         calls: int = 0,
         samples: int = 0,
     ) -> None:
+        super().__init__()
         places = {key: readers[0] for axis in axes for key, readers in axis.places.items()}
         self.moments = {
             key: Moments(model.get_parameter(f"{reader}.weight").shape[1])
@@ -77,31 +79,18 @@ class Listener:
         self._rows = torch.Generator().manual_seed(seed + 1)
         self._left: dict[str, int] = {}
         self._fresh: tuple[int, int] | None = None
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> Listener:
-        self.close()
-        hook = {axis.network for axis in self._axes} | {axis.scope for axis in self._axes}
-        for path in sorted(hook):
-            self._attach(path, self._on_scope(path))
+    def _attach(self) -> Iterator[RemovableHandle]:
+        scopes = {axis.network for axis in self._axes} | {axis.scope for axis in self._axes}
+        hooks = [(path, self._on_scope(path)) for path in sorted(scopes)]
         for axis in self._axes:
             for key, readers in axis.places.items():
-                self._attach(readers[0], self._on_reader(axis, key))
-        return self
+                hooks.append((readers[0], self._on_reader(axis, key)))
+        for path, hook in hooks:
+            module = self._model.get_submodule(path)
+            yield module.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take our own hooks down; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def _drop(self) -> None:
         self._masks.clear()
         self._draws.clear()
         self._open.clear()
@@ -115,10 +104,6 @@ class Listener:
         """
         self._left = dict.fromkeys(self.moments, self._quota)
         self._fresh = (rows, rows - padded) if rows is not None and padded else None
-
-    def _attach(self, path: str, hook: Any) -> None:
-        module = self._model.get_submodule(path)
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _on_scope(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

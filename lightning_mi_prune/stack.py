@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.alignment import Alignment, Kernel
 from lightning_mi_prune.angles import Angles
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.hooks import Hooked
 
 __all__ = ["StackListener", "blocks_of"]
 
 
-class StackListener:
+class StackListener(Hooked):
     """Hears what every layer of a stack says, and sums how alike and how far apart they are.
 
     Samples are positions without padding, the same ones for all layers, drawn anew for each call
@@ -56,6 +57,7 @@ class StackListener:
         bandwidth: float = 1.0,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         if len(blocks) < 2:
             raise PruningError(
                 f"A stack of {len(blocks)} layers has nothing to compare; expected two or more."
@@ -80,32 +82,13 @@ class StackListener:
         self._mask: Tensor | None = None
         self._index: Tensor | None = None
         self._states: list[Tensor] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> StackListener:
-        self.close()
-        attach = self._scope.register_forward_pre_hook(self._begin, with_kwargs=True)
-        self._handles = [attach, self._scope.register_forward_hook(self._end)]
-        first = self._layers[0].register_forward_pre_hook(self._on_input, with_kwargs=True)
-        self._handles.append(first)
+    def _attach(self) -> Iterator[RemovableHandle]:
+        yield self._scope.register_forward_pre_hook(self._begin, with_kwargs=True)
+        yield self._scope.register_forward_hook(self._end)
+        yield self._layers[0].register_forward_pre_hook(self._on_input, with_kwargs=True)
         for place, layer in enumerate(self._layers):
-            self._handles.append(layer.register_forward_hook(self._on_output(place)))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take our own hooks down; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._drop()
+            yield layer.register_forward_hook(self._on_output(place))
 
     def _drop(self) -> None:
         self._mask = self._index = None

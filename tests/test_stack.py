@@ -157,3 +157,15 @@ def test_states_are_checked():
     angles.update([torch.ones(3, 2), torch.full((3, 2), float("nan"))])
     with pytest.raises(PruningError, match="hold NaN"):
         angles.compute()
+
+
+def test_hooks_come_off_where_the_last_one_cannot_be_put_on():
+    class Broken(StackListener):
+        def _attach(self):
+            yield from super()._attach()
+            raise RuntimeError("no room")
+
+    net = tower(0.5, 0.1)
+    with pytest.raises(RuntimeError, match="no room"), Broken(net, ["0", "1"]):
+        pass
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())

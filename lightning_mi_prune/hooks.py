@@ -1,0 +1,52 @@
+"""HOOK     onto modules for as long as a with block lasts, and off again whatever happens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from types import TracebackType
+
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
+
+__all__ = ["Hooked"]
+
+
+class Hooked(ABC):
+    """What listens to a network through hooks of its own, until its ``with`` block ends."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    @abstractmethod
+    def _attach(self) -> Iterator[RemovableHandle]:
+        """Put the hooks on, one after another."""
+
+    @abstractmethod
+    def _drop(self) -> None:
+        """Forget what is only held while hooks are on."""
+
+    def __enter__(self) -> Self:
+        self.close()
+        try:
+            for handle in self._attach():
+                self._handles.append(handle)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take our own hooks down; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._drop()
