@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.exact import ExactSums
 from lightning_mi_prune.information import u_centered
 
 __all__ = ["Alignment", "Kernel"]
@@ -17,7 +17,7 @@ __all__ = ["Alignment", "Kernel"]
 Kernel = Literal["linear", "rbf"]
 
 
-class Alignment(Metric):
+class Alignment(ExactSums):
     """Centered kernel alignment (CKA) of every pair of layers, streamed over minibatches.
 
     The sums are those of the unbiased HSIC (Song et al. 2012, eq. 5) of each batch, of fixed size
@@ -44,10 +44,6 @@ class Alignment(Metric):
         >>> [[abs(round(float(cka), 1)) for cka in row] for row in alignment.compute()]
         [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
-
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = None
 
     products: Tensor
     pairs: Tensor
@@ -84,13 +80,12 @@ class Alignment(Metric):
             )
         if sizes[0] < 4:
             return
-        # Validation runs in inference mode and maybe autocast; sums stay ordinary float64 tensors.
         with torch.inference_mode(False), torch.autocast(outputs[0].device.type, enabled=False):
             home = self.products.device
             grams = [self._gram(x.detach().to(home, torch.float64)).flatten() for x in outputs]
             centered = torch.stack(grams)
-            self.products += centered @ centered.mT
-            self.pairs += sizes[0] * (sizes[0] - 3)
+            self.products = self.products + centered @ centered.mT
+            self.pairs = self.pairs + sizes[0] * (sizes[0] - 3)
 
     def hsic(self) -> Tensor:
         """Unbiased HSIC of every pair ``(L, L)``; that of independent layers is 0 on average."""
@@ -125,4 +120,6 @@ class Alignment(Metric):
         distances = torch.cdist(x, x).square()
         apart = distances[~torch.eye(len(x), dtype=torch.bool, device=x.device)]
         width = self.bandwidth**2 * apart.median()
-        return u_centered((-distances / (2 * width.clamp_min(torch.finfo(x.dtype).tiny))).exp())
+        if width == 0:  # no layer to speak of: rounding would make two of them copies
+            return torch.zeros_like(distances)
+        return u_centered((-distances / (2 * width)).exp())

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import Metric
 
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.exact import ExactSums
 
 __all__ = ["Angles"]
 
 
-class Angles(Metric):
+class Angles(ExactSums):
     """Mean angle between every pair of states of a stack, as a share of a half turn.
 
     ``arccos(cos(x, y)) / pi``, averaged over samples: 0 for the same direction, 1/2 for
@@ -33,10 +33,6 @@ class Angles(Metric):
         >>> round(float(angles.compute()[0, 1]), 4)
         0.25
     """
-
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = None
 
     total: Tensor
     count: Tensor
@@ -66,8 +62,8 @@ class Angles(Metric):
             x = torch.stack([x.detach().to(home, torch.float64) for x in outputs])
             x = functional.normalize(x, dim=2)
             cosines = torch.einsum("and,bnd->abn", x, x).clamp(-1, 1)
-            self.total += cosines.acos().sum(2) / math.pi
-            self.count += x.shape[1]
+            self.total = self.total + cosines.acos().sum(2) / math.pi
+            self.count = self.count + x.shape[1]
 
     def compute(self) -> Tensor:
         """Mean angle of every pair ``(S, S)``; exactly 0 of a state with itself.

@@ -140,7 +140,7 @@ def _forward(shell: nn.Module, calls: Mapping[str, Example]) -> Callable[[], Non
             partial(
                 torch.autocast,
                 place,
-                getattr(torch, call.autocast or "float32"),
+                getattr(torch, call.autocast) if call.autocast else None,
                 enabled=bool(call.autocast),
             ),
         )

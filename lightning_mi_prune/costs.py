@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mi_prune.axes import WidthAxis
-from lightning_mi_prune.sample import Example
+from lightning_mi_prune.sample import Example, run
 
 __all__ = ["Costs", "MacCosts", "ParameterCosts", "measure_macs"]
 
@@ -227,16 +226,10 @@ class _Meter:
 
     def run(self, network: nn.Module, example: Example) -> None:
         """Run one call and add up its work."""
-        modes = {module: module.training for module in network.modules()}
-        network.eval()
         self._counter, self._linear = FlopCounterMode(display=False), 0
-        try:
-            # The fused CPU kernel is opaque to the counter; the plain one shows its products.
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), self._counter:
-                network(*example.args, **example.kwargs)
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        # The fused CPU kernel is opaque to the counter; the plain one shows its products.
+        with sdpa_kernel(SDPBackend.MATH), self._counter:
+            run(network, example)
         self.total += self._counter.get_total_flops() // 2
 
     def close(self) -> None:

@@ -71,7 +71,9 @@ class Listener(Hooked):
         self._positions = positions
         share = 1 if batches is None else max(1, batches)
         self._quota, self._calls, self._keep = (-(-n // share) for n in (positions, calls, samples))
-        self._most = samples
+        self._most, self._budget = samples, float(calls)
+        self._owed: dict[str, float] = {}
+        self._room: dict[str, float] = {}
         self._generator = torch.Generator().manual_seed(seed)
         self._masks: dict[str, Tensor | None] = {}
         self._draws: dict[tuple[str, int], Tensor] = {}
@@ -171,11 +173,16 @@ class Listener(Hooked):
         each = x.shape[:-1].numel() / max(1, rows)
         if call.mask is not None and call.mask.ndim > 1:
             each = float(call.mask.sum()) / max(1, rows)
-        wanted = min(real, round(self._calls / max(1.0, each) + 0.499))
-        if self._calls and wanted:
+        room = self._room.get(path, self._budget)
+        owed = min(self._owed.get(path, 0.0) + self._calls, room)
+        wanted = min(real, int(owed / max(1.0, each)))
+        if self._calls and path not in self.stored:
+            wanted = max(1, wanted)  # less than one example of each batch would be none for ever
+        if wanted:
             index = torch.randperm(real, generator=self._rows)[:wanted].sort().values
             kept = taken((call.args, call.kwargs, call.mask), rows, index)
             self.stored.setdefault(path, []).append(Example(*kept))
+        self._owed[path], self._room[path] = owed - wanted * each, room - wanted * each
 
     def _draw(self, scope: str, available: int, wanted: int) -> Tensor:
         key = (scope, available)

@@ -107,8 +107,9 @@ class Method:
             self.limits.resolve(chosen, now, multiple=self.multiple)
             path = self.latency_table
             if path is not None and Path(path).exists():
-                table = LatencyTable.load(path)  # whether autocast runs, calls will tell
-                table.check_device(replace(device_of(module), dtype=table.device.dtype))
+                table, here = LatencyTable.load(path), device_of(module)
+                cast = table.device.dtype in ("bfloat16", "float16")  # calls will tell
+                table.check_device(replace(here, dtype=table.device.dtype) if cast else here)
 
     def costs(
         self,

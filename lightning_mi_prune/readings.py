@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.evidence import kept_rows
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.sample import Example, run, taken
+from lightning_mi_prune.sample import Example, positions_of, run, taken
 
 __all__ = ["Reading", "Targets", "heard_of", "readings", "run_with"]
 
@@ -79,7 +79,7 @@ class Targets:
         found: Layers that will be solved.
         path: Network that is called.
         call: The sample.
-        room: Bytes that may be held; the next layer is held in any case.
+        room: Bytes that may be held; the layer that is asked for is held in any case.
     """
 
     def __init__(
@@ -101,31 +101,44 @@ class Targets:
         None for one that runs several times in a pass, however often it is asked for.
         """
         if layer in self._left and layer not in self._held:
-            self._hold()
+            self._hold(layer)
         return None if layer in self._often else self._held.pop(layer)
 
-    def _hold(self) -> None:
+    def _hold(self, asked: str) -> None:
         pieces = _pieces(self._call)
-        parts: dict[str, list[Tensor]] = {}
-        used, ran, call = 0, set[str](), self._call
+        parts, whole = dict[str, list[Tensor]](), dict[str, Reading]()
+        used, ran, call = 0.0, set[str](), self._call
 
         def keep(reading: Reading, x: Tensor, skip: Tensor | None, output: Tensor) -> Tensor:
             nonlocal used
             layer = reading.layer
             if layer in ran:
                 self._often.add(layer)
-            elif layer in parts or (call is pieces[0] and (not used or used < self._room)):
+            elif layer in whole or (layer not in parts and call is not pieces[0]):
+                pass
+            elif output.shape[0] != call.rows and call is not self._call:
+                whole[layer] = reading  # not by example, so there are no pieces of it
+            else:
                 wanted = heard_of(output if skip is None else output + skip, call.mask)
                 if reading.rows is not None:
                     wanted = wanted[:, reading.rows.to(wanted.device)]
-                used += 0 if layer in parts else wanted.nbytes * len(pieces)
-                parts.setdefault(layer, []).append(wanted)
+                size = 0.0 if layer in parts else wanted.nbytes * _share(self._call, call)
+                if layer == asked or used + size <= self._room:
+                    parts.setdefault(layer, []).append(wanted)
+                    used += size
             ran.add(layer)
             return output
 
         for call in pieces:
             ran.clear()
             run_with(self._model, list(self._left.values()), self._path, call, keep)
+        if whole:
+            for layer in whole:
+                parts.pop(layer, None)
+            call, pieces, again = self._call, [self._call], list(whole.values())
+            whole.clear()
+            ran.clear()
+            run_with(self._model, again, self._path, call, keep)
         for layer in self._often:
             parts.pop(layer, None)
             self._left.pop(layer, None)
@@ -135,13 +148,26 @@ class Targets:
 
 
 def _pieces(call: Example) -> list[Example]:
-    """The examples of a call in several: what a layer takes for all at once would be large."""
-    shape = () if call.mask is None else call.mask.shape
-    rows = max(1, _PIECE // shape[1]) if len(shape) > 1 else 0
-    if not rows or call.rows <= rows:
+    """The examples of a call in several: what a layer takes for all at once would be large.
+
+    No two sizes are alike throughout, so that what is not by example shows.
+    """
+    rows = max(1, _PIECE // positions_of(call))
+    if call.rows <= rows:
         return [call]
-    parts = torch.split(torch.arange(call.rows), rows)
+    sizes = [rows] * (call.rows // rows)
+    sizes += [call.rows % rows] if call.rows % rows else []
+    if len(set(sizes)) == 1 and rows > 1:
+        sizes[-1:] = [rows - 1, 1]
+    parts = torch.split(torch.arange(call.rows), sizes)
     return [Example(*taken((call.args, call.kwargs, call.mask), call.rows, p)) for p in parts]
+
+
+def _share(whole: Example, piece: Example) -> float:
+    """How much more the whole call holds than one of its pieces."""
+    if whole.mask is None or piece.mask is None:
+        return whole.rows / max(1, piece.rows)
+    return float(whole.mask.sum()) / max(1.0, float(piece.mask.sum()))
 
 
 def run_with(

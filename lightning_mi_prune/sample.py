@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,18 @@ from torch.nn import functional
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.relevance import GradientSums
 
-__all__ = ["Example", "Heard", "copied", "merged", "placed", "rows_of", "run", "taken"]
+__all__ = [
+    "Example",
+    "Heard",
+    "copied",
+    "merged",
+    "placed",
+    "positions_of",
+    "refreshed",
+    "rows_of",
+    "run",
+    "taken",
+]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -28,7 +39,8 @@ class Example:
         args: Positional arguments.
         kwargs: Arguments by name.
         mask: The attention mask ``(rows, positions)`` among them, if there is one.
-        autocast: Type that autocast gave to products, such as ``"bfloat16"``; empty without it.
+        autocast: Type that autocast gave to products, such as ``"bfloat16"``, of a call that is to
+            be timed; empty without it.
     """
 
     args: tuple[Any, ...]
@@ -91,6 +103,16 @@ def placed(value: Any, device: torch.device) -> Any:
     return value
 
 
+def refreshed(old: Mapping[str, Example], new: Mapping[str, Example]) -> Mapping[str, Example]:
+    """The old calls, so that their work can be compared, in the numbers of the new ones."""
+    if not old:
+        return new
+    return {
+        path: replace(call, autocast=new[path].autocast if path in new else call.autocast)
+        for path, call in old.items()
+    }
+
+
 def merged(calls: Sequence[Example], most: int) -> Example | None:
     """One call with the examples of many, so that one forward pass sees them all.
 
@@ -131,6 +153,13 @@ def _length(call: Example) -> int:
     values = (*call.args, *call.kwargs.values())
     ids = (v for v in values if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point())
     return next((v.shape[1] for v in ids), 1)
+
+
+def positions_of(call: Example) -> int:
+    """Positions of one example of a call; of pictures by their size, a guess."""
+    values = (*call.args, *call.kwargs.values())
+    sizes = [v[0].numel() // 1024 for v in values if isinstance(v, Tensor) and v.ndim and len(v)]
+    return max(1, _length(call), *sizes)
 
 
 def _shape(call: Example) -> Any:
@@ -179,6 +208,7 @@ def _padded(value: Tensor, shape: torch.Size) -> Tensor:
 def run(network: nn.Module, call: Example) -> None:
     """Run a network on a call in evaluation mode, without gradients; mode flags are put back."""
     modes = {module: module.training for module in network.modules()}
+    call = _full(call, next((p.dtype for p in network.parameters()), torch.float32))
     network.eval()
     try:
         with torch.no_grad():
@@ -186,6 +216,20 @@ def run(network: nn.Module, call: Example) -> None:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _full(call: Example, dtype: torch.dtype) -> Example:
+    """The call with numbers as fine as the weights, which cannot read what autocast made coarse."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            coarse = value.dtype in (torch.bfloat16, torch.float16)
+            return value.to(dtype) if coarse and dtype == torch.float32 else value
+        if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+            return type(value)(map(cast, value))
+        return {k: cast(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return replace(call, args=cast(call.args), kwargs=cast(call.kwargs))
 
 
 def copied(root: nn.Module, networks: Collection[str]) -> nn.Module:

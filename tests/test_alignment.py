@@ -87,6 +87,9 @@ def test_a_constant_layer_is_alike_to_nothing():
         cka = alignment.compute()
         assert cka[0, 1] == cka[1, 0] == 0
         assert cka[0, 0] == pytest.approx(1)
+        constant = Alignment(2, kernel=kernel)
+        constant.update([torch.full((30, 3), 0.1), torch.zeros(30, 3)])
+        assert (constant.compute() == 0).all()
 
 
 def test_sums_are_ordinary_tensors_in_inference_mode_and_under_autocast():
@@ -97,6 +100,21 @@ def test_sums_are_ordinary_tensors_in_inference_mode_and_under_autocast():
     alignment.update([x, x])
     assert alignment.products.dtype == torch.float64
     assert not alignment.products.is_inference()
+
+
+def test_a_metric_of_its_own_runs_in_any_mode_and_is_never_rounded():
+    x = torch.randn(16, 4)
+    with torch.inference_mode():
+        alignment = Alignment(2)
+        alignment.update([x, x])
+        alignment.compute()
+        alignment.reset()
+    alignment.update([x, x])
+    alignment([x, x])
+    assert alignment.pairs == 2 * 16 * 13
+    holder = torch.nn.ModuleDict({"metric": alignment}).to(torch.bfloat16)
+    assert holder["metric"].products.dtype == torch.float64
+    assert alignment.pairs == 2 * 16 * 13
 
 
 def cka_of(batches):

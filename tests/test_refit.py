@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import lightning_mi_prune
 from lightning_mi_prune.axes import full_plan
 from lightning_mi_prune.budget import Budget
+from lightning_mi_prune.costs import measure_macs
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.families import find_axes
+from lightning_mi_prune.families import find_axes, linear_axis
 from lightning_mi_prune.listener import Listener
 from lightning_mi_prune.method import Method, pull_back
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.readings import Targets, readings
 from lightning_mi_prune.refit import _solve_norm, refit
-from lightning_mi_prune.sample import Example, Heard, merged
+from lightning_mi_prune.sample import Example, Heard, merged, run
 from lightning_mi_prune.selection import Selection, select
 from lightning_mi_prune.surgery import apply
 from tests.models import (
@@ -267,8 +270,88 @@ def test_listening_stores_calls_and_samples_in_their_bounds():
             model(**batch(seed=seed))
     stored = heard.stored[""]
     assert len(stored) == 4
-    assert 80 <= sum(int(call.mask.sum()) for call in stored) <= 200
+    assert 60 <= sum(int(call.mask.sum()) for call in stored) <= 112  # some 8 a row, whole rows
     assert all(len(x) <= 52 for x in heard.samples.values())
+
+
+@pytest.mark.parametrize("batches", [40, None])
+def test_pictures_are_stored_within_the_bound_however_many_batches_there_are(batches):
+    model = build("vit", "image")
+    axes = [a for a in find_axes(model) if a.kind in ("ffn", "heads")]
+    with Listener(model, axes, batches=batches, calls=200) as heard, torch.no_grad():
+        for _ in range(40):
+            heard.start_batch()
+            model(**pictures(4))
+    (calls,) = heard.stored.values()
+    each = (model.config.image_size // model.config.patch_size) ** 2 + 1
+    assert 200 - 4 * each < sum(call.rows for call in calls) * each <= 200
+    with Listener(model, axes, batches=40, calls=2) as few, torch.no_grad():
+        for _ in range(40):
+            few.start_batch()
+            model(**pictures(4))
+    assert [call.rows for calls in few.stored.values() for call in calls] == [1]
+
+
+@pytest.fixture(params=[100, 96])
+def pieces(request, monkeypatch):
+    """Everything that is done in pieces, in many."""
+    for module in (lightning_mi_prune.readings, lightning_mi_prune.refit):
+        monkeypatch.setattr(module, "_PIECE", request.param)
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize(("family", "head"), FAMILIES)
+def test_pieces_give_what_the_whole_gives(family, head, monkeypatch):
+    """Also of what has no examples in its first dimension: DeBERTa's table of distances."""
+    model, inputs = build(family, head), many(head)
+    axes = find_axes(model)
+    plan = random_plan(axes, 0.75, residual=True)
+    method = Method(Budget(sparsity=0.5))
+    args = (model, axes, full_plan(axes), Selection(plan, {}, {}), method, heard_of(inputs))
+    parts = pull_back(*args).folded
+    monkeypatch.setattr(lightning_mi_prune.readings, "_PIECE", 10**6)
+    monkeypatch.setattr(lightning_mi_prune.refit, "_PIECE", 10**6)
+    whole = pull_back(*args).folded
+    assert parts.keys() == whole.keys()
+    for name, value in whole.items():
+        assert torch.allclose(parts[name], value, atol=1e-4), name
+
+
+def test_room_holds_however_padding_is_spread():
+    model = build()
+    axes = find_axes(model)
+    inputs = batch(400, 12)
+    inputs["attention_mask"][:40, 2:] = 0  # the first piece is nearly empty
+    call, room = call_of(inputs), 1_000_000
+    found = readings(axes, full_plan(axes), random_plan(axes))
+    targets = Targets(model, found, "", call, room=room)
+    targets.take("bert.encoder.layer.0.attention.output.dense")
+    held = sum(t.nbytes for t in targets._held.values())
+    assert 0 < held <= room
+
+
+def test_what_autocast_made_coarse_runs_again_in_full():
+    class Fed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.net = (
+                nn.Linear(5, 6),
+                nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)),
+            )
+
+        def forward(self, x):
+            return self.net(self.stem(x))
+
+    model = Fed()
+    axis = linear_axis(model.net, "hidden", kind="ffn", producers=["0"], readers=["2"])
+    axis = replace(axis.prefixed("net"), skip=None)
+    coarse, heard = torch.autocast("cpu", torch.bfloat16), Listener(model, [axis], calls=64)
+    with torch.no_grad(), coarse, heard:
+        model(torch.randn(64, 5))
+    ((path, (call,)),) = heard.stored.items()
+    assert call.args[0].dtype == torch.bfloat16
+    run(model.get_submodule(path), call)
+    assert measure_macs(model, [axis], heard.calls([axis])).total({}) == 6 * 16 + 16 * 3
 
 
 def test_fold_in_then_refit_beats_fold_in_on_data_that_was_not_heard():

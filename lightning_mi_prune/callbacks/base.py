@@ -36,7 +36,7 @@ from lightning_mi_prune.gradients import blank
 from lightning_mi_prune.listener import Listener
 from lightning_mi_prune.moments import check_moments
 from lightning_mi_prune.report import PruningReport
-from lightning_mi_prune.sample import Heard, placed
+from lightning_mi_prune.sample import Heard, placed, refreshed
 from lightning_mi_prune.strategies import (
     agree,
     gather,
@@ -174,7 +174,7 @@ class PruningCallback(PruningSteps):
             run.trial, run.best = judge(trainer, self._budget, run)
         if listener is None or self._is_failed():
             return
-        run.examples = run.examples or listener.calls(self._chosen)
+        run.examples = refreshed(run.examples, listener.calls(self._chosen))
         run.seconds = {"listening": listener.seconds}
         pool(trainer.strategy, listener.moments)
         check_moments(listener.moments)
