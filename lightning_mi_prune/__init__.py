@@ -3,6 +3,7 @@
 The method, one step a file::
 
     axes        WHAT     a model can lose: neurons, heads, the width of the stream
+    depth       STACK    layers that may go, one by one
     families    WHOSE    axes they are
     hooks       HOOK     onto modules, and off again
     listener    LISTEN   to activations in validation
@@ -11,7 +12,7 @@ The method, one step a file::
     stack       COMPARE  the layers of a stack while it runs
     alignment   ALIGN    them: CKA of every pair, alike on every rank
     angles      TURN     how far they turn what they are given
-    depth       SHORTEN  which of them may go
+    redundancy  SPARE    those that others make up for
     gradients   FEEL     what the loss of training steps asks for
     relevance   WEIGH    the layer above by it
     evidence    GATHER   all that is known of an axis

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_mi_prune.depth import (
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.redundancy import (
     closest_run,
     clusters_of,
     last_layers,
@@ -12,7 +13,6 @@ from lightning_mi_prune.depth import (
     random_layers,
     redundant,
 )
-from lightning_mi_prune.errors import PruningError
 
 ALIKE = [
     [1.00, 0.99, 0.98, 0.90, 0.50],

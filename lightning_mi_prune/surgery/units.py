@@ -1,11 +1,10 @@
-"""CUT      apply(model, axes, plan) -> list[Rewrite]; the only file that changes a model."""
+"""Units cut off: apply(model, axes, plan) -> list[Rewrite]."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from lightning_mi_prune.incisions import (
 )
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
 from lightning_mi_prune.standins import KEPT_UNITS, is_ours, selecting, silent
+from lightning_mi_prune.surgery.configs import own_config
 
 __all__ = ["Rewrite", "apply", "check", "reshape", "revert", "undo"]
 
@@ -213,7 +213,7 @@ def _follow(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
             setattr(module, count.attribute, (value,) if count.sequence else value)
         _stand_in(model, axis, plan.kept[axis.name])
     for path in sorted({axis.network for axis in axes}):
-        config = _own_config(model, path)
+        config = own_config(model, path)
         if config is None:
             continue
         mine = [axis for axis in axes if axis.network == path]
@@ -246,19 +246,3 @@ def _below(top: str, path: str) -> str:
 
 def _device(module: nn.Module) -> torch.device | None:
     return next((p.device for p in module.parameters()), None)
-
-
-def _own_config(model: nn.Module, path: str) -> Any:
-    """The config of a network; a copy of its own if other networks hold the same object."""
-    network = model.get_submodule(path)
-    config = getattr(network, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
-        return None
-    inside = set(network.modules())
-    holders = [part for part in model.modules() if getattr(part, "config", None) is config]
-    if any(part not in inside for part in holders):
-        config = copy.deepcopy(config)
-        for part in holders:
-            if part in inside:
-                part.config = config
-    return config

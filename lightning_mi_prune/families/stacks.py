@@ -1,0 +1,100 @@
+"""Stacks of layers of Hugging Face models, encoders and decoders apart: a table of paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from lightning_mi_prune.depth import DepthAxis
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families.residual import module_at
+
+__all__ = ["STACKS", "find_stacks"]
+
+_LISTS = ("layer_types", "mlp_layer_types")
+
+_ENCODER = {"encoder.layer": ("", "num_hidden_layers")}
+_DECODER = {"layers": ("", "num_hidden_layers")}
+
+# By model type: path of the container, seen from the base model, and the field that counts it.
+STACKS: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "mpnet", "deberta-v2"), _ENCODER),
+    **dict.fromkeys(("vit", "deit", "llama", "mistral", "qwen2", "qwen3"), _DECODER),
+    "distilbert": {"transformer.layer": ("", "n_layers")},
+    "gpt2": {"h": ("", "n_layer")},
+    "bart": {"encoder.layers": ("", "encoder_layers"), "decoder.layers": ("", "decoder_layers")},
+    "t5": {"encoder.block": ("encoder", "num_layers"), "decoder.block": ("decoder", "num_layers")},
+}
+# T5 keeps a config for each half beside the one of the whole; its first blocks hold the bias of
+# relative positions that all others add.
+_OF_THE_WHOLE = {"t5": {"encoder.block": "num_layers", "decoder.block": "num_decoder_layers"}}
+_FIXED = {"t5": 1}
+
+
+def find_stacks(module: nn.Module) -> list[DepthAxis]:
+    """Stacks of layers inside ``module``, named from it.
+
+    Args:
+        module: Any module that holds a network of a known family, at any depth.
+
+    Raises:
+        PruningError: If there is none, or its layers share their weights.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(num_hidden_layers=3, hidden_size=24, vocab_size=50)
+        >>> [(axis.name, axis.size) for axis in find_stacks(BertModel(config))]
+        [('encoder.layer', 3)]
+    """
+    found: list[DepthAxis] = []
+    seen: list[str] = []
+    for path, network in module.named_modules():
+        kind = getattr(getattr(network, "config", None), "model_type", None)
+        inside = any(top == "" or path.startswith(f"{top}.") for top in seen)
+        if inside or not hasattr(network, "base_model_prefix"):
+            continue
+        if kind == "albert":
+            raise PruningError(
+                "ALBERT runs one layer many times, so none can be removed by itself. Lower "
+                "num_hidden_layers in its config instead."
+            )
+        mine = [axis.prefixed(path) for axis in _describe(network, str(kind))]
+        if mine:
+            seen.append(path)
+            found += mine
+    if not found:
+        raise PruningError(
+            f"No stack of layers was found in {type(module).__name__}. Known model types: "
+            f"{sorted(STACKS)}; describe another stack with DepthAxis."
+        )
+    return found
+
+
+def _describe(network: nn.Module, kind: str) -> Iterator[DepthAxis]:
+    prefix = str(getattr(network, "base_model_prefix", ""))
+    inner = getattr(network, prefix, None) if prefix else None
+    base, scope = (inner, prefix) if isinstance(inner, nn.Module) else (network, "")
+    at = f"{scope}." if scope else ""
+    config = network.config
+    for path, (holder, field) in STACKS.get(kind, {}).items():
+        container = module_at(base, path)
+        if not isinstance(container, nn.ModuleList):
+            continue
+        if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+            raise PruningError(
+                f"{type(network).__name__} scales attention by the place of a layer, so what is "
+                "above a removed one would change. Set scale_attn_by_inverse_layer_idx=False."
+            )
+        whole = _OF_THE_WHOLE.get(kind, {}).get(path)
+        fields = [(f"{at}{holder}" if holder else scope, field)]
+        fields += [("", field)] if scope and not holder else []
+        fields += [("", whole)] if whole else []
+        yield DepthAxis(
+            name=f"{at}{path}",
+            size=len(container),
+            fixed=_FIXED.get(kind, 0),
+            fields=tuple(dict.fromkeys(fields)),
+            lists=_LISTS,
+            scope=f"{at}{holder}" if holder else scope,
+        )
