@@ -173,6 +173,7 @@ def measure_macs(
         widths: Present widths (default: as built).
 
     Example:
+        >>> import torch
         >>> from lightning_mi_prune.families import linear_axis
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> axis = linear_axis(net, "hidden", kind="ffn", producers=["0"], readers=["2"])
