@@ -1,11 +1,11 @@
 # Needs Python 3.10-3.13 and pip; everything is installed into .venv, nothing outside the checkout
 # but pip's cache. Every target can be run again.
 #
-#   make demo          fine-tune a real encoder on real data while half of it is pruned
+#   make demo          fine-tune a real encoder on real data while three quarters of it are pruned
 #   make demo FAST=1   the same on fewer rows, for a first look
 #   make test          all checks: format, lint, types, tests and doctests
 #   make benchmark     what listening, scoring and cutting cost, and the demo with three seeds
-#                      (half an hour; results in benchmarks/results)
+#                      (an hour alone on two cores; results in benchmarks/results)
 #   make matrix        stop and resume under every strategy, precision and optimizer
 #                      (some minutes; writes docs/matrix.md)
 #   make format        rewrite the code in the project's format

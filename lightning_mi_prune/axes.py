@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import Plan
@@ -17,6 +18,7 @@ __all__ = [
     "Slice",
     "WidthAxis",
     "as_built",
+    "below",
     "choose_axes",
     "count_parameters",
     "full_plan",
@@ -170,12 +172,7 @@ class WidthAxis:
 
     def prefixed(self, prefix: str) -> WidthAxis:
         """The same axis, named from a module that holds this network at ``prefix``."""
-        if not prefix:
-            return self
-
-        def path(name: str) -> str:
-            return f"{prefix}.{name}" if name else prefix
-
+        path = partial(below, prefix)
         return replace(
             self,
             name=path(self.name),
@@ -191,6 +188,11 @@ class WidthAxis:
             network=path(self.network),
             scope=path(self.scope),
         )
+
+
+def below(prefix: str, path: str) -> str:
+    """A path named from a module that holds, at ``prefix``, the one it is named from now."""
+    return ".".join(filter(None, (prefix, path)))
 
 
 def full_plan(axes: Sequence[WidthAxis]) -> Plan:

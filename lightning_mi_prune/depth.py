@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+from lightning_mi_prune.axes import below
 from lightning_mi_prune.plan import Plan
 
 __all__ = ["DepthAxis", "full_depth"]
@@ -42,12 +44,7 @@ class DepthAxis:
 
     def prefixed(self, prefix: str) -> DepthAxis:
         """The same stack, named from a module that holds this network at ``prefix``."""
-        if not prefix:
-            return self
-
-        def path(name: str) -> str:
-            return f"{prefix}.{name}" if name else prefix
-
+        path = partial(below, prefix)
         return replace(
             self,
             name=path(self.name),
