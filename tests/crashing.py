@@ -34,8 +34,9 @@ from lightning.pytorch.strategies import Strategy
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lightning_mi_prune import gradients, listener, optimizers, ranking, refit, surgery
+from lightning_mi_prune import gradients, listener, optimizers, ranking, refit
 from lightning_mi_prune.callbacks import base, steps
+from lightning_mi_prune.surgery import units
 from tests.models import build
 from tests.runs import Watch, fit, sha
 
@@ -130,10 +131,10 @@ CASES: dict[str, Case] = {
     "killed with the first cut decided": Case(CUT, 1, saves="epochs"),
     "killed with the second cut decided": Case(CUT, 2, saves="epochs"),
     "killed with a cut decided, saved in validation": Case(CUT, 2, saves="validations"),
-    "killed in surgery, some parameters made": Case(before(surgery, "_rewrite"), 2, 4),
+    "killed in surgery, some parameters made": Case(before(units, "_rewrite"), 2, 4),
     "killed in surgery, some parameters in place": Case(SWAP, 2, 4),
     "killed in surgery, decision saved": Case(SWAP, 2, 4, saves="epochs"),
-    "killed in surgery, sizes not yet true": Case(before(surgery, "_follow"), 2),
+    "killed in surgery, sizes not yet true": Case(before(units, "_follow"), 2),
     "killed carrying the optimizer across": Case(before(optimizers, "_carry"), 2, 7),
     "killed before wrapping again": Case(before(steps, "rewrap"), 2),
     "killed before the report": Case(before(steps, "describe"), 2),
