@@ -41,7 +41,8 @@ from lightning_mi_prune import (
     rank_axes,
     select,
 )
-from lightning_mi_prune.axes import choose_axes, full_plan
+from lightning_mi_prune.axes import full_plan
+from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.competition import allot
 from lightning_mi_prune.costs import ParameterCosts
 from lightning_mi_prune.method import pull_back

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import Plan
 
 __all__ = [
@@ -19,7 +17,6 @@ __all__ = [
     "WidthAxis",
     "as_built",
     "below",
-    "choose_axes",
     "count_parameters",
     "full_plan",
 ]
@@ -140,6 +137,7 @@ class WidthAxis:
             derive the head size from the hidden size and the number of heads.
         twins: Further config fields that hold the same number as ``config``.
         level: Height in the network; the sweep runs from the highest level down.
+        here: Its name where layers below are gone; the name itself unless layers went.
     """
 
     name: str
@@ -162,6 +160,7 @@ class WidthAxis:
     selects: tuple[Selects, ...] = ()
     tie: str | None = None
     twins: tuple[str, ...] = ()
+    here: str = ""
 
     @property
     def places(self) -> dict[str, tuple[str, ...]]:
@@ -173,20 +172,39 @@ class WidthAxis:
     def prefixed(self, prefix: str) -> WidthAxis:
         """The same axis, named from a module that holds this network at ``prefix``."""
         path = partial(below, prefix)
+        return replace(self.moved(path), name=path(self.name))
+
+    def moved(self, path: Callable[[str], str | None]) -> WidthAxis:
+        """The same axis where its modules stand at other paths; those without one are left out.
+
+        Args:
+            path: The present path of a module or tensor by the one it was built at, or None.
+        """
+
+        def paths(names: Sequence[str]) -> tuple[str, ...]:
+            return tuple(p for name in names if (p := path(name)) is not None)
+
+        def certain(name: str) -> str:
+            return path(name) or ""
+
         return replace(
             self,
-            name=path(self.name),
-            slices=tuple(replace(s, tensor=path(s.tensor)) for s in self.slices),
-            readers=tuple(path(r) for r in self.readers),
-            sites=tuple(tuple(path(r) for r in site) for site in self.sites),
+            here=path(self.here or self.name) or "",
+            slices=tuple(replace(s, tensor=p) for s in self.slices if (p := path(s.tensor))),
+            readers=paths(self.readers),
+            sites=tuple(site for group in self.sites if (site := paths(group))),
             skip=None if self.skip is None else path(self.skip),
-            above=tuple(path(r) for r in self.above),
-            norms=tuple(path(n) for n in self.norms),
-            silence=tuple(s.prefixed(path) for s in self.silence),
-            selects=tuple(replace(s, module=path(s.module)) for s in self.selects),
-            counts=tuple(replace(c, module=path(c.module)) for c in self.counts),
-            network=path(self.network),
-            scope=path(self.scope),
+            above=paths(self.above),
+            norms=paths(self.norms),
+            silence=tuple(s.prefixed(certain) for s in self.silence if path(s.module) is not None),
+            selects=tuple(
+                replace(s, module=p) for s in self.selects if (p := path(s.module)) is not None
+            ),
+            counts=tuple(
+                replace(c, module=p) for c in self.counts if (p := path(c.module)) is not None
+            ),
+            network=certain(self.network),
+            scope=certain(self.scope),
         )
 
 
@@ -240,58 +258,3 @@ def count_parameters(axes: Sequence[WidthAxis], widths: Mapping[str, int] | None
         for s in axis.slices:
             shapes.setdefault(s.tensor, list(s.shape))[s.dim] = width * axis.entries
     return sum(math.prod(shape) for shape in shapes.values())
-
-
-def choose_axes(
-    axes: Sequence[WidthAxis],
-    *,
-    units: Sequence[str] | None = None,
-    include: str | None = None,
-    exclude: str | None = None,
-) -> list[WidthAxis]:
-    """Narrow the axes by kind and by regular expressions searched in their names.
-
-    Args:
-        axes: All axes of a model.
-        units: Kinds to keep; None keeps neurons and heads, or every kind where there are neither.
-        include: Only axes whose name this finds.
-        exclude: No axes whose name this finds.
-
-    Raises:
-        PruningError: If a kind or an expression matches no axis, is not valid, or nothing is left.
-    """
-    kinds = sorted({axis.kind for axis in axes})
-    if units is None:
-        units = [kind for kind in ("ffn", "heads") if kind in kinds] or kinds
-    for kind in units:
-        if kind not in kinds:
-            raise PruningError(f"units names {kind!r}, but this model has only units={kinds}.")
-    chosen = [axis for axis in axes if axis.kind in units]
-    chosen = _filter(chosen, "include", include, keep=True)
-    chosen = _filter(chosen, "exclude", exclude, keep=False)
-    if not chosen:
-        raise PruningError(
-            f"Nothing is left to prune: units={list(units)}, include={include!r} and "
-            f"exclude={exclude!r} leave no axis of {len(axes)}; loosen one of them."
-        )
-    return chosen
-
-
-def _filter(
-    axes: list[WidthAxis], option: str, expression: str | None, *, keep: bool
-) -> list[WidthAxis]:
-    if expression is None:
-        return axes
-    try:
-        pattern = re.compile(expression)
-    except re.error as error:
-        raise PruningError(
-            f"{option}={expression!r} is not a regular expression: {error}."
-        ) from error
-    hits = {axis.name for axis in axes if pattern.search(axis.name)}
-    if not hits:
-        sample = [axis.name for axis in axes[:4]]
-        raise PruningError(
-            f"{option}={expression!r} matches no axis; the names look like {sample}."
-        )
-    return [axis for axis in axes if (axis.name in hits) == keep]

@@ -17,8 +17,8 @@ from lightning_mi_prune.axes import WidthAxis, full_plan
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.latency import Device, LatencyCurve, LatencyTable
 from lightning_mi_prune.limits import may_vanish, step_of
+from lightning_mi_prune.measure import measure_latency
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.report import measure_latency
 from lightning_mi_prune.sample import Example, copied
 from lightning_mi_prune.surgery import reshape
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from lightning_mi_prune.axes import below
 from lightning_mi_prune.plan import Plan
@@ -22,7 +23,7 @@ class DepthAxis:
         fixed: Layers at the bottom that must stay, since others use what they hold.
         fields: Config fields that count the layers, each with the path of the module whose config
             it is.
-        lists: Config fields with an entry for each layer, where the config has them.
+        lists: Config fields with an entry for each layer, and those entries as built.
         places: Attributes by which modules in a layer know its place (those of KV caches).
         network: Path of the network the stack belongs to.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
@@ -32,7 +33,7 @@ class DepthAxis:
     size: int
     fixed: int = 0
     fields: tuple[tuple[str, str], ...] = ()
-    lists: tuple[str, ...] = ()
+    lists: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     places: tuple[str, ...] = ("layer_idx",)
     network: str = ""
     scope: str = ""

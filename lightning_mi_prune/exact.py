@@ -25,6 +25,23 @@ class ExactSums(Metric):
     is_differentiable = False
     higher_is_better = None
 
+    @property
+    def packed_size(self) -> int:
+        """Numbers of all sums together."""
+        return sum(getattr(self, name).numel() for name in self._defaults)
+
+    def packed(self) -> Tensor:
+        """All sums as one vector."""
+        return torch.cat([getattr(self, name).reshape(-1) for name in self._defaults])
+
+    def unpack(self, packed: Tensor) -> Self:
+        """Take over the sums of such a vector."""
+        sizes = [getattr(self, name).numel() for name in self._defaults]
+        for name, part in zip(self._defaults, torch.split(packed, sizes), strict=True):
+            setattr(self, name, part.reshape(getattr(self, name).shape).clone())
+        self._update_count = max(1, self._update_count)  # else torchmetrics warns in compute()
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         def move(x: Tensor) -> Tensor:
             place = fn(torch.zeros(0, device=x.device)).device

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.hooks import Hooked
 from lightning_mi_prune.moments import Moments, check_moments
-from lightning_mi_prune.sample import Example, rows_of, taken
+from lightning_mi_prune.sample import Example, first_call, taken
 
 __all__ = ["Example", "Listener"]
 
@@ -113,9 +112,7 @@ class Listener(Hooked):
             given = bound.arguments.get("attention_mask")
             mask = given if isinstance(given, Tensor) else None
             if path not in self.examples:
-                rows, first = rows_of((*args, *kwargs.values())), torch.zeros(1, dtype=torch.long)
-                kept = taken((args, kwargs, mask), rows, first)
-                self.examples[path] = replace(Example(*kept), autocast=_autocast(module))
+                self.examples[path] = first_call(module, args, kwargs, mask)
             self._masks[path], self._open[path] = mask, Example(args, kwargs, mask)
             self._draws.clear()
 
@@ -202,11 +199,3 @@ class Listener(Hooked):
     def check(self) -> None:
         """Refuse what was heard if it cannot be scored, as :func:`check_moments` does."""
         check_moments(self.moments)
-
-
-def _autocast(module: nn.Module) -> str:
-    """Type that products have where the module runs now, if that is not their own."""
-    place = next((p.device.type for p in module.parameters()), "cpu")
-    if not torch.is_autocast_enabled(place):
-        return ""
-    return str(torch.get_autocast_dtype(place)).removeprefix("torch.")

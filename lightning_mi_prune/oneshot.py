@@ -14,19 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mi_prune.axes import WidthAxis, choose_axes, count_parameters
+from lightning_mi_prune.axes import WidthAxis, count_parameters
 from lightning_mi_prune.budget import Budget, sparsity_of
 from lightning_mi_prune.checkpoints import PlanKeeper
+from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, is_within
 from lightning_mi_prune.gradients import GradientListener
 from lightning_mi_prune.listener import Listener
 from lightning_mi_prune.method import Method, pull_back
-from lightning_mi_prune.optimizers import check_optimizers, rebind
+from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import GradientSums, check_gradients
 from lightning_mi_prune.sample import Heard, placed
 from lightning_mi_prune.selection import Information
+from lightning_mi_prune.states import check_optimizers
 from lightning_mi_prune.still import still
 from lightning_mi_prune.surgery import apply, check
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.states import (
+    along,
+    check_kind,
+    check_optimizers,
+    described,
+    held,
+    known,
+)
 from lightning_mi_prune.surgery import Rewrite
 
-__all__ = ["check_optimizers", "rebind", "restore", "snapshot"]
-
-# The dimension that Adafactor of transformers sums away: of a square matrix, no shape tells.
-_SUMMED: dict[str, int] = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
+__all__ = ["groups_of", "rebind", "restore", "snapshot"]
 
 
-def rebind(optimizers: Iterable[Optimizer], rewrites: Sequence[Rewrite]) -> None:
+def rebind(
+    optimizers: Iterable[Optimizer],
+    rewrites: Sequence[Rewrite],
+    lost: Iterable[nn.Parameter] = (),
+) -> None:
     """Point optimizers at the cut parameters and keep the state of what survived.
 
     The optimizer objects, their groups, their order and their hyperparameters stay, so learning
@@ -29,6 +37,7 @@ def rebind(optimizers: Iterable[Optimizer], rewrites: Sequence[Rewrite]) -> None
     Args:
         optimizers: All optimizers of the run.
         rewrites: What :func:`surgery.apply` returned.
+        lost: Parameters that left with their layers; a group may be empty afterwards.
 
     Raises:
         PruningError: If an optimizer keeps state that cannot be cut; nothing is changed then.
@@ -38,6 +47,7 @@ def rebind(optimizers: Iterable[Optimizer], rewrites: Sequence[Rewrite]) -> None
         >>> from lightning_mi_prune.plan import Plan
         >>> from lightning_mi_prune.surgery import apply
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> import torch
         >>> adam = torch.optim.Adam(net.parameters())
         >>> net(torch.ones(1, 3)).sum().backward(); adam.step()
         >>> axis = linear_axis(net, "hidden", kind="ffn", producers=["0"], readers=["2"])
@@ -47,10 +57,11 @@ def rebind(optimizers: Iterable[Optimizer], rewrites: Sequence[Rewrite]) -> None
     """
     all_optimizers = list(optimizers)
     check_optimizers(all_optimizers, (rewrite.old for rewrite in rewrites))
+    gone = {id(parameter) for parameter in lost}
     by_old = {id(rewrite.old): rewrite for rewrite in rewrites}
     moves = []  # everything that can fail comes before the first change
     for optimizer in all_optimizers:
-        for group, place, parameter in _held(optimizer):
+        for group, place, parameter in held(optimizer):
             if (rewrite := by_old.get(id(parameter))) is not None:
                 state = optimizer.state.get(parameter)
                 carried = state and {k: _carry(k, v, rewrite) for k, v in state.items()}
@@ -59,6 +70,19 @@ def rebind(optimizers: Iterable[Optimizer], rewrites: Sequence[Rewrite]) -> None
         parameters[place] = rewrite.new
         if optimizer.state.pop(rewrite.old, None) is not None:
             optimizer.state[rewrite.new] = carried
+    for optimizer in all_optimizers if gone else ():
+        for group in optimizer.param_groups:
+            for parameter in (p for p in group["params"] if id(p) in gone):
+                optimizer.state.pop(parameter, None)
+            group["params"][:] = [p for p in group["params"] if id(p) not in gone]
+
+
+def groups_of(optimizers: Iterable[Optimizer], names: Mapping[int, str]) -> list[list[list[str]]]:
+    """Which parameters every group of every optimizer holds, by name and in order ("" without)."""
+    return [
+        [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
 
 
 def snapshot(
@@ -78,6 +102,7 @@ def snapshot(
         PruningError: As :func:`check_optimizers` raises it for these parameters.
 
     Example:
+        >>> import torch
         >>> net = nn.Linear(3, 2)
         >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         >>> net(torch.ones(1, 3)).sum().backward(); sgd.step()
@@ -85,7 +110,7 @@ def snapshot(
         {'momentum_buffer': tensor([1., 1.])}
     """
     all_optimizers = list(optimizers)
-    named = [[p for _, _, p in _held(o) if id(p) in names] for o in all_optimizers]
+    named = [[p for _, _, p in held(o) if id(p) in names] for o in all_optimizers]
     check_optimizers(all_optimizers, (p for parameters in named for p in parameters))
     return [
         {
@@ -101,6 +126,8 @@ def restore(
     replaced: Mapping[int, nn.Parameter],
     names: Mapping[int, str],
     states: Sequence[Mapping[str, Mapping[str, Any]]],
+    groups: Sequence[Sequence[Sequence[str]]] = (),
+    returned: Mapping[str, nn.Parameter] | None = None,
 ) -> None:
     """Point optimizers at parameters that grew back, with the state they had at a snapshot.
 
@@ -112,11 +139,14 @@ def restore(
         replaced: New parameters by the ``id`` of the old ones.
         names: Qualified name of each new parameter by its ``id``.
         states: What :func:`snapshot` returned; it is not trusted.
+        groups: What :func:`groups_of` returned then; only needed where parameters return.
+        returned: Parameters of layers that came back, by name; they take their old places.
 
     Raises:
         PruningError: If the snapshot does not fit; nothing is changed then.
 
     Example:
+        >>> import torch
         >>> small, large = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2))
         >>> sgd = torch.optim.SGD([small], lr=0.1, momentum=0.9)
         >>> states = [{"weight": {"momentum_buffer": torch.tensor([3.0, 4.0])}}]
@@ -131,18 +161,22 @@ def restore(
             f"The snapshot holds {count} readable optimizer states; expected "
             f"{len(all_optimizers)}. Configure the optimizers the run had when it was taken."
         )
+    back = dict(returned or {})
+    _check_groups(all_optimizers, groups if back else None)
     # All state is built before the first parameter moves: a failure changes nothing.
-    planned = []
-    for optimizer, saved in zip(all_optimizers, states, strict=True):
-        _check_kind(optimizer)
-        for group, place, old in _held(optimizer):
+    planned, joining = [], []
+    for number, (optimizer, saved) in enumerate(zip(all_optimizers, states, strict=True)):
+        check_kind(optimizer)
+        if back:
+            joining += _joining(optimizer, groups[number], saved, back)
+        for group, place, old in held(optimizer):
             new = replaced.get(id(old), old)
             name, present = names.get(id(new)), optimizer.state.get(old, {})
             if name is not None and name in saved:
                 what = f"{type(optimizer).__name__} and {name!r}"
                 state = _revived(what, saved[name], group, present, old, new)
             else:
-                fits = new is old or all(_known(k, v, new.shape) for k, v in present.items())
+                fits = new is old or all(known(k, v, new.shape) for k, v in present.items())
                 state = dict(present) if fits else {}
             planned.append((optimizer, group, place, old, new, state))
     for optimizer, group, place, old, new, state in planned:
@@ -150,98 +184,51 @@ def restore(
         optimizer.state.pop(old, None)
         if state:
             optimizer.state[new] = state
+    known_as = dict(names) | {id(parameter): name for name, parameter in back.items()}
+    for optimizer, parameters, below, new, state in joining:
+        here = [known_as.get(id(p)) for p in parameters]
+        parameters.insert(here.index(below) + 1 if below in here else 0, new)
+        if state:
+            optimizer.state[new] = state
 
 
-def check_optimizers(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
-    """Refuse optimizers whose state cannot follow a cut of these parameters.
+def _joining(
+    optimizer: Optimizer,
+    groups: Sequence[Sequence[str]],
+    saved: Mapping[str, Mapping[str, Any]],
+    back: Mapping[str, nn.Parameter],
+) -> list[tuple[Optimizer, list[nn.Parameter], str | None, nn.Parameter, dict[str, Any]]]:
+    """What comes back to each group: after which name, which parameter, with which state."""
+    found = []
+    for group, wanted in zip(optimizer.param_groups, groups, strict=True):
+        below: str | None = None
+        for name in wanted:
+            if name in back:
+                what = f"{type(optimizer).__name__} and {name!r}"
+                state = _revived(what, saved.get(name, {}), group, {}, back[name], back[name])
+                found.append((optimizer, group["params"], below, back[name], state))
+            below = name or below
+    return found
 
-    Raises:
-        PruningError: With the optimizer's name, the state it keeps, and what works instead.
-    """
-    cut = {id(parameter) for parameter in parameters}
-    for optimizer in optimizers:
-        _check_kind(optimizer)
-        name = type(optimizer).__name__
-        held = [parameter for _, _, parameter in _held(optimizer) if id(parameter) in cut]
-        if len({id(parameter) for parameter in held}) < len(held):
-            raise PruningError(
-                f"{name} holds a parameter twice; expected once. Remove one entry from its groups."
-            )
-        for parameter in held:
-            _check_state(name, parameter, optimizer.state.get(parameter, {}))
 
-
-def _check_kind(optimizer: Optimizer) -> None:
-    """Refuse what is known before the first step, when there is no state to judge yet."""
-    name, keeps = type(optimizer).__name__, None
-    if isinstance(optimizer, torch.optim.LBFGS):
-        keeps = "a history over all parameters flattened together"
-    # bitsandbytes says so here; its state comes in blocks that ignore rows and columns.
-    if getattr(getattr(optimizer, "args", None), "optim_bits", None) == 8:
-        keeps = "its state in blocks of 8-bit numbers"
-    if keeps is not None:
+def _check_groups(
+    optimizers: Sequence[Optimizer], groups: Sequence[Sequence[Sequence[str]]] | None
+) -> None:
+    """Layers that come back must know the groups they come back to."""
+    held_now = [len(optimizer.param_groups) for optimizer in optimizers]
+    then = held_now if groups is None else [len(found) for found in groups]
+    if held_now != then:
         raise PruningError(
-            f"{name} keeps {keeps}, which cannot be cut. Use AdamW or SGD, or prune before "
-            "training with it."
+            f"The optimizers have {held_now} groups of parameters; the snapshot was taken with "
+            f"{then}. Configure the groups the run had when it was taken."
         )
-    for attribute, value in vars(optimizer).items():
-        for inner in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(inner, Optimizer) and inner is not optimizer:
-                kind = type(inner).__name__
-                raise PruningError(
-                    f"{name} wraps {kind} (in {attribute!r}), whose state a cut would not reach: "
-                    f"use {kind} directly."
-                )
-
-
-def _held(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], int, nn.Parameter]]:
-    """Every parameter, with its group and its place there."""
-    for group in optimizer.param_groups:
-        for place, parameter in enumerate(group["params"]):
-            yield group, place, parameter
-
-
-def _along(key: str, value: Tensor, shape: Sequence[int]) -> tuple[int | None, ...] | None:
-    """For each dimension of a state tensor the parameter's that it follows; None: not known."""
-    drop = _SUMMED.get(key)
-    if drop is not None and len(shape) >= 2:
-        dims = [dim for dim in range(len(shape)) if dim != len(shape) + drop]
-        if list(value.shape) == [shape[dim] for dim in dims]:
-            return tuple(dims)
-    if value.ndim == len(shape) and all(
-        size in (1, full) for size, full in zip(value.shape, shape, strict=True)
-    ):
-        return tuple(dim if value.shape[dim] == full else None for dim, full in enumerate(shape))
-    return (None,) * value.ndim if value.numel() == 1 else None
-
-
-def _known(key: str, value: Any, shape: Sequence[int]) -> bool:
-    if not isinstance(value, Tensor):
-        return value is None or isinstance(value, (bool, int, float))
-    plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
-    return plain and not value.is_quantized and _along(key, value, shape) is not None
-
-
-def _check_state(name: str, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
-    for key, value in state.items():
-        if not _known(key, value, parameter.shape):
-            raise PruningError(
-                f"{name} keeps state {key!r} ({_described(value)}) for a parameter of shape "
-                f"{tuple(parameter.shape)}; expected plain tensors of that shape or "
-                "scalars. Use AdamW, Adam, SGD, RMSprop or Adafactor."
-            )
-
-
-def _described(value: Any) -> str:
-    what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
-    return f"{type(value).__name__}, {what}"
 
 
 def _carry(key: str, value: Any, rewrite: Rewrite) -> Any:
-    along = _along(key, value, rewrite.old.shape) if isinstance(value, Tensor) else None
-    if along is None:
+    followed = along(key, value, rewrite.old.shape) if isinstance(value, Tensor) else None
+    if followed is None:
         return value
-    for place, dim in enumerate(along):
+    for place, dim in enumerate(followed):
         if dim is not None and dim in rewrite.kept:
             value = value.index_select(place, rewrite.kept[dim].to(value.device))
     return value.clone() if not rewrite.kept else value
@@ -274,9 +261,9 @@ def _revived(
     state = {}
     for key, value in saved.items():
         before = present.get(key)
-        if not _known(key, value, new.shape) or not _alike(key, value, new, before, old):
+        if not known(key, value, new.shape) or not _alike(key, value, new, before, old):
             raise PruningError(
-                f"The snapshot of {what} holds {key!r} ({_described(value)}), which does not fit "
+                f"The snapshot of {what} holds {key!r} ({described(value)}), which does not fit "
                 f"a parameter of shape {tuple(new.shape)}. Take one of this model and optimizer."
             )
         if isinstance(value, Tensor):
@@ -293,7 +280,7 @@ def _alike(key: str, value: Any, new: Tensor, before: Any, old: Tensor) -> bool:
     """Whether a tensor follows the dimensions that the present one follows."""
     if not isinstance(value, Tensor) or not isinstance(before, Tensor):
         return True
-    now, then = _along(key, value, new.shape) or (), _along(key, before, old.shape) or ()
+    now, then = along(key, value, new.shape) or (), along(key, before, old.shape) or ()
     # Of a dimension one wide nobody can tell whether it is followed.
     sizes = enumerate(zip(new.shape, old.shape, strict=True))
     wide = {dim for dim, both in sizes if min(both) > 1}

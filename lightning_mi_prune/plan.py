@@ -193,6 +193,15 @@ class Plan:
             {dot + n: r for n, r in self.rankings.items()},
         )
 
+    def joined(self, other: Plan) -> Plan:
+        """Both plans in one; where both name an axis, the other holds."""
+        rankings = {n: r for n, r in self.rankings.items() if n not in other.sizes}
+        return Plan(
+            {**self.sizes, **other.sizes},
+            {**self.kept, **other.kept},
+            {**rankings, **other.rankings},
+        )
+
     def bare(self) -> Plan:
         """The same plan without rankings."""
         return Plan(self.sizes, self.kept)

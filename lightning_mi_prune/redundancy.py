@@ -1,22 +1,13 @@
-"""SPARE    which layers of a stack may go: clusters of alike ones, and the rivals (no torch)."""
+"""SPARE    layers that others make up for: clusters of alike ones, and what of them may go."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 
 from lightning_mi_prune.errors import PruningError
 
-__all__ = [
-    "Cluster",
-    "closest_run",
-    "clusters_of",
-    "last_layers",
-    "least_turning",
-    "random_layers",
-    "redundant",
-]
+__all__ = ["Cluster", "clusters_of", "loosest", "redundant", "square"]
 
 Cluster = tuple[int, ...]
 
@@ -46,7 +37,7 @@ def clusters_of(similarity: Sequence[Sequence[float]], threshold: float = 0.98) 
             f"threshold={threshold}; expected a likeness above 0 and up to 1, such as 0.98 "
             "(not a percentage)."
         )
-    count = _square(similarity, "similarity")
+    count = square(similarity, "similarity")
     found = [[0]]
     for layer in range(1, count):
         if similarity[found[-1][0]][layer] >= threshold:
@@ -75,70 +66,32 @@ def redundant(clusters: Sequence[Cluster], every: int = 1) -> tuple[int, ...]:
     return tuple(sorted(layer for cluster in clusters for layer in cluster[1::every]))
 
 
-def least_turning(angles: Sequence[Sequence[float]], count: int) -> tuple[int, ...]:
-    """The layers that turn their input least, each by itself (ShortGPT's block influence).
-
-    Men et al. 2024 (arXiv 2403.03853) rank by ``1 - cos`` of input and output; the angle gives the
-    same order for one sample, and is what is averaged here.
+def loosest(similarity: Sequence[Sequence[float]], count: int, every: int = 1) -> float:
+    """The highest threshold at which ``count`` layers may go.
 
     Args:
-        angles: Mean angle between every pair of states, input of the first layer first
-            (:class:`angles.Angles`): one more than there are layers.
-        count: Layers to remove.
+        similarity: Likeness of every pair of layers.
+        count: Layers that shall go.
+        every: As for :func:`redundant`.
+
+    Raises:
+        PruningError: If no threshold above 0 lets that many go.
 
     Example:
-        >>> least_turning([[0.0, 0.4, 0.5], [0.4, 0.0, 0.1], [0.5, 0.1, 0.0]], 1)
-        (1,)
+        >>> loosest([[1.0, 0.9, 0.7], [0.9, 1.0, 0.8], [0.7, 0.8, 1.0]], 2)
+        0.7
     """
-    layers = _square(angles, "angles") - 1
-    _check_count(count, layers)
-    turned = [angles[layer][layer + 1] for layer in range(layers)]
-    return tuple(sorted(sorted(range(layers), key=lambda layer: (turned[layer], layer))[:count]))
+    levels = sorted({value for row in similarity for value in row if 0 < value <= 1}, reverse=True)
+    for level in levels:
+        if len(redundant(clusters_of(similarity, level), every)) >= count:
+            return level
+    raise PruningError(
+        f"No threshold lets {count} of {len(similarity)} layers go, every={every}: too few of them "
+        "are alike at all. Remove fewer layers."
+    )
 
 
-def closest_run(angles: Sequence[Sequence[float]], count: int) -> tuple[int, ...]:
-    """The ``count`` neighbouring layers that together turn their input least.
-
-    Gromov et al. 2024 (arXiv 2403.17887): the run from ``l`` with the least distance between the
-    states ``l`` and ``l + count``.
-
-    Args:
-        angles: Mean angle between every pair of states, input of the first layer first.
-        count: Layers to remove.
-
-    Example:
-        >>> closest_run([[0.0, 0.4, 0.5], [0.4, 0.0, 0.1], [0.5, 0.1, 0.0]], 1)
-        (1,)
-    """
-    layers = _square(angles, "angles") - 1
-    _check_count(count, layers)
-    first = min(range(layers - count + 1), key=lambda at: (angles[at][at + count], at))
-    return tuple(range(first, first + count))
-
-
-def last_layers(layers: int, count: int) -> tuple[int, ...]:
-    """The top ``count`` layers.
-
-    Example:
-        >>> last_layers(6, 2)
-        (4, 5)
-    """
-    _check_count(count, layers)
-    return tuple(range(layers - count, layers))
-
-
-def random_layers(layers: int, count: int, seed: int = 0) -> tuple[int, ...]:
-    """Any ``count`` layers; the same ones for the same seed.
-
-    Example:
-        >>> random_layers(6, 2, seed=1) == random_layers(6, 2, seed=1)
-        True
-    """
-    _check_count(count, layers)
-    return tuple(sorted(random.Random(seed).sample(range(layers), count)))  # noqa: S311
-
-
-def _square(matrix: Sequence[Sequence[float]], name: str) -> int:
+def square(matrix: Sequence[Sequence[float]], name: str) -> int:
     """Rows of a matrix of finite numbers, as many as columns."""
     count = len(matrix)
     if not count or any(len(row) != count for row in matrix):
@@ -150,11 +103,3 @@ def _square(matrix: Sequence[Sequence[float]], name: str) -> int:
     if odd:
         raise PruningError(f"Rows {odd} of {name} are not finite; nothing can be said of them.")
     return count
-
-
-def _check_count(count: int, layers: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < layers:
-        raise PruningError(
-            f"count={count!r}; expected whole layers to remove, from 0 and below the {layers} "
-            "there are."
-        )

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mi_prune.axes import WidthAxis
-from lightning_mi_prune.sample import Example
 from lightning_mi_prune.selection import Information
+from lightning_mi_prune.sparing import StackCut
 
 __all__ = [
     "AxisCut",
     "Cut",
     "PruningReport",
     "axis_cuts",
-    "count_macs",
     "cut_table",
-    "measure_latency",
     "print_cut",
 ]
 
@@ -65,6 +58,8 @@ class Cut:
         macs: Multiply-accumulates of the network for one example of validation.
         axes: What happened to each axis.
         seconds: Time spent in ``listening``, ``scoring`` and ``cutting``.
+        stacks: What happened to stacks of layers; ``sparsity`` and ``prunable_parameters`` are then
+            those of their layers.
     """
 
     epoch: int
@@ -74,6 +69,7 @@ class Cut:
     macs: int
     axes: tuple[AxisCut, ...]
     seconds: Mapping[str, float]
+    stacks: tuple[StackCut, ...] = ()
 
     @property
     def information_fraction(self) -> float:
@@ -85,6 +81,8 @@ class Cut:
         """What a logger is told."""
         sizes = {"parameters": self.parameters, "sparsity": self.sparsity, "macs": self.macs}
         metrics = {f"prune/{name}": float(value) for name, value in sizes.items()}
+        if self.stacks:
+            return metrics | {f"prune/depth/{s.name}": float(len(s.after)) for s in self.stacks}
         metrics["prune/information_kept"] = self.information_fraction
         return metrics | {f"prune/width/{axis.name}": float(axis.after) for axis in self.axes}
 
@@ -132,6 +130,9 @@ class PruningReport:
         after = before | dict(self.start)
         if self.cuts:
             after = {name: getattr(self.cuts[-1], name) for name in names}
+            if self.cuts[0].stacks:  # shares count what the first callback may remove
+                last = [cut for cut in self.cuts if cut.stacks][-1]
+                after["prunable_parameters"] = last.prunable_parameters
         return {
             "before": before,
             "after": after,
@@ -156,7 +157,9 @@ class PruningReport:
 
 
 def _read_cut(state: Mapping[str, Any]) -> Cut:
-    return Cut(**{**state, "axes": tuple(AxisCut(**axis) for axis in state["axes"])})
+    axes = tuple(AxisCut(**axis) for axis in state["axes"])
+    stacks = tuple(StackCut.read(stack) for stack in state["stacks"])
+    return Cut(**{**state, "axes": axes, "stacks": stacks})
 
 
 def axis_cuts(
@@ -181,6 +184,8 @@ def axis_cuts(
 
 def cut_table(cut: Cut, report: PruningReport) -> Table:
     """The cut as a Rich table."""
+    if cut.stacks:
+        return _stack_table(cut, report)
     common = _common_path([axis.name for axis in cut.axes])
     table = Table(
         title=(
@@ -188,11 +193,7 @@ def cut_table(cut: Cut, report: PruningReport) -> Table:
             + (f" of {common}" if common else "")
             + " are gone"
         ),
-        caption=(
-            f"parameters {report.parameters:,} -> {cut.parameters:,} | "
-            f"MACs an example {report.macs:,} -> {cut.macs:,} | "
-            + " | ".join(f"{name} {s:.1f} s" for name, s in cut.seconds.items())
-        ),
+        caption=_caption(cut, report),
     )
     table.add_column("axis", overflow="fold")
     for name in ("kind", "before", "after", "nats kept", "kept"):
@@ -205,6 +206,35 @@ def cut_table(cut: Cut, report: PruningReport) -> Table:
             str(axis.after),
             f"{axis.information_nats:.2f}",
             f"{axis.information_fraction:.1%}",
+        )
+    return table
+
+
+def _caption(cut: Cut, report: PruningReport) -> str:
+    return (
+        f"parameters {report.parameters:,} -> {cut.parameters:,} | "
+        f"MACs an example {report.macs:,} -> {cut.macs:,} | "
+        + " | ".join(f"{name} {s:.1f} s" for name, s in cut.seconds.items())
+    )
+
+
+def _stack_table(cut: Cut, report: PruningReport) -> Table:
+    """The layers of every stack, and in which cluster they were."""
+    table = Table(
+        title=f"Cut at epoch {cut.epoch}: {cut.sparsity:.1%} of the layers' parameters are gone",
+        caption=_caption(cut, report),
+    )
+    table.add_column("stack", overflow="fold")
+    for name in ("before", "after", "removed", "clusters", "decided by"):
+        table.add_column(name, justify="right" if name in ("before", "after") else "left")
+    for stack in cut.stacks:
+        table.add_row(
+            stack.name,
+            str(len(stack.before)),
+            str(len(stack.after)),
+            " ".join(map(str, stack.removed)),
+            " | ".join(" ".join(map(str, cluster)) for cluster in stack.clusters),
+            f"CKA >= {stack.threshold:.3g}" if stack.criterion == "cka" else stack.criterion,
         )
     return table
 
@@ -222,55 +252,3 @@ def _common_path(names: Sequence[str]) -> str:
 def print_cut(cut: Cut, report: PruningReport) -> None:
     """Print the table of a cut."""
     Console().print(cut_table(cut, report))
-
-
-def count_macs(network: nn.Module, example: Example) -> int:
-    """Multiply-accumulates of one forward pass, counted by torch while it runs.
-
-    Linear maps, convolutions and the two products of attention count; element-wise work does not.
-
-    Args:
-        network: Module to run, in evaluation mode; every mode flag is put back.
-        example: Its inputs (:attr:`Listener.examples`).
-
-    Example:
-        >>> count_macs(nn.Linear(4, 3), Example((torch.zeros(5, 4),), {}))
-        60
-    """
-    modes = {module: module.training for module in network.modules()}
-    counter = FlopCounterMode(display=False)
-    network.eval()
-    try:
-        # The fused CPU kernel is opaque to the counter; the plain one shows its two products.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            network(*example.args, **example.kwargs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return int(counter.get_total_flops()) // 2
-
-
-def measure_latency(
-    calls: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, rounds: int = 5
-) -> dict[str, float]:
-    """Median latency of several calls in ms, measured in turn so that a drifting machine is fair.
-
-    Args:
-        calls: What to time, by name.
-        seconds: Time for each call in all.
-        rounds: How often the calls take turns.
-
-    Example:
-        >>> sorted(measure_latency({"a": lambda: None, "b": lambda: None}, seconds=0.01))
-        ['a', 'b']
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    threads = torch.get_num_threads()
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            timer = Timer("call()", globals={"call": call}, num_threads=threads)
-            measured = timer.blocked_autorange(min_run_time=seconds / rounds)
-            times[name] += [t * 1e3 for t in measured.times]
-    return {name: float(torch.tensor(values).median()) for name, values in times.items()}

@@ -252,3 +252,20 @@ def copied(root: nn.Module, networks: Collection[str]) -> nn.Module:
             node = node.get_submodule(parent)
         node.add_module(last, copy.deepcopy(root.get_submodule(path), memo))
     return shell.eval()
+
+
+def first_call(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None
+) -> Example:
+    """The first example of a call that a module just received, copied."""
+    rows, first = rows_of((*args, *kwargs.values())), torch.zeros(1, dtype=torch.long)
+    kept = taken((args, dict(kwargs), mask), rows, first)
+    return replace(Example(*kept), autocast=_autocast(module))
+
+
+def _autocast(module: nn.Module) -> str:
+    """Type that products have where the module runs now, if that is not their own."""
+    place = next((p.device.type for p in module.parameters()), "cpu")
+    if not torch.is_autocast_enabled(place):
+        return ""
+    return str(torch.get_autocast_dtype(place)).removeprefix("torch.")

@@ -15,6 +15,8 @@ from lightning_mi_prune.alignment import Alignment, Kernel
 from lightning_mi_prune.angles import Angles
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.hooks import Hooked
+from lightning_mi_prune.sample import Example, first_call
+from lightning_mi_prune.sparing import Compared
 
 __all__ = ["StackListener", "blocks_of"]
 
@@ -30,6 +32,7 @@ class StackListener(Hooked):
         model: Module from which everything is named.
         blocks: Paths of the layers, bottom to top.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
+        network: Path of the whole network, one call of which is kept; default: ``scope``.
         positions: Most samples that are compared in one call, at least four.
         kernel: Kernel of the alignment.
         bandwidth: Its width (:class:`alignment.Alignment`).
@@ -52,6 +55,7 @@ class StackListener(Hooked):
         blocks: Sequence[str],
         *,
         scope: str = "",
+        network: str | None = None,
         positions: int = 512,
         kernel: Kernel = "linear",
         bandwidth: float = 1.0,
@@ -65,7 +69,7 @@ class StackListener(Hooked):
         if positions < 4:
             raise PruningError(f"positions={positions}; expected 4 or more.")
         modules = dict(model.named_modules(remove_duplicate=False))
-        missing = [path for path in (*blocks, scope) if path not in modules]
+        missing = [path for path in (*blocks, scope, network or "") if path not in modules]
         if missing:
             raise PruningError(f"{missing} are no modules of {type(model).__name__}.")
         self._layers = [modules[path] for path in blocks]
@@ -76,29 +80,66 @@ class StackListener(Hooked):
             )
         self.alignment = Alignment(len(blocks), kernel, bandwidth)
         self.angles = Angles(len(blocks) + 1)
+        self.examples: dict[str, Example] = {}
         self.seconds = 0.0
-        self._blocks, self._scope, self._positions = list(blocks), modules[scope], positions
+        self._blocks, self._scope, self._positions = list(blocks), scope, positions
+        self._networks = dict.fromkeys((scope, scope if network is None else network))
+        self._model = model
         self._generator = torch.Generator().manual_seed(seed)
         self._mask: Tensor | None = None
         self._index: Tensor | None = None
         self._states: list[Tensor] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._fresh: tuple[int, int] | None = None
+
+    def start_batch(self, rows: int | None = None, padded: int = 0) -> None:
+        """Say that a batch begins, and how many of its examples, at its end, only repeat others."""
+        self._fresh = (rows, rows - padded) if rows is not None and padded else None
+
+    def compared(self, layers: Sequence[int], fixed: int = 0) -> Compared:
+        """How alike the layers are.
+
+        Args:
+            layers: Their numbers as built.
+            fixed: Layers at the bottom that must stay anyway.
+
+        Raises:
+            PruningError: If too little was heard, or values that are not finite.
+        """
+        angles = self.angles.compute()
+        # An input of another shape counts as the zero vector, at a right angle to everything.
+        reshaping = bool((angles[0, 1:] == 0.5).all())
+        return Compared(
+            layers=tuple(layers),
+            similarity=_rows(self.alignment.compute()),
+            angles=_rows(angles),
+            fixed=max(fixed, int(reshaping)),
+        )
 
     def _attach(self) -> Iterator[RemovableHandle]:
-        yield self._scope.register_forward_pre_hook(self._begin, with_kwargs=True)
-        yield self._scope.register_forward_hook(self._end)
+        for path in self._networks:
+            module = self._model.get_submodule(path)
+            yield module.register_forward_pre_hook(self._on_call(path), with_kwargs=True)
         yield self._layers[0].register_forward_pre_hook(self._on_input, with_kwargs=True)
         for place, layer in enumerate(self._layers):
             yield layer.register_forward_hook(self._on_output(place))
 
     def _drop(self) -> None:
         self._mask = self._index = None
-        self._states = []
+        self._states, self._shapes = [], []
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._drop()
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-        given = bound.arguments.get("attention_mask")
-        self._mask = given if isinstance(given, Tensor) else None
+    def _on_call(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+            given = bound.arguments.get("attention_mask")
+            mask = given if isinstance(given, Tensor) else None
+            if path not in self.examples:
+                self.examples[path] = first_call(module, args, kwargs, mask)
+            if path == self._scope:
+                self._drop()
+                self._mask = mask
+
+        return hook
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._hear(0, args[0] if args else next(iter(kwargs.values())))
@@ -106,6 +147,8 @@ class StackListener(Hooked):
     def _on_output(self, place: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._hear(place + 1, output)
+            if place + 1 == len(self._layers):
+                self._end()
 
         return hook
 
@@ -113,7 +156,7 @@ class StackListener(Hooked):
         started = time.perf_counter()
         x = output[0] if isinstance(output, (tuple, list)) else output
         if place == 0:
-            self._states = []
+            self._states, self._shapes = [], []
         if not isinstance(x, Tensor) or len(self._states) != place:
             raise PruningError(
                 f"The stack of {self._blocks[0]!r} runs in another order than it is listed in, or "
@@ -124,24 +167,36 @@ class StackListener(Hooked):
         if self._index is None or not self._states:
             self._index = self._draw(x, len(flat))
         self._states.append(flat[self._index])
+        self._shapes.append(tuple(x.shape[1:]))
         self.seconds += time.perf_counter() - started
 
     def _draw(self, x: Tensor, rows: int) -> Tensor:
-        live = torch.arange(rows)
-        if self._mask is not None and self._mask.shape == x.shape[:-1]:
-            live = self._mask.flatten().bool().cpu().nonzero().flatten()
-        chosen = torch.randperm(len(live), generator=self._generator)[: self._positions]
-        return live[chosen.sort().values].to(x.device)
+        live = torch.ones(x.shape[:1] if x.ndim == 4 else x.shape[:-1], dtype=torch.bool)
+        if self._mask is not None and self._mask.shape == live.shape:
+            live &= self._mask.bool().cpu()
+        if self._fresh is not None and x.shape[0] == self._fresh[0]:
+            live[self._fresh[1] :] = False
+        places = live.flatten().nonzero().flatten()
+        chosen = torch.randperm(len(places), generator=self._generator)[: self._positions]
+        return places[chosen.sort().values].to(x.device)
 
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        started, states = time.perf_counter(), self._states
-        self._drop()
-        if len(states) != len(self._blocks) + 1:
-            return  # another of the network's parts ran
+    def _end(self) -> None:
+        started, states, shapes = time.perf_counter(), self._states, self._shapes
+        self._states, self._shapes, self._index = [], [], None
+        if len(set(shapes[1:])) > 1:
+            raise PruningError(
+                f"The layers of {self._blocks[0]!r} and above have outputs of different widths, "
+                f"{list(dict.fromkeys(shapes[1:]))}; expected one shape, so that a layer can go. "
+                "Name a stack whose layers agree."
+            )
         self.alignment.update(states[1:])
-        if len({x.shape for x in states}) == 1:
-            self.angles.update(states)
+        reshapes = shapes[0] != shapes[1]
+        self.angles.update([torch.zeros_like(states[1]), *states[1:]] if reshapes else states)
         self.seconds += time.perf_counter() - started
+
+
+def _rows(matrix: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in matrix.tolist())
 
 
 def blocks_of(model: nn.Module, stack: str) -> list[str]:
@@ -170,4 +225,10 @@ def blocks_of(model: nn.Module, stack: str) -> list[str]:
             f"{stack!r} holds {len(container)} layers of {kinds}; expected two or more, all of one "
             "class."
         )
-    return [f"{stack}.{name}" if stack else name for name, _ in container.named_children()]
+    names = [name for name, _ in container.named_children()]
+    if names != [str(place) for place in range(len(names))]:
+        raise PruningError(
+            f"The layers of {stack!r} are named {names[:4]}; expected numbers from 0, which close "
+            "up when one goes. Build the container from a plain list."
+        )
+    return [f"{stack}.{name}" if stack else name for name in names]

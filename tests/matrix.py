@@ -30,7 +30,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.xla import XLAStrategy
 
-from lightning_mi_prune.optimizers import check_optimizers
+from lightning_mi_prune.states import check_optimizers
 from lightning_mi_prune.strategies import refuse_unsupported
 from tests.boring import Classifier
 from tests.ranks import launch

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_mi_prune.axes import Slice, WidthAxis, as_built, choose_axes, count_parameters
+from lightning_mi_prune.axes import Slice, WidthAxis, as_built, count_parameters
+from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.errors import PruningError
 
 

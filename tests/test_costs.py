@@ -10,8 +10,8 @@ from lightning_mi_prune.axes import Slice, WidthAxis, count_parameters
 from lightning_mi_prune.costs import MacCosts, ParameterCosts, measure_macs
 from lightning_mi_prune.families import find_axes, linear_axis
 from lightning_mi_prune.listener import Example, Listener
+from lightning_mi_prune.measure import count_macs
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.report import count_macs
 from lightning_mi_prune.surgery import apply
 from tests.models import batch, build, random_plan
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mi_prune import MutualInformationPruning, PruningError, find_axes
-from lightning_mi_prune.axes import choose_axes
 from lightning_mi_prune.budget import Budget
+from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.families import linear_axis
 from lightning_mi_prune.gradients import GradientListener, blank
 from lightning_mi_prune.method import Method

@@ -19,8 +19,8 @@ from lightning_mi_prune.cli import main
 from lightning_mi_prune.clock import measure_table
 from lightning_mi_prune.families import find_axes, linear_axis, register_family
 from lightning_mi_prune.limits import Limits
+from lightning_mi_prune.measure import count_macs
 from lightning_mi_prune.method import Method
-from lightning_mi_prune.report import count_macs
 from lightning_mi_prune.sample import Example
 from tests.boring import Classifier, Sentences
 from tests.models import batch, build, outputs, pictures

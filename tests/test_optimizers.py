@@ -12,8 +12,9 @@ from transformers.optimization import Adafactor as HFAdafactor
 
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, linear_axis
-from lightning_mi_prune.optimizers import check_optimizers, rebind, restore, snapshot
+from lightning_mi_prune.optimizers import rebind, restore, snapshot
 from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.states import check_optimizers
 from lightning_mi_prune.surgery import Rewrite, apply, reshape
 from tests.models import CONFIGS, HEADS, batch, build, random_plan
 

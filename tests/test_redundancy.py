@@ -5,14 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.redundancy import (
-    closest_run,
-    clusters_of,
-    last_layers,
-    least_turning,
-    random_layers,
-    redundant,
-)
+from lightning_mi_prune.redundancy import clusters_of, redundant
+from lightning_mi_prune.rivals import closest_run, last_layers, least_turning, random_layers
 
 ALIKE = [
     [1.00, 0.99, 0.98, 0.90, 0.50],

@@ -10,14 +10,8 @@ from torch import nn
 
 from lightning_mi_prune.families import find_axes
 from lightning_mi_prune.listener import Example
-from lightning_mi_prune.report import (
-    AxisCut,
-    Cut,
-    PruningReport,
-    count_macs,
-    cut_table,
-    measure_latency,
-)
+from lightning_mi_prune.measure import count_macs, measure_latency
+from lightning_mi_prune.report import AxisCut, Cut, PruningReport, cut_table
 from lightning_mi_prune.surgery import apply
 from tests.models import batch, build, random_plan
 

@@ -18,8 +18,9 @@ from transformers import (
     ViTModel,
 )
 
-from lightning_mi_prune.axes import choose_axes, count_parameters, full_plan
+from lightning_mi_prune.axes import count_parameters, full_plan
 from lightning_mi_prune.checkpoints import PlanKeeper
+from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, present_plan
 from lightning_mi_prune.optimizers import rebind

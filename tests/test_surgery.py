@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mi_prune.axes import choose_axes, full_plan
+from lightning_mi_prune.axes import full_plan
+from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes
 from lightning_mi_prune.plan import Plan

@@ -31,7 +31,8 @@ from examples.benchmark.records import Record, gather, key_of, load, part, write
 from examples.benchmark.tables import markdown, print_tables
 from examples.benchmark.variants import Variant
 from lightning_mi_prune import Listener, Plan, PruningWarning, WidthAxis, apply, find_axes
-from lightning_mi_prune.axes import choose_axes, count_parameters, full_plan
+from lightning_mi_prune.axes import count_parameters, full_plan
+from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.gradients import GradientListener
 from lightning_mi_prune.method import pull_back
 from lightning_mi_prune.relevance import check_gradients

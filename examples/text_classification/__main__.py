@@ -29,7 +29,7 @@ from examples.text_classification.model import TextClassifier
 from examples.text_classification.packaged import DataError
 from lightning_mi_prune import PruningError
 from lightning_mi_prune.callbacks import PruningCallback
-from lightning_mi_prune.report import measure_latency
+from lightning_mi_prune.measure import measure_latency
 
 
 class TextClassificationCLI(LightningCLI):

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_mi_prune.axes import WidthAxis, choose_axes
+from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.base import PruningCallback
@@ -26,6 +26,7 @@ from lightning_mi_prune.callbacks.options import (
     check_units,
 )
 from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule, judging_epoch
+from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.criteria import MutualInformation
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.limits import Limits

@@ -23,12 +23,13 @@ from lightning_mi_prune.callbacks.trial import begin_trial, take_back
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.gradients import blank
 from lightning_mi_prune.listener import Listener
-from lightning_mi_prune.optimizers import check_optimizers, rebind
+from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import GradientSums, check_gradients
 from lightning_mi_prune.report import PruningReport, print_cut
 from lightning_mi_prune.sample import Heard
 from lightning_mi_prune.selection import Selection
+from lightning_mi_prune.states import check_optimizers
 from lightning_mi_prune.strategies import agree, decide_once, rewrap
 from lightning_mi_prune.surgery import apply, revert
 

@@ -10,8 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_mi_prune.axes import WidthAxis, count_parameters
 from lightning_mi_prune.budget import sparsity_of
 from lightning_mi_prune.callbacks.state import Pending, RunState
+from lightning_mi_prune.measure import count_macs
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.report import Cut, PruningReport, axis_cuts, count_macs
+from lightning_mi_prune.report import Cut, PruningReport, axis_cuts
 from lightning_mi_prune.sample import Example, placed
 
 __all__ = ["begin_report", "describe", "macs_of", "sizes_of"]

@@ -10,7 +10,7 @@ from lightning_mi_prune.depth import DepthAxis
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families.residual import module_at
 
-__all__ = ["STACKS", "find_stacks"]
+__all__ = ["STACKS", "find_stacks", "stack_at"]
 
 _LISTS = ("layer_types", "mlp_layer_types")
 
@@ -71,6 +71,14 @@ def find_stacks(module: nn.Module) -> list[DepthAxis]:
     return found
 
 
+def stack_at(module: nn.Module, path: str) -> DepthAxis | None:
+    """The stack whose container is at a path, or None if no container of numbered layers is."""
+    container = module_at(module, path)
+    if not isinstance(container, (nn.ModuleList, nn.Sequential)) or not len(container):
+        return None
+    return DepthAxis(name=path, size=len(container))
+
+
 def _describe(network: nn.Module, kind: str) -> Iterator[DepthAxis]:
     prefix = str(getattr(network, "base_model_prefix", ""))
     inner = getattr(network, prefix, None) if prefix else None
@@ -95,6 +103,11 @@ def _describe(network: nn.Module, kind: str) -> Iterator[DepthAxis]:
             size=len(container),
             fixed=_FIXED.get(kind, 0),
             fields=tuple(dict.fromkeys(fields)),
-            lists=_LISTS,
+            lists=tuple(
+                (name, tuple(entries))
+                for name in _LISTS
+                if isinstance(entries := getattr(config, name, None), (list, tuple))
+                and len(entries) == len(container)
+            ),
             scope=f"{at}{holder}" if holder else scope,
         )

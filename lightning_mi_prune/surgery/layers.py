@@ -1,18 +1,22 @@
-"""Layers taken out of a stack: the others close up, and every number follows."""
+"""Layers taken out of a stack, or put back: the others close up, and every number follows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_mi_prune.depth import DepthAxis, full_depth
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
 from lightning_mi_prune.surgery.configs import own_config
 
-__all__ = ["shorten"]
+__all__ = ["Spare", "arrange", "hollow", "shorten"]
+
+Spare = Mapping[str, Mapping[int, nn.Module]]
+"""Layers that are not in their stack now, by its name and their number as built."""
 
 
 def shorten(
@@ -36,7 +40,7 @@ def shorten(
 
     Raises:
         PruningError: If the plan and the model do not belong together, no layer of a stack would
-            stay, or one that others need would go.
+            stay, one that others need would go, or units were cut and their record names layers.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -48,49 +52,140 @@ def shorten(
         (1, 2, 2)
     """
     now = full_depth(axes) if current is None else current
-    places = plan.positions_in(now)
-    cuts = [(axis, places[axis.name]) for axis in axes if axis.name in places]
-    for axis, kept in cuts:
-        _check(model, axis, kept, now)
-    for path in sorted({axis.network for axis, _ in cuts}):
+    plan.positions_in(now)
+    for axis in axes:
+        if getattr(_config(model, axis.network), CONFIG_FIELD, None) is not None:
+            raise PruningError(
+                f"Units of {axis.name!r} were cut already, and their record names layers by "
+                "number. Remove layers first, then units; or let one Trainer do both."
+            )
+    gone = arrange(model, axes, plan, current=now)
+    return [layers[place] for layers in gone.values() for place in sorted(layers)]
+
+
+def arrange(
+    model: nn.Module,
+    axes: Sequence[DepthAxis],
+    plan: Plan,
+    *,
+    current: Plan,
+    spare: Spare | None = None,
+) -> dict[str, dict[int, nn.Module]]:
+    """Give every stack the layers of a plan, out of those it has and the spare ones.
+
+    All stacks change, with every number that follows, or none does.
+
+    Args:
+        model: Module from which the stacks are named.
+        axes: Stacks; those the plan does not name stay.
+        plan: Layers to have, in the numbering of the model as built.
+        current: Plan the model carries now.
+        spare: Layers to put back, in the shape they shall have.
+
+    Returns:
+        The layers that left, by stack and number.
+
+    Raises:
+        PruningError: If the plan and the model do not belong together, or a layer is missing.
+    """
+    mine = [axis for axis in axes if axis.name in plan.sizes]
+    stock = {axis.name: _stock(model, axis, plan, current, spare or {}) for axis in mine}
+    for path in sorted({axis.network for axis in mine}):
         own_config(model, path)
-    gone: list[nn.Module] = []
+    gone: dict[str, dict[int, nn.Module]] = {}
     changed: list[tuple[Any, str, Any]] = []
     try:
-        for axis, kept in cuts:
+        for axis in mine:
+            kept, layers = plan.kept[axis.name], stock[axis.name]
             container = model.get_submodule(axis.name)
-            layers = list(container.children())
-            for holder, name, value in _numbers(model, axis, layers, kept):
+            for holder, name, value in _numbers(model, axis, [layers[place] for place in kept]):
                 changed.append((holder, name, getattr(holder, name)))
                 setattr(holder, name, value)
+            for holder, name, entries in _entries(model, axis, kept):
+                changed.append((holder, name, getattr(holder, name)))
+                setattr(holder, name, entries)
             changed.append((container, "_modules", container._modules))
             container._modules = {str(new): layers[old] for new, old in enumerate(kept)}
-            gone += [layer for old, layer in enumerate(layers) if old not in kept]
+            left = [place for place in current.kept[axis.name] if place not in kept]
+            gone[axis.name] = {place: layers[place] for place in left}
     except BaseException:
         for holder, name, value in reversed(changed):
             setattr(holder, name, value)
         raise
-    return gone
+    return {name: layers for name, layers in gone.items() if layers}
+
+
+def hollow(layer: nn.Module) -> nn.Module:
+    """The same layer without the memory of its parameters, kept to be filled one day."""
+    _exchange(layer, lambda old: torch.empty_like(old, device="meta"))
+    return layer
+
+
+def _filled(layer: nn.Module, device: torch.device | None) -> nn.Module:
+    """The hollow layer with memory on a device; what it says there, loading decides."""
+    if any(parameter.is_meta for parameter in layer.parameters()):
+        _exchange(layer, lambda old: torch.zeros_like(old, device=device or "cpu"))
+        for module in layer.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device or "cpu")
+    return layer
+
+
+def _exchange(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Other parameters in place of all those of a layer; shared ones stay shared."""
+    made: dict[int, nn.Parameter] = {}
+    for module in layer.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                made.setdefault(id(old), nn.Parameter(make(old.detach()), old.requires_grad))
+                module._parameters[name] = made[id(old)]
+
+
+def _stock(
+    model: nn.Module, axis: DepthAxis, plan: Plan, current: Plan, spare: Spare
+) -> dict[int, nn.Module]:
+    """Every layer that can be had, by its number as built; checked against both plans."""
+    kept = plan.kept[axis.name]
+    _check(model, axis, kept, current)
+    container = model.get_submodule(axis.name)
+    layers = dict(zip(current.kept[axis.name], container.children(), strict=True))
+    device = next((p.device for p in container.parameters()), None)
+    for place in kept:
+        if place not in layers:
+            layer = spare.get(axis.name, {}).get(place)
+            if layer is None:
+                raise PruningError(
+                    f"Layer {place} of {axis.name!r} is gone, and nothing is kept to bring it "
+                    "back. Build the model anew with the configuration it was trained with."
+                )
+            layers[place] = _filled(layer, device).train(container.training)
+    return layers
 
 
 def _numbers(
-    model: nn.Module, axis: DepthAxis, layers: Sequence[nn.Module], kept: Sequence[int]
+    model: nn.Module, axis: DepthAxis, layers: Sequence[nn.Module]
 ) -> Iterator[tuple[Any, str, Any]]:
-    """What must say something else, as (holder, attribute, value)."""
-    configs = {id(c): c for path, _ in axis.fields if (c := _config(model, path)) is not None}
-    for config in configs.values():
-        for name in axis.lists:
-            entries = getattr(config, name, None)
-            if isinstance(entries, (list, tuple)) and len(entries) == len(layers):
-                yield config, name, type(entries)(entries[i] for i in kept)
+    """Numbers that must say something else, as (holder, attribute, value)."""
     for path, name in axis.fields:
         if (config := _config(model, path)) is not None:
-            yield config, name, len(kept)
-    for new, old in enumerate(kept):
-        for module in layers[old].modules():
+            yield config, name, len(layers)
+    for new, layer in enumerate(layers):
+        for module in layer.modules():
             for name in axis.places:
                 if isinstance(module.__dict__.get(name), int):
                     yield module, name, new
+
+
+def _entries(
+    model: nn.Module, axis: DepthAxis, kept: Sequence[int]
+) -> Iterator[tuple[Any, str, Any]]:
+    """Config fields with an entry for each layer, as (config, field, entries)."""
+    configs = {id(c): c for path, _ in axis.fields if (c := _config(model, path)) is not None}
+    for config in configs.values():
+        for name, built in axis.lists:
+            entries = getattr(config, name, None)
+            if isinstance(entries, (list, tuple)):
+                yield config, name, type(entries)(built[place] for place in kept)
 
 
 def _config(model: nn.Module, path: str) -> Any:
@@ -109,6 +204,12 @@ def _check(model: nn.Module, axis: DepthAxis, kept: Sequence[int], now: Plan) ->
             f"{axis.name!r} has {len(container)} layers; the plan expects "
             f"{now.width(axis.name)}. The model was changed behind the plan."
         )
+    names = [name for name, _ in container.named_children()]
+    if names != [str(place) for place in range(len(names))]:
+        raise PruningError(
+            f"The layers of {axis.name!r} are named {names[:4]}; expected numbers from 0, which "
+            "close up when one goes."
+        )
     if not kept:
         raise PruningError(f"No layer of {axis.name!r} would stay; keep one or more.")
     if tuple(kept[: axis.fixed]) != tuple(range(axis.fixed)):
@@ -117,8 +218,3 @@ def _check(model: nn.Module, axis: DepthAxis, kept: Sequence[int], now: Plan) ->
         )
     if len(set(map(id, container))) < len(container):
         raise PruningError(f"Layers of {axis.name!r} are one and the same; none can go by itself.")
-    if getattr(_config(model, axis.network), CONFIG_FIELD, None) is not None:
-        raise PruningError(
-            f"Units of {axis.name!r} were cut already, and their record names layers by number. "
-            "Remove layers first, then units."
-        )

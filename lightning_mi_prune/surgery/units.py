@@ -103,11 +103,10 @@ def reshape(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
     """Give every tensor the shape a plan asks for, growing or shrinking; values are not kept.
 
     For loading: weights of the right shape follow.
-    Raises PruningError if the plan names other axes than the model has.
+    Raises PruningError if the plan lacks an axis, or has another size for it.
     """
-    by_name = {axis.name: axis for axis in axes}
-    if dict(plan.sizes) != {name: axis.size for name, axis in by_name.items()}:
-        odd = sorted(set(plan.sizes) ^ set(by_name))
+    odd = sorted(axis.name for axis in axes if plan.sizes.get(axis.name) != axis.size)
+    if odd:
         raise PruningError(
             f"The stored plan was made for another model: axes {odd[:6]} or their sizes differ. "
             "Build the model with the configuration it was trained with."
@@ -219,7 +218,14 @@ def _follow(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
         mine = [axis for axis in axes if axis.network == path]
         for name, number in config_numbers(mine, plan).items():
             setattr(config, name, number)
-        setattr(config, CONFIG_FIELD, plan.under(path).bare().to_json())
+        setattr(config, CONFIG_FIELD, _record(mine, plan).under(path).to_json())
+
+
+def _record(axes: Sequence[WidthAxis], plan: Plan) -> Plan:
+    """What a config says: whoever opens the folder finds only the layers that are there."""
+    names = {axis.here or axis.name: axis.name for axis in axes}
+    kept = {here: plan.kept[name] for here, name in names.items()}
+    return Plan({here: plan.sizes[name] for here, name in names.items()}, kept)
 
 
 def _stand_in(model: nn.Module, axis: WidthAxis, kept: Sequence[int]) -> None:

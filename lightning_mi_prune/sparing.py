@@ -1,0 +1,191 @@
+"""THIN     which layers of a stack go, by one of five criteria (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.redundancy import Cluster, clusters_of, loosest, redundant
+from lightning_mi_prune.rivals import closest_run, last_layers, least_turning, random_layers
+
+__all__ = ["Compared", "LayerCriterion", "StackCut", "Thinning"]
+
+LayerCriterion = Literal["cka", "angle", "angular_run", "last", "random"]
+"""``"cka"``: clusters of alike layers (MPruner); ``"angle"``: the layers that turn their input
+least (ShortGPT); ``"angular_run"``: the run of layers that together turn it least (Gromov et al.);
+``"last"``: the top ones; ``"random"``: any."""
+
+Matrix = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How alike the layers of a stack were in one validation run.
+
+    Args:
+        layers: The layers, as numbered when built, bottom to top.
+        similarity: CKA of every pair ``(L, L)``.
+        angles: Mean angle between every pair of states ``(L + 1, L + 1)``, the input first.
+        fixed: Layers at the bottom that must stay: others use what they hold, or their output
+            has another shape than their input.
+    """
+
+    layers: tuple[int, ...]
+    similarity: Matrix
+    angles: Matrix
+    fixed: int = 0
+
+
+@dataclass(frozen=True)
+class StackCut:
+    """What was decided about one stack, all layers as numbered when the model was built.
+
+    Args:
+        name: Path of the stack.
+        before: Layers before.
+        after: Layers that stay.
+        similarity: CKA of every pair of layers before.
+        clusters: Runs of alike layers; every layer by itself where clusters decide nothing.
+        criterion: What decided.
+        threshold: Likeness to the first of its cluster that a layer had to reach (``"cka"``).
+        every: Of each cluster every so manieth layer goes, never the first.
+    """
+
+    name: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    similarity: Matrix
+    clusters: tuple[Cluster, ...]
+    criterion: str
+    threshold: float
+    every: int = 1
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Layers that go."""
+        return tuple(layer for layer in self.before if layer not in self.after)
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any]) -> StackCut:
+        """What :func:`dataclasses.asdict` made, also through a checkpoint or JSON."""
+        rows = {name: tuple(map(tuple, state[name])) for name in ("similarity", "clusters")}
+        layers = {name: tuple(state[name]) for name in ("before", "after")}
+        return cls(**{**state, **rows, **layers})
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """How the layers that go are chosen.
+
+    Args:
+        threshold: Least CKA with the first layer of a cluster, above 0 and up to 1; None lowers it
+            as far as ``target`` needs.
+        target: Fewest layers that stay in every stack; None leaves it to the threshold.
+        criterion: What decides (:data:`LayerCriterion`).
+        seed: Seed of ``"random"``.
+
+    Raises:
+        PruningError: If an option is out of range, or the criterion needs a target.
+
+    Example:
+        >>> alike = ((1.0, 0.99, 0.9), (0.99, 1.0, 0.97), (0.9, 0.97, 1.0))
+        >>> turned = ((0.0,) * 4,) * 4
+        >>> Thinning().choose("layers", Compared((0, 1, 2), alike, turned)).removed
+        (1,)
+        >>> Thinning(None, target=1).choose("layers", Compared((0, 1, 2), alike, turned)).removed
+        (1, 2)
+    """
+
+    threshold: float | None = 0.98
+    target: int | None = None
+    criterion: LayerCriterion = "cka"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.criterion not in get_args(LayerCriterion):
+            raise PruningError(
+                f"criterion={self.criterion!r}; expected one of {get_args(LayerCriterion)}."
+            )
+        if self.threshold is not None:
+            clusters_of(((1.0,),), self.threshold)
+        target = self.target
+        if target is not None and (
+            isinstance(target, bool) or not isinstance(target, int) or target < 1
+        ):
+            raise PruningError(f"target_layers={target!r}; expected a whole number from 1.")
+        if target is None and (self.threshold is None or self.criterion != "cka"):
+            asked = f"criterion={self.criterion!r}, threshold={self.threshold}"
+            raise PruningError(
+                f"{asked} says nothing of how many layers go; expected target_layers too."
+            )
+
+    def choose(
+        self,
+        name: str,
+        compared: Compared,
+        *,
+        every: int = 1,
+        progress: float = 1.0,
+        built: int = 0,
+    ) -> StackCut:
+        """Which layers of a stack go now.
+
+        Args:
+            name: Path of the stack.
+            compared: How alike its layers are.
+            every: Of each cluster every so manieth layer goes (``"cka"``).
+            progress: Share of the way from the stack as built to the target.
+            built: Layers as built; default: those that were compared.
+        """
+        count, size = len(compared.layers), built or len(compared.layers)
+        most = count
+        if self.target is not None:
+            left = size - round(max(0, size - self.target) * progress)
+            most = max(0, count - max(left, compared.fixed, 1))
+        clusters: list[Cluster] = [(place,) for place in range(count)]
+        threshold = self.threshold or 0.0
+        if self.criterion == "cka":
+            if self.threshold is None and most:
+                threshold = loosest(compared.similarity, most, every)
+            clusters = clusters_of(compared.similarity, threshold or 1.0)
+            gone = _closest(clusters, redundant(clusters, every), compared, most)
+        else:
+            gone = set(self._rival(compared, most))
+        places = compared.layers
+        return StackCut(
+            name=name,
+            before=places,
+            after=tuple(layer for place, layer in enumerate(places) if place not in gone),
+            similarity=compared.similarity,
+            clusters=tuple(tuple(places[place] for place in cluster) for cluster in clusters),
+            criterion=self.criterion,
+            threshold=threshold,
+            every=every,
+        )
+
+    def _rival(self, compared: Compared, count: int) -> Sequence[int]:
+        """Places of ``count`` layers, none of the fixed ones."""
+        fixed = compared.fixed
+        angles = [row[fixed:] for row in compared.angles[fixed:]]
+        layers = len(compared.layers) - fixed
+        if self.criterion == "angle":
+            found = least_turning(angles, count)
+        elif self.criterion == "angular_run":
+            found = closest_run(angles, count)
+        elif self.criterion == "last":
+            found = last_layers(layers, count)
+        else:
+            found = random_layers(layers, count, self.seed)
+        return [place + fixed for place in found]
+
+
+def _closest(
+    clusters: Sequence[Cluster], gone: Sequence[int], compared: Compared, most: int
+) -> set[int]:
+    """At most so many of the layers that may go: those most alike to the first of their cluster."""
+    first = {place: cluster[0] for cluster in clusters for place in cluster}
+    free = [place for place in gone if place >= compared.fixed]
+    free.sort(key=lambda place: (-compared.similarity[first[place]][place], place))
+    return set(free[:most])

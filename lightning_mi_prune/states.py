@@ -1,0 +1,104 @@
+"""STATES   what optimizers keep of a parameter, and whether a cut can follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mi_prune.errors import PruningError
+
+__all__ = ["along", "check_kind", "check_optimizers", "described", "held", "known"]
+
+# The dimension that Adafactor of transformers sums away: of a square matrix, no shape tells.
+_SUMMED: dict[str, int] = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
+
+
+def check_optimizers(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse optimizers whose state cannot follow a cut of these parameters.
+
+    Raises:
+        PruningError: With the optimizer's name, the state it keeps, and what works instead.
+    """
+    cut = {id(parameter) for parameter in parameters}
+    for optimizer in optimizers:
+        check_kind(optimizer)
+        name = type(optimizer).__name__
+        mine = [parameter for _, _, parameter in held(optimizer) if id(parameter) in cut]
+        if len({id(parameter) for parameter in mine}) < len(mine):
+            raise PruningError(
+                f"{name} holds a parameter twice; expected once. Remove one entry from its groups."
+            )
+        for parameter in mine:
+            _check_state(name, parameter, optimizer.state.get(parameter, {}))
+
+
+def check_kind(optimizer: Optimizer) -> None:
+    """Refuse what is known before the first step, when there is no state to judge yet."""
+    name, keeps = type(optimizer).__name__, None
+    if isinstance(optimizer, torch.optim.LBFGS):
+        keeps = "a history over all parameters flattened together"
+    # bitsandbytes says so here; its state comes in blocks that ignore rows and columns.
+    if getattr(getattr(optimizer, "args", None), "optim_bits", None) == 8:
+        keeps = "its state in blocks of 8-bit numbers"
+    if keeps is not None:
+        raise PruningError(
+            f"{name} keeps {keeps}, which cannot be cut. Use AdamW or SGD, or prune before "
+            "training with it."
+        )
+    for attribute, value in vars(optimizer).items():
+        for inner in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(inner, Optimizer) and inner is not optimizer:
+                kind = type(inner).__name__
+                raise PruningError(
+                    f"{name} wraps {kind} (in {attribute!r}), whose state a cut would not reach: "
+                    f"use {kind} directly."
+                )
+
+
+def held(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], int, nn.Parameter]]:
+    """Every parameter, with its group and its place there."""
+    for group in optimizer.param_groups:
+        for place, parameter in enumerate(group["params"]):
+            yield group, place, parameter
+
+
+def along(key: str, value: Tensor, shape: Sequence[int]) -> tuple[int | None, ...] | None:
+    """For each dimension of a state tensor the parameter's that it follows; None: not known."""
+    drop = _SUMMED.get(key)
+    if drop is not None and len(shape) >= 2:
+        dims = [dim for dim in range(len(shape)) if dim != len(shape) + drop]
+        if list(value.shape) == [shape[dim] for dim in dims]:
+            return tuple(dims)
+    if value.ndim == len(shape) and all(
+        size in (1, full) for size, full in zip(value.shape, shape, strict=True)
+    ):
+        return tuple(dim if value.shape[dim] == full else None for dim, full in enumerate(shape))
+    return (None,) * value.ndim if value.numel() == 1 else None
+
+
+def known(key: str, value: Any, shape: Sequence[int]) -> bool:
+    """Whether it is clear what of a state belongs to which unit of a parameter of that shape."""
+    if not isinstance(value, Tensor):
+        return value is None or isinstance(value, (bool, int, float))
+    plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+    return plain and not value.is_quantized and along(key, value, shape) is not None
+
+
+def _check_state(name: str, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
+    for key, value in state.items():
+        if not known(key, value, parameter.shape):
+            raise PruningError(
+                f"{name} keeps state {key!r} ({described(value)}) for a parameter of shape "
+                f"{tuple(parameter.shape)}; expected plain tensors of that shape or "
+                "scalars. Use AdamW, Adam, SGD, RMSprop or Adafactor."
+            )
+
+
+def described(value: Any) -> str:
+    """A state in a few words, for an error."""
+    what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
+    return f"{type(value).__name__}, {what}"
