@@ -47,7 +47,7 @@ The method, one step a file::
 
 from lightning_mi_prune.axes import Count, Silence, Slice, WidthAxis
 from lightning_mi_prune.budget import Budget
-from lightning_mi_prune.callbacks import MutualInformationPruning
+from lightning_mi_prune.callbacks import CKALayerPruning, MutualInformationPruning
 from lightning_mi_prune.criteria import (
     ActivationNorm,
     Magnitude,
@@ -75,6 +75,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationNorm",
     "Budget",
+    "CKALayerPruning",
     "Count",
     "GradientListener",
     "Limits",

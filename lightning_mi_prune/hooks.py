@@ -9,7 +9,7 @@ from types import TracebackType
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-__all__ = ["Hooked"]
+__all__ = ["Ear", "Hooked"]
 
 
 class Hooked(ABC):
@@ -50,3 +50,16 @@ class Hooked(ABC):
             handle.remove()
         self._handles.clear()
         self._drop()
+
+
+class Ear(Hooked):
+    """What listens in validation, and is told of every batch."""
+
+    @abstractmethod
+    def start_batch(self, rows: int | None = None, padded: int = 0) -> None:
+        """Say that a batch begins.
+
+        Args:
+            rows: Examples in the batch, if known.
+            padded: How many of them, at the end, only repeat others: they are not heard.
+        """

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.axes import WidthAxis
-from lightning_mi_prune.hooks import Hooked
+from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.moments import Moments, check_moments
 from lightning_mi_prune.sample import Example, first_call, taken
 
 __all__ = ["Example", "Listener"]
 
 
-class Listener(Hooked):
+class Listener(Ear):
     """Hooks the readers of every axis and sums what arrives, until the ``with`` block ends.
 
     One sample is one position that is not padding; where the layer has no positions (after

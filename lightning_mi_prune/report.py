@@ -234,7 +234,7 @@ def _stack_table(cut: Cut, report: PruningReport) -> Table:
             str(len(stack.after)),
             " ".join(map(str, stack.removed)),
             " | ".join(" ".join(map(str, cluster)) for cluster in stack.clusters),
-            f"CKA >= {stack.threshold:.3g}" if stack.criterion == "cka" else stack.criterion,
+            f"CKA >= {stack.threshold:.4f}" if stack.criterion == "cka" else stack.criterion,
         )
     return table
 

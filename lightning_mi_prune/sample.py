@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.relevance import GradientSums
+from lightning_mi_prune.sparing import Compared
 
 __all__ = [
     "Example",
@@ -64,13 +65,15 @@ class Heard:
         ranks: Inputs to run the cut model on, of each rank, by path of the network called.
         samples: Stored positions ``(N, d)`` of each place; empty where nobody asked.
         examples: One call of each network, to count and to time its work.
+        stacks: How alike the layers of each stack are, by its name.
     """
 
-    moments: Mapping[str, Moments]
+    moments: Mapping[str, Moments] = field(default_factory=dict)
     gradients: Mapping[str, GradientSums] | None = None
     ranks: Sequence[Mapping[str, Sequence[Example]]] = ()
     samples: Mapping[str, Tensor] = field(default_factory=dict)
     examples: Mapping[str, Example] = field(default_factory=dict)
+    stacks: Mapping[str, Compared] = field(default_factory=dict)
 
 
 def rows_of(values: Iterable[Any]) -> int | None:

@@ -14,14 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from lightning_mi_prune.alignment import Alignment, Kernel
 from lightning_mi_prune.angles import Angles
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.hooks import Hooked
+from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.sample import Example, first_call
 from lightning_mi_prune.sparing import Compared
 
 __all__ = ["StackListener", "blocks_of"]
 
 
-class StackListener(Hooked):
+class StackListener(Ear):
     """Hears what every layer of a stack says, and sums how alike and how far apart they are.
 
     Samples are positions without padding, the same ones for all layers, drawn anew for each call

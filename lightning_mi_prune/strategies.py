@@ -29,7 +29,6 @@ __all__ = [
     "decide_once",
     "gather",
     "pool",
-    "refuse_second",
     "refuse_unsupported",
     "rewrap",
     "together",
@@ -244,18 +243,4 @@ def _refuse_strategy(strategy: Strategy) -> None:
     elif not isinstance(strategy, SingleDeviceStrategy):
         raise MisconfigurationException(
             f"{name} is not known to survive a cut; use Trainer(strategy='ddp') or one device."
-        )
-
-
-def refuse_second(trainer: pl.Trainer, callback: pl.Callback, kind: type[pl.Callback]) -> None:
-    """Refuse two callbacks that both own the plan of the module.
-
-    Raises:
-        MisconfigurationException: If another callback of this kind is in the trainer.
-    """
-    others = [c for c in trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
-    if len(others) > 1:
-        raise MisconfigurationException(
-            f"{len(others)} pruning callbacks in one Trainer would each cut by a plan of their "
-            f"own; expected one. Give one {type(callback).__name__} all units, or fit twice."
         )

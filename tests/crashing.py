@@ -35,7 +35,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lightning_mi_prune import gradients, listener, optimizers, ranking, refit
-from lightning_mi_prune.callbacks import base, steps
+from lightning_mi_prune.callbacks import base, steps, widths
 from lightning_mi_prune.surgery import units
 from tests.models import build
 from tests.runs import Watch, fit, sha
@@ -137,7 +137,7 @@ CASES: dict[str, Case] = {
     "killed in surgery, sizes not yet true": Case(before(units, "_follow"), 2),
     "killed carrying the optimizer across": Case(before(optimizers, "_carry"), 2, 7),
     "killed before wrapping again": Case(before(steps, "rewrap"), 2),
-    "killed before the report": Case(before(steps, "describe"), 2),
+    "killed before the report": Case(before(widths, "describe"), 2),
     "killed taking a cut back": Case(SWAP, 2, 4, method=WRONG),
     "killed taking a cut back, optimizer half undone": Case(
         before(optimizers, "_revived"), 2, 7, saves="epochs", method=WRONG

@@ -286,6 +286,7 @@ HEARD = {
     "gradients": {"a": FELT},
     "calls": [{"": [CALL]}],
     "samples": {"a": torch.ones(2, 1)},
+    "stacks": {},
 }
 
 
@@ -295,7 +296,9 @@ def heard(**change):
 
 PENDING = {"epoch": 1, "sparsity": 0.5, "plan": "{}", "folded": {}, "information": {}}
 TRIAL = {"epoch": 1, "reached": 0.0, "kept": 1.0, "plan": "{}", "weights": {}, "optimizers": [],
-         "failed_at": None}  # fmt: skip
+         "groups": [], "failed_at": None}  # fmt: skip
+ALIKE = {"layers": [0, 2], "similarity": [[1.0, 0.5], [0.5, 1.0]], "angles": [[0.0] * 3] * 3,
+         "fixed": 0}  # fmt: skip
 PLAN = '{"kept":{"a":[0]},"sizes":{"a":2},"version":1}'
 
 
@@ -305,7 +308,7 @@ PLAN = '{"kept":{"a":[0]},"sizes":{"a":2},"version":1}'
         None,
         [],
         {"version": 1},
-        {"version": 3},
+        {"version": 2},
         {"version": None},
         {"reached": float("nan")},
         {"reached": 1e9},
@@ -350,6 +353,13 @@ PLAN = '{"kept":{"a":[0]},"sizes":{"a":2},"version":1}'
         heard(samples={"a": LYING}),
         heard(samples={"a": 3}),
         heard(samples=None),
+        heard(stacks=None),
+        heard(stacks={"a": {**ALIKE, "similarity": [[1.0]]}}),
+        {"compared": {"a": {**ALIKE, "angles": [[0.0] * 3, [0.0] * 3, [0.0]]}}},
+        {"compared": {"a": {**ALIKE, "layers": [0, -1]}}},
+        {"compared": {"a": {**ALIKE, "fixed": 3}}},
+        {"compared": {"a": {**ALIKE, "angles": [[float("nan")] * 3] * 3}}},
+        {"every": -1},
         {"pending": {}},
         {"pending": PENDING},
         {"pending": {**PENDING, "plan": PLAN, "folded": {"x": 3}}},
@@ -361,6 +371,7 @@ PLAN = '{"kept":{"a":[0]},"sizes":{"a":2},"version":1}'
         {"trial": {**TRIAL, "plan": PLAN, "failed_at": "no"}},
         {"trial": {**TRIAL, "plan": PLAN, "kept": float("nan")}},
         {"trial": {**TRIAL, "plan": PLAN, "optimizers": [3]}},
+        {"trial": {**TRIAL, "plan": PLAN, "groups": [3]}},
         {"examples": {"a": {"args": 3, "kwargs": {}, "mask": None}}},
         {"examples": {"a": {"args": (), "kwargs": {}, "mask": None, "autocast": "exec"}}},
         {"seconds": {"a": None}},

@@ -5,48 +5,35 @@ Every step is a function of another file.
 
 from __future__ import annotations
 
-from functools import partial
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 from typing_extensions import override
 
+from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.callbacks.companions import without_best
-from lightning_mi_prune.callbacks.feeling import write_felt
 from lightning_mi_prune.callbacks.run import (
     is_dev_run,
     is_last_validation,
     padded_rows,
     rerun_validation,
-    run_length,
     validation_batches,
-    without_frozen,
 )
 from lightning_mi_prune.callbacks.schedule import Schedule
-from lightning_mi_prune.callbacks.state import Asked, RunState, reconcile
+from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.callbacks.steps import PruningSteps
-from lightning_mi_prune.callbacks.telling import begin_report, sizes_of
 from lightning_mi_prune.callbacks.trial import judge
 from lightning_mi_prune.checkpoints import PlanKeeper
-from lightning_mi_prune.families import find_axes, is_within
-from lightning_mi_prune.gradients import blank
-from lightning_mi_prune.listener import Listener
-from lightning_mi_prune.moments import check_moments
+from lightning_mi_prune.depth import DepthAxis
+from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.report import PruningReport
-from lightning_mi_prune.sample import Heard, placed, refreshed
-from lightning_mi_prune.strategies import (
-    agree,
-    gather,
-    pool,
-    refuse_second,
-    refuse_unsupported,
-    together,
-    world_size,
-)
-from lightning_mi_prune.surgery import check
+from lightning_mi_prune.sample import Heard
+from lightning_mi_prune.strategies import agree, refuse_unsupported, together
 
 __all__ = ["PruningCallback"]
 
@@ -54,11 +41,32 @@ __all__ = ["PruningCallback"]
 class PruningCallback(PruningSteps):
     """The run of a pruning method: which hook of the Trainer takes which step."""
 
+    @abstractmethod
+    def find(self, module: nn.Module) -> Sequence[WidthAxis | DepthAxis]:
+        """All that the module can lose, whether this method takes it or not."""
+
+    @abstractmethod
+    def reconcile(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
+        """Let go of what does not fit the options a run resumes with; says what, in sentences."""
+
+    @abstractmethod
+    def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> Ear:
+        """What hears the validation that comes now."""
+
+    @abstractmethod
+    def hear(self, trainer: pl.Trainer, listener: Ear) -> Heard | None:
+        """What all ranks heard together; None, with a warning, where it was too little."""
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the plan travel with the module's state dict; refuse what cannot work."""
-        refuse_second(trainer, self, PruningCallback)
-        self._keeper = PlanKeeper.of(pl_module, partial(find_axes, within=self._within))
+        alike = [other for other in self._others(trainer) if other.turn == self.turn]
+        if alike:
+            raise MisconfigurationException(
+                f"{len(alike) + 1} {type(self).__name__} in one Trainer would each cut by a plan "
+                "of their own; expected one. Give one of them all there is to cut, or fit twice."
+            )
+        self._keeper = PlanKeeper.of(pl_module, self.find)
         if stage == "fit":
             refuse_unsupported(trainer, pl_module)
             self._run, self.report = RunState(), PruningReport()
@@ -80,34 +88,20 @@ class PruningCallback(PruningSteps):
         """A validation that is still to be heard is run again, whole, when the run resumes."""
         if self._listens(trainer) and self._run.heard is None and "loops" in checkpoint:
             rerun_validation(trainer, checkpoint["loops"])
-        write_felt(trainer, self._run.felt, checkpoint.get("callbacks", {}).get(self.state_key))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the axes and check everything that can be known before the first batch."""
-
-        def prepare() -> str:
-            keeper = self._kept()
-            mine = [axis for axis in keeper.axes if is_within(axis.name, self._within)]
-            self._chosen = self.choose(without_frozen(pl_module, mine))
-            check(pl_module, self._chosen, keeper.plan)
-            if not self._run.fitted.epochs:
-                axes, plan = keeper.axes, keeper.plan
-                self.report = begin_report(pl_module, axes, self._chosen, plan)
-            self._check_optimizers(trainer, pl_module)
-            present = {name: len(kept) for name, kept in keeper.plan.kept.items()}
-            self.check(pl_module, self._chosen, present)
-            sizes = [(axis.name, axis.size) for axis in self._chosen]
-            sampling = (self._positions, self._calls, self._samples, self._steps, self._seed)
-            options = (self._budget, self._best_of, sampling)
-            return f"{keeper.plan.digest()} {sizes} {options}"
-
-        together(trainer.strategy, "what to prune and how", prepare)
-        asked = Asked(self._budget, self.aim(), self._calls, self._samples, self._steps)
-        for surprise in reconcile(self._run, self._chosen, pl_module, asked):
+        together(
+            trainer.strategy,
+            "what to prune and how",
+            lambda: self.prepare(trainer, pl_module),
+        )
+        for surprise in self.reconcile(trainer, pl_module):
             rank_zero_warn(surprise)
-        if trainer.global_rank and self._run.felt is not None:  # rank 0 goes on with all of it
-            self._run.felt = blank(pl_module, self._chosen)
+        for other in self._others(trainer):  # one run, one report: that of the first turn
+            first, second = sorted((self, other), key=lambda callback: callback.turn)
+            second.report = first.report
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -124,11 +118,11 @@ class PruningCallback(PruningSteps):
                 "val_dataloader and a validation_step, with limit_val_batches above 0."
             )
         run, every = self._run, trainer.check_val_every_n_epoch or 1
-        begin = run.begin if run.fitted.epochs else trainer.current_epoch
+        begin = self._begin(trainer)
         fitted = together(
             trainer.strategy,
             "the schedule of the cuts",
-            lambda: self.schedule(run_length(trainer), every, begin),
+            lambda: self.schedule(self._end(trainer), every, begin),
         )
         if fitted != run.fitted:
             run.fitted, run.schedule, run.begin = fitted, fitted, begin
@@ -142,16 +136,7 @@ class PruningCallback(PruningSteps):
             return
         self._close()
         self._run.heard = None
-        world = world_size(trainer.strategy)
-        self._listener = Listener(
-            pl_module,
-            self._chosen,
-            positions=-(-self._positions // world),
-            batches=validation_batches(trainer),
-            seed=self._seed,
-            calls=-(-self._calls // world),
-            samples=-(-self._samples // world),
-        ).__enter__()
+        self._listener = self.listen(trainer, pl_module).__enter__()
 
     @override
     def on_validation_batch_start(
@@ -171,26 +156,13 @@ class PruningCallback(PruningSteps):
         """Judge the last cut, add up what all ranks heard, and decide if the epoch is over."""
         run, listener = self._run, self._close()
         if self._budget is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            run.trial, run.best = judge(trainer, self._budget, run)
+            run.trial, run.best = judge(trainer, self._budget, run, self._end(trainer))
         if listener is None or self._is_failed():
             return
-        run.examples = refreshed(run.examples, listener.calls(self._chosen))
-        run.seconds = {"listening": listener.seconds}
-        pool(trainer.strategy, listener.moments)
-        check_moments(listener.moments)
-        gradients = self._felt(trainer)
-        if self._steps and gradients is None:
+        heard = self.hear(trainer, listener)
+        if heard is None:
             return
-        run.heard, run.heard_at = Heard(listener.moments, gradients), trainer.current_epoch
-        if self._calls:
-            stored = placed(listener.stored, torch.device("cpu"))
-            run.heard.ranks = gather(trainer.strategy, stored)
-        if self._samples:
-            parts = gather(trainer.strategy, listener.samples)
-            keys = listener.samples or parts[0]
-            run.heard.samples = {
-                key: torch.cat([p[key] for p in parts if key in p]) for key in keys
-            }
+        run.heard, run.heard_at = heard, trainer.current_epoch
         if trainer.is_last_batch:
             self._decide(trainer, pl_module, trainer.current_epoch + 1)
 
@@ -198,7 +170,7 @@ class PruningCallback(PruningSteps):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide what to cut at the start of the next epoch, if that is still open."""
         self._hold_patience(trainer)
-        sizes = sizes_of(pl_module, self.report, self._chosen, self._kept().plan)
+        sizes = self.sizes(pl_module) if self._is_last_turn(trainer) else {}
         for name, value in sizes.items():
             pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
         if not self._listens(trainer) or self._is_failed() or is_dev_run(trainer):
@@ -224,7 +196,8 @@ class PruningCallback(PruningSteps):
         if run.trial is not None and run.trial.failed_at is not None:
             if epoch > run.trial.failed_at:
                 self._take_back(trainer, pl_module)
-            return
+            else:
+                return
         if run.pending is None and run.heard is not None and run.heard_at < epoch:
             self._decide(trainer, pl_module, epoch)
         if run.pending is not None and run.pending.epoch <= epoch:
@@ -237,21 +210,6 @@ class PruningCallback(PruningSteps):
         """Some resumptions skip the start of an epoch too; nothing must wait for another one."""
         self.on_train_epoch_start(trainer, pl_module)
 
-        if self._steps and self._run.heard is None and self._listens(trainer):
-            self._feeling.begin(trainer, pl_module, self._chosen, self._run, batch_idx)
-
-    @override
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Add what the training step let feel to the sums."""
-        self._feeling.end()
-
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the run ended before the schedule did."""
@@ -263,7 +221,7 @@ class PruningCallback(PruningSteps):
                 f"Training ended after {total - len(left)} of {total} cuts (the next was due at "
                 f"epoch {left[0]}); the model is larger than asked for."
             )
-        if self._best_of != "any_size" and self.report.cuts:
+        if self._best_of != "any_size" and self.report.cuts and self._is_last_turn(trainer):
             for metric in without_best(trainer):
                 rank_zero_warn(
                     f"ModelCheckpoint(monitor={metric!r}) saved no model of the final size, so it "
@@ -278,8 +236,7 @@ class PruningCallback(PruningSteps):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the listening hooks down and let the companions go."""
-        self._close()
-        self._feeling.close()
+        self.quiet()
         self._patience.release()
 
     @override
@@ -287,6 +244,15 @@ class PruningCallback(PruningSteps):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Take the listening hooks down and let the companions go."""
-        self._close()
-        self._feeling.close()
+        self.quiet()
         self._patience.release()
+
+    def _hold_patience(self, trainer: pl.Trainer) -> None:
+        if not self._is_last_turn(trainer):
+            return
+        held = trainer.state.fn == "fit" and self._best_of != "any_size"
+        finished = all(callback._is_finished() for callback in (self, *self._others(trainer)))
+        if held and not finished and not is_dev_run(trainer):
+            self._patience.hold(trainer)
+        else:
+            self._patience.release()

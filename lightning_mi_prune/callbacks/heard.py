@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
-from lightning_mi_prune.callbacks.untrusted import is_plain, tensors, whole
+from lightning_mi_prune.callbacks.untrusted import is_plain, number, tensors, whole
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.sample import Example, Heard
+from lightning_mi_prune.sparing import Compared
 
-__all__ = ["read_example", "read_gradients", "read_heard", "write_gradients", "write_heard"]
+__all__ = [
+    "read_compared",
+    "read_example",
+    "read_gradients",
+    "read_heard",
+    "write_compared",
+    "write_gradients",
+    "write_heard",
+]
 
 _LARGEST = 2**20
 
@@ -27,6 +37,7 @@ def write_heard(heard: Heard) -> dict[str, Any]:
             for rank in heard.ranks
         ],
         "samples": dict(heard.samples),
+        "stacks": write_compared(heard.stacks),
     }
 
 
@@ -48,6 +59,7 @@ def read_heard(state: Mapping[str, Any]) -> Heard:
             for rank in state["calls"]
         ],
         samples=tensors(state["samples"]),
+        stacks=read_compared(state["stacks"]),
     )
 
 
@@ -65,6 +77,27 @@ def read_gradients(state: Mapping[str, Any]) -> dict[str, GradientSums]:
             raise ValueError(f"{sums.numel()} sums of gradients for {dimension} outputs")
         _check_finite(name, sums)
         found[name] = GradientSums(dimension, units, inside=bool(inside)).unpack(sums)
+    return found
+
+
+def write_compared(stacks: Mapping[str, Compared]) -> dict[str, Any]:
+    """How alike the layers of stacks are, as plain lists."""
+    return {name: asdict(compared) for name, compared in stacks.items()}
+
+
+def read_compared(state: Mapping[str, Any]) -> dict[str, Compared]:
+    """What :func:`write_compared` wrote; raises a plain exception for anything else."""
+    found = {}
+    for name, parts in state.items():
+        layers = tuple(whole(layer) for layer in parts["layers"])
+        sizes = {"similarity": len(layers), "angles": len(layers) + 1}
+        matrices = {
+            key: tuple(tuple(number(value) for value in row) for row in parts[key]) for key in sizes
+        }
+        for key, size in sizes.items():
+            if [len(row) for row in matrices[key]] != [size] * size:
+                raise ValueError(f"{key} of {name!r:.60} is no square of {size} layers")
+        found[str(name)] = Compared(layers, **matrices, fixed=whole(parts["fixed"], len(layers)))
     return found
 
 

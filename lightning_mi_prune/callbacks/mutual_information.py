@@ -12,12 +12,10 @@ from typing_extensions import override
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.budget import Budget
-from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
-from lightning_mi_prune.callbacks.base import PruningCallback
 from lightning_mi_prune.callbacks.companions import BestOf
 from lightning_mi_prune.callbacks.options import (
+    asked_budget,
     between,
-    check_budget,
     check_choices,
     check_counts,
     check_order,
@@ -26,6 +24,7 @@ from lightning_mi_prune.callbacks.options import (
     check_units,
 )
 from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule, judging_epoch
+from lightning_mi_prune.callbacks.widths import WidthPruning
 from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.criteria import MutualInformation
 from lightning_mi_prune.errors import PruningError
@@ -38,7 +37,7 @@ from lightning_mi_prune.strategies import add_up, world_size
 __all__ = ["MutualInformationPruning"]
 
 
-class MutualInformationPruning(PruningCallback):
+class MutualInformationPruning(WidthPruning):
     """Make the encoder smaller while it trains, keeping the units that inform the layer above.
 
     During validation the callback listens to the input of every output projection. At the end of
@@ -55,8 +54,8 @@ class MutualInformationPruning(PruningCallback):
             predicted from a table that is measured on this device.
         keep_information: Instead: share of the information with the layers above, in nats and
             summed over all axes, that stays.
-        units: Kinds of unit to cut: ``"ffn"``, ``"heads"``, ``"pooler"``, ``"residual"`` (the width
-            of stream and word embeddings). Default: the first two, where the model has them.
+        units: Kinds of unit to cut: ``"ffn"``, ``"heads"`` (default), ``"pooler"``, ``"residual"``
+            (the width of stream and word embeddings).
         module: Path of the submodule to search, such as ``"encoder"``; default: the whole module.
         include: Regular expression; only axes whose name it finds are cut.
         exclude: Regular expression; axes whose name it finds are left alone.
@@ -183,10 +182,6 @@ class MutualInformationPruning(PruningCallback):
         check_regex("include", include)
         check_regex("exclude", exclude)
         check_units(units)
-        check_budget(max_drop, monitor, mode, on_drop)
-        budget = None
-        if max_drop is not None and monitor is not None:
-            budget = AccuracyBudget(float(max_drop), monitor, mode, on_drop)
         targets = (target_parameters, target_macs, target_latency_ms, keep_information)
         if sparsity is None and targets == (None,) * 4:
             sparsity = 0.5
@@ -216,7 +211,7 @@ class MutualInformationPruning(PruningCallback):
             seed=seed,
             verbose=verbose,
             best_of=best_of,
-            budget=budget,
+            budget=asked_budget(max_drop, monitor, mode, on_drop),
         )
         self._units, self._include, self._exclude = units, include, exclude
         self._ramp: Ramp = ramp
@@ -273,10 +268,14 @@ class MutualInformationPruning(PruningCallback):
     ) -> Selection | None:
         keeper = self._kept()
         heard.examples = self._run.examples
+        if self.method.budget.kind == "sparsity":
+            goal = self.left_to_reach(goal)
+        if goal <= 0:
+            return None
         return self.method.decide(
             module,
             keeper.axes,
-            self._chosen,
+            self._standing,
             keeper.plan,
             heard,
             progress=min(1.0, goal / self._goal),

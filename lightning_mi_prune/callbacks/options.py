@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from typing import get_args
+from typing import Literal, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.companions import BestOf
 
 __all__ = [
+    "asked_budget",
     "between",
-    "check_budget",
     "check_choices",
     "check_counts",
     "check_order",
@@ -48,6 +49,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "widths": ("global", "uniform"),
     "relevance": ("gradient", "readers", None),
     "estimator": ("gaussian", "copula"),
+    "kernel": ("linear", "rbf"),
     "mode": ("max", "min"),
     "on_drop": ("halve", "stop"),
     "best_of": get_args(BestOf),
@@ -132,8 +134,15 @@ def check_units(units: object) -> None:
         )
 
 
-def check_budget(max_drop: float | None, monitor: str | None, mode: str, on_drop: str) -> None:
-    """Refuse an accuracy budget that says too little, or too much."""
+def asked_budget(
+    max_drop: float | None,
+    monitor: str | None,
+    mode: Literal["max", "min"],
+    on_drop: Literal["halve", "stop"] = "halve",
+    *,
+    relative: bool = False,
+) -> AccuracyBudget | None:
+    """The accuracy budget that options ask for; refuses one that says too little, or too much."""
     check_choices(mode=mode, on_drop=on_drop)
     check_types(monitor=monitor)
     if max_drop is None:
@@ -141,9 +150,10 @@ def check_budget(max_drop: float | None, monitor: str | None, mode: str, on_drop
             raise MisconfigurationException(
                 f"monitor={monitor!r} is watched for max_drop only, which is None; set both."
             )
-        return
-    between("max_drop", max_drop, 0, math.inf, closed=True)
+        return None
+    between("max_drop", max_drop, 0, 1 if relative else math.inf, closed=True)
     if monitor is None:
         raise MisconfigurationException(
             f"max_drop={max_drop} needs monitor, the name of a metric that validation logs."
         )
+    return AccuracyBudget(float(max_drop), monitor, mode, on_drop, relative)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DistributedSampler
 
 from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.depth import DepthAxis
 
 __all__ = [
     "is_dev_run",
@@ -22,6 +23,8 @@ __all__ = [
     "validation_batches",
     "without_frozen",
 ]
+
+Part = TypeVar("Part", WidthAxis, DepthAxis)
 
 
 def is_dev_run(trainer: pl.Trainer) -> bool:
@@ -40,7 +43,7 @@ def validation_batches(trainer: pl.Trainer) -> int | None:
     return None if any(math.isinf(n) for n in numbers) else sum(int(n) for n in numbers)
 
 
-def without_frozen(module: pl.LightningModule, axes: list[WidthAxis]) -> list[WidthAxis]:
+def without_frozen(module: pl.LightningModule, axes: list[Part]) -> list[Part]:
     """Leave out networks that are frozen whole, such as a teacher, beside one that is trained."""
     trained = {
         path

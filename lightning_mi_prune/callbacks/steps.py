@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.companions import BestOf, Patience, restart_comparison
-from lightning_mi_prune.callbacks.feeling import Feeling, is_scaled, pooled
+from lightning_mi_prune.callbacks.records import Pending, Trial
 from lightning_mi_prune.callbacks.run import is_dev_run, run_length
 from lightning_mi_prune.callbacks.schedule import Schedule
-from lightning_mi_prune.callbacks.state import Pending, RunState
-from lightning_mi_prune.callbacks.telling import describe, macs_of
+from lightning_mi_prune.callbacks.state import RunState
+from lightning_mi_prune.callbacks.telling import macs_of
 from lightning_mi_prune.callbacks.trial import begin_trial, take_back
 from lightning_mi_prune.checkpoints import PlanKeeper
-from lightning_mi_prune.gradients import blank
-from lightning_mi_prune.listener import Listener
+from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.relevance import GradientSums, check_gradients
-from lightning_mi_prune.report import PruningReport, print_cut
+from lightning_mi_prune.report import Cut, PruningReport, print_cut
 from lightning_mi_prune.sample import Heard
 from lightning_mi_prune.selection import Selection
-from lightning_mi_prune.states import check_optimizers
 from lightning_mi_prune.strategies import agree, decide_once, rewrap
-from lightning_mi_prune.surgery import apply, revert
+from lightning_mi_prune.surgery import cancel, operate
 
 __all__ = ["PruningSteps"]
 
@@ -41,24 +38,18 @@ class PruningSteps(pl.Callback, ABC):
 
     Args:
         module: Path of the submodule to search for prunable networks; "" searches all.
-        positions: Samples to listen to on each axis in one validation run, over all ranks.
-        calls: Positions of the inputs to store in it, over all ranks; 0 stores none.
-        samples: Positions of each axis to store in it, over all ranks; 0 stores none.
-        steps: Training steps to take gradients from, over all ranks; 0 takes none.
         seed: Seed of the draw of positions.
         verbose: Whether each cut prints a table on rank zero.
         best_of: What monitors may compare (:func:`companions.restart_comparison`).
         budget: What a cut may cost before it is taken back; None keeps every cut.
     """
 
+    turn: ClassVar[int]
+
     def __init__(
         self,
         *,
         module: str,
-        positions: int,
-        calls: int,
-        samples: int,
-        steps: int,
         seed: int,
         verbose: bool,
         best_of: BestOf,
@@ -66,30 +57,17 @@ class PruningSteps(pl.Callback, ABC):
     ) -> None:
         super().__init__()
         self.report = PruningReport()
-        self._within, self._positions, self._seed = module, positions, seed
+        self._within, self._seed = module, seed
         self._verbose, self._best_of, self._budget = verbose, best_of, budget
-        self._calls, self._samples, self._steps = calls, samples, steps
-        self._feeling = Feeling(steps)
         self._keeper: PlanKeeper | None = None
-        self._chosen: list[WidthAxis] = []
-        self._listener: Listener | None = None
+        self._listener: Ear | None = None
         self._patience = Patience()
         self._run = RunState()
         self._waits = False
 
     @abstractmethod
-    def choose(self, axes: list[WidthAxis]) -> list[WidthAxis]:
-        """The axes that may be cut."""
-
-    @abstractmethod
-    def check(
-        self, module: pl.LightningModule, axes: list[WidthAxis], widths: Mapping[str, int]
-    ) -> None:
-        """Refuse a budget that these axes cannot meet from their present widths."""
-
-    @abstractmethod
-    def aim(self) -> str:
-        """What the schedule leads to, in words; empty where it counts sparsities."""
+    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
+        """Find what may go and check what can be known; returns what all ranks must agree on."""
 
     @abstractmethod
     def schedule(self, length: float, every: int, begin: int) -> Schedule:
@@ -99,13 +77,35 @@ class PruningSteps(pl.Callback, ABC):
     def decide(
         self, module: pl.LightningModule, heard: Heard, goal: float, kept: float
     ) -> Selection | None:
-        """Which units stay at a goal of the schedule; None where the model is that small."""
+        """What stays at a goal of the schedule; None where the model is that small."""
 
     @abstractmethod
+    def describe(
+        self, trainer: pl.Trainer, module: pl.LightningModule, pending: Pending, before: Plan
+    ) -> Cut:
+        """The cut that was just made, from the plan ``before`` it."""
+
+    @abstractmethod
+    def sizes(self, module: pl.LightningModule) -> dict[str, float]:
+        """What loggers are told after every epoch from the first cut on."""
+
+    @abstractmethod
+    def check_state(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Refuse optimizers whose state could not follow."""
+
+    @abstractmethod
+    def retry(self, trainer: pl.Trainer, trial: Trial, failed: float) -> str:
+        """Say in the run what comes after a cut to ``failed`` was taken back; and in words."""
+
     def pull_back(
         self, trainer: pl.Trainer, module: pl.LightningModule, selection: Selection, heard: Heard
     ) -> Selection:
         """The selection with weights that make up for the cut; every rank comes by."""
+        return selection
+
+    def quiet(self) -> None:
+        """Take down all hooks that are up."""
+        self._close()
 
     @property
     def plan(self) -> Plan | None:
@@ -114,53 +114,60 @@ class PruningSteps(pl.Callback, ABC):
 
     def _decide(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
         run = self._run
-        sparsity = run.schedule.due(epoch, run.reached)
-        if sparsity is None or run.heard is None or is_dev_run(trainer):
+        goal = run.schedule.due(epoch, run.reached)
+        if goal is None or run.heard is None or is_dev_run(trainer):
             return
         started, heard, plan = time.perf_counter(), run.heard, self._kept().plan
-        agree(trainer.strategy, "the cut", f"epoch {epoch}, to {sparsity}, of {plan.digest()}")
-        self._check_optimizers(trainer, module)
+        agree(trainer.strategy, "the cut", f"epoch {epoch}, to {goal}, of {plan.digest()}")
+        self.check_state(trainer, module)
         run.heard = None  # validation runs again if this fails; training steps do not
 
         def choose() -> Selection | None:
-            chosen = self.decide(module, heard, sparsity, run.kept)
+            chosen = self.decide(module, heard, goal, run.kept)
             return None if chosen is None else _on_cpu(chosen)
 
         selection = decide_once(trainer.strategy, choose)
         run.seconds["scoring"] = time.perf_counter() - started
         if selection is None:
-            rank_zero_info(f"The model is at sparsity {sparsity:.3f} or beyond already: no cut.")
-            run.reached, run.felt = sparsity, None
+            self._reached(trainer, heard, goal)
+            run.reached, run.felt = goal, None
             return
         started = time.perf_counter()
         heard.moments = {}  # as large as the model; what follows needs the room
         refitted = _on_cpu(self.pull_back(trainer, module, selection, heard))
         # All ranks solved the same sums; with other processors they may differ in the last digit.
         refitted = decide_once(trainer.strategy, lambda: refitted)
-        run.pending, run.felt = Pending(epoch, sparsity, refitted), None
+        run.pending, run.felt = Pending(epoch, goal, refitted), None
+        run.compared = heard.stacks
         run.seconds["refitting"] = time.perf_counter() - started
+
+    def _reached(self, trainer: pl.Trainer, heard: Heard, goal: float) -> None:
+        """Say that no cut is needed for a goal."""
+        rank_zero_info(f"The model is at sparsity {goal:.3f} or beyond already: no cut.")
 
     def _cut(self, trainer: pl.Trainer, module: pl.LightningModule, pending: Pending) -> None:
         run, keeper, selection = self._run, self._kept(), pending.selection
-        before, started, current = self._present_widths(), time.perf_counter(), keeper.plan
+        started, current = time.perf_counter(), keeper.plan
         macs_before = self.report.macs if self.report.cuts else macs_of(trainer, module, run)
-        self._check_optimizers(trainer, module)
-        after = current.then(selection.plan)
+        self.check_state(trainer, module)
         if self._budget is not None:
             run.trial = begin_trial(trainer, module, current, pending.epoch, run)
         folded = selection.folded
-        rewrites = apply(module, keeper.axes, selection.plan, current=current, folded=folded)
+        done = operate(module, keeper.anatomy, selection.plan, current=current, folded=folded)
         try:
-            cut = describe(trainer, module, run, self._chosen, pending, before, after)
-            rebind(trainer.strategy.optimizers, rewrites)
+            keeper.plan = done.after
+            cut = self.describe(trainer, module, pending, current)
+            rebind(trainer.strategy.optimizers, done.rewrites, done.lost)
         except BaseException:  # a checkpoint that is written now must hold a whole model
-            revert(module, keeper.axes, current, rewrites)
-            run.trial = None
+            cancel(module, keeper.anatomy, done)
+            keeper.plan, run.trial = current, None
             raise
-        del rewrites  # the last to hold the old parameters
-        keeper.plan, run.pending, run.reached = after, None, pending.sparsity
+        keeper.store(done.removed)
+        del done  # the last to hold the old parameters
+        run.pending, run.reached = None, pending.sparsity
         run.kept *= selection.kept_share
-        self.report.macs, self.report.cuts = macs_before, [*self.report.cuts, cut]
+        self.report.macs = macs_before
+        self.report.cuts.append(cut)
         self._resized(trainer)
         seconds = {**run.seconds, "cutting": time.perf_counter() - started}
         self.report.cuts[-1] = replace(cut, seconds=seconds)
@@ -172,25 +179,21 @@ class PruningSteps(pl.Callback, ABC):
         if budget is None or trial is None:
             return
         take_back(trainer, module, self._kept(), trial)
-        self._feeling.close()
+        self.quiet()
         run.felt = None
         failed, run.reached, run.trial, run.pending = run.reached, trial.reached, None, None
         run.kept = trial.kept
-        schedule, every = Schedule(), trainer.check_val_every_n_epoch or 1
-        if budget.on_drop == "halve":
-            last = int(run_length(trainer) + 1e-9) - 2
-            epoch = trainer.current_epoch + 1
-            schedule = run.schedule.halved(epoch, run.reached, failed, last, every)
-        run.schedule = schedule
         if self.report.cuts:
             self.report.undone.append(self.report.cuts.pop())
+        then = self.retry(trainer, trial, failed)
         self._resized(trainer)
-        then = [f"{s:.3f} at epoch {e}" for e, s in zip(*vars(schedule).values(), strict=True)]
         rank_zero_info(
-            f"The cut of epoch {trial.epoch} to sparsity {failed:.3f} cost more than "
-            f"{budget.max_drop} of {budget.monitor} and was taken back; "
-            f"next: {', '.join(then) or 'no further cut'}."
+            f"The cut of epoch {trial.epoch} to {self._named(failed)} cost more than {budget} and "
+            f"was taken back; next: {then}."
         )
+
+    def _named(self, goal: float) -> str:
+        return f"sparsity {goal:.3f}"
 
     def _resized(self, trainer: pl.Trainer) -> None:
         """What must follow whenever the model has another size."""
@@ -205,13 +208,24 @@ class PruningSteps(pl.Callback, ABC):
             raise MisconfigurationException("The callback was not set up by a Trainer.")
         return self._keeper
 
-    def _check_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        cut = [pl_module.get_parameter(s.tensor) for a in self._chosen for s in a.slices]
-        check_optimizers(trainer.strategy.optimizers, cut)
+    def _others(self, trainer: pl.Trainer) -> list[PruningSteps]:
+        """Other pruning callbacks of the run: layers go first, then units."""
+        found: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return [c for c in found if isinstance(c, PruningSteps) and c is not self]
 
-    def _present_widths(self) -> dict[str, int]:
-        plan = self._kept().plan
-        return {axis.name: plan.width(axis.name) for axis in self._chosen}
+    def _is_last_turn(self, trainer: pl.Trainer) -> bool:
+        return not any(other.turn > self.turn for other in self._others(trainer))
+
+    def _begin(self, trainer: pl.Trainer) -> int:
+        """Epochs that are over when this callback's part of the run begins."""
+        begin = self._run.begin if self._run.fitted.epochs else trainer.current_epoch
+        earlier = [other for other in self._others(trainer) if other.turn < self.turn]
+        return max([begin, *(math.ceil(other._end(trainer)) for other in earlier)])
+
+    def _end(self, trainer: pl.Trainer) -> float:
+        """Epoch at which this callback's part of the run is over: half-way if one follows."""
+        length, begin = run_length(trainer), self._begin(trainer)
+        return length if self._is_last_turn(trainer) else begin + (length - begin) // 2
 
     def _listens(self, trainer: pl.Trainer) -> bool:
         run, fitting = self._run, trainer.state.fn == "fit" and not trainer.sanity_checking
@@ -219,7 +233,7 @@ class PruningSteps(pl.Callback, ABC):
         if not fitting or run.pending is not None or run.schedule.due(epoch, run.reached) is None:
             return False
         # A cut that a missed validation made late must still be followed by training.
-        return is_dev_run(trainer) or epoch < run_length(trainer)
+        return is_dev_run(trainer) or epoch < self._end(trainer)
 
     def _is_failed(self) -> bool:
         return self._run.trial is not None and self._run.trial.failed_at is not None
@@ -237,31 +251,7 @@ class PruningSteps(pl.Callback, ABC):
         if self._best_of != "any_size":
             restart_comparison(trainer, "final_size")
 
-    def _hold_patience(self, trainer: pl.Trainer) -> None:
-        held = trainer.state.fn == "fit" and self._best_of != "any_size"
-        if held and not self._is_finished() and not is_dev_run(trainer):
-            self._patience.hold(trainer)
-        else:
-            self._patience.release()
-
-    def _felt(self, trainer: pl.Trainer) -> dict[str, GradientSums] | None:
-        """What all ranks felt in this epoch; None, with a warning, where all of it was missed."""
-        self._feeling.close()
-        if not self._steps:
-            return None
-        sums = pooled(trainer, self._run.felt or blank(trainer.lightning_module, self._chosen))
-        missed = not any(s.counts.any() for s in sums.values())
-        if missed and not (self._feeling.whole and trainer.is_last_batch):
-            rank_zero_warn(
-                f"The cut of epoch {trainer.current_epoch + 1} waits: no training step to take "
-                "gradients from ran before the last validation of this epoch."
-            )
-            self._waits = True
-            return None
-        check_gradients(sums, scaled=is_scaled(trainer))
-        return sums
-
-    def _close(self) -> Listener | None:
+    def _close(self) -> Ear | None:
         """Take our hooks down; returns what listened."""
         listener, self._listener = self._listener, None
         if listener is not None:

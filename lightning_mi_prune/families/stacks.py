@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
 from lightning_mi_prune.depth import DepthAxis
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families import is_within
 from lightning_mi_prune.families.residual import module_at
+from lightning_mi_prune.stack import blocks_of
 
-__all__ = ["STACKS", "find_stacks", "stack_at"]
+__all__ = ["STACKS", "choose_stacks", "find_stacks", "stack_at"]
 
 _LISTS = ("layer_types", "mlp_layer_types")
 
@@ -71,12 +74,39 @@ def find_stacks(module: nn.Module) -> list[DepthAxis]:
     return found
 
 
+def choose_stacks(
+    module: nn.Module, paths: Sequence[str] | None = None, within: str = ""
+) -> list[DepthAxis]:
+    """The stacks at the given paths, or all that a family knows below ``within``.
+
+    Raises:
+        PruningError: If there is none, or a path is no container of layers of one class.
+    """
+    if paths is None:
+        found = [stack for stack in find_stacks(module) if is_within(stack.name, within)]
+        if not found:
+            names = [stack.name for stack in find_stacks(module)]
+            raise PruningError(f"module={within!r} holds no stack of layers; there are {names}.")
+        return found
+    known: dict[str, DepthAxis] = {}
+    with contextlib.suppress(PruningError):  # a model of no known family: paths will do
+        known = {stack.name: stack for stack in find_stacks(module)}
+    chosen = []
+    for path in dict.fromkeys(paths):
+        blocks_of(module, path)
+        stack = known.get(path) or stack_at(module, path)
+        chosen += [] if stack is None else [stack]
+    return chosen
+
+
 def stack_at(module: nn.Module, path: str) -> DepthAxis | None:
     """The stack whose container is at a path, or None if no container of numbered layers is."""
     container = module_at(module, path)
     if not isinstance(container, (nn.ModuleList, nn.Sequential)) or not len(container):
         return None
-    return DepthAxis(name=path, size=len(container))
+    # A ModuleList is never called itself; what holds it is.
+    scope = path if isinstance(container, nn.Sequential) else path.rpartition(".")[0]
+    return DepthAxis(name=path, size=len(container), network=scope, scope=scope)
 
 
 def _describe(network: nn.Module, kind: str) -> Iterator[DepthAxis]:

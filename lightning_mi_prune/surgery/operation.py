@@ -119,11 +119,16 @@ def remodel(
     return removed
 
 
-def cancel(model: nn.Module, anatomy: Anatomy, operation: Operation) -> None:
-    """Put everything back that an operation changed: the very parameters and layers."""
+def cancel(model: nn.Module, anatomy: Anatomy, operation: Operation) -> Spare:
+    """Put everything back that an operation changed: the very parameters and layers.
+
+    Returns:
+        Layers that had come back, and left again.
+    """
     done = operation
-    arrange(model, anatomy.stacks, done.before, current=done.after, spare=done.removed)
+    gone = arrange(model, anatomy.stacks, done.before, current=done.after, spare=done.removed)
     revert(model, anatomy.standing(done.before), done.before, done.rewrites)
+    return gone
 
 
 def _put_back(model: nn.Module, anatomy: Anatomy, removed: Spare, now: Plan, before: Plan) -> None:
