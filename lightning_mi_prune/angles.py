@@ -73,11 +73,11 @@ class Angles(ExactSums):
         """
         if not self.count:
             raise PruningError("No state was heard; run validation first.")
-        found = (self.total / self.count).fill_diagonal_(0)
-        odd = (~(found.isfinite().all(1))).nonzero().flatten().tolist()
+        found = self.total / self.count
+        odd = (~found.diagonal().isfinite()).nonzero().flatten().tolist()
         if odd:
             raise PruningError(
                 f"States {odd} hold NaN or infinite values. Expected finite activations; look for "
                 "a diverged loss or an overflow in half precision first."
             )
-        return found
+        return found.fill_diagonal_(0)

@@ -198,7 +198,11 @@ class PlanKeeper:
 
     def _anatomy_for(self, stored: Plan) -> Anatomy:
         """What is known, and what is found in the whole module if the plan names more."""
-        anatomy = self.anatomy
+        unknown: PruningError | None = None
+        try:
+            anatomy = self.anatomy
+        except PruningError as error:  # a model of no known family may still have lost layers
+            anatomy, unknown = self._anatomy, error
         for find in (find_axes, find_stacks):
             names = {part.name for part in anatomy.parts}
             if not set(stored.sizes) <= names:
@@ -210,6 +214,9 @@ class PlanKeeper:
             stack = stack_at(self.module, name)
             if stack is not None:
                 anatomy, sizes[name] = anatomy.joined(Anatomy.of([stack])), stack.size
+        if unknown is not None and not set(stored.sizes) <= set(sizes):
+            raise unknown
+        self._finders.clear()
         for name, size in stored.sizes.items():
             if sizes.get(name) != size:
                 here = f"has {sizes[name]}" if name in sizes else "is missing"

@@ -113,7 +113,7 @@ def gather(
         PruningError: If nothing was heard at a place.
     """
     width = len(current.kept[axis.name])
-    makers = [weights[s.tensor].detach().reshape(width, -1) for s in axis.slices if s.dim == 0]
+    makers = [_by_unit(weights[s.tensor], width) for s in axis.slices if s.dim == 0]
     rows = torch.cat(makers, dim=1).double() if makers else torch.zeros(width, 0)
     found = []
     for key, readers in axis.places.items():
@@ -190,3 +190,8 @@ def _factor(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     factor: Tensor = values.clamp_min(0).sqrt()[:, None] * vectors.mT
     return factor
+
+
+def _by_unit(weight: Tensor, width: int) -> Tensor:
+    """A weight with a row for each unit; an axis that is empty has none."""
+    return weight.detach().reshape(width, weight.numel() // max(1, width))

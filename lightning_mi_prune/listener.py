@@ -124,7 +124,7 @@ class Listener(Ear):
             x = (args[0] if args else kwargs["input"]).detach()
             self._store_call(axis, x)
             mask = self._masks.get(axis.scope)
-            flat = x.reshape(-1, x.shape[-1])
+            flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
             moments = self.moments[key]
             room = self._positions - int(moments.count)
             wanted = min(self._left.get(key, self._quota), room)

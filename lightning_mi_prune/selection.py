@@ -58,7 +58,7 @@ class Selection:
     def kept_share(self) -> float:
         """Share of the ranked axes' information that stays, in nats and summed over them."""
         ranked = self.plan.rankings
-        total = sum(ranking.nats[-1] for ranking in ranked.values())
+        total = sum(ranking.lost(0)[1] for ranking in ranked.values())
         lost = sum(ranking.lost(self.plan.width(name))[1] for name, ranking in ranked.items())
         return 1 - lost / total if total > 0 else 1.0
 

@@ -10,7 +10,7 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.redundancy import Cluster, clusters_of, loosest, redundant
 from lightning_mi_prune.rivals import closest_run, last_layers, least_turning, random_layers
 
-__all__ = ["Compared", "LayerCriterion", "StackCut", "Thinning"]
+__all__ = ["Compared", "LayerCriterion", "StackCut", "Thinning", "nearest"]
 
 LayerCriterion = Literal["cka", "angle", "angular_run", "last", "random"]
 """``"cka"``: clusters of alike layers (MPruner); ``"angle"``: the layers that turn their input
@@ -170,6 +170,8 @@ class Thinning:
         fixed = compared.fixed
         angles = [row[fixed:] for row in compared.angles[fixed:]]
         layers = len(compared.layers) - fixed
+        if count >= layers:  # all that are free
+            return range(fixed, fixed + layers)
         if self.criterion == "angle":
             found = least_turning(angles, count)
         elif self.criterion == "angular_run":
@@ -179,6 +181,12 @@ class Thinning:
         else:
             found = random_layers(layers, count, self.seed)
         return [place + fixed for place in found]
+
+
+def nearest(compared: Compared) -> float:
+    """CKA of the two neighbours that are most alike."""
+    rows = enumerate(compared.similarity[:-1])
+    return max((row[place + 1] for place, row in rows), default=0.0)
 
 
 def _closest(

@@ -106,12 +106,12 @@ class StackListener(Ear):
         Raises:
             PruningError: If too little was heard, or values that are not finite.
         """
-        angles = self.angles.compute()
+        similarity, angles = self.alignment.compute(), self.angles.compute()
         # An input of another shape counts as the zero vector, at a right angle to everything.
-        reshaping = bool((angles[0, 1:] == 0.5).all())
+        reshaping = bool((angles[0, 1:] - 0.5).abs().max() < 1e-9)
         return Compared(
             layers=tuple(layers),
-            similarity=_rows(self.alignment.compute()),
+            similarity=_rows(similarity),
             angles=_rows(angles),
             fixed=max(fixed, int(reshaping)),
         )

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from lightning_mi_prune import MutualInformationPruning
+from lightning_mi_prune import CKALayerPruning, MutualInformationPruning
 from tests.boring import Classifier, Sentences, trainer
 
 
@@ -208,7 +208,7 @@ def digest(trainer: pl.Trainer, module: pl.LightningModule, pruning: Any) -> dic
         "lr": sha([g["lr"] for o in trainer.optimizers for g in o.param_groups]),
         "plan": pruning.plan.digest()[:16],
         "metrics": sha(*(x for item in metrics.items() for x in item)),
-        "cuts": sha([(c.epoch, c.sparsity, c.macs, c.axes) for c in pruning.report.cuts]),
+        "cuts": sha([(c.epoch, c.sparsity, c.macs, c.axes, c.stacks) for c in pruning.report.cuts]),
     }
 
 
@@ -222,12 +222,19 @@ def fit(
     module: type[Module] = Module,
     pruning: dict[str, Any] | None = None,
     callbacks: list[pl.Callback] | None = None,
+    layers: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[pl.Trainer, Module, Watch]:
-    """One run of five epochs with cuts at the start of two of them."""
-    prune = MutualInformationPruning(
-        **{"sparsity": 0.5, "multiple": 2, "ramp": "linear", "verbose": False, **(pruning or {})}
-    )
+    """One run of five epochs with cuts at the start of two of them.
+
+    With ``layers``, layers are cut; with ``pruning`` too, units after them.
+    """
+    settings = {"sparsity": 0.5, "multiple": 2, "ramp": "linear", "verbose": False}
+    prune: pl.Callback = MutualInformationPruning(**{**settings, **(pruning or {})})
+    if layers is not None:
+        depth = CKALayerPruning(**{"verbose": False, **layers})
+        callbacks = [*([prune] if pruning is not None else []), *(callbacks or [])]
+        prune = depth
     watch = Watch(folder, points or {}, prune)
     target = module(optimizer=optimizer)
     if precision == "64-true":

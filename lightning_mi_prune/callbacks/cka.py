@@ -27,7 +27,7 @@ from lightning_mi_prune.callbacks.options import (
 from lightning_mi_prune.callbacks.reconciling import watch_anew
 from lightning_mi_prune.callbacks.records import Pending, Trial
 from lightning_mi_prune.callbacks.run import without_frozen
-from lightning_mi_prune.callbacks.schedule import Schedule, fit_schedule
+from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.telling import (
     begin_layer_report,
     describe_layers,
@@ -42,7 +42,7 @@ from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.report import Cut
 from lightning_mi_prune.sample import Heard, refreshed
 from lightning_mi_prune.selection import Selection
-from lightning_mi_prune.sparing import Compared, LayerCriterion, StackCut, Thinning
+from lightning_mi_prune.sparing import Compared, LayerCriterion, StackCut, Thinning, nearest
 from lightning_mi_prune.stack import blocks_of
 from lightning_mi_prune.stacks import StackListeners
 from lightning_mi_prune.states import check_optimizers
@@ -199,23 +199,8 @@ class CKALayerPruning(PruningCallback):
 
     @override
     def schedule(self, length: float, every: int, begin: int) -> Schedule:
-        judged = self._budget is not None
-        cuts = self._cuts if self._cuts is not None or judged else 1
-        try:
-            found = fit_schedule(
-                length,
-                1.0,
-                ramp="linear",
-                cuts=cuts,
-                first_epoch=self._first,
-                last_epoch=self._last,
-                every=every,
-                begin=begin,
-                recovery=2 if judged else 1,
-            )
-        except PruningError as error:
-            raise MisconfigurationException(str(error)) from error
-        return found
+        cuts = self._cuts if self._cuts is not None or self._budget is not None else 1
+        return self._fit(length, 1.0, "linear", cuts, every, begin)
 
     @override
     def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> StackListeners:
@@ -299,14 +284,11 @@ class CKALayerPruning(PruningCallback):
     def _reached(self, trainer: pl.Trainer, heard: Heard, goal: float) -> None:
         """Nothing is redundant any more: the method stops."""
         self._run.schedule = Schedule()
-        near = {
-            name: max(row[place + 1] for place, row in enumerate(c.similarity[:-1]))
-            for name, c in heard.stacks.items()
-        }
-        said = ", ".join(f"{value:.3f} in {name!r}" for name, value in near.items())
+        near = [f"{nearest(c):.3f} in {name!r}" for name, c in heard.stacks.items()]
         text = (
-            f"No layer is left to remove: the most alike neighbours have CKA {said or '(none)'}, "
-            f"threshold={self.thinning.threshold}, target_layers={self.thinning.target}."
+            f"No layer is left to remove: the most alike neighbours have CKA "
+            f"{', '.join(near) or '(none)'}, threshold={self.thinning.threshold}, "
+            f"target_layers={self.thinning.target}."
         )
         if self.report.cuts or self.report.undone:
             rank_zero_info(text)

@@ -23,7 +23,7 @@ from lightning_mi_prune.callbacks.options import (
     check_types,
     check_units,
 )
-from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule, judging_epoch
+from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, judging_epoch
 from lightning_mi_prune.callbacks.widths import WidthPruning
 from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.criteria import MutualInformation
@@ -240,20 +240,7 @@ class MutualInformationPruning(WidthPruning):
 
     @override
     def schedule(self, length: float, every: int, begin: int) -> Schedule:
-        try:
-            found = fit_schedule(
-                length,
-                self._goal,
-                ramp=self._ramp,
-                cuts=self._cuts,
-                first_epoch=self._first,
-                last_epoch=self._last,
-                every=every,
-                begin=begin,
-                recovery=1 if self._budget is None else 2,
-            )
-        except PruningError as error:
-            raise MisconfigurationException(str(error)) from error
+        found = self._fit(length, self._goal, self._ramp, self._cuts, every, begin)
         judged = judging_epoch(found.epochs[-1], None, length, every)
         if self._budget is not None and (judged + 1) % every:
             raise MisconfigurationException(

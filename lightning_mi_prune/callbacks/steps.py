@@ -16,11 +16,12 @@ from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.companions import BestOf, Patience, restart_comparison
 from lightning_mi_prune.callbacks.records import Pending, Trial
 from lightning_mi_prune.callbacks.run import is_dev_run, run_length
-from lightning_mi_prune.callbacks.schedule import Schedule
+from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule
 from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.callbacks.telling import macs_of
 from lightning_mi_prune.callbacks.trial import begin_trial, take_back
 from lightning_mi_prune.checkpoints import PlanKeeper
+from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
@@ -64,6 +65,8 @@ class PruningSteps(pl.Callback, ABC):
         self._patience = Patience()
         self._run = RunState()
         self._waits = False
+        self._first: int | None = None
+        self._last: int | None = None
 
     @abstractmethod
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
@@ -207,6 +210,24 @@ class PruningSteps(pl.Callback, ABC):
         if self._keeper is None:
             raise MisconfigurationException("The callback was not set up by a Trainer.")
         return self._keeper
+
+    def _fit(
+        self, length: float, goal: float, ramp: Ramp, cuts: int | None, every: int, begin: int
+    ) -> Schedule:
+        try:
+            return fit_schedule(
+                length,
+                goal,
+                ramp=ramp,
+                cuts=cuts,
+                first_epoch=self._first,
+                last_epoch=self._last,
+                every=every,
+                begin=begin,
+                recovery=1 if self._budget is None else 2,
+            )
+        except PruningError as error:
+            raise MisconfigurationException(str(error)) from error
 
     def _others(self, trainer: pl.Trainer) -> list[PruningSteps]:
         """Other pruning callbacks of the run: layers go first, then units."""

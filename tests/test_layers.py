@@ -1,0 +1,432 @@
+"""Layers that go while a model trains: which, when, exactly, and back again."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from lightning_mi_prune import CKALayerPruning, MutualInformationPruning, PruningError, load_pruned
+from tests.boring import Classifier, trainer
+from tests.deep import STACK, Deep, Scored, Tolerant, deep_bert
+from tests.models import batch, outputs
+from tests.ranks import launch
+from tests.runs import Point, fit, resumed_equals_straight, sha
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
+QUIET = {"verbose": False}
+GATE = {"max_drop": 0.01, "monitor": "score", "first_epoch": 1}
+
+
+def held(run):
+    return [p for o in run.optimizers for g in o.param_groups for p in g["params"]]
+
+
+def test_alike_layers_go_and_an_ordinary_shorter_model_trains_on(tmp_path):
+    run, module, watch = fit(tmp_path, layers={}, module=Deep)
+    (cut,) = watch.pruning.report.cuts
+    (stack,) = cut.stacks
+    assert (cut.epoch, stack.name, stack.before) == (1, STACK, (0, 1, 2, 3, 4, 5))
+    assert stack.clusters == ((0,), (1, 2, 3), (4,), (5,))
+    assert stack.removed == (2, 3)
+    assert cut.sparsity == pytest.approx(1 / 3)
+    assert watch.pruning.plan.kept[STACK] == (0, 1, 4, 5)
+    assert module.model.config.num_hidden_layers == len(module.model.bert.encoder.layer) == 4
+    assert all(a is b for a, b in zip(held(run), module.parameters(), strict=True))
+    assert set(run.optimizers[0].state) == set(module.parameters())
+    before, after = (watch.pruning.report.to_dict()[side] for side in ("before", "after"))
+    assert after["parameters"] == sum(p.numel() for p in module.parameters())
+    assert before["parameters"] == sum(p.numel() for p in Deep().parameters())
+    assert after["macs"] < 0.7 * before["macs"]
+
+    module.model.save_pretrained(tmp_path / "folder")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "folder")
+    assert torch.equal(outputs(plain, batch()), outputs(module.model.eval(), batch()))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = load_pruned(Deep(), tmp_path / "last.ckpt")
+    assert sha(*again.state_dict().values()) == sha(*module.state_dict().values())
+
+
+def test_a_larger_checkpoint_brings_layers_back(tmp_path):
+    dense = {"dense": Point("on_train_epoch_end", 0)}
+    run, module, watch = fit(tmp_path, points=dense, layers={}, module=Deep)
+    small = copy.deepcopy(module.state_dict())
+    (large,) = run.test(module, ckpt_path=str(tmp_path / "0.ckpt"), verbose=False) or [{}]
+    assert len(module.model.bert.encoder.layer) == module.model.config.num_hidden_layers == 6
+    assert watch.pruning.plan.is_full
+    stored = torch.load(tmp_path / "0.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(v, stored[n]) for n, v in module.state_dict().items())
+    assert not any(p.is_meta for p in module.parameters())
+    module.load_state_dict(small)
+    assert len(module.model.bert.encoder.layer) == 4
+
+
+def test_where_nothing_is_alike_it_says_so_and_cuts_nothing(tmp_path):
+    with pytest.warns(UserWarning, match=r"most alike neighbours have CKA .* Nothing was cut"):
+        _, module, watch = fit(
+            tmp_path, layers={}, module=type("Unlike", (Deep,), {"__init__": _unlike})
+        )
+    assert len(module.model.bert.encoder.layer) == 6
+    assert watch.pruning.report.cuts == []
+
+
+def _unlike(self, **options):
+    Deep.__init__(self, **options)
+    self.model = deep_bert(copies=())
+
+
+class States(pl.Callback):
+    """Weights, optimizer state and plan at the end of every epoch and the start of the next."""
+
+    def __init__(self):
+        self.ends, self.starts, self.depths = {}, {}, []
+
+    def state(self, trainer, module):
+        names = {id(p): n for n, p in module.named_parameters()}
+        groups = [
+            [[names[id(p)] for p in g["params"]] for g in o.param_groups]
+            for o in trainer.optimizers
+        ]
+        moments = sorted(
+            (names[id(p)], key, sha(value))
+            for o in trainer.optimizers
+            for p, values in o.state.items()
+            for key, value in values.items()
+        )
+        weights = [(name, sha(value)) for name, value in module.state_dict().items()]
+        return weights, moments, groups
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.ends[trainer.current_epoch] = self.state(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.starts[trainer.current_epoch] = self.state(trainer, pl_module)
+        self.depths.append(len(pl_module.model.bert.encoder.layer))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam-groups", "sgd-momentum", "two-manual"])
+def test_a_cut_that_costs_too_much_is_taken_back_exactly(tmp_path, optimizer):
+    states = States()
+    _, _, watch = fit(
+        tmp_path,
+        optimizer=optimizer,
+        layers={**GATE, "cuts": 1},
+        module=Scored,
+        callbacks=[states],
+        max_epochs=6,
+    )
+    (cut,) = watch.pruning.report.undone
+    assert watch.pruning.report.cuts == []
+    back = next(e for e in range(cut.epoch + 1, 6) if states.depths[e] == 6)
+    assert states.depths[cut.epoch] == 4
+    assert states.starts[back] == states.ends[cut.epoch - 1]
+    assert states.depths[back:] == [6] * (6 - back)
+    assert states.ends[5] != states.starts[back]
+    assert watch.pruning.plan.is_full
+
+
+def test_after_a_failure_fewer_layers_of_each_cluster_go(tmp_path):
+    states = States()
+    _, module, watch = fit(
+        tmp_path,
+        layers={**GATE, "cuts": 3, "last_epoch": 5},
+        module=Tolerant,
+        callbacks=[states],
+        max_epochs=9,
+    )
+    (undone, later), (cut,) = watch.pruning.report.undone, watch.pruning.report.cuts
+    assert undone.stacks[0].removed == (2, 3)
+    assert later.stacks[0].removed == (3,)  # tried when the model had recovered, and not given up
+    assert (cut.stacks[0].every, cut.stacks[0].removed) == (2, (2,))
+    assert cut.stacks[0].similarity == undone.stacks[0].similarity  # it is the same model
+    assert states.depths[1:4] == [4, 4, 5]
+    assert len(module.model.bert.encoder.layer) == 5
+
+
+def test_it_gives_up_after_every_third_layer(tmp_path):
+    _, module, watch = fit(
+        tmp_path,
+        layers={**GATE, "cuts": 4, "last_epoch": 7},
+        module=Scored,
+        max_epochs=12,
+    )
+    assert [c.stacks[0].every for c in watch.pruning.report.undone] == [1, 2, 3]
+    assert len(module.model.bert.encoder.layer) == 6
+    assert watch.pruning.plan.is_full
+
+
+def test_a_cut_that_costs_little_stays(tmp_path):
+    _, module, watch = fit(
+        tmp_path, layers={**GATE, "max_drop": 0.4}, module=Scored, max_epochs=7
+    )
+    assert [c.stacks[0].removed for c in watch.pruning.report.cuts] == [(2, 3)]
+    assert len(module.model.bert.encoder.layer) == 4
+
+
+@pytest.mark.parametrize(
+    ("criterion", "removed"),
+    [("cka", (2, 3)), ("angle", (2, 3)), ("angular_run", (2, 3)), ("last", (4, 5))],
+)
+def test_every_criterion_reaches_the_target(tmp_path, criterion, removed):
+    options = {"threshold": None, "target_layers": 4, "criterion": criterion}
+    _, _, watch = fit(tmp_path, layers=options, module=Deep, max_epochs=2)
+    assert watch.pruning.report.cuts[0].stacks[0].removed == removed
+
+
+def test_any_layers_are_the_same_for_a_seed(tmp_path):
+    options = {"threshold": None, "target_layers": 4, "criterion": "random"}
+    removed = [
+        fit(tmp_path, layers={**options, "seed": seed}, module=Deep, max_epochs=2)[2]
+        .pruning.report.cuts[0]
+        .stacks[0]
+        .removed
+        for seed in (3, 3, 4)
+    ]
+    assert removed[0] == removed[1] != removed[2]
+
+
+def test_a_target_is_reached_in_several_cuts(tmp_path):
+    options = {"threshold": None, "target_layers": 2, "cuts": 2, "last_epoch": 3}
+    _, module, watch = fit(tmp_path, layers=options, module=Deep)
+    assert [len(c.stacks[0].after) for c in watch.pruning.report.cuts] == [4, 2]
+    assert len(module.model.bert.encoder.layer) == 2
+
+
+def test_the_threshold_may_stop_above_the_target(tmp_path):
+    _, module, _ = fit(tmp_path, layers={"target_layers": 5}, module=Deep)
+    assert len(module.model.bert.encoder.layer) == 5
+    _, module, _ = fit(tmp_path, layers={"target_layers": 1}, module=Deep)
+    assert len(module.model.bert.encoder.layer) == 4
+
+
+POINTS = {
+    "inside an epoch": Point("on_train_batch_end", 0, 1),
+    "validation half heard": Point("on_validation_batch_end", 0, 1),
+    "cut pending": Point("on_train_epoch_end", 0),
+    "on probation": Point("on_train_batch_end", 1, 1),
+    "failed, not yet back": Point("on_train_epoch_end", 2),
+    "tried again": Point("on_train_batch_end", 3, 1),
+    "later": Point("on_train_epoch_end", 4),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Training ended")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": {}, "module": Deep, "max_epochs": 6},
+        {"layers": {**GATE, "cuts": 3, "last_epoch": 5}, "module": Tolerant, "max_epochs": 8},
+        {"layers": {}, "pruning": {"relevance_steps": 8}, "module": Deep, "max_epochs": 8},
+        {"layers": {}, "module": Deep, "val_check_interval": 2, "max_epochs": 6},
+    ],
+    ids=["accepted", "taken back", "units too", "two validations"],
+)
+def test_a_resumed_run_equals_the_straight_one(tmp_path, options):
+    found = resumed_equals_straight(tmp_path, POINTS, **options)
+    assert not any(found.values()), found
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("first", ["layers", "units"])
+def test_layers_go_first_then_units(tmp_path, first):
+    depth = CKALayerPruning(**QUIET)
+    width = MutualInformationPruning(0.75, multiple=2, relevance_steps=8, verbose=False)
+    both = [depth, width] if first == "layers" else [width, depth]
+    module = Deep()
+    run = trainer(*both, max_epochs=8, num_sanity_val_steps=0)
+    run.fit(module)
+    assert width.report is depth.report
+    assert width.plan == depth.plan
+    layers, *units = depth.report.cuts
+    assert layers.epoch == 1
+    assert units[0].epoch >= 5  # the second half
+    assert units[-1].sparsity == pytest.approx(0.75, abs=0.03)
+    assert len({axis.name.split(".")[4] for axis in units[-1].axes} - {"0", "1", "4", "5"}) == 0
+    assert all(a is b for a, b in zip(held(run), module.parameters(), strict=True))
+    json.dumps(depth.report.to_dict())
+
+    run.save_checkpoint(tmp_path / "both.ckpt")
+    again = load_pruned(Deep(), tmp_path / "both.ckpt")
+    assert torch.equal(outputs(again.model.eval(), batch()), outputs(module.model.eval(), batch()))
+    fresh = Deep()
+    trainer(CKALayerPruning(**QUIET), max_epochs=8).test(
+        fresh, ckpt_path=str(tmp_path / "both.ckpt"), verbose=False, weights_only=True
+    )
+    assert sha(*fresh.state_dict().values()) == sha(*module.state_dict().values())
+
+    from lightning_mi_prune import from_pretrained
+
+    module.model.save_pretrained(tmp_path / "folder")
+    opened = from_pretrained(AutoModelForSequenceClassification, tmp_path / "folder")
+    assert torch.equal(outputs(opened, batch()), outputs(module.model.eval(), batch()))
+
+
+def test_layers_of_a_model_whose_units_were_cut_before(tmp_path):
+    module = Deep()
+    width = MutualInformationPruning(0.5, multiple=2, relevance=None, verbose=False)
+    trainer(width, max_epochs=2, num_sanity_val_steps=0).fit(module)
+    widths = [layer.intermediate.dense.out_features for layer in module.model.bert.encoder.layer]
+    depth = CKALayerPruning(None, target_layers=4, criterion="last", **QUIET)
+    run = trainer(depth, max_epochs=2, num_sanity_val_steps=0)
+    run.fit(module)
+    now = [layer.intermediate.dense.out_features for layer in module.model.bert.encoder.layer]
+    assert now == widths[:4]
+    again = Deep()
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    load_pruned(again, tmp_path / "x.ckpt")
+    assert sha(*again.state_dict().values()) == sha(*module.state_dict().values())
+    width = MutualInformationPruning(0.9, multiple=2, relevance=None, floor=0.1, verbose=False)
+    trainer(width, max_epochs=2, num_sanity_val_steps=0).fit(module)
+    assert width.report.cuts[-1].sparsity >= 0.9
+
+
+class Layerwise(Scored):
+    """A parameter group for every layer, as for layer-wise learning rates."""
+
+    def configure_optimizers(self):
+        layers = list(self.model.bert.encoder.layer)
+        inside = {id(p) for layer in layers for p in layer.parameters()}
+        groups = [{"params": [p for p in self.parameters() if id(p) not in inside]}]
+        groups += [{"params": list(x.parameters()), "lr": 1e-4 * 0.9**i} for i, x in enumerate(layers)]
+        return torch.optim.AdamW(groups, lr=1e-4)
+
+
+def test_a_group_of_a_layer_that_is_gone_is_empty_and_filled_again(tmp_path):
+    states = States()
+    fit(
+        tmp_path, layers={**GATE, "cuts": 1}, module=Layerwise, callbacks=[states], max_epochs=6
+    )
+    sizes = [len(group) for group in states.starts[1][2][0]]
+    assert (sizes[3], sizes[4]) == (0, 0)
+    back = next(e for e in range(2, 6) if states.depths[e] == 6)
+    assert states.starts[back] == states.ends[0]
+
+
+def two_ranks(folder, **options):
+    _, module, watch = fit(folder, layers=options, module=Deep, strategy="ddp", devices=2)
+    similarity = watch.pruning.report.cuts[0].stacks[0].similarity
+    return sha(*module.state_dict().values()), watch.pruning.plan.to_json(), similarity
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_ranks_remove_what_one_does_and_stay_equal(tmp_path):
+    (one, plan, alike), (two, other, same) = launch(2, two_ranks, tmp_path).values()
+    assert (one, plan, alike) == (two, other, same)
+    _, _, watch = fit(tmp_path, layers={}, module=Deep)
+    assert watch.pruning.plan.to_json() == plan
+    alone = watch.pruning.report.cuts[0].stacks[0].similarity
+    torch.testing.assert_close(torch.tensor(alone), torch.tensor(alike), atol=0.03, rtol=0)
+
+
+BAD_OPTIONS = [
+    ({"threshold": 0}, r"threshold=0; expected a likeness above 0 and up to 1"),
+    ({"threshold": 98}, r"threshold=98; .* \(not a percentage\)"),
+    ({"threshold": "high"}, r"threshold='high'; expected a number"),
+    ({"threshold": None}, "says nothing of how many layers go; expected target_layers"),
+    ({"criterion": "last"}, "criterion='last'.* says nothing of how many"),
+    ({"criterion": "first", "target_layers": 4}, "criterion='first'; expected one of"),
+    ({"target_layers": 0}, "target_layers=0; expected a whole number from 1"),
+    ({"target_layers": 2.5}, "target_layers=2.5; expected a whole number"),
+    ({"kernel": "cosine"}, "kernel='cosine'; expected one of"),
+    ({"bandwidth": 0}, "bandwidth=0; expected a number above 0"),
+    ({"positions": 3}, "positions=3; expected a whole number of at least 4"),
+    ({"stacks": "model.layers"}, "stacks='model.layers'; expected a list"),
+    ({"stacks": []}, r"stacks=\[\]; expected a list"),
+    ({"cuts": 0}, "cuts=0; expected a whole number of at least 1"),
+    ({"first_epoch": 3, "last_epoch": 2}, "first_epoch=3 comes after last_epoch=2"),
+    ({"max_drop": 0.01}, "max_drop=0.01 needs monitor"),
+    ({"max_drop": 4, "monitor": "val_acc"}, "max_drop=4; expected a number from 0 and below 1"),
+    ({"monitor": "val_acc"}, "is watched for max_drop only"),
+    ({"mode": "best"}, "mode='best'; expected one of"),
+    ({"seed": -1}, "seed=-1; expected a whole number"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[str(o) for o, _ in BAD_OPTIONS])
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        CKALayerPruning(**options)
+
+
+class Odd(Deep):
+    """Layers of different widths."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.tower = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 8))
+        self.mixed = nn.Sequential(nn.Linear(24, 24), nn.ReLU())
+        self.named = nn.Sequential()
+        self.named.add_module("up", nn.Linear(24, 24))
+        self.named.add_module("down", nn.Linear(24, 24))
+        self.single = nn.Sequential(nn.Linear(24, 24))
+
+    def validation_step(self, batch, index):
+        super().validation_step(batch, index)
+        self.tower(torch.randn(8, 24))
+
+
+class Diverged(Deep):
+    def on_validation_start(self):
+        if not self.trainer.sanity_checking:
+            self.model.bert.encoder.layer[3].output.dense.bias.data[3] = float("nan")
+
+
+class Albert(Classifier):
+    def __init__(self):
+        super().__init__(family="albert")
+
+
+def one_layer(**options):
+    module = Deep(**options)
+    module.model = deep_bert(layers=1)
+    return module
+
+
+BAD_RUNS = [
+    (Odd, {"stacks": ["tower"]}, r"outputs of different widths, \[\(24,\), \(8,\)\]"),
+    (Odd, {"stacks": ["mixed"]}, r"holds 2 layers of \['Linear', 'ReLU'\]; expected"),
+    (Odd, {"stacks": ["named"]}, r"are named \['up', 'down'\]; expected numbers from 0"),
+    (Odd, {"stacks": ["single"]}, r"holds 1 layers of \['Linear'\]; expected two or more"),
+    (Odd, {"stacks": ["model.bert.pooler"]}, "is a BertPooler; expected an nn.ModuleList"),
+    (Odd, {"stacks": ["nowhere"]}, "'nowhere' is no module of Odd"),
+    (one_layer, {}, r"holds 1 layers of \['BertLayer'\]; expected two or more"),
+    (Deep, {"module": "model.classifier"}, "module='model.classifier' holds no stack of layers"),
+    (Deep, {"target_layers": 7}, "target_layers=7, but .* has 6 layers as built"),
+    (Diverged, {}, r"Layers \[3, 4, 5\] say NaN or infinite values"),
+    (Scored, {"max_drop": 0.1, "monitor": "val_f1"}, "monitor='val_f1', which was not logged"),
+    (Albert, {}, "ALBERT runs one layer many times"),
+]
+
+
+@pytest.mark.parametrize(("build", "options", "message"), BAD_RUNS, ids=[m for *_, m in BAD_RUNS])
+def test_runs_that_cannot_lose_layers_are_refused_and_nothing_changes(
+    build, options, message, monkeypatch
+):
+    module, cuts = build(), []
+    where = "lightning_mi_prune.callbacks.steps.operate"
+    monkeypatch.setattr(where, lambda *a, **k: cuts.append(a))
+    run = trainer(CKALayerPruning(**QUIET, **options), max_epochs=6, num_sanity_val_steps=0)
+    with pytest.raises((MisconfigurationException, PruningError), match=message):
+        run.fit(module)
+    assert cuts == []
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_two_of_a_kind_are_refused():
+    both = [CKALayerPruning(**QUIET), CKALayerPruning(0.9, **QUIET)]
+    for callback, key in zip(both, "ab", strict=True):
+        callback.__class__ = type(f"Layers{key}", (CKALayerPruning,), {})  # Lightning asks for keys
+    with pytest.raises(MisconfigurationException, match="2 .* in one Trainer"):
+        trainer(*both, max_epochs=4).fit(Deep())
+
+
+def test_a_run_too_short_for_both_is_refused():
+    both = [CKALayerPruning(**QUIET), MutualInformationPruning(0.5, verbose=False)]
+    with pytest.raises(MisconfigurationException, match="expected at least 2, one before a cut"):
+        trainer(*both, max_epochs=3).fit(Deep())
