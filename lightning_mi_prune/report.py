@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.heatmap import save_heatmap
 from lightning_mi_prune.selection import Information
 from lightning_mi_prune.sparing import StackCut
 
@@ -141,15 +142,24 @@ class PruningReport:
         }
 
     def write(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
-        """Write ``report.json``, with further entries merged into ``before`` and ``after``."""
-        body = self.to_dict()
+        """Write ``report.json``, and a picture beside it for every stack that lost layers.
+
+        Args:
+            path: The JSON file.
+            extra: Further entries; those of ``before`` and ``after`` are merged.
+        """
+        body, target = self.to_dict(), Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for name in ("cuts", "undone"):
+            for cut, told in zip(getattr(self, name), body[name], strict=True):
+                for stack, entry in zip(cut.stacks, told["stacks"], strict=True):
+                    entry["picture"] = f"layers-{cut.epoch}-{stack.name}.png"
+                    save_heatmap(stack, target.with_name(entry["picture"]))
         for key, value in (extra or {}).items():
             if isinstance(value, Mapping) and key in ("before", "after"):
                 body[key] |= dict(value)
             else:
                 body[key] = value
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         # A crash half-way through must not leave half a report where a whole one was.
         draft = target.with_name(f".{target.name}.tmp")
         draft.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")

@@ -36,11 +36,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lightning_mi_prune import gradients, listener, optimizers, ranking, refit
 from lightning_mi_prune.callbacks import base, steps, widths
-from lightning_mi_prune.surgery import units
+from lightning_mi_prune.surgery import layers, units
+from tests.deep import Deep
 from tests.models import build
 from tests.runs import Watch, fit, sha
 
 FORK = multiprocessing.get_context("fork")
+PRUNING = ("MutualInformationPruning", "CKALayerPruning")
 LIMIT = 60.0  # seconds until a run counts as hanging
 Blow = Callable[..., None]
 Arm = Callable[[Blow], None]
@@ -119,6 +121,10 @@ REFIT = before(refit, "_solve")
 CUT = before(steps.PruningSteps, "_cut")
 SWAP = before(torch.nn.Module, "register_parameter")
 STEP = before(pl.Callback, "on_before_optimizer_step")
+REMOVE = before(layers, "_numbers")
+TELL = before(steps, "rebind")
+GONE = {"layers": {}}
+MISSED = {"layers": {"max_drop": 1e-9, "monitor": "val_falling", "cuts": 1}}
 WRONG = {"max_drop": 1e-9, "monitor": "val_falling"}  # every cut is taken back
 ON_ERROR = {"saves": "exceptions"}
 
@@ -138,6 +144,9 @@ CASES: dict[str, Case] = {
     "killed carrying the optimizer across": Case(before(optimizers, "_carry"), 2, 7),
     "killed before wrapping again": Case(before(steps, "rewrap"), 2),
     "killed before the report": Case(before(widths, "describe"), 2),
+    "killed taking layers out": Case(REMOVE, 1, saves="epochs", method=GONE),
+    "killed with layers out, optimizer not told": Case(TELL, 1, saves="epochs", method=GONE),
+    "killed putting layers back": Case(REMOVE, 3, saves="epochs", method=MISSED),
     "killed taking a cut back": Case(SWAP, 2, 4, method=WRONG),
     "killed taking a cut back, optimizer half undone": Case(
         before(optimizers, "_revived"), 2, 7, saves="epochs", method=WRONG
@@ -169,6 +178,7 @@ CASES: dict[str, Case] = {
 }
 # An exception inside a cut, and a checkpoint of what it left.
 HALF_CUT: dict[str, Case] = {
+    "exception taking layers out": Case(TELL, 1, 1, "both", "raise", method=GONE),
     "exception in surgery": Case(SWAP, 2, 4, "both", "raise"),
     "exception carrying the optimizer across": Case(
         before(optimizers, "_carry"), 2, 7, "both", "raise"
@@ -248,10 +258,12 @@ def run(folder: Path, case: Case | None, world: int, resume: Any, out: str, **op
     callbacks += savers(saves, folder / "kept") if saves else []
     scene = Scene(case, folder)
     settings: dict[str, Any] = {"strategy": "ddp", "devices": world} if world > 1 else {}
+    if "layers" in method:
+        settings |= {"layers": method["layers"], "module": Deep}
     trainer, _, watch = fit(
         folder,
         resume=resume,
-        pruning=method,
+        pruning=None if "layers" in method else method,
         callbacks=[scene, *callbacks],
         enable_checkpointing=saves is not None,
         default_root_dir=folder,
@@ -367,7 +379,8 @@ def kept(folder: Path) -> tuple[dict[str, Any], Path | None]:
         except Exception as error:
             found[path.name] = f"{type(error).__name__}: {error}"[:200]
             continue
-        state = content["callbacks"]["MutualInformationPruning"]
+        saved = content["callbacks"]
+        state = next(saved[name] for name in PRUNING if name in saved)
         found[path.name] = {
             "step": content["global_step"],
             "pending": state["pending"] is not None,
@@ -406,7 +419,9 @@ def read(folder: Path, out: str, world: int) -> list[Any]:
 
 def straight_name(case: Case) -> str:
     """The run that a case is compared with."""
-    return f"{case.world} ranks{', cuts taken back' * bool(case.method)}"
+    layers = "layers, " * ("layers" in case.method)
+    back = ", cuts taken back" * ("max_drop" in str(case.method))
+    return f"{layers}{case.world} ranks{back}"
 
 
 def everything(folder: Path, cases: Mapping[str, Case]) -> dict[str, Any]:

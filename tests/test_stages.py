@@ -119,7 +119,10 @@ def test_a_vision_transformer():
     )
     generator = torch.Generator().manual_seed(0)
     pictures = [
-        {"pixel_values": torch.randn(8, 3, 16, 16, generator=generator), "labels": torch.arange(8) % 2}
+        {
+            "pixel_values": torch.randn(8, 3, 16, 16, generator=generator),
+            "labels": torch.arange(8) % 2,
+        }
         for _ in range(4)
     ]
     module = Any(ViTForImageClassification(config), pictures)

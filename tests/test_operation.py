@@ -1,0 +1,227 @@
+"""Layers and units together: out of a model, back into it, and through its state dict."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mi_prune.anatomy import Anatomy
+from lightning_mi_prune.checkpoints import PlanKeeper
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families import find_axes
+from lightning_mi_prune.families.stacks import find_stacks
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.surgery import cancel, hollow, operate, recover
+from tests.deep import deep_bert
+from tests.models import batch, outputs, random_plan
+from tests.runs import sha
+
+STACK = "bert.encoder.layer"
+
+
+def parts(model):
+    return [*find_axes(model), *find_stacks(model)]
+
+
+def body():
+    model = deep_bert().eval()
+    return model, Anatomy.of(parts(model))
+
+
+def state(model):
+    config = model.config.to_dict()
+    return sha(*(x for item in model.state_dict().items() for x in item)), config
+
+
+def units(anatomy, plan, share=0.5):
+    """A plan that keeps some of the units of the layers that are there."""
+    return random_plan(anatomy.standing(plan), share)
+
+
+@pytest.mark.parametrize("order", ["layers first", "units first", "both at once"])
+def test_layers_and_units_may_go_in_any_order(order):
+    model, anatomy = body()
+    short = anatomy.without(anatomy.full, {STACK: (0, 2, 5)})
+    small = units(anatomy, anatomy.full)
+    kept = {
+        name: short.kept[name] and small.kept.get(name, short.kept[name]) for name in short.sizes
+    }
+    both = Plan(short.sizes, kept)
+    steps = {
+        "layers first": [short, both],
+        "units first": [anatomy.full.then(small), both],
+        "both at once": [both],
+    }[order]
+    current = anatomy.full
+    for plan in steps:
+        current = operate(model, anatomy, plan, current=current).after
+    assert current == both
+    other = deep_bert().eval()
+    operate(other, anatomy, both, current=anatomy.full)
+    assert state(model) == state(other)
+    assert torch.equal(outputs(model, batch()), outputs(other, batch()))
+    assert model.config.num_hidden_layers == 3
+
+
+def test_cancelling_puts_the_very_parameters_back():
+    model, anatomy = body()
+    before, ids = state(model), [id(p) for p in model.parameters()]
+    plan = anatomy.without(anatomy.full.then(units(anatomy, anatomy.full)), {STACK: (0, 1)})
+    done = operate(model, anatomy, plan, current=anatomy.full)
+    assert len(done.lost) == 16 * 4
+    cancel(model, anatomy, done)
+    after, config = state(model)
+    config.pop("pruning_plan")  # the record stays, and says that all is there
+    assert (after, config) == before
+    assert [id(p) for p in model.parameters()] == ids
+
+
+def test_recovering_brings_hollow_layers_back_to_the_bit():
+    model, anatomy = body()
+    values = {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
+    says = outputs(model, batch())
+    plan = anatomy.without(anatomy.full.then(units(anatomy, anatomy.full)), {STACK: (0, 1)})
+    done = operate(model, anatomy, plan, current=anatomy.full)
+    spare = {n: {i: hollow(x) for i, x in layers.items()} for n, layers in done.removed.items()}
+    assert all(
+        p.is_meta for layers in spare.values() for x in layers.values() for p in x.parameters()
+    )
+    back = recover(model, anatomy, anatomy.full, values, current=plan, spare=spare)
+    assert back.after == anatomy.full
+    assert torch.equal(outputs(model, batch()), says)
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_a_snapshot_that_does_not_fit_changes_nothing():
+    model, anatomy = body()
+    values = {n: t.clone() for n, t in model.named_parameters()}
+    plan = anatomy.without(anatomy.full, {STACK: (0, 1)})
+    done = operate(model, anatomy, plan, current=anatomy.full)
+    spare = {n: {i: hollow(x) for i, x in layers.items()} for n, layers in done.removed.items()}
+    before = state(model)
+    values.pop("bert.encoder.layer.4.output.dense.bias")
+    with pytest.raises(PruningError, match=r"snapshot has no 'bert\.encoder\.layer\.4"):
+        recover(model, anatomy, anatomy.full, values, current=plan, spare=spare)
+    assert state(model) == before
+
+
+def test_without_spare_layers_nothing_comes_back():
+    model, anatomy = body()
+    plan = anatomy.without(anatomy.full, {STACK: (0, 1)})
+    operate(model, anatomy, plan, current=anatomy.full)
+    with pytest.raises(PruningError, match=r"Layer 2 of .* is gone, and nothing is kept"):
+        recover(model, anatomy, anatomy.full, {}, current=plan, spare={})
+    assert len(model.bert.encoder.layer) == 2
+
+
+def test_a_layer_that_shares_a_weight_cannot_go():
+    model, anatomy = body()
+    layers = model.bert.encoder.layer
+    layers[5].output.dense.weight = layers[0].output.dense.weight
+    before = state(model)
+    with pytest.raises(PruningError, match=r"Layer 5 .* 'output\.dense\.weight' is shared"):
+        operate(
+            model,
+            anatomy,
+            anatomy.without(anatomy.full, {STACK: (0, 1)}),
+            current=anatomy.full,
+        )
+    assert state(model) == before
+
+
+def test_an_error_while_units_go_puts_layers_back(monkeypatch):
+    model, anatomy = body()
+    before = state(model)
+
+    def fail(*args, **options):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("lightning_mi_prune.surgery.operation.apply", fail)
+    with pytest.raises(RuntimeError, match="boom"):
+        operate(model, anatomy, anatomy.without(anatomy.full, {STACK: (1,)}), current=anatomy.full)
+    after, config = state(model)
+    config.pop("pruning_plan")
+    assert (after, config) == before
+
+
+def kept(model):
+    return PlanKeeper(nn.ModuleDict({"net": model}), parts)
+
+
+def shrink(keeper, layers, share=0.5):
+    anatomy = keeper.anatomy
+    plan = anatomy.without(keeper.plan, {f"net.{STACK}": layers})
+    plan = plan.then(units(anatomy, plan, share))
+    done = operate(keeper.module, anatomy, plan, current=keeper.plan)
+    keeper.store(done.removed)
+    keeper.plan = done.after
+
+
+def test_state_dicts_of_any_depth_and_width_follow_one_another():
+    keeper = kept(deep_bert().eval())
+    root, saved = keeper.module, []
+    for layers, share in (((0, 1, 2, 3, 4, 5), 0.9), ((0, 2, 3, 5), 0.8), ((2, 5), 0.7)):
+        shrink(keeper, layers, share)
+        saved.append((copy.deepcopy(root.state_dict()), keeper.plan, outputs(root["net"], batch())))
+    fresh = kept(deep_bert().eval())
+    for owner in (keeper, fresh):
+        for place in (0, 2, 1, 0, 1, 2):
+            weights, plan, says = saved[place]
+            owner.module.load_state_dict(copy.deepcopy(weights))
+            assert owner.plan == plan
+            assert torch.equal(outputs(owner.module["net"], batch()), says)
+            depth = len(plan.kept[f"net.{STACK}"])
+            assert owner.module["net"].config.num_hidden_layers == depth
+    full = {f"net.{n}": t for n, t in deep_bert().state_dict().items()}
+    fresh.module.load_state_dict(full)
+    assert fresh.plan.is_full
+
+
+def test_weights_of_other_layers_than_the_plan_says_are_refused():
+    keeper = kept(deep_bert())
+    shrink(keeper, (0, 2))
+    weights = keeper.module.state_dict()
+    bad = {n: t for n, t in weights.items() if ".layer.1." not in n}
+    fresh = kept(deep_bert())
+    before = state(fresh.module["net"])
+    with pytest.raises(
+        PruningError, match=r"leaves 2 layers of .* holds weights of layers \['0'\]"
+    ):
+        fresh.module.load_state_dict(bad)
+    assert state(fresh.module["net"]) == before
+
+
+def test_a_keeper_of_the_whole_takes_over_from_that_of_a_part():
+    inner = PlanKeeper(deep_bert().eval(), parts)
+    anatomy = inner.anatomy
+    plan = anatomy.without(anatomy.full, {STACK: (0, 3)})
+    done = operate(inner.module, anatomy, plan, current=anatomy.full)
+    inner.store(done.removed)
+    inner.plan = done.after
+    root = nn.ModuleDict({"net": inner.module})
+    keeper = PlanKeeper.of(root, parts)
+    assert keeper.plan.kept[f"net.{STACK}"] == (0, 3)
+    top = [axis for axis in keeper.axes if axis.name == f"net.{STACK}.3.ffn"]
+    assert top[0].readers == (f"net.{STACK}.1.output.dense",)
+    fresh = kept(deep_bert().eval())
+    fresh.module.load_state_dict(root.state_dict())
+    assert torch.equal(outputs(fresh.module["net"], batch()), outputs(inner.module, batch()))
+    root.load_state_dict({f"net.{n}": t for n, t in deep_bert().state_dict().items()})
+    assert len(root["net"].bert.encoder.layer) == 6
+
+
+def test_axes_found_later_are_named_as_built():
+    """A second finder sees the shortened model only."""
+    model = deep_bert().eval()
+    keeper = PlanKeeper(model, find_stacks)
+    plan = keeper.anatomy.without(keeper.plan, {STACK: (0, 3)})
+    keeper.store(operate(model, keeper.anatomy, plan, current=keeper.plan).removed)
+    keeper.plan = plan
+    assert PlanKeeper.of(model, find_axes) is keeper
+    names = {axis.name for axis in keeper.axes if axis.kind == "ffn"}
+    assert names == {f"{STACK}.0.ffn", f"{STACK}.3.ffn"}
+    (top,) = (axis for axis in keeper.axes if axis.name == f"{STACK}.3.ffn")
+    assert top.readers == (f"{STACK}.1.output.dense",)
