@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from lightning_mi_prune.sparing import StackCut
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["heatmap", "save_heatmap"]
 
@@ -30,9 +29,6 @@ def heatmap(cut: StackCut) -> Figure:
         >>> [text.get_text() for text in heatmap(cut).axes[0].texts]
         ['1.00', '0.99', '0.99', '1.00']
     """
-    from matplotlib.figure import Figure  # half a second that only a picture is worth
-    from matplotlib.patches import Rectangle
-
     count = len(cut.before)
     side = max(3.6, 0.55 * count + 1.6)
     figure = Figure(figsize=(side + 1.0, side), layout="constrained")
@@ -48,8 +44,9 @@ def heatmap(cut: StackCut) -> Figure:
     place = {layer: i for i, layer in enumerate(cut.before)}
     for cluster in cut.clusters:
         start, size = place[cluster[0]] - 0.5, len(cluster)
-        frame = {"fill": False, "edgecolor": "red", "linewidth": 2.5, "clip_on": False}
-        axes.add_patch(Rectangle((start, start), size, size, **frame))
+        frame = Rectangle((start, start), size, size, fill=False, edgecolor="red", linewidth=2.5)
+        axes.add_patch(frame)
+        frame.set_clip_on(False)
     names = [f"{layer} ✕" if layer in cut.removed else str(layer) for layer in cut.before]
     axes.set_xticks(range(count), names)
     axes.set_yticks(range(count), names)

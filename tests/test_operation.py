@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lightning_mi_prune.families.stacks import find_stacks
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.surgery import cancel, hollow, operate, recover
 from tests.deep import deep_bert
-from tests.models import batch, outputs, random_plan
+from tests.models import batch, outputs
 from tests.runs import sha
 
 STACK = "bert.encoder.layer"
@@ -38,7 +39,11 @@ def state(model):
 
 def units(anatomy, plan, share=0.5):
     """A plan that keeps some of the units of the layers that are there."""
-    return random_plan(anatomy.standing(plan), share)
+    draw = random.Random(0)  # noqa: S311
+    axes = [axis for axis in anatomy.standing(plan) if axis.kind != "residual"]
+    counts = {a.name: max(1, int(share * plan.width(a.name))) for a in axes}
+    kept = {n: tuple(sorted(draw.sample(plan.kept[n], count))) for n, count in counts.items()}
+    return Plan({a.name: a.size for a in axes}, kept)
 
 
 @pytest.mark.parametrize("order", ["layers first", "units first", "both at once"])

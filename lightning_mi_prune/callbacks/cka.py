@@ -56,11 +56,10 @@ _SPARSEST = 3  # MPruner gives up when every third layer of a cluster is too muc
 class CKALayerPruning(PruningCallback):
     """Take layers out of a model while it trains, where others say the same.
 
-    During validation the callback compares what all layers of a stack say (centered kernel
-    alignment). Neighbours that are alike form clusters; at the start of the next epoch all but the
-    first of each cluster are taken out, and training goes on. With ``max_drop`` a cut that still
-    costs too much after its recovery is taken back exactly, and every second, then every third
-    layer of a cluster is tried instead.
+    Validation compares all layers of a stack (centered kernel alignment). Neighbours that are alike
+    form clusters; the next epoch starts with all but the first of each taken out, and training goes
+    on. With ``max_drop`` a cut that costs too much after its recovery is taken back exactly, and
+    every second, then every third layer of a cluster is tried instead.
 
     Args:
         threshold: Least CKA with the first layer of a cluster, above 0 and up to 1. None lowers
@@ -71,7 +70,7 @@ class CKALayerPruning(PruningCallback):
             ``"angular_run"`` the run of layers that together turn it least (Gromov et al.),
             ``"last"`` the top ones, ``"random"`` any.
         kernel: ``"linear"`` or ``"rbf"``.
-        bandwidth: Width of the ``"rbf"`` kernel, as a share of the median distance in a batch.
+        bandwidth: Width of the ``"rbf"`` kernel as a share of the median distance.
         positions: Positions to compare in a batch of validation, at least 4.
         stacks: Paths of the containers whose layers may go, such as ``"model.encoder.block"`` or
             ``"backbone.layer3"``; default: those of the Hugging Face models in the module.
@@ -125,10 +124,7 @@ class CKALayerPruning(PruningCallback):
     ) -> None:
         check_types(module=module, verbose=verbose)
         check_counts(seed=seed, cuts=cuts, first_epoch=first_epoch, last_epoch=last_epoch)
-        if isinstance(positions, bool) or not isinstance(positions, int) or positions < 4:
-            raise MisconfigurationException(
-                f"positions={positions!r}; expected a whole number of at least 4."
-            )
+        check_counts(positions=positions, least=4)
         check_choices(kernel=kernel, best_of=best_of)
         between("bandwidth", bandwidth, 0, 100)
         check_order("linear", cuts, first_epoch, last_epoch)

@@ -85,14 +85,15 @@ def check_choices(**given: object) -> None:
             raise MisconfigurationException(f"{name}={value!r}; expected one of {_CHOICES[name]}.")
 
 
-def check_counts(**given: object) -> None:
+def check_counts(least: int = 0, **given: object) -> None:
     """Refuse anything but whole numbers that are large enough, by name."""
     for name, value in given.items():
+        fewest = max(least, _LEAST[name])
         if value is None and name in ("cuts", "first_epoch", "last_epoch"):
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < _LEAST[name]:
+        if not isinstance(value, int) or isinstance(value, bool) or value < fewest:
             raise MisconfigurationException(
-                f"{name}={value!r}; expected a whole number of at least {_LEAST[name]}."
+                f"{name}={value!r}; expected a whole number of at least {fewest}."
             )
 
 
