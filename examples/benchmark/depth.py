@@ -56,21 +56,22 @@ RECIPES = {
     "trec-6": Recipe(1e-4, 6, validation_fraction=0.2, test_fraction=0.2),
     "movie-snippets": Recipe(5e-5, 4, validation_fraction=0.2, test_fraction=0.27),
 }
-# Layers left and criterion; the dense control first, what decides most next.
-VARIANTS: tuple[tuple[int, str], ...] = (
-    (6, "none"),
-    (4, "cka"),
-    (3, "cka"),
-    (4, "angle"),
-    (4, "last"),
-    (4, "angular_run"),
-    (4, "random"),
-    (3, "angle"),
-    (3, "last"),
+# Layers left, criterion and cuts; the dense control first, what decides most next.
+VARIANTS: tuple[tuple[int, str, int], ...] = (
+    (6, "none", 0),
+    (4, "cka", 1),
+    (3, "cka", 1),
+    (4, "last", 1),
+    (4, "cka", 2),
+    (4, "angle", 1),
+    (4, "random", 1),
+    (4, "angular_run", 1),
+    (3, "last", 1),
+    (3, "angle", 1),
 )
 
 
-def run(task: str, seed: int, layers: int, criterion: str) -> dict[str, Any]:
+def run(task: str, seed: int, layers: int, criterion: str, cuts: int) -> dict[str, Any]:
     """Train and test one variant."""
     recipe = RECIPES[task]
     data = TextDataModule(
@@ -89,7 +90,7 @@ def run(task: str, seed: int, layers: int, criterion: str) -> dict[str, Any]:
     callbacks: list[pl.Callback] = []
     if criterion != "none":
         options: dict[str, Any] = {"criterion": criterion, "target_layers": layers, "seed": seed}
-        callbacks = [CKALayerPruning(None, verbose=False, **options)]
+        callbacks = [CKALayerPruning(None, cuts=cuts, verbose=False, **options)]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -111,6 +112,7 @@ def run(task: str, seed: int, layers: int, criterion: str) -> dict[str, Any]:
         "layers_before": LAYERS,
         "layers": len(module.network.base_model.encoder.layer),
         "criterion": criterion,
+        "cuts": cuts,
         "seed": seed,
         "epochs": recipe.epochs,
         "n_test": len(data.splits["test"]),
@@ -121,21 +123,23 @@ def run(task: str, seed: int, layers: int, criterion: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu": cpu_name(),
     }
-    for callback in callbacks:
-        (cut,) = callback.report.cuts  # type: ignore[attr-defined]
-        record["cut"] = {
+    made = [cut for callback in callbacks for cut in callback.report.cuts]  # type: ignore[attr-defined]
+    record["removed"] = [
+        {
             "epoch": cut.epoch,
-            "removed": cut.stacks[0].removed,
+            "layers": cut.stacks[0].removed,
             "threshold": cut.stacks[0].threshold,
             "similarity": cut.stacks[0].similarity,
             "seconds": dict(cut.seconds),
         }
+        for cut in made
+    ]
     return record
 
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
     """What a record is about."""
-    return tuple(record[name] for name in ("task", "seed", "layers", "criterion"))
+    return tuple(record[name] for name in ("task", "seed", "layers", "criterion", "cuts"))
 
 
 def latency() -> dict[str, Any]:
@@ -202,13 +206,22 @@ def tell(records: list[dict[str, Any]]) -> None:
     """Print the medians over seeds and the paired differences with the dense control."""
     dense = {(r["task"], r["seed"]): r["accuracy"] for r in records if r["criterion"] == "none"}
     table = Table(title="MiniLM-L6, accuracy in %, medians (and range) over seeds")
-    for name in ("task", "layers", "criterion", "seeds", "accuracy", "minus dense", "removed"):
+    for name in (
+        "task",
+        "layers",
+        "criterion",
+        "cuts",
+        "seeds",
+        "accuracy",
+        "minus dense",
+        "removed",
+    ):
         table.add_column(name)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
-        key = (record["task"], -record["layers"], record["criterion"])
+        key = (record["task"], -record["layers"], record["criterion"], record["cuts"])
         groups.setdefault(key, []).append(record)
-    for (task, layers, criterion), found in sorted(groups.items()):
+    for (task, layers, criterion, cuts), found in sorted(groups.items()):
         values = [100 * r["accuracy"] for r in found]
         pairs = [(r, dense.get((r["task"], r["seed"]))) for r in found]
         gaps = [100 * (r["accuracy"] - d) for r, d in pairs if d is not None]
@@ -216,12 +229,18 @@ def tell(records: list[dict[str, Any]]) -> None:
             task,
             str(-layers),
             criterion,
+            str(cuts),
             str(len(found)),
             spread(values),
             spread(gaps) if gaps else "",
-            "; ".join(str(r["cut"]["removed"]) for r in found if "cut" in r),
+            "; ".join(removed(r) for r in found if r["removed"]),
         )
     Console(width=120).print(table)
+
+
+def removed(record: dict[str, Any]) -> str:
+    """Layers that went, as built, cut by cut."""
+    return " + ".join(" ".join(map(str, cut["layers"])) for cut in record["removed"])
 
 
 def spread(values: list[float]) -> str:
@@ -251,15 +270,15 @@ def main() -> None:
         RESULTS.with_name("depth-speed.json").write_text(json.dumps(found, indent=2) + "\n")
         Console().print_json(data=found)
         return
-    for layers, criterion in VARIANTS[: options.variants]:
+    for layers, criterion, cuts in VARIANTS[: options.variants]:
         for task in options.tasks:
             for seed in options.seeds:
                 records = load(RESULTS)
-                if (task, seed, layers, criterion) in {key_of(r) for r in records}:
+                if (task, seed, layers, criterion, cuts) in {key_of(r) for r in records}:
                     continue
-                record = run(task, seed, layers, criterion)
+                record = run(task, seed, layers, criterion, cuts)
                 write(RESULTS, sorted([*load(RESULTS), record], key=lambda r: str(key_of(r))))
-                print(task, seed, layers, criterion, f"{record['accuracy']:.4f}", flush=True)
+                print(task, seed, layers, criterion, cuts, f"{record['accuracy']:.4f}", flush=True)
     tell(load(RESULTS))
 
 
