@@ -26,8 +26,18 @@ def test_the_code_of_the_readme_runs(number):
     assert "Linear(in_features=16, out_features=24" in done.stdout
 
 
+def test_the_code_of_the_page_on_layers_runs():
+    page = (ROOT / "docs/layers.md").read_text()
+    *_, block = re.findall(r"```python\n(.*?)```", page, re.S)
+    command = [sys.executable, "-c", block]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3 (")
+
+
 def test_the_readme_is_finished():
-    assert "@@" not in (ROOT / "README.md").read_text()
+    for page in ("README.md", "docs/layers.md"):
+        assert "@@" not in (ROOT / page).read_text()
 
 
 def test_every_number_of_the_results_is_in_the_records():

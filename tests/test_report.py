@@ -4,14 +4,17 @@ import io
 import json
 import time
 
+import pytest
 import torch
 from rich.console import Console
 from torch import nn
 
 from lightning_mi_prune.families import find_axes
+from lightning_mi_prune.heatmap import heatmap, save_heatmap
 from lightning_mi_prune.listener import Example
 from lightning_mi_prune.measure import count_macs, measure_latency
 from lightning_mi_prune.report import AxisCut, Cut, PruningReport, cut_table
+from lightning_mi_prune.sparing import StackCut
 from lightning_mi_prune.surgery import apply
 from tests.models import batch, build, random_plan
 
@@ -104,3 +107,39 @@ def test_latency_takes_turns():
     turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     assert turns == ["a", "b"] * 4  # once each to warm up, then three rounds
     assert result["b"] >= 2
+
+
+def stack_cut(criterion="cka"):
+    alike = ((1.0, 0.99, -0.05), (0.99, 1.0, 0.4), (-0.05, 0.4, 1.0))
+    return StackCut("net.layer", (0, 2, 5), (0, 5), alike, ((0, 2), (5,)), criterion, 0.98)
+
+
+@pytest.mark.parametrize("criterion", ["cka", "last"])
+def test_the_heat_map_frames_clusters_and_crosses_what_went(criterion, tmp_path):
+    (axes, *_) = heatmap(stack_cut(criterion)).axes
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "2 ✕", "5"]
+    frames = [(p.get_x(), p.get_width()) for p in axes.patches]
+    assert frames == [(-0.5, 2), (1.5, 1)]
+    assert len(axes.texts) == 9
+    assert ("0.9800" if criterion == "cka" else "last") in axes.get_title()
+    save_heatmap(stack_cut(criterion), tmp_path / "new" / "map.svg")
+    assert "<svg" in (tmp_path / "new" / "map.svg").read_text()
+
+
+def test_a_report_of_layers_can_be_read_again_and_has_a_picture(tmp_path):
+    cut = Cut(1, 1 / 3, 20, 8, 6, (), {"listening": 0.1}, (stack_cut(),))
+    report = PruningReport(30, 12, 9, cuts=[cut], undone=[cut])
+    assert PruningReport.from_state(report.state_dict()) == report
+    text = json.dumps(report.state_dict())
+    assert PruningReport.from_state(json.loads(text)) == report
+    report.write(tmp_path / "report.json")
+    told = json.loads((tmp_path / "report.json").read_text())
+    (stack,) = told["cuts"][0]["stacks"]
+    assert (tmp_path / stack["picture"]).exists()
+    assert StackCut.read({k: v for k, v in stack.items() if k != "picture"}) == stack_cut()
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(cut_table(cut, report))
+    text = console.export_text()
+    for part in ("net.layer", "0 2 | 5", "CKA >= 0.9800", "33.3%"):
+        assert part in text
+    assert cut.metrics()["prune/depth/net.layer"] == 2

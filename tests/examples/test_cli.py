@@ -161,6 +161,26 @@ def test_a_pruned_model_is_trained_on_without_a_further_cut(config: Path) -> Non
     assert second["after"]["parameters"] == first["after"]["parameters"]
 
 
+def test_layers_go_first_in_the_yaml_that_is_laid_over(config: Path) -> None:
+    text = (ROOT / "examples/text_classification/layers.yaml").read_text()
+    over: dict[str, Any] = yaml.safe_load(text)
+    over["trainer"]["callbacks"][0]["init_args"]["target_layers"] = 1
+    over["trainer"]["callbacks"][1]["init_args"]["sparsity"] = 0.75  # one of two layers is half
+    Path("layers.yaml").write_text(yaml.safe_dump(over))
+    run("fit", "--config", str(config), "--config", "layers.yaml", "--trainer.max_epochs", "5")
+    report = json.loads(Path("runs/layers/report.json").read_text())
+    layers, units = report["cuts"]
+    (stack,) = layers["stacks"]
+    assert (stack["before"], len(stack["after"])) == ([0, 1], 1)
+    assert Path("runs/layers", stack["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert units["sparsity"] >= 0.75
+    assert report["after"]["macs"] < report["before"]["macs"]
+    opened = from_pretrained(BertForSequenceClassification, Path("runs/layers"))
+    assert opened.config.num_hidden_layers == len(opened.bert.encoder.layer) == 1
+    again = score("--config", str(config), "--model.model", "runs/layers", "--name", "again")
+    assert again == pytest.approx(report["after"]["metrics"]["accuracy"])
+
+
 def test_options_of_the_callback_are_checked_on_the_command_line(config: Path) -> None:
     with pytest.raises(ValueError, match=r"sparsity=1.5; expected a number above 0 and below 1"):
         run("fit", "--config", str(config), "--trainer.callbacks.init_args.sparsity", "1.5")
