@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.utils.data import DataLoader
 
 from lightning_mi_prune import MutualInformationPruning, PruningError
-from lightning_mi_prune.callbacks import base, mutual_information
+from lightning_mi_prune.callbacks import mutual_information, widths
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.strategies import _forget_shapes
 from tests.boring import Sentences, trainer
@@ -156,7 +156,7 @@ def collectives(folder, pruning):
     counts: dict[str, list[int]] = {"in steps": [], "refitted": [], "gathered": []}
     dist = torch.distributed
     places = [(dist, "all_reduce", "all_reduce"), (dist, "all_gather", "all_gather")]
-    places += [(mutual_information, "add_up", "refitted"), (base, "gather", "gathered")]
+    places += [(mutual_information, "add_up", "refitted"), (widths, "gather", "gathered")]
 
     def counted(name, original):
         def call(*args, **kwargs):

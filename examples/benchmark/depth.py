@@ -24,7 +24,6 @@ import lightning.pytorch as pl
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.cost import cpu_name
 from examples.benchmark.records import load, write
@@ -202,40 +201,23 @@ def overhead(rounds: int = 7) -> dict[str, Any]:
     }
 
 
-def tell(records: list[dict[str, Any]]) -> None:
-    """Print the medians over seeds and the paired differences with the dense control."""
+def markdown(records: list[dict[str, Any]]) -> str:
+    """The table of docs/layers.md."""
     dense = {(r["task"], r["seed"]): r["accuracy"] for r in records if r["criterion"] == "none"}
-    table = Table(title="MiniLM-L6, accuracy in %, medians (and range) over seeds")
-    for name in (
-        "task",
-        "layers",
-        "criterion",
-        "cuts",
-        "seeds",
-        "accuracy",
-        "minus dense",
-        "removed",
-    ):
-        table.add_column(name)
+    lines = ["| task | layers | removed by | seeds | accuracy | minus dense | removed |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
         key = (record["task"], -record["layers"], record["criterion"], record["cuts"])
         groups.setdefault(key, []).append(record)
-    for (task, layers, criterion, cuts), found in sorted(groups.items()):
+    for (task, layers, criterion, _), found in sorted(groups.items()):
+        gaps = [100 * (r["accuracy"] - dense[r["task"], r["seed"]]) for r in found]
         values = [100 * r["accuracy"] for r in found]
-        pairs = [(r, dense.get((r["task"], r["seed"]))) for r in found]
-        gaps = [100 * (r["accuracy"] - d) for r, d in pairs if d is not None]
-        table.add_row(
-            task,
-            str(-layers),
-            criterion,
-            str(cuts),
-            str(len(found)),
-            spread(values),
-            spread(gaps) if gaps else "",
-            "; ".join(removed(r) for r in found if r["removed"]),
-        )
-    Console(width=120).print(table)
+        cells = [task, str(-layers), "" if criterion == "none" else f"`{criterion}`"]
+        cells += [str(len(found)), spread(values), spread(gaps) if criterion != "none" else ""]
+        cells += ["; ".join(removed(r) for r in found if r["removed"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def removed(record: dict[str, Any]) -> str:
@@ -255,7 +237,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--variants", type=int, default=len(VARIANTS), help="only the first ones")
     parser.add_argument("--quiet-machine", action="store_true")
+    parser.add_argument("--table", action="store_true", help="only print the table, as markdown")
     options = parser.parse_args()
+    if options.table:
+        print(markdown(load(RESULTS)))
+        return
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
@@ -279,7 +265,7 @@ def main() -> None:
                 record = run(task, seed, layers, criterion, cuts)
                 write(RESULTS, sorted([*load(RESULTS), record], key=lambda r: str(key_of(r))))
                 print(task, seed, layers, criterion, cuts, f"{record['accuracy']:.4f}", flush=True)
-    tell(load(RESULTS))
+    print(markdown(load(RESULTS)))
 
 
 if __name__ == "__main__":

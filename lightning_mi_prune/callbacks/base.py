@@ -6,16 +6,13 @@ Every step is a function of another file.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 from typing_extensions import override
 
-from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.callbacks.companions import without_best
 from lightning_mi_prune.callbacks.run import (
     is_dev_run,
@@ -28,8 +25,7 @@ from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.callbacks.steps import PruningSteps
 from lightning_mi_prune.callbacks.trial import judge
-from lightning_mi_prune.checkpoints import PlanKeeper
-from lightning_mi_prune.depth import DepthAxis
+from lightning_mi_prune.checkpoints import Find, PlanKeeper
 from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.report import PruningReport
 from lightning_mi_prune.sample import Heard
@@ -42,8 +38,8 @@ class PruningCallback(PruningSteps):
     """The run of a pruning method: which hook of the Trainer takes which step."""
 
     @abstractmethod
-    def find(self, module: nn.Module) -> Sequence[WidthAxis | DepthAxis]:
-        """All that the module can lose, whether this method takes it or not."""
+    def finder(self) -> Find:
+        """What finds all that a module can lose; it stays with copies of the module."""
 
     @abstractmethod
     def reconcile(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
@@ -66,7 +62,7 @@ class PruningCallback(PruningSteps):
                 f"{len(alike) + 1} {type(self).__name__} in one Trainer would each cut by a plan "
                 "of their own; expected one. Give one of them all there is to cut, or fit twice."
             )
-        self._keeper = PlanKeeper.of(pl_module, self.find)
+        self._keeper = PlanKeeper.of(pl_module, self.finder())
         if stage == "fit":
             refuse_unsupported(trainer, pl_module)
             self._run, self.report = RunState(), PruningReport()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 from typing_extensions import override
 
 from lightning_mi_prune.alignment import Kernel
-from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.callbacks.base import PruningCallback
 from lightning_mi_prune.callbacks.companions import BestOf
 from lightning_mi_prune.callbacks.options import (
@@ -33,10 +31,11 @@ from lightning_mi_prune.callbacks.telling import (
     describe_layers,
     layer_parameters,
 )
+from lightning_mi_prune.checkpoints import Find
 from lightning_mi_prune.depth import DepthAxis
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.families import find_axes, is_within
-from lightning_mi_prune.families.stacks import choose_stacks
+from lightning_mi_prune.families import is_within
+from lightning_mi_prune.families.stacks import find_parts
 from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.report import Cut
@@ -149,11 +148,8 @@ class CKALayerPruning(PruningCallback):
         self._stacks: list[DepthAxis] = []
 
     @override
-    def find(self, module: nn.Module) -> Sequence[WidthAxis | DepthAxis]:
-        found: list[WidthAxis | DepthAxis] = []
-        with contextlib.suppress(PruningError):  # units no family knows are simply not followed
-            found += find_axes(module)
-        return found + choose_stacks(module, self._paths, self._within)
+    def finder(self) -> Find:
+        return partial(find_parts, stacks=self._paths, within=self._within)
 
     @override
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 from typing_extensions import override
 
 from lightning_mi_prune.axes import WidthAxis, count_parameters
@@ -22,6 +22,7 @@ from lightning_mi_prune.callbacks.records import Pending, Trial
 from lightning_mi_prune.callbacks.run import validation_batches, without_frozen
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.telling import begin_report, describe, sizes_of
+from lightning_mi_prune.checkpoints import Find
 from lightning_mi_prune.families import find_axes, is_within
 from lightning_mi_prune.gradients import blank
 from lightning_mi_prune.hooks import Ear
@@ -89,8 +90,8 @@ class WidthPruning(PruningCallback):
         """What the schedule leads to, in words; empty where it counts sparsities."""
 
     @override
-    def find(self, module: nn.Module) -> Sequence[WidthAxis]:
-        return find_axes(module, within=self._within)
+    def finder(self) -> Find:
+        return partial(find_axes, within=self._within)
 
     @override
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:

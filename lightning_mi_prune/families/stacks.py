@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
+from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.depth import DepthAxis
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.families import is_within
+from lightning_mi_prune.families import find_axes, is_within
 from lightning_mi_prune.families.residual import module_at
 from lightning_mi_prune.stack import blocks_of
 
-__all__ = ["STACKS", "choose_stacks", "find_stacks", "stack_at"]
+__all__ = ["STACKS", "choose_stacks", "find_parts", "find_stacks", "stack_at"]
 
 _LISTS = ("layer_types", "mlp_layer_types")
 
@@ -97,6 +98,20 @@ def choose_stacks(
         stack = known.get(path) or stack_at(module, path)
         chosen += [] if stack is None else [stack]
     return chosen
+
+
+def find_parts(
+    module: nn.Module, stacks: Sequence[str] | None = None, within: str = ""
+) -> list[WidthAxis | DepthAxis]:
+    """The chosen stacks, and the axes of all units where a family knows them.
+
+    Raises:
+        PruningError: As :func:`choose_stacks` raises it.
+    """
+    found: list[WidthAxis | DepthAxis] = []
+    with contextlib.suppress(PruningError):  # units no family knows are simply not followed
+        found += find_axes(module)
+    return found + choose_stacks(module, stacks, within)
 
 
 def stack_at(module: nn.Module, path: str) -> DepthAxis | None:
