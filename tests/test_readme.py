@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.communication import table
 from benchmarks.seeds import summary
+from examples.benchmark import depth
 from examples.benchmark.tables import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,17 @@ def test_the_code_of_the_page_on_layers_runs():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3 (")
+
+
+def test_the_numbers_of_the_page_on_layers_are_in_the_records():
+    page = (ROOT / "docs/layers.md").read_text()
+    assert depth.markdown(depth.load(depth.RESULTS)) in page
+    speed = json.loads(depth.RESULTS.with_name("depth-speed.json").read_text())
+    for batch, found in speed["latency"].items():
+        cells = [f"{found['ms'][n]:.1f}" for n in "643"]
+        cells += [f"{found['speed_up_of_layer_ratio'][n]:.2f}" for n in "43"]
+        assert f"| {batch} | {' | '.join(cells)} |" in page
+    assert f"adds {100 * speed['overhead']['added']['median']:.0f} %" in page
 
 
 def test_the_readme_is_finished():
