@@ -428,3 +428,21 @@ def test_a_run_too_short_for_both_is_refused():
     both = [CKALayerPruning(**QUIET), MutualInformationPruning(0.5, verbose=False)]
     with pytest.raises(MisconfigurationException, match="expected at least 2, one before a cut"):
         trainer(*both, max_epochs=3).fit(Deep())
+
+
+def two_ranks_in_vain(folder):
+    options = {"layers": {**GATE, "cuts": 1}, "max_epochs": 6}
+    run, module, watch = fit(folder, module=Scored, strategy="ddp", devices=2, **options)
+    ordered = all(a is b for a, b in zip(held(run), module.parameters(), strict=True))
+    state = sha(*module.state_dict().values()), watch.pruning.plan.is_full
+    return state, [cut.epoch for cut in watch.pruning.report.undone], ordered
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_ranks_take_layers_back_together(tmp_path):
+    one, two = launch(2, two_ranks_in_vain, tmp_path).values()
+    assert one == two
+    (_, full), undone, ordered = one
+    assert full
+    assert undone == [1]
+    assert ordered
