@@ -66,29 +66,20 @@ def redundant(clusters: Sequence[Cluster], every: int = 1) -> tuple[int, ...]:
     return tuple(sorted(layer for cluster in clusters for layer in cluster[1::every]))
 
 
-def loosest(similarity: Sequence[Sequence[float]], count: int, every: int = 1) -> float:
-    """The highest threshold at which ``count`` layers may go.
+def loosest(similarity: Sequence[Sequence[float]], count: int) -> float:
+    """The highest threshold at which ``count`` layers may go, or the lowest that lets any go.
 
     Args:
         similarity: Likeness of every pair of layers.
         count: Layers that shall go.
-        every: As for :func:`redundant`.
-
-    Raises:
-        PruningError: If no threshold above 0 lets that many go.
 
     Example:
         >>> loosest([[1.0, 0.9, 0.7], [0.9, 1.0, 0.8], [0.7, 0.8, 1.0]], 2)
         0.7
     """
     levels = sorted({value for row in similarity for value in row if 0 < value <= 1}, reverse=True)
-    for level in levels:
-        if len(redundant(clusters_of(similarity, level), every)) >= count:
-            return level
-    raise PruningError(
-        f"No threshold lets {count} of {len(similarity)} layers go, every={every}: too few of them "
-        "are alike at all. Remove fewer layers."
-    )
+    enough = (level for level in levels if len(redundant(clusters_of(similarity, level))) >= count)
+    return next(enough, levels[-1] if levels else 1.0)
 
 
 def square(matrix: Sequence[Sequence[float]], name: str) -> int:

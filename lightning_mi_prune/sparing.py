@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.redundancy import Cluster, clusters_of, loosest, redundant
 from lightning_mi_prune.rivals import closest_run, last_layers, least_turning, random_layers
 
@@ -148,9 +149,16 @@ class Thinning:
         threshold = self.threshold or 0.0
         if self.criterion == "cka":
             if self.threshold is None and most:
-                threshold = loosest(compared.similarity, most, every)
+                threshold = loosest(compared.similarity, most)
             clusters = clusters_of(compared.similarity, threshold or 1.0)
             gone = _closest(clusters, redundant(clusters, every), compared, most)
+            if self.threshold is None and every == 1 and len(gone) < most:
+                warnings.warn(
+                    f"{len(gone)} layers of {name!r} can go, not {most}: the others are alike to "
+                    "none at any CKA above 0. Raise target_layers, or choose another criterion.",
+                    PruningWarning,
+                    stacklevel=2,
+                )
         else:
             gone = set(self._rival(compared, most))
         places = compared.layers

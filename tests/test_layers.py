@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 
 import lightning.pytorch as pl
 import pytest
@@ -156,7 +157,7 @@ def test_it_gives_up_after_every_third_layer(tmp_path):
         module=Scored,
         max_epochs=12,
     )
-    assert [c.stacks[0].every for c in watch.pruning.report.undone] == [1, 2, 3]
+    assert [c.stacks[0].every for c in watch.pruning.report.undone] == [1, 2]  # 3 is 2 again
     assert len(module.model.bert.encoder.layer) == 6
     assert watch.pruning.plan.is_full
 
@@ -446,3 +447,50 @@ def test_two_ranks_take_layers_back_together(tmp_path):
     assert full
     assert undone == [1]
     assert ordered
+
+
+def test_a_retry_towards_a_target_is_gentler(tmp_path):
+    options = {"threshold": None, "target_layers": 2, "cuts": 2, "last_epoch": 5}
+    _, module, watch = fit(tmp_path, layers={**GATE, **options}, module=Scored, max_epochs=9)
+    tried = [set(cut.stacks[0].removed) for cut in watch.pruning.report.undone]
+    assert len(tried) >= 2
+    assert all(later < earlier for earlier, later in pairwise(tried))
+    assert len(module.model.bert.encoder.layer) == 6
+
+
+class Twice(Scored):
+    """Clusters of two: every second layer of one is the same as all but the first."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.model = deep_bert(copies=(2,))
+
+
+def test_the_same_layers_are_not_tried_twice(tmp_path):
+    options = {"cuts": 4, "last_epoch": 7}
+    _, _, watch = fit(tmp_path, layers={**GATE, **options}, module=Twice, max_epochs=12)
+    assert [cut.stacks[0].removed for cut in watch.pruning.report.undone] == [(2,)]
+
+
+def test_a_layer_with_a_second_name_is_refused_before_it_goes():
+    module = Deep()
+    module.hint = module.model.bert.encoder.layer[3]
+    with pytest.raises(PruningError, match=r"Layer 3 .* holds a part of it as 'hint"):
+        trainer(CKALayerPruning(**QUIET), max_epochs=3, num_sanity_val_steps=0).fit(module)
+    assert len(module.model.bert.encoder.layer) == 6
+    assert not any(p.is_meta for p in module.parameters())
+
+
+HALF_JUDGED = {"on_validation_start": None, "on_validation_batch_end": 1}
+
+
+def test_a_checkpoint_inside_the_judging_validation_keeps_the_verdict(tmp_path):
+    points = {name: Point(name, 1, batch) for name, batch in HALF_JUDGED.items()}
+    options = {"layers": {**GATE, "cuts": 1}, "module": Scored, "max_epochs": 4}
+    found = resumed_equals_straight(tmp_path, points, **options)
+    assert not any(found.values()), found
+
+
+def test_a_gate_that_no_validation_could_close_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="No validation comes after the last cut"):
+        fit(tmp_path, layers=GATE, module=Scored, max_epochs=4, check_val_every_n_epoch=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.redundancy import clusters_of, redundant
+from lightning_mi_prune.redundancy import clusters_of, loosest, redundant
 from lightning_mi_prune.rivals import closest_run, last_layers, least_turning, random_layers
 
 ALIKE = [
@@ -90,3 +90,11 @@ def test_a_count_out_of_range_is_named(count):
     for choose in (lambda: last_layers(4, count), lambda: random_layers(4, count)):
         with pytest.raises(PruningError, match=r"count=.*below the 4"):
             choose()
+
+
+def test_the_loosest_threshold_lets_enough_go_or_as_many_as_any():
+    assert loosest(ALIKE, 3) == 0.98
+    assert loosest(ALIKE, 4) == 0.5
+    noise = [[1.0, -0.1, 0.0], [-0.1, 1.0, 0.05], [0.0, 0.05, 1.0]]
+    assert loosest(noise, 2) == 0.05
+    assert clusters_of(noise, loosest(noise, 2)) == [(0,), (1, 2)]

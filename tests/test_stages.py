@@ -207,3 +207,25 @@ def test_a_block_that_changes_the_shape_always_stays(criterion, seed):
     callback = CKALayerPruning(**options, **OPTIONS)
     trainer(callback, max_epochs=2).fit(module)
     assert callback.report.cuts[0].stacks[0].after == (0,)
+
+
+def test_a_half_of_one_layer_is_left_alone():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_heads": 4}
+    ends = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = T5Config(**sizes, **ends, num_layers=4, num_decoder_layers=1)
+    module = Any(T5ForConditionalGeneration(config), tokens())
+    trainer(CKALayerPruning(target_layers=2, **OPTIONS), max_epochs=3).fit(module)
+    assert (len(module.model.encoder.block), len(module.model.decoder.block)) == (2, 1)
+
+
+@pytest.mark.filterwarnings("ignore:No layer is left to remove")
+def test_a_stack_of_one_layer_is_fitted_on_and_loads_again(tmp_path):
+    callback = CKALayerPruning(target_layers=1, stacks=["late"], criterion="last", **OPTIONS)
+    module = Pictures()
+    run = trainer(callback, max_epochs=3)
+    run.fit(module)
+    trainer(callback, max_epochs=3).fit(module)
+    assert len(module.late) == 1
+    module.load_state_dict(Pictures().state_dict())
+    assert len(module.late) == 5

@@ -82,7 +82,10 @@ class PruningCallback(PruningSteps):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """A validation that is still to be heard is run again, whole, when the run resumes."""
-        if self._listens(trainer) and self._run.heard is None and "loops" in checkpoint:
+        run = self._run
+        hears = self._listens(trainer) and run.heard is None
+        judges = run.trial is not None and run.trial.failed_at is None
+        if (hears or judges) and "loops" in checkpoint:
             rerun_validation(trainer, checkpoint["loops"])
 
     @override

@@ -69,21 +69,20 @@ class CKALayerPruning(PruningCallback):
             ``"angular_run"`` the run of layers that together turn it least (Gromov et al.),
             ``"last"`` the top ones, ``"random"`` any.
         kernel: ``"linear"`` or ``"rbf"``.
-        bandwidth: Width of the ``"rbf"`` kernel as a share of the median distance.
+        bandwidth: Width of the latter as a share of the median distance.
         positions: Positions to compare in a batch of validation, at least 4.
         stacks: Paths of the containers whose layers may go, such as ``"model.encoder.block"`` or
             ``"backbone.layer3"``; default: those of the Hugging Face models in the module.
         module: Path of the submodule to search for them; default: the whole module.
         cuts: Most attempts; default: 1, and with ``max_drop`` what fits, at most 4.
-        first_epoch: Training epoch (from 1) that starts with the first cut; default 1.
-        last_epoch: Epoch of the last attempt; default: half-way through the run.
-        max_drop: Largest loss of ``monitor`` that a cut may cost once it has recovered, as a share
-            of its best value before (0.01 is one per cent of it). None keeps every cut.
+        first_epoch: Training epoch (from 1) of the first cut; default 1.
+        last_epoch: Epoch of the last attempt; default: half-way.
+        max_drop: Largest loss of ``monitor`` after recovery, as a share of its best value before
+            (0.01 is one per cent of it). None keeps every cut.
         monitor: Metric that ``max_drop`` watches, as validation logs it.
         mode: ``"max"`` if more of it is better, ``"min"`` if less is.
         seed: Seed of the draw of positions, and of ``"random"``.
-        verbose: Whether each cut prints a table on rank zero.
-        best_of: As for :class:`MutualInformationPruning`.
+        verbose, best_of: As for :class:`MutualInformationPruning`.
 
     Raises:
         MisconfigurationException: If an option is outside its range, or two contradict each other.
@@ -143,8 +142,7 @@ class CKALayerPruning(PruningCallback):
             budget=asked_budget(max_drop, monitor, mode, relative=True),
         )
         self._kernel, self._bandwidth, self._positions = kernel, bandwidth, positions
-        self._paths, self._cuts = stacks, cuts
-        self._first, self._last = first_epoch, last_epoch
+        self._paths, self._cuts, self._first, self._last = stacks, cuts, first_epoch, last_epoch
         self._stacks: list[DepthAxis] = []
 
     @override
@@ -159,6 +157,8 @@ class CKALayerPruning(PruningCallback):
             mine = [stack for stack in stacks if is_within(stack.name, self._within)]
         else:
             mine = [stack for stack in stacks if stack.name in self._paths]
+        if self._paths is None:  # one layer, as in a short decoder, is no stack to thin
+            mine = [stack for stack in mine if stack.size > 1] or mine
         self._stacks = without_frozen(module, mine)
         for stack in self._stacks:
             if keeper.plan.width(stack.name) > 1 or stack.size < 2:
@@ -180,7 +180,7 @@ class CKALayerPruning(PruningCallback):
     def reconcile(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
         run, surprises = self._run, []
         plan, names = self._kept().plan, set(self._names)
-        present = {name: plan.kept[name] for name in names}
+        present = {name: plan.kept[name] for name in names if plan.width(name) > 1}
         if run.heard is not None and {n: c.layers for n, c in run.heard.stacks.items()} != present:
             run.heard = None
             surprises.append("What was heard was of other layers; a cut waits for validation.")
@@ -217,8 +217,8 @@ class CKALayerPruning(PruningCallback):
     def decide(
         self, module: pl.LightningModule, heard: Heard, goal: float, kept: float
     ) -> Selection | None:
-        found = self._choices(heard.stacks, goal)
-        layers = {choice.name: choice.after for choice in found if choice.removed}
+        choices = self._choices(heard.stacks, goal)
+        layers = {choice.name: choice.after for choice in choices if choice.removed}
         keeper = self._kept()
         return Selection(keeper.anatomy.without(keeper.plan, layers), {}, {}) if layers else None
 
@@ -261,20 +261,21 @@ class CKALayerPruning(PruningCallback):
     @override
     def retry(self, trainer: pl.Trainer, trial: Trial, failed: float) -> str:
         run, epoch = self._run, trainer.current_epoch
-        left = run.schedule.left(failed)
+        left, tried = run.schedule.left(failed), self._removed(failed)
         run.schedule, run.every = Schedule(), run.every + 1
+        while run.every <= _SPARSEST and self._removed(failed) == tried:
+            run.every += 1
         if not left or run.every > _SPARSEST or self.thinning.criterion != "cka":
             return "no further cut"
         # The model is the one that was compared: it need not be heard again.
         run.heard, run.heard_at = Heard(stacks=run.compared), epoch - 1
-        step = (1 - run.reached) / len(left)
-        goals = tuple(run.reached + step * (place + 1) for place in range(len(left) - 1))
-        run.schedule = Schedule((epoch, *left[1:]), (*goals, 1.0))
+        step = (1 - failed) / max(1, len(left) - 1)
+        goals = tuple(failed + step * place for place in range(len(left)))
+        run.schedule = Schedule((epoch, *left[1:]), goals)
         return f"one of {run.every} layers of a cluster now"
 
     @override
     def _reached(self, trainer: pl.Trainer, heard: Heard, goal: float) -> None:
-        """Nothing is redundant any more: the method stops."""
         self._run.schedule = Schedule()
         near = [f"{nearest(c):.3f} in {name!r}" for name, c in heard.stacks.items()]
         text = (
@@ -289,7 +290,10 @@ class CKALayerPruning(PruningCallback):
 
     @override
     def _named(self, goal: float) -> str:
-        return f"one of {self._run.every - 1} layers of each cluster"
+        return "fewer layers"
+
+    def _removed(self, goal: float) -> list[tuple[int, ...]]:
+        return [choice.removed for choice in self._choices(self._run.compared, goal)]
 
     @property
     def _names(self) -> list[str]:

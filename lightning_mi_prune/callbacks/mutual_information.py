@@ -23,7 +23,7 @@ from lightning_mi_prune.callbacks.options import (
     check_types,
     check_units,
 )
-from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, judging_epoch
+from lightning_mi_prune.callbacks.schedule import Ramp, Schedule
 from lightning_mi_prune.callbacks.widths import WidthPruning
 from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.criteria import MutualInformation
@@ -240,14 +240,7 @@ class MutualInformationPruning(WidthPruning):
 
     @override
     def schedule(self, length: float, every: int, begin: int) -> Schedule:
-        found = self._fit(length, self._goal, self._ramp, self._cuts, every, begin)
-        judged = judging_epoch(found.epochs[-1], None, length, every)
-        if self._budget is not None and (judged + 1) % every:
-            raise MisconfigurationException(
-                f"No validation comes after the last cut at epoch {found.epochs[-1]} in time to "
-                f"take it back in a run of {length:g} epochs; lower last_epoch or raise max_epochs."
-            )
-        return found
+        return self._fit(length, self._goal, self._ramp, self._cuts, every, begin)
 
     @override
     def decide(

@@ -16,7 +16,7 @@ from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.companions import BestOf, Patience, restart_comparison
 from lightning_mi_prune.callbacks.records import Pending, Trial
 from lightning_mi_prune.callbacks.run import is_dev_run, run_length
-from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule
+from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule, judging_epoch
 from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.callbacks.telling import macs_of
 from lightning_mi_prune.callbacks.trial import begin_trial, take_back
@@ -215,7 +215,7 @@ class PruningSteps(pl.Callback, ABC):
         self, length: float, goal: float, ramp: Ramp, cuts: int | None, every: int, begin: int
     ) -> Schedule:
         try:
-            return fit_schedule(
+            found = fit_schedule(
                 length,
                 goal,
                 ramp=ramp,
@@ -228,6 +228,13 @@ class PruningSteps(pl.Callback, ABC):
             )
         except PruningError as error:
             raise MisconfigurationException(str(error)) from error
+        judged = judging_epoch(found.epochs[-1], None, length, every)
+        if self._budget is not None and (judged + 1) % every:
+            raise MisconfigurationException(
+                f"No validation comes after the last cut at epoch {found.epochs[-1]} in time to "
+                f"take it back in a run of {length:g} epochs; lower last_epoch or raise max_epochs."
+            )
+        return found
 
     def _others(self, trainer: pl.Trainer) -> list[PruningSteps]:
         """Other pruning callbacks of the run: layers go first, then units."""

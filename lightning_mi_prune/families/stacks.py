@@ -94,8 +94,9 @@ def choose_stacks(
         known = {stack.name: stack for stack in find_stacks(module)}
     chosen = []
     for path in dict.fromkeys(paths):
-        blocks_of(module, path)
         stack = known.get(path) or stack_at(module, path)
+        if stack is None or stack.size > 1:  # one that was cut to one layer is still a stack
+            blocks_of(module, path)
         chosen += [] if stack is None else [stack]
     return chosen
 

@@ -147,6 +147,13 @@ def _check_shared(model: nn.Module, anatomy: Anatomy, current: Plan, after: Plan
             homes = owners(model) if homes is None else homes
             layer = model.get_submodule(f"{stack.name}.{number}")
             inside = set(map(id, layer.modules()))
+            top = f"{stack.name}.{number}"
+            for path, module in model.named_modules(remove_duplicate=False):
+                if id(module) in inside and path != top and not path.startswith(f"{top}."):
+                    raise PruningError(
+                        f"Layer {number} of {stack.name!r} cannot go: the model holds a part of it "
+                        f"as {path!r} too. Reach it through the stack instead, or leave this stack out."
+                    )
             for name, parameter in layer.named_parameters():
                 if _is_elsewhere(homes[id(parameter)], inside):
                     raise PruningError(
