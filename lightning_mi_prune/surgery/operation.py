@@ -152,7 +152,7 @@ def _check_shared(model: nn.Module, anatomy: Anatomy, current: Plan, after: Plan
                 if id(module) in inside and path != top and not path.startswith(f"{top}."):
                     raise PruningError(
                         f"Layer {number} of {stack.name!r} cannot go: the model holds a part of it "
-                        f"as {path!r} too. Reach it through the stack instead, or leave this stack out."
+                        f"as {path!r} too. Reach it through the stack, or leave the stack out."
                     )
             for name, parameter in layer.named_parameters():
                 if _is_elsewhere(homes[id(parameter)], inside):
