@@ -146,6 +146,7 @@ class PlanKeeper:
     def _learn(self, parts: Sequence[WidthAxis | DepthAxis]) -> None:
         """Take in parts that were found on the module as it stands."""
         axes = [part for part in parts if isinstance(part, WidthAxis)]
+        stacks = tuple(part for part in parts if isinstance(part, DepthAxis))
         sizes = {} if self._plan is None else self._plan.sizes
         axes = as_built(axes, {axis.here: sizes[axis.name] for axis in self._standing()})
         present = present_plan(self.module, axes)
@@ -157,10 +158,8 @@ class PlanKeeper:
                 {name: present.sizes[old] for name, old in names.items()},
                 {name: present.kept[old] for name, old in names.items()},
             )
-            stacks = Anatomy(stacks=tuple(p for p in parts if isinstance(p, DepthAxis)))
-            self._plan = now.joined(stacks.full).joined(self._plan)
-        stacks_found = tuple(part for part in parts if isinstance(part, DepthAxis))
-        self._anatomy = self._anatomy.joined(Anatomy(tuple(built), stacks_found))
+            self._plan = now.joined(Anatomy(stacks=stacks).full).joined(self._plan)
+        self._anatomy = self._anatomy.joined(Anatomy(tuple(built), stacks))
 
     def _standing(self) -> list[WidthAxis]:
         return [] if self._plan is None else self._anatomy.standing(self._plan)

@@ -44,7 +44,8 @@ class Pruned:
 
     Args:
         plan: Survivors of every axis, with the order in which the others went.
-        sparsity: Share of the prunable parameters that is gone, against the model as built.
+        sparsity: Share of the prunable parameters that is gone, against the model as built; whole
+            layers that went before do not count.
         parameters: Parameters of the module before and after.
         prunable_parameters: Those of the axes that could be cut, before and after.
         information: What each axis kept of its information with the layer above.

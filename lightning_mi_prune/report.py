@@ -133,7 +133,8 @@ class PruningReport:
             after = {name: getattr(self.cuts[-1], name) for name in names}
             if self.cuts[0].stacks:  # shares count what the first callback may remove
                 last = [cut for cut in self.cuts if cut.stacks][-1]
-                after["prunable_parameters"] = last.prunable_parameters
+                since = last.parameters - self.cuts[-1].parameters
+                after["prunable_parameters"] = last.prunable_parameters - since
         return {
             "before": before,
             "after": after,

@@ -248,7 +248,9 @@ def test_layers_go_first_then_units(tmp_path, first):
     assert units[-1].sparsity == pytest.approx(0.75, abs=0.03)
     assert len({axis.name.split(".")[4] for axis in units[-1].axes} - {"0", "1", "4", "5"}) == 0
     assert all(a is b for a, b in zip(held(run), module.parameters(), strict=True))
-    json.dumps(depth.report.to_dict())
+    told = json.loads(json.dumps(depth.report.to_dict()))
+    held_now = sum(p.numel() for p in module.model.bert.encoder.layer.parameters())
+    assert told["after"]["prunable_parameters"] == held_now
 
     run.save_checkpoint(tmp_path / "both.ckpt")
     again = load_pruned(Deep(), tmp_path / "both.ckpt")
@@ -335,8 +337,9 @@ BAD_OPTIONS = [
     ({"kernel": "cosine"}, "kernel='cosine'; expected one of"),
     ({"bandwidth": 0}, "bandwidth=0; expected a number above 0"),
     ({"positions": 3}, "positions=3; expected a whole number of at least 4"),
-    ({"stacks": "model.layers"}, "stacks='model.layers'; expected a list"),
-    ({"stacks": []}, r"stacks=\[\]; expected a list"),
+    ({"stacks": "model.layers"}, "stacks='model.layers'.* stacks as a list"),
+    ({"stacks": []}, r"stacks=\[\].* stacks as a list"),
+    ({"stacks": ["a"], "module": "b"}, r"stacks=\['a'\], module='b'; expected one of the two"),
     ({"cuts": 0}, "cuts=0; expected a whole number of at least 1"),
     ({"first_epoch": 3, "last_epoch": 2}, "first_epoch=3 comes after last_epoch=2"),
     ({"max_drop": 0.01}, "max_drop=0.01 needs monitor"),
@@ -427,7 +430,7 @@ def test_two_of_a_kind_are_refused():
 
 def test_a_run_too_short_for_both_is_refused():
     both = [CKALayerPruning(**QUIET), MutualInformationPruning(0.5, verbose=False)]
-    with pytest.raises(MisconfigurationException, match="expected at least 2, one before a cut"):
+    with pytest.raises(MisconfigurationException, match=r"at least 2.* share this run of 3 epochs"):
         trainer(*both, max_epochs=3).fit(Deep())
 
 
@@ -494,3 +497,30 @@ def test_a_checkpoint_inside_the_judging_validation_keeps_the_verdict(tmp_path):
 def test_a_gate_that_no_validation_could_close_is_refused(tmp_path):
     with pytest.raises(MisconfigurationException, match="No validation comes after the last cut"):
         fit(tmp_path, layers=GATE, module=Scored, max_epochs=4, check_val_every_n_epoch=2)
+
+
+def test_a_budget_that_gone_layers_bring_within_reach_is_taken():
+    module = Deep()
+    options = {"target_layers": 2, "criterion": "last"}
+    trainer(CKALayerPruning(None, **options, **QUIET), max_epochs=2).fit(module)
+    floor = {"floor": 0.2, "multiple": 2, "relevance": None, "verbose": False}
+    width = MutualInformationPruning(0.9, **floor)
+    trainer(width, max_epochs=2).fit(module)
+    assert width.report.cuts[-1].sparsity >= 0.9
+    with pytest.raises(PruningError, match="out of reach"):
+        trainer(MutualInformationPruning(0.99, **floor), max_epochs=2).fit(module)
+
+
+class Charged(Scored):
+    """It is worth less without its layers, and as much with any units."""
+
+    def score(self):
+        return 1.0 - 0.05 * (super().score() < 1)
+
+
+def test_what_layers_may_cost_is_not_charged_to_units(tmp_path):
+    layers = {"max_drop": 0.1, "monitor": "score", "cuts": 1}
+    units = {"sparsity": 0.7, "max_drop": 0.02, "monitor": "score", "relevance_steps": 8}
+    _, _, watch = fit(tmp_path, layers=layers, pruning=units, module=Charged, max_epochs=16)
+    assert watch.pruning.report.undone == []
+    assert watch.pruning.report.cuts[-1].sparsity >= 0.7

@@ -5,6 +5,7 @@ Every step is a function of another file.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_mi_prune.callbacks.run import (
     is_last_validation,
     padded_rows,
     rerun_validation,
+    run_length,
     validation_batches,
 )
 from lightning_mi_prune.callbacks.schedule import Schedule
@@ -118,6 +120,11 @@ class PruningCallback(PruningSteps):
             )
         run, every = self._run, trainer.check_val_every_n_epoch or 1
         begin = self._begin(trainer)
+        if self._others(trainer):
+            self._share = (
+                f" Layers and units share this run of {run_length(trainer):g} epochs: "
+                f"{type(self).__name__} has epochs {begin} to {math.ceil(self._end(trainer)) - 1}."
+            )
         fitted = together(
             trainer.strategy,
             "the schedule of the cuts",
@@ -155,7 +162,9 @@ class PruningCallback(PruningSteps):
         """Judge the last cut, add up what all ranks heard, and decide if the epoch is over."""
         run, listener = self._run, self._close()
         if self._budget is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            run.trial, run.best = judge(trainer, self._budget, run, self._end(trainer))
+            trial, best = judge(trainer, self._budget, run, self._end(trainer))
+            if trainer.current_epoch >= self._begin(trainer):  # not what layers were allowed to cost
+                run.trial, run.best = trial, best
         if listener is None or self._is_failed():
             return
         heard = self.hear(trainer, listener)

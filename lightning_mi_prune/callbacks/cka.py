@@ -126,9 +126,10 @@ class CKALayerPruning(PruningCallback):
         check_choices(kernel=kernel, best_of=best_of)
         between("bandwidth", bandwidth, 0, 100)
         check_order("linear", cuts, first_epoch, last_epoch)
-        if stacks is not None and (isinstance(stacks, str) or not stacks):
+        if stacks is not None and (isinstance(stacks, str) or not stacks or module):
             raise MisconfigurationException(
-                f"stacks={stacks!r}; expected a list of paths such as ['model.encoder.layer']."
+                f"stacks={stacks!r}, module={module!r}; expected one of the two, stacks as a list "
+                "of paths such as ['model.encoder.layer']."
             )
         try:
             self.thinning = Thinning(threshold, target_layers, criterion, seed)

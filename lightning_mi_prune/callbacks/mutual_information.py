@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -225,7 +226,12 @@ class MutualInformationPruning(WidthPruning):
     def check(
         self, module: pl.LightningModule, axes: list[WidthAxis], widths: Mapping[str, int]
     ) -> None:
-        self.method.check(module, self._kept().axes, axes, widths)
+        method, sparsity = self.method, self.left_to_reach(self._goal)
+        if method.budget.kind == "sparsity":
+            if sparsity <= 0:  # layers that are gone were enough
+                return
+            method = replace(method, budget=Budget(sparsity))
+        method.check(module, self._kept().axes, axes, widths)
 
     @property
     def _goal(self) -> float:

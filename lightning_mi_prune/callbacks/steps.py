@@ -65,6 +65,7 @@ class PruningSteps(pl.Callback, ABC):
         self._patience = Patience()
         self._run = RunState()
         self._waits = False
+        self._share = ""
         self._first: int | None = None
         self._last: int | None = None
 
@@ -227,7 +228,7 @@ class PruningSteps(pl.Callback, ABC):
                 recovery=1 if self._budget is None else 2,
             )
         except PruningError as error:
-            raise MisconfigurationException(str(error)) from error
+            raise MisconfigurationException(f"{error}{self._share}") from error
         judged = judging_epoch(found.epochs[-1], None, length, every)
         if self._budget is not None and (judged + 1) % every:
             raise MisconfigurationException(
