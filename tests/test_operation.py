@@ -100,6 +100,34 @@ def test_recovering_brings_hollow_layers_back_to_the_bit():
     assert not any(p.is_meta for p in model.parameters())
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.float16, torch.bfloat16])
+def test_layers_come_back_in_the_precision_of_those_that_stayed(precision):
+    model, anatomy = body()
+    for layer in model.bert.encoder.layer:
+        layer.register_buffer("place", torch.arange(3))
+        layer.register_buffer("scale", torch.ones(3))
+    plan = anatomy.without(anatomy.full, {STACK: (0, 1)})
+    done = operate(model, anatomy, plan, current=anatomy.full)
+    spare = {n: {i: hollow(x) for i, x in layers.items()} for n, layers in done.removed.items()}
+    model.to(precision)
+    for layer in model.bert.encoder.layer:
+        layer.output.LayerNorm.float()  # as some models keep parts of a layer
+    values = {n: t.clone() for n, t in model.named_parameters()}
+    for place in range(2, 6):
+        mine = {n.replace("layer.1.", f"layer.{place}."): t for n, t in values.items()}
+        values |= {n: t for n, t in mine.items() if n not in values}
+    recover(model, anatomy, anatomy.full, values, current=plan, spare=spare)
+    first, *others = ({n: t.dtype for n, t in x.state_dict().items()} for x in layers_of(model))
+    assert all(other == first for other in others)
+    assert first["output.dense.weight"] == first["scale"] == precision
+    assert first["output.LayerNorm.weight"] == torch.float32
+    assert first["place"] == torch.int64
+
+
+def layers_of(model):
+    return list(model.bert.encoder.layer)
+
+
 def test_a_snapshot_that_does_not_fit_changes_nothing():
     model, anatomy = body()
     values = {n: t.clone() for n, t in model.named_parameters()}

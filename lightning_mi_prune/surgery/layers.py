@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mi_prune.axes import below
 from lightning_mi_prune.depth import DepthAxis, full_depth
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
@@ -117,27 +118,47 @@ def arrange(
 
 def hollow(layer: nn.Module) -> nn.Module:
     """The same layer without the memory of its parameters, kept to be filled one day."""
-    _exchange(layer, lambda old: torch.empty_like(old, device="meta"))
+    _exchange(layer, lambda _, old: torch.empty_like(old, device="meta"))
     return layer
 
 
-def _filled(layer: nn.Module, device: torch.device | None) -> nn.Module:
-    """The hollow layer with memory on a device; what it says there, loading decides."""
-    if any(parameter.is_meta for parameter in layer.parameters()):
-        _exchange(layer, lambda old: torch.zeros_like(old, device=device or "cpu"))
-        for module in layer.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(device or "cpu")
+def _filled(layer: nn.Module, others: Sequence[nn.Module]) -> nn.Module:
+    """The hollow layer with memory where the others have theirs, and in their precision.
+
+    What it says there, loading decides.
+    """
+    if not any(parameter.is_meta for parameter in layer.parameters()):
+        return layer
+    like = {name: tensor for other in others for name, tensor in _tensors(other)}
+    home = next((tensor.device for tensor in like.values()), torch.device("cpu"))
+    precise = {name: t.dtype for name, t in like.items() if t.is_floating_point()}
+    usual = next(iter(precise.values()), None)
+
+    def dtype(path: str, old: Tensor) -> torch.dtype:  # parts of a layer may differ in it
+        return precise.get(path, usual or old.dtype) if old.is_floating_point() else old.dtype
+
+    _exchange(layer, lambda path, old: torch.zeros_like(old, device=home, dtype=dtype(path, old)))
+    for path, module in layer.named_modules():
+        for name, old in module._buffers.items():
+            if old is not None:
+                module._buffers[name] = old.to(home, dtype(below(path, name), old))
     return layer
 
 
-def _exchange(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+def _tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from layer.named_parameters()
+    yield from layer.named_buffers()
+
+
+def _exchange(layer: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
     """Other parameters in place of all those of a layer; shared ones stay shared."""
     made: dict[int, nn.Parameter] = {}
-    for module in layer.modules():
+    for path, module in layer.named_modules():
         for name, old in module._parameters.items():
             if old is not None:
-                made.setdefault(id(old), nn.Parameter(make(old.detach()), old.requires_grad))
+                if id(old) not in made:
+                    new = make(below(path, name), old.detach())
+                    made[id(old)] = nn.Parameter(new, old.requires_grad)
                 module._parameters[name] = made[id(old)]
 
 
@@ -149,7 +170,7 @@ def _stock(
     _check(model, axis, kept, current)
     container = model.get_submodule(axis.name)
     layers = dict(zip(current.kept[axis.name], container.children(), strict=True))
-    device = next((p.device for p in container.parameters()), None)
+    others = list(container.children())
     for place in kept:
         if place not in layers:
             layer = spare.get(axis.name, {}).get(place)
@@ -158,7 +179,7 @@ def _stock(
                     f"Layer {place} of {axis.name!r} is gone, and nothing is kept to bring it "
                     "back. Build the model anew with the configuration it was trained with."
                 )
-            layers[place] = _filled(layer, device).train(container.training)
+            layers[place] = _filled(layer, others).train(container.training)
     return layers
 
 
