@@ -309,6 +309,124 @@ def test_a_group_of_a_layer_that_is_gone_is_empty_and_filled_again(tmp_path):
     assert states.starts[back] == states.ends[0]
 
 
+class ByLayer(Scored):
+    """Two optimizers, and what is left of the second when layers go is nothing."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        layers = list(self.model.bert.encoder.layer)
+        mine = [p for layer in layers[2:4] for p in layer.parameters()]
+        inside = set(map(id, mine))
+        others = [p for p in self.parameters() if id(p) not in inside]
+        return [
+            torch.optim.AdamW(others[::2], lr=1e-4),
+            torch.optim.SGD(mine, lr=1e-4, momentum=0.9),
+            torch.optim.Adam(others[1::2], lr=1e-4),
+        ]
+
+
+class Decayed(Layerwise):
+    """Learning rates of layers that count from the top, and fall each in its own way."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        top = self.model.config.num_hidden_layers
+        falls = [lambda step, r=0.9 ** (top - i): r**step for i in range(top + 1)]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, falls)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}}
+
+
+RESUMED = {
+    "inside an epoch": Point("on_train_batch_end", 1, 1),
+    "failed, not yet back": Point("on_train_epoch_end", 2),
+    "later": Point("on_train_batch_end", 4, 1),
+}
+
+
+@pytest.mark.parametrize("module", [Layerwise, ByLayer, Decayed])
+@pytest.mark.parametrize(
+    "layers", [{}, {**GATE, "cuts": 2, "last_epoch": 4}], ids=["accepted", "taken back"]
+)
+def test_groups_by_layer_resume_after_layers_went(tmp_path, module, layers):
+    options = {"layers": layers, "module": module, "max_epochs": 6}
+    found = resumed_equals_straight(tmp_path, RESUMED, **options)
+    assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("optimizer", ["adam-groups", "two-manual"])
+def test_groups_by_position_resume_after_layers_went(tmp_path, optimizer):
+    options = {"layers": {}, "module": Deep, "optimizer": optimizer, "max_epochs": 4}
+    found = resumed_equals_straight(tmp_path, {"later": Point("on_train_epoch_end", 2)}, **options)
+    assert not any(found.values()), found
+
+
+def test_a_run_that_began_without_some_layers_resumes_on_all_of_them(tmp_path):
+    options = {"threshold": None, "criterion": "last"}
+    module, seen = Layerwise(), []
+    trainer(CKALayerPruning(**options, target_layers=5, **QUIET), max_epochs=2).fit(module)
+    path = tmp_path / "later.ckpt"
+    for target, source in ((module, None), (Layerwise(), path)):
+        states = States()
+        run = trainer(
+            CKALayerPruning(**options, target_layers=4, **QUIET),
+            states,
+            max_epochs=3 + bool(source),
+        )
+        run.fit(target, ckpt_path=source, weights_only=source and True)
+        run.save_checkpoint(path)
+        seen.append([len(group) for group in states.ends[run.current_epoch - 1][2][0]])
+        assert "configure_optimizers" not in vars(target)
+        assert len(target.model.bert.encoder.layer) == target.model.config.num_hidden_layers == 4
+        assert not any(p.is_meta for p in target.parameters())
+    assert [len(sizes) for sizes in seen] == [6, 6]  # of five layers
+    assert seen[0] == seen[1]
+    assert seen[0][-1] == 0
+
+
+class Regrouped(Layerwise):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+class Failing(Layerwise):
+    def configure_optimizers(self):
+        raise RuntimeError("no optimizer today")
+
+
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [
+        (
+            Regrouped,
+            r"have groups of \[\[\d+, 16, 16, 0, 0, 16, 16\]\] parameters; .* have \[\[\d+\]\]",
+        ),
+        (Failing, "no optimizer today"),
+    ],
+)
+def test_other_groups_than_the_checkpoint_has_are_refused_in_a_sentence(tmp_path, module, error):
+    fit(tmp_path, points={"x": Point("on_train_epoch_end", 1)}, layers={}, module=Layerwise)
+    target = module()
+    run = trainer(CKALayerPruning(**QUIET), max_epochs=5)
+    with pytest.raises((PruningError, RuntimeError), match=error):
+        run.fit(target, ckpt_path=tmp_path / "0.ckpt", weights_only=True)
+    assert len(target.model.bert.encoder.layer) == target.model.config.num_hidden_layers == 4
+    assert not any(p.is_meta for p in target.parameters())
+    assert "configure_optimizers" not in vars(target)
+
+
+@pytest.mark.parametrize("noted", ["text", {"optimizers_of": 3}, {"optimizers_of": "{}"}])
+def test_a_damaged_note_in_a_checkpoint_is_refused(tmp_path, noted):
+    points = {"x": Point("on_train_epoch_end", 1)}
+    fit(tmp_path, points=points, layers={}, module=Deep, max_epochs=3)
+    checkpoint = torch.load(tmp_path / "0.ckpt", weights_only=True)
+    torch.save({**checkpoint, "lightning_mi_prune": noted}, tmp_path / "bad.ckpt")
+    with pytest.raises(PruningError, match=r"expected the layers its optimizers|Plan version None"):
+        fit(tmp_path, resume=tmp_path / "bad.ckpt", layers={}, module=Deep)
+
+
 def two_ranks(folder, **options):
     _, module, watch = fit(folder, layers=options, module=Deep, strategy="ddp", devices=2)
     similarity = watch.pruning.report.cuts[0].stacks[0].similarity
@@ -440,6 +558,20 @@ def two_ranks_in_vain(folder):
     ordered = all(a is b for a, b in zip(held(run), module.parameters(), strict=True))
     state = sha(*module.state_dict().values()), watch.pruning.plan.is_full
     return state, [cut.epoch for cut in watch.pruning.report.undone], ordered
+
+
+def two_ranks_by_layer(folder):
+    options = {"layers": {}, "module": ByLayer, "strategy": "ddp", "devices": 2, "max_epochs": 4}
+    points = {"x": Point("on_train_batch_end", 2, 1)}
+    runs = [fit(folder, points=points, **options)]
+    runs += [fit(folder, resume=folder / "0.ckpt", **options)]
+    return [watch.digests[3] for _, _, watch in runs]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_ranks_resume_with_an_optimizer_whose_layers_are_gone(tmp_path):
+    for straight, resumed in launch(2, two_ranks_by_layer, tmp_path).values():
+        assert straight == resumed
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mi_prune.callbacks.companions import without_best
+from lightning_mi_prune.callbacks.configuring import Footing
 from lightning_mi_prune.callbacks.run import (
     is_dev_run,
     is_last_validation,
@@ -38,6 +39,8 @@ __all__ = ["PruningCallback"]
 
 class PruningCallback(PruningSteps):
     """The run of a pruning method: which hook of the Trainer takes which step."""
+
+    _footing = Footing()  # setup makes one for each run
 
     @abstractmethod
     def finder(self) -> Find:
@@ -67,7 +70,7 @@ class PruningCallback(PruningSteps):
         self._keeper = PlanKeeper.of(pl_module, self.finder())
         if stage == "fit":
             refuse_unsupported(trainer, pl_module)
-            self._run, self.report = RunState(), PruningReport()
+            self._run, self.report, self._footing = RunState(), PruningReport(), Footing()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -89,6 +92,15 @@ class PruningCallback(PruningSteps):
         judges = run.trial is not None and run.trial.failed_at is None
         if (hears or judges) and "loops" in checkpoint:
             rerun_validation(trainer, checkpoint["loops"])
+        self._footing.save(checkpoint)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the optimizers be made as those of the checkpoint were."""
+        if trainer.state.fn == "fit":
+            self._footing.load(pl_module, self._kept(), checkpoint)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -103,6 +115,7 @@ class PruningCallback(PruningSteps):
         for other in self._others(trainer):  # one run, one report: that of the first turn
             first, second = sorted((self, other), key=lambda callback: callback.turn)
             second.report = first.report
+        self._footing.begin(self._kept())
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -254,6 +267,7 @@ class PruningCallback(PruningSteps):
         """Take the listening hooks down and let the companions go."""
         self.quiet()
         self._patience.release()
+        self._footing.abandon(pl_module)
 
     def _hold_patience(self, trainer: pl.Trainer) -> None:
         if not self._is_last_turn(trainer):

@@ -1,0 +1,135 @@
+"""Optimizers of a resumed run, made of the layers that those of the run were made of.
+
+Lightning calls ``configure_optimizers`` of a resumed run when layers have left the model already.
+Groups that are made by layer or by position would then be others than those of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from functools import update_wrapper
+from typing import Any
+
+import lightning.pytorch as pl
+from torch.optim import Optimizer
+
+from lightning_mi_prune.checkpoints import PlanKeeper
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.optimizers import rebind
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.surgery import arrange
+
+__all__ = ["Footing"]
+
+_KEY, _ENTRY = "lightning_mi_prune", "optimizers_of"
+_HOOK = "configure_optimizers"
+
+
+class Footing:
+    """The layers that the optimizers of a run were made of; it travels with its checkpoints."""
+
+    def __init__(self) -> None:
+        self._layers: Plan | None = None
+
+    def begin(self, keeper: PlanKeeper) -> None:
+        """Note the layers that are there, unless a checkpoint told of others."""
+        if self._layers is None:
+            self._layers = _layers_now(keeper)
+
+    def save(self, checkpoint: MutableMapping[str, Any]) -> None:
+        """Tell a checkpoint."""
+        if self._layers is not None and self._layers.sizes:
+            checkpoint[_KEY] = {_ENTRY: self._layers.to_json()}
+
+    def load(
+        self, module: pl.LightningModule, keeper: PlanKeeper, checkpoint: Mapping[str, Any]
+    ) -> None:
+        """Let the next ``configure_optimizers`` see the layers that a checkpoint tells of.
+
+        Groups of layers that are gone are empty afterwards, as they were when the layers went.
+
+        Args:
+            module: The module, at the plan of the checkpoint.
+            keeper: Its keeper.
+            checkpoint: The checkpoint, which is not trusted.
+
+        Raises:
+            PruningError: If it tells of something else.
+        """
+        noted = checkpoint.get(_KEY)
+        if noted is None or self._layers is not None:  # a finder of learning rates loads again
+            return
+        text = noted.get(_ENTRY) if isinstance(noted, Mapping) else None
+        if not isinstance(text, str):
+            raise PruningError(
+                f"The checkpoint holds {noted!r:.60} under {_KEY!r}; expected the layers its "
+                "optimizers were made of. Take another checkpoint."
+            )
+        self._layers = Plan.from_json(text)
+        alone = not isinstance(module.__dict__.get(_HOOK), _Once)  # of two callbacks one does it
+        if alone and self._layers != _layers_now(keeper):
+            sizes = _sizes_in(checkpoint["optimizer_states"])
+            module.__dict__[_HOOK] = _Once(module, keeper, self._layers, sizes)
+
+    def abandon(self, module: pl.LightningModule) -> None:
+        """Leave the module alone, if ``configure_optimizers`` was never called."""
+        once = module.__dict__.get(_HOOK)
+        if isinstance(once, _Once):
+            once.step_aside()
+
+
+class _Once:
+    """Stands in for ``configure_optimizers`` of a module, for one call."""
+
+    def __init__(
+        self, module: pl.LightningModule, keeper: PlanKeeper, begun: Plan, sizes: list[list[int]]
+    ) -> None:
+        self._module, self._keeper, self._begun, self._sizes = module, keeper, begun, sizes
+        self._set = module.__dict__.get(_HOOK)  # the user's own, as of LightningCLI
+        self._configure = module.configure_optimizers
+        update_wrapper(self, self._configure)
+
+    def step_aside(self) -> None:
+        del self._module.__dict__[_HOOK]
+        if self._set is not None:
+            self._module.__dict__[_HOOK] = self._set
+
+    def __call__(self) -> Any:
+        self.step_aside()
+        module, keeper, now = self._module, self._keeper, self._keeper.plan
+        stacks, then = keeper.anatomy.stacks, now.joined(self._begun)
+        arrange(module, stacks, self._begun, current=now, spare=keeper.spare)
+        try:
+            made = self._configure()
+        finally:
+            gone = arrange(module, stacks, now, current=then)
+            layers = [layer for stack in gone.values() for layer in stack.values()]
+            lost = [parameter for layer in layers for parameter in layer.parameters()]
+            keeper.store(gone)
+        optimizers = list(_optimizers_in(made))
+        rebind(optimizers, [], lost)
+        found = [[len(group["params"]) for group in o.param_groups] for o in optimizers]
+        if found != self._sizes:
+            raise PruningError(
+                f"The optimizers of the checkpoint have groups of {self._sizes} parameters; those "
+                f"of configure_optimizers have {found}. Resume with the groups the run began with."
+            )
+        return made
+
+
+def _optimizers_in(made: Any) -> Iterator[Optimizer]:
+    """The optimizers in all that ``configure_optimizers`` may return, in the order of Lightning."""
+    if isinstance(made, Optimizer):
+        yield made
+    elif isinstance(made, (list, tuple, Mapping)):
+        for part in made.values() if isinstance(made, Mapping) else made:
+            yield from _optimizers_in(part)
+
+
+def _layers_now(keeper: PlanKeeper) -> Plan:
+    sizes = {stack.name: stack.size for stack in keeper.anatomy.stacks}
+    return Plan(sizes, {name: keeper.plan.kept[name] for name in sizes})
+
+
+def _sizes_in(states: Sequence[Any]) -> list[list[int]]:
+    return [[len(group["params"]) for group in state["param_groups"]] for state in states]
