@@ -10,7 +10,12 @@ from typing import Any, Protocol, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -41,6 +46,10 @@ _CALLBACKS: dict[type[pl.Callback], str] = {
     StochasticWeightAveraging: "it averages copies of the uncut weights",
     WeightAveraging: "it averages copies of the uncut weights",
     ModelPruning: "it holds masks of the uncut shape",
+}
+_BESIDE_LAYERS: dict[type[pl.Callback], str] = {
+    BaseFinetuning: "it adds groups of parameters and finds them again by names, which change when "
+    "layers go",
 }
 _STRATEGIES: dict[type[Strategy], str] = {
     DeepSpeedStrategy: "keeps its own flat copies of the parameters",
@@ -205,18 +214,27 @@ def _forget_shapes(state: Any) -> None:
             state.iter = 0
 
 
-def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+def refuse_unsupported(
+    trainer: pl.Trainer, module: pl.LightningModule, *, layers: bool = False
+) -> None:
     """Refuse strategies, callbacks and compiled modules that would break at the first cut.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+        layers: Whether whole layers may go.
 
     Raises:
         MisconfigurationException: Naming what was found and what works instead.
     """
     _refuse_strategy(trainer.strategy)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for kind, reason in _CALLBACKS.items():
+        refused = {**_CALLBACKS, **(_BESIDE_LAYERS if layers else {})}
+        for kind, reason in refused.items():
             if isinstance(callback, kind):
+                what = "a callback that removes layers" if kind in _BESIDE_LAYERS else "pruning"
                 raise MisconfigurationException(
-                    f"{type(callback).__name__} cannot run beside pruning, because {reason}; "
+                    f"{type(callback).__name__} cannot run beside {what}, because {reason}; "
                     "remove one of the two."
                 )
     for name, part in module.named_modules():

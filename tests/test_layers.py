@@ -9,6 +9,7 @@ from itertools import pairwise
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from transformers import AutoModelForSequenceClassification
@@ -472,6 +473,31 @@ BAD_OPTIONS = [
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(MisconfigurationException, match=message):
         CKALayerPruning(**options)
+
+
+class Thawing(BaseFinetuning):
+    def freeze_before_training(self, module):
+        self.freeze(module.model.bert.embeddings)
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 2:
+            self.unfreeze_and_add_param_group(module.model.bert.embeddings, optimizer)
+
+
+class Backbone(Deep):
+    @property
+    def backbone(self):
+        return self.model.bert
+
+
+@pytest.mark.parametrize("other", [Thawing, BackboneFinetuning])
+@pytest.mark.parametrize("first", [True, False])
+def test_finetuning_that_goes_by_names_is_refused_at_the_start(other, first):
+    module, both = Backbone(), [CKALayerPruning(**QUIET), other()]
+    message = f"{other.__name__} cannot run beside a callback that removes layers, because .* names"
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(*both[:: 1 if first else -1], max_epochs=4).fit(module)
+    assert len(module.model.bert.encoder.layer) == 6
 
 
 class Odd(Deep):

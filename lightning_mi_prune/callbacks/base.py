@@ -69,7 +69,7 @@ class PruningCallback(PruningSteps):
             )
         self._keeper = PlanKeeper.of(pl_module, self.finder())
         if stage == "fit":
-            refuse_unsupported(trainer, pl_module)
+            refuse_unsupported(trainer, pl_module, layers=self.turn == 0)  # layers go first
             self._run, self.report, self._footing = RunState(), PruningReport(), Footing()
 
     @override
