@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,12 +11,17 @@ from torch.optim import Optimizer
 
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.states import (
+    NAMES,
+    alike,
     along,
+    as_given,
     check_kind,
     check_optimizers,
     described,
     held,
     known,
+    readable,
+    renumbered,
 )
 from lightning_mi_prune.surgery import Rewrite
 
@@ -26,6 +32,7 @@ def rebind(
     optimizers: Iterable[Optimizer],
     rewrites: Sequence[Rewrite],
     lost: Iterable[nn.Parameter] = (),
+    names: Mapping[int, str] | None = None,
 ) -> None:
     """Point optimizers at the cut parameters and keep the state of what survived.
 
@@ -38,6 +45,8 @@ def rebind(
         optimizers: All optimizers of the run.
         rewrites: What :func:`surgery.apply` returned.
         lost: Parameters that left with their layers; a group may be empty afterwards.
+        names: Qualified name of each parameter that is left by its ``id``: where layers went,
+            ``param_names`` of groups follow it.
 
     Raises:
         PruningError: If an optimizer keeps state that cannot be cut; nothing is changed then.
@@ -74,7 +83,11 @@ def rebind(
         for group in optimizer.param_groups:
             for parameter in (p for p in group["params"] if id(p) in gone):
                 optimizer.state.pop(parameter, None)
-            group["params"][:] = [p for p in group["params"] if id(p) not in gone]
+            stay = [id(p) not in gone for p in group["params"]]
+            group["params"][:] = compress(group["params"], stay)
+            if NAMES in group:
+                group[NAMES] = list(compress(group[NAMES], stay))
+    _rename(all_optimizers, names or {})
 
 
 def groups_of(optimizers: Iterable[Optimizer], names: Mapping[int, str]) -> list[list[list[str]]]:
@@ -155,7 +168,7 @@ def restore(
         {'momentum_buffer': tensor([3., 4.])}
     """
     all_optimizers = list(optimizers)
-    count = len(states) if _readable(states) else 0
+    count = len(states) if readable(states) else 0
     if count != len(all_optimizers):
         raise PruningError(
             f"The snapshot holds {count} readable optimizer states; expected "
@@ -185,9 +198,14 @@ def restore(
         if state:
             optimizer.state[new] = state
     known_as = dict(names) | {id(parameter): name for name, parameter in back.items()}
-    for optimizer, parameters, below, new, state in joining:
-        here = [known_as.get(id(p)) for p in parameters]
-        parameters.insert(here.index(below) + 1 if below in here else 0, new)
+    _rename(all_optimizers, known_as)
+    for optimizer, group, below, new, state in joining:
+        here = [known_as.get(id(p)) for p in group["params"]]
+        place = here.index(below) + 1 if below in here else 0
+        if NAMES in group:
+            name = as_given(optimizer, known_as[id(new)], known_as)
+            group[NAMES] = [*group[NAMES][:place], name, *group[NAMES][place:]]
+        group["params"].insert(place, new)
         if state:
             optimizer.state[new] = state
 
@@ -197,7 +215,7 @@ def _joining(
     groups: Sequence[Sequence[str]],
     saved: Mapping[str, Mapping[str, Any]],
     back: Mapping[str, nn.Parameter],
-) -> list[tuple[Optimizer, list[nn.Parameter], str | None, nn.Parameter, dict[str, Any]]]:
+) -> list[tuple[Optimizer, dict[str, Any], str | None, nn.Parameter, dict[str, Any]]]:
     """What comes back to each group: after which name, which parameter, with which state."""
     found = []
     for group, wanted in zip(optimizer.param_groups, groups, strict=True):
@@ -206,9 +224,18 @@ def _joining(
             if name in back:
                 what = f"{type(optimizer).__name__} and {name!r}"
                 state = _revived(what, saved.get(name, {}), group, {}, back[name], back[name])
-                found.append((optimizer, group["params"], below, back[name], state))
+                found.append((optimizer, group, below, back[name], state))
             below = name or below
     return found
+
+
+def _rename(optimizers: Iterable[Optimizer], names: Mapping[int, str]) -> None:
+    """Let the names that optimizers keep follow those of the parameters."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups if names else ():
+            if NAMES in group:
+                pairs = zip(group["params"], group[NAMES], strict=False)
+                group[NAMES] = [renumbered(own, names.get(id(p), own)) for p, own in pairs]
 
 
 def _check_groups(
@@ -242,13 +269,6 @@ def _plain(value: Any) -> Any:
     return value if kind is None else kind(value)
 
 
-def _readable(states: Any) -> bool:
-    return isinstance(states, Sequence) and all(
-        isinstance(saved, Mapping) and all(isinstance(state, Mapping) for state in saved.values())
-        for saved in states
-    )
-
-
 def _revived(
     what: str,
     saved: Mapping[str, Any],
@@ -261,7 +281,7 @@ def _revived(
     state = {}
     for key, value in saved.items():
         before = present.get(key)
-        if not known(key, value, new.shape) or not _alike(key, value, new, before, old):
+        if not known(key, value, new.shape) or not alike(key, value, new, before, old):
             raise PruningError(
                 f"The snapshot of {what} holds {key!r} ({described(value)}), which does not fit "
                 f"a parameter of shape {tuple(new.shape)}. Take one of this model and optimizer."
@@ -274,14 +294,3 @@ def _revived(
             value = value.detach().to(home, copy=True)
         state[key] = value
     return state
-
-
-def _alike(key: str, value: Any, new: Tensor, before: Any, old: Tensor) -> bool:
-    """Whether a tensor follows the dimensions that the present one follows."""
-    if not isinstance(value, Tensor) or not isinstance(before, Tensor):
-        return True
-    now, then = along(key, value, new.shape) or (), along(key, before, old.shape) or ()
-    # Of a dimension one wide nobody can tell whether it is followed.
-    sizes = enumerate(zip(new.shape, old.shape, strict=True))
-    wide = {dim for dim, both in sizes if min(both) > 1}
-    return value.ndim == before.ndim and wide & {*now} == wide & {*then}

@@ -11,7 +11,22 @@ from torch.optim import Optimizer
 
 from lightning_mi_prune.errors import PruningError
 
-__all__ = ["along", "check_kind", "check_optimizers", "described", "held", "known"]
+__all__ = [
+    "NAMES",
+    "alike",
+    "along",
+    "as_given",
+    "check_kind",
+    "check_optimizers",
+    "described",
+    "held",
+    "known",
+    "readable",
+    "renumbered",
+]
+
+NAMES = "param_names"
+"""Where a group keeps the names of its parameters, if it was made of named ones."""
 
 # The dimension that Adafactor of transformers sums away: of a square matrix, no shape tells.
 _SUMMED: dict[str, int] = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
@@ -102,3 +117,49 @@ def described(value: Any) -> str:
     """A state in a few words, for an error."""
     what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
     return f"{type(value).__name__}, {what}"
+
+
+def readable(states: Any) -> bool:
+    """Whether something is a list of states by name."""
+    return isinstance(states, Sequence) and all(
+        isinstance(saved, Mapping) and all(isinstance(state, Mapping) for state in saved.values())
+        for saved in states
+    )
+
+
+def alike(key: str, value: Any, new: Tensor, before: Any, old: Tensor) -> bool:
+    """Whether a tensor follows the dimensions that the present one follows."""
+    if not isinstance(value, Tensor) or not isinstance(before, Tensor):
+        return True
+    now, then = along(key, value, new.shape) or (), along(key, before, old.shape) or ()
+    # Of a dimension one wide nobody can tell whether it is followed.
+    sizes = enumerate(zip(new.shape, old.shape, strict=True))
+    wide = {dim for dim, both in sizes if min(both) > 1}
+    return value.ndim == before.ndim and wide & {*now} == wide & {*then}
+
+
+def renumbered(own: str, name: str) -> str:
+    """A name as an optimizer was given it, with the numbers of the present one.
+
+    Optimizers may be given names from any module, or names of the user's own, which stay.
+
+    Example:
+        >>> renumbered("layer.4.bias", "model.layer.2.bias"), renumbered("top", "model.bias")
+        ('layer.2.bias', 'top')
+    """
+    parts, present = own.split("."), name.split(".")
+    tail = present[-len(parts) :]
+    same = len(tail) == len(parts) and all(
+        a == b or (a.isdigit() and b.isdigit()) for a, b in zip(parts, tail, strict=True)
+    )
+    return ".".join(tail) if same else own
+
+
+def as_given(optimizer: Optimizer, name: str, names: Mapping[int, str]) -> str:
+    """A name from the module that the optimizer's other names are given from."""
+    for group in optimizer.param_groups:
+        for parameter, own in zip(group["params"], group.get(NAMES, ()), strict=False):
+            whole = names.get(id(parameter), "")
+            if whole == own or whole.endswith(f".{own}"):
+                return name.removeprefix(whole[: -len(own)])
+    return name

@@ -340,6 +340,44 @@ class Decayed(Layerwise):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}}
 
 
+class Named(Layerwise):
+    """Optimizers that keep the names of parameters, seen from the model, and names of our own."""
+
+    def configure_optimizers(self):
+        groups = {}
+        for name, parameter in self.model.named_parameters():
+            _, found, rest = name.partition("encoder.layer.")
+            groups.setdefault(rest.split(".")[0] if found else "", []).append((name, parameter))
+        own = [(f"p{i}", p) for i, (_, p) in enumerate(groups.pop(""))]
+        return torch.optim.AdamW([{"params": pairs} for pairs in (own, *groups.values())], lr=1e-4)
+
+
+class Names(pl.Callback):
+    def __init__(self):
+        self.seen, self.right = {}, []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        names = {id(p): name for name, p in pl_module.model.named_parameters()}
+        own, *groups = trainer.optimizers[0].param_groups
+        now = [[names[id(p)] for p in g["params"]] for g in groups]
+        self.right.append(now == [g["param_names"] for g in groups])
+        self.seen[trainer.current_epoch] = (own["param_names"], now)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="optimizers keep no names")
+def test_names_that_optimizers_keep_follow_the_layers(tmp_path):
+    names, again = Names(), Names()
+    points = {"x": Point("on_train_batch_end", 1, 1)}
+    options = {"layers": {**GATE, "cuts": 1}, "module": Named, "max_epochs": 6}
+    _, _, watch = fit(tmp_path, callbacks=[names], points=points, **options)
+    fit(tmp_path, callbacks=[again], resume=tmp_path / "0.ckpt", **options)
+    assert len(watch.pruning.report.undone) == 1
+    assert all(names.right)
+    assert all(again.right)
+    assert names.seen[0] == names.seen[5] == again.seen[5] != names.seen[1] == again.seen[1]
+    assert names.seen[1][1][4][0].startswith("bert.encoder.layer.2.")
+
+
 RESUMED = {
     "inside an epoch": Point("on_train_batch_end", 1, 1),
     "failed, not yet back": Point("on_train_epoch_end", 2),

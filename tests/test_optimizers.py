@@ -12,7 +12,7 @@ from transformers.optimization import Adafactor as HFAdafactor
 
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, linear_axis
-from lightning_mi_prune.optimizers import rebind, restore, snapshot
+from lightning_mi_prune.optimizers import groups_of, rebind, restore, snapshot
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.states import check_optimizers
 from lightning_mi_prune.surgery import Rewrite, apply, reshape
@@ -520,6 +520,28 @@ def test_two_optimizers_are_restored_each_from_its_own():
     assert torch.equal(first.state[weight]["exp_avg"], states[0]["0.weight"]["exp_avg"])
     buffer = second.state[weight]["momentum_buffer"]
     assert torch.equal(buffer, states[1]["0.weight"]["momentum_buffer"])
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="optimizers keep no names")
+@pytest.mark.parametrize("at", ["", "net."])
+def test_names_follow_parameters_that_leave_and_return(at):
+    net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    full = dict(net.named_parameters())
+    first = [(at + n, p) for n, p in full.items() if n[0] in "01"]
+    rest = [(at + n, p) for n, p in full.items() if n[0] in "23"]
+    adam = torch.optim.Adam([{"params": first}, {"params": rest}])
+    before = copy.deepcopy(adam.state_dict())
+    known = {id(p): f"model.{at}{n}" for n, p in full.items()}
+    states, groups = snapshot([adam], known), groups_of([adam], known)
+    gone = [*net[1].parameters(), *net[2].parameters()]
+    now = {n.replace("3.", "1."): p for n, p in full.items() if n[0] in "03"}
+    rebind([adam], [], gone, {id(p): f"model.{at}{n}" for n, p in now.items()})
+    found = [group["param_names"] for group in adam.param_groups]
+    assert found == [[f"{at}0.weight", f"{at}0.bias"], [f"{at}1.weight", f"{at}1.bias"]]
+    assert before["param_groups"][0]["param_names"] == [name for name, _ in first]
+    back = {name: p for p, name in ((p, known[id(p)]) for p in gone)}
+    restore([adam], {}, known, states, groups, back)
+    assert adam.state_dict()["param_groups"] == before["param_groups"]
 
 
 def broken(states, **changes):

@@ -107,7 +107,7 @@ class _Once:
             lost = [parameter for layer in layers for parameter in layer.parameters()]
             keeper.store(gone)
         optimizers = list(_optimizers_in(made))
-        rebind(optimizers, [], lost)
+        rebind(optimizers, [], lost, {id(p): name for name, p in module.named_parameters()})
         found = [[len(group["params"]) for group in o.param_groups] for o in optimizers]
         if found != self._sizes:
             raise PruningError(

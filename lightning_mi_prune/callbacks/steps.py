@@ -161,7 +161,8 @@ class PruningSteps(pl.Callback, ABC):
         try:
             keeper.plan = done.after
             cut = self.describe(trainer, module, pending, current)
-            rebind(trainer.strategy.optimizers, done.rewrites, done.lost)
+            names = {id(p): name for name, p in module.named_parameters()}
+            rebind(trainer.strategy.optimizers, done.rewrites, done.lost, names)
         except BaseException:  # a checkpoint that is written now must hold a whole model
             cancel(module, keeper.anatomy, done)
             keeper.plan, run.trial = current, None
