@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.depth import DepthAxis
+from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.exact import ExactSums
 from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.plan import Plan
@@ -73,7 +74,18 @@ class StackListeners(Ear):
 
         Args:
             plan: Plan the model carries.
+
+        Raises:
+            PruningError: If a stack said nothing or too little, or values that are not finite.
         """
+        silent = [name for name, ear in self._ears.items() if not ear.angles.count]
+        if silent:
+            ran = [name for name in self._ears if name not in silent]
+            raise PruningError(
+                f"The layers of {silent[0]!r} never ran in validation, so they cannot be compared; "
+                f"{ran or 'no others'} did. Let validation_step run them, or leave them out with "
+                "stacks= or module=."
+            )
         return {
             stack.name: self._ears[stack.name].compared(plan.kept[stack.name], stack.fixed)
             for stack in self._stacks

@@ -549,10 +549,37 @@ class Odd(Deep):
         self.named.add_module("up", nn.Linear(24, 24))
         self.named.add_module("down", nn.Linear(24, 24))
         self.single = nn.Sequential(nn.Linear(24, 24))
+        self.idle = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
 
     def validation_step(self, batch, index):
         super().validation_step(batch, index)
         self.tower(torch.randn(8, 24))
+
+
+class Loose(Deep):
+    """It runs the layers of a list itself, so that nothing that holds them is ever called."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.blocks = nn.ModuleList(nn.Linear(24, 24) for _ in range(3))
+
+    def loss(self, batch):
+        states = self.model.bert.embeddings(batch["input_ids"])
+        for block in self.blocks:
+            states = block(states)
+        logits = self.model.classifier(states.mean(1))
+        return nn.functional.cross_entropy(logits, batch["labels"])
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", self.loss(batch))
+
+
+def test_macs_of_layers_that_are_called_one_by_one_are_not_counted_and_said_so(tmp_path):
+    options = {"threshold": None, "target_layers": 2, "criterion": "last", "stacks": ["blocks"]}
+    with pytest.warns(UserWarning, match="MACs are not counted .* never called itself. Call it"):
+        _, module, watch = fit(tmp_path, layers=options, module=Loose, max_epochs=2)
+    assert len(module.blocks) == 2
+    assert watch.pruning.report.cuts[0].macs == 0
 
 
 class Diverged(Deep):
@@ -572,7 +599,10 @@ def one_layer(**options):
     return module
 
 
+SILENT = r"'idle' never ran in validation, .*; {} did.* leave them out with stacks= or module="
 BAD_RUNS = [
+    (Odd, {"stacks": ["idle"]}, SILENT.format("no others")),
+    (Odd, {"stacks": [STACK, "idle"]}, SILENT.format(rf"\['{STACK}'\]")),
     (Odd, {"stacks": ["tower"]}, r"outputs of different widths, \[\(24,\), \(8,\)\]"),
     (Odd, {"stacks": ["mixed"]}, r"holds 2 layers of \['Linear', 'ReLU'\]; expected"),
     (Odd, {"stacks": ["named"]}, r"are named \['up', 'down'\]; expected numbers from 0"),

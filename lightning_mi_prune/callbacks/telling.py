@@ -161,6 +161,12 @@ def sizes_of(
 
 def macs_of(trainer: pl.Trainer, module: pl.LightningModule, run: RunState) -> int:
     """Multiply-accumulates of one example of every network; 0 where they cannot be counted."""
+    if not run.examples:  # layers of a stack that was given by path may be called one by one
+        rank_zero_warn(
+            "MACs are not counted and are reported as 0: the module that holds the layers was "
+            "never called itself. Call it, as self(x), instead of its layers one by one."
+        )
+        return 0
     try:
         calls = {
             path: Example(*placed((call.args, call.kwargs), module.device))
