@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.alignment import Alignment, Kernel
 from lightning_mi_prune.angles import Angles
+from lightning_mi_prune.containers import container_of
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.sample import Example, first_call
@@ -203,32 +204,18 @@ def blocks_of(model: nn.Module, stack: str) -> list[str]:
     """Paths of the layers of a container, bottom to top.
 
     Raises:
-        PruningError: If the path is no ``nn.ModuleList`` or ``nn.Sequential`` of two layers or
-            more of one class.
+        PruningError: If the path is no container of two layers or more of one class
+            (:func:`containers.container_of`).
 
     Example:
         >>> blocks_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "")
         ['0', '1']
     """
-    try:
-        container = model.get_submodule(stack)
-    except AttributeError as error:
-        raise PruningError(f"{stack!r} is no module of {type(model).__name__}.") from error
-    if not isinstance(container, (nn.ModuleList, nn.Sequential)):
-        raise PruningError(
-            f"{stack!r} is a {type(container).__name__}; expected an nn.ModuleList or an "
-            "nn.Sequential whose layers run one after another."
-        )
+    container = container_of(model, stack)
     kinds = sorted({type(layer).__name__ for layer in container})
     if len(kinds) != 1 or len(container) < 2:
         raise PruningError(
             f"{stack!r} holds {len(container)} layers of {kinds}; expected two or more, all of one "
             "class."
         )
-    names = [name for name, _ in container.named_children()]
-    if names != [str(place) for place in range(len(names))]:
-        raise PruningError(
-            f"The layers of {stack!r} are named {names[:4]}; expected numbers from 0, which close "
-            "up when one goes. Build the container from a plain list."
-        )
-    return [f"{stack}.{name}" if stack else name for name in names]
+    return [f"{stack}.{place}" if stack else str(place) for place in range(len(container))]

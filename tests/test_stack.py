@@ -134,6 +134,8 @@ def test_what_is_no_stack_is_refused_before_it_is_heard():
     with pytest.raises(PruningError, match="positions=3"):
         StackListener(model, blocks_of(model, "bert.encoder.layer"), positions=3)
     shared = nn.Linear(4, 4)
+    with pytest.raises(PruningError, match="Layers of '' are one and the same"):
+        blocks_of(nn.Sequential(shared, nn.Linear(4, 4), shared, nn.Linear(4, 4)), "")
     with pytest.raises(PruningError, match="weights are shared"):
         StackListener(nn.Sequential(shared, shared), ["0", "1"])
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mi_prune.axes import below
+from lightning_mi_prune.containers import container_of
 from lightning_mi_prune.depth import DepthAxis, full_depth
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
@@ -214,22 +215,11 @@ def _config(model: nn.Module, path: str) -> Any:
 
 
 def _check(model: nn.Module, axis: DepthAxis, kept: Sequence[int], now: Plan) -> None:
-    container = model.get_submodule(axis.name)
-    if not isinstance(container, (nn.ModuleList, nn.Sequential)):
-        raise PruningError(
-            f"{axis.name!r} is a {type(container).__name__}; expected an nn.ModuleList or an "
-            "nn.Sequential whose layers run one after another."
-        )
+    container = container_of(model, axis.name)
     if len(container) != now.width(axis.name):
         raise PruningError(
             f"{axis.name!r} has {len(container)} layers; the plan expects "
             f"{now.width(axis.name)}. The model was changed behind the plan."
-        )
-    names = [name for name, _ in container.named_children()]
-    if names != [str(place) for place in range(len(names))]:
-        raise PruningError(
-            f"The layers of {axis.name!r} are named {names[:4]}; expected numbers from 0, which "
-            "close up when one goes."
         )
     if not kept:
         raise PruningError(f"No layer of {axis.name!r} would stay; keep one or more.")
@@ -237,5 +227,3 @@ def _check(model: nn.Module, axis: DepthAxis, kept: Sequence[int], now: Plan) ->
         raise PruningError(
             f"{axis.name!r} cannot lose its first {axis.fixed} layers: others use what they hold."
         )
-    if len(set(map(id, container))) < len(container):
-        raise PruningError(f"Layers of {axis.name!r} are one and the same; none can go by itself.")
