@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from itertools import pairwise
+from types import MethodType
 
 import lightning.pytorch as pl
 import pytest
@@ -423,6 +424,44 @@ def test_a_run_that_began_without_some_layers_resumes_on_all_of_them(tmp_path):
     assert [len(sizes) for sizes in seen] == [6, 6]  # of five layers
     assert seen[0] == seen[1]
     assert seen[0][-1] == 0
+
+
+class Idle(Deep):
+    """Nothing is trained, and Lightning has a stand-in for the optimizer."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        return None
+
+    def configure_optimizers(self):
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_a_run_without_optimizers_resumes(tmp_path):
+    options = {"layers": {}, "module": Idle, "max_epochs": 4}
+    found = resumed_equals_straight(tmp_path, {"later": Point("on_train_epoch_end", 2)}, **options)
+    assert not any(found.values()), found
+
+
+def test_a_hook_that_is_set_on_the_module_is_called_and_stays(tmp_path):
+    """As LightningCLI sets it."""
+    fit(tmp_path, points={"x": Point("on_train_epoch_end", 1)}, layers={}, module=Layerwise)
+    target, seen = Deep(), []
+
+    def configure(module):
+        seen.append(len(module.model.bert.encoder.layer))
+        return Layerwise.configure_optimizers(module)
+
+    target.configure_optimizers = own = MethodType(configure, target)
+    run = trainer(CKALayerPruning(**QUIET), max_epochs=3)
+    run.fit(target, ckpt_path=tmp_path / "0.ckpt", weights_only=True)
+    assert seen == [6]
+    assert vars(target)["configure_optimizers"] is own
+    assert len(run.optimizers[0].param_groups) == 7
 
 
 class Regrouped(Layerwise):

@@ -67,7 +67,8 @@ class Footing:
             )
         self._layers = Plan.from_json(text)
         alone = not isinstance(module.__dict__.get(_HOOK), _Once)  # of two callbacks one does it
-        if alone and self._layers != _layers_now(keeper):
+        now = _layers_now(keeper).kept
+        if alone and any(now.get(name, kept) != kept for name, kept in self._layers.kept.items()):
             sizes = _sizes_in(checkpoint["optimizer_states"])
             module.__dict__[_HOOK] = _Once(module, keeper, self._layers, sizes)
 
@@ -132,4 +133,4 @@ def _layers_now(keeper: PlanKeeper) -> Plan:
 
 
 def _sizes_in(states: Sequence[Any]) -> list[list[int]]:
-    return [[len(group["params"]) for group in state["param_groups"]] for state in states]
+    return [[len(group["params"]) for group in s["param_groups"]] for s in states if s]
