@@ -29,6 +29,7 @@ class Reading:
         rows: Outputs that survive the cut, as positions in the present model; None: all.
         spare: Whether the layer is left as it is where the sample is small.
         source: The layer of the present model whose words it must say; None: its own.
+        normed: Whether a normalisation follows, so that level and scale of a position are free.
     """
 
     layer: str
@@ -36,6 +37,7 @@ class Reading:
     rows: Tensor | None
     spare: bool = False
     source: Reading | None = None
+    normed: bool = False
 
     @property
     def spoken(self) -> Reading:

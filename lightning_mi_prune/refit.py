@@ -73,7 +73,10 @@ def refit(
         if wanted is None:
             return output
         if skip is not None:
-            wanted = wanted - heard_of(skip, call.mask)
+            stream = heard_of(skip, call.mask)
+            if reading.normed:
+                wanted = _levelled(wanted, stream + heard_of(output, call.mask))
+            wanted = wanted - stream
         if isinstance(layer, nn.LayerNorm):
             plain = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
             new = _solve_norm(layer, heard_of(plain, call.mask), wanted, add, share)
@@ -134,6 +137,13 @@ def refit_all(
         share = 1.0 if stored else 0.0
         solved |= refit(cut, mine, path, call, targets, ridge=ridge, add=add, share=share)
     return solved
+
+
+def _levelled(wanted: Tensor, said: Tensor) -> Tensor:
+    """Each position with the mean and the spread it has now, which a normalisation takes away."""
+    mean, spread = said.mean(-1, keepdim=True), said.std(-1, keepdim=True)
+    centred = wanted - wanted.mean(-1, keepdim=True)
+    return mean + centred * (spread / wanted.std(-1, keepdim=True).clamp_min(1e-6))
 
 
 class _Inputs:

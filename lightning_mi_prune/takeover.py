@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from lightning_mi_prune.anatomy import Anatomy
-from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.families.residual import module_at
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.readings import Reading
 from lightning_mi_prune.refit import Sum, refit_all
@@ -47,10 +47,9 @@ def succession(anatomy: Anatomy, current: Plan, plan: Plan) -> Succession:
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> from lightning_mi_prune.families import find_axes
         >>> from lightning_mi_prune.families.stacks import find_stacks
         >>> net = BertModel(BertConfig(num_hidden_layers=3, hidden_size=24, vocab_size=50))
-        >>> anatomy = Anatomy(tuple(find_axes(net)), tuple(find_stacks(net)))
+        >>> anatomy = Anatomy(stacks=tuple(find_stacks(net)))
         >>> plan = anatomy.without(anatomy.full, {"encoder.layer": (0, 2)})
         >>> found = succession(anatomy, anatomy.full, plan)
         >>> [(r.layer, r.spoken.layer) for r in found.readings][0]
@@ -59,29 +58,26 @@ def succession(anatomy: Anatomy, current: Plan, plan: Plan) -> Succession:
         {'encoder.layer.0.output.LayerNorm': 'encoder.layer.1.output.LayerNorm'}
     """
     after = current.then(plan)
-    now = {axis.name: axis for axis in anatomy.standing(current)}
-    then = {axis.name: axis for axis in anatomy.standing(after)}
     readings: list[Reading] = []
     norms: dict[str, str] = {}
     for stack in anatomy.stacks:
         layers = current.kept.get(stack.name, ())
         left = after.kept.get(stack.name, layers)
-        inside = [a for a in now.values() if a.name.startswith(f"{stack.name}.") and a.skip]
-        heirs: dict[str, str] = {}
-        for heir, last in _runs(layers, left):
-            mine, other = (_top(inside, f"{stack.name}.{layer}") for layer in (heir, last))
-            if mine is None or other is None:
-                continue
-            handed = _closing(now.values(), other, f"{stack.name}.{layers.index(last)}")
-            taken = _closing(then.values(), then[mine.name], f"{stack.name}.{left.index(heir)}")
-            if handed is None or taken is None:
-                continue
-            heirs[mine.name] = other.name
-            norms |= {taken: handed} if handed and taken else {}
-        changed = [axis.level for axis in inside if axis.name in heirs or axis.name not in then]
-        for axis in sorted(inside, key=lambda axis: axis.level):
-            if axis.name in then and changed and axis.level >= min(changed):
-                readings += _read(then[axis.name], now[heirs.get(axis.name, axis.name)])
+        last = dict(_runs(layers, left))
+        lowest = next((layer for layer in layers if layer not in left), None)
+        if not stack.adds or lowest is None:
+            continue
+        for place, layer in enumerate(left):
+            mine = f"{stack.name}.{place}"
+            own, top = (f"{stack.name}.{layers.index(n)}" for n in (layer, last.get(layer, layer)))
+            *inner, end = stack.adds
+            if layer > lowest:
+                readings += [_reading(mine, own, add) for add in inner]
+            if layer > lowest or layer in last:
+                normed = layer in last and bool(stack.closing)
+                readings.append(replace(_reading(mine, top, end), normed=normed))
+            if layer in last and stack.closing:
+                norms[f"{mine}.{stack.closing}"] = f"{top}.{stack.closing}"
     return Succession(tuple(readings), norms)
 
 
@@ -113,8 +109,8 @@ def take_over(
         world: Processes that solve together, each on its own calls.
 
     Returns:
-        The selection with new values for the layers that stay, or itself where no units of the
-        stack are known.
+        The selection with new values for the layers that stay; itself where it is not known what
+        a layer of the stack adds, or something else than linear modules adds it.
 
     Raises:
         PruningError: If the stored sample is smaller than what a layer has to learn from it.
@@ -132,6 +128,9 @@ def take_over(
         if f"{other}.{name}" in parameters
     }
     operate(cut, anatomy, selection.plan, current=current, folded=folded)
+    spoken = all(_is_linear(module, reading.spoken.layer) for reading in found.readings)
+    if not (spoken and all(_is_linear(cut, reading.layer) for reading in found.readings)):
+        return selection
     folded |= refit_all(
         module,
         cut,
@@ -154,20 +153,12 @@ def _runs(layers: Sequence[int], left: Sequence[int]) -> Iterator[tuple[int, int
             yield heir, layers[end - 1]
 
 
-def _top(axes: Sequence[WidthAxis], layer: str) -> WidthAxis | None:
-    """The axis of a layer whose readers speak last."""
-    mine = [axis for axis in axes if axis.name.startswith(f"{layer}.")]
-    return max(mine, key=lambda axis: axis.level, default=None)
+def _is_linear(module: nn.Module, path: str) -> bool:
+    return isinstance(module_at(module, path), nn.Linear)
 
 
-def _closing(axes: Collection[WidthAxis], top: WidthAxis, layer: str) -> str | None:
-    """The normalisation that ends a layer; "" where it has none, None where that is not known."""
-    norms = [norm for axis in axes for norm in axis.norms]
-    if top.skip in norms:  # what is added is what goes on: the norm stands before the projections
-        return ""
-    return next((norm for norm in reversed(norms) if norm.startswith(f"{layer}.")), None)
-
-
-def _read(axis: WidthAxis, source: WidthAxis) -> Iterator[Reading]:
-    for mine, other in zip(axis.readers, source.readers, strict=True):
-        yield Reading(mine, axis.skip, None, source=Reading(other, source.skip, None))
+def _reading(layer: str, source: str, add: tuple[str, str]) -> Reading:
+    """What a layer adds to the stream, and what it must add: that of a layer of today."""
+    projection, skip = add
+    said = Reading(f"{source}.{projection}", f"{source}.{skip}", None)
+    return Reading(f"{layer}.{projection}", f"{layer}.{skip}", None, source=said)
