@@ -575,3 +575,14 @@ def test_what_was_heard_without_calls_is_heard_again_where_they_are_asked_for(tm
         _, module, watch = fit(tmp_path, resume=tmp_path / "0.ckpt", layers={}, **options)
     assert watch.pruning.report.cuts[0].epoch == 2
     assert len(module.model.bert.encoder.layer) == 4
+
+
+def test_a_pending_cut_of_other_options_is_chosen_again(tmp_path):
+    points = {"pending": Point("on_train_epoch_end", 0)}
+    first, second = ({"threshold": None, "target_layers": n} for n in (4, 5))
+    fit(tmp_path, points=points, layers=first, module=Deep)
+    with pytest.warns(UserWarning, match="pending cut was chosen by other options"):
+        _, module, watch = fit(tmp_path, resume=tmp_path / "0.ckpt", layers=second, module=Deep)
+    (cut,) = watch.pruning.report.cuts
+    assert (cut.epoch, cut.stacks[0].removed) == (2, cut.stacks[0].removed[:1])
+    assert len(module.model.bert.encoder.layer) == 5

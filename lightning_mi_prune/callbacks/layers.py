@@ -136,9 +136,11 @@ class LayerPruning(PruningCallback):
         elif run.heard is not None and self._calls and not any(run.heard.ranks):
             run.heard = None
             surprises.append("Nothing was stored for a refit; a cut waits for validation.")
-        if run.pending is not None and not set(run.compared.stacks) <= names:
+        if run.pending is not None and not (
+            set(run.compared.stacks) <= names and self._would_choose(run.pending)
+        ):
             run.pending = None
-            surprises.append("The pending cut was of other stacks; it will be chosen again.")
+            surprises.append("The pending cut was chosen by other options; it is chosen again.")
         return surprises + watch_anew(run, self._budget)
 
     @override
@@ -271,6 +273,12 @@ class LayerPruning(PruningCallback):
     @override
     def _named(self, goal: float) -> str:
         return "fewer layers"
+
+    def _would_choose(self, pending: Pending) -> bool:
+        """Whether the options of today lead to a cut that is decided."""
+        kept = pending.selection.plan.kept
+        choices = self._choices(self._run.compared.stacks, pending.sparsity)
+        return all(kept.get(choice.name, choice.before) == choice.after for choice in choices)
 
     def _removed(self, goal: float) -> list[tuple[int, ...]]:
         return [choice.removed for choice in self._choices(self._run.compared.stacks, goal)]
