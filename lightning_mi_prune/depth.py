@@ -25,6 +25,9 @@ class DepthAxis:
             it is.
         lists: Config fields with an entry for each layer, and those entries as built.
         places: Attributes by which modules in a layer know its place (those of KV caches).
+        adds: What a layer adds to the stream, in order: the output projection and the module whose
+            input is the stream it is added to, both seen from the layer; empty if not known.
+        closing: The normalisation of that sum which ends a layer, seen from it; "" without one.
         network: Path of the network the stack belongs to.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
     """
@@ -35,6 +38,8 @@ class DepthAxis:
     fields: tuple[tuple[str, str], ...] = ()
     lists: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     places: tuple[str, ...] = ("layer_idx",)
+    adds: tuple[tuple[str, str], ...] = ()
+    closing: str = ""
     network: str = ""
     scope: str = ""
 

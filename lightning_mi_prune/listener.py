@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.calls import StoredCalls
 from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.moments import Moments, check_moments
-from lightning_mi_prune.sample import Example, first_call, taken
+from lightning_mi_prune.sample import Example, first_call
 
 __all__ = ["Example", "Listener"]
 
@@ -63,21 +64,18 @@ class Listener(Ear):
             for key, reader in places.items()
         }
         self.examples: dict[str, Example] = {}
-        self.stored: dict[str, list[Example]] = {}
+        self._kept = StoredCalls(calls, batches, seed + 1)
         self._samples: dict[str, list[Tensor]] = {key: [] for key in places}
         self.seconds = 0.0
         self._model, self._axes = model, axes
         self._positions = positions
         share = 1 if batches is None else max(1, batches)
-        self._quota, self._calls, self._keep = (-(-n // share) for n in (positions, calls, samples))
-        self._most, self._budget = samples, float(calls)
-        self._owed: dict[str, float] = {}
-        self._room: dict[str, float] = {}
+        self._quota, self._keep = (-(-n // share) for n in (positions, samples))
+        self._most = samples
         self._generator = torch.Generator().manual_seed(seed)
         self._masks: dict[str, Tensor | None] = {}
         self._draws: dict[tuple[str, int], Tensor] = {}
         self._open: dict[str, Example] = {}
-        self._rows = torch.Generator().manual_seed(seed + 1)
         self._left: dict[str, int] = {}
         self._fresh: tuple[int, int] | None = None
 
@@ -147,6 +145,11 @@ class Listener(Ear):
         return hook
 
     @property
+    def stored(self) -> dict[str, list[Example]]:
+        """Stored inputs, by path of the network that received them."""
+        return self._kept.stored
+
+    @property
     def samples(self) -> dict[str, Tensor]:
         """Stored positions ``(N, d)`` of every axis, by key; the same ones on all of a network."""
         return {key: torch.cat(parts) for key, parts in self._samples.items() if parts}
@@ -164,22 +167,11 @@ class Listener(Ear):
         if call is None:
             return
         self._open.clear()
-        rows, real = call.rows, call.rows
-        if self._fresh is not None and rows == self._fresh[0]:
+        real = call.rows
+        if self._fresh is not None and real == self._fresh[0]:
             real = self._fresh[1]
-        each = x.shape[:-1].numel() / max(1, rows)
-        if call.mask is not None and call.mask.ndim > 1:
-            each = float(call.mask.sum()) / max(1, rows)
-        room = self._room.get(path, self._budget)
-        owed = min(self._owed.get(path, 0.0) + self._calls, room)
-        wanted = min(real, int(owed / max(1.0, each)))
-        if self._calls and path not in self.stored:
-            wanted = max(1, wanted)  # less than one example of each batch would be none for ever
-        if wanted:
-            index = torch.randperm(real, generator=self._rows)[:wanted].sort().values
-            kept = taken((call.args, call.kwargs, call.mask), rows, index)
-            self.stored.setdefault(path, []).append(Example(*kept))
-        self._owed[path], self._room[path] = owed - wanted * each, room - wanted * each
+        each = x.shape[:-1].numel() / max(1, call.rows)
+        self._kept.keep(path, call, real=real, each=each)
 
     def _draw(self, scope: str, available: int, wanted: int) -> Tensor:
         key = (scope, available)

@@ -18,22 +18,18 @@ from lightning_mi_prune.competition import allot
 from lightning_mi_prune.costs import Costs, ParameterCosts, measure_macs
 from lightning_mi_prune.criteria import Criterion, MutualInformation
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.families import is_within
 from lightning_mi_prune.latency import LatencyCosts, LatencyTable
 from lightning_mi_prune.limits import Limits
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.ranking import RelevanceSource, rank_axes
-from lightning_mi_prune.readings import Targets, readings
-from lightning_mi_prune.refit import Sum, refit
+from lightning_mi_prune.readings import readings
+from lightning_mi_prune.refit import Sum, refit_all
 from lightning_mi_prune.relevance import relevance_of
-from lightning_mi_prune.sample import Example, Heard, copied, merged, placed, taken
+from lightning_mi_prune.sample import Example, Heard, copied, placed, taken
 from lightning_mi_prune.selection import Selection, select
 from lightning_mi_prune.surgery import apply
 
 __all__ = ["Method", "pull_back"]
-
-# Positions that the merged sample may have for each that was asked for: texts differ in length.
-_PADDING = 3
 
 
 @dataclass(frozen=True)
@@ -278,19 +274,15 @@ def pull_back(
         return selection
     cut = copied(module, {axis.network for axis in axes})
     apply(cut, axes, selection.plan, current=current, folded=selection.folded)
-    folded = dict(selection.folded)
-    for path in sorted({path for calls in heard.ranks for path in calls}):
-        stored = [call for calls in heard.ranks[rank::world] for call in calls.get(path, ())]
-        # A rank that heard nothing borrows a call of no weight, to come by when sums are added.
-        lent = [call for calls in heard.ranks for call in calls.get(path, ())][:1]
-        call = merged(stored or lent, _PADDING * method.refit_positions // world)
-        mine = [reading for reading in found if is_within(reading.layer, path)]
-        if call is None or not mine:
-            continue
-        device = next(module.parameters()).device
-        call = Example(*placed((call.args, call.kwargs, call.mask), device))
-        targets = Targets(module, mine, path, call)
-        ridge = method.refit_ridge
-        share = 1.0 if stored else 0.0
-        folded |= refit(cut, mine, path, call, targets, ridge=ridge, add=add, share=share)
-    return replace(selection, folded=folded)
+    solved = refit_all(
+        module,
+        cut,
+        found,
+        heard.ranks,
+        positions=method.refit_positions,
+        ridge=method.refit_ridge,
+        add=add,
+        rank=rank,
+        world=world,
+    )
+    return replace(selection, folded={**selection.folded, **solved})

@@ -28,12 +28,21 @@ class Reading:
         skip: Path of the module whose input is the stream that is added to the layer's output.
         rows: Outputs that survive the cut, as positions in the present model; None: all.
         spare: Whether the layer is left as it is where the sample is small.
+        source: The layer of the present model whose words it must say; None: its own.
+        normed: Whether a normalisation follows, so that level and scale of a position are free.
     """
 
     layer: str
     skip: str | None
     rows: Tensor | None
     spare: bool = False
+    source: Reading | None = None
+    normed: bool = False
+
+    @property
+    def spoken(self) -> Reading:
+        """Where the present model says what the layer must say."""
+        return self.source or self
 
 
 Act = Callable[[Reading, Tensor, Tensor | None, Tensor], Tensor]
@@ -76,7 +85,7 @@ class Targets:
 
     Args:
         model: Module from which everything is named; it is only run.
-        found: Layers that will be solved.
+        found: Layers that will be solved; they are asked for by the layer that speaks now.
         path: Network that is called.
         call: The sample.
         room: Bytes that may be held; the layer that is asked for is held in any case.
@@ -91,7 +100,7 @@ class Targets:
         room: int = 2**29,
     ) -> None:
         self._model, self._path, self._call, self._room = model, path, call, room
-        self._left = {reading.layer: reading for reading in found}
+        self._left = {reading.spoken.layer: reading.spoken for reading in found}
         self._held: dict[str, Tensor] = {}
         self._often: set[str] = set()
 

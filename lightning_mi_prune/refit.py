@@ -10,21 +10,24 @@ model, and normalisations whose width was cut, entry by entry.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families import is_within
 from lightning_mi_prune.readings import Reading, Targets, heard_of, run_with
-from lightning_mi_prune.sample import Example
+from lightning_mi_prune.sample import Example, merged, placed
 
-__all__ = ["refit"]
+__all__ = ["Sum", "refit", "refit_all"]
 
 Sum = Callable[[Tensor], Tensor]
 
 _PIECE = 4096
+# Positions that the merged sample may have for each that was asked for: texts differ in length.
+_PADDING = 3
 
 
 def refit(
@@ -65,11 +68,15 @@ def refit(
     inputs = _Inputs(call.mask)
 
     def solve(reading: Reading, x: Tensor, skip: Tensor | None, output: Tensor) -> Tensor:
-        wanted, layer = targets.take(reading.layer), cut.get_submodule(reading.layer)
+        wanted = targets.take(reading.spoken.layer)
+        layer = cut.get_submodule(reading.layer)
         if wanted is None:
             return output
         if skip is not None:
-            wanted = wanted - heard_of(skip, call.mask)
+            stream = heard_of(skip, call.mask)
+            if reading.normed:
+                wanted = _levelled(wanted, stream + heard_of(output, call.mask))
+            wanted = wanted - stream
         if isinstance(layer, nn.LayerNorm):
             plain = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
             new = _solve_norm(layer, heard_of(plain, call.mask), wanted, add, share)
@@ -82,6 +89,61 @@ def refit(
 
     run_with(cut, found, path, call, solve)
     return solved
+
+
+def refit_all(
+    module: nn.Module,
+    cut: nn.Module,
+    found: Sequence[Reading],
+    ranks: Sequence[Mapping[str, Sequence[Example]]],
+    *,
+    positions: int,
+    ridge: float,
+    add: Sum = lambda sums: sums,
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, Tensor]:
+    """:func:`refit` of every network whose calls were stored.
+
+    Args:
+        module: The model as it stands; it is only run.
+        cut: The cut model.
+        found: Layers to solve.
+        ranks: Stored calls of each rank, by path of the network.
+        positions: Positions that were asked for.
+        ridge: As for :func:`refit`.
+        add: Adds sums up over ranks.
+        rank: This process.
+        world: Processes that solve together, each on its own calls.
+
+    Returns:
+        New values by tensor name.
+
+    Raises:
+        PruningError: If the sample is smaller than what a layer has to learn from it.
+    """
+    solved: dict[str, Tensor] = {}
+    for path in sorted({path for calls in ranks for path in calls}):
+        stored = [call for calls in ranks[rank::world] for call in calls.get(path, ())]
+        # A rank that heard nothing borrows a call of no weight, to come by when sums are added.
+        lent = [call for calls in ranks for call in calls.get(path, ())][:1]
+        call = merged(stored or lent, _PADDING * positions // world)
+        mine = [reading for reading in found if is_within(reading.layer, path)]
+        if call is None or not mine:
+            continue
+        device = next(module.parameters()).device
+        call = Example(*placed((call.args, call.kwargs, call.mask), device))
+        targets = Targets(module, mine, path, call)
+        share = 1.0 if stored else 0.0
+        solved |= refit(cut, mine, path, call, targets, ridge=ridge, add=add, share=share)
+    return solved
+
+
+def _levelled(wanted: Tensor, said: Tensor) -> Tensor:
+    """Each position with the mean and the spread it has now, which a normalisation takes away."""
+    mean, spread = said.mean(-1, keepdim=True), said.std(-1, keepdim=True)
+    centred = wanted - wanted.mean(-1, keepdim=True)
+    return mean + centred * (spread / wanted.std(-1, keepdim=True).clamp_min(1e-6))
 
 
 class _Inputs:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.alignment import Alignment, Kernel
 from lightning_mi_prune.angles import Angles
+from lightning_mi_prune.calls import StoredCalls
 from lightning_mi_prune.containers import container_of
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.hooks import Ear
@@ -38,6 +39,8 @@ class StackListener(Ear):
         kernel: Kernel of the alignment.
         bandwidth: Its width (:class:`alignment.Alignment`).
         seed: Seed of the draw.
+        calls: Positions of the inputs to store, so that a shorter model can be run on them.
+        batches: Batches that will be heard; None stores inputs first come, first served.
 
     Raises:
         PruningError: If there are too few layers, a path is no module, or two are one.
@@ -61,6 +64,8 @@ class StackListener(Ear):
         kernel: Kernel = "linear",
         bandwidth: float = 1.0,
         seed: int = 0,
+        calls: int = 0,
+        batches: int | None = None,
     ) -> None:
         super().__init__()
         if len(blocks) < 2:
@@ -83,6 +88,8 @@ class StackListener(Ear):
         self.angles = Angles(len(blocks) + 1)
         self.examples: dict[str, Example] = {}
         self.seconds = 0.0
+        self._kept = StoredCalls(calls, batches, seed + 1)
+        self._open: dict[str, Example] = {}
         self._blocks, self._scope, self._positions = list(blocks), scope, positions
         self._networks = dict.fromkeys((scope, scope if network is None else network))
         self._model = model
@@ -92,6 +99,11 @@ class StackListener(Ear):
         self._states: list[Tensor] = []
         self._shapes: list[tuple[int, ...]] = []
         self._fresh: tuple[int, int] | None = None
+
+    @property
+    def stored(self) -> dict[str, list[Example]]:
+        """Stored inputs, by path of the network that received them."""
+        return self._kept.stored
 
     def start_batch(self, rows: int | None = None, padded: int = 0) -> None:
         """Say that a batch begins, and how many of its examples, at its end, only repeat others."""
@@ -128,6 +140,7 @@ class StackListener(Ear):
     def _drop(self) -> None:
         self._mask = self._index = None
         self._states, self._shapes = [], []
+        self._open = {}
 
     def _on_call(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -137,13 +150,29 @@ class StackListener(Ear):
             if path not in self.examples:
                 self.examples[path] = first_call(module, args, kwargs, mask)
             if path == self._scope:
+                above = {p: call for p, call in self._open.items() if p != self._scope}
                 self._drop()
-                self._mask = mask
+                self._mask, self._open = mask, above
+            self._open[path] = Example(args, kwargs, mask)
 
         return hook
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._hear(0, args[0] if args else next(iter(kwargs.values())))
+        x = args[0] if args else next(iter(kwargs.values()))
+        self._store_call(x)
+        self._hear(0, x)
+
+    def _store_call(self, x: Any) -> None:
+        """Keep some examples of the call that is under way, of the outermost network there is."""
+        calls, self._open = self._open, {}
+        path = next((p for p in reversed(self._networks) if p in calls), None)
+        if path is None or not isinstance(x, Tensor):
+            return
+        real = calls[path].rows
+        if self._fresh is not None and real == self._fresh[0]:
+            real = self._fresh[1]
+        each = x.shape[1:-1].numel() if x.ndim > 2 else 1
+        self._kept.keep(path, calls[path], real=real, each=float(each))
 
     def _on_output(self, place: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -69,6 +69,12 @@ class StackListeners(Ear):
             found |= {path: heard[path]} if path in heard else {}
         return found
 
+    @property
+    def stored(self) -> dict[str, list[Example]]:
+        """Stored inputs, by path of the network; stacks of one network store the same ones once."""
+        ears = reversed(self._ears.values())
+        return {path: calls for ear in ears for path, calls in ear.stored.items()}
+
     def compared(self, plan: Plan) -> dict[str, Compared]:
         """How alike the layers of every stack are, numbered as built.
 

@@ -532,6 +532,8 @@ BAD_OPTIONS = [
     ({"target_layers": 2.5}, "target_layers=2.5; expected a whole number"),
     ({"kernel": "cosine"}, "kernel='cosine'; expected one of"),
     ({"bandwidth": 0}, "bandwidth=0; expected a number above 0"),
+    ({"refit": 1}, "refit=1; expected"),
+    ({"refit_positions": 0}, "refit_positions=0; expected a whole number of at least 2"),
     ({"positions": 3}, "positions=3; expected a whole number of at least 4"),
     ({"stacks": "model.layers"}, "stacks='model.layers'.* stacks as a list"),
     ({"stacks": []}, r"stacks=\[\].* stacks as a list"),
@@ -789,3 +791,63 @@ def test_what_layers_may_cost_is_not_charged_to_units(tmp_path):
     _, _, watch = fit(tmp_path, layers=layers, pruning=units, module=Charged, max_epochs=16)
     assert watch.pruning.report.undone == []
     assert watch.pruning.report.cuts[-1].sparsity >= 0.7
+
+
+def renumbered(weights, stay):
+    """Digests of weights by name, where the layers that stay have closed up."""
+    found = {}
+    for name, digest in weights:
+        parts = name.split(".")
+        if name.startswith("lightning_mi_prune"):  # the plan
+            continue
+        if name.startswith(f"{STACK}."):
+            if int(parts[4]) not in stay:
+                continue
+            parts[4] = str(stay.index(int(parts[4])))
+        found[".".join(parts)] = digest
+    return found
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_only_what_takes_over_gets_other_values(tmp_path, refit):
+    states = States()
+    options = {"threshold": None, "target_layers": 4, "criterion": "last", "refit": refit}
+    fit(tmp_path, layers=options, module=Deep, callbacks=[states], max_epochs=2)
+    before, after = (renumbered(x, (0, 1, 2, 3)) for x in (states.ends[0][0], states.starts[1][0]))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    top = f"{STACK}.3.output"
+    parts = ("dense.weight", "dense.bias", "LayerNorm.weight", "LayerNorm.bias")
+    taken = {f"{top}.{part}" for part in parts}
+    assert changed <= taken
+    assert (
+        {f"{top}.dense.{part}" for part in ("weight", "bias")} <= changed if refit else not changed
+    )
+    assert states.starts[1][2] == [[list(after)]]  # still in the optimizer
+
+
+def test_too_little_to_learn_from_is_said_and_layers_go_all_the_same(tmp_path):
+    with pytest.warns(UserWarning, match=r"No layer takes over .* raise refit_positions"):
+        _, module, _ = fit(tmp_path, layers={"refit_positions": 2}, module=Deep, max_epochs=2)
+    assert len(module.model.bert.encoder.layer) == 4
+
+
+def test_what_was_heard_without_calls_is_heard_again_where_they_are_asked_for(tmp_path):
+    points = {"heard": Point("on_train_batch_end", 0, 3)}
+    options = {"module": Deep, "val_check_interval": 3, "max_epochs": 3}
+    fit(tmp_path, points=points, layers={"refit": False}, **options)
+    with pytest.warns(UserWarning, match="Nothing was stored for a refit"):
+        _, module, watch = fit(tmp_path, resume=tmp_path / "0.ckpt", layers={}, **options)
+    assert watch.pruning.report.cuts[0].epoch == 2
+    assert len(module.model.bert.encoder.layer) == 4
+
+
+def test_a_pending_cut_of_other_options_is_chosen_again(tmp_path):
+    points = {"pending": Point("on_train_epoch_end", 0)}
+    first, second = ({"threshold": None, "target_layers": n} for n in (4, 5))
+    fit(tmp_path, points=points, layers=first, module=Deep)
+    with pytest.warns(UserWarning, match="pending cut was chosen by other options"):
+        _, module, watch = fit(tmp_path, resume=tmp_path / "0.ckpt", layers=second, module=Deep)
+    (cut,) = watch.pruning.report.cuts
+    assert (cut.epoch, cut.stacks[0].removed) == (2, cut.stacks[0].removed[:1])
+    assert len(module.model.bert.encoder.layer) == 5

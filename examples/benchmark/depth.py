@@ -18,7 +18,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -55,22 +55,47 @@ RECIPES = {
     "trec-6": Recipe(1e-4, 6, validation_fraction=0.2, test_fraction=0.2),
     "movie-snippets": Recipe(5e-5, 4, validation_fraction=0.2, test_fraction=0.27),
 }
-# Layers left, criterion and cuts; the dense control first, what decides most next.
-VARIANTS: tuple[tuple[int, str, int], ...] = (
-    (6, "none", 0),
-    (4, "cka", 1),
-    (3, "cka", 1),
-    (4, "last", 1),
-    (4, "cka", 2),
-    (4, "angle", 1),
-    (4, "random", 1),
-    (4, "angular_run", 1),
-    (3, "last", 1),
-    (3, "angle", 1),
+
+
+class Variant(NamedTuple):
+    """One way to remove layers.
+
+    Args:
+        layers: Layers left.
+        criterion: What decides.
+        cuts: Cuts on the way.
+        refit: Whether layers that stay take over what the removed ones said.
+    """
+
+    layers: int
+    criterion: str
+    cuts: int = 1
+    refit: bool = True
+
+
+# The dense control first, what decides most next.
+VARIANTS = (
+    Variant(6, "none", 0, refit=False),
+    Variant(4, "cka"),
+    Variant(3, "cka"),
+    Variant(4, "cka", refit=False),
+    Variant(3, "cka", refit=False),
+    Variant(4, "last"),
+    Variant(3, "last"),
+    Variant(4, "last", refit=False),
+    Variant(4, "angle"),
+    Variant(4, "angular_run"),
+    Variant(4, "random"),
+    Variant(4, "angle", refit=False),
+    Variant(4, "random", refit=False),
+    Variant(4, "angular_run", refit=False),
+    Variant(4, "cka", cuts=2),
+    Variant(3, "last", refit=False),
+    Variant(3, "angle", refit=False),
 )
 
 
-def run(task: str, seed: int, layers: int, criterion: str, cuts: int) -> dict[str, Any]:
+def run(task: str, seed: int, variant: Variant) -> dict[str, Any]:
     """Train and test one variant."""
     recipe = RECIPES[task]
     data = TextDataModule(
@@ -87,9 +112,11 @@ def run(task: str, seed: int, layers: int, criterion: str, cuts: int) -> dict[st
     module = TextClassifier(num_classes=data.num_classes, learning_rate=recipe.learning_rate)
     module.network.float()
     callbacks: list[pl.Callback] = []
+    layers, criterion, cuts, refit = variant
     if criterion != "none":
         options: dict[str, Any] = {"criterion": criterion, "target_layers": layers, "seed": seed}
-        callbacks = [CKALayerPruning(None, cuts=cuts, verbose=False, **options)]
+        options |= {"cuts": cuts, "refit": refit}
+        callbacks = [CKALayerPruning(None, verbose=False, **options)]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -112,6 +139,7 @@ def run(task: str, seed: int, layers: int, criterion: str, cuts: int) -> dict[st
         "layers": len(module.network.base_model.encoder.layer),
         "criterion": criterion,
         "cuts": cuts,
+        "refit": refit,
         "seed": seed,
         "epochs": recipe.epochs,
         "n_test": len(data.splits["test"]),
@@ -138,7 +166,8 @@ def run(task: str, seed: int, layers: int, criterion: str, cuts: int) -> dict[st
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
     """What a record is about."""
-    return tuple(record[name] for name in ("task", "seed", "layers", "criterion", "cuts"))
+    names = ("task", "seed", "layers", "criterion", "cuts", "refit")
+    return tuple(record[name] for name in names)
 
 
 def latency() -> dict[str, Any]:
@@ -204,16 +233,20 @@ def overhead(rounds: int = 7) -> dict[str, Any]:
 def markdown(records: list[dict[str, Any]]) -> str:
     """The table of docs/layers.md."""
     dense = {(r["task"], r["seed"]): r["accuracy"] for r in records if r["criterion"] == "none"}
-    lines = ["| task | layers | removed by | seeds | accuracy | minus dense | removed |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines = [
+        "| task | layers | removed by | taken over | seeds | accuracy | minus dense | removed |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
-        key = (record["task"], -record["layers"], record["criterion"], record["cuts"])
+        names = ("criterion", "cuts", "refit")
+        key = (record["task"], -record["layers"], *(record[name] for name in names))
         groups.setdefault(key, []).append(record)
-    for (task, layers, criterion, _), found in sorted(groups.items()):
+    for (task, layers, criterion, _, refit), found in sorted(groups.items()):
         gaps = [100 * (r["accuracy"] - dense[r["task"], r["seed"]]) for r in found]
         values = [100 * r["accuracy"] for r in found]
         cells = [task, str(-layers), "" if criterion == "none" else f"`{criterion}`"]
+        cells += ["yes" if refit else ""]
         cells += [str(len(found)), spread(values), spread(gaps) if criterion != "none" else ""]
         cells += ["; ".join(removed(r) for r in found if r["removed"])]
         lines.append(f"| {' | '.join(cells)} |")
@@ -256,15 +289,15 @@ def main() -> None:
         RESULTS.with_name("depth-speed.json").write_text(json.dumps(found, indent=2) + "\n")
         Console().print_json(data=found)
         return
-    for layers, criterion, cuts in VARIANTS[: options.variants]:
+    for variant in VARIANTS[: options.variants]:
         for task in options.tasks:
             for seed in options.seeds:
                 records = load(RESULTS)
-                if (task, seed, layers, criterion, cuts) in {key_of(r) for r in records}:
+                if (task, seed, *variant) in {key_of(r) for r in records}:
                     continue
-                record = run(task, seed, layers, criterion, cuts)
+                record = run(task, seed, variant)
                 write(RESULTS, sorted([*load(RESULTS), record], key=lambda r: str(key_of(r))))
-                print(task, seed, layers, criterion, cuts, f"{record['accuracy']:.4f}", flush=True)
+                print(task, seed, *variant, f"{record['accuracy']:.4f}", flush=True)
     print(markdown(load(RESULTS)))
 
 

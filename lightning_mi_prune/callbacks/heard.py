@@ -15,11 +15,9 @@ from lightning_mi_prune.sample import Example, Heard
 from lightning_mi_prune.sparing import Compared
 
 __all__ = [
-    "read_compared",
     "read_example",
     "read_gradients",
     "read_heard",
-    "write_compared",
     "write_gradients",
     "write_heard",
 ]
@@ -37,7 +35,7 @@ def write_heard(heard: Heard) -> dict[str, Any]:
             for rank in heard.ranks
         ],
         "samples": dict(heard.samples),
-        "stacks": write_compared(heard.stacks),
+        "stacks": _write_compared(heard.stacks),
     }
 
 
@@ -59,7 +57,7 @@ def read_heard(state: Mapping[str, Any]) -> Heard:
             for rank in state["calls"]
         ],
         samples=tensors(state["samples"]),
-        stacks=read_compared(state["stacks"]),
+        stacks=_read_compared(state["stacks"]),
     )
 
 
@@ -80,13 +78,13 @@ def read_gradients(state: Mapping[str, Any]) -> dict[str, GradientSums]:
     return found
 
 
-def write_compared(stacks: Mapping[str, Compared]) -> dict[str, Any]:
+def _write_compared(stacks: Mapping[str, Compared]) -> dict[str, Any]:
     """How alike the layers of stacks are, as plain lists."""
     return {name: asdict(compared) for name, compared in stacks.items()}
 
 
-def read_compared(state: Mapping[str, Any]) -> dict[str, Compared]:
-    """What :func:`write_compared` wrote; raises a plain exception for anything else."""
+def _read_compared(state: Mapping[str, Any]) -> dict[str, Compared]:
+    """What :func:`_write_compared` wrote; raises a plain exception for anything else."""
     found = {}
     for name, parts in state.items():
         layers = tuple(whole(layer) for layer in parts["layers"])

@@ -7,11 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from lightning_mi_prune.callbacks.heard import (
-    read_compared,
     read_example,
     read_gradients,
     read_heard,
-    write_compared,
     write_gradients,
     write_heard,
 )
@@ -29,13 +27,12 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.report import PruningReport
 from lightning_mi_prune.sample import Example, Heard
-from lightning_mi_prune.sparing import Compared
 
 __all__ = ["RunState"]
 
 T = TypeVar("T")
 
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass
@@ -59,7 +56,7 @@ class RunState:
         examples: One call of each network, to count its work.
         seconds: Time spent on the cut that comes next.
         every: Of each cluster of layers every so manieth goes; one more after a failure.
-        compared: How alike the layers were when the last cut was decided.
+        compared: What was heard of the layers when the last cut of them was decided.
         stale: Whether no validation ran since the size changed: the logged metrics are older.
     """
 
@@ -79,7 +76,7 @@ class RunState:
     examples: Mapping[str, Example] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     every: int = 1
-    compared: Mapping[str, Compared] = field(default_factory=dict)
+    compared: Heard = field(default_factory=Heard)
     stale: bool = False
 
     def to_dict(self, report: PruningReport) -> dict[str, Any]:
@@ -102,7 +99,7 @@ class RunState:
             "examples": {p: vars(e) for p, e in self.examples.items() if is_plain(vars(e))},
             "seconds": dict(self.seconds),
             "every": self.every,
-            "compared": write_compared(self.compared),
+            "compared": write_heard(self.compared),
             "stale": self.stale,
             "report": report.state_dict(),
         }
@@ -138,7 +135,7 @@ class RunState:
                 examples={path: read_example(call) for path, call in state["examples"].items()},
                 seconds={str(name): number(s, 0) for name, s in state["seconds"].items()},
                 every=whole(state["every"]),
-                compared=read_compared(state["compared"]),
+                compared=read_heard(state["compared"]),
                 stale=bool(state["stale"]),
             ), PruningReport.from_state(state["report"])
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

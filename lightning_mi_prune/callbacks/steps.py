@@ -142,7 +142,7 @@ class PruningSteps(pl.Callback, ABC):
         # All ranks solved the same sums; with other processors they may differ in the last digit.
         refitted = decide_once(trainer.strategy, lambda: refitted)
         run.pending, run.felt = Pending(epoch, goal, refitted), None
-        run.compared = heard.stacks
+        run.compared = heard if heard.stacks else Heard()
         run.seconds["refitting"] = time.perf_counter() - started
 
     def _reached(self, trainer: pl.Trainer, heard: Heard, goal: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -12,28 +13,104 @@ from lightning_mi_prune.depth import DepthAxis
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, is_within
 from lightning_mi_prune.families.residual import module_at
+from lightning_mi_prune.families.text import TEXT
+from lightning_mi_prune.families.vision import VISION
 from lightning_mi_prune.stack import blocks_of
 
-__all__ = ["STACKS", "choose_stacks", "find_parts", "find_stacks", "stack_at"]
+__all__ = ["STACKS", "StackNames", "choose_stacks", "find_parts", "find_stacks", "stack_at"]
 
 _LISTS = ("layer_types", "mlp_layer_types")
 
-_ENCODER = {"encoder.layer": ("", "num_hidden_layers")}
-_DECODER = {"layers": ("", "num_hidden_layers")}
+# One table of names a model type serves layers and units alike where both are known.
+_UNITS = {**TEXT, **VISION}
 
-# By model type: path of the container, seen from the base model, and the field that counts it.
-STACKS: Mapping[str, Mapping[str, tuple[str, str]]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "mpnet", "deberta-v2"), _ENCODER),
-    **dict.fromkeys(("vit", "deit", "llama", "mistral", "qwen2", "qwen3"), _DECODER),
-    "distilbert": {"transformer.layer": ("", "n_layers")},
-    "gpt2": {"h": ("", "n_layer")},
-    "bart": {"encoder.layers": ("", "encoder_layers"), "decoder.layers": ("", "decoder_layers")},
-    "t5": {"encoder.block": ("encoder", "num_layers"), "decoder.block": ("decoder", "num_layers")},
-}
+
+@dataclass(frozen=True)
+class StackNames:
+    """A stack of a model type, seen from the base model.
+
+    Args:
+        path: The container.
+        field: Config field that counts its layers.
+        holder: Path of the half of the model that has a config of its own, "" for none.
+        whole: Field of the config of the whole that counts them too.
+        fixed: Layers at the bottom that must stay.
+        adds: As for :class:`DepthAxis`.
+        closing: As for :class:`DepthAxis`.
+    """
+
+    path: str
+    field: str = "num_hidden_layers"
+    holder: str = ""
+    whole: str | None = None
+    fixed: int = 0
+    adds: tuple[tuple[str, str], ...] = ()
+    closing: str = ""
+
+
+def _encoder(kind: str, field: str = "num_hidden_layers") -> tuple[StackNames, ...]:
+    names = _UNITS[kind].layer
+    pre_norm = names.skips[1] in names.norms
+    return (
+        StackNames(
+            _UNITS[kind].stack[0],
+            field,
+            adds=((names.out, names.skips[0]), (names.ffn_out, names.skips[1])),
+            closing="" if pre_norm else names.norms[-1],
+        ),
+    )
+
+
+_DECODER = (
+    StackNames(
+        "layers",
+        adds=(
+            ("self_attn.o_proj", "input_layernorm"),
+            ("mlp.down_proj", "post_attention_layernorm"),
+        ),
+    ),
+)
+_BART_ENDS = (("self_attn.out_proj", "self_attn"), ("fc2", "fc1"))
+_BART_CROSS = ("encoder_attn.out_proj", "encoder_attn")
+_T5_SELF = ("layer.0.SelfAttention.o", "layer.0.layer_norm")
+_T5_CROSS = ("layer.1.EncDecAttention.o", "layer.1.layer_norm")
+
 # T5 keeps a config for each half beside the one of the whole; its first blocks hold the bias of
-# relative positions that all others add.
-_OF_THE_WHOLE = {"t5": {"encoder.block": "num_layers", "decoder.block": "num_decoder_layers"}}
-_FIXED = {"t5": 1}
+# relative positions that all others add. GPT-2's projections are no linear modules.
+STACKS: Mapping[str, tuple[StackNames, ...]] = {
+    **{kind: _encoder(kind) for kind in ("bert", "roberta", "xlm-roberta", "electra", "mpnet")},
+    **{kind: _encoder(kind) for kind in ("deberta-v2", "vit", "deit")},
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _DECODER),
+    "distilbert": _encoder("distilbert", "n_layers"),
+    "gpt2": (StackNames("h", "n_layer"),),
+    "bart": (
+        StackNames("encoder.layers", "encoder_layers", adds=_BART_ENDS, closing="final_layer_norm"),
+        StackNames(
+            "decoder.layers",
+            "decoder_layers",
+            adds=(_BART_ENDS[0], _BART_CROSS, _BART_ENDS[1]),
+            closing="final_layer_norm",
+        ),
+    ),
+    "t5": (
+        StackNames(
+            "encoder.block",
+            "num_layers",
+            holder="encoder",
+            whole="num_layers",
+            fixed=1,
+            adds=(_T5_SELF, ("layer.1.DenseReluDense.wo", "layer.1.layer_norm")),
+        ),
+        StackNames(
+            "decoder.block",
+            "num_layers",
+            holder="decoder",
+            whole="num_decoder_layers",
+            fixed=1,
+            adds=(_T5_SELF, _T5_CROSS, ("layer.2.DenseReluDense.wo", "layer.2.layer_norm")),
+        ),
+    ),
+}
 
 
 def find_stacks(module: nn.Module) -> list[DepthAxis]:
@@ -131,8 +208,8 @@ def _describe(network: nn.Module, kind: str) -> Iterator[DepthAxis]:
     base, scope = (inner, prefix) if isinstance(inner, nn.Module) else (network, "")
     at = f"{scope}." if scope else ""
     config = network.config
-    for path, (holder, field) in STACKS.get(kind, {}).items():
-        container = module_at(base, path)
+    for names in STACKS.get(kind, ()):
+        container = module_at(base, names.path)
         if not isinstance(container, nn.ModuleList):
             continue
         if getattr(config, "scale_attn_by_inverse_layer_idx", False):
@@ -140,14 +217,14 @@ def _describe(network: nn.Module, kind: str) -> Iterator[DepthAxis]:
                 f"{type(network).__name__} scales attention by the place of a layer, so what is "
                 "above a removed one would change. Set scale_attn_by_inverse_layer_idx=False."
             )
-        whole = _OF_THE_WHOLE.get(kind, {}).get(path)
-        fields = [(f"{at}{holder}" if holder else scope, field)]
-        fields += [("", field)] if scope and not holder else []
-        fields += [("", whole)] if whole else []
+        half = f"{at}{names.holder}" if names.holder else scope
+        fields = [(half, names.field)]
+        fields += [("", names.field)] if scope and not names.holder else []
+        fields += [("", names.whole)] if names.whole else []
         yield DepthAxis(
-            name=f"{at}{path}",
+            name=f"{at}{names.path}",
             size=len(container),
-            fixed=_FIXED.get(kind, 0),
+            fixed=names.fixed,
             fields=tuple(dict.fromkeys(fields)),
             lists=tuple(
                 (name, tuple(entries))
@@ -155,5 +232,7 @@ def _describe(network: nn.Module, kind: str) -> Iterator[DepthAxis]:
                 if isinstance(entries := getattr(config, name, None), (list, tuple))
                 and len(entries) == len(container)
             ),
-            scope=f"{at}{holder}" if holder else scope,
+            scope=half,
+            adds=names.adds,
+            closing=names.closing,
         )
