@@ -232,7 +232,7 @@ def fit(
     settings = {"sparsity": 0.5, "multiple": 2, "ramp": "linear", "verbose": False}
     prune: pl.Callback = MutualInformationPruning(**{**settings, **(pruning or {})})
     if layers is not None:
-        depth = CKALayerPruning(**{"verbose": False, **layers})
+        depth = CKALayerPruning(**{"verbose": False, "first_epoch": 1, **layers})
         callbacks = [*([prune] if pruning is not None else []), *(callbacks or [])]
         prune = depth
     watch = Watch(folder, points or {}, prune)

@@ -23,7 +23,7 @@ from tests.ranks import launch
 from tests.runs import Point, fit, resumed_equals_straight, sha
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
-QUIET = {"verbose": False}
+QUIET = {"verbose": False, "first_epoch": 1}
 GATE = {"max_drop": 0.01, "monitor": "score", "first_epoch": 1}
 
 
@@ -54,6 +54,11 @@ def test_alike_layers_go_and_an_ordinary_shorter_model_trains_on(tmp_path):
     run.save_checkpoint(tmp_path / "last.ckpt")
     again = load_pruned(Deep(), tmp_path / "last.ckpt")
     assert sha(*again.state_dict().values()) == sha(*module.state_dict().values())
+
+
+def test_a_single_cut_comes_half_way(tmp_path):
+    _, _, watch = fit(tmp_path, layers={"first_epoch": None}, module=Deep, max_epochs=5)
+    assert [cut.epoch for cut in watch.pruning.report.cuts] == [2]
 
 
 def test_a_larger_checkpoint_brings_layers_back(tmp_path):

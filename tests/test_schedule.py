@@ -32,6 +32,12 @@ def test_epochs_by_hand():
     assert fit_schedule(10, 0.5, ramp="one_shot", last_epoch=4).epochs == (4,)
 
 
+def test_a_single_late_cut_comes_half_way():
+    assert fit_schedule(7, 1.0, cuts=1, late=True).epochs == (3,)
+    assert fit_schedule(7, 1.0, cuts=1, late=True, first_epoch=2).epochs == (2,)
+    assert fit_schedule(7, 1.0, cuts=1).epochs == (1,)
+
+
 def test_only_epochs_after_a_validation():
     assert fit_schedule(12, 0.5, every=2).epochs == (2, 4, 6)
 

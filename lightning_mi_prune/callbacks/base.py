@@ -176,9 +176,8 @@ class PruningCallback(PruningSteps):
         run, listener = self._run, self._close()
         if self._budget is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             trial, best = judge(trainer, self._budget, run, self._end(trainer))
-            if trainer.current_epoch >= self._begin(
-                trainer
-            ):  # not what layers were allowed to cost
+            # What layers were allowed to cost before is not charged to units.
+            if trainer.current_epoch >= self._begin(trainer):
                 run.trial, run.best = trial, best
         if listener is None or self._is_failed():
             return

@@ -51,7 +51,8 @@ class CKALayerPruning(LayerPruning):
             ``"backbone.layer3"``; default: those of the Hugging Face models in the module.
         module: Path of the submodule to search for them; default: the whole module.
         cuts: Most attempts; default: 1, and with ``max_drop`` what fits, at most 4.
-        first_epoch: Training epoch (from 1) of the first cut; default 1.
+        first_epoch: Training epoch (from 1) of the first cut; default: 1, and half-way for a
+            single cut without ``max_drop``.
         last_epoch: Epoch of the last attempt; default: half-way.
         max_drop: Largest loss of ``monitor`` after recovery, as a share of its best value before
             (0.01 is one per cent of it). None keeps every cut.

@@ -146,7 +146,9 @@ class LayerPruning(PruningCallback):
     @override
     def schedule(self, length: float, every: int, begin: int) -> Schedule:
         cuts = self._cuts if self._cuts is not None or self._budget is not None else 1
-        return self._fit(length, 1.0, "linear", cuts, every, begin)
+        # Layers take over what a well-trained model says; attempts need time to be taken back.
+        late = self._budget is None
+        return self._fit(length, 1.0, every, begin, ramp="linear", cuts=cuts, late=late)
 
     @override
     def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> StackListeners:

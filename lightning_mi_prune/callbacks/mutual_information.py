@@ -246,7 +246,7 @@ class MutualInformationPruning(WidthPruning):
 
     @override
     def schedule(self, length: float, every: int, begin: int) -> Schedule:
-        return self._fit(length, self._goal, self._ramp, self._cuts, every, begin)
+        return self._fit(length, self._goal, every, begin, ramp=self._ramp, cuts=self._cuts)
 
     @override
     def decide(

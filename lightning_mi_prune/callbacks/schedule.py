@@ -89,6 +89,7 @@ def fit_schedule(
     every: int = 1,
     begin: int = 0,
     recovery: int = 1,
+    late: bool = False,
 ) -> Schedule:
     """Fit the cuts into a run.
 
@@ -106,6 +107,7 @@ def fit_schedule(
         every: Validation runs after every so many epochs.
         begin: Epochs that were over when pruning began.
         recovery: Epochs that must follow the last cut.
+        late: Whether a single cut comes as late as it may, where no epoch is given.
 
     Raises:
         PruningError: If the run is too short, or the numbers contradict each other.
@@ -151,7 +153,8 @@ def fit_schedule(
             "set last_epoch, or raise max_epochs."
         )
     if count == 1:
-        place = 0 if first_epoch is not None or last_epoch is None else len(open_epochs) - 1
+        given = first_epoch is not None or (last_epoch is None and not late)
+        place = 0 if given else len(open_epochs) - 1
         return Schedule((open_epochs[place],), (sparsity,))
     spread = [round(i * (len(open_epochs) - 1) / (count - 1)) for i in range(count)]
     shares = [(i + 1) / count for i in range(count)]

@@ -6,7 +6,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,7 +16,7 @@ from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.companions import BestOf, Patience, restart_comparison
 from lightning_mi_prune.callbacks.records import Pending, Trial
 from lightning_mi_prune.callbacks.run import is_dev_run, run_length
-from lightning_mi_prune.callbacks.schedule import Ramp, Schedule, fit_schedule, judging_epoch
+from lightning_mi_prune.callbacks.schedule import Schedule, fit_schedule, judging_epoch
 from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.callbacks.telling import macs_of
 from lightning_mi_prune.callbacks.trial import begin_trial, take_back
@@ -213,20 +213,18 @@ class PruningSteps(pl.Callback, ABC):
             raise MisconfigurationException("The callback was not set up by a Trainer.")
         return self._keeper
 
-    def _fit(
-        self, length: float, goal: float, ramp: Ramp, cuts: int | None, every: int, begin: int
-    ) -> Schedule:
+    def _fit(self, length: float, goal: float, every: int, begin: int, **options: Any) -> Schedule:
+        """:func:`fit_schedule` with the epochs and the recovery this callback asks for."""
         try:
             found = fit_schedule(
                 length,
                 goal,
-                ramp=ramp,
-                cuts=cuts,
                 first_epoch=self._first,
                 last_epoch=self._last,
                 every=every,
                 begin=begin,
                 recovery=1 if self._budget is None else 2,
+                **options,
             )
         except PruningError as error:
             raise MisconfigurationException(f"{error}{self._share}") from error
