@@ -238,7 +238,8 @@ def markdown(records: list[dict[str, Any]]) -> str:
     """The table of docs/layers.md."""
     dense = {(r["task"], r["seed"]): r["accuracy"] for r in records if r["criterion"] == "none"}
     lines = [
-        "| task | layers | removed by | at epoch | taken over | seeds | accuracy | minus dense | removed |"
+        "| task | layers | removed by | at epoch | taken over | seeds | accuracy | minus dense "
+        "| removed |"
     ]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
