@@ -11,6 +11,8 @@ The method, one step a file::
     listener    LISTEN   to activations in validation
     moments     SUM      what was heard, alike on every rank
     sample      STORE    some of the inputs, to run a cut model on
+    calls       KEEP     them, spread over the batches
+    containers  HOLD     layers, one after another
     stack       COMPARE  the layers of a stack while it runs
     stacks      GATHER   what several stacks say
     alignment   ALIGN    layers: CKA of every pair, alike on every rank
@@ -34,6 +36,7 @@ The method, one step a file::
     selection   CHOOSE   the survivors, top-down
     readings    READ     what the dense model says where the cut one is solved again
     refit       REFIT    what is left to what it really hears
+    takeover    HAND ON  what removed layers said, to those that stay
     method      DECIDE   all of that, as one decision
     plan        RECORD   the choice
     incisions   PREPARE  a cut, before anything changes

@@ -1,4 +1,4 @@
-"""TAKE OVER  a layer that stays says what the run of removed layers above it said."""
+"""HAND ON  a layer that stays says what the run of removed layers above it said."""
 
 from __future__ import annotations
 
