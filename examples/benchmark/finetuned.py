@@ -59,9 +59,7 @@ RECIPES = {
     # The two larger ones are cut down to what one thread trains on in some minutes: 13,000 of
     # 37,243 tweets, and 3,825 newsgroup posts up to their 128th token (half of them are longer
     # than 162 words, and a step takes four times as long as one of 32 tokens).
-    "tweets-3": Recipe(
-        5e-5, epochs=2, validation_fraction=0.15, test_fraction=0.2, limit=20_000
-    ),
+    "tweets-3": Recipe(5e-5, epochs=2, validation_fraction=0.15, test_fraction=0.2, limit=20_000),
     "20-newsgroups": Recipe(
         1e-4, epochs=4, validation_fraction=0.15, test_fraction=0.25, max_length=128, limit=6_000
     ),
@@ -128,7 +126,7 @@ def task_data(task: str, seed: int) -> TextDataModule:
 
 
 def settings(task: str, seed: int) -> dict[str, Any]:
-    """Everything a fine-tuned classifier depends on but the machine; what is not set is left out."""
+    """Everything a fine-tuned classifier depends on but the machine, less what is None."""
     recipe = {name: value for name, value in asdict(RECIPES[task]).items() if value is not None}
     return {"task": task, "seed": seed, "model": "minilm-l6", **recipe}
 

@@ -145,11 +145,7 @@ def markdown(records: Sequence[Record]) -> list[str]:
             if not values:
                 cells.append("")
                 continue
-            seeds = (
-                ""
-                if len(values) == most
-                else f", {len(values)} of {most} seeds"
-            )
+            seeds = "" if len(values) == most else f", {len(values)} of {most} seeds"
             low, high = min(values), max(values)
             cells.append(f"{statistics.mean(values):.2f} ({low:.2f} .. {high:.2f}{seeds})")
         if any(cells):
