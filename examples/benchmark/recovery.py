@@ -14,10 +14,11 @@ import argparse
 import copy
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import transformers
+from torch import nn
 
 from examples.benchmark.finetuned import RECIPES, SEEDS, finetuned
 from examples.benchmark.oneshot import (
@@ -59,89 +60,120 @@ OURS = tuple(
 ENTRIES: tuple[Variant | Rival, ...] = (*OURS, *RIVALS)
 
 
-def measure(
-    subject: Subject, entry: Variant | Rival, sparsity: float, training: Training
-) -> Record:
-    """Prune a copy of the model one way, train it and test it.
+def pruned(subject: Subject, entry: Variant | Rival, sparsity: float) -> nn.Module:
+    """A copy of the model, pruned one way; whole where that happens during the training.
 
     Args:
         subject: The dense model and its evidence.
         entry: The way.
         sparsity: Share of the prunable parameters that must go.
-        training: The steps that follow; none for one shot.
+    """
+    if isinstance(entry, Variant):
+        return cut(subject, entry, sparsity)[0]
+    model = copy.deepcopy(subject.model)
+    if entry.prune is None:
+        return model
+    return entry.prune(model, subject.validation, sparsity, subject.seed)
+
+
+def trained(
+    model: nn.Module, entry: Variant | Rival, sparsity: float, training: Training
+) -> nn.Module:
+    """The model after its steps, with zeros for masks.
+
+    Args:
+        model: The pruned model, which is changed.
+        entry: How it was pruned, or will be.
+        sparsity: Share of the prunable parameters that must go.
+        training: The steps; none for one shot.
+    """
+    if isinstance(entry, Variant) or entry.gradual is None:
+        train(model, training)
+        return settle(model)
+    movement = entry.gradual(model, sparsity)
+    scores = movement.parameters()
+    told = movement.before_step
+    train(model, training, before_step=told, scores=scores, scores_rate=LEARNING_RATE)
+    return movement.finish()
+
+
+def measure(
+    subject: Subject, entry: Variant | Rival, sparsity: float, trainings: Iterable[Training]
+) -> Iterator[Record]:
+    """Prune once; train and test a copy for each number of steps.
+
+    Args:
+        subject: The dense model and its evidence.
+        entry: The way to prune.
+        sparsity: Share of the prunable parameters that must go.
+        trainings: The steps that follow; none for one shot.
     """
     started, processor = time.perf_counter(), time.process_time()
-    if isinstance(entry, Variant):
-        model = cut(subject, entry, sparsity)[0]
-    elif entry.prune is not None:
-        model = entry.prune(
-            copy.deepcopy(subject.model), subject.validation, sparsity, subject.seed
-        )
-    else:
-        model = copy.deepcopy(subject.model)
-    pruned = time.perf_counter()
-    if isinstance(entry, Rival) and entry.gradual is not None:
-        movement = entry.gradual(model, sparsity)
-        train(
-            model,
-            training,
-            before_step=movement.before_step,
-            scores=movement.parameters(),
-            scores_rate=LEARNING_RATE,
-        )
-        model = movement.finish()
-    else:
-        train(model, training)
-    model = settle(model)
-    trained, processor = time.perf_counter(), time.process_time() - processor
-    accuracy, cross_entropy = score(model, subject.test)
-    size = size_of(model, subject.chosen)
+    before = pruned(subject, entry, sparsity)
+    prune_seconds, prune_processor = time.perf_counter() - started, time.process_time() - processor
     length = typical(subject.test)
-    return {
-        **identity(subject.task, subject.seed, entry, sparsity),
-        "steps": training.steps,
-        "finetune_epochs": training.epochs,
-        "learning_rate": training.learning_rate,
-        "model": MODEL,
-        "sparsity": size.sparsity,
-        "masked": size.masked,
-        "n_test": sum(len(batch["labels"]) for batch in subject.test),
-        "accuracy": accuracy,
-        "cross_entropy": cross_entropy,
-        "parameters": size.parameters,
-        "prunable_parameters": size.prunable,
-        "kept": size.kept,
-        "macs": count_macs(model, Example((), inputs_of(1, length))),
-        "length": length,
-        "seconds": trained - started,
-        "train_seconds": trained - pruned,
-        "cpu_seconds": processor,
-        "evidence_seconds": subject.seconds if isinstance(entry, Variant) else 0.0,
-        "machine": machine(),
-    }
+    for training in trainings:
+        started, processor = time.perf_counter(), time.process_time()
+        model = trained(copy.deepcopy(before), entry, sparsity, training)
+        train_seconds = time.perf_counter() - started
+        processor = time.process_time() - processor
+        accuracy, cross_entropy = score(model, subject.test)
+        size = size_of(model, subject.chosen)
+        yield {
+            **identity(subject.task, subject.seed, entry, sparsity),
+            "steps": training.steps,
+            "finetune_epochs": training.epochs,
+            "learning_rate": training.learning_rate,
+            "model": MODEL,
+            "sparsity": size.sparsity,
+            "masked": size.masked,
+            "n_test": sum(len(batch["labels"]) for batch in subject.test),
+            "accuracy": accuracy,
+            "cross_entropy": cross_entropy,
+            "parameters": size.parameters,
+            "prunable_parameters": size.prunable,
+            "kept": size.kept,
+            "macs": count_macs(model, Example((), inputs_of(1, length))),
+            "length": length,
+            "seconds": prune_seconds + train_seconds,
+            "train_seconds": train_seconds,
+            "cpu_seconds": prune_processor + processor,
+            "evidence_seconds": subject.seconds if isinstance(entry, Variant) else 0.0,
+            "machine": machine(),
+        }
 
 
 def wanted(
-    task: str,
-    seed: int,
-    entries: Sequence[Variant | Rival],
-    sparsities: Sequence[float],
-    steps: Sequence[int],
-) -> list[tuple[Variant | Rival, float, int]]:
-    """What is asked of one model: for each number of steps the dense control, then the rest.
+    entries: Sequence[Variant | Rival], sparsities: Sequence[float], steps: Sequence[int]
+) -> list[tuple[Variant | Rival, float, list[int]]]:
+    """What is asked of one model: its dense controls, then each method with its numbers of steps.
 
     Methods that prune during training have no one-shot form.
     """
-    asked: list[tuple[Variant | Rival, float, int]] = []
-    for count in dict.fromkeys(steps):
-        asked.append((DENSE, 0.0, count))
-        asked += [
-            (entry, sparsity, count)
-            for sparsity in dict.fromkeys(sparsities)
-            for entry in entries
-            if count or not (isinstance(entry, Rival) and entry.gradual)
-        ]
+    counts = [*dict.fromkeys(steps)]
+    asked: list[tuple[Variant | Rival, float, list[int]]] = [(DENSE, 0.0, counts)]
+    for sparsity in dict.fromkeys(sparsities):
+        for entry in entries:
+            gradual = isinstance(entry, Rival) and entry.gradual is not None
+            asked.append((entry, sparsity, [count for count in counts if count or not gradual]))
     return asked
+
+
+def lacking(
+    task: str,
+    seed: int,
+    records: Sequence[Record],
+    asked: Sequence[tuple[Variant | Rival, float, list[int]]],
+) -> list[tuple[Variant | Rival, float, list[int]]]:
+    """What of it has no record yet."""
+    there = {key_of(record) for record in records}
+    missing = []
+    for entry, sparsity, counts in asked:
+        about = identity(task, seed, entry, sparsity)
+        left = [count for count in counts if key_of(about | {"steps": count}) not in there]
+        if left:
+            missing.append((entry, sparsity, left))
+    return missing
 
 
 def with_control(record: Record, records: Sequence[Record]) -> Record:
@@ -161,22 +193,11 @@ def with_control(record: Record, records: Sequence[Record]) -> Record:
     }
 
 
-def run(
-    task: str,
-    seed: int,
-    entries: Sequence[Variant | Rival],
-    sparsities: Sequence[float],
-    steps: Sequence[int],
-) -> None:
+def run(task: str, seed: int, asked: Sequence[tuple[Variant | Rival, float, list[int]]]) -> None:
     """Measure what the part of one model lacks; nothing is loaded where it lacks nothing."""
     path = part(FOLDER, NAME, task, seed)
     records = load(path)
-    there = {key_of(record) for record in records}
-    missing = [
-        (entry, sparsity, count)
-        for entry, sparsity, count in wanted(task, seed, entries, sparsities, steps)
-        if key_of(identity(task, seed, entry, sparsity) | {"steps": count}) not in there
-    ]
+    missing = lacking(task, seed, records, asked)
     if not missing:
         return
     model, data = finetuned(task, seed)
@@ -191,18 +212,18 @@ def run(
             learning_rate=recipe.learning_rate,
             seed=seed,
         )
-        for count in dict.fromkeys(count for *_, count in missing)
+        for count in {count for *_, counts in missing for count in counts}
     }
-    for entry, sparsity, count in missing:
-        record = with_control(measure(subject, entry, sparsity, trainings[count]), records)
-        records.append(record)
-        write(path, records)
-        print(
-            f"  {count} steps, {sparsity:.0%} {entry.method}, {entry.widths}, {entry.fold_in}: "
-            f"{record['accuracy']:.2%} with {record['sparsity']:.1%} gone, "
-            f"{record['seconds']:.0f} s",
-            flush=True,
-        )
+    for entry, sparsity, counts in missing:
+        for record in measure(subject, entry, sparsity, [trainings[count] for count in counts]):
+            records.append(with_control(record, records))
+            write(path, records)
+            print(
+                f"  {sparsity:.0%} {entry.method}, {entry.widths}, {entry.fold_in}, "
+                f"{record['steps']} steps: {record['accuracy']:.2%} with "
+                f"{record['sparsity']:.1%} gone, {record['seconds']:.0f} s",
+                flush=True,
+            )
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -232,18 +253,15 @@ def main(given: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     entries = [e for e in ENTRIES if e.method in asked.methods and e.widths in asked.widths]
+    grid = wanted(entries, asked.sparsities, asked.steps)
     for seed in asked.seeds:
         for task in asked.tasks:
             if asked.list:
-                there = {key_of(record) for record in load(part(FOLDER, NAME, task, seed))}
-                everything = wanted(task, seed, entries, asked.sparsities, asked.steps)
-                keys = {
-                    key_of(identity(task, seed, entry, sparsity) | {"steps": count})
-                    for entry, sparsity, count in everything
-                }
-                print(f"{task}, seed {seed}: {len(keys - there)} of {len(keys)} records missing")
+                there = load(part(FOLDER, NAME, task, seed))
+                missing = sum(len(counts) for *_, counts in lacking(task, seed, there, grid))
+                print(f"{task}, seed {seed}: {missing} records missing")
             elif not asked.gather:
-                run(task, seed, entries, asked.sparsities, asked.steps)
+                run(task, seed, grid)
     if not asked.list:
         gather(FOLDER, NAME, RESULTS)
 

@@ -6,6 +6,7 @@ neither memory nor time in dense products.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -15,6 +16,7 @@ from lightning_mi_prune.axes import count_parameters
 from lightning_mi_prune.choosing import choose_axes
 
 
+@torch.no_grad()  # the masked weights are then plain tensors, which can be copied
 def magnitude_masks(
     model: nn.Module, batches: Sequence[dict[str, Tensor]], sparsity: float, seed: int
 ) -> nn.Module:
