@@ -55,6 +55,7 @@ FIELDS = (
 ONE_SHOT = {"masked": False, "finetune_epochs": 0, "steps": 0}
 MINE: Name = (OURS.method, OURS.widths, OURS.fold_in, OURS.cuts)
 CONFIDENCE = 0.95
+TOLERANCE = 0.02  # of the share that went, before a table says so
 
 
 def merged(sources: Iterable[Sequence[Record]], shapes: Mapping[str, Record]) -> list[Record]:
@@ -116,6 +117,12 @@ def cell(theirs: Mapping[int, float], ours: Mapping[int, float] | None) -> str:
     return shown
 
 
+def aside(records: Sequence[Record], asked: float) -> str:
+    """What really went, where it is not what was asked: whole layers are coarse."""
+    gone = statistics.mean(record["sparsity"] for record in records)
+    return f" ({gone:.0%} gone)" if abs(gone - asked) > TOLERANCE else ""
+
+
 def table(records: Sequence[Record], tasks: Sequence[str]) -> list[str]:
     """Rows are methods, columns are sparsities; all records have one number of steps.
 
@@ -138,7 +145,8 @@ def table(records: Sequence[Record], tasks: Sequence[str]) -> list[str]:
         cells = []
         for sparsity in sparsities:
             ours = by_seed(names.get(MINE, {}).get(sparsity, []), tasks)
-            cells.append(cell(values[sparsity], ours if name != MINE else None))
+            shown = cell(values[sparsity], ours if name != MINE else None)
+            cells.append(shown + aside(groups.get(sparsity, []), sparsity) if shown else "")
         seeds = max(map(len, values.values()))
         if seeds:
             average = statistics.mean(v for found in values.values() for v in found.values())
