@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from examples.benchmark import latency, oneshot, recovery, summarize
 from examples.benchmark.oneshot import Subject, examine
@@ -166,6 +167,27 @@ def test_scores_collect_the_gradient_of_the_weight_times_the_weight() -> None:
     expected = (weight.detach() * slope).sum(0).view(2, 2).sum(1)[None]  # of masked units too
     torch.testing.assert_close(scored.scores.grad, expected)
     assert torch.equal(weight.grad, slope * torch.tensor([1.0, 1, 0, 0]))
+
+
+def test_weights_that_move_away_from_zero_stay() -> None:
+    torch.manual_seed(0)
+    true = torch.zeros(4, 40)
+    true[:, :10] = 1 + torch.rand(4, 10)  # a quarter of the inputs matters
+    layer, scored = nn.Linear(40, 4, bias=False), Scored((4, 40))
+    with torch.no_grad():
+        layer.weight.copy_(torch.cat([0.5 * true[:, :10], 2 * torch.randn(4, 30)], 1))
+    parametrize.register_parametrization(layer, "weight", scored)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01, weight_decay=0.0)
+    for step in range(100):
+        scored.mask.copy_(
+            top(scored.scores.detach(), round(160 * (1 - share_gone(step / 100, 0.75))))
+        )
+        inputs = torch.randn(64, 40)
+        (layer(inputs) - inputs @ true.T).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert scored.mask.sum() == 40
+    assert scored.mask[:, :10].mean() > 0.9
 
 
 def test_the_share_rises_along_a_cubic_curve_between_flat_ends() -> None:
