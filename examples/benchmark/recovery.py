@@ -202,7 +202,8 @@ def run(task: str, seed: int, asked: Sequence[tuple[Variant | Rival, float, list
         return
     model, data = finetuned(task, seed)
     subject = examine(task, seed, model, [*data.val_dataloader()], [*data.test_dataloader()])
-    print(f"{task}, seed {seed}: dense {subject.accuracy:.2%}, evidence {subject.seconds:.0f} s")
+    evidence = f"evidence {subject.seconds:.0f} s"
+    print(f"{task}, seed {seed}: dense {subject.accuracy:.2%}, {evidence}", flush=True)
     recipe = RECIPES[task]
     trainings = {
         count: training_of(
