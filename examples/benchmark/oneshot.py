@@ -29,7 +29,7 @@ from examples.benchmark.finetuned import finetuned
 from examples.benchmark.options import arguments, asked_variants
 from examples.benchmark.records import Record, gather, key_of, load, part, write
 from examples.benchmark.tables import markdown, print_tables
-from examples.benchmark.variants import Variant
+from examples.benchmark.variants import Named, Variant
 from lightning_mi_prune import Listener, Plan, PruningWarning, WidthAxis, apply, find_axes
 from lightning_mi_prune.axes import count_parameters, full_plan
 from lightning_mi_prune.choosing import choose_axes
@@ -152,6 +152,37 @@ def score(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
     return right / rows, nats / rows
 
 
+def cut(
+    subject: Subject, variant: Variant, sparsity: float, positions: int = CALLS
+) -> tuple[nn.Module, Plan]:
+    """Prune a copy of the model one way.
+
+    Args:
+        subject: The dense model and its evidence.
+        variant: The way.
+        sparsity: Share of the prunable parameters that must go.
+        positions: Stored positions that the refit may use.
+
+    Returns:
+        The smaller model, and what it kept.
+    """
+    method = variant.at(sparsity, subject.seed, positions)
+    model, plan = copy.deepcopy(subject.model), full_plan(subject.axes)
+    axes, heard = subject.axes, subject.heard
+    for turn in range(1, variant.cuts + 1):
+        if turn > 1:
+            calls = [POSITIONS, positions, subject.seed]
+            heard = listen(model, subject.chosen, subject.validation, *calls)
+        progress = turn / variant.cuts
+        selection = method.decide(model, axes, subject.chosen, plan, heard, progress=progress)
+        if selection is None:  # an earlier cut went as far already
+            continue
+        selection = pull_back(model, axes, plan, selection, method, heard)
+        apply(model, axes, selection.plan, current=plan, folded=selection.folded)
+        plan = plan.then(selection.plan)
+    return model, plan
+
+
 def measure(subject: Subject, variant: Variant, sparsity: float, positions: int = CALLS) -> Record:
     """Prune a copy of the model one way and test it.
 
@@ -161,23 +192,11 @@ def measure(subject: Subject, variant: Variant, sparsity: float, positions: int 
         sparsity: Share of the prunable parameters that must go.
         positions: Stored positions that the refit may use.
     """
-    method = variant.at(sparsity, subject.seed, positions)
-    dense, axes, plan = subject.model, subject.axes, full_plan(subject.axes)
-    cut, heard, started = copy.deepcopy(dense), subject.heard, time.perf_counter()
-    for turn in range(1, variant.cuts + 1):
-        if turn > 1:
-            calls = [POSITIONS, positions, subject.seed]
-            heard = listen(cut, subject.chosen, subject.validation, *calls)
-        progress = turn / variant.cuts
-        selection = method.decide(cut, axes, subject.chosen, plan, heard, progress=progress)
-        if selection is None:  # an earlier cut went as far already
-            continue
-        selection = pull_back(cut, axes, plan, selection, method, heard)
-        apply(cut, axes, selection.plan, current=plan, folded=selection.folded)
-        plan = plan.then(selection.plan)
+    started = time.perf_counter()
+    model, plan = cut(subject, variant, sparsity, positions)
     seconds = time.perf_counter() - started
-    accuracy, cross_entropy = score(cut, subject.test)
-    before, after = (sum(p.numel() for p in model.parameters()) for model in (dense, cut))
+    accuracy, cross_entropy = score(model, subject.test)
+    before, after = (sum(p.numel() for p in net.parameters()) for net in (subject.model, model))
     prunable = count_parameters(subject.chosen)
     return {
         **identity(subject.task, subject.seed, variant, sparsity),
@@ -199,7 +218,7 @@ def measure(subject: Subject, variant: Variant, sparsity: float, positions: int 
     }
 
 
-def identity(task: str, seed: int, variant: Variant, sparsity: float) -> Record:
+def identity(task: str, seed: int, variant: Named, sparsity: float) -> Record:
     """The fields that tell a record from all others."""
     return {
         "task": task,

@@ -14,8 +14,8 @@ IDENTITY = ("task", "target_sparsity", "method", "widths", "fold_in", "cuts", "s
 
 
 def key_of(record: Record) -> Key:
-    """What a record is about; there is one record of each."""
-    return tuple(record[name] for name in IDENTITY)
+    """What a record is about; there is one record of each. Without `steps` it is one shot."""
+    return *(record[name] for name in IDENTITY), record.get("steps", 0)
 
 
 def load(path: Path) -> list[Record]:

@@ -1,8 +1,10 @@
 """Prints what the records of a benchmark say, over the seeds."""
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +14,6 @@ from examples.benchmark.variants import METHODS, OURS
 
 COLUMNS = ("method", "widths", "fold-in", "cuts", "to dense", "min .. max", "s", "seeds")
 PAIRED = "ours minus this"
-SEEDS_EXPECTED = 3
 WIDTH = 110  # of a file or a pipe
 Name = tuple[str, str, str, int]
 
@@ -118,6 +119,11 @@ COMPARED: dict[str, Name] = {
 }
 
 
+def seedless(record: Record) -> tuple[Any, ...]:
+    """What a record is about, whatever its seed."""
+    return record["task"], record["target_sparsity"], *variant_of(record)
+
+
 def markdown(records: Sequence[Record]) -> list[str]:
     """The comparison as a page shows it: a row a method, a column a task and sparsity.
 
@@ -126,6 +132,7 @@ def markdown(records: Sequence[Record]) -> list[str]:
     columns = sorted({(r["task"], r["target_sparsity"]) for r in records})
     head = " | ".join(f"{task}, {sparsity:.0%} gone" for task, sparsity in columns)
     rows = [f"| one shot | {head} |", "|---" * (len(columns) + 1) + "|"]
+    most = max(Counter(map(seedless, records)).values(), default=0)
     for title, name in COMPARED.items():
         cells = []
         for column in columns:
@@ -138,11 +145,7 @@ def markdown(records: Sequence[Record]) -> list[str]:
             if not values:
                 cells.append("")
                 continue
-            seeds = (
-                ""
-                if len(values) == SEEDS_EXPECTED
-                else f", {len(values)} of {SEEDS_EXPECTED} seeds"
-            )
+            seeds = "" if len(values) == most else f", {len(values)} of {most} seeds"
             low, high = min(values), max(values)
             cells.append(f"{statistics.mean(values):.2f} ({low:.2f} .. {high:.2f}{seeds})")
         if any(cells):

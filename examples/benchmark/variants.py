@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from lightning_mi_prune import MutualInformation, MutualInformationPruning
 from lightning_mi_prune.budget import Budget
@@ -15,6 +15,19 @@ RIDGE: float = inspect.signature(MutualInformationPruning).parameters["ridge"].d
 Widths = Literal["global", "uniform"]
 Relevance = Literal["gradient", "readers"] | None
 FoldIn = Literal["none", "fold_in", "refit"]
+
+
+class Named(Protocol):
+    """What tells one way to prune from all others."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def widths(self) -> Widths: ...
+    @property
+    def fold_in(self) -> FoldIn: ...
+    @property
+    def cuts(self) -> int: ...
 
 
 @dataclass(frozen=True)

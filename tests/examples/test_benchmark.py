@@ -196,7 +196,7 @@ def test_differences_are_paired_by_seed() -> None:
     [
         (["--tasks", "trec-7"], "invalid choice: 'trec-7'"),
         (["--methods", "hessian"], "invalid choice: 'hessian'"),
-        (["--seeds", "3"], "invalid choice: 3"),
+        (["--seeds", "7"], "invalid choice: 7"),
         (["--sparsities", "1.5"], "1.5: expected a share above 0 and below 1"),
     ],
 )

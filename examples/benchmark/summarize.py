@@ -1,0 +1,192 @@
+"""Merges all records into `results/summary.json`, and prints what they say.
+
+    python -m examples.benchmark.summarize
+    python -m examples.benchmark.summarize --tables > tables.md
+
+One-shot records come from `oneshot.json` and `recovery.json` (which wins), trained ones from the
+latter; latencies and multiply-accumulates of their shapes from `latency.json`, null where that pass
+did not run.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from examples.benchmark import latency, oneshot, recovery
+from examples.benchmark.latency import shape_of
+from examples.benchmark.records import Record, key_of, load, write
+from examples.benchmark.tables import Name, difference, variant_of
+from examples.benchmark.variants import OURS
+
+RESULTS = Path(__file__).parent / "results" / "summary.json"
+FROM_SHAPES = (
+    "macs",
+    "dense_macs",
+    "latency_ms_b1",
+    "latency_ms_b32",
+    "dense_latency_ms_b1",
+    "dense_latency_ms_b32",
+)
+FIELDS = (
+    "task",
+    "model",
+    "method",
+    "widths",
+    "fold_in",
+    "cuts",
+    "target_sparsity",
+    "sparsity",
+    "masked",
+    "finetune_epochs",
+    "steps",
+    "seed",
+    "n_test",
+    "accuracy",
+    "dense_accuracy",
+    "parameters",
+    "dense_parameters",
+    "kept",
+    *FROM_SHAPES,
+    "seconds",
+    "evidence_seconds",
+    "machine",
+)
+ONE_SHOT = {"masked": False, "finetune_epochs": 0, "steps": 0}
+MINE: Name = (OURS.method, OURS.widths, OURS.fold_in, OURS.cuts)
+CONFIDENCE = 0.95
+TOLERANCE = 0.02  # of the share that went, before a table says so
+
+
+def merged(sources: Iterable[Sequence[Record]], shapes: Mapping[str, Record]) -> list[Record]:
+    """One record of each, with the fields of the summary; later sources win.
+
+    Args:
+        sources: Records of each file.
+        shapes: Latencies and multiply-accumulates, by :func:`latency.shape_of`.
+    """
+    found = {key_of(record): ONE_SHOT | record for records in sources for record in records}
+    return [summarized(found[key], shapes.get(shape_of(found[key]))) for key in sorted(found)]
+
+
+def summarized(record: Record, shape: Record | None) -> Record:
+    """The fields of the summary; those of the shape go together, or all come from the record."""
+    known = record if shape is None else record | {name: shape[name] for name in FROM_SHAPES}
+    return {name: known.get(name) for name in FIELDS}
+
+
+def interval(gaps: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its two-sided Student interval; not a number for one value.
+
+    Example:
+        >>> mean, half = interval([1.0, 2.0, 3.0])
+        >>> round(mean, 2), round(half, 2)
+        (2.0, 2.48)
+    """
+    if len(gaps) < 2:
+        return statistics.mean(gaps), float("nan")
+    from scipy.stats import t  # nothing else here needs it
+
+    quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1))
+    return statistics.mean(gaps), quantile * statistics.stdev(gaps) / len(gaps) ** 0.5
+
+
+def by_seed(records: Iterable[Record], tasks: Sequence[str]) -> dict[int, float]:
+    """Points to the dense control by seed, averaged over the tasks; seeds that lack one are out."""
+    found: dict[int, dict[str, float]] = {}
+    for record in records:
+        found.setdefault(record["seed"], {})[record["task"]] = difference(record)
+    return {
+        seed: statistics.mean(values[task] for task in tasks)
+        for seed, values in sorted(found.items())
+        if set(tasks) <= values.keys()
+    }
+
+
+def cell(theirs: Mapping[int, float], ours: Mapping[int, float] | None) -> str:
+    """Mean to the dense control, and how much better ours is on the seeds that both have."""
+    if not theirs:
+        return ""
+    shown = f"{statistics.mean(theirs.values()):+.2f}"
+    common = sorted(theirs.keys() & ours.keys()) if ours is not None else []
+    if common and ours is not None:
+        mean, half = interval([ours[seed] - theirs[seed] for seed in common])
+        # A leading mark where the interval says that ours is better or worse.
+        mark = "▲" if mean - half > 0 else "▼" if mean + half < 0 else ""
+        shown += f"; {mark}{mean:+.2f} ± {half:.2f}" if len(common) > 1 else f"; {mean:+.2f}"
+    return shown
+
+
+def aside(records: Sequence[Record], asked: float) -> str:
+    """What really went, where it is not what was asked: whole layers are coarse."""
+    gone = statistics.mean(record["sparsity"] for record in records)
+    return f" ({gone:.0%} gone)" if abs(gone - asked) > TOLERANCE else ""
+
+
+def table(records: Sequence[Record], tasks: Sequence[str]) -> list[str]:
+    """Rows are methods, columns are sparsities; all records have one number of steps.
+
+    Args:
+        records: The records.
+        tasks: Tasks that the means go over.
+    """
+    sparsities = sorted({r["target_sparsity"] for r in records if r["target_sparsity"]})
+    names: dict[Name, dict[float, list[Record]]] = {}
+    for record in records:
+        if record["task"] in tasks and record["target_sparsity"]:
+            groups = names.setdefault(variant_of(record), {})
+            groups.setdefault(record["target_sparsity"], []).append(record)
+    head = " | ".join(f"{sparsity:.0%} gone" for sparsity in sparsities)
+    lines = [f"| method | widths | fold-in | cuts | seeds | {head} |"]
+    lines += ["|---" * (5 + len(sparsities)) + "|"]
+    rows: list[tuple[float, str]] = []
+    for name, groups in names.items():
+        values = {s: by_seed(groups.get(s, []), tasks) for s in sparsities}
+        cells = []
+        for sparsity in sparsities:
+            ours = by_seed(names.get(MINE, {}).get(sparsity, []), tasks)
+            shown = cell(values[sparsity], ours if name != MINE else None)
+            cells.append(shown + aside(groups.get(sparsity, []), sparsity) if shown else "")
+        seeds = max(map(len, values.values()))
+        if seeds:
+            average = statistics.mean(v for found in values.values() for v in found.values())
+            label = " | ".join(map(str, (*name, seeds)))
+            rows.append((-average, f"| {label} | {' | '.join(cells)} |"))
+    return lines + [line for _, line in sorted(rows)]
+
+
+def markdown(records: Sequence[Record]) -> list[str]:
+    """For every number of steps a table over all tasks, and one for each task."""
+    lines = [
+        "Points of accuracy to the dense control of the same seed and steps, mean over the seeds; "
+        f"then how much better `{OURS.method}` with {OURS.widths} widths and a {OURS.fold_in} is, "
+        f"paired by seed, with a {CONFIDENCE:.0%} Student interval (▲ ours is better, ▼ worse).",
+    ]
+    for steps in sorted({record["steps"] for record in records}):
+        same = [record for record in records if record["steps"] == steps]
+        tasks = sorted({record["task"] for record in same})
+        title = f"{steps} steps" if steps else "One shot"
+        for chosen in [tasks, *([task] for task in tasks)] if len(tasks) > 1 else [tasks]:
+            where = f"mean of {len(chosen)} tasks" if len(chosen) > 1 else chosen[0]
+            lines += ["", f"### {title}, {where}", "", *table(same, chosen)]
+    return lines
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Write the summary and print the tables."""
+    parser = argparse.ArgumentParser("examples.benchmark.summarize", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--tables", action="store_true", help="only print the tables")
+    asked = parser.parse_args(given)
+    if asked.tables:
+        print("\n".join(markdown(load(RESULTS))))
+        return
+    shapes = {shape_of(record): record for record in load(latency.RESULTS)}
+    records = merged([load(oneshot.RESULTS), load(recovery.RESULTS)], shapes)
+    if records != load(RESULTS):
+        write(RESULTS, records)
+    print("\n".join(markdown(records)))
+
+
+if __name__ == "__main__":
+    main()
