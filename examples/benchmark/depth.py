@@ -26,6 +26,7 @@ import transformers
 from rich.console import Console
 
 from benchmarks.cost import cpu_name
+from examples.benchmark.layer_tables import depth_table
 from examples.benchmark.records import load, write
 from examples.text_classification.data import TextDataModule
 from examples.text_classification.model import TextClassifier
@@ -234,41 +235,6 @@ def overhead(rounds: int = 7) -> dict[str, Any]:
     }
 
 
-def markdown(records: list[dict[str, Any]]) -> str:
-    """The table of docs/layers.md."""
-    dense = {(r["task"], r["seed"]): r["accuracy"] for r in records if r["criterion"] == "none"}
-    lines = [
-        "| task | layers | removed by | at epoch | taken over | seeds | accuracy | minus dense "
-        "| removed |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for record in records:
-        names = ("criterion", "cuts", "refit", "early")
-        key = (record["task"], -record["layers"], *(record[name] for name in names))
-        groups.setdefault(key, []).append(record)
-    for (task, layers, criterion, _, refit, early), found in sorted(groups.items()):
-        gaps = [100 * (r["accuracy"] - dense[r["task"], r["seed"]]) for r in found]
-        values = [100 * r["accuracy"] for r in found]
-        cells = [task, str(-layers), "" if criterion == "none" else f"`{criterion}`"]
-        cells += ["" if criterion == "none" else "1" if early else "half-way"]
-        cells += ["yes" if refit else ""]
-        cells += [str(len(found)), spread(values), spread(gaps) if criterion != "none" else ""]
-        cells += ["; ".join(removed(r) for r in found if r["removed"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def removed(record: dict[str, Any]) -> str:
-    """Layers that went, as built, cut by cut."""
-    return " + ".join(" ".join(map(str, cut["layers"])) for cut in record["removed"])
-
-
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def main() -> None:
     """Run what is missing, write the records, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -279,7 +245,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the table, as markdown")
     options = parser.parse_args()
     if options.table:
-        print(markdown(load(RESULTS)))
+        print(depth_table(load(RESULTS)))
         return
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -304,7 +270,7 @@ def main() -> None:
                 record = run(task, seed, variant)
                 write(RESULTS, sorted([*load(RESULTS), record], key=lambda r: str(key_of(r))))
                 print(task, seed, *variant, f"{record['accuracy']:.4f}", flush=True)
-    print(markdown(load(RESULTS)))
+    print(depth_table(load(RESULTS)))
 
 
 if __name__ == "__main__":
