@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lightning_mi_prune.errors import PruningError
 
-__all__ = ["Cluster", "clusters_of", "loosest", "redundant", "square"]
+__all__ = ["Cluster", "cheapest", "clusters_of", "redundant", "square"]
 
 Cluster = tuple[int, ...]
 
@@ -66,20 +66,45 @@ def redundant(clusters: Sequence[Cluster], every: int = 1) -> tuple[int, ...]:
     return tuple(sorted(layer for cluster in clusters for layer in cluster[1::every]))
 
 
-def loosest(similarity: Sequence[Sequence[float]], count: int) -> float:
-    """The highest threshold at which ``count`` layers may go, or the lowest that lets any go.
+def cheapest(similarity: Sequence[Sequence[float]], count: int, fixed: int = 0) -> list[Cluster]:
+    """The clusters that can lose ``count`` layers, all but the first of each, at the least loss.
+
+    A cluster that loses ``n`` layers is charged ``n (1 - CKA)`` of its first and its last layer:
+    the first has to say alone what all of them said, and that gets harder with every layer.
 
     Args:
         similarity: Likeness of every pair of layers.
-        count: Layers that shall go.
+        count: Layers that shall go, fewer than there are.
+        fixed: Layers at the bottom that must stay.
+
+    Raises:
+        PruningError: If so many cannot go.
 
     Example:
-        >>> loosest([[1.0, 0.9, 0.7], [0.9, 1.0, 0.8], [0.7, 0.8, 1.0]], 2)
-        0.7
+        >>> alike = [[1.0, 0.94, 0.83, 0.6], [0.94, 1.0, 0.9, 0.7], [0.83, 0.9, 1.0, 0.8]]
+        >>> cheapest([*alike, [0.6, 0.7, 0.8, 1.0]], 2)
+        [(0, 1), (2, 3)]
     """
-    levels = sorted({value for row in similarity for value in row if 0 < value <= 1}, reverse=True)
-    enough = (level for level in levels if len(redundant(clusters_of(similarity, level))) >= count)
-    return next(enough, levels[-1] if levels else 1.0)
+    size = square(similarity, "similarity")
+    best: dict[tuple[int, int], tuple[float, list[Cluster]]] = {(0, 0): (0.0, [])}
+    for end in range(1, size + 1):
+        for first in range(end):
+            more = end - 1 - first
+            if more and first + 1 < fixed:
+                continue
+            charge = more * (1 - similarity[first][end - 1])
+            for gone in range(count - more + 1):
+                loss, clusters = best.get((first, gone), (math.inf, []))
+                found = (loss + charge, [*clusters, tuple(range(first, end))])
+                known = best.get((end, gone + more), (math.inf, []))
+                best[end, gone + more] = min(known, found, key=lambda pair: pair[0])
+    loss, clusters = best.get((size, count), (math.inf, []))
+    if math.isinf(loss):
+        raise PruningError(
+            f"{count} of {size} layers cannot go, {fixed} of them must stay; expected at most "
+            f"{size - max(1, fixed)}."
+        )
+    return clusters
 
 
 def square(matrix: Sequence[Sequence[float]], name: str) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lightning_mi_prune.errors import PruningError, PruningWarning
-from lightning_mi_prune.redundancy import Cluster, clusters_of, loosest, redundant
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.redundancy import Cluster, cheapest, clusters_of, redundant
 from lightning_mi_prune.rivals import closest_run, last_layers, least_turning, random_layers
 
 __all__ = ["Compared", "LayerCriterion", "StackCut", "Thinning", "nearest"]
@@ -50,7 +49,7 @@ class StackCut:
         similarity: CKA of every pair of layers before.
         clusters: Runs of alike layers; every layer by itself where clusters decide nothing.
         criterion: What decided.
-        threshold: Likeness to the first of its cluster that a layer had to reach (``"cka"``).
+        threshold: Least likeness to the first of its cluster that a layer has (``"cka"``).
         every: Of each cluster every so manieth layer goes, never the first.
     """
 
@@ -81,8 +80,8 @@ class Thinning:
     """How the layers that go are chosen.
 
     Args:
-        threshold: Least CKA with the first layer of a cluster, above 0 and up to 1; None lowers it
-            as far as ``target`` needs.
+        threshold: Least CKA with the first layer of a cluster, above 0 and up to 1; None takes
+            the clusters that lose least on the way to ``target`` (:func:`redundancy.cheapest`).
         target: Fewest layers that stay in every stack; None leaves it to the threshold.
         criterion: What decides (:data:`LayerCriterion`).
         seed: Seed of ``"random"``.
@@ -148,17 +147,13 @@ class Thinning:
         clusters: list[Cluster] = [(place,) for place in range(count)]
         threshold = self.threshold or 0.0
         if self.criterion == "cka":
-            if self.threshold is None and most:
-                threshold = loosest(compared.similarity, most)
-            clusters = clusters_of(compared.similarity, threshold or 1.0)
+            if self.threshold is not None:
+                clusters = clusters_of(compared.similarity, self.threshold)
+            elif most:
+                clusters = cheapest(compared.similarity, most, compared.fixed)
+                heads = {place: cluster[0] for cluster in clusters for place in cluster}
+                threshold = min(compared.similarity[heads[place]][place] for place in heads)
             gone = _closest(clusters, redundant(clusters, every), compared, most)
-            if self.threshold is None and every == 1 and len(gone) < most:
-                warnings.warn(
-                    f"{len(gone)} layers of {name!r} can go, not {most}: the others are alike to "
-                    "none at any CKA above 0. Raise target_layers, or choose another criterion.",
-                    PruningWarning,
-                    stacklevel=2,
-                )
         else:
             gone = set(self._rival(compared, most))
         places = compared.layers

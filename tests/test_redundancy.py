@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.redundancy import clusters_of, loosest, redundant
+from lightning_mi_prune.redundancy import cheapest, clusters_of, redundant
 from lightning_mi_prune.rivals import closest_run, last_layers, least_turning, random_layers
 
 ALIKE = [
@@ -92,9 +95,38 @@ def test_a_count_out_of_range_is_named(count):
             choose()
 
 
-def test_the_loosest_threshold_lets_enough_go_or_as_many_as_any():
-    assert loosest(ALIKE, 3) == 0.98
-    assert loosest(ALIKE, 4) == 0.5
-    noise = [[1.0, -0.1, 0.0], [-0.1, 1.0, 0.05], [0.0, 0.05, 1.0]]
-    assert loosest(noise, 2) == 0.05
-    assert clusters_of(noise, loosest(noise, 2)) == [(0,), (1, 2)]
+def every_way(size, count, fixed):
+    """All ways to lose so many layers, as clusters."""
+    for gone in itertools.combinations(range(max(1, fixed), size), count):
+        starts = [place for place in range(size) if place not in gone]
+        ends = [*starts[1:], size]
+        yield [tuple(range(a, b)) for a, b in zip(starts, ends, strict=True)]
+
+
+def loss(similarity, clusters):
+    return sum((len(c) - 1) * (1 - similarity[c[0]][c[-1]]) for c in clusters)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("fixed", [0, 1, 2])
+def test_the_cheapest_clusters_are_the_best_of_all(seed, fixed):
+    draw = random.Random(seed)  # noqa: S311
+    size = 7
+    similarity = [[1.0] * size for _ in range(size)]
+    for a, b in itertools.combinations(range(size), 2):
+        similarity[a][b] = similarity[b][a] = draw.uniform(-0.1, 1)
+    for count in range(size - max(1, fixed) + 1):
+        found = cheapest(similarity, count, fixed)
+        assert sum(len(c) - 1 for c in found) == count
+        assert [place for cluster in found for place in cluster] == list(range(size))
+        ways = [loss(similarity, way) for way in every_way(size, count, fixed)]
+        assert loss(similarity, found) == pytest.approx(min(ways))
+    with pytest.raises(PruningError, match=f"expected at most {size - max(1, fixed)}"):
+        cheapest(similarity, size - max(1, fixed) + 1, fixed)
+
+
+def test_copies_go_together_and_others_one_by_one():
+    copies = [[1.0, 1.0, 1.0, 0.9], [1.0, 1.0, 1.0, 0.9], [1.0, 1.0, 1.0, 0.9], [0.9] * 3 + [1.0]]
+    assert cheapest(copies, 2) == [(0, 1, 2), (3,)]
+    far = [[1.0, 0.94, 0.83, 0.6], [0.94, 1.0, 0.91, 0.7], [0.83, 0.91, 1.0, 0.82]]
+    assert cheapest([*far, [0.6, 0.7, 0.82, 1.0]], 2) == [(0, 1), (2, 3)]

@@ -33,8 +33,8 @@ class CKALayerPruning(LayerPruning):
     is tried instead.
 
     Args:
-        threshold: Least CKA with the first layer of a cluster, above 0 and up to 1. None lowers
-            it as far as ``target_layers`` needs.
+        threshold: Least CKA with the first layer of a cluster, above 0 and up to 1. None takes the
+            clusters that lose least on the way to ``target_layers``.
         target_layers: Fewest layers that stay in every stack; None leaves it to the threshold.
         criterion: ``"cka"``, or what people do instead, which needs ``target_layers``:
             ``"angle"`` removes the layers that turn their input least (ShortGPT),
