@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from lightning_mi_prune.sample import Example, taken
+import torch
+from torch import Tensor
+
+from lightning_mi_prune.sample import Example, is_plain, taken
 
 __all__ = ["StoredCalls"]
 
@@ -37,6 +40,9 @@ class StoredCalls:
     def keep(self, path: str, call: Example, *, real: int, each: float) -> None:
         """Store some examples of a call that is under way.
 
+        One that brings more than plain values is left out: a cache would go on filling up, and
+        what other objects hold cannot be kept apart by example, nor written to a checkpoint.
+
         Args:
             path: The network that received it.
             call: The call.
@@ -44,15 +50,30 @@ class StoredCalls:
             each: Positions that an example of it has.
         """
         rows = call.rows
+        if not self._quota or not _is_plain(call):
+            return
         if call.mask is not None and call.mask.ndim > 1:
             each = float(call.mask.sum()) / max(1, rows)
         room = self._room.get(path, self._positions)
         owed = min(self._owed.get(path, 0.0) + self._quota, room)
         wanted = min(real, int(owed / max(1.0, each)))
-        if self._quota and path not in self.stored:
+        if path not in self.stored:
             wanted = max(1, wanted)  # less than one example of each batch would be none for ever
         if wanted:
             index = torch.randperm(real, generator=self._generator)[:wanted].sort().values
             kept = taken((call.args, call.kwargs, call.mask), rows, index)
             self.stored.setdefault(path, []).append(Example(*kept))
         self._owed[path], self._room[path] = owed - wanted * each, room - wanted * each
+
+
+def _is_plain(call: Example) -> bool:
+    """Whether it is made of plain values, but for what kinds of tensors there are."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return None
+        if type(value) in (list, tuple):
+            return [bare(part) for part in value]
+        return {key: bare(part) for key, part in value.items()} if type(value) is dict else value
+
+    return is_plain(bare([list(call.args), call.kwargs]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,7 @@ class Targets:
         path: Network that is called.
         call: The sample.
         room: Bytes that may be held; the layer that is asked for is held in any case.
+        once: Whether every layer runs once in a pass, so that what is above the last need not run.
     """
 
     def __init__(
@@ -98,8 +100,11 @@ class Targets:
         path: str,
         call: Example,
         room: int = 2**29,
+        *,
+        once: bool = False,
     ) -> None:
         self._model, self._path, self._call, self._room = model, path, call, room
+        self._once = once
         self._left = {reading.spoken.layer: reading.spoken for reading in found}
         self._held: dict[str, Tensor] = {}
         self._often: set[str] = set()
@@ -140,14 +145,15 @@ class Targets:
 
         for call in pieces:
             ran.clear()
-            run_with(self._model, list(self._left.values()), self._path, call, keep)
+            left = list(self._left.values())
+            run_with(self._model, left, self._path, call, keep, once=self._once)
         if whole:
             for layer in whole:
                 parts.pop(layer, None)
             call, pieces, again = self._call, [self._call], list(whole.values())
             whole.clear()
             ran.clear()
-            run_with(self._model, again, self._path, call, keep)
+            run_with(self._model, again, self._path, call, keep, once=self._once)
         for layer in self._often:
             parts.pop(layer, None)
             self._left.pop(layer, None)
@@ -179,12 +185,33 @@ def _share(whole: Example, piece: Example) -> float:
     return float(whole.mask.sum()) / max(1.0, float(piece.mask.sum()))
 
 
+class _EnoughError(Exception):
+    """The last layer has spoken."""
+
+
 def run_with(
-    model: nn.Module, found: Sequence[Reading], path: str, call: Example, act: Act
+    model: nn.Module,
+    found: Sequence[Reading],
+    path: str,
+    call: Example,
+    act: Act,
+    *,
+    once: bool = False,
 ) -> None:
-    """Run the network once; every layer's output goes through ``act``."""
+    """Run the network; every layer's output goes through ``act``.
+
+    Args:
+        model: Module from which everything is named.
+        found: The layers.
+        path: Network that is called.
+        call: What it is called with.
+        act: Gets the layer, its input, the stream and its output; returns the output to go on with.
+        once: Whether each layer runs once, so that the run may end with the last of them: logits
+            of a large vocabulary would outgrow everything else.
+    """
     skips: dict[str, Tensor] = {}
     handles = []
+    silent = {reading.layer for reading in found}
 
     def hold(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -198,7 +225,11 @@ def run_with(
         ) -> Tensor:
             x = args[0] if args else kwargs["input"]
             skip = None if reading.skip is None else skips[reading.skip]
-            return act(reading, x, skip, output)
+            changed = act(reading, x, skip, output)
+            silent.discard(reading.layer)
+            if once and not silent:
+                raise _EnoughError
+            return changed
 
         return hook
 
@@ -209,7 +240,8 @@ def run_with(
         for reading in found:
             module = model.get_submodule(reading.layer)
             handles.append(module.register_forward_hook(change(reading), with_kwargs=True))
-        run(model.get_submodule(path), call)
+        with contextlib.suppress(_EnoughError):
+            run(model.get_submodule(path), call)
     finally:
         for handle in handles:
             handle.remove()

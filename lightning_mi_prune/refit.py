@@ -40,6 +40,7 @@ def refit(
     ridge: float = 1e-2,
     add: Sum = lambda sums: sums,
     share: float = 1.0,
+    once: bool = False,
 ) -> dict[str, Tensor]:
     """Weights and biases that pull the residual stream of a cut model back to the dense one's.
 
@@ -57,6 +58,7 @@ def refit(
         ridge: Pull towards the present weights, as a share of the mean variance of the inputs.
         add: Adds sums up over ranks; every rank comes by in the same order.
         share: Weight of this rank's sample; 0 for one that only keeps the others company.
+        once: As for :func:`readings.run_with`.
 
     Returns:
         New values in the shape they have in the cut model, by tensor name.
@@ -87,7 +89,7 @@ def refit(
         solved.update({f"{reading.layer}.{name}": value for name, value in new.items()})
         return functional.linear(x, new["weight"], new.get("bias")) if new else output
 
-    run_with(cut, found, path, call, solve)
+    run_with(cut, found, path, call, solve, once=once)
     return solved
 
 
@@ -102,6 +104,7 @@ def refit_all(
     add: Sum = lambda sums: sums,
     rank: int = 0,
     world: int = 1,
+    once: bool = False,
 ) -> dict[str, Tensor]:
     """:func:`refit` of every network whose calls were stored.
 
@@ -115,6 +118,7 @@ def refit_all(
         add: Adds sums up over ranks.
         rank: This process.
         world: Processes that solve together, each on its own calls.
+        once: As for :func:`readings.run_with`.
 
     Returns:
         New values by tensor name.
@@ -133,9 +137,18 @@ def refit_all(
             continue
         device = next(module.parameters()).device
         call = Example(*placed((call.args, call.kwargs, call.mask), device))
-        targets = Targets(module, mine, path, call)
-        share = 1.0 if stored else 0.0
-        solved |= refit(cut, mine, path, call, targets, ridge=ridge, add=add, share=share)
+        targets = Targets(module, mine, path, call, once=once)
+        solved |= refit(
+            cut,
+            mine,
+            path,
+            call,
+            targets,
+            ridge=ridge,
+            add=add,
+            share=1.0 if stored else 0.0,
+            once=once,
+        )
     return solved
 
 

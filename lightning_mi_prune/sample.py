@@ -20,6 +20,7 @@ __all__ = [
     "Example",
     "Heard",
     "copied",
+    "is_plain",
     "merged",
     "placed",
     "positions_of",
@@ -85,7 +86,8 @@ def taken(value: Any, rows: int | None, index: Tensor) -> Any:
     """The given examples of every tensor with that many rows, in nested containers."""
     if isinstance(value, Tensor):
         batched = value.ndim > 0 and value.shape[0] == rows
-        return (value[index.to(value.device)] if batched else value).detach().clone()
+        part = value[index.to(value.device)] if batched else value
+        return part.detach().clone().as_subclass(Tensor)
     if isinstance(value, tuple):
         return tuple(taken(v, rows, index) for v in value)
     if isinstance(value, list):
@@ -95,10 +97,21 @@ def taken(value: Any, rows: int | None, index: Tensor) -> Any:
     return value
 
 
+def is_plain(value: Any) -> bool:
+    """Whether ``torch.load(weights_only=True)`` opens it."""
+    if type(value) is dict:
+        return all(is_plain(v) for v in (*value, *value.values()))
+    if isinstance(value, (list, tuple)):
+        return type(value) in (list, tuple) and all(map(is_plain, value))
+    return value is None or type(value) in (Tensor, bool, int, float, str)
+
+
 def placed(value: Any, device: torch.device) -> Any:
     """The same nested containers, with every tensor on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
+    if isinstance(value, Example):
+        return replace(value, **placed(vars(value), device))
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         return type(value)(placed(v, device) for v in value)
     if isinstance(value, Mapping):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from lightning_mi_prune.anatomy import Anatomy
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.families import is_within
 from lightning_mi_prune.families.residual import module_at
+from lightning_mi_prune.incisions import parameter_of
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.readings import Reading
 from lightning_mi_prune.refit import Sum, refit_all
@@ -27,10 +30,14 @@ class Succession:
         readings: Layers of the shorter model that are solved again, each with its source in the
             present one.
         norms: Normalisations of the shorter model that become those of the present one.
+        homes: Where what gets new values stands in the present model, by its path in the other.
+        stacks: Stacks of which layers take over.
     """
 
     readings: tuple[Reading, ...] = ()
     norms: Mapping[str, str] = field(default_factory=dict)
+    homes: Mapping[str, str] = field(default_factory=dict)
+    stacks: tuple[str, ...] = ()
 
 
 def succession(anatomy: Anatomy, current: Plan, plan: Plan) -> Succession:
@@ -60,6 +67,8 @@ def succession(anatomy: Anatomy, current: Plan, plan: Plan) -> Succession:
     after = current.then(plan)
     readings: list[Reading] = []
     norms: dict[str, str] = {}
+    homes: dict[str, str] = {}
+    stacks: list[str] = []
     for stack in anatomy.stacks:
         layers = current.kept.get(stack.name, ())
         left = after.kept.get(stack.name, layers)
@@ -67,18 +76,21 @@ def succession(anatomy: Anatomy, current: Plan, plan: Plan) -> Succession:
         lowest = next((layer for layer in layers if layer not in left), None)
         if not stack.adds or lowest is None:
             continue
+        stacks.append(stack.name)
+        *inner, end = stack.adds
         for place, layer in enumerate(left):
             mine = f"{stack.name}.{place}"
             own, top = (f"{stack.name}.{layers.index(n)}" for n in (layer, last.get(layer, layer)))
-            *inner, end = stack.adds
-            if layer > lowest:
-                readings += [_reading(mine, own, add) for add in inner]
+            found = [_reading(mine, own, add) for add in inner] if layer > lowest else []
             if layer > lowest or layer in last:
                 normed = layer in last and bool(stack.closing)
-                readings.append(replace(_reading(mine, top, end), normed=normed))
+                found.append(replace(_reading(mine, top, end), normed=normed))
             if layer in last and stack.closing:
                 norms[f"{mine}.{stack.closing}"] = f"{top}.{stack.closing}"
-    return Succession(tuple(readings), norms)
+                homes[f"{mine}.{stack.closing}"] = f"{own}.{stack.closing}"
+            homes |= {r.layer: f"{own}{r.layer[len(mine) :]}" for r in found}
+            readings += found
+    return Succession(tuple(readings), norms, homes, tuple(stacks))
 
 
 def take_over(
@@ -113,36 +125,43 @@ def take_over(
         a layer of the stack adds, or something else than linear modules adds it.
 
     Raises:
-        PruningError: If the stored sample is smaller than what a layer has to learn from it.
+        PruningError: If the stored sample is smaller than what a layer has to learn from it, or
+            values of one may not be replaced.
     """
     found = succession(anatomy, current, selection.plan)
-    if not found.readings or not any(heard.ranks):
+    readings = found.readings
+    if not readings or not any(calls for rank in heard.ranks for calls in rank.values()):
         return selection
-    networks = {part.network for part in anatomy.parts}
-    cut = copied(module, networks)
+    paths = [path for r in readings for path in (r.spoken.layer, found.homes[r.layer])]
+    if not all(isinstance(module_at(module, path), nn.Linear) for path in paths):
+        return selection
+    for name in found.homes.values():
+        _check_open(module, name)
+    networks = {stack.network for stack in anatomy.stacks if stack.name in found.stacks}
+    cut, part = copied(module, networks), _inside(anatomy, networks)
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    folded = {
+    norms = {
         f"{mine}.{name}": parameters[f"{other}.{name}"].detach()
         for mine, other in found.norms.items()
         for name in ("weight", "bias")
         if f"{other}.{name}" in parameters
     }
-    operate(cut, anatomy, selection.plan, current=current, folded=folded)
-    spoken = all(_is_linear(module, reading.spoken.layer) for reading in found.readings)
-    if not (spoken and all(_is_linear(cut, reading.layer) for reading in found.readings)):
-        return selection
-    folded |= refit_all(
+    operate(cut, part, selection.plan, current=current, folded=norms)
+    solved = refit_all(
         module,
         cut,
-        found.readings,
+        readings,
         heard.ranks,
         positions=positions,
         ridge=ridge,
         add=add,
         rank=rank,
         world=world,
+        once=True,
     )
-    return replace(selection, folded={**selection.folded, **folded})
+    if not all(f"{reading.layer}.weight" in solved for reading in readings if reading.normed):
+        return selection  # a normalisation of another layer, without what it was made for
+    return replace(selection, folded={**selection.folded, **norms, **solved})
 
 
 def _runs(layers: Sequence[int], left: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -153,8 +172,30 @@ def _runs(layers: Sequence[int], left: Sequence[int]) -> Iterator[tuple[int, int
             yield heir, layers[end - 1]
 
 
-def _is_linear(module: nn.Module, path: str) -> bool:
-    return isinstance(module_at(module, path), nn.Linear)
+def _check_open(module: nn.Module, path: str) -> None:
+    """Refuse a module whose values may not be replaced.
+
+    Raises:
+        PruningError: If a parameter is frozen, replaced by another kind, or carries hooks.
+    """
+    for name, parameter in module.get_submodule(path).named_parameters(recurse=False):
+        parameter_of(module, f"{path}.{name}")
+        if not parameter.requires_grad:
+            raise PruningError(
+                f"{path}.{name} is frozen, so {path!r} cannot say anything else. Train it, or set "
+                "refit=False."
+            )
+    if "weight" not in module.get_submodule(path)._parameters:
+        raise PruningError(
+            f"The weight of {path!r} is computed from others; remove the parametrization, or set "
+            "refit=False."
+        )
+
+
+def _inside(anatomy: Anatomy, networks: Iterable[str]) -> Anatomy:
+    """What of a body lies in some networks."""
+    tops = list(networks)
+    return Anatomy.of(p for p in anatomy.parts if any(is_within(p.name, top) for top in tops))
 
 
 def _reading(layer: str, source: str, add: tuple[str, str]) -> Reading:

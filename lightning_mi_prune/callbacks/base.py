@@ -179,6 +179,8 @@ class PruningCallback(PruningSteps):
             # What layers were allowed to cost before is not charged to units.
             if trainer.current_epoch >= self._begin(trainer):
                 run.trial, run.best = trial, best
+            if run.trial is None and run.pending is None:
+                run.compared.ranks = ()  # accepted: nothing will be chosen from these calls again
         if listener is None or self._is_failed():
             return
         heard = self.hear(trainer, listener)

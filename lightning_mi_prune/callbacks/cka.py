@@ -44,8 +44,8 @@ class CKALayerPruning(LayerPruning):
         bandwidth: Width of the latter as a share of the median distance.
         positions: Positions to compare in a batch of validation, at least 4.
         refit: Whether layers that stay take over what the removed ones above them said, by least
-            squares on stored inputs, before training goes on; in encoders whose units are known
-            (those that :class:`MutualInformationPruning` prunes).
+            squares on stored inputs, before training goes on; in stacks of known Hugging Face
+            models but GPT-2.
         refit_positions: Positions of inputs to store for that, over all ranks.
         stacks: Paths of the containers whose layers may go, such as ``"model.encoder.block"`` or
             ``"backbone.layer3"``; default: those of the Hugging Face models in the module.

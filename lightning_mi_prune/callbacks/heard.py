@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_mi_prune.callbacks.untrusted import is_plain, number, tensors, whole
+from lightning_mi_prune.callbacks.untrusted import number, tensors, whole
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.relevance import GradientSums
-from lightning_mi_prune.sample import Example, Heard
+from lightning_mi_prune.sample import Example, Heard, is_plain
 from lightning_mi_prune.sparing import Compared
 
 __all__ = [
@@ -31,7 +31,11 @@ def write_heard(heard: Heard) -> dict[str, Any]:
         "moments": {n: (m.dimension, m.packed()) for n, m in heard.moments.items()},
         "gradients": None if heard.gradients is None else write_gradients(heard.gradients),
         "calls": [
-            {path: [vars(c) for c in calls if is_plain(vars(c))] for path, calls in rank.items()}
+            {
+                path: plain
+                for path, calls in rank.items()
+                if (plain := [vars(call) for call in calls if is_plain(vars(call))])
+            }
             for rank in heard.ranks
         ],
         "samples": dict(heard.samples),

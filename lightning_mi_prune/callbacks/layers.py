@@ -29,7 +29,7 @@ from lightning_mi_prune.checkpoints import Find
 from lightning_mi_prune.depth import DepthAxis
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import is_within
-from lightning_mi_prune.families.stacks import find_parts
+from lightning_mi_prune.families.stacks import check_reached, find_parts
 from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.report import Cut
@@ -109,6 +109,7 @@ class LayerPruning(PruningCallback):
         if self._paths is None:  # one layer, as in a short decoder, is no stack to thin
             mine = [stack for stack in mine if stack.size > 1] or mine
         self._stacks = without_frozen(module, mine)
+        check_reached(module, self._names)
         for stack in self._stacks:
             if keeper.plan.width(stack.name) > 1 or stack.size < 2:
                 blocks_of(module, stack.name)
@@ -133,7 +134,7 @@ class LayerPruning(PruningCallback):
         if run.heard is not None and {n: c.layers for n, c in run.heard.stacks.items()} != present:
             run.heard = None
             surprises.append("What was heard was of other layers; a cut waits for validation.")
-        elif run.heard is not None and self._calls and not any(run.heard.ranks):
+        elif run.heard is not None and self._stored and not any(run.heard.ranks):
             run.heard = None
             surprises.append("Nothing was stored for a refit; a cut waits for validation.")
         if run.pending is not None and not (
@@ -152,14 +153,15 @@ class LayerPruning(PruningCallback):
 
     @override
     def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> StackListeners:
+        stacks = [stack for stack in self._stacks if self._kept().plan.width(stack.name) > 1]
         return StackListeners(
             module,
-            [stack for stack in self._stacks if self._kept().plan.width(stack.name) > 1],
+            stacks,
             positions=self._positions,
             kernel=self._kernel,
             bandwidth=self._bandwidth,
             seed=self._seed,
-            calls=-(-self._calls // world_size(trainer.strategy)),
+            calls=-(-self._stored // world_size(trainer.strategy)),
             batches=validation_batches(trainer),
         )
 
@@ -170,7 +172,7 @@ class LayerPruning(PruningCallback):
         self._run.seconds = {"listening": listener.seconds}
         pool(trainer.strategy, listener.sums)
         heard = Heard(stacks=listener.compared(self._kept().plan))
-        if self._calls:
+        if self._stored:
             heard.ranks = gather(trainer.strategy, placed(listener.stored, torch.device("cpu")))
         return heard
 
@@ -188,7 +190,7 @@ class LayerPruning(PruningCallback):
         self, trainer: pl.Trainer, module: pl.LightningModule, selection: Selection, heard: Heard
     ) -> Selection:
         keeper, strategy = self._kept(), trainer.strategy
-        if not self._calls:
+        if not self._stored:
             return selection
         try:
             return take_over(
@@ -284,6 +286,11 @@ class LayerPruning(PruningCallback):
 
     def _removed(self, goal: float) -> list[tuple[int, ...]]:
         return [choice.removed for choice in self._choices(self._run.compared.stacks, goal)]
+
+    @property
+    def _stored(self) -> int:
+        """Positions of inputs to store: none where it is not known what layers add."""
+        return self._calls if any(stack.adds for stack in self._stacks) else 0
 
     @property
     def _names(self) -> list[str]:

@@ -22,11 +22,11 @@ from lightning_mi_prune.callbacks.records import (
     write_trial,
 )
 from lightning_mi_prune.callbacks.schedule import Schedule
-from lightning_mi_prune.callbacks.untrusted import is_plain, number, whole
+from lightning_mi_prune.callbacks.untrusted import number, whole
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.report import PruningReport
-from lightning_mi_prune.sample import Example, Heard
+from lightning_mi_prune.sample import Example, Heard, is_plain
 
 __all__ = ["RunState"]
 

@@ -142,7 +142,9 @@ class PruningSteps(pl.Callback, ABC):
         # All ranks solved the same sums; with other processors they may differ in the last digit.
         refitted = decide_once(trainer.strategy, lambda: refitted)
         run.pending, run.felt = Pending(epoch, goal, refitted), None
-        run.compared = heard if heard.stacks else Heard()
+        # Only a cut that may be taken back is chosen again from the same calls.
+        ranks = heard.ranks if heard.stacks and self._budget is not None else ()
+        run.compared = Heard(stacks=heard.stacks, ranks=ranks)
         run.seconds["refitting"] = time.perf_counter() - started
 
     def _reached(self, trainer: pl.Trainer, heard: Heard, goal: float) -> None:

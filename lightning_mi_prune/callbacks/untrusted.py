@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["is_plain", "number", "tensors", "whole"]
+__all__ = ["number", "tensors", "whole"]
 
 
 def number(value: Any, low: float = -math.inf, high: float = math.inf) -> float:
@@ -38,12 +38,3 @@ def tensors(value: Any) -> dict[str, Tensor]:
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{name!r:.60} claims more elements than the file holds")
     return found
-
-
-def is_plain(value: Any) -> bool:
-    """Whether ``torch.load(weights_only=True)`` opens it."""
-    if isinstance(value, dict):
-        return all(is_plain(v) for v in (*value, *value.values()))
-    if isinstance(value, (list, tuple)):
-        return type(value) in (list, tuple) and all(map(is_plain, value))
-    return value is None or type(value) in (Tensor, bool, int, float, str)

@@ -17,7 +17,15 @@ from lightning_mi_prune.families.text import TEXT
 from lightning_mi_prune.families.vision import VISION
 from lightning_mi_prune.stack import blocks_of
 
-__all__ = ["STACKS", "StackNames", "choose_stacks", "find_parts", "find_stacks", "stack_at"]
+__all__ = [
+    "STACKS",
+    "StackNames",
+    "check_reached",
+    "choose_stacks",
+    "find_parts",
+    "find_stacks",
+    "stack_at",
+]
 
 _LISTS = ("layer_types", "mlp_layer_types")
 
@@ -190,6 +198,20 @@ def find_parts(
     with contextlib.suppress(PruningError):  # units no family knows are simply not followed
         found += find_axes(module)
     return found + choose_stacks(module, stacks, within)
+
+
+def check_reached(module: nn.Module, stacks: Sequence[str]) -> None:
+    """Refuse stacks that only a wrapper's shortcuts lead to.
+
+    Raises:
+        PruningError: If a path is none of the module's own.
+    """
+    strange = sorted(set(stacks) - {name for name, _ in module.named_modules()})
+    if strange:
+        raise PruningError(
+            f"{strange} are reached through a wrapper, such as that of PEFT; expected paths of "
+            "modules. Merge adapters first (merge_and_unload), or add them with add_adapter."
+        )
 
 
 def stack_at(module: nn.Module, path: str) -> DepthAxis | None:
