@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.communication import table
 from benchmarks.seeds import summary
-from examples.benchmark import depth
-from examples.benchmark.layer_tables import depth_table
+from examples.benchmark import depth, takeover
+from examples.benchmark.layer_tables import depth_table, takeover_table
 from examples.benchmark.tables import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +40,7 @@ def test_the_code_of_the_page_on_layers_runs():
 def test_the_numbers_of_the_page_on_layers_are_in_the_records():
     page = (ROOT / "docs/layers.md").read_text()
     assert depth_table(depth.load(depth.RESULTS)) in page
+    assert takeover_table(depth.load(takeover.RESULTS)) in page
     speed = json.loads(depth.RESULTS.with_name("depth-speed.json").read_text())
     for batch, found in speed["latency"].items():
         cells = [f"{found['ms'][n]:.1f}" for n in "643"]
