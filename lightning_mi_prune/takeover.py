@@ -122,21 +122,21 @@ def take_over(
 
     Returns:
         The selection with new values for the layers that stay; itself where it is not known what
-        a layer of the stack adds, or something else than linear modules adds it.
+        a layer of the stack adds, or nothing was stored.
 
     Raises:
         PruningError: If the stored sample is smaller than what a layer has to learn from it, or
-            values of one may not be replaced.
+            one is no linear module whose values may be replaced.
     """
     found = succession(anatomy, current, selection.plan)
     readings = found.readings
     if not readings or not any(calls for rank in heard.ranks for calls in rank.values()):
         return selection
-    paths = [path for r in readings for path in (r.spoken.layer, found.homes[r.layer])]
-    if not all(isinstance(module_at(module, path), nn.Linear) for path in paths):
-        return selection
-    for name in found.homes.values():
-        _check_open(module, name)
+    for reading in readings:
+        for path in (reading.spoken.layer, found.homes[reading.layer]):
+            _check_linear(module, path)
+    for path in found.homes.values():
+        _check_open(module, path)
     networks = {stack.network for stack in anatomy.stacks if stack.name in found.stacks}
     cut, part = copied(module, networks), _inside(anatomy, networks)
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -159,8 +159,12 @@ def take_over(
         world=world,
         once=True,
     )
-    if not all(f"{reading.layer}.weight" in solved for reading in readings if reading.normed):
-        return selection  # a normalisation of another layer, without what it was made for
+    missing = [r.layer for r in readings if r.normed and f"{r.layer}.weight" not in solved]
+    if missing:  # a normalisation would be handed on without what it was made for
+        raise PruningError(
+            f"No stored input reaches {missing} of the shorter model; expected some for each. "
+            "Validate by calling the network that holds them, or set refit=False."
+        )
     return replace(selection, folded={**selection.folded, **norms, **solved})
 
 
@@ -172,24 +176,38 @@ def _runs(layers: Sequence[int], left: Sequence[int]) -> Iterator[tuple[int, int
             yield heir, layers[end - 1]
 
 
+def _check_linear(module: nn.Module, path: str) -> None:
+    """Refuse what least squares cannot solve.
+
+    Raises:
+        PruningError: If there is no linear module at the path.
+    """
+    found = module_at(module, path)
+    if not isinstance(found, nn.Linear):
+        raise PruningError(
+            f"{path!r} is a {type(found).__name__}; expected an nn.Linear. Merge adapters first, "
+            "or set refit=False."
+        )
+
+
 def _check_open(module: nn.Module, path: str) -> None:
     """Refuse a module whose values may not be replaced.
 
     Raises:
-        PruningError: If a parameter is frozen, replaced by another kind, or carries hooks.
+        PruningError: If a parameter is frozen, computed, of another kind, or carries hooks.
     """
-    for name, parameter in module.get_submodule(path).named_parameters(recurse=False):
-        parameter_of(module, f"{path}.{name}")
-        if not parameter.requires_grad:
-            raise PruningError(
-                f"{path}.{name} is frozen, so {path!r} cannot say anything else. Train it, or set "
-                "refit=False."
-            )
-    if "weight" not in module.get_submodule(path)._parameters:
+    part = module.get_submodule(path)
+    if "weight" not in part._parameters:
         raise PruningError(
             f"The weight of {path!r} is computed from others; remove the parametrization, or set "
             "refit=False."
         )
+    for name, _ in part.named_parameters(recurse=False):
+        if not parameter_of(module, f"{path}.{name}").requires_grad:
+            raise PruningError(
+                f"{path}.{name} is frozen, so {path!r} cannot say anything else. Train it, or set "
+                "refit=False."
+            )
 
 
 def _inside(anatomy: Anatomy, networks: Iterable[str]) -> Anatomy:

@@ -19,7 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tests.models import build
 from tests.runs import fit
 
-__all__ = ["launch"]
+__all__ = ["added", "grouped", "launch", "place"]
 
 
 def launch(world: int, function: Callable[..., Any], *args: Any) -> dict[int, Any]:
@@ -35,6 +35,28 @@ def launch(world: int, function: Callable[..., Any], *args: Any) -> dict[int, An
         monitor_interval=0.1,
     )
     return elastic_launch(config, _quietly)(function, *args)
+
+
+def place() -> tuple[int, int]:
+    """Rank and number of ranks; those of the only one outside a group."""
+    group = torch.distributed
+    return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
+
+
+def added(sums: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks."""
+    if place()[1] > 1:
+        torch.distributed.all_reduce(sums)
+    return sums
+
+
+def grouped(function: Callable[[Any], Any], parts: list[Any]) -> list[Any]:
+    """Results of a function on each of the parts, run inside a group of all ranks."""
+    torch.distributed.init_process_group("gloo")
+    try:
+        return [function(part) for part in parts]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _quietly(function: Callable[..., Any], *args: Any) -> Any:

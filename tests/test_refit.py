@@ -34,7 +34,7 @@ from tests.models import (
     pictures,
     random_plan,
 )
-from tests.ranks import launch
+from tests.ranks import added, grouped, launch, place
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
 FAMILIES = [(family, "sequence") for family in CONFIGS] + [(f, "image") for f in PICTURES]
@@ -205,16 +205,7 @@ def test_mode_hooks_gradients_and_random_state_stay():
 
 def solve_on_a_rank(rows):
     """One rank of two, or the only one: refit on its share of the calls."""
-    from torch import distributed
-
-    world = distributed.get_world_size() if distributed.is_initialized() else 1
-    rank = distributed.get_rank() if world > 1 else 0
-
-    def add(sums):
-        if world > 1:
-            distributed.all_reduce(sums)
-        return sums
-
+    rank, world = place()
     model = build()
     axes = find_axes(model)
     inputs = batch(64)
@@ -223,23 +214,15 @@ def solve_on_a_rank(rows):
     selection = Selection(random_plan(axes, 0.5), {}, {})
     heard = Heard({}, ranks=ranks)
     method = Method(Budget(sparsity=0.5))
-    found = pull_back(model, axes, full_plan(axes), selection, method, heard, add, rank, world)
+    found = pull_back(model, axes, full_plan(axes), selection, method, heard, added, rank, world)
     return {name: value.tolist() for name, value in found.folded.items()}
-
-
-def initialized(shares):
-    torch.distributed.init_process_group("gloo")
-    try:
-        return [solve_on_a_rank(rows) for rows in shares]
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_solve_what_one_does():
     """Also where one rank heard nothing and only keeps the other company."""
     alone = solve_on_a_rank([slice(0, 64)])
     shares = [(slice(0, 40), slice(40, 64)), (slice(0, 64), slice(0, 0))]
-    found = launch(2, initialized, shares)
+    found = launch(2, grouped, solve_on_a_rank, shares)
     assert found[0] == found[1]
     for both in found[0]:
         assert set(both) == set(alone)

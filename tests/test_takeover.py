@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_mi_prune.anatomy import Anatomy
+from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes
 from lightning_mi_prune.families.stacks import find_stacks
 from lightning_mi_prune.readings import heard_of
@@ -18,7 +19,7 @@ from lightning_mi_prune.surgery import operate
 from lightning_mi_prune.takeover import succession, take_over
 from tests.deep import deep_bert
 from tests.models import batch, build, pictures
-from tests.ranks import launch
+from tests.ranks import added, grouped, launch, place
 from tests.test_shorten import BOTH, DECODERS, ENCODERS, made
 
 STACK = "bert.encoder.layer"
@@ -183,56 +184,50 @@ def test_paths_of_a_second_cut_are_those_of_today():
     assert near < 0.9 * far
 
 
-def test_projections_that_are_no_linear_modules_stay():
+def test_projections_that_are_not_known_stay():
     model = made("gpt2")
     anatomy = Anatomy(stacks=tuple(find_stacks(model)))
-    _, selection = shorter(
-        model, anatomy, without(anatomy, 1), call_of({"input_ids": batch(8)["input_ids"]})
-    )
+    call = call_of({"input_ids": batch(8)["input_ids"]})
+    _, selection = shorter(model, anatomy, without(anatomy, 1), call)
     assert not selection.folded
-    wrapped = deep_bert()
-    wrapped.bert.encoder.layer[0].output.dense = nn.Sequential(nn.Linear(40, 24))
-    anatomy = Anatomy(stacks=tuple(find_stacks(wrapped)))
-    _, selection = shorter(wrapped, anatomy, without(anatomy, 1), call_of(batch(8)))
-    assert not selection.folded
+
+
+def test_what_is_no_linear_module_is_named():
+    model = deep_bert()
+    model.bert.encoder.layer[0].output.dense = nn.Sequential(nn.Linear(40, 24))
+    anatomy = Anatomy(stacks=tuple(find_stacks(model)))
+    with pytest.raises(PruningError, match=r"layer\.0\.output\.dense' is a Sequential; expected"):
+        shorter(model, anatomy, without(anatomy, 1), call_of(batch(8)))
+
+
+def test_calls_that_never_reach_the_layers_are_named():
+    model = deep_bert()
+    anatomy = body(model)
+    heard = Heard(ranks=[{"classifier": [Example((torch.ones(50, 24),), {})]}])
+    selection = Selection(without(anatomy, 1), {}, {})
+    with pytest.raises(PruningError, match=r"No stored input reaches .*layer\.0\.output\.dense"):
+        take_over(model, anatomy, anatomy.full, selection, heard, positions=100)
 
 
 def solve_on_a_rank(rows):
     """One rank of two, or the only one: take over on its share of the calls."""
-    from torch import distributed
-
-    world = distributed.get_world_size() if distributed.is_initialized() else 1
-    rank = distributed.get_rank() if world > 1 else 0
-
-    def add(sums):
-        if world > 1:
-            distributed.all_reduce(sums)
-        return sums
-
+    rank, world = place()
     model = deep_bert(copies=()).eval()
     anatomy = body(model)
     inputs = batch(64)
     parts = [{k: v[r] for k, v in inputs.items()} for r in rows]
     heard = Heard(ranks=[{"": [call_of(p)]} if len(p["input_ids"]) else {} for p in parts])
     selection = Selection(without(anatomy, 1, 4), {}, {})
-    options = {"positions": 10**5, "add": add, "rank": rank, "world": world}
+    options = {"positions": 10**5, "add": added, "rank": rank, "world": world}
     found = take_over(model, anatomy, anatomy.full, selection, heard, **options)
     return {name: value.tolist() for name, value in found.folded.items()}
-
-
-def initialized(shares):
-    torch.distributed.init_process_group("gloo")
-    try:
-        return [solve_on_a_rank(rows) for rows in shares]
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_take_over_what_one_does():
     """Also where one rank heard nothing and only keeps the other company."""
     alone = solve_on_a_rank([slice(0, 64)])
     shares = [(slice(0, 40), slice(40, 64)), (slice(0, 64), slice(0, 0))]
-    found = launch(2, initialized, shares)
+    found = launch(2, grouped, solve_on_a_rank, shares)
     assert found[0] == found[1]
     for both in found[0]:
         assert set(both) == set(alone)

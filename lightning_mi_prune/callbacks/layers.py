@@ -102,12 +102,11 @@ class LayerPruning(PruningCallback):
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
         keeper = self._kept()
         stacks = keeper.anatomy.stacks
-        if self._paths is None:
+        if self._paths is None:  # one layer, as in a short decoder, is no stack to thin
             mine = [stack for stack in stacks if is_within(stack.name, self._within)]
+            mine = [stack for stack in mine if stack.size > 1] or mine
         else:
             mine = [stack for stack in stacks if stack.name in self._paths]
-        if self._paths is None:  # one layer, as in a short decoder, is no stack to thin
-            mine = [stack for stack in mine if stack.size > 1] or mine
         self._stacks = without_frozen(module, mine)
         check_reached(module, self._names)
         for stack in self._stacks:
@@ -191,6 +190,10 @@ class LayerPruning(PruningCallback):
     ) -> Selection:
         keeper, strategy = self._kept(), trainer.strategy
         if not self._stored:
+            if self._calls:
+                rank_zero_info(
+                    f"Nothing takes over: what layers of {self._names} add is not known."
+                )
             return selection
         try:
             return take_over(
