@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import warnings
@@ -21,10 +23,14 @@ from tests.runs import fit
 
 __all__ = ["added", "grouped", "launch", "place"]
 
+LIMIT = 300.0  # seconds; a rank that runs for longer waits for another that never comes
+
 
 def launch(world: int, function: Callable[..., Any], *args: Any) -> dict[int, Any]:
     """Run a function on every rank, as torchrun would; its results by rank."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Ranks are forked off a process that has done the imports, which cost far more than most tests.
+    multiprocessing.set_forkserver_preload(["tests.runs", "tests.models", "torch.distributed.run"])
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -33,6 +39,7 @@ def launch(world: int, function: Callable[..., Any], *args: Any) -> dict[int, An
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
+        start_method="forkserver",
     )
     return elastic_launch(config, _quietly)(function, *args)
 
@@ -60,6 +67,8 @@ def grouped(function: Callable[[Any], Any], parts: list[Any]) -> list[Any]:
 
 
 def _quietly(function: Callable[..., Any], *args: Any) -> Any:
+    # The launcher has no limit of its own: without this one the whole suite stands still.
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -67,7 +76,9 @@ def _quietly(function: Callable[..., Any], *args: Any) -> Any:
     build("bert")  # imports the rest
     gc.collect()
     gc.freeze()  # every change of size collects garbage, and what was imported is none
-    return function(*args)
+    result = function(*args)
+    faulthandler.cancel_dump_traceback_later()
+    return result
 
 
 def main() -> None:

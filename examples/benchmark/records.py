@@ -15,7 +15,8 @@ IDENTITY = ("task", "target_sparsity", "method", "widths", "fold_in", "cuts", "s
 
 def key_of(record: Record) -> Key:
     """What a record is about; there is one record of each. Without `steps` it is one shot."""
-    return *(record[name] for name in IDENTITY), record.get("steps", 0)
+    steps = record.get("steps", 0)
+    return *(record[name] for name in IDENTITY), steps, record["learning_rate"] if steps else 0.0
 
 
 def load(path: Path) -> list[Record]:
@@ -37,6 +38,21 @@ def write(path: Path, records: Iterable[Record]) -> None:
 def part(folder: Path, name: str, task: str, seed: int) -> Path:
     """The file of one model; processes that run on different models never write the same one."""
     return folder / f"{name}-{task}-{seed}.json"
+
+
+def known(path: Path, results: Path, task: str, seed: int) -> list[Record]:
+    """The records of a model: those of its part, and what the one list holds besides.
+
+    Args:
+        path: The part of the model.
+        results: The one list, which may have come with the project.
+        task: Task of the model.
+        seed: Its seed.
+    """
+    here = load(path)
+    there = {key_of(record) for record in here}
+    besides = [r for r in load(results) if (r["task"], r["seed"]) == (task, seed)]
+    return here + [record for record in besides if key_of(record) not in there]
 
 
 def gather(folder: Path, name: str, results: Path) -> list[Record]:

@@ -32,7 +32,7 @@ from examples.benchmark.oneshot import (
     score,
 )
 from examples.benchmark.options import share
-from examples.benchmark.records import Record, gather, key_of, load, part, write
+from examples.benchmark.records import Record, gather, key_of, known, part, write
 from examples.benchmark.rivals import RIVALS, Rival
 from examples.benchmark.rivals.movement import LEARNING_RATE
 from examples.benchmark.rivals.size import settle, size_of
@@ -47,6 +47,7 @@ NAME = "recovery"
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
 SPARSITIES = (0.5, 0.75, 0.9)
 STEPS = (0, 100)
+RATE = 1.0  # share of the learning rate that the dense model was trained with
 
 DENSE = Rival("dense", "uniform")
 # Ours, and in our pipeline what others rank by: as they are, and with our widths and our refit.
@@ -164,12 +165,13 @@ def lacking(
     seed: int,
     records: Sequence[Record],
     asked: Sequence[tuple[Variant | Rival, float, list[int]]],
+    learning_rate: float,
 ) -> list[tuple[Variant | Rival, float, list[int]]]:
     """What of it has no record yet."""
     there = {key_of(record) for record in records}
     missing = []
     for entry, sparsity, counts in asked:
-        about = identity(task, seed, entry, sparsity)
+        about = identity(task, seed, entry, sparsity) | {"learning_rate": learning_rate}
         left = [count for count in counts if key_of(about | {"steps": count}) not in there]
         if left:
             missing.append((entry, sparsity, left))
@@ -182,7 +184,9 @@ def with_control(record: Record, records: Sequence[Record]) -> Record:
         control = record
     else:
         control = next(
-            r for r in records if r["method"] == DENSE.method and r["steps"] == record["steps"]
+            r
+            for r in records
+            if r["method"] == DENSE.method and key_of(r)[-2:] == key_of(record)[-2:]
         )
     return record | {
         "dense_accuracy": control["accuracy"],
@@ -193,24 +197,30 @@ def with_control(record: Record, records: Sequence[Record]) -> Record:
     }
 
 
-def run(task: str, seed: int, asked: Sequence[tuple[Variant | Rival, float, list[int]]]) -> None:
+def run(
+    task: str,
+    seed: int,
+    asked: Sequence[tuple[Variant | Rival, float, list[int]]],
+    rate: float = RATE,
+) -> None:
     """Measure what the part of one model lacks; nothing is loaded where it lacks nothing."""
     path = part(FOLDER, NAME, task, seed)
-    records = load(path)
-    missing = lacking(task, seed, records, asked)
+    records = known(path, RESULTS, task, seed)
+    recipe = RECIPES[task]
+    learning_rate = rate * recipe.learning_rate
+    missing = lacking(task, seed, records, asked, learning_rate)
     if not missing:
         return
     model, data = finetuned(task, seed)
     subject = examine(task, seed, model, [*data.val_dataloader()], [*data.test_dataloader()])
     evidence = f"evidence {subject.seconds:.0f} s"
     print(f"{task}, seed {seed}: dense {subject.accuracy:.2%}, {evidence}", flush=True)
-    recipe = RECIPES[task]
     trainings = {
         count: training_of(
             data.train_dataloader(),
             count,
             first_epoch=recipe.epochs,
-            learning_rate=recipe.learning_rate,
+            learning_rate=learning_rate,
             seed=seed,
         )
         for count in {count for *_, counts in missing for count in counts}
@@ -237,6 +247,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="default: all")
     add("--sparsities", nargs="+", type=share, default=SPARSITIES, help="default: 0.5 0.75 0.9")
     add("--steps", nargs="+", type=int, default=STEPS, help="default: 0 (one shot) and 100")
+    add("--rate", type=float, default=RATE, help="share of the dense model's learning rate")
     add("--methods", nargs="+", choices=methods, default=methods, help="default: all")
     add("--widths", nargs="+", choices=("global", "uniform"), default=("global", "uniform"))
     add("--gather", action="store_true", help="only merge the records that are there")
@@ -258,11 +269,13 @@ def main(given: Sequence[str] | None = None) -> None:
     for seed in asked.seeds:
         for task in asked.tasks:
             if asked.list:
-                there = load(part(FOLDER, NAME, task, seed))
-                missing = sum(len(counts) for *_, counts in lacking(task, seed, there, grid))
+                there = known(part(FOLDER, NAME, task, seed), RESULTS, task, seed)
+                rate = asked.rate * RECIPES[task].learning_rate
+                left = lacking(task, seed, there, grid, rate)
+                missing = sum(len(counts) for *_, counts in left)
                 print(f"{task}, seed {seed}: {missing} records missing")
             elif not asked.gather:
-                run(task, seed, grid)
+                run(task, seed, grid, asked.rate)
     if not asked.list:
         gather(FOLDER, NAME, RESULTS)
 

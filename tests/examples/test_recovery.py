@@ -381,7 +381,7 @@ def test_the_grid_holds_each_method_once() -> None:
     assert len(set(keys)) == len(keys)
     assert grid[0] == (DENSE, 0.0, [0, 100])
     assert grid[1][0] == OURS
-    assert sum(len(counts) for *_, counts in lacking("trec-6", 0, [], grid)) == len(keys)
+    assert sum(len(counts) for *_, counts in lacking("trec-6", 0, [], grid, 1e-4)) == len(keys)
 
 
 # ---------------------------------------------------------------------------- latency and summary
