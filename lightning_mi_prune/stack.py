@@ -60,7 +60,7 @@ class StackListener(Ear):
         *,
         scope: str = "",
         network: str | None = None,
-        positions: int = 512,
+        positions: int = 256,
         kernel: Kernel = "linear",
         bandwidth: float = 1.0,
         seed: int = 0,

@@ -41,7 +41,7 @@ def measure(task: str, seed: int) -> list[dict[str, Any]]:
     (stack,) = find_stacks(model)
     anatomy = Anatomy(stacks=(stack,))
     listener = StackListeners(
-        model, [stack], seed=seed, calls=POSITIONS, batches=len(validation), positions=512
+        model, [stack], seed=seed, calls=POSITIONS, batches=len(validation), positions=256
     )
     with torch.no_grad(), listener:
         for batch in validation:

@@ -82,7 +82,7 @@ class CKALayerPruning(LayerPruning):
         criterion: LayerCriterion = "cka",
         kernel: Kernel = "linear",
         bandwidth: float = 1.0,
-        positions: int = 512,
+        positions: int = 256,
         refit: bool = True,
         refit_positions: int = 16384,
         stacks: list[str] | None = None,
