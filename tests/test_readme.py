@@ -11,8 +11,10 @@ import pytest
 
 from benchmarks.communication import table
 from benchmarks.seeds import summary
-from examples.benchmark import depth, takeover
+from examples.benchmark import depth, page, plots, takeover
 from examples.benchmark.layer_tables import depth_table, takeover_table
+from examples.benchmark.recovery import ENTRIES
+from examples.benchmark.summarize import compared
 from examples.benchmark.tables import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -62,8 +64,8 @@ def test_the_numbers_of_the_page_on_layers_are_in_the_records():
 
 
 def test_the_readme_is_finished():
-    for page in ("README.md", "docs/layers.md"):
-        assert "@@" not in (ROOT / page).read_text()
+    for name in ("README.md", "docs/layers.md", "docs/comparison.md"):
+        assert "@@" not in (ROOT / name).read_text()
 
 
 def test_every_number_of_the_results_is_in_the_records():
@@ -83,3 +85,20 @@ def test_the_comparison_in_one_shot_is_what_its_script_prints():
 def test_the_table_of_communication_is_what_its_script_prints():
     page = (ROOT / "docs/distributed.md").read_text()
     assert "\n".join(table()) in page
+
+
+def test_the_page_on_the_comparison_is_what_its_script_writes():
+    pytest.importorskip("scipy")  # for its intervals
+    text = (ROOT / page.PAGE).read_text()
+    records = compared()
+    assert page.rewritten(text, page.written(records)) == text, "run examples.benchmark.page"
+    # Those of the page, and no others that an earlier run left.
+    shown = re.findall(r"!\[[^]]+\]\((.+?)\)", text)
+    there = [f"figures/{path.name}" for path in (ROOT / plots.FOLDER).glob("*")]
+    assert sorted(shown) == sorted(there)
+
+
+def test_the_page_on_the_comparison_says_what_every_method_is():
+    before, _ = (ROOT / page.PAGE).read_text().split(page.BEGIN)
+    methods = {entry.method for entry in ENTRIES} | {record["method"] for record in compared()}
+    assert [name for name in methods - {"dense"} if f"`{name}`" not in before] == []

@@ -11,9 +11,11 @@ did not run.
 import argparse
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from math import isclose
 from pathlib import Path
 
 from examples.benchmark import latency, oneshot, recovery
+from examples.benchmark.finetuned import RECIPES
 from examples.benchmark.latency import shape_of
 from examples.benchmark.records import Record, key_of, load, write
 from examples.benchmark.tables import Name, difference, variant_of
@@ -40,6 +42,7 @@ FIELDS = (
     "masked",
     "finetune_epochs",
     "steps",
+    "learning_rate",
     "seed",
     "n_test",
     "accuracy",
@@ -49,6 +52,7 @@ FIELDS = (
     "kept",
     *FROM_SHAPES,
     "seconds",
+    "cpu_seconds",
     "evidence_seconds",
     "machine",
 )
@@ -73,6 +77,22 @@ def summarized(record: Record, shape: Record | None) -> Record:
     """The fields of the summary; those of the shape go together, or all come from the record."""
     known = record if shape is None else record | {name: shape[name] for name in FROM_SHAPES}
     return {name: known.get(name) for name in FIELDS}
+
+
+def compared(records: Iterable[Record] | None = None) -> list[Record]:
+    """The records that tables and figures are made of: those of the benchmark's learning rate.
+
+    Trials with other rates stay in the summary, but one seed must not stand there twice.
+
+    Args:
+        records: Of the summary; None reads it.
+    """
+    return [
+        record
+        for record in (load(RESULTS) if records is None else records)
+        if not record["steps"]
+        or isclose(record["learning_rate"], recovery.RATE * RECIPES[record["task"]].learning_rate)
+    ]
 
 
 def interval(gaps: Sequence[float]) -> tuple[float, float]:
@@ -179,13 +199,13 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--tables", action="store_true", help="only print the tables")
     asked = parser.parse_args(given)
     if asked.tables:
-        print("\n".join(markdown(load(RESULTS))))
+        print("\n".join(markdown(compared())))
         return
     shapes = {shape_of(record): record for record in load(latency.RESULTS)}
     records = merged([load(oneshot.RESULTS), load(recovery.RESULTS)], shapes)
     if records != load(RESULTS):
         write(RESULTS, records)
-    print("\n".join(markdown(records)))
+    print("\n".join(markdown(compared(records))))
 
 
 if __name__ == "__main__":

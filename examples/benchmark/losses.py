@@ -1,0 +1,151 @@
+"""Where another method is better than ours, and which goals are missed, from the records."""
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from examples.benchmark.records import Record
+from examples.benchmark.summarize import CONFIDENCE, MINE, aside, by_seed, cell, interval
+from examples.benchmark.tables import Name, variant_of
+
+ROUNDING = 1e-9  # points by which sums of the same accuracies may differ
+
+
+class Goal(NamedTuple):
+    """What was aimed at before anything was measured: at most so many points below dense."""
+
+    trained: bool
+    sparsity: float
+    allowed: float
+
+
+GOALS = (
+    Goal(False, 0.75, 0.5),
+    Goal(False, 0.9, 2.5),
+    Goal(True, 0.5, 0.0),
+    Goal(True, 0.75, 0.5),
+    Goal(True, 0.9, 1.5),
+)
+
+
+class Cell(NamedTuple):
+    """A rival beside ours: one task, one sparsity, one number of steps."""
+
+    steps: int
+    sparsity: float
+    task: str
+    name: Name
+    ours: dict[int, float]
+    theirs: dict[int, float]
+    records: list[Record]
+
+    @property
+    def gap(self) -> tuple[float, float]:
+        """Ours less theirs, and half its interval: by seed where both have some, else of means."""
+        common = sorted(self.ours.keys() & self.theirs.keys())
+        if common:
+            return interval([self.ours[seed] - self.theirs[seed] for seed in common])
+        ours, theirs = (statistics.mean(side.values()) for side in (self.ours, self.theirs))
+        return ours - theirs, float("nan")
+
+
+def budget(steps: int) -> str:
+    """A number of steps in words."""
+    return f"{steps} steps" if steps else "one shot"
+
+
+def cells(records: Sequence[Record]) -> list[Cell]:
+    """Every cell in which there is a rival, or another way of ours, beside ours."""
+    groups: dict[tuple[int, float, str], dict[Name, list[Record]]] = {}
+    for record in records:
+        if record["target_sparsity"]:
+            about = record["steps"], record["target_sparsity"], record["task"]
+            groups.setdefault(about, {}).setdefault(variant_of(record), []).append(record)
+    return [
+        Cell(*about, name, by_seed(names[MINE], [about[2]]), by_seed(theirs, [about[2]]), theirs)
+        for about, names in sorted(groups.items())
+        if MINE in names
+        for name, theirs in sorted(names.items())
+        if name != MINE
+    ]
+
+
+def lost(records: Sequence[Record]) -> list[Cell]:
+    """Cells in which theirs is better, on the seeds of both or on all; the clearest come first."""
+
+    def better(found: Cell) -> bool:
+        ours, theirs = (statistics.mean(side.values()) for side in (found.ours, found.theirs))
+        return found.gap[0] < -ROUNDING or theirs > ours + ROUNDING
+
+    return sorted(
+        filter(better, cells(records)), key=lambda found: (*found[:3], found.gap[0], found.name)
+    )
+
+
+def lost_lines(records: Sequence[Record]) -> list[str]:
+    """Those cells as a table, with how many there are of how many."""
+    everything, found = cells(records), lost(records)
+    clear = sum(mean + half < 0 for mean, half in (each.gap for each in found))
+    lines = [
+        f"Another method has the better mean in {len(found)} of {len(everything)} cells (method, "
+        f"task, sparsity, steps); in {clear} of them the {CONFIDENCE:.0%} interval of the paired "
+        "difference lies below zero (▼). So many comparisons put some intervals there by chance.",
+    ]
+    if not found:
+        return lines
+    lines += [
+        "",
+        "| steps | gone | task | better than ours | points to dense; ours minus it | ours |",
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    for each in found:
+        method, widths, fold_in, cuts = each.name
+        said = ", ".join([f"`{method}`", widths, *([] if fold_in == "none" else [fold_in])])
+        said += f", {cuts} cuts" if cuts > 1 else ""
+        said += " (masks)" if any(record["masked"] for record in each.records) else ""
+        shown = cell(each.theirs, each.ours) + aside(each.records, each.sparsity)
+        lines.append(
+            f"| {budget(each.steps)} | {each.sparsity:.0%} | {each.task} | {said} | {shown} "
+            f"| {statistics.mean(each.ours.values()):+.2f} |"
+        )
+    return lines
+
+
+def goal_lines(records: Sequence[Record]) -> list[str]:
+    """Every goal that our mean misses on a task or over all of them, and how many were met."""
+    mine = [record for record in records if variant_of(record) == MINE]
+    met, rows, absent = 0, [], []
+    for goal in GOALS:
+        same = [
+            record
+            for record in mine
+            if record["target_sparsity"] == goal.sparsity and (record["steps"] > 0) == goal.trained
+        ]
+        if not same:
+            when = "after training" if goal.trained else "in one shot"
+            absent.append(f"{goal.sparsity:.0%} {when}")
+        for steps in sorted({record["steps"] for record in same}):
+            at = [record for record in same if record["steps"] == steps]
+            tasks = sorted({record["task"] for record in at})
+            chosen = [*([task] for task in tasks), *([tasks] if len(tasks) > 1 else [])]
+            for these in chosen:
+                gaps = [*by_seed(at, these).values()]
+                if not gaps:  # no seed has all tasks yet
+                    continue
+                mean, half = interval(gaps)
+                if mean >= -goal.allowed - ROUNDING:
+                    met += 1
+                    continue
+                where = these[0] if len(these) == 1 else f"mean of {len(these)} tasks"
+                shown = f"{mean:+.2f}" + (f" ± {half:.2f}" if len(gaps) > 1 else "")
+                about = [budget(steps), f"{goal.sparsity:.0%}", where, f"{0 - goal.allowed:.1f}"]
+                rows.append(f"| {' | '.join([*about, shown, str(len(gaps))])} |")
+    lines = [
+        f"Of {met + len(rows)} goals, each for one task or for the mean of all, {met} are met and "
+        f"{len(rows)} missed by our mean. "
+        + (f"Not measured yet: {', '.join(absent)}." if absent else "All goals were measured.")
+    ]
+    if rows:
+        lines += ["", "| steps | gone | task | goal | points to dense | seeds |"]
+        lines += ["|---|---|---|---|---|---|", *rows]
+    return lines
