@@ -6,6 +6,8 @@
 #   make test          all checks: format, lint, types, tests and doctests
 #   make benchmark     what listening, scoring and cutting cost, and the demo with three seeds
 #                      (an hour alone on two cores; results in benchmarks/results)
+#   make costs         the same beside other ways to score and to prune, and how it grows; one
+#                      thread (half an hour alone; writes the tables of docs/cost.md)
 #   make matrix        stop and resume under every strategy, precision and optimizer
 #                      (some minutes; writes docs/matrix.md)
 #   make format        rewrite the code in the project's format
@@ -18,7 +20,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 EXAMPLE := examples/text_classification
 CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.yaml)
 
-.PHONY: help demo test benchmark matrix format clean
+.PHONY: help demo test benchmark costs matrix format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +38,11 @@ test: $(VENV)/dev.stamp
 benchmark: $(VENV)/runtime.stamp
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.seeds
+
+costs: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rival_costs
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.cost_tables
 
 matrix: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.matrix
