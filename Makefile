@@ -8,8 +8,9 @@
 #                      (a quarter of an hour on two cores; results in runs/benchmark)
 #   make benchmark-full  what of all comparisons and costs has no record yet, resumable
 #                      (hours on two cores; results in examples/benchmark/results)
-#   make costs         what listening, scoring and cutting cost, and the demo with three seeds
-#                      (an hour alone on two cores; results in benchmarks/results)
+#   make costs         what listening, scoring and cutting cost, beside other ways to do it, how it
+#                      grows, and the demo with three seeds (two hours alone on two cores; results
+#                      in benchmarks/results, tables of docs/cost.md)
 #   make matrix        stop and resume under every strategy, precision and optimizer
 #                      (some minutes; writes docs/matrix.md)
 #   make format        rewrite the code in the project's format
@@ -53,9 +54,12 @@ benchmark-full: $(VENV)/benchmark.stamp
 	$(BIN)/python -m examples.benchmark.summarize
 	$(BIN)/python -m examples.benchmark.page
 
-costs: $(VENV)/runtime.stamp
+costs: $(VENV)/benchmark.stamp
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.seeds
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rival_costs
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.cost_tables
 
 matrix: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.matrix

@@ -8,16 +8,9 @@ own, so that peak memory is its own. Results go to ``benchmarks/results/cost.jso
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import platform
-import resource
 import statistics
-import sys
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +21,21 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.measuring import (
+    in_fresh_process,
+    machine,
+    peak_memory,
+    spread,
+    timed,
+    write,
+)
 from lightning_mi_prune import (
     Budget,
     GradientListener,
     Listener,
     Method,
     MutualInformation,
+    Plan,
     Ranking,
     WidthAxis,
     apply,
@@ -56,17 +58,23 @@ SPARSITY, POSITIONS, BATCH, LENGTH, REPEATS = 0.5, 16_384, 32, 64, 3
 RESULTS = Path(__file__).parent / "results" / "cost.json"
 
 
-def build(shape: str) -> nn.Module:
-    """A random BERT of a known shape, with twelve heads."""
+def build(shape: Mapping[str, int]) -> nn.Module:
+    """A random BERT of the given shape, with twelve heads."""
     torch.manual_seed(0)
-    config = BertConfig(**SHAPES[shape], num_attention_heads=12, vocab_size=1000)
+    config = BertConfig(**shape, num_attention_heads=12, vocab_size=1000)
     model: nn.Module = BertForSequenceClassification(config)
     return model.eval()
 
 
+def halved(axes: Sequence[WidthAxis]) -> Plan:
+    """The plan that keeps the first half of every axis."""
+    sizes = {axis.name: axis.size for axis in axes}
+    return Plan(sizes, {name: tuple(range(size // 2)) for name, size in sizes.items()})
+
+
 def measure(shape: str) -> dict[str, float]:
     """One pass of the whole method; seconds by step, bytes of the sums, peak memory."""
-    model = build(shape)
+    model = build(SHAPES[shape])
     axes = find_axes(model)
     chosen = choose_axes(axes)
     ids = torch.randint(5, 1000, (BATCH, LENGTH))
@@ -130,66 +138,17 @@ def steps_of(model: nn.Module, axes: list[WidthAxis], ids: Tensor) -> dict[str, 
     return {"step_s": statistics.median(plain), "felt_step_s": statistics.median(felt)}
 
 
-def timed(work: Callable[[], Any]) -> float:
-    """Seconds that some work takes."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def job(arguments: tuple[str, int]) -> dict[str, float]:
-    """`measure` in a fresh process."""
-    shape, threads = arguments
-    torch.set_num_threads(threads)
-    warnings.simplefilter("ignore")
-    return measure(shape)
-
-
 def main() -> None:
     """Measure every shape, print a table, write the records."""
-    threads = torch.get_num_threads()
     records: list[dict[str, Any]] = []
     for shape in SHAPES:
-        runs = []
-        for _ in range(REPEATS):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                runs.append(pool.apply(job, ((shape, threads),)))
+        runs = [in_fresh_process(measure, shape) for _ in range(REPEATS)]
         record: dict[str, Any] = {"shape": shape, "repeats": REPEATS}
-        for key in runs[0]:
-            values = [run[key] for run in runs]
-            record[key] = {
-                "median": statistics.median(values),
-                "min": min(values),
-                "max": max(values),
-            }
+        record |= {key: spread([run[key] for run in runs]) for key in runs[0]}
         records.append(record)
-    machine = {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
     settings = {"sparsity": SPARSITY, "positions": POSITIONS, "batch": BATCH, "length": LENGTH}
-    RESULTS.parent.mkdir(exist_ok=True)
-    body = {"machine": machine, "settings": settings, "records": records}
-    RESULTS.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    write(RESULTS, {"machine": machine(), "settings": settings, "records": records})
     print_records(records)
-
-
-def cpu_name() -> str:
-    """Model of the processor."""
-    info = Path("/proc/cpuinfo")
-    if sys.platform == "linux" and info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        if names:
-            return names[0].partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def print_records(records: list[dict[str, Any]]) -> None:

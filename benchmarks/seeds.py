@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cost import cpu_name
+from benchmarks.measuring import cpu_name
 
 SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / "results" / "demo.json"

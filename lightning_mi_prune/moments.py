@@ -12,12 +12,17 @@ from lightning_mi_prune.errors import PruningError
 
 __all__ = ["Moments", "check_moments"]
 
+# Columns of one product of matrices: the matrix of sums is symmetric, so what lies below its
+# diagonal blocks of this size is not computed. Smaller ones save more and are slower products.
+_BLOCK = 384
+
 
 class Moments(Metric):
     """Count, sum and sum of outer products of what one axis carries, in float64.
 
     Sums of fixed shape, so memory does not depend on how much is heard and ranks are reduced by
-    addition.
+    addition. Of the symmetric ``outer`` only the upper triangle counts: what is below the diagonal
+    blocks is left behind by updates, and filled in by those who read it.
 
     Args:
         dimension: Entries ``d`` of the axis.
@@ -58,7 +63,9 @@ class Moments(Metric):
                 self.outer = torch.zeros(self.dimension, self.dimension).to(x)
             self.count += x.shape[0]
             self.total += x.sum(0)
-            self.outer.addmm_(x.mT, x)
+            for start in range(0, self.dimension, _BLOCK):
+                rows = slice(start, start + _BLOCK)
+                self.outer[rows, start:].addmm_(x[:, rows].mT, x[:, start:])
 
     def hear(self, x: Tensor) -> None:
         """Add samples where they are; sums live on the CPU if their device has no float64."""
@@ -115,7 +122,13 @@ class Moments(Metric):
     def statistics(self) -> tuple[Tensor, Tensor]:
         """What :meth:`compute` says, uncached, and unsqueezed where there is one entry."""
         mean = self.total / self.count
-        return mean, (self.outer / self.count).addr_(mean, mean, alpha=-1)
+        covariance = (self.outer / self.count).addr_(mean, mean, alpha=-1)
+        for start in range(0, self.dimension, _BLOCK):
+            end = start + _BLOCK
+            block = covariance[start:end, start:end]
+            block.copy_(block.triu() + block.triu(1).mT)  # rounding need not be symmetric
+            covariance[end:, start:end] = covariance[start:end, end:].mT
+        return mean, covariance
 
 
 def check_moments(heard: Mapping[str, Moments]) -> None:

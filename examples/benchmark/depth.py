@@ -25,7 +25,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from benchmarks.cost import cpu_name
+from benchmarks.measuring import cpu_name
 from examples.benchmark.layer_tables import depth_table
 from examples.benchmark.records import load, write
 from examples.text_classification.data import TextDataModule

@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.cost import cpu_name
+from benchmarks.measuring import cpu_name
 from examples.benchmark.finetuned import finetuned
 from examples.benchmark.options import arguments, asked_variants
 from examples.benchmark.records import Record, gather, key_of, load, part, write
