@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from lightning_mi_prune.errors import PruningError
 
-__all__ = ["Moments", "check_moments"]
+__all__ = ["Moments", "add_outer", "check_moments", "mirror"]
 
 # Columns of one product of matrices: the matrix of sums is symmetric, so what lies below its
 # diagonal blocks of this size is not computed. Smaller ones save more and are slower products.
@@ -63,9 +63,7 @@ class Moments(Metric):
                 self.outer = torch.zeros(self.dimension, self.dimension).to(x)
             self.count += x.shape[0]
             self.total += x.sum(0)
-            for start in range(0, self.dimension, _BLOCK):
-                rows = slice(start, start + _BLOCK)
-                self.outer[rows, start:].addmm_(x[:, rows].mT, x[:, start:])
+            add_outer(self.outer, x)
 
     def hear(self, x: Tensor) -> None:
         """Add samples where they are; sums live on the CPU if their device has no float64."""
@@ -122,13 +120,33 @@ class Moments(Metric):
     def statistics(self) -> tuple[Tensor, Tensor]:
         """What :meth:`compute` says, uncached, and unsqueezed where there is one entry."""
         mean = self.total / self.count
-        covariance = (self.outer / self.count).addr_(mean, mean, alpha=-1)
-        for start in range(0, self.dimension, _BLOCK):
-            end = start + _BLOCK
-            block = covariance[start:end, start:end]
-            block.copy_(block.triu() + block.triu(1).mT)  # rounding need not be symmetric
-            covariance[end:, start:end] = covariance[start:end, end:].mT
-        return mean, covariance
+        return mean, mirror((self.outer / self.count).addr_(mean, mean, alpha=-1))
+
+
+def add_outer(sums: Tensor, x: Tensor) -> None:
+    """Add ``x' x`` of samples ``x (n, d)`` to the upper triangle of ``sums (d, d)``, in place.
+
+    What is below the diagonal blocks is left behind: :func:`mirror` fills it in.
+    """
+    for start in range(0, len(sums), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        sums[rows, start:].addmm_(x[:, rows].mT, x[:, start:])
+
+
+def mirror(sums: Tensor) -> Tensor:
+    """Make a matrix symmetric, in place, by its upper triangle.
+
+    Example:
+        >>> mirror(torch.tensor([[1.0, 2.0], [9.0, 3.0]]))
+        tensor([[1., 2.],
+                [2., 3.]])
+    """
+    for start in range(0, len(sums), _BLOCK):
+        end = start + _BLOCK
+        block = sums[start:end, start:end]
+        block.copy_(block.triu() + block.triu(1).mT)  # rounding need not be symmetric
+        sums[end:, start:end] = sums[start:end, end:].mT
+    return sums
 
 
 def check_moments(heard: Mapping[str, Moments]) -> None:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import is_within
+from lightning_mi_prune.moments import add_outer, mirror
 from lightning_mi_prune.readings import Reading, Targets, heard_of, run_with
 from lightning_mi_prune.sample import Example, merged, placed
 
@@ -182,7 +183,9 @@ class _Inputs:
             inputs = functional.pad(_double(part), (1, 0), value=1.0)
             cross.addmm_(inputs.mT, _double(rest))
             if fresh:
-                self._outer.addmm_(inputs.mT, inputs)
+                add_outer(self._outer, inputs)
+        if fresh:
+            mirror(self._outer)
         return torch.cat([self._outer, cross], dim=1)
 
 
