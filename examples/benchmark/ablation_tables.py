@@ -13,7 +13,9 @@ PAGE = Path("docs", "ablations.md")
 BEGIN = "<!-- From here on: written by python -m examples.benchmark.ablations --page -->"
 END = "<!-- Until here. -->"
 IDENTITY = ("task", "target_sparsity", "setting", "seed")
-HEAD = ("setting", "seeds", "rise of cross-entropy", "to default", "accuracy", "to default", "cpu s")
+COLUMNS = (
+    "setting | seeds | rise of cross-entropy | to default | accuracy | to default | MACs | CPU s"
+)
 
 
 def key_of(record: Record) -> Key:
@@ -36,7 +38,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def table(records: Sequence[Record]) -> list[str]:
     """One task and sparsity: a row a setting, in the order of `SETTINGS`."""
-    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    lines = [f"| {COLUMNS} |", "|---" * (COLUMNS.count("|") + 1) + "|"]
     by_setting = {
         setting.name: {r["seed"]: r for r in records if r["setting"] == setting.name}
         for setting in SETTINGS
@@ -51,6 +53,8 @@ def table(records: Sequence[Record]) -> list[str]:
             cells.append(spread([value(record) for record in found.values()], digits))
             gaps = [value(found[seed]) - value(default[seed]) for seed in both]
             cells.append(spread(gaps, digits) if gaps else "")
+        work = statistics.mean(r["macs"] / r["dense_macs"] for r in found.values())
+        cells.append(f"{work:.0%}")
         cells.append(f"{statistics.mean(r['cpu_seconds'] for r in found.values()):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -25,10 +25,11 @@ from examples.benchmark.hearing import feel, hear, read
 from examples.benchmark.oneshot import FOLDER, Subject, cut, machine, score, tested
 from examples.benchmark.options import SPARSITIES, share
 from examples.benchmark.records import Record, gather, known, part, write
-from examples.benchmark.settings import NAMED, Feeling, Hearing, Setting
-from lightning_mi_prune import PruningWarning, find_axes
-from lightning_mi_prune.axes import count_parameters
+from examples.benchmark.settings import DEFAULT, NAMED, Feeling, Hearing, Setting
+from lightning_mi_prune import Plan, PruningWarning, find_axes
+from lightning_mi_prune.axes import count_parameters, full_plan
 from lightning_mi_prune.choosing import choose_axes
+from lightning_mi_prune.costs import measure_macs
 from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.sample import Heard
 
@@ -93,12 +94,17 @@ def measure(gathered: Gathered, setting: Setting, sparsity: float) -> Record:
     Args:
         gathered: The dense model and what is known of it.
         setting: How.
-        sparsity: Share of the parameters of neurons and heads that must go; where the stream is
-            cut too, as many parameters go of all of them together.
+        sparsity: Share of the parameters of neurons and heads that must go. Where the stream is cut
+            too, as many parameters go of all of them together; where MACs are counted, as many of
+            them stay as the default leaves.
     """
     subject = gathered.subject(setting)
     all_of_it = count_parameters(gathered.plain.chosen)
     reach = sparsity * all_of_it / count_parameters(subject.chosen)
+    work = measure_macs(subject.model, subject.axes, subject.heard.examples)
+    if setting.counted == "MACs":
+        _, default = cut(gathered.subject(DEFAULT), replace(DEFAULT, refit=False), sparsity)
+        reach = work.total(widths_of(default))
     wall, used = time.perf_counter(), time.process_time()
     model, plan = cut(subject, setting, reach)
     wall, used = time.perf_counter() - wall, time.process_time() - used
@@ -108,11 +114,18 @@ def measure(gathered: Gathered, setting: Setting, sparsity: float) -> Record:
         **identity(subject.task, subject.seed, setting, sparsity),
         **found,
         "sparsity": gone / all_of_it,
+        "macs": work.total(widths_of(plan)),
+        "dense_macs": work.total(widths_of(full_plan(subject.axes))),
         "seconds": wall,
         "cpu_seconds": used,
         "evidence_seconds": subject.seconds,
         "machine": machine(),
     }
+
+
+def widths_of(plan: Plan) -> dict[str, int]:
+    """Units that a plan keeps, by axis name."""
+    return {name: plan.width(name) for name in plan.kept}
 
 
 def identity(task: str, seed: int, setting: Setting, sparsity: float) -> Record:
@@ -127,8 +140,8 @@ def run(task: str, seed: int, settings: Sequence[Setting], sparsities: Sequence[
     there = {key_of(record) for record in records}
     missing = [
         (setting, sparsity)
-        for setting in settings
         for sparsity in dict.fromkeys(sparsities)
+        for setting in settings
         if key_of(identity(task, seed, setting, sparsity)) not in there
     ]
     if not missing:

@@ -58,6 +58,7 @@ class Setting:
         refit: Whether layers are solved again on what the cut model hears.
         refit_ridge: Pull of the refit towards the weights there are.
         estimator: Scale on which information is measured.
+        counted: What the budget counts; MACs are as many as the default leaves.
         cuts: Cuts on the way to the budget, each from fresh evidence of what is left.
         hearing: What is gathered of activations.
         feeling: What is gathered of gradients.
@@ -73,14 +74,16 @@ class Setting:
     refit: bool = True
     refit_ridge: float = 1e-2
     estimator: Literal["gaussian", "copula"] = "gaussian"
+    counted: Literal["parameters", "MACs"] = "parameters"
     cuts: int = 1
     hearing: Hearing = Hearing()
     feeling: Feeling = Feeling()
 
     def at(self, sparsity: float, seed: int, positions: int) -> Method:
-        """The package's method for one budget."""
+        """The package's method for one budget: a sparsity, or the MACs of one example."""
+        macs = self.counted == "MACs"
         return Method(
-            Budget(sparsity=sparsity),
+            Budget(target_macs=int(sparsity)) if macs else Budget(sparsity=sparsity),
             criterion=MutualInformation(selection=self.selection, ridge=self.ridge),
             widths=self.widths,
             relevance=self.relevance,
@@ -164,6 +167,13 @@ SETTINGS = (
         hearing=Hearing(samples=SAMPLES),
     ),
     Setting("residual", "May the stream become narrower?", hearing=Hearing(residual=True)),
+    Setting(
+        "residual, same MACs",
+        "Also where word embeddings, which multiply nothing, do not pay for it?",
+        counted="MACs",
+        hearing=Hearing(residual=True),
+    ),
+    Setting("MACs", "What does it cost to count MACs?", counted="MACs"),
     Setting("refit ridge 0.0001", "Does the refit need its pull?", refit_ridge=1e-4),
     Setting("refit ridge 1", "Is a stronger pull better?", refit_ridge=1.0),
     Setting("3 cuts", "Does fresh evidence between cuts help?", cuts=3),

@@ -35,9 +35,7 @@ def gathered_of(model: torch.nn.Module) -> Gathered:
     axes, test = find_axes(model), Data().test_dataloader()
     chosen = choose_axes(axes, units=UNITS)
     rows = Data().val_dataloader()
-    plain = Subject(
-        "trec-6", 0, model, axes, chosen, Heard(), 0.0, rows, test, *score(model, test)
-    )
+    plain = Subject("trec-6", 0, model, axes, chosen, Heard(), 0.0, rows, test, *score(model, test))
     return Gathered(plain)
 
 
@@ -52,7 +50,9 @@ def test_every_setting_gives_a_record(gathered: Gathered, setting: Setting) -> N
     record = measure(gathered, setting, SPARSITY)
     assert record["setting"] == setting.name
     assert record["target_sparsity"] == SPARSITY
-    assert record["sparsity"] >= SPARSITY - 1e-9
+    if setting.counted == "parameters":
+        assert record["sparsity"] >= SPARSITY - 1e-9
+    assert 0 < record["macs"] < record["dense_macs"]
     assert 0 <= record["accuracy"] <= 1
     assert record["cpu_seconds"] > 0
     assert record["machine"]["threads"] >= 1
@@ -71,6 +71,7 @@ def test_a_setting_changes_one_thing_but_for_the_few_that_explain_one() -> None:
         "no relevance, uniform",
         "literal reading",
         "copula",
+        "residual, same MACs",
     }
     assert len(NAMED) == len(SETTINGS)
     known = {field.name for field in fields(Setting)} - {"name", "question"}
@@ -145,6 +146,13 @@ def test_the_default_is_that_of_the_one_shot_benchmark(gathered: Gathered) -> No
         assert torch.equal(value, mine[0].state_dict()[name]), name
 
 
+def test_where_macs_are_counted_as_many_stay_as_the_default_leaves(gathered: Gathered) -> None:
+    default = measure(gathered, DEFAULT, SPARSITY)
+    for name in ("MACs", "residual, same MACs"):
+        found = measure(gathered, NAMED[name], SPARSITY)
+        assert 0.9 * default["macs"] < found["macs"] <= default["macs"]
+
+
 def test_gradients_of_fewer_batches_are_spread(gathered: Gathered) -> None:
     felt = feel(gathered.plain.model, gathered.plain.chosen, labelled(range(12)), steps=4)
     assert {tuple(sums.counts.tolist()) for sums in felt.values()} == {(4 * 32, 4, 0)}
@@ -177,7 +185,13 @@ def test_a_run_goes_on_where_it_was_and_writes_the_page(tmp_path: Path, monkeypa
 
 def test_the_table_pairs_by_seed() -> None:
     def record(setting: str, seed: int, accuracy: float, nats: float) -> dict[str, object]:
-        dense = {"dense_accuracy": 0.9, "dense_cross_entropy": 0.2, "n_test": 10}
+        dense = {
+            "dense_accuracy": 0.9,
+            "dense_cross_entropy": 0.2,
+            "n_test": 10,
+            "macs": 1,
+            "dense_macs": 4,
+        }
         about = {"task": "trec-6", "target_sparsity": 0.75, "setting": setting, "seed": seed}
         return about | dense | {"accuracy": accuracy, "cross_entropy": nats, "cpu_seconds": 2.0}
 
@@ -192,10 +206,10 @@ def test_the_table_pairs_by_seed() -> None:
     )
     assert lines[0].startswith("**trec-6, 75% gone**; dense 90.00%, 0.200 nats; 10 test rows.")
     assert lines[4:] == [
-        "| default | 2 | +0.200 (+0.100 .. +0.300) |  | -10.00 (-10.00 .. -10.00) |  | 2 |",
+        "| default | 2 | +0.200 (+0.100 .. +0.300) |  | -10.00 (-10.00 .. -10.00) |  | 25% | 2 |",
         "| top-k | 2 | +0.350 (+0.300 .. +0.400) | +0.150 (+0.100 .. +0.200) "
-        "| -15.00 (-20.00 .. -10.00) | -5.00 (-10.00 .. +0.00) | 2 |",
-        "| ridge 10 | 1 | +0.300 |  | -10.00 |  | 2 |",
+        "| -15.00 (-20.00 .. -10.00) | -5.00 (-10.00 .. +0.00) | 25% | 2 |",
+        "| ridge 10 | 1 | +0.300 |  | -10.00 |  | 25% | 2 |",
     ]
     assert written([]) == ["There are no records yet."]
 
