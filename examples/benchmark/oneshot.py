@@ -21,29 +21,25 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from benchmarks.measuring import cpu_name
 from examples.benchmark.finetuned import finetuned
+from examples.benchmark.hearing import CALLS, POSITIONS, Batch, listen
 from examples.benchmark.options import arguments, asked_variants
 from examples.benchmark.records import Record, gather, key_of, load, part, write
 from examples.benchmark.tables import markdown, print_tables
-from examples.benchmark.variants import Named, Variant
-from lightning_mi_prune import Listener, Plan, PruningWarning, WidthAxis, apply, find_axes
+from examples.benchmark.variants import Named, Variant, Way
+from lightning_mi_prune import Plan, PruningWarning, WidthAxis, apply, find_axes
 from lightning_mi_prune.axes import count_parameters, full_plan
 from lightning_mi_prune.choosing import choose_axes
-from lightning_mi_prune.gradients import GradientListener
 from lightning_mi_prune.method import pull_back
-from lightning_mi_prune.relevance import check_gradients
 from lightning_mi_prune.sample import Heard
 
 NAME, MODEL = "oneshot", "minilm-l6"
 FOLDER = Path("runs", "benchmark")
 RESULTS = Path(__file__).parent / "results" / "oneshot.json"
-POSITIONS, CALLS, STEPS = 40_000, 65_536, 64
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -108,38 +104,6 @@ def examine(
     return Subject(task, seed, *known, accuracy, cross_entropy)
 
 
-def listen(
-    model: nn.Module,
-    axes: Sequence[WidthAxis],
-    batches: Sequence[Batch],
-    positions: int,
-    calls: int,
-    seed: int,
-) -> Heard:
-    """Moments and stored inputs of one pass, gradients of another; no weight changes."""
-    listener = Listener(
-        model, axes, positions=positions, batches=len(batches), seed=seed, calls=calls
-    )
-    with torch.no_grad(), listener:
-        for batch in batches:
-            listener.start_batch()
-            model(**batch)
-    listener.check()
-    felt = GradientListener(model, axes, steps=STEPS, batches=len(batches), taylor=True)
-    with felt:
-        for index, batch in enumerate(batches):
-            with felt.step(index):
-                model(**batch).loss.backward()
-            model.zero_grad(set_to_none=True)
-    check_gradients(felt.sums)
-    return Heard(
-        listener.moments,
-        gradients=felt.sums,
-        ranks=[listener.stored],
-        examples=listener.calls(axes),
-    )
-
-
 @torch.no_grad()
 def score(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
     """Accuracy, and mean cross-entropy in nats."""
@@ -153,7 +117,7 @@ def score(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
 
 
 def cut(
-    subject: Subject, variant: Variant, sparsity: float, positions: int = CALLS
+    subject: Subject, variant: Way, sparsity: float, positions: int = CALLS
 ) -> tuple[nn.Module, Plan]:
     """Prune a copy of the model one way.
 
@@ -195,11 +159,21 @@ def measure(subject: Subject, variant: Variant, sparsity: float, positions: int 
     started = time.perf_counter()
     model, plan = cut(subject, variant, sparsity, positions)
     seconds = time.perf_counter() - started
+    return {
+        **identity(subject.task, subject.seed, variant, sparsity),
+        **tested(subject, model, plan),
+        "seconds": seconds,
+        "evidence_seconds": subject.seconds,
+        "machine": machine(),
+    }
+
+
+def tested(subject: Subject, model: nn.Module, plan: Plan) -> Record:
+    """What a pruned model keeps, in size and on the test split."""
     accuracy, cross_entropy = score(model, subject.test)
     before, after = (sum(p.numel() for p in net.parameters()) for net in (subject.model, model))
     prunable = count_parameters(subject.chosen)
     return {
-        **identity(subject.task, subject.seed, variant, sparsity),
         "model": MODEL,
         "sparsity": (before - after) / prunable,
         "n_test": sum(len(batch["labels"]) for batch in subject.test),
@@ -212,9 +186,6 @@ def measure(subject: Subject, variant: Variant, sparsity: float, positions: int 
         "prunable_parameters": prunable - (before - after),
         "dense_prunable_parameters": prunable,
         "kept": kept(subject.chosen, plan),
-        "seconds": seconds,
-        "evidence_seconds": subject.seconds,
-        "machine": machine(),
     }
 
 

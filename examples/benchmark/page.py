@@ -125,18 +125,20 @@ def written(records: Sequence[Record], page: Path = PAGE) -> list[str]:
     ]
 
 
-def rewritten(text: str, lines: Sequence[str]) -> str:
+def rewritten(text: str, lines: Sequence[str], begin: str = BEGIN, end: str = END) -> str:
     """A page with these lines between its two comments.
 
     Args:
         text: The page as it is.
         lines: What comes between them.
+        begin: The first comment.
+        end: The second one.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"expected once each, in this order: {BEGIN!r} and {END!r}")
-    before, after = text.split(BEGIN)
-    _, after = after.split(END)
-    return "\n".join([f"{before}{BEGIN}", "", *lines, "", f"{END}{after}"])
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"expected once each, in this order: {begin!r} and {end!r}")
+    before, after = text.split(begin)
+    _, after = after.split(end)
+    return "\n".join([f"{before}{begin}", "", *lines, "", f"{end}{after}"])
 
 
 def main(given: Sequence[str] | None = None) -> None:

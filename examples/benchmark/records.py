@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ def part(folder: Path, name: str, task: str, seed: int) -> Path:
     return folder / f"{name}-{task}-{seed}.json"
 
 
-def known(path: Path, results: Path, task: str, seed: int) -> list[Record]:
+def known(
+    path: Path, results: Path, task: str, seed: int, key: Callable[[Record], Key] = key_of
+) -> list[Record]:
     """The records of a model: those of its part, and what the one list holds besides.
 
     Args:
@@ -48,14 +50,17 @@ def known(path: Path, results: Path, task: str, seed: int) -> list[Record]:
         results: The one list, which may have come with the project.
         task: Task of the model.
         seed: Its seed.
+        key: What a record is about.
     """
     here = load(path)
-    there = {key_of(record) for record in here}
+    there = {key(record) for record in here}
     besides = [r for r in load(results) if (r["task"], r["seed"]) == (task, seed)]
-    return here + [record for record in besides if key_of(record) not in there]
+    return here + [record for record in besides if key(record) not in there]
 
 
-def gather(folder: Path, name: str, results: Path) -> list[Record]:
+def gather(
+    folder: Path, name: str, results: Path, key: Callable[[Record], Key] = key_of
+) -> list[Record]:
     """Merge all parts into the one list; a part wins over what the list says of the same.
 
     What the list holds of models that have no part here stays, so results that came with the
@@ -65,13 +70,14 @@ def gather(folder: Path, name: str, results: Path) -> list[Record]:
         folder: Where the parts are.
         name: How their names begin.
         results: The one list.
+        key: What a record is about.
     """
-    found = {key_of(record): record for record in load(results)}
+    found = {key(record): record for record in load(results)}
     whole = re.compile(rf"{re.escape(name)}-.+-\d+\.json")
     for path in sorted(folder.glob(f"{name}-*.json")):
         if whole.fullmatch(path.name):
-            found |= {key_of(record): record for record in load(path)}
-    records = [found[key] for key in sorted(found)]
+            found |= {key(record): record for record in load(path)}
+    records = [found[about] for about in sorted(found)]
     if records != load(results):
         write(results, records)
     return records

@@ -30,6 +30,14 @@ class Named(Protocol):
     def cuts(self) -> int: ...
 
 
+class Way(Protocol):
+    """Anything that can be done to a model."""
+
+    @property
+    def cuts(self) -> int: ...
+    def at(self, sparsity: float, seed: int, positions: int) -> Method: ...
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to prune: who ranks, how widths are found, what happens to the weights that stay.
