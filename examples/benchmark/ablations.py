@@ -12,21 +12,18 @@ writes the table of docs/ablations.md.
 
 import argparse
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import transformers
 
 from examples.benchmark.ablation_tables import key_of, rewrite
 from examples.benchmark.finetuned import RECIPES, SEEDS, finetuned
 from examples.benchmark.hearing import feel, hear, read
 from examples.benchmark.oneshot import FOLDER, Subject, cut, machine, score, tested
-from examples.benchmark.options import SPARSITIES, share
+from examples.benchmark.options import SPARSITIES, quiet, share
 from examples.benchmark.records import Record, gather, known, part, write
 from examples.benchmark.settings import DEFAULT, NAMED, Feeling, Hearing, Setting
-from lightning_mi_prune import Plan, PruningWarning, find_axes
+from lightning_mi_prune import Plan, find_axes
 from lightning_mi_prune.axes import count_parameters, full_plan
 from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.costs import measure_macs
@@ -176,10 +173,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     """Measure what is missing, merge all there is into the one list, and write its table."""
     asked = arguments(given)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # Thin evidence and copies that top-k keeps are part of the comparison.
-    warnings.filterwarnings("ignore", category=PruningWarning)
+    quiet()
     if not asked.page:
         for seed in asked.seeds:
             for task in asked.tasks:

@@ -13,25 +13,23 @@ measured again: delete `runs/benchmark/oneshot-*.json` to start anew.
 import copy
 import platform
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.nn import functional
 
 from benchmarks.measuring import cpu_name
 from examples.benchmark.finetuned import finetuned
 from examples.benchmark.hearing import CALLS, POSITIONS, Batch, listen
-from examples.benchmark.options import arguments, asked_variants
+from examples.benchmark.options import arguments, asked_variants, quiet
 from examples.benchmark.records import Record, gather, key_of, load, part, write
 from examples.benchmark.tables import markdown, print_tables
 from examples.benchmark.variants import Named, Variant, Way
-from lightning_mi_prune import Plan, PruningWarning, WidthAxis, apply, find_axes
+from lightning_mi_prune import Plan, WidthAxis, apply, find_axes
 from lightning_mi_prune.axes import count_parameters, full_plan
 from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.method import pull_back
@@ -250,10 +248,7 @@ def run(task: str, seed: int, variants: Sequence[Variant], sparsities: Sequence[
 def main(given: Sequence[str] | None = None) -> None:
     """Measure what is missing, then merge all there is into the one list."""
     asked = arguments(given, __doc__)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # Thin evidence and copies that top-k keeps are part of the comparison.
-    warnings.filterwarnings("ignore", category=PruningWarning)
+    quiet()
     if not (asked.gather or asked.table or asked.markdown):
         for seed in asked.seeds:
             for task in asked.tasks:

@@ -1,10 +1,14 @@
 """What the command line of the one-shot benchmark can ask for."""
 
 import argparse
+import warnings
 from collections.abc import Sequence
+
+import transformers
 
 from examples.benchmark.finetuned import RECIPES, SEEDS
 from examples.benchmark.variants import FOLD_INS, METHODS, Variant
+from lightning_mi_prune import PruningWarning
 
 SPARSITIES = (0.75, 0.9)
 
@@ -15,6 +19,31 @@ def share(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a share above 0 and below 1")
     return value
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return value
+
+
+def whole(text: str) -> int:
+    """A whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0")
+    return value
+
+
+def quiet() -> None:
+    """No bars, and no warnings of what is part of the comparison: thin evidence, kept copies."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=PruningWarning)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
 def arguments(given: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:

@@ -13,11 +13,9 @@ on where it was, and processes may share the work by tasks or seeds.
 import argparse
 import copy
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import transformers
 from torch import nn
 
 from examples.benchmark.finetuned import RECIPES, SEEDS, finetuned
@@ -31,7 +29,7 @@ from examples.benchmark.oneshot import (
     machine,
     score,
 )
-from examples.benchmark.options import share
+from examples.benchmark.options import positive, quiet, share, whole
 from examples.benchmark.records import Record, gather, key_of, known, part, write
 from examples.benchmark.rivals import RIVALS, Rival
 from examples.benchmark.rivals.movement import LEARNING_RATE
@@ -39,7 +37,6 @@ from examples.benchmark.rivals.size import settle, size_of
 from examples.benchmark.texts import inputs_of, typical
 from examples.benchmark.training import Training, train, training_of
 from examples.benchmark.variants import METHODS, Variant
-from lightning_mi_prune import PruningWarning
 from lightning_mi_prune.measure import count_macs
 from lightning_mi_prune.sample import Example
 
@@ -247,8 +244,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tasks", nargs="+", choices=[*RECIPES], default=[*RECIPES], help="default: all")
     add("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="default: all")
     add("--sparsities", nargs="+", type=share, default=SPARSITIES, help="default: 0.5 0.75 0.9")
-    add("--steps", nargs="+", type=int, default=STEPS, help="default: 0 (one shot) and 100")
-    add("--rate", type=float, default=RATE, help="share of the dense model's learning rate")
+    add("--steps", nargs="+", type=whole, default=STEPS, help="default: 0 (one shot) and 100")
+    add("--rate", type=positive, default=RATE, help="share of the dense model's learning rate")
     add("--methods", nargs="+", choices=methods, default=methods, help="default: all")
     add("--widths", nargs="+", choices=("global", "uniform"), default=("global", "uniform"))
     add("--results", type=Path, default=RESULTS, help="the one list; default: the project's own")
@@ -260,12 +257,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     """Measure what is missing, then merge all there is into the one list."""
     asked = arguments(given)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # Thin evidence and copies that top-k keeps are part of the comparison.
-    warnings.filterwarnings("ignore", category=PruningWarning)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    quiet()
     entries = [e for e in ENTRIES if e.method in asked.methods and e.widths in asked.widths]
     grid = wanted(entries, asked.sparsities, asked.steps)
     for seed in asked.seeds:

@@ -200,6 +200,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--of", type=Path, help="only print the tables of this list of records")
     asked = parser.parse_args(given)
     if asked.of:
+        if not asked.of.exists():
+            parser.error(f"--of {asked.of}: there is no such file; recovery --results writes one")
         print("\n".join(markdown(compared(merged([load(asked.of)], {})))))
         return
     if asked.tables:

@@ -371,6 +371,24 @@ def test_a_run_goes_on_where_it_was_and_is_summed_up(
     assert all(record["macs"] > 0 for record in summed)
 
 
+@pytest.mark.parametrize(
+    ("command", "wrong", "expected"),
+    [
+        (main, ["--rate", "-1"], "-1: expected a number above 0"),
+        (main, ["--rate", "nan"], "nan: expected a number above 0"),
+        (main, ["--steps", "0", "-5"], "-5: expected a whole number from 0"),
+        (summarize.main, ["--of", "nothing.json"], "nothing.json: there is no such file"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], command, wrong: list[str], expected: str
+) -> None:
+    with pytest.raises(SystemExit):
+        command(wrong)
+    assert expected in capsys.readouterr().err
+    assert not any(folder.iterdir())
+
+
 def test_the_grid_holds_each_method_once() -> None:
     grid = wanted(ENTRIES, [0.5, 0.75], [0, 100])
     keys = [
