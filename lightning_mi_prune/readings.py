@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.evidence import kept_rows
+from lightning_mi_prune.joining import pieces_of
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.sample import Example, positions_of, run, taken
+from lightning_mi_prune.sample import Example, run
 
 __all__ = ["Reading", "Targets", "heard_of", "readings", "run_with"]
-
-_PIECE = 4096
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,7 @@ class Targets:
         self._model, self._path, self._call, self._room = model, path, call, room
         self._once = once
         self._left = {reading.spoken.layer: reading.spoken for reading in found}
+        self._sizes: dict[str, float] = {}
         self._held: dict[str, Tensor] = {}
         self._often: set[str] = set()
 
@@ -118,10 +118,23 @@ class Targets:
             self._hold(layer)
         return None if layer in self._often else self._held.pop(layer)
 
+    def _wanted(self, asked: str) -> list[Reading]:
+        """What to run for: all that is left, or what surely fits once the sizes are known."""
+        left = list(self._left.values())
+        if not self._sizes:
+            return left
+        room, found = self._room - self._sizes.get(asked, 0.0), [self._left[asked]]
+        for layer, size in self._sizes.items():  # in the order in which they run
+            if layer in self._left and layer != asked and size <= room:
+                found.append(self._left[layer])
+                room -= size
+        return found
+
     def _hold(self, asked: str) -> None:
-        pieces = _pieces(self._call)
+        pieces = pieces_of(self._call)
         parts, whole = dict[str, list[Tensor]](), dict[str, Reading]()
         used, ran, call = 0.0, set[str](), self._call
+        wanted, once = self._wanted(asked), self._once or bool(self._sizes)
 
         def keep(reading: Reading, x: Tensor, skip: Tensor | None, output: Tensor) -> Tensor:
             nonlocal used
@@ -130,27 +143,30 @@ class Targets:
                 self._often.add(layer)
             elif layer in whole or (layer not in parts and call is not pieces[0]):
                 pass
-            elif output.shape[0] != call.rows and call is not self._call:
+            elif output.shape[0] != call.rows and len(pieces) > 1:
                 whole[layer] = reading  # not by example, so there are no pieces of it
             else:
-                wanted = heard_of(output if skip is None else output + skip, call.mask)
+                said = heard_of(output if skip is None else output + skip, call.mask)
                 if reading.rows is not None:
-                    wanted = wanted[:, reading.rows.to(wanted.device)]
-                size = 0.0 if layer in parts else wanted.nbytes * _share(self._call, call)
+                    said = said[:, reading.rows.to(said.device)]
+                if layer not in parts:
+                    self._sizes[layer] = said.nbytes * _share(self._call, call)
+                size = 0.0 if layer in parts else self._sizes[layer]
                 if layer == asked or used + size <= self._room:
-                    parts.setdefault(layer, []).append(wanted)
+                    parts.setdefault(layer, []).append(said)
                     used += size
             ran.add(layer)
             return output
 
         for call in pieces:
             ran.clear()
-            left = list(self._left.values())
-            run_with(self._model, left, self._path, call, keep, once=self._once)
+            run_with(self._model, wanted, self._path, call, keep, once=once)
         if whole:
             for layer in whole:
                 parts.pop(layer, None)
-            call, pieces, again = self._call, [self._call], list(whole.values())
+            again = list(whole.values())
+            pieces = [self._call]
+            call = self._call
             whole.clear()
             ran.clear()
             run_with(self._model, again, self._path, call, keep, once=self._once)
@@ -160,22 +176,6 @@ class Targets:
         for layer in list(parts):
             self._held[layer] = torch.cat(parts.pop(layer))
             del self._left[layer]
-
-
-def _pieces(call: Example) -> list[Example]:
-    """The examples of a call in several: what a layer takes for all at once would be large.
-
-    No two sizes are alike throughout, so that what is not by example shows.
-    """
-    rows = max(1, _PIECE // positions_of(call))
-    if call.rows <= rows:
-        return [call]
-    sizes = [rows] * (call.rows // rows)
-    sizes += [call.rows % rows] if call.rows % rows else []
-    if len(set(sizes)) == 1 and rows > 1:
-        sizes[-1:] = [rows - 1, 1]
-    parts = torch.split(torch.arange(call.rows), sizes)
-    return [Example(*taken((call.args, call.kwargs, call.mask), call.rows, p)) for p in parts]
 
 
 def _share(whole: Example, piece: Example) -> float:

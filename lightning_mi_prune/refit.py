@@ -18,9 +18,10 @@ from torch.nn import functional
 
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import is_within
+from lightning_mi_prune.joining import merged
 from lightning_mi_prune.moments import add_outer, mirror
 from lightning_mi_prune.readings import Reading, Targets, heard_of, run_with
-from lightning_mi_prune.sample import Example, merged, placed
+from lightning_mi_prune.sample import Example, placed
 
 __all__ = ["Sum", "refit", "refit_all"]
 

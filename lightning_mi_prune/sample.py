@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.relevance import GradientSums
@@ -21,9 +19,7 @@ __all__ = [
     "Heard",
     "copied",
     "is_plain",
-    "merged",
     "placed",
-    "positions_of",
     "refreshed",
     "rows_of",
     "run",
@@ -127,98 +123,6 @@ def refreshed(old: Mapping[str, Example], new: Mapping[str, Example]) -> Mapping
         path: replace(call, autocast=new[path].autocast if path in new else call.autocast)
         for path, call in old.items()
     }
-
-
-def merged(calls: Sequence[Example], most: int) -> Example | None:
-    """One call with the examples of many, so that one forward pass sees them all.
-
-    Texts of different length are padded with zeros, which the attention mask leaves out. Without a
-    mask padding would be heard, so then only calls of the commonest shape are taken; the same holds
-    for calls that cannot be laid on each other.
-
-    Args:
-        calls: Calls of one network, in the order in which they were made.
-        most: Positions, padding included, that the merged call may have; beyond it examples are
-            left out evenly, for neighbours may be of one length.
-
-    Example:
-        >>> def call(length):
-        ...     mask = torch.ones(2, length)
-        ...     return Example((), {"ids": torch.ones(2, length), "attention_mask": mask}, mask)
-        >>> merged([call(3), call(5)], 1000).kwargs["attention_mask"].sum(1)
-        tensor([3., 3., 5., 5.])
-    """
-    if not calls:
-        return None
-    shapes = [_shape(call) for call in calls]
-    common = Counter(shapes).most_common(1)[0][0]
-    same = [call for call, shape in zip(calls, shapes, strict=True) if shape == common]
-    longest = max(_length(call) for call in same)
-    rows = [call.rows for call in same]
-    room = max(1, most // max(1, longest))
-    joined = _join([(c.args, c.kwargs, c.mask) for c in same], rows)
-    if sum(rows) > room:
-        spread = torch.linspace(0, sum(rows) - 1, room).round().long()
-        joined = taken(joined, sum(rows), spread)
-    return Example(*joined)
-
-
-def _length(call: Example) -> int:
-    if call.mask is not None and call.mask.ndim > 1:
-        return int(call.mask.shape[1])
-    values = (*call.args, *call.kwargs.values())
-    ids = (v for v in values if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point())
-    return next((v.shape[1] for v in ids), 1)
-
-
-def positions_of(call: Example) -> int:
-    """Positions of one example of a call; of pictures by their size, a guess."""
-    values = (*call.args, *call.kwargs.values())
-    sizes = [v[0].numel() // 1024 for v in values if isinstance(v, Tensor) and v.ndim and len(v)]
-    return max(1, _length(call), *sizes)
-
-
-def _shape(call: Example) -> Any:
-    """What must agree between calls: everything but the rows and, with a mask, the length."""
-    rows, length = call.rows, _length(call) if call.mask is not None else None
-
-    def of(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            dims = tuple(
-                "rows" if i == 0 and n == rows else "length" if n == length else n
-                for i, n in enumerate(value.shape)
-            )
-            return (value.dtype, dims)
-        if isinstance(value, (tuple, list)):
-            return (type(value), tuple(map(of, value)))
-        if isinstance(value, dict):
-            return tuple((k, of(v)) for k, v in value.items())
-        return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
-
-    return of((call.args, call.kwargs))
-
-
-def _join(values: Sequence[Any], rows: Sequence[int]) -> Any:
-    first = values[0]
-    if isinstance(first, Tensor):
-        longest = max(values, key=lambda v: v.numel() // max(1, v.shape[0]) if v.ndim else 0)
-        if any(v.ndim == 0 or v.shape[0] != n for v, n in zip(values, rows, strict=True)):
-            return max(values, key=lambda v: v.numel())  # the same for every example
-        return torch.cat([_padded(v, longest.shape) for v in values])
-    if isinstance(first, tuple):
-        return tuple(_join(parts, rows) for parts in zip(*values, strict=True))
-    if isinstance(first, list):
-        return [_join(parts, rows) for parts in zip(*values, strict=True)]
-    if isinstance(first, dict):
-        return {k: _join([v[k] for v in values], rows) for k in first}
-    return first
-
-
-def _padded(value: Tensor, shape: torch.Size) -> Tensor:
-    missing = [n - m for n, m in zip(shape[1:], value.shape[1:], strict=True)]
-    if not any(missing):
-        return value
-    return functional.pad(value, [side for n in reversed(missing) for side in (0, n)])
 
 
 def run(network: nn.Module, call: Example) -> None:

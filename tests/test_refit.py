@@ -15,12 +15,13 @@ from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.costs import measure_macs
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, linear_axis
+from lightning_mi_prune.joining import merged, trimmed
 from lightning_mi_prune.listener import Listener
 from lightning_mi_prune.method import Method, pull_back
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.readings import Targets, readings
+from lightning_mi_prune.readings import Reading, Targets, readings
 from lightning_mi_prune.refit import _solve_norm, refit
-from lightning_mi_prune.sample import Example, Heard, merged, run
+from lightning_mi_prune.sample import Example, Heard, run
 from lightning_mi_prune.selection import Selection, select
 from lightning_mi_prune.surgery import apply
 from tests.models import (
@@ -152,7 +153,7 @@ def test_a_few_targets_at_a_time_are_the_same_targets(family, room):
     for handle in handles:
         handle.remove()
     whole, parts = (Targets(model, found, "", call, room=n) for n in (2**30, room))
-    model.register_forward_hook(lambda *_: runs.append(1))
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
     held = []
     for layer in ran:
         one, other = whole.take(layer), parts.take(layer)
@@ -237,11 +238,41 @@ def test_calls_of_different_length_become_one():
     assert call.kwargs["input_ids"].shape == (8, 9)
     assert int(call.mask.sum()) == sum(int(c.mask.sum()) for c in calls)
     assert merged(calls, 18).rows == 2
-    some = merged([call_of(batch(6, 8))], 3 * 8).kwargs["input_ids"]  # not only the first
-    assert torch.equal(some, batch(6, 8)["input_ids"][[0, 2, 5]])
+    some = merged([call_of(batch(6, 8))], 3 * 8).kwargs["input_ids"]
+    assert torch.equal(some, batch(6, 8)["input_ids"][[2, 5, 0]])  # spread, and short ones first
     assert merged([], 10) is None
     bare = [Example((torch.ones(3, n),), {}) for n in (4, 5, 4)]
     assert merged(bare, 100).rows == 6  # nothing tells padding apart, so one length only
+
+
+def test_padding_at_the_end_of_all_goes_and_nothing_else():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+    ids = torch.tensor([[7, 8, 0, 0], [9, 0, 0, 0]])
+    states, deep = torch.ones(2, 3, 4), {"inside": [ids, torch.ones(2)]}
+    call = trimmed(Example((ids, deep), {"mask": mask, "labels": torch.tensor([1, 0])}, mask))
+    assert call.mask.tolist() == [[1, 1], [1, 0]]
+    assert call.args[0].tolist() == call.args[1]["inside"][0].tolist() == [[7, 8], [9, 0]]
+    assert call.kwargs["labels"].tolist() == [1, 0]
+    for values in ((ids.flip(1),), (ids, states), (ids, torch.arange(4)[None]), (ids.float(),)):
+        whole = Example(values, {"mask": mask}, mask)
+        assert trimmed(whole) is whole  # something else has that length, or speaks there
+    for odd in (mask.flip(1), torch.zeros(2, 4), mask[:, None], None):
+        whole = Example((ids,), {}, odd)
+        assert trimmed(whole) is whole
+
+
+def test_targets_of_padded_texts_are_those_of_each_text_alone():
+    model, inputs = build(), batch(12, 24)
+    inputs["attention_mask"][:, 5:] = 0
+    inputs["input_ids"][:, 5:] = 0
+    lengths = []
+    model.bert.embeddings.register_forward_hook(lambda *call: lengths.append(call[2].shape[1]))
+    reading = Reading("bert.encoder.layer.1.output.dense", None, None)
+    said = Targets(model, [reading], "", call_of(inputs)).take(reading.layer)
+    assert max(lengths) <= 5
+    alone = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(12)]
+    parts = [Targets(model, [reading], "", call_of(one)).take(reading.layer) for one in alone]
+    assert torch.allclose(torch.cat(parts), said, atol=1e-5)
 
 
 def test_listening_stores_calls_and_samples_in_their_bounds():
@@ -278,7 +309,7 @@ def test_pictures_are_stored_within_the_bound_however_many_batches_there_are(bat
 @pytest.fixture(params=[100, 96])
 def pieces(request, monkeypatch):
     """Everything that is done in pieces, in many."""
-    for module in (lightning_mi_prune.readings, lightning_mi_prune.refit):
+    for module in (lightning_mi_prune.joining, lightning_mi_prune.refit):
         monkeypatch.setattr(module, "_PIECE", request.param)
 
 
@@ -292,7 +323,7 @@ def test_pieces_give_what_the_whole_gives(family, head, monkeypatch):
     method = Method(Budget(sparsity=0.5))
     args = (model, axes, full_plan(axes), Selection(plan, {}, {}), method, heard_of(inputs))
     parts = pull_back(*args).folded
-    monkeypatch.setattr(lightning_mi_prune.readings, "_PIECE", 10**6)
+    monkeypatch.setattr(lightning_mi_prune.joining, "_PIECE", 10**6)
     monkeypatch.setattr(lightning_mi_prune.refit, "_PIECE", 10**6)
     whole = pull_back(*args).folded
     assert parts.keys() == whole.keys()

@@ -1,0 +1,182 @@
+"""JOIN     many stored calls as one, and one call in pieces without their padding."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightning_mi_prune.sample import Example, taken
+
+__all__ = ["merged", "pieces_of", "positions_of", "trimmed"]
+
+_PIECE = 4096
+
+
+def merged(calls: Sequence[Example], most: int) -> Example | None:
+    """One call with the examples of many, so that one forward pass sees them all.
+
+    Texts of different length are padded with zeros, which the attention mask leaves out. Without a
+    mask padding would be heard, so then only calls of the commonest shape are taken; the same holds
+    for calls that cannot be laid on each other. Short examples come first, so that
+    :func:`pieces_of` the call need little padding.
+
+    Args:
+        calls: Calls of one network, in the order in which they were made.
+        most: Positions, padding included, that the merged call may have; beyond it examples are
+            left out evenly, for neighbours may be of one length.
+
+    Example:
+        >>> def call(length):
+        ...     mask = torch.ones(2, length)
+        ...     return Example((), {"ids": torch.ones(2, length), "attention_mask": mask}, mask)
+        >>> merged([call(3), call(5)], 1000).kwargs["attention_mask"].sum(1)
+        tensor([3., 3., 5., 5.])
+    """
+    if not calls:
+        return None
+    shapes = [_shape(call) for call in calls]
+    common = Counter(shapes).most_common(1)[0][0]
+    same = [call for call, shape in zip(calls, shapes, strict=True) if shape == common]
+    longest = max(_length(call) for call in same)
+    rows = [call.rows for call in same]
+    room = max(1, most // max(1, longest))
+    joined = _join([(c.args, c.kwargs, c.mask) for c in same], rows)
+    if sum(rows) > room:
+        spread = torch.linspace(0, sum(rows) - 1, room).round().long()
+        joined = taken(joined, sum(rows), spread)
+    call = Example(*joined)
+    if call.mask is None or call.mask.ndim != 2:
+        return call
+    order = call.mask.sum(1).argsort(stable=True)
+    return Example(*taken(joined, call.rows, order))
+
+
+def pieces_of(call: Example) -> list[Example]:
+    """The examples of a call in several: what a layer takes for all at once would be large.
+
+    No two sizes are alike throughout, so that what is not by example shows.
+    """
+    rows = max(1, _PIECE // positions_of(call))
+    if call.rows <= rows:
+        return [trimmed(call)]
+    sizes = [rows] * (call.rows // rows)
+    sizes += [call.rows % rows] if call.rows % rows else []
+    if len(set(sizes)) == 1 and rows > 1:
+        sizes[-1:] = [rows - 1, 1]
+    parts = torch.split(torch.arange(call.rows), sizes)
+    whole = (call.args, call.kwargs, call.mask)
+    return [trimmed(Example(*taken(whole, call.rows, part))) for part in parts]
+
+
+def trimmed(call: Example) -> Example:
+    """The call without the columns at its end that are padding in every example.
+
+    Only where nothing but such columns goes: all tensors of that length are whole numbers by
+    example and position, and say one thing there. Any other call is left as it is.
+
+    Example:
+        >>> mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+        >>> ids = torch.tensor([[7, 8, 0, 0], [9, 0, 0, 0]])
+        >>> trimmed(Example((ids,), {"attention_mask": mask}, mask)).args
+        (tensor([[7, 8],
+                [9, 0]]),)
+    """
+    if call.mask is None or call.mask.ndim != 2:
+        return call
+    length, used = call.mask.shape[1], call.mask.bool().any(0).nonzero()
+    longest = int(used[-1]) + 1 if len(used) else length
+
+    def is_padded(value: Tensor) -> bool:
+        if value.ndim != 2 or value.shape[0] != call.rows or value.is_floating_point():
+            return False
+        return bool((value[:, longest:] == value[0, -1]).all())
+
+    values = [v for v in _tensors((call.args, call.kwargs, call.mask)) if length in v.shape[1:]]
+    if longest == length or not all(map(is_padded, values)):
+        return call
+    args, kwargs, mask = _first_columns((call.args, call.kwargs, call.mask), length, longest)
+    return replace(call, args=args, kwargs=kwargs, mask=mask)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+def _first_columns(value: Any, length: int, longest: int) -> Any:
+    """Nested containers, with the first columns of every tensor that has so many."""
+    if isinstance(value, Tensor):
+        return value[:, :longest] if length in value.shape[1:] else value
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(_first_columns(part, length, longest) for part in value)
+    if isinstance(value, dict):
+        return {key: _first_columns(part, length, longest) for key, part in value.items()}
+    return value
+
+
+def _length(call: Example) -> int:
+    if call.mask is not None and call.mask.ndim > 1:
+        return int(call.mask.shape[1])
+    values = (*call.args, *call.kwargs.values())
+    ids = (v for v in values if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point())
+    return next((v.shape[1] for v in ids), 1)
+
+
+def positions_of(call: Example) -> int:
+    """Positions of one example of a call; of pictures by their size, a guess."""
+    values = (*call.args, *call.kwargs.values())
+    sizes = [v[0].numel() // 1024 for v in values if isinstance(v, Tensor) and v.ndim and len(v)]
+    return max(1, _length(call), *sizes)
+
+
+def _shape(call: Example) -> Any:
+    """What must agree between calls: everything but the rows and, with a mask, the length."""
+    rows, length = call.rows, _length(call) if call.mask is not None else None
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            dims = tuple(
+                "rows" if i == 0 and n == rows else "length" if n == length else n
+                for i, n in enumerate(value.shape)
+            )
+            return (value.dtype, dims)
+        if isinstance(value, (tuple, list)):
+            return (type(value), tuple(map(of, value)))
+        if isinstance(value, dict):
+            return tuple((k, of(v)) for k, v in value.items())
+        return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+
+    return of((call.args, call.kwargs))
+
+
+def _join(values: Sequence[Any], rows: Sequence[int]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        longest = max(values, key=lambda v: v.numel() // max(1, v.shape[0]) if v.ndim else 0)
+        if any(v.ndim == 0 or v.shape[0] != n for v, n in zip(values, rows, strict=True)):
+            return max(values, key=lambda v: v.numel())  # the same for every example
+        return torch.cat([_padded(v, longest.shape) for v in values])
+    if isinstance(first, tuple):
+        return tuple(_join(parts, rows) for parts in zip(*values, strict=True))
+    if isinstance(first, list):
+        return [_join(parts, rows) for parts in zip(*values, strict=True)]
+    if isinstance(first, dict):
+        return {k: _join([v[k] for v in values], rows) for k in first}
+    return first
+
+
+def _padded(value: Tensor, shape: torch.Size) -> Tensor:
+    missing = [n - m for n, m in zip(shape[1:], value.shape[1:], strict=True)]
+    if not any(missing):
+        return value
+    return functional.pad(value, [side for n in reversed(missing) for side in (0, n)])
