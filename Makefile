@@ -51,6 +51,7 @@ benchmark-full: $(VENV)/benchmark.stamp
 	$(RECOVERY) trec-6 tweets-3 & one=$$!; $(RECOVERY) movie-snippets 20-newsgroups; two=$$?; \
 	  wait $$one && exit $$two
 	$(BIN)/python -m examples.benchmark.latency
+	OMP_NUM_THREADS=1 $(BIN)/python -m examples.benchmark.evidence
 	$(BIN)/python -m examples.benchmark.summarize
 	$(BIN)/python -m examples.benchmark.page
 

@@ -23,8 +23,8 @@ PAGE = Path("docs", "comparison.md")
 BEGIN = "<!-- From here on: written by python -m examples.benchmark.page -->"
 END = "<!-- Until here. -->"
 CHARGED = (
-    "All ways of this package share one evidence, and each is charged all of it, by wall clock, "
-    "although some need less of it."
+    "Every way of this package is charged the evidence that it needs (activations, gradients or "
+    "both), as measured once for each task."
 )
 
 

@@ -4,8 +4,8 @@
     python -m examples.benchmark.summarize --tables > tables.md
 
 One-shot records come from `oneshot.json` and `recovery.json` (which wins), trained ones from the
-latter; latencies and multiply-accumulates of their shapes from `latency.json`, null where that pass
-did not run.
+latter; latencies and multiply-accumulates of their shapes from `latency.json`, CPU seconds of the
+evidence that a method needs from `evidence.json`, null where that pass did not run.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isclose
 from pathlib import Path
 
-from examples.benchmark import latency, oneshot, recovery
+from examples.benchmark import evidence, latency, oneshot, recovery
 from examples.benchmark.finetuned import RECIPES
 from examples.benchmark.latency import shape_of
 from examples.benchmark.records import Record, key_of, load, write
@@ -53,7 +53,7 @@ FIELDS = (
     *FROM_SHAPES,
     "seconds",
     "cpu_seconds",
-    "evidence_seconds",
+    "evidence_cpu_seconds",
     "machine",
 )
 ONE_SHOT = {"masked": False, "finetune_epochs": 0, "steps": 0}
@@ -62,15 +62,24 @@ CONFIDENCE = 0.95
 TOLERANCE = 0.02  # of the share that went, before a table says so
 
 
-def merged(sources: Iterable[Sequence[Record]], shapes: Mapping[str, Record]) -> list[Record]:
+def merged(
+    sources: Iterable[Sequence[Record]],
+    shapes: Mapping[str, Record],
+    evidences: Mapping[str, Record],
+) -> list[Record]:
     """One record of each, with the fields of the summary; later sources win.
 
     Args:
         sources: Records of each file.
         shapes: Latencies and multiply-accumulates, by :func:`latency.shape_of`.
+        evidences: What evidence takes, by task.
     """
     found = {key_of(record): ONE_SHOT | record for records in sources for record in records}
-    return [summarized(found[key], shapes.get(shape_of(found[key]))) for key in sorted(found)]
+    records = [summarized(found[key], shapes.get(shape_of(found[key]))) for key in sorted(found)]
+    for record in records:
+        paid = evidence.charged(variant_of(record), evidences.get(record["task"]))
+        record["evidence_cpu_seconds"] = paid
+    return records
 
 
 def summarized(record: Record, shape: Record | None) -> Record:
@@ -202,13 +211,14 @@ def main(given: Sequence[str] | None = None) -> None:
     if asked.of:
         if not asked.of.exists():
             parser.error(f"--of {asked.of}: there is no such file; recovery --results writes one")
-        print("\n".join(markdown(compared(merged([load(asked.of)], {})))))
+        print("\n".join(markdown(compared(merged([load(asked.of)], {}, {})))))
         return
     if asked.tables:
         print("\n".join(markdown(compared())))
         return
     shapes = {shape_of(record): record for record in load(latency.RESULTS)}
-    records = merged([load(oneshot.RESULTS), load(recovery.RESULTS)], shapes)
+    evidences = {record["task"]: record for record in load(evidence.RESULTS)}
+    records = merged([load(oneshot.RESULTS), load(recovery.RESULTS)], shapes, evidences)
     if records != load(RESULTS):
         write(RESULTS, records)
     print("\n".join(markdown(compared(records))))

@@ -26,7 +26,7 @@ def record(name=MINE, gap=0.0, *, task="trec-6", sparsity=0.75, seed=0, steps=0,
     about |= {"task": task, "target_sparsity": sparsity, "seed": seed, "steps": steps}
     about |= {"dense_accuracy": 0.9, "accuracy": 0.9 + gap / 100, "sparsity": sparsity}
     about |= {"learning_rate": RATE * RECIPES[task].learning_rate, "masked": name == MASKS}
-    about |= {"model": "m", "n_test": 1000, "cpu_seconds": 20.0, "evidence_seconds": 10.0}
+    about |= {"model": "m", "n_test": 1000, "cpu_seconds": 20.0, "evidence_cpu_seconds": 10.0}
     return dict.fromkeys(summarize.FIELDS) | about | others
 
 
@@ -36,7 +36,7 @@ def seeds(name, *gaps, **others):
 
 def control(**others):
     name = (DENSE.method, DENSE.widths, DENSE.fold_in, DENSE.cuts)
-    return record(name, sparsity=0.0, evidence_seconds=0.0, **others)
+    return record(name, sparsity=0.0, evidence_cpu_seconds=0.0, **others)
 
 
 # ------------------------------------------------------------------------------------------- losses

@@ -422,8 +422,12 @@ def test_summed_records_take_numbers_of_a_shape_together() -> None:
     record = dict.fromkeys(summarize.FIELDS, 1) | {"task": "a", "kept": {"ffn": [2]}}
     old = {name: record[name] for name in summarize.FIELDS if name not in summarize.ONE_SHOT}
     shape = dict.fromkeys(summarize.FROM_SHAPES, 7)
-    assert summarize.merged([[old], [old | {"accuracy": 2}]], {}) == [
-        {name: record[name] for name in summarize.FIELDS} | summarize.ONE_SHOT | {"accuracy": 2}
+    paid = {"evidence_cpu_seconds": 0.0}  # a method of nobody's
+    assert summarize.merged([[old], [old | {"accuracy": 2}]], {}, {}) == [
+        {name: record[name] for name in summarize.FIELDS}
+        | summarize.ONE_SHOT
+        | {"accuracy": 2}
+        | paid
     ]
     summed = summarize.summarized(record, shape)
     assert {summed[name] for name in summarize.FROM_SHAPES} == {7}
