@@ -57,6 +57,13 @@ def summary(records: list[dict[str, Any]]) -> dict[str, list[float]]:
             r["before"]["latency_ms"][i]["median"] / r["after"]["latency_ms"][i]["median"]
             for r in records
         ]
+    shares = [sum(sum(cut.values()) for cut in r["seconds"]) for r in records]
+    times = [record["after"]["fit_seconds"] for record in records]
+    values["pruning, % of the time of training"] = [
+        100 * share / whole for share, whole in zip(shares, times, strict=True)
+    ]
+    values["training, seconds"] = times
+    values["dense training, seconds"] = [record["before"]["fit_seconds"] for record in records]
     return values
 
 

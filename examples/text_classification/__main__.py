@@ -10,6 +10,7 @@ tokenizer, and `report.json`. `validate`, `test` and `predict` take the same YAM
 import copy
 import csv
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,11 +72,13 @@ class TextClassificationCLI(LightningCLI):
     def before_fit(self) -> None:
         """Remember the dense model as it starts."""
         self.dense = copy.deepcopy(self.model)
+        self.started = time.perf_counter()
 
     def after_fit(self) -> None:
         """Save, test, train the control, compare."""
         if getattr(self.trainer, "fast_dev_run", False):
             return
+        seconds = time.perf_counter() - self.started
         names = dict(enumerate(self.datamodule.class_names))
         self.model.network.config.id2label = names
         self.model.network.config.label2id = {name: index for index, name in names.items()}
@@ -91,7 +94,7 @@ class TextClassificationCLI(LightningCLI):
             return
         extra: dict[str, Any] = {
             "before": {"metrics": {}},
-            "after": {"metrics": after},
+            "after": {"metrics": after, "fit_seconds": seconds},
             "epochs": self.trainer.current_epoch,
             "test_rows": len(self.datamodule.splits["test"]),
         }
@@ -103,7 +106,11 @@ class TextClassificationCLI(LightningCLI):
             callback.report.write(path, extra)
         self.trainer.strategy.barrier()  # nothing else may run while one rank measures
         if self.options.control:
-            extra["before"]["metrics"] = self.train_control()
+            started = time.perf_counter()
+            trainer = self.train_control()
+            extra["before"]["fit_seconds"] = time.perf_counter() - started
+            metrics = trainer.test(self.dense, self.datamodule, verbose=False)[0]
+            extra["before"]["metrics"] = named(metrics)
         if first:
             callback.report.write(path, extra)
             tell(callback.report.to_dict(), extra, self.folder)
@@ -113,7 +120,7 @@ class TextClassificationCLI(LightningCLI):
         """The callbacks of the trainer."""
         return list(self.trainer.callbacks)  # type: ignore[attr-defined]
 
-    def train_control(self) -> dict[str, float]:
+    def train_control(self) -> pl.Trainer:
         """Train the dense model from the same start for as many epochs, without callbacks."""
         Console().rule("dense control, the same number of epochs")
         pl.seed_everything(self.options.seed_everything or 0, workers=True, verbose=False)
@@ -122,9 +129,9 @@ class TextClassificationCLI(LightningCLI):
         given.max_epochs = self.trainer.current_epoch
         parser = ArgumentParser()
         parser.add_class_arguments(pl.Trainer, "trainer", instantiate=True)
-        trainer = parser.instantiate(Namespace(trainer=given)).trainer  # type: ignore[no-untyped-call]
+        trainer: pl.Trainer = parser.instantiate(Namespace(trainer=given)).trainer  # type: ignore[no-untyped-call]
         trainer.fit(self.dense, self.datamodule)
-        return named(trainer.test(self.dense, self.datamodule, verbose=False)[0])
+        return trainer
 
     def after_predict(self) -> None:
         """Write the predicted classes beside the model."""
@@ -215,7 +222,13 @@ def tell(report: dict[str, Any], extra: dict[str, Any], folder: Path) -> None:
             f"{value:.2%}",
             "" if dense is None else f"{100 * (value - dense):+.2f} points",
         )
-    Console().print(table, f"\nThe pruned model and report.json are in {folder}")
+    own = sum(sum(cut["seconds"].values()) for cut in report["cuts"])
+    whole = after["fit_seconds"]
+    Console().print(
+        table,
+        f"\nPruning took {own:.0f} of the {whole:.0f} s of training ({own / whole:.0%}).",
+        f"\nThe pruned model and report.json are in {folder}",
+    )
 
 
 def main() -> None:

@@ -77,11 +77,13 @@ def test_fit_reports_and_its_results_open_again(config: Path) -> None:
             report[side]
         )
         assert 0 <= report[side]["metrics"]["accuracy"] <= 1
+        assert report[side]["fit_seconds"] > 0
         for latency in report[side]["latency_ms"]:
             assert {"median", "batch_size", "sequence_length", "threads"} <= set(latency)
     assert report["after"]["parameters"] < report["before"]["parameters"]
     assert report["after"]["prunable_parameters"] <= 0.5 * report["before"]["prunable_parameters"]
     (cut,) = report["cuts"]
+    assert sum(cut["seconds"].values()) < report["after"]["fit_seconds"]
     assert cut["epoch"] == 1
     assert cut["sparsity"] >= 0.5
     assert set(cut["seconds"]) == {"listening", "scoring", "refitting", "cutting"}
