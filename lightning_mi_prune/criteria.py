@@ -14,7 +14,6 @@ from lightning_mi_prune.elimination import Elimination, eliminate_together
 from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.evidence import Evidence
 from lightning_mi_prune.information import (
-    conditional_covariance,
     inverse,
     plugin_bias,
     shrinkage,
@@ -114,7 +113,7 @@ class MutualInformation:
         if len(scores) > 1 and spread <= 1e-3 * float(scores.max().clamp_min(1e-300)):
             warnings.warn(
                 f"The units of {evidence.name!r} all score {float(scores.max()):.3g} nats: no "
-                "ranking. Raise the ridge, or use selection='conditional'.",
+                "ranking. Use selection='conditional', or MutualInformation with a larger ridge.",
                 PruningWarning,
                 stacklevel=2,
             )
@@ -183,18 +182,14 @@ class Random:
 
 def _precisions(evidence: Evidence, noise: float) -> tuple[Tensor, Tensor]:
     """``Cov(x)^-1`` and ``Cov(x | y)^-1`` with noise of this variance on ``y``."""
-    covariance, cross, above = evidence.joint()
+    covariance = evidence.covariance
     if evidence.samples < 2 * len(covariance):  # exact copies stay exact where there is enough
-        # The diagonal alone grows, so that x and y stay jointly possible.
+        # Correlations become those of `shrink`; what entries share stays as large as it was heard.
         share = shrinkage(covariance, evidence.samples).clamp_max(0.999)
         covariance = covariance + share / (1 - share) * torch.diag(covariance.diagonal())
     precision = inverse(covariance)
-    if evidence.scores is None:
-        # y = T x + noise, so Cov(x | y)^-1 = Cov(x)^-1 + T'T / noise: no second inverse.
-        return precision, precision + evidence.readout.mT @ evidence.readout / noise
-    noisy = above + noise * torch.eye(len(above)).to(above)
-    given = conditional_covariance(covariance, cross, noisy)
-    return precision, inverse((given + given.mT) / 2)
+    # y = T x + noise, so Cov(x | y)^-1 = Cov(x)^-1 + T'T / noise: no second inverse.
+    return precision, precision + evidence.readout.mT @ evidence.readout / noise
 
 
 def _ascending(scores: Tensor) -> Elimination:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.information import normal_scores
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import Relevance
@@ -33,7 +32,6 @@ class Evidence:
         rows: The weight rows ``(units, w)`` that make each unit, for criteria that look at them.
         weight: The weights ``W (rows, d)`` that read the entries; default the readout.
         taylor: First-order change of the loss without each unit ``(units,)``, if it is known.
-        scores: Second moments ``(Sxx, Sxy, Syy)`` of normal scores, if the copula measures.
     """
 
     name: str
@@ -45,7 +43,6 @@ class Evidence:
     rows: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     weight: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     taylor: Tensor | None = None
-    scores: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.weight.numel():
@@ -61,9 +58,7 @@ class Evidence:
         return self.readout @ self.covariance @ self.readout.mT
 
     def joint(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Second moments ``(Sxx, Sxy, Syy)`` on the scale on which information is measured."""
-        if self.scores is not None:
-            return self.scores
+        """Covariances ``(Sxx, Sxy, Syy)`` of the entries and of the layer above."""
         cross = self.covariance @ self.readout.mT
         return self.covariance, cross, self.readout @ cross
 
@@ -95,7 +90,6 @@ def gather(
     current: Plan,
     axes: Sequence[WidthAxis],
     relevance: Mapping[str, Relevance] | None = None,
-    samples: Mapping[str, Tensor] | None = None,
 ) -> list[Evidence]:
     """What is known of an axis at each place where it is read.
 
@@ -107,7 +101,6 @@ def gather(
         current: The plan the model carries now.
         axes: All axes that are being cut.
         relevance: Which part of what is above matters to the loss, by key; None: all of it alike.
-        samples: Stored samples ``(N, d)`` by key, to measure on normal scores.
 
     Raises:
         PruningError: If nothing was heard at a place.
@@ -122,24 +115,22 @@ def gather(
         mean, covariance = moments[key].statistics()
         known = None if relevance is None else relevance.get(key)
         weight, above = _read(readers, weights, kept, current, axes, covariance)
-        base, factor = weight, None
+        readout = weight
         if known is not None:
             matrix = known.matrix.to(covariance)
-            base = torch.eye(len(mean)).to(covariance) if known.inside else weight
             factor = _factor(matrix if known.inside else matrix[above][:, above])
-        sample = None if samples is None else samples[key].to(covariance)
+            readout = factor if known.inside else factor @ weight
         found.append(
             Evidence(
                 name=axis.name,
                 entries=axis.entries,
-                samples=int(moments[key].count) if sample is None else len(sample),
+                samples=int(moments[key].count),
                 mean=mean,
                 covariance=covariance,
-                readout=base if factor is None else factor @ base,
+                readout=readout,
                 rows=rows,
                 weight=weight,
                 taylor=None if known is None else known.taylor,
-                scores=None if sample is None else normal_scores(sample, base, factor),
             )
         )
     return found

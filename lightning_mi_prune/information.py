@@ -1,4 +1,4 @@
-"""MEASURE  pure functions on tensors: Gaussian MI, its removal costs, copula scores, CKA (nats).
+"""MEASURE  pure functions on tensors: Gaussian MI (nats), shrinkage, regression, CKA.
 
 Notation: ``x`` are the units of a layer ``(d,)``, ``y`` the kept units of the layer above ``(m,)``,
 ``N`` samples; ``sxx (d, d)``, ``syy (m, m)``, ``sxy (d, m)`` are covariances. A unit may have
@@ -16,11 +16,9 @@ __all__ = [
     "cholesky",
     "conditional_covariance",
     "diagonal_blocks",
-    "gaussian_copula",
     "inverse",
     "joint_information",
     "log_det_blocks",
-    "normal_scores",
     "plugin_bias",
     "regression",
     "shrink",
@@ -180,60 +178,6 @@ def regression(covariance: Tensor, kept: Tensor, dropped: Tensor, samples: int) 
     loss = (samples - 1) / (freedom + 1) * (samples - 2) / freedom * (samples + 1) / samples
     lasting = 1 - (1 - explained) * loss
     return plain * (lasting / explained).clamp_min(0)[:, None]
-
-
-def gaussian_copula(x: Tensor) -> Tensor:
-    """Normal scores ``Phi^-1(rank / (N + 1))`` of every column; ties share their mean rank.
-
-    Gaussian MI of normal scores is exact for every monotone distortion of Gaussian variables and
-    a lower bound otherwise (Ince et al. 2017).
-
-    Args:
-        x: Samples ``(N, d)``.
-
-    Example:
-        >>> gaussian_copula(torch.tensor([[1.0], [8.0], [27.0]])).flatten()
-        tensor([-0.6745,  0.0000,  0.6745])
-    """
-    columns = []
-    for column in x.T:
-        _, inverse_index, counts = column.unique(return_inverse=True, return_counts=True)
-        last = counts.cumsum(0).to(x.dtype)
-        mean_rank = last - (counts.to(x.dtype) - 1) / 2
-        columns.append(torch.special.ndtri(mean_rank[inverse_index] / (len(column) + 1)))
-    return torch.stack(columns, dim=1)
-
-
-def normal_scores(
-    x: Tensor, base: Tensor, factor: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Second moments ``(Sxx, Sxy, Syy)`` of normal scores, for MI that only ranks decide.
-
-    ``x`` and ``z = base x`` are turned into normal scores column by column and scaled to unit
-    variance (ties, as after a ReLU, leave less); then ``y = factor diag(std z) z``.
-
-    Args:
-        x: Samples ``(N, d)``.
-        base: Linear map to the layer above ``(m, d)``.
-        factor: How the layer above is weighted ``(k, m)``; None leaves it as it is.
-    """
-    z = x @ base.mT
-    scores, above = _unit_scores(x), _unit_scores(z)
-    scale = z.std(0, correction=0)
-    weighted = torch.diag(scale) if factor is None else factor * scale
-    cross = scores.mT @ above / len(x) @ weighted.mT
-    return (
-        scores.mT @ scores / len(x),
-        cross,
-        weighted @ (above.mT @ above / len(x)) @ weighted.mT,
-    )
-
-
-def _unit_scores(x: Tensor) -> Tensor:
-    scores = gaussian_copula(x)
-    scores = scores - scores.mean(0)  # ties are not symmetric
-    spread = scores.std(0, correction=0)
-    return scores / torch.where(spread > 0, spread, 1.0)
 
 
 def unbiased_cka(x: Tensor, y: Tensor) -> Tensor:

@@ -34,7 +34,6 @@ class Listener(Ear):
         batches: Batches that will be heard; None takes positions first come, first served.
         seed: Seed of the draw; the global random state is not touched.
         calls: Positions of the inputs to store, so that a cut model can be run on them.
-        samples: Positions of every axis to store, for measures that need more than sums.
 
     Example:
         >>> from lightning_mi_prune.families import linear_axis
@@ -55,7 +54,6 @@ class Listener(Ear):
         batches: int | None = None,
         seed: int = 0,
         calls: int = 0,
-        samples: int = 0,
     ) -> None:
         super().__init__()
         places = {key: readers[0] for axis in axes for key, readers in axis.places.items()}
@@ -65,13 +63,10 @@ class Listener(Ear):
         }
         self.examples: dict[str, Example] = {}
         self._kept = StoredCalls(calls, batches, seed + 1)
-        self._samples: dict[str, list[Tensor]] = {key: [] for key in places}
         self.seconds = 0.0
         self._model, self._axes = model, axes
         self._positions = positions
-        share = 1 if batches is None else max(1, batches)
-        self._quota, self._keep = (-(-n // share) for n in (positions, samples))
-        self._most = samples
+        self._quota = -(-positions // (1 if batches is None else max(1, batches)))
         self._generator = torch.Generator().manual_seed(seed)
         self._masks: dict[str, Tensor | None] = {}
         self._draws: dict[tuple[str, int], Tensor] = {}
@@ -137,7 +132,6 @@ class Listener(Ear):
             if len(index) > wanted:
                 index = index[self._draw(axis.scope, len(index), wanted).to(x.device)]
             moments.hear(flat[index])
-            self._store_sample(key, flat[index])
             if key in self._left:
                 self._left[key] -= len(index)
             self.seconds += time.perf_counter() - started
@@ -148,17 +142,6 @@ class Listener(Ear):
     def stored(self) -> dict[str, list[Example]]:
         """Stored inputs, by path of the network that received them."""
         return self._kept.stored
-
-    @property
-    def samples(self) -> dict[str, Tensor]:
-        """Stored positions ``(N, d)`` of every axis, by key; the same ones on all of a network."""
-        return {key: torch.cat(parts) for key, parts in self._samples.items() if parts}
-
-    def _store_sample(self, key: str, x: Tensor) -> None:
-        parts = self._samples[key]
-        room = min(self._keep, self._most - sum(map(len, parts)))
-        if room > 0:
-            parts.append(x[:room].to("cpu", torch.float32, copy=True))
 
     def _store_call(self, axis: WidthAxis, x: Tensor) -> None:
         """Keep some examples of the call that is under way, the first time a reader hears of it."""

@@ -49,8 +49,6 @@ class Method:
         refit_ridge: Pull towards the weights that folding in left, as a share of the mean variance.
         limits: Floors, caps and pins.
         multiple: Neuron widths are multiples of this.
-        estimator: ``"gaussian"`` measures on activations, ``"copula"`` on their normal scores.
-        samples: Positions that are stored for the copula.
         latency_table: File of measured latencies (JSON), measured and written if it is not there.
         latency_batch: Examples in the call that is timed.
     """
@@ -65,8 +63,6 @@ class Method:
     refit_ridge: float = 1e-2
     limits: Limits = field(default_factory=Limits)
     multiple: int = 8
-    estimator: Literal["gaussian", "copula"] = "gaussian"
-    samples: int = 4096
     latency_table: str | None = None
     latency_batch: int = 1
 
@@ -181,7 +177,6 @@ class Method:
         costs = self.costs(module, axes, chosen, now, heard.examples)
         mine = {axis.name: now[axis.name] for axis in chosen}
         relevance = self._relevance(heard)
-        samples = heard.samples if self.estimator == "copula" else None
         rank = partial(
             rank_axes,
             chosen,
@@ -190,7 +185,6 @@ class Method:
             current,
             self.criterion,
             relevance=relevance,
-            samples=samples,
         )
         share = partial(
             allot,
@@ -222,7 +216,6 @@ class Method:
             self.criterion,
             relevance=relevance,
             rankings=rankings,
-            samples=samples,
             fold_in=self.fold_in,
             ridge=getattr(self.criterion, "ridge", 1.0),
         )

@@ -72,7 +72,6 @@ def prune(
     within: str = "",
     include: str | None = None,
     exclude: str | None = None,
-    cuts: int = 1,
     positions: int = 16_384,
     steps: int = 64,
     training: Iterable[Any] | None = None,
@@ -98,8 +97,6 @@ def prune(
         within: Path of the submodule to search.
         include: Only axes whose name this regular expression finds.
         exclude: No axes whose name this regular expression finds.
-        cuts: Cuts on the way to the budget, each from a fresh look at what is left; more of them
-            take more time, and lose a little less (docs/method.md).
         positions: Samples to listen to on each axis.
         steps: Batches of the backward passes.
         training: Batches for them; default those of ``dataloader``.
@@ -120,8 +117,6 @@ def prune(
         >>> net[0].out_features, done.plan.width("hidden")
         (16, 16)
     """
-    if not isinstance(cuts, int) or isinstance(cuts, bool) or cuts < 1:
-        raise PruningError(f"cuts={cuts!r}; expected a whole number from 1.")
     asked = Budget(sparsity=budget) if isinstance(budget, (int, float)) else budget
     judged = loss is not None or hasattr(module, "training_step")
     if method is None:
@@ -148,41 +143,30 @@ def prune(
     method.check(module, axes, chosen, before)
     parameters = sum(p.numel() for p in module.parameters())
     seconds: dict[str, float] = dict.fromkeys(("listening", "gradients", "scoring", "refitting"), 0)
-    told: dict[str, Information] = {}
-    kept = 1.0
-    for cut in range(1, cuts + 1):
-        current = keeper.plan
-        heard = _hear(
-            module, chosen, dataloader, forward or _validate, method, positions, seed, seconds
-        )
-        if method.relevance == "gradient":
-            with _timed(seconds, "gradients"):
-                felt = GradientListener(module, chosen, steps=steps)
-                batches = dataloader if training is None else training
-                heard.gradients = _feel(module, batches, loss or _train, felt, steps)
-        with _timed(seconds, "scoring"):
-            selection = method.decide(
-                module, axes, chosen, current, heard, progress=cut / cuts, kept=kept
-            )
-        if selection is None:
-            continue
-        heard.moments = {}  # as large as the model; what follows needs the room
-        with _timed(seconds, "refitting"):
-            selection = pull_back(module, axes, current, selection, method, heard)
-        rewrites = apply(module, axes, selection.plan, current=current, folded=selection.folded)
-        rebind(optimizers, rewrites)
-        keeper.plan = current.then(selection.plan)
-        kept *= selection.kept_share
-        told |= selection.information
-    if not told:
+    with _timed(seconds, "listening"):
+        heard = _hear(module, chosen, dataloader, forward or _validate, method, positions, seed)
+    if method.relevance == "gradient":
+        with _timed(seconds, "gradients"):
+            felt = GradientListener(module, chosen, steps=steps)
+            batches = dataloader if training is None else training
+            heard.gradients = _feel(module, batches, loss or _train, felt, steps)
+    with _timed(seconds, "scoring"):
+        selection = method.decide(module, axes, chosen, plan, heard)
+    if selection is None:
         raise PruningError(f"The module meets {asked} already: nothing to cut. Ask for less.")
+    heard.moments = {}  # as large as the model; what follows needs the room
+    with _timed(seconds, "refitting"):
+        selection = pull_back(module, axes, plan, selection, method, heard)
+    rewrites = apply(module, axes, selection.plan, current=plan, folded=selection.folded)
+    rebind(optimizers, rewrites)
+    keeper.plan = plan.then(selection.plan)
     after = {axis.name: keeper.plan.width(axis.name) for axis in chosen}
     return Pruned(
         plan=keeper.plan,
         sparsity=sparsity_of(chosen, after),
         parameters=(parameters, sum(p.numel() for p in module.parameters())),
         prunable_parameters=(count_parameters(chosen, before), count_parameters(chosen, after)),
-        information=told,
+        information=selection.information,
         seconds=seconds,
     )
 
@@ -195,27 +179,19 @@ def _hear(
     method: Method,
     positions: int,
     seed: int,
-    seconds: dict[str, float],
 ) -> Heard:
-    """What the module says on the data as it stands."""
-    with _timed(seconds, "listening"):
-        listener = Listener(
-            module,
-            chosen,
-            positions=positions,
-            batches=_length(dataloader),
-            seed=seed,
-            calls=method.refit_positions if method.refit else 0,
-            samples=method.samples if method.estimator == "copula" else 0,
-        )
-        _listen(module, dataloader, forward, listener, positions)
-        listener.check()
-    return Heard(
-        listener.moments,
-        ranks=[listener.stored],
-        samples=listener.samples,
-        examples=listener.calls(chosen),
+    """What the module says on the data."""
+    listener = Listener(
+        module,
+        chosen,
+        positions=positions,
+        batches=_length(dataloader),
+        seed=seed,
+        calls=method.refit_positions if method.refit else 0,
     )
+    _listen(module, dataloader, forward, listener, positions)
+    listener.check()
+    return Heard(listener.moments, ranks=[listener.stored], examples=listener.calls(chosen))
 
 
 @contextmanager

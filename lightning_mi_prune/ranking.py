@@ -31,7 +31,6 @@ def rank_axes(
     *,
     relevance: RelevanceSource = None,
     widths: Mapping[str, int] | None = None,
-    samples: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Ranking]:
     """Put the units of every axis in the order in which they may go, once for all budgets.
 
@@ -48,7 +47,6 @@ def rank_axes(
             (:func:`relevance.relevance_of`), ``"readers"`` for the weights that are kept above,
             or None for all of it alike.
         widths: Units expected to stay on each axis, for what is kept above others; default all.
-        samples: Stored samples ``(N, d)`` by key, to measure on normal scores.
 
     Returns:
         A ranking of all present units by axis name, in positions of the model as built.
@@ -61,7 +59,7 @@ def rank_axes(
     found: dict[str, Ranking] = {}
     for axis in sorted(axes, key=lambda axis: -axis.level):
         known = _weigh(axis, weights, kept, current, axes, relevance)
-        sites = gather(axis, moments, weights, kept, current, axes, known, samples)
+        sites = gather(axis, moments, weights, kept, current, axes, known)
         order, costs = _whole(judge, sites)
         now = current.kept[axis.name]
         nats = accumulate(costs)

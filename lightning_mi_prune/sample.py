@@ -60,7 +60,6 @@ class Heard:
         moments: Sums of activations at each place, by key.
         gradients: Sums of gradients of training steps, by key; None where nobody asked.
         ranks: Inputs to run the cut model on, of each rank, by path of the network called.
-        samples: Stored positions ``(N, d)`` of each place; empty where nobody asked.
         examples: One call of each network, to count and to time its work.
         stacks: How alike the layers of each stack are, by its name.
     """
@@ -68,7 +67,6 @@ class Heard:
     moments: Mapping[str, Moments] = field(default_factory=dict)
     gradients: Mapping[str, GradientSums] | None = None
     ranks: Sequence[Mapping[str, Sequence[Example]]] = ()
-    samples: Mapping[str, Tensor] = field(default_factory=dict)
     examples: Mapping[str, Example] = field(default_factory=dict)
     stacks: Mapping[str, Compared] = field(default_factory=dict)
 

@@ -73,7 +73,6 @@ def select(
     *,
     relevance: RelevanceSource = None,
     rankings: Mapping[str, Ranking] | None = None,
-    samples: Mapping[str, Tensor] | None = None,
     fold_in: bool = True,
     ridge: float = 0.1,
 ) -> Selection:
@@ -91,7 +90,6 @@ def select(
         criterion: Who judges; default conditional mutual information.
         relevance: Which part of the layer above matters, as for :func:`ranking.rank_axes`.
         rankings: Orders of all axes, if they are known already; nobody judges then.
-        samples: Stored samples, as for :func:`ranking.rank_axes`.
         fold_in: Whether the readers' weights absorb the dropped units by least squares.
         ridge: Noise of the information that is reported, as a share of the mean variance above.
 
@@ -109,7 +107,6 @@ def select(
             judge,
             relevance=relevance,
             widths=widths,
-            samples=samples,
         )
     kept = dict(current.kept)
     folded: dict[str, Tensor] = {}

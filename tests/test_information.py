@@ -12,7 +12,6 @@ from sklearn.feature_selection import mutual_info_regression
 from lightning_mi_prune.elimination import eliminate
 from lightning_mi_prune.information import (
     conditional_covariance,
-    gaussian_copula,
     inverse,
     joint_information,
     plugin_bias,
@@ -92,23 +91,6 @@ def test_gaussian_pairs_agree_with_scikit_learn(rho):
     y = rho * x + math.sqrt(1 - rho**2) * torch.randn(4000, 1, dtype=F64)
     ksg = mutual_info_regression(x.numpy(), y.numpy().ravel(), random_state=0)[0]
     assert joint_information(*moments(x, y)).item() == pytest.approx(ksg, abs=0.06)
-
-
-def test_copula_sees_through_cubes_where_raw_moments_do_not():
-    x = torch.randn(200_000, 1, dtype=F64)
-    y = 0.8 * x + 0.6 * torch.randn(200_000, 1, dtype=F64)
-    raw = joint_information(*moments(x**3, y**3)).item()
-    copula = joint_information(*moments(gaussian_copula(x**3), gaussian_copula(y**3))).item()
-    assert raw == pytest.approx(0.3165, abs=0.02)
-    assert copula == pytest.approx(0.510826, abs=0.01)
-
-
-def test_copula_is_blind_to_monotone_maps_and_shares_ranks_among_ties():
-    x = torch.randn(50, 2, dtype=F64)
-    assert torch.equal(gaussian_copula(x), gaussian_copula(x.exp()))
-    tied = gaussian_copula(torch.relu(x))
-    zeros = tied[:, 0][x[:, 0] <= 0]
-    assert zeros.unique().numel() == 1
 
 
 def test_information_is_invariant_under_affine_maps_of_the_layer_above():

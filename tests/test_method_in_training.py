@@ -1,4 +1,4 @@
-"""Every budget, unit and estimator inside a real Trainer."""
+"""Every budget and unit inside a real Trainer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ def parameters(module):
         {"target_parameters": 9000},
         {"target_macs": 70_000},
         {"keep_information": 0.9},
-        {"sparsity": 0.5, "estimator": "copula"},
         {"sparsity": 0.5, "relevance": "readers"},
         {"sparsity": 0.5, "relevance": None, "refit": False, "widths": "uniform"},
         {

@@ -21,7 +21,7 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.evidence import Evidence, gather
 from lightning_mi_prune.families import find_axes, linear_axis
 from lightning_mi_prune.gradients import GradientListener
-from lightning_mi_prune.information import inverse, normal_scores
+from lightning_mi_prune.information import inverse
 from lightning_mi_prune.listener import Listener
 from lightning_mi_prune.ranking import loss_curve, rank_axes
 from lightning_mi_prune.relevance import Relevance, relevance_of, relevance_of_readers
@@ -244,47 +244,6 @@ def test_a_smaller_budget_needs_no_new_pass():
         assert direct.plan.kept[axis.name] == quarter
 
 
-def test_the_copula_only_sees_ranks_and_ties_do_not_hurt():
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, 5, generator=g, dtype=torch.float64).relu()  # half of it are ties
-    base = torch.randn(2, 5, generator=g, dtype=torch.float64)
-    plain = normal_scores(x, base)
-    bent = normal_scores(x.expm1(), torch.eye(5, dtype=torch.float64))
-    straight = normal_scores(x, torch.eye(5, dtype=torch.float64))
-    assert torch.allclose(bent[0], straight[0], atol=1e-12)
-    assert torch.allclose(plain[0].diagonal(), torch.ones(5, dtype=torch.float64))
-    assert torch.linalg.eigvalsh(plain[2]).min() > 0
-
-
-def test_the_copula_finds_a_unit_behind_heavy_tails():
-    """A cube hides a strong relation from the covariance, not from ranks."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(6000, 6, generator=g)
-    net, axis = two_layers(6, 1)
-    net = nn.Sequential(nn.Identity(), nn.Identity(), nn.Linear(6, 1))
-    with torch.no_grad():
-        net[2].weight.zero_()
-        net[2].weight[0, :3] = torch.tensor([1.0, 0.5, 0.25])
-    heard = listen(net, [axis], x, positions=6000, samples=4000)
-    assert {k: tuple(v.shape) for k, v in heard.samples.items()} == {"hidden": (4000, 6)}
-    weights = {"0.weight": torch.zeros(6, 6), "0.bias": torch.zeros(6)}
-    weights |= dict(net.named_parameters())
-    found = rank_axes(
-        [axis],
-        heard.moments,
-        weights,
-        full_plan([axis]),
-        MutualInformation(),
-        samples=heard.samples,
-    )
-    assert found["hidden"].kept(3) == (0, 1, 2)
-    few = {"hidden": heard.samples["hidden"][:2]}
-    with pytest.raises(PruningError, match="2 samples were heard"):
-        rank_axes(
-            [axis], heard.moments, weights, full_plan([axis]), MutualInformation(), samples=few
-        )
-
-
 def test_evidence_of_a_stream_has_one_site_wherever_it_is_read():
     net = build()
     axes = find_axes(net)
@@ -311,17 +270,3 @@ def test_evidence_of_a_stream_has_one_site_wherever_it_is_read():
         dict.fromkeys(stream.places, whole),
     )
     assert all(torch.allclose(s.above(), s.covariance) for s in seen)
-
-
-def test_the_copula_of_few_samples_stays_possible():
-    """Fewer than two samples an entry, few factors, a skewed relevance."""
-    g = torch.Generator().manual_seed(0)
-    factors = torch.randn(400, 8, generator=g, dtype=torch.float64)
-    x = nn.functional.gelu(factors @ torch.randn(8, 300, generator=g, dtype=torch.float64))
-    base = torch.randn(40, 300, generator=g, dtype=torch.float64)
-    factor = torch.diag(torch.logspace(0, -6, 40, dtype=torch.float64))
-    site = Evidence(
-        "ffn", 1, 400, x.mean(0), x.T.cov(), factor @ base, scores=normal_scores(x, base, factor)
-    )
-    for ridge in (0.01, 1.0):
-        assert sorted(MutualInformation(ridge=ridge).rank([site], 0).order) == list(range(300))

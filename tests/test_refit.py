@@ -275,17 +275,16 @@ def test_targets_of_padded_texts_are_those_of_each_text_alone():
     assert torch.allclose(torch.cat(parts), said, atol=1e-5)
 
 
-def test_listening_stores_calls_and_samples_in_their_bounds():
+def test_listening_stores_calls_in_their_bounds():
     model = build()
     axes = [a for a in find_axes(model) if a.kind in ("ffn", "heads")]
-    with Listener(model, axes, batches=4, calls=100, samples=50) as heard, torch.no_grad():
+    with Listener(model, axes, batches=4, calls=100) as heard, torch.no_grad():
         for seed in range(4):
             heard.start_batch(32, padded=2)
             model(**batch(seed=seed))
     stored = heard.stored[""]
     assert len(stored) == 4
     assert 60 <= sum(int(call.mask.sum()) for call in stored) <= 112  # some 8 a row, whole rows
-    assert all(len(x) <= 52 for x in heard.samples.values())
 
 
 @pytest.mark.parametrize("batches", [40, None])

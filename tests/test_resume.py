@@ -99,7 +99,6 @@ def test_other_units_are_chosen_anew(tmp_path, point, options, before, after, ff
     [
         ({"relevance": "readers"}, {}),
         ({"refit": False}, {}),
-        ({}, {"estimator": "copula"}),
         ({"units": ["ffn"], "relevance_steps": 3}, {}),
         ({}, {"relevance": None}),
     ],
@@ -285,7 +284,6 @@ HEARD = {
     "moments": {"a": (1, torch.ones(3, dtype=torch.float64))},
     "gradients": {"a": FELT},
     "calls": [{"": [CALL]}],
-    "samples": {"a": torch.ones(2, 1)},
     "stacks": {},
 }
 
@@ -350,9 +348,6 @@ PLAN = '{"kept":{"a":[0]},"sizes":{"a":2},"version":1}'
         heard(calls=[{"": [{**CALL, "args": CALL["args"][0]}]}]),
         heard(calls=[{"": [{**CALL, "args": ({"x": [LYING]},)}]}]),
         heard(calls=[{"": [{**CALL, "mask": LYING}]}]),
-        heard(samples={"a": LYING}),
-        heard(samples={"a": 3}),
-        heard(samples=None),
         heard(stacks=None),
         heard(stacks={"a": {**ALIKE, "similarity": [[1.0]]}}),
         {"compared": {"a": {**ALIKE, "angles": [[0.0] * 3, [0.0] * 3, [0.0]]}}},

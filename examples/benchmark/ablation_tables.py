@@ -6,7 +6,7 @@ from pathlib import Path
 
 from examples.benchmark.page import rewritten
 from examples.benchmark.records import Key, Record
-from examples.benchmark.settings import DEFAULT, SETTINGS
+from examples.benchmark.settings import DEFAULT, rows
 from examples.benchmark.tables import difference
 
 PAGE = Path("docs", "ablations.md")
@@ -37,12 +37,9 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def table(records: Sequence[Record]) -> list[str]:
-    """One task and sparsity: a row a setting, in the order of `SETTINGS`."""
+    """One task and sparsity: a row a setting, removed ones too."""
     lines = [f"| {COLUMNS} |", "|---" * (COLUMNS.count("|") + 1) + "|"]
-    by_setting = {
-        setting.name: {r["seed"]: r for r in records if r["setting"] == setting.name}
-        for setting in SETTINGS
-    }
+    by_setting = {name: {r["seed"]: r for r in records if r["setting"] == name} for name in rows()}
     default = by_setting[DEFAULT.name]
     for name, found in by_setting.items():
         if not found:

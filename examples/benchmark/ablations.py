@@ -58,7 +58,7 @@ class Gathered:
         kinds = [*UNITS, "residual"] if hearing.residual else UNITS
         chosen = choose_axes(plain.axes, units=kinds)
         if hearing not in self.heard:
-            sizes = hearing.positions, hearing.calls, seed, hearing.samples
+            sizes = hearing.positions, hearing.calls, seed
             started = time.perf_counter()
             heard = hear(model, chosen, rows, *sizes)
             self.heard[hearing] = heard, time.perf_counter() - started

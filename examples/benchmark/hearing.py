@@ -38,9 +38,8 @@ def hear(
     positions: int,
     calls: int,
     seed: int,
-    samples: int = 0,
 ) -> Heard:
-    """Moments, stored inputs and stored activations of one pass.
+    """Moments and stored inputs of one pass.
 
     Args:
         model: The model, in evaluation mode.
@@ -49,7 +48,6 @@ def hear(
         positions: Samples to listen to on each axis.
         calls: Positions of inputs to store for the refit.
         seed: Seed of the draw of positions.
-        samples: Positions of activations to store for the copula.
     """
     listener = Listener(
         model,
@@ -58,7 +56,6 @@ def hear(
         batches=len(batches),
         seed=seed,
         calls=calls,
-        samples=samples,
     )
     with torch.no_grad(), listener:
         for batch in batches:
@@ -68,7 +65,6 @@ def hear(
     return Heard(
         listener.moments,
         ranks=[listener.stored],
-        samples=listener.samples,
         examples=listener.calls(axes),
     )
 

@@ -1,16 +1,15 @@
 """The methods that are compared, by name, and their variants."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from lightning_mi_prune import MutualInformation, MutualInformationPruning
+from lightning_mi_prune import MutualInformation
 from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.criteria import ActivationNorm, Criterion, Magnitude, Random, Taylor
 from lightning_mi_prune.method import Method
 
-RIDGE: float = inspect.signature(MutualInformationPruning).parameters["ridge"].default
+RIDGE = MutualInformation().ridge
 
 Widths = Literal["global", "uniform"]
 Relevance = Literal["gradient", "readers"] | None

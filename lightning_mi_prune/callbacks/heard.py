@@ -38,7 +38,6 @@ def write_heard(heard: Heard) -> dict[str, Any]:
             }
             for rank in heard.ranks
         ],
-        "samples": dict(heard.samples),
         "stacks": _write_compared(heard.stacks),
     }
 
@@ -60,7 +59,6 @@ def read_heard(state: Mapping[str, Any]) -> Heard:
             {str(path): [read_example(call) for call in calls] for path, calls in rank.items()}
             for rank in state["calls"]
         ],
-        samples=tensors(state["samples"]),
         stacks=_read_compared(state["stacks"]),
     )
 

@@ -74,9 +74,6 @@ class MutualInformationPruning(WidthPruning):
         relevance_steps: Training steps of an epoch to take gradients from, over all ranks.
         selection: ``"conditional"`` (joint information, exact backward elimination) or ``"topk"``
             (every unit alone, the literal reading of the paper's abstract).
-        ridge: Noise on the layer above as a share of its mean variance.
-        estimator: ``"gaussian"`` information of activations, or ``"copula"``: of their normal
-            scores, which only their ranks decide.
         fold_in: Whether the readers' weights absorb the dropped units by least squares.
         refit: Whether output projections are solved again, bottom-up, on what the cut model hears.
         refit_positions: Validation positions to store for that, over all ranks; more are better.
@@ -136,8 +133,6 @@ class MutualInformationPruning(WidthPruning):
         relevance: Literal["gradient", "readers"] | None = "gradient",
         relevance_steps: int = 64,
         selection: Literal["conditional", "topk"] = "conditional",
-        ridge: float = 1.0,
-        estimator: Literal["gaussian", "copula"] = "gaussian",
         fold_in: bool = True,
         refit: bool = True,
         refit_positions: int = 16384,
@@ -158,7 +153,6 @@ class MutualInformationPruning(WidthPruning):
     ) -> None:
         between("floor", floor, 0, 1, closed=True)
         check_types(
-            ridge=ridge,
             include=include,
             exclude=exclude,
             module=module,
@@ -178,7 +172,7 @@ class MutualInformationPruning(WidthPruning):
             first_epoch=first_epoch,
             last_epoch=last_epoch,
         )
-        check_choices(widths=widths, relevance=relevance, estimator=estimator, best_of=best_of)
+        check_choices(widths=widths, relevance=relevance, best_of=best_of)
         check_order(ramp, cuts, first_epoch, last_epoch)
         check_regex("include", include)
         check_regex("exclude", exclude)
@@ -189,7 +183,7 @@ class MutualInformationPruning(WidthPruning):
         try:
             self.method = Method(
                 budget=Budget(sparsity, *targets),
-                criterion=MutualInformation(selection=selection, ridge=ridge),
+                criterion=MutualInformation(selection=selection),
                 widths=widths,
                 relevance=relevance,
                 fold_in=fold_in,
@@ -197,7 +191,6 @@ class MutualInformationPruning(WidthPruning):
                 refit_positions=refit_positions,
                 limits=Limits(floors or {}, caps or {}, pins or {}, floor),
                 multiple=multiple,
-                estimator=estimator,
                 latency_table=latency_table,
                 latency_batch=latency_batch,
             )
@@ -207,7 +200,6 @@ class MutualInformationPruning(WidthPruning):
             module=module or "",
             positions=positions,
             calls=refit_positions if refit else 0,
-            samples=self.method.samples if estimator == "copula" else 0,
             steps=relevance_steps if relevance == "gradient" else 0,
             seed=seed,
             verbose=verbose,

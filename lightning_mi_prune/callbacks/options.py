@@ -35,7 +35,6 @@ _LEAST = {
     "last_epoch": 1,
 }
 _TYPES: dict[str, tuple[type, ...]] = {
-    "ridge": (int, float),
     "include": _TEXT,
     "exclude": _TEXT,
     "module": _TEXT,
@@ -48,7 +47,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "widths": ("global", "uniform"),
     "relevance": ("gradient", "readers", None),
-    "estimator": ("gaussian", "copula"),
     "kernel": ("linear", "rbf"),
     "mode": ("max", "min"),
     "on_drop": ("halve", "stop"),

@@ -25,14 +25,12 @@ class Asked:
         budget: What a cut may cost.
         aim: What the schedule leads to, where that is not a sparsity.
         calls: Positions of calls to store; 0 stores none.
-        samples: Positions of every axis to store.
         steps: Training steps to take gradients from.
     """
 
     budget: AccuracyBudget | None = None
     aim: str = ""
     calls: int = 0
-    samples: int = 0
     steps: int = 0
 
 
@@ -60,7 +58,6 @@ def reconcile(run: RunState, axes: list[WidthAxis], module: nn.Module, asked: As
         surprises.append("What was heard was of other axes; a cut waits for the next validation.")
     elif heard is not None and (
         (asked.calls and not any(stored for rank in heard.ranks for stored in rank.values()))
-        or (asked.samples and {key: x.shape[-1] for key, x in heard.samples.items()} != widths)
         or (asked.steps and _shapes(heard.gradients or {}) != shapes)
     ):
         run.heard = None

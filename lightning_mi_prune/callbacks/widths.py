@@ -46,7 +46,6 @@ class WidthPruning(PruningCallback):
         module: Path of the submodule to search for prunable networks; "" searches all.
         positions: Samples to listen to on each axis in one validation run, over all ranks.
         calls: Positions of the inputs to store in it, over all ranks; 0 stores none.
-        samples: Positions of each axis to store in it, over all ranks; 0 stores none.
         steps: Training steps to take gradients from, over all ranks; 0 takes none.
         seed: Seed of the draw of positions.
         verbose: Whether each cut prints a table on rank zero.
@@ -62,7 +61,6 @@ class WidthPruning(PruningCallback):
         module: str,
         positions: int,
         calls: int,
-        samples: int,
         steps: int,
         seed: int,
         verbose: bool,
@@ -70,8 +68,7 @@ class WidthPruning(PruningCallback):
         budget: AccuracyBudget | None,
     ) -> None:
         super().__init__(module=module, seed=seed, verbose=verbose, best_of=best_of, budget=budget)
-        self._positions, self._calls = positions, calls
-        self._samples, self._steps = samples, steps
+        self._positions, self._calls, self._steps = positions, calls, steps
         self._feeling = Feeling(steps)
         self._chosen: list[WidthAxis] = []
 
@@ -105,13 +102,13 @@ class WidthPruning(PruningCallback):
         present = {name: len(kept) for name, kept in keeper.plan.kept.items()}
         self.check(module, self._standing, present)
         sizes = [(axis.name, axis.size) for axis in self._chosen]
-        sampling = (self._positions, self._calls, self._samples, self._steps, self._seed)
+        sampling = (self._positions, self._calls, self._steps, self._seed)
         options = (self._budget, self._best_of, sampling)
         return f"{keeper.plan.digest()} {sizes} {options}"
 
     @override
     def reconcile(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
-        asked = Asked(self._budget, self.aim(), self._calls, self._samples, self._steps)
+        asked = Asked(self._budget, self.aim(), self._calls, self._steps)
         surprises = reconcile(self._run, self._standing, module, asked)
         if trainer.global_rank and self._run.felt is not None:  # rank 0 goes on with all of it
             self._run.felt = blank(module, self._standing)
@@ -127,7 +124,6 @@ class WidthPruning(PruningCallback):
             batches=validation_batches(trainer),
             seed=self._seed,
             calls=-(-self._calls // world),
-            samples=-(-self._samples // world),
         )
 
     @override
@@ -145,10 +141,6 @@ class WidthPruning(PruningCallback):
         if self._calls:
             stored = placed(listener.stored, torch.device("cpu"))
             heard.ranks = gather(trainer.strategy, stored)
-        if self._samples:
-            parts = gather(trainer.strategy, listener.samples)
-            keys = listener.samples or parts[0]
-            heard.samples = {key: torch.cat([p[key] for p in parts if key in p]) for key in keys}
         return heard
 
     @override

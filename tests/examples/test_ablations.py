@@ -15,7 +15,7 @@ from examples.benchmark.hearing import drawn, feel, read
 from examples.benchmark.oneshot import Subject, cut, score
 from examples.benchmark.page import rewritten
 from examples.benchmark.records import load, part, write
-from examples.benchmark.settings import DEFAULT, NAMED, SETTINGS, Hearing, Setting
+from examples.benchmark.settings import DEFAULT, NAMED, REMOVED, SETTINGS, Hearing, Setting, rows
 from lightning_mi_prune import find_axes
 from lightning_mi_prune.axes import full_plan
 from lightning_mi_prune.choosing import choose_axes
@@ -70,7 +70,6 @@ def test_a_setting_changes_one_thing_but_for_the_few_that_explain_one() -> None:
         "top-k, fold-in alone",
         "no relevance, uniform",
         "literal reading",
-        "copula",
         "residual, same MACs",
     }
     assert len(NAMED) == len(SETTINGS)
@@ -85,7 +84,7 @@ def test_evidence_is_gathered_once_by_all_that_can_share_it(monkeypatch) -> None
     gathered = gathered_of(build())
     for setting in SETTINGS:
         gathered.subject(setting)
-    assert passes.count("heard") == len({setting.hearing for setting in SETTINGS}) == 7
+    assert passes.count("heard") == len({setting.hearing for setting in SETTINGS}) == 6
     assert passes.count("felt") == 4  # default, sampled labels, 8 batches, with the stream
 
 
@@ -99,8 +98,6 @@ def test_fewer_positions_are_heard_and_stored() -> None:
     assert {int(moments.count) for moments in few.moments.values()} <= set(range(480, 513))
     stored = [call.mask for calls in less.ranks[0].values() for call in calls]
     assert 0 < sum(mask.numel() for mask in stored) <= 1024
-    sampled = heard(samples=512).samples
-    assert {len(sample) for sample in sampled.values()} <= set(range(480, 513))
 
 
 def test_sampled_labels_are_those_that_the_model_predicts() -> None:
@@ -202,6 +199,8 @@ def test_the_table_pairs_by_seed() -> None:
             record("top-k", 1, 0.8, 0.6),
             record("default", 1, 0.8, 0.5),
             record("ridge 10", 2, 0.8, 0.5),
+            record("residual", 1, 0.8, 0.5),
+            record("copula", 1, 0.8, 0.6),
         ]
     )
     assert lines[0].startswith("**trec-6, 75% gone**; dense 90.00%, 0.200 nats; 10 test rows.")
@@ -210,8 +209,20 @@ def test_the_table_pairs_by_seed() -> None:
         "| top-k | 2 | +0.350 (+0.300 .. +0.400) | +0.150 (+0.100 .. +0.200) "
         "| -15.00 (-20.00 .. -10.00) | -5.00 (-10.00 .. +0.00) | 25% | 2 |",
         "| ridge 10 | 1 | +0.300 |  | -10.00 |  | 25% | 2 |",
+        "| copula | 1 | +0.400 | +0.100 | -10.00 | +0.00 | 25% | 2 |",
+        "| residual | 1 | +0.300 | +0.000 | -10.00 | +0.00 | 25% | 2 |",
     ]
     assert written([]) == ["There are no records yet."]
+
+
+def test_what_was_removed_is_shown_and_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    names = rows()
+    assert [name for name in names if name in NAMED] == [*NAMED]
+    assert [name for name in names if name not in NAMED] == ["copula"]
+    assert REMOVED.keys() <= NAMED.keys()
+    with pytest.raises(SystemExit, match="2"):
+        main(["--settings", "copula"])
+    assert "invalid choice: 'copula'" in capsys.readouterr().err
 
 
 def test_the_page_is_what_its_script_writes(tmp_path: Path) -> None:
@@ -219,6 +230,7 @@ def test_the_page_is_what_its_script_writes(tmp_path: Path) -> None:
     records = load(ROOT / "examples/benchmark/results/ablations.json")
     lines = written(records)
     assert rewritten(text, lines, BEGIN, ablation_tables.END) == text
-    assert [setting.name for setting in SETTINGS if f"**{setting.name}**" not in text] == []
+    assert {record["setting"] for record in records} <= set(rows())
+    assert [name for name in rows() if f"**{name}**" not in text] == []
     write(tmp_path / "again.json", records)
     assert written(load(tmp_path / "again.json")) == lines

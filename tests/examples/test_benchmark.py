@@ -12,6 +12,7 @@ from examples.benchmark.oneshot import CALLS, Subject, examine, main, measure
 from examples.benchmark.records import gather, load, part, write
 from examples.benchmark.tables import paired, summary
 from examples.benchmark.variants import METHODS, OURS, Variant
+from lightning_mi_prune import MutualInformationPruning
 from tests.models import batch, build
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
@@ -216,4 +217,5 @@ def test_help_names_methods_and_tasks(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_ridge_is_that_of_the_callback() -> None:
-    assert OURS.at(0.5, 0, CALLS).criterion.ridge == 1.0
+    callback = MutualInformationPruning()
+    assert OURS.at(0.5, 0, CALLS).criterion.ridge == callback.method.criterion.ridge == 1.0
