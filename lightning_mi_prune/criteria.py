@@ -97,6 +97,8 @@ class MutualInformation:
                 read-outs as entries determine every unit exactly.
         """
         readouts, entries = evidence.readout.shape
+        if not readouts:  # nothing was kept above, so there is nothing to know
+            return evidence.mean.new_zeros(evidence.units)
         covariance, cross, above = evidence.joint()
         if self.ridge == 0 and readouts >= entries:
             raise PruningError(
@@ -199,7 +201,7 @@ def _ascending(scores: Tensor) -> Elimination:
 
 def copies_kept(evidence: Evidence, kept: tuple[int, ...]) -> int:
     """How many kept units are copies (correlation above 0.999) of another kept unit."""
-    if evidence.entries != 1:
+    if evidence.entries != 1 or not kept:
         return 0
     index = torch.tensor(kept, device=evidence.covariance.device)
     block = evidence.covariance[index][:, index]

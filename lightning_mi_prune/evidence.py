@@ -63,7 +63,9 @@ class Evidence:
         return self.covariance, cross, self.readout @ cross
 
     def noise(self, ridge: float) -> float:
-        """Noise variance on the layer above: ``ridge`` times its mean variance."""
+        """Noise variance on the layer above: ``ridge`` times its mean variance, 0 for no layer."""
+        if not len(self.readout):  # nothing was kept above
+            return 0.0
         return ridge * float(self.joint()[2].diagonal().mean())
 
     def check(self) -> None:

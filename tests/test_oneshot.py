@@ -17,6 +17,7 @@ from lightning_mi_prune import PruningError, load_pruned, method, prune
 from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.cli import main
 from lightning_mi_prune.clock import measure_table
+from lightning_mi_prune.criteria import MutualInformation
 from lightning_mi_prune.families import find_axes, linear_axis, register_family
 from lightning_mi_prune.limits import Limits
 from lightning_mi_prune.measure import count_macs
@@ -54,6 +55,24 @@ def same(model, before):
     return after.keys() == before.keys() and all(
         torch.equal(after[n], t) for n, t in before.items()
     )
+
+
+@pytest.mark.parametrize("selection", ["conditional", "topk"])
+def test_a_stream_is_ranked_though_some_that_read_it_are_gone(selection):
+    """With the readers kept above, a sublayer that vanished has no say and does no harm."""
+    model = build()
+    method = Method(
+        Budget(sparsity=0.7),
+        criterion=MutualInformation(selection),
+        relevance="readers",
+        limits=Limits(pins={r"layer\.0\.(ffn|heads)": 0}),
+        refit=False,
+    )
+    rows = [batch(seed=seed) for seed in range(12)]
+    done = prune(model, rows, 0.7, method=method, units=["ffn", "heads", "residual"])
+    assert {len(done.plan.kept[name]) for name in done.plan.kept if "layer.0." in name} == {0}
+    assert done.plan.width("bert.residual") > 0
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("widths", ["global", "uniform"])
