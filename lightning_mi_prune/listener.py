@@ -19,6 +19,10 @@ from lightning_mi_prune.sample import Example, first_call
 
 __all__ = ["Example", "Listener"]
 
+# Samples that wait to be summed together: every product passes over a whole matrix of sums, so
+# small ones, of many batches, would cost the more the longer validation is.
+_TOGETHER = 512
+
 
 class Listener(Ear):
     """Hooks the readers of every axis and sums what arrives, until the ``with`` block ends.
@@ -57,10 +61,12 @@ class Listener(Ear):
     ) -> None:
         super().__init__()
         places = {key: readers[0] for axis in axes for key, readers in axis.places.items()}
-        self.moments = {
+        self._moments = {
             key: Moments(model.get_parameter(f"{reader}.weight").shape[1])
             for key, reader in places.items()
         }
+        self._waiting: dict[str, list[Tensor]] = {key: [] for key in places}
+        self._taken = dict.fromkeys(places, 0)
         self.examples: dict[str, Example] = {}
         self._kept = StoredCalls(calls, batches, seed + 1)
         self.seconds = 0.0
@@ -88,6 +94,32 @@ class Listener(Ear):
         self._masks.clear()
         self._draws.clear()
         self._open.clear()
+        started = time.perf_counter()
+        self._sum_up()
+        self.seconds += time.perf_counter() - started
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every place has all the samples that were asked for."""
+        return all(taken >= self._positions for taken in self._taken.values())
+
+    @property
+    def moments(self) -> dict[str, Moments]:
+        """The sums at each place, of all that was heard so far."""
+        self._sum_up()
+        return self._moments
+
+    def _sum_up(self) -> None:
+        for key in self._waiting:
+            self._add(key)
+
+    def _add(self, key: str) -> None:
+        """Add the samples that wait at a place to its sums."""
+        waiting = self._waiting[key]
+        if waiting:
+            with torch.no_grad():
+                self._moments[key].hear(waiting[0] if len(waiting) == 1 else torch.cat(waiting))
+            waiting.clear()
 
     def start_batch(self, rows: int | None = None, padded: int = 0) -> None:
         """Say that a batch begins, so that one that runs the network twice gets no double share.
@@ -96,7 +128,7 @@ class Listener(Ear):
             rows: Examples in the batch, if known.
             padded: How many of them, at the end, only repeat others: they are not heard.
         """
-        self._left = dict.fromkeys(self.moments, self._quota)
+        self._left = dict.fromkeys(self._moments, self._quota)
         self._fresh = (rows, rows - padded) if rows is not None and padded else None
 
     def _on_scope(self, path: str) -> Any:
@@ -118,8 +150,7 @@ class Listener(Ear):
             self._store_call(axis, x)
             mask = self._masks.get(axis.scope)
             flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-            moments = self.moments[key]
-            room = self._positions - int(moments.count)
+            room = self._positions - self._taken[key]
             wanted = min(self._left.get(key, self._quota), room)
             live = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
             if mask is not None and mask.shape == x.shape[:-1]:
@@ -131,7 +162,10 @@ class Listener(Ear):
                 return
             if len(index) > wanted:
                 index = index[self._draw(axis.scope, len(index), wanted).to(x.device)]
-            moments.hear(flat[index])
+            self._waiting[key].append(flat[index])
+            self._taken[key] += len(index)
+            if sum(map(len, self._waiting[key])) >= _TOGETHER:
+                self._add(key)
             if key in self._left:
                 self._left[key] -= len(index)
             self.seconds += time.perf_counter() - started

@@ -189,7 +189,7 @@ def _hear(
         seed=seed,
         calls=method.refit_positions if method.refit else 0,
     )
-    _listen(module, dataloader, forward, listener, positions)
+    _listen(module, dataloader, forward, listener)
     listener.check()
     return Heard(listener.moments, ranks=[listener.stored], examples=listener.calls(chosen))
 
@@ -209,14 +209,14 @@ def _length(batches: Iterable[Any]) -> int | None:
 
 
 def _listen(
-    module: nn.Module, batches: Iterable[Any], forward: Forward, listener: Listener, positions: int
+    module: nn.Module, batches: Iterable[Any], forward: Forward, listener: Listener
 ) -> None:
     device = next(module.parameters()).device
     with still(module), torch.no_grad(), listener:
         for batch in batches:
             listener.start_batch()
             forward(module, placed(batch, device))
-            if all(int(m.count) >= positions for m in listener.moments.values()):
+            if listener.is_full:
                 break
 
 

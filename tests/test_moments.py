@@ -191,3 +191,31 @@ def test_silence_is_named():
         pass
     with pytest.raises(PruningError, match="Nothing was heard at"):
         heard.check()
+
+
+def test_longer_validation_needs_no_more_products(monkeypatch):
+    """The same positions, however many batches they come in; what was heard can be read any time."""
+    ran, hear = [], Moments.hear
+    monkeypatch.setattr(Moments, "hear", lambda self, x: (ran.append(len(x)), hear(self, x)))
+    model = build()
+    axes = [a for a in find_axes(model) if a.kind == "ffn"]
+    counts = {}
+    for batches in (4, 64):
+        ran.clear()
+        with torch.no_grad(), Listener(model, axes, positions=1024, batches=batches) as heard:
+            for seed in range(batches):
+                heard.start_batch()
+                model(**batch(64, seed=seed))
+            assert not heard.is_full or batches == 4 or len(ran) < batches
+        counts[batches] = len(ran)
+        assert {int(m.count) for m in heard.moments.values()} == {1024}
+        assert heard.is_full
+    assert counts[64] <= counts[4] <= 4 * len(axes)
+    with torch.no_grad(), Listener(model, axes) as heard:
+        for seed in range(2):
+            model(**batch(2, seed=seed))
+            assert len({int(m.count) for m in heard.moments.values()} - {0}) == 1
+    both = [batch(2, seed=seed) for seed in range(2)]
+    assert int(next(iter(heard.moments.values())).count) == sum(
+        int(b["attention_mask"].sum()) for b in both
+    )
