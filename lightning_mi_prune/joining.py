@@ -54,7 +54,7 @@ def merged(calls: Sequence[Example], most: int) -> Example | None:
     if call.mask is None or call.mask.ndim != 2:
         return call
     order = call.mask.sum(1).argsort(stable=True)
-    return Example(*taken(joined, call.rows, order))
+    return trimmed(Example(*taken(joined, call.rows, order)))
 
 
 def pieces_of(call: Example) -> list[Example]:
@@ -62,16 +62,38 @@ def pieces_of(call: Example) -> list[Example]:
 
     No two sizes are alike throughout, so that what is not by example shows.
     """
-    rows = max(1, _PIECE // positions_of(call))
-    if call.rows <= rows:
-        return [trimmed(call)]
-    sizes = [rows] * (call.rows // rows)
-    sizes += [call.rows % rows] if call.rows % rows else []
-    if len(set(sizes)) == 1 and rows > 1:
-        sizes[-1:] = [rows - 1, 1]
-    parts = torch.split(torch.arange(call.rows), sizes)
     whole = (call.args, call.kwargs, call.mask)
-    return [trimmed(Example(*taken(whole, call.rows, part))) for part in parts]
+
+    def part(rows: Tensor) -> Example:
+        return trimmed(Example(*taken(whole, call.rows, rows)))
+
+    sizes = _sizes(_lengths(call, part(torch.zeros(1, dtype=torch.long))))
+    if len(sizes) == 1:
+        return [trimmed(call)]
+    return [part(rows) for rows in torch.split(torch.arange(call.rows), sizes)]
+
+
+def _lengths(call: Example, first: Example) -> list[int]:
+    """Positions that each example takes, padding included where it cannot be cut off."""
+    padded = positions_of(call)
+    if call.mask is None or first.mask is None or first.mask.shape[1:] == call.mask.shape[1:]:
+        return [padded] * call.rows
+    ends = call.mask.bool() * torch.arange(1, call.mask.shape[1] + 1).to(call.mask.device)
+    return [max(1, int(end)) for end in ends.amax(1)]
+
+
+def _sizes(lengths: Sequence[int]) -> list[int]:
+    """Examples of each piece; no two sizes are alike throughout."""
+    sizes, longest = [0], 0
+    for length in lengths:
+        longest = max(longest, length)
+        if sizes[-1] and (sizes[-1] + 1) * longest > _PIECE:
+            sizes.append(0)
+            longest = length
+        sizes[-1] += 1
+    if len(sizes) > 1 and len(set(sizes)) == 1 and sizes[-1] > 1:
+        sizes[-1:] = [sizes[-1] - 1, 1]
+    return sizes
 
 
 def trimmed(call: Example) -> Example:

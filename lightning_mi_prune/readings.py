@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +12,10 @@ from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.evidence import kept_rows
 from lightning_mi_prune.joining import pieces_of
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.sample import Example, run
+from lightning_mi_prune.sample import Example
+from lightning_mi_prune.unison import Part, run_together
 
-__all__ = ["Reading", "Targets", "heard_of", "readings", "run_with"]
+__all__ = ["Reading", "Targets", "readings"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,6 @@ class Reading:
     def spoken(self) -> Reading:
         """Where the present model says what the layer must say."""
         return self.source or self
-
-
-Act = Callable[[Reading, Tensor, Tensor | None, Tensor], Tensor]
 
 
 def readings(axes: Sequence[WidthAxis], current: Plan, plan: Plan) -> list[Reading]:
@@ -102,12 +98,23 @@ class Targets:
         *,
         once: bool = False,
     ) -> None:
-        self._model, self._path, self._call, self._room = model, path, call, room
+        self._model, self._path, self._room = model, path, room
         self._once = once
         self._left = {reading.spoken.layer: reading.spoken for reading in found}
         self._sizes: dict[str, float] = {}
         self._held: dict[str, Tensor] = {}
         self._often: set[str] = set()
+        self._call, self._pieces = call, pieces_of(call)
+
+    @property
+    def calls(self) -> Sequence[Example]:
+        """The sample in the pieces that targets come in, one after another.
+
+        It is whole where a layer speaks of all examples at once, such as a table of distances.
+        """
+        if not self._sizes:
+            self._hold("")
+        return self._pieces
 
     def take(self, layer: str) -> Tensor | None:
         """The target ``(positions, outputs)`` of a layer, to be asked for once.
@@ -131,45 +138,43 @@ class Targets:
         return found
 
     def _hold(self, asked: str) -> None:
-        pieces = pieces_of(self._call)
-        parts, whole = dict[str, list[Tensor]](), dict[str, Reading]()
-        used, ran, call = 0.0, set[str](), self._call
+        """Run the model and hold what fits, and in any case what is asked for."""
+        parts, used, ran = dict[str, list[Tensor]](), 0.0, set[str]()
         wanted, once = self._wanted(asked), self._once or bool(self._sizes)
+        pieces, whole = self._pieces, False
 
-        def keep(reading: Reading, x: Tensor, skip: Tensor | None, output: Tensor) -> Tensor:
-            nonlocal used
-            layer = reading.layer
+        def keep(reading: Reading, given: Sequence[Part]) -> Sequence[Tensor]:
+            nonlocal used, whole
+            (part,), layer = given, reading.layer
             if layer in ran:
                 self._often.add(layer)
-            elif layer in whole or (layer not in parts and call is not pieces[0]):
-                pass
-            elif output.shape[0] != call.rows and len(pieces) > 1:
-                whole[layer] = reading  # not by example, so there are no pieces of it
-            else:
-                said = heard_of(output if skip is None else output + skip, call.mask)
+            elif part.output.shape[0] != part.call.rows and len(pieces) > 1:
+                whole = True  # not by example, so there are no pieces of it
+            elif layer in parts or part.call is pieces[0]:
+                output = part.output
+                said = part.heard(output if part.stream is None else output + part.stream)
                 if reading.rows is not None:
                     said = said[:, reading.rows.to(said.device)]
+                size = 0.0
                 if layer not in parts:
-                    self._sizes[layer] = said.nbytes * _share(self._call, call)
-                size = 0.0 if layer in parts else self._sizes[layer]
+                    size = self._sizes[layer] = said.nbytes * _share(self._call, part.call)
                 if layer == asked or used + size <= self._room:
                     parts.setdefault(layer, []).append(said)
                     used += size
             ran.add(layer)
-            return output
+            return [part.output]
 
-        for call in pieces:
+        for piece in pieces:
             ran.clear()
-            run_with(self._model, wanted, self._path, call, keep, once=once)
+            run_together(self._model, wanted, self._path, [piece], keep, once=once)
+            if whole:
+                break
         if whole:
-            for layer in whole:
-                parts.pop(layer, None)
-            again = list(whole.values())
-            pieces = [self._call]
-            call = self._call
-            whole.clear()
-            ran.clear()
-            run_with(self._model, again, self._path, call, keep, once=self._once)
+            self._pieces = [self._call]
+            self._sizes.clear()
+            self._often.clear()
+            self._hold(asked)
+            return
         for layer in self._often:
             parts.pop(layer, None)
             self._left.pop(layer, None)
@@ -183,72 +188,3 @@ def _share(whole: Example, piece: Example) -> float:
     if whole.mask is None or piece.mask is None:
         return whole.rows / max(1, piece.rows)
     return float(whole.mask.sum()) / max(1.0, float(piece.mask.sum()))
-
-
-class _EnoughError(Exception):
-    """The last layer has spoken."""
-
-
-def run_with(
-    model: nn.Module,
-    found: Sequence[Reading],
-    path: str,
-    call: Example,
-    act: Act,
-    *,
-    once: bool = False,
-) -> None:
-    """Run the network; every layer's output goes through ``act``.
-
-    Args:
-        model: Module from which everything is named.
-        found: The layers.
-        path: Network that is called.
-        call: What it is called with.
-        act: Gets the layer, its input, the stream and its output; returns the output to go on with.
-        once: Whether each layer runs once, so that the run may end with the last of them: logits
-            of a large vocabulary would outgrow everything else.
-    """
-    skips: dict[str, Tensor] = {}
-    handles = []
-    silent = {reading.layer for reading in found}
-
-    def hold(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            skips[name] = args[0] if args else next(iter(kwargs.values()))
-
-        return hook
-
-    def change(reading: Reading) -> Any:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> Tensor:
-            x = args[0] if args else kwargs["input"]
-            skip = None if reading.skip is None else skips[reading.skip]
-            changed = act(reading, x, skip, output)
-            silent.discard(reading.layer)
-            if once and not silent:
-                raise _EnoughError
-            return changed
-
-        return hook
-
-    try:
-        for name in sorted({r.skip for r in found if r.skip is not None}):
-            module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(hold(name), with_kwargs=True))
-        for reading in found:
-            module = model.get_submodule(reading.layer)
-            handles.append(module.register_forward_hook(change(reading), with_kwargs=True))
-        with contextlib.suppress(_EnoughError):
-            run(model.get_submodule(path), call)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def heard_of(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The positions that are not padding, flat."""
-    if mask is not None and mask.shape == x.shape[:-1]:
-        return x[mask.to(x.device).bool()]
-    return x.flatten(0, -2)

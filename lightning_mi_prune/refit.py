@@ -20,8 +20,9 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import is_within
 from lightning_mi_prune.joining import merged
 from lightning_mi_prune.moments import add_outer, mirror
-from lightning_mi_prune.readings import Reading, Targets, heard_of, run_with
+from lightning_mi_prune.readings import Reading, Targets
 from lightning_mi_prune.sample import Example, placed
+from lightning_mi_prune.unison import Part, run_together
 
 __all__ = ["Sum", "refit", "refit_all"]
 
@@ -36,7 +37,6 @@ def refit(
     cut: nn.Module,
     found: Sequence[Reading],
     path: str,
-    call: Example,
     targets: Targets,
     *,
     ridge: float = 1e-2,
@@ -46,17 +46,16 @@ def refit(
 ) -> dict[str, Tensor]:
     """Weights and biases that pull the residual stream of a cut model back to the dense one's.
 
-    The model is only run, never changed: each hook solves its layer when the data arrives and hands
-    the new output on, so that everything above sees the refitted stream. A layer that runs several
-    times in a pass (ALBERT's are shared) stays as it is: each of its calls would want to make up
-    for the same loss of the stream.
+    The model is only run, never changed: a layer is solved when all of the sample has reached it,
+    and hands the new output on, so that everything above sees the refitted stream. A layer that
+    runs several times in a pass (ALBERT's are shared) stays as it is: each of its calls would want
+    to make up for the same loss of the stream.
 
     Args:
         cut: The cut model, with the weights that folding in left.
         found: Layers to solve.
         path: Network that is called.
-        call: The sample.
-        targets: What the dense model says on it.
+        targets: The sample, and what the dense model says on it.
         ridge: Pull towards the present weights, as a share of the mean variance of the inputs.
         add: Adds sums up over ranks; every rank comes by in the same order.
         share: Weight of this rank's sample; 0 for one that only keeps the others company.
@@ -69,29 +68,35 @@ def refit(
         PruningError: If the sample is smaller than what a layer has to learn from it.
     """
     solved: dict[str, Tensor] = {}
-    inputs = _Inputs(call.mask)
+    inputs = _Inputs()
 
-    def solve(reading: Reading, x: Tensor, skip: Tensor | None, output: Tensor) -> Tensor:
+    def solve(reading: Reading, parts: Sequence[Part]) -> Sequence[Tensor]:
         wanted = targets.take(reading.spoken.layer)
         layer = cut.get_submodule(reading.layer)
         if wanted is None:
-            return output
-        if skip is not None:
-            stream = heard_of(skip, call.mask)
-            if reading.normed:
-                wanted = _levelled(wanted, stream + heard_of(output, call.mask))
-            wanted = wanted - stream
+            return [part.output for part in parts]
+        asked = [
+            _missing(reading, part, share)
+            for part, share in zip(parts, _split(wanted, parts), strict=True)
+        ]
         if isinstance(layer, nn.LayerNorm):
-            plain = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
-            new = _solve_norm(layer, heard_of(plain, call.mask), wanted, add, share)
-            solved.update({f"{reading.layer}.{name}": value for name, value in new.items()})
-            return plain * new["weight"] + new.get("bias", 0)
-        sums = share * inputs.sums(x, wanted - heard_of(output, call.mask))
-        new = _solve(reading, layer, add(sums), ridge)
+            plain = [
+                functional.layer_norm(p.x, layer.normalized_shape, eps=layer.eps) for p in parts
+            ]
+            pairs = [(part.heard(x), y) for part, x, y in zip(parts, plain, asked, strict=True)]
+            sums = share * sum((_norm_sums(x, y) for x, y in pairs), torch.tensor(0.0))
+            new = _solve_norm(layer, add(sums))
+            outputs = [x * new["weight"] + new.get("bias", 0) for x in plain]
+        else:
+            missing = [y - part.heard(part.output) for part, y in zip(parts, asked, strict=True)]
+            new = _solve(reading, layer, add(share * inputs.sums(parts, missing)), ridge)
+            outputs = [part.output for part in parts]
+            if new:
+                outputs = [functional.linear(p.x, new["weight"], new.get("bias")) for p in parts]
         solved.update({f"{reading.layer}.{name}": value for name, value in new.items()})
-        return functional.linear(x, new["weight"], new.get("bias")) if new else output
+        return outputs
 
-    run_with(cut, found, path, call, solve, once=once)
+    run_together(cut, found, path, targets.calls, solve, once=once)
     return solved
 
 
@@ -144,7 +149,6 @@ def refit_all(
             cut,
             mine,
             path,
-            call,
             targets,
             ridge=ridge,
             add=add,
@@ -152,6 +156,21 @@ def refit_all(
             once=once,
         )
     return solved
+
+
+def _split(wanted: Tensor, parts: Sequence[Part]) -> Sequence[Tensor]:
+    """A target of the whole sample, by what each call brings."""
+    return torch.split(wanted, [len(part.heard(part.output)) for part in parts])
+
+
+def _missing(reading: Reading, part: Part, wanted: Tensor) -> Tensor:
+    """What the layer itself must say, so that with the stream it is what is wanted."""
+    if part.stream is None:
+        return wanted
+    stream = part.heard(part.stream)
+    if reading.normed:
+        wanted = _levelled(wanted, stream + part.heard(part.output))
+    return wanted - stream
 
 
 def _levelled(wanted: Tensor, said: Tensor) -> Tensor:
@@ -164,27 +183,27 @@ def _levelled(wanted: Tensor, said: Tensor) -> Tensor:
 class _Inputs:
     """Normal equations; layers that read the same input share its part of them."""
 
-    def __init__(self, mask: Tensor | None) -> None:
-        self._mask = mask
-        self._x: Tensor | None = None
-        self._heard = self._outer = torch.empty(0)
+    def __init__(self) -> None:
+        self._x: list[Tensor] = []
+        self._heard: list[Tensor] = []
+        self._outer = torch.empty(0)
 
-    def sums(self, x: Tensor, missing: Tensor) -> Tensor:
+    def sums(self, parts: Sequence[Part], missing: Sequence[Tensor]) -> Tensor:
         """``[1 x]' [1 x]`` beside ``[1 x]' missing``, over the positions that are not padding."""
-        fresh = x is not self._x
+        given = [part.x for part in parts]
+        fresh = [*map(id, given)] != [*map(id, self._x)]
         if fresh:
-            self._heard, self._x = heard_of(x, self._mask), x
-            size = self._heard.shape[1] + 1
-            self._outer = _double(x[:0]).new_zeros(size, size)
-        cross = self._outer.new_zeros(len(self._outer), missing.shape[1])
-        # In pieces: all of it in double precision would be larger than anything else.
-        for part, rest in zip(
-            *(torch.split(t, _PIECE) for t in (self._heard, missing)), strict=True
-        ):
-            inputs = functional.pad(_double(part), (1, 0), value=1.0)
-            cross.addmm_(inputs.mT, _double(rest))
-            if fresh:
-                add_outer(self._outer, inputs)
+            self._x, self._heard = given, [part.heard(part.x) for part in parts]
+            size = self._heard[0].shape[1] + 1
+            self._outer = _double(given[0][:0]).new_zeros(size, size)
+        cross = self._outer.new_zeros(len(self._outer), missing[0].shape[1])
+        for heard, rest in zip(self._heard, missing, strict=True):
+            # In pieces: all of it in double precision would be larger than anything else.
+            for x, y in zip(torch.split(heard, _PIECE), torch.split(rest, _PIECE), strict=True):
+                inputs = functional.pad(_double(x), (1, 0), value=1.0)
+                cross.addmm_(inputs.mT, _double(y))
+                if fresh:
+                    add_outer(self._outer, inputs)
         if fresh:
             mirror(self._outer)
         return torch.cat([self._outer, cross], dim=1)
@@ -228,15 +247,15 @@ def _solve(reading: Reading, layer: nn.Module, sums: Tensor, ridge: float) -> di
     return {key: value.detach() for key, value in new.items()}
 
 
-def _solve_norm(
-    layer: nn.LayerNorm, plain: Tensor, wanted: Tensor, add: Sum, share: float
-) -> dict[str, Tensor]:
-    """New gain and offset of a normalisation, each entry by itself."""
+def _norm_sums(plain: Tensor, wanted: Tensor) -> Tensor:
+    """Sums over positions that tell gain and offset of each entry, ``(5, entries)``."""
     x, y = _double(plain), _double(wanted)
-    ones = torch.ones_like(x)
-    sums = add(share * torch.stack([v.sum(0) for v in (ones, x, y, x * x, x * y)]))
-    count, mean_x, mean_y, square, product = sums / sums[0].clamp_min(1) * torch.ones_like(sums)
-    del count
+    return torch.stack([v.sum(0) for v in (torch.ones_like(x), x, y, x * x, x * y)])
+
+
+def _solve_norm(layer: nn.LayerNorm, sums: Tensor) -> dict[str, Tensor]:
+    """New gain and offset of a normalisation, each entry by itself."""
+    _, mean_x, mean_y, square, product = sums / sums[0].clamp_min(1)
     variance = (square - mean_x**2).clamp_min(torch.finfo(square.dtype).tiny)
     gain = (product - mean_x * mean_y) / variance
     # An entry that never changes says nothing of its gain.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,8 @@ __all__ = [
     "Example",
     "Heard",
     "copied",
+    "evaluated",
+    "full",
     "is_plain",
     "placed",
     "refreshed",
@@ -125,19 +128,27 @@ def refreshed(old: Mapping[str, Example], new: Mapping[str, Example]) -> Mapping
 
 def run(network: nn.Module, call: Example) -> None:
     """Run a network on a call in evaluation mode, without gradients; mode flags are put back."""
+    call = full(call, network)
+    with evaluated(network):
+        network(*call.args, **call.kwargs)
+
+
+@contextmanager
+def evaluated(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients; mode flags are put back."""
     modes = {module: module.training for module in network.modules()}
-    call = _full(call, next((p.dtype for p in network.parameters()), torch.float32))
     network.eval()
     try:
         with torch.no_grad():
-            network(*call.args, **call.kwargs)
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def _full(call: Example, dtype: torch.dtype) -> Example:
+def full(call: Example, network: nn.Module) -> Example:
     """The call with numbers as fine as the weights, which cannot read what autocast made coarse."""
+    dtype = next((p.dtype for p in network.parameters()), torch.float32)
 
     def cast(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -194,7 +194,7 @@ def test_silence_is_named():
 
 
 def test_longer_validation_needs_no_more_products(monkeypatch):
-    """The same positions, however many batches they come in; what was heard can be read any time."""
+    """The same positions, in however many batches; what was heard can be read any time."""
     ran, hear = [], Moments.hear
     monkeypatch.setattr(Moments, "hear", lambda self, x: (ran.append(len(x)), hear(self, x)))
     model = build()

@@ -12,11 +12,11 @@ from lightning_mi_prune.anatomy import Anatomy
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes
 from lightning_mi_prune.families.stacks import find_stacks
-from lightning_mi_prune.readings import heard_of
 from lightning_mi_prune.sample import Example, Heard, run
 from lightning_mi_prune.selection import Selection
 from lightning_mi_prune.surgery import operate
 from lightning_mi_prune.takeover import succession, take_over
+from lightning_mi_prune.unison import heard_of
 from tests.deep import deep_bert
 from tests.models import batch, build, pictures
 from tests.ranks import added, grouped, launch, place
