@@ -28,8 +28,8 @@ def merged(calls: Sequence[Example], most: int) -> Example | None:
 
     Args:
         calls: Calls of one network, in the order in which they were made.
-        most: Positions, padding included, that the merged call may have; beyond it examples are
-            left out evenly, for neighbours may be of one length.
+        most: Positions that the merged call may have, with the padding that cannot be cut off;
+            beyond it examples are left out evenly, for neighbours may be of one length.
 
     Example:
         >>> def call(length):
@@ -43,18 +43,16 @@ def merged(calls: Sequence[Example], most: int) -> Example | None:
     shapes = [_shape(call) for call in calls]
     common = Counter(shapes).most_common(1)[0][0]
     same = [call for call, shape in zip(calls, shapes, strict=True) if shape == common]
-    longest = max(_length(call) for call in same)
-    rows = [call.rows for call in same]
-    room = max(1, most // max(1, longest))
-    joined = _join([(c.args, c.kwargs, c.mask) for c in same], rows)
-    if sum(rows) > room:
-        spread = torch.linspace(0, sum(rows) - 1, room).round().long()
-        joined = taken(joined, sum(rows), spread)
+    joined = _join([(c.args, c.kwargs, c.mask) for c in same], [call.rows for call in same])
     call = Example(*joined)
+    rows, each = call.rows, sum(_lengths(call)) / call.rows
+    if rows * each > most:
+        spread = torch.linspace(0, rows - 1, max(1, int(most / each))).round().long()
+        call = Example(*taken(joined, rows, spread))
     if call.mask is None or call.mask.ndim != 2:
         return call
     order = call.mask.sum(1).argsort(stable=True)
-    return trimmed(Example(*taken(joined, call.rows, order)))
+    return trimmed(Example(*taken((call.args, call.kwargs, call.mask), call.rows, order)))
 
 
 def pieces_of(call: Example) -> list[Example]:
@@ -62,21 +60,24 @@ def pieces_of(call: Example) -> list[Example]:
 
     No two sizes are alike throughout, so that what is not by example shows.
     """
-    whole = (call.args, call.kwargs, call.mask)
-
-    def part(rows: Tensor) -> Example:
-        return trimmed(Example(*taken(whole, call.rows, rows)))
-
-    sizes = _sizes(_lengths(call, part(torch.zeros(1, dtype=torch.long))))
+    sizes = _sizes(_lengths(call))
     if len(sizes) == 1:
         return [trimmed(call)]
-    return [part(rows) for rows in torch.split(torch.arange(call.rows), sizes)]
+    return [_some(call, rows) for rows in torch.split(torch.arange(call.rows), sizes)]
 
 
-def _lengths(call: Example, first: Example) -> list[int]:
+def _some(call: Example, rows: Tensor) -> Example:
+    """Some examples of a call, without the padding that they all have."""
+    return trimmed(Example(*taken((call.args, call.kwargs, call.mask), call.rows, rows)))
+
+
+def _lengths(call: Example) -> list[int]:
     """Positions that each example takes, padding included where it cannot be cut off."""
     padded = positions_of(call)
-    if call.mask is None or first.mask is None or first.mask.shape[1:] == call.mask.shape[1:]:
+    if call.mask is None or call.mask.ndim != 2:
+        return [padded] * call.rows
+    shortest = _some(call, call.mask.sum(1).argmin()[None])
+    if shortest.mask is None or shortest.mask.shape[1] == call.mask.shape[1]:
         return [padded] * call.rows
     ends = call.mask.bool() * torch.arange(1, call.mask.shape[1] + 1).to(call.mask.device)
     return [max(1, int(end)) for end in ends.amax(1)]

@@ -29,7 +29,7 @@ __all__ = ["Sum", "refit", "refit_all"]
 Sum = Callable[[Tensor], Tensor]
 
 _PIECE = 4096
-# Positions that the merged sample may have for each that was asked for: texts differ in length.
+# Positions that the sample may have for each that was asked for, where padding cannot be cut off.
 _PADDING = 3
 
 

@@ -239,8 +239,9 @@ def test_calls_of_different_length_become_one():
     assert int(call.mask.sum()) == sum(int(c.mask.sum()) for c in calls)
     assert merged(calls, 18).rows == 2
     some = merged([call_of(batch(6, 8))], 3 * 8).kwargs["input_ids"]
-    # Spread, short ones first, without the columns that are padding in all of them.
-    assert torch.equal(some, batch(6, 8)["input_ids"][[2, 5, 0], :6])
+    assert torch.equal(some, batch(6, 8)["input_ids"][[2, 5, 0, 3]])  # spread, short ones first
+    short = merged([call_of({k: v[:3] for k, v in batch(6, 8).items()})], 3 * 8)
+    assert short.mask.shape == (3, int(short.mask.sum(1).max()))  # without padding of all
     assert merged([], 10) is None
     bare = [Example((torch.ones(3, n),), {}) for n in (4, 5, 4)]
     assert merged(bare, 100).rows == 6  # nothing tells padding apart, so one length only
