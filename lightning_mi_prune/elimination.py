@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.information import cholesky, diagonal_blocks, log_det_blocks
 
 __all__ = ["Elimination", "eliminate", "eliminate_together"]
@@ -49,8 +50,11 @@ class _Precision:
         rows = slice(group * g, group * g + g)
         done = self.factors[:, : self.used]
         column = self.matrix[rows].mT - done @ done[rows].mT
-        corner = cholesky((column[rows] + column[rows].mT) / 2)
-        factor = torch.linalg.solve_triangular(corner, column.mT, upper=False).mT
+        if g == 1:
+            factor = column * column[rows].rsqrt()
+        else:
+            corner = cholesky((column[rows] + column[rows].mT) / 2)
+            factor = torch.linalg.solve_triangular(corner, column.mT, upper=False).mT
         self.factors[:, self.used : self.used + g] = factor
         self.used += g
         parts = factor.view(-1, g, g)
@@ -108,6 +112,9 @@ def eliminate_together(
         sites: ``(P, Q)`` of each place, all of one shape.
         keep: Units that stay; 0 gives the whole order.
         entries: Entries per unit.
+
+    Raises:
+        PruningError: If a matrix is not positive.
     """
     pairs = [(_Precision(p, entries), _Precision(q, entries)) for p, q in sites]
     first = sites[0][0]
@@ -120,8 +127,15 @@ def eliminate_together(
         gains = [log_det_blocks(q.blocks) - log_det_blocks(p.blocks) for p, q in pairs]
         cost = gains[0] / 2 if len(gains) == 1 else torch.stack(gains).sum(0) / 2
         group = int(torch.where(alive, cost, math.inf).argmin())
+        nats = float(cost[group])
+        if not math.isfinite(nats):  # NaN of a matrix that lost its last digits comes first
+            raise PruningError(
+                f"The information of {int(alive.sum())} of {units} units is {nats}, not a number "
+                "of nats: their covariance is not positive. Validate on more data, raise "
+                "positions, or give MutualInformation a larger ridge."
+            )
         order.append(int(names[group]))
-        costs.append(max(0.0, float(cost[group])))
+        costs.append(max(0.0, nats))
         for matrix in (m for pair in pairs for m in pair):
             matrix.forget(group)
         alive[group] = False

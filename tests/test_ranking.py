@@ -270,3 +270,10 @@ def test_evidence_of_a_stream_has_one_site_wherever_it_is_read():
         dict.fromkeys(stream.places, whole),
     )
     assert all(torch.allclose(s.above(), s.covariance) for s in seen)
+
+
+def test_a_matrix_that_is_not_positive_is_named_before_an_order_comes_of_it():
+    identity = torch.eye(3, dtype=torch.float64)
+    broken = torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 9.0]]).double()
+    with pytest.raises(PruningError, match=r"information of \d of 3 units .* larger ridge"):
+        eliminate_together([(identity, broken)], keep=0)
