@@ -5,9 +5,10 @@
     python -m examples.benchmark.recovery --list
 
 From the same fine-tuned model, each method prunes and is then trained for the same steps: same rows
-in the same order, same optimizer, learning rate and seed. Movement pruning prunes during them. The
-dense control is trained for them too. Records are written one by one, so a run that is stopped goes
-on where it was, and processes may share the work by tasks or seeds.
+in the same order, same optimizer, learning rate and seed. Movement pruning prunes during them. A
+small dense model comes with a fine-tuning of its own. The dense control is trained for them too.
+Records are written one by one, so a run that is stopped goes on where it was, and processes may
+share the work by tasks or seeds.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from examples.benchmark.records import Record, gather, key_of, known, part, writ
 from examples.benchmark.rivals import RIVALS, Rival
 from examples.benchmark.rivals.movement import LEARNING_RATE
 from examples.benchmark.rivals.size import settle, size_of
+from examples.benchmark.rivals.small import Begun
 from examples.benchmark.texts import inputs_of, typical
 from examples.benchmark.training import Training, train, training_of
 from examples.benchmark.variants import METHODS, Variant
@@ -74,6 +76,21 @@ def pruned(subject: Subject, entry: Variant | Rival, sparsity: float) -> nn.Modu
     return entry.prune(model, subject.validation, sparsity, subject.seed)
 
 
+def begun(subject: Subject, entry: Variant | Rival, sparsity: float) -> Begun:
+    """The model before its steps; a rival with a model of its own says what that took.
+
+    Args:
+        subject: The dense model and its evidence.
+        entry: The way.
+        sparsity: Share of the prunable parameters that must go.
+    """
+    if isinstance(entry, Rival) and entry.own is not None:
+        return entry.own(subject.model, subject.task, subject.seed, sparsity)
+    started, processor = time.perf_counter(), time.process_time()
+    model = pruned(subject, entry, sparsity)
+    return Begun(model, time.perf_counter() - started, time.process_time() - processor)
+
+
 def trained(
     model: nn.Module, entry: Variant | Rival, sparsity: float, training: Training
 ) -> nn.Module:
@@ -106,9 +123,7 @@ def measure(
         sparsity: Share of the prunable parameters that must go.
         trainings: The steps that follow; none for one shot.
     """
-    started, processor = time.perf_counter(), time.process_time()
-    before = pruned(subject, entry, sparsity)
-    prune_seconds, prune_processor = time.perf_counter() - started, time.process_time() - processor
+    before, prune_seconds, prune_processor = begun(subject, entry, sparsity)
     length = typical(subject.test)
     for training in trainings:
         started, processor = time.perf_counter(), time.process_time()
