@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from examples.benchmark import oneshot, recovery
-from examples.benchmark.finetuned import RECIPES, SEEDS, task_data
+from examples.benchmark.finetuned import RECIPES, SEEDS, TASKS, task_data
 from examples.benchmark.records import Record, load, write
 from examples.benchmark.rivals.size import Kept
 from examples.benchmark.texts import inputs_of, typical
@@ -95,7 +95,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("examples.benchmark.latency", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=[*RECIPES], default=[*RECIPES], help="default: all")
+    add("--tasks", nargs="+", choices=[*RECIPES], default=TASKS, help=f"default: {' '.join(TASKS)}")
     add("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="default: all")
     add("--methods", nargs="+", default=None, help="default: all")
     add("--seconds", type=float, default=1.0, help="for each model and batch size")
@@ -118,8 +118,8 @@ def main(given: Sequence[str] | None = None) -> None:
         data = task_data(task, 0)
         length = typical([*data.test_dataloader()])
 
-        def config(classes: int = data.num_classes) -> Any:
-            return AutoConfig.from_pretrained(model_path("minilm-l6"), num_labels=classes)
+        def config(model: str = RECIPES[task].model, classes: int = data.num_classes) -> Any:
+            return AutoConfig.from_pretrained(model_path(model), num_labels=classes)
 
         for kept in missing.values():
             times = {"seconds": asked.seconds, "rounds": asked.rounds}

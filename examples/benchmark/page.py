@@ -16,7 +16,7 @@ from pathlib import Path
 from examples.benchmark.losses import budget, goal_lines, lost_lines
 from examples.benchmark.plots import FLOORS, FOLDER, save, signed
 from examples.benchmark.records import Record
-from examples.benchmark.summarize import compared, markdown
+from examples.benchmark.summarize import averaged, compared, markdown
 from examples.benchmark.views import Plot, plots
 
 PAGE = Path("docs", "comparison.md")
@@ -42,9 +42,12 @@ def facts(records: Sequence[Record]) -> list[str]:
             dense = {r["seed"]: r["dense_accuracy"] for r in same if r["steps"] == steps}
             cells.append(f"{statistics.mean(dense.values()):.2%}" if dense else "")
         lines.append(f"| {' | '.join(cells)} |")
-    models = spelled({record["model"] for record in records})
+    models = {record["model"] for record in records}
     cpus = spelled({str((record["machine"] or {}).get("cpu")) for record in records})
-    lines += ["", f"{len(records)} records; model: {models}; processors: {cpus}."]
+    lines += ["", f"{len(records)} records; model: {spelled(models)}; processors: {cpus}."]
+    if len(models) > 1:
+        means = "; ".join(", ".join(tasks) for tasks in averaged(records)) or "none yet"
+        lines += ["", f"Means go over tasks of one model: {means}. The others stand alone."]
     if mixed := disagreeing(records):
         lines += ["", f"Not one dense model stands behind all records of {'; '.join(mixed)}."]
     return lines

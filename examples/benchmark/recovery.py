@@ -19,10 +19,9 @@ from pathlib import Path
 
 from torch import nn
 
-from examples.benchmark.finetuned import RECIPES, SEEDS, finetuned
+from examples.benchmark.finetuned import RECIPES, SEEDS, TASKS, finetuned
 from examples.benchmark.oneshot import (
     FOLDER,
-    MODEL,
     Subject,
     cut,
     examine,
@@ -137,7 +136,7 @@ def measure(
             "steps": training.steps,
             "finetune_epochs": training.epochs,
             "learning_rate": training.learning_rate,
-            "model": MODEL,
+            "model": RECIPES[subject.task].model,
             "sparsity": size.sparsity,
             "masked": size.masked,
             "n_test": sum(len(batch["labels"]) for batch in subject.test),
@@ -256,7 +255,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     methods = [*dict.fromkeys(entry.method for entry in ENTRIES)]
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=[*RECIPES], default=[*RECIPES], help="default: all")
+    add("--tasks", nargs="+", choices=[*RECIPES], default=TASKS, help=f"default: {' '.join(TASKS)}")
     add("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="default: all")
     add("--sparsities", nargs="+", type=share, default=SPARSITIES, help="default: 0.5 0.75 0.9")
     add("--steps", nargs="+", type=whole, default=STEPS, help="default: 0 (one shot) and 100")
