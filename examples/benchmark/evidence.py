@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 
-from examples.benchmark.finetuned import RECIPES, task_data
+from examples.benchmark.finetuned import RECIPES, TASKS, task_data
 from examples.benchmark.hearing import CALLS, POSITIONS, Batch, feel, hear
 from examples.benchmark.latency import shaped
 from examples.benchmark.oneshot import machine
@@ -88,7 +88,7 @@ def main(given: Sequence[str] | None = None) -> None:
     """Measure the tasks that are missing, one after another."""
     parser = argparse.ArgumentParser("examples.benchmark.evidence", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--tasks", nargs="+", choices=[*RECIPES], default=[*RECIPES])
+    parser.add_argument("--tasks", nargs="+", choices=[*RECIPES], default=TASKS)
     parser.add_argument("--rounds", type=whole, default=ROUNDS, help="the median counts")
     asked = parser.parse_args(given)
     if not asked.rounds:
@@ -102,7 +102,8 @@ def main(given: Sequence[str] | None = None) -> None:
         data = task_data(task, 0)
         batches = [*data.val_dataloader()]
         torch.manual_seed(0)
-        config = AutoConfig.from_pretrained(model_path("minilm-l6"), num_labels=data.num_classes)
+        path = model_path(RECIPES[task].model)
+        config = AutoConfig.from_pretrained(path, num_labels=data.num_classes)
         record = {"task": task, **gauge(shaped(config), batches, asked.rounds)}
         positions = sum(int(batch["attention_mask"].sum()) for batch in batches)
         found[task] = record | {"positions": positions, "machine": machine()}

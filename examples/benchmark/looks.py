@@ -63,6 +63,7 @@ LOOKS: dict[Name, Look] = {
     },
     ("first-layers", "uniform", "none", 1): Look("first layers", OTHERS, PURPLE, "p"),
     ("cka-layers", "uniform", "none", 1): Look("layers by CKA", OTHERS, PURPLE, ">"),
+    ("small-dense", "uniform", "none", 1): Look("small dense model", OTHERS, PURPLE, "d"),
     ("magnitude-masks", "global", "none", 1): Look("magnitude masks", OTHERS, GREEN, "X"),
     ("movement-masks", "uniform", "none", 1): Look("movement masks", OTHERS, BLACK, "P"),
     ("movement-masks", "global", "none", 1): Look("the same, global", OTHERS, BLACK, "X"),

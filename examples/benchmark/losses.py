@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from examples.benchmark.records import Record
-from examples.benchmark.summarize import CONFIDENCE, MINE, aside, by_seed, cell, interval
+from examples.benchmark.summarize import (
+    CONFIDENCE,
+    MINE,
+    aside,
+    averaged,
+    by_seed,
+    cell,
+    interval,
+)
 from examples.benchmark.tables import Name, variant_of
 
 ROUNDING = 1e-9  # points by which sums of the same accuracies may differ
@@ -112,7 +120,7 @@ def lost_lines(records: Sequence[Record]) -> list[str]:
 
 
 def goal_lines(records: Sequence[Record]) -> list[str]:
-    """Every goal that our mean misses on a task or over all of them, and how many were met."""
+    """Every goal that our mean misses on a task or over those of a model; how many were met."""
     mine = [record for record in records if variant_of(record) == MINE]
     met, rows, absent = 0, [], []
     for goal in GOALS:
@@ -127,8 +135,7 @@ def goal_lines(records: Sequence[Record]) -> list[str]:
         for steps in sorted({record["steps"] for record in same}):
             at = [record for record in same if record["steps"] == steps]
             tasks = sorted({record["task"] for record in at})
-            chosen = [*([task] for task in tasks), *([tasks] if len(tasks) > 1 else [])]
-            for these in chosen:
+            for these in [*([task] for task in tasks), *averaged(at)]:
                 gaps = [*by_seed(at, these).values()]
                 if not gaps:  # no seed has all tasks yet
                     continue
@@ -140,9 +147,10 @@ def goal_lines(records: Sequence[Record]) -> list[str]:
                 shown = f"{mean:+.2f}" + (f" ± {half:.2f}" if len(gaps) > 1 else "")
                 about = [budget(steps), f"{goal.sparsity:.0%}", where, f"{0 - goal.allowed:.1f}"]
                 rows.append(f"| {' | '.join([*about, shown, str(len(gaps))])} |")
+    whole = "all" if len({record["model"] for record in mine}) < 2 else "those of one model"
     lines = [
-        f"Of {met + len(rows)} goals, each for one task or for the mean of all, {met} are met and "
-        f"{len(rows)} missed by our mean. "
+        f"Of {met + len(rows)} goals, each for one task or for the mean of {whole}, {met} are met "
+        f"and {len(rows)} missed by our mean. "
         + (f"Not measured yet: {', '.join(absent)}." if absent else "All goals were measured.")
     ]
     if rows:

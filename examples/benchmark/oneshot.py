@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.measuring import cpu_name
-from examples.benchmark.finetuned import finetuned
+from examples.benchmark.finetuned import RECIPES, finetuned
 from examples.benchmark.hearing import CALLS, POSITIONS, Batch, listen
 from examples.benchmark.options import arguments, asked_variants, quiet
 from examples.benchmark.records import Record, gather, key_of, load, part, write
@@ -35,7 +35,7 @@ from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.method import pull_back
 from lightning_mi_prune.sample import Heard
 
-NAME, MODEL = "oneshot", "minilm-l6"
+NAME = "oneshot"
 FOLDER = Path("runs", "benchmark")
 RESULTS = Path(__file__).parent / "results" / "oneshot.json"
 
@@ -172,7 +172,7 @@ def tested(subject: Subject, model: nn.Module, plan: Plan) -> Record:
     before, after = (sum(p.numel() for p in net.parameters()) for net in (subject.model, model))
     prunable = count_parameters(subject.chosen)
     return {
-        "model": MODEL,
+        "model": RECIPES[subject.task].model,
         "sparsity": (before - after) / prunable,
         "n_test": sum(len(batch["labels"]) for batch in subject.test),
         "accuracy": accuracy,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import transformers
 
-from examples.benchmark.finetuned import RECIPES, SEEDS
+from examples.benchmark.finetuned import RECIPES, SEEDS, TASKS
 from examples.benchmark.variants import FOLD_INS, METHODS, Variant
 from lightning_mi_prune import PruningWarning
 
@@ -51,7 +51,7 @@ def arguments(given: Sequence[str] | None, description: str | None = None) -> ar
     parser = argparse.ArgumentParser("examples.benchmark.oneshot", description=description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=[*RECIPES], default=[*RECIPES], help="default: all")
+    add("--tasks", nargs="+", choices=[*RECIPES], default=TASKS, help=f"default: {' '.join(TASKS)}")
     add("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="default: all")
     add("--sparsities", nargs="+", type=share, default=SPARSITIES, help="default: 0.75 0.9")
     add("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="default: all")

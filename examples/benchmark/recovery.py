@@ -5,9 +5,10 @@
     python -m examples.benchmark.recovery --list
 
 From the same fine-tuned model, each method prunes and is then trained for the same steps: same rows
-in the same order, same optimizer, learning rate and seed. Movement pruning prunes during them. The
-dense control is trained for them too. Records are written one by one, so a run that is stopped goes
-on where it was, and processes may share the work by tasks or seeds.
+in the same order, same optimizer, learning rate and seed. Movement pruning prunes during them. A
+small dense model comes with a fine-tuning of its own. The dense control is trained for them too.
+Records are written one by one, so a run that is stopped goes on where it was, and processes may
+share the work by tasks or seeds.
 """
 
 import argparse
@@ -18,10 +19,9 @@ from pathlib import Path
 
 from torch import nn
 
-from examples.benchmark.finetuned import RECIPES, SEEDS, finetuned
+from examples.benchmark.finetuned import RECIPES, SEEDS, TASKS, finetuned
 from examples.benchmark.oneshot import (
     FOLDER,
-    MODEL,
     Subject,
     cut,
     examine,
@@ -34,6 +34,7 @@ from examples.benchmark.records import Record, gather, key_of, known, part, writ
 from examples.benchmark.rivals import RIVALS, Rival
 from examples.benchmark.rivals.movement import LEARNING_RATE
 from examples.benchmark.rivals.size import settle, size_of
+from examples.benchmark.rivals.small import Begun
 from examples.benchmark.texts import inputs_of, typical
 from examples.benchmark.training import Training, train, training_of
 from examples.benchmark.variants import METHODS, Variant
@@ -74,6 +75,21 @@ def pruned(subject: Subject, entry: Variant | Rival, sparsity: float) -> nn.Modu
     return entry.prune(model, subject.validation, sparsity, subject.seed)
 
 
+def begun(subject: Subject, entry: Variant | Rival, sparsity: float) -> Begun:
+    """The model before its steps; a rival with a model of its own says what that took.
+
+    Args:
+        subject: The dense model and its evidence.
+        entry: The way.
+        sparsity: Share of the prunable parameters that must go.
+    """
+    if isinstance(entry, Rival) and entry.own is not None:
+        return entry.own(subject.model, subject.task, subject.seed, sparsity)
+    started, processor = time.perf_counter(), time.process_time()
+    model = pruned(subject, entry, sparsity)
+    return Begun(model, time.perf_counter() - started, time.process_time() - processor)
+
+
 def trained(
     model: nn.Module, entry: Variant | Rival, sparsity: float, training: Training
 ) -> nn.Module:
@@ -106,9 +122,7 @@ def measure(
         sparsity: Share of the prunable parameters that must go.
         trainings: The steps that follow; none for one shot.
     """
-    started, processor = time.perf_counter(), time.process_time()
-    before = pruned(subject, entry, sparsity)
-    prune_seconds, prune_processor = time.perf_counter() - started, time.process_time() - processor
+    before, prune_seconds, prune_processor = begun(subject, entry, sparsity)
     length = typical(subject.test)
     for training in trainings:
         started, processor = time.perf_counter(), time.process_time()
@@ -122,7 +136,7 @@ def measure(
             "steps": training.steps,
             "finetune_epochs": training.epochs,
             "learning_rate": training.learning_rate,
-            "model": MODEL,
+            "model": RECIPES[subject.task].model,
             "sparsity": size.sparsity,
             "masked": size.masked,
             "n_test": sum(len(batch["labels"]) for batch in subject.test),
@@ -241,7 +255,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     methods = [*dict.fromkeys(entry.method for entry in ENTRIES)]
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=[*RECIPES], default=[*RECIPES], help="default: all")
+    add("--tasks", nargs="+", choices=[*RECIPES], default=TASKS, help=f"default: {' '.join(TASKS)}")
     add("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="default: all")
     add("--sparsities", nargs="+", type=share, default=SPARSITIES, help="default: 0.5 0.75 0.9")
     add("--steps", nargs="+", type=whole, default=STEPS, help="default: 0 (one shot) and 100")

@@ -184,8 +184,16 @@ def table(records: Sequence[Record], tasks: Sequence[str]) -> list[str]:
     return lines + [line for _, line in sorted(rows)]
 
 
+def averaged(records: Iterable[Record]) -> list[list[str]]:
+    """Tasks that means go over: those of one model, where it has several."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        found.setdefault(record["model"], set()).add(record["task"])
+    return [sorted(tasks) for _, tasks in sorted(found.items()) if len(tasks) > 1]
+
+
 def markdown(records: Sequence[Record]) -> list[str]:
-    """For every number of steps a table over all tasks, and one for each task."""
+    """For every number of steps a table over all tasks of a model, and one for each task."""
     lines = [
         "Points of accuracy to the dense control of the same seed and steps, mean over the seeds; "
         f"then how much better `{OURS.method}` with {OURS.widths} widths and a {OURS.fold_in} is, "
@@ -195,7 +203,7 @@ def markdown(records: Sequence[Record]) -> list[str]:
         same = [record for record in records if record["steps"] == steps]
         tasks = sorted({record["task"] for record in same})
         title = f"{steps} steps" if steps else "One shot"
-        for chosen in [tasks, *([task] for task in tasks)] if len(tasks) > 1 else [tasks]:
+        for chosen in [*averaged(same), *([task] for task in tasks)]:
             where = f"mean of {len(chosen)} tasks" if len(chosen) > 1 else chosen[0]
             lines += ["", f"### {title}, {where}", "", *table(same, chosen)]
     return lines

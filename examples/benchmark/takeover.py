@@ -19,7 +19,7 @@ import transformers
 
 from examples.benchmark.finetuned import RECIPES, finetuned
 from examples.benchmark.layer_tables import takeover_table
-from examples.benchmark.oneshot import MODEL, machine, score
+from examples.benchmark.oneshot import machine, score
 from examples.benchmark.records import load, write
 from lightning_mi_prune import Thinning, find_stacks
 from lightning_mi_prune.anatomy import Anatomy
@@ -67,7 +67,7 @@ def measure(task: str, seed: int) -> list[dict[str, Any]]:
             found.append(
                 {
                     "task": task,
-                    "model": MODEL,
+                    "model": RECIPES[task].model,
                     "seed": seed,
                     "layers": layers,
                     "removed": cut.removed,

@@ -143,7 +143,8 @@ class TextDataModule(pl.LightningDataModule):
         dataset: "movie-snippets", "trec-6", "tweets-3" or "20-newsgroups"; a .csv, .tsv, .json,
             .jsonl or .parquet file, or a folder of such files called train, validation and test;
             or a Hugging Face data set as `name` or `name:config`.
-        model: Source of the tokenizer: "minilm-l6", a folder or a name on the Hugging Face hub.
+        model: Source of the tokenizer: "minilm-l6", "mpnet-base", a folder or a name on the Hugging
+            Face hub.
         text_column: Column of the text, or of the first text of a pair.
         pair_column: Column of the second text of a pair.
         label_column: Column of the class, a string or an integer.

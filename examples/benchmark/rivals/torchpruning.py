@@ -3,19 +3,26 @@
 The same structures go as everywhere here, heads and neurons; the width of the stream stays. As its
 example for BERT does, one ratio holds for neurons and heads; the ratio that reaches the asked
 share of parameters is searched for.
+
+MPNet makes one table of position biases, a column a head, for all layers. The package would rather
+keep every head than cut it; here it does not see the table, and layers that lost heads take the
+columns of the others.
 """
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from examples.benchmark.rivals.size import size_of, width_of
 from lightning_mi_prune import WidthAxis, find_axes
 from lightning_mi_prune.choosing import choose_axes
+from lightning_mi_prune.standins import KEPT_UNITS, selecting
 
 Batch = dict[str, Tensor]
 GRID = 1000  # ratios are tried in thousandths
@@ -131,6 +138,12 @@ def pruned(
         for module in cut.modules()
         if isinstance(module, nn.Linear | nn.Embedding) and module not in producers
     ]
+    # The package follows gradients, so tables without them are none of its business.
+    sharing = [axis for axis in axes if axis.selects]
+    tables = [m.weight for m in fixed if isinstance(m, nn.Embedding)] if sharing else []
+    for table in tables:
+        table.requires_grad_(False)
+    gone: dict[nn.Module, Sequence[int]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tensors that no layer of the package's holds
         pruner = library().pruner.BasePruner(
@@ -149,9 +162,33 @@ def pruned(
             ignored_layers=fixed,
             output_transform=lambda output: output.logits.sum(),
         )
-        pruner.step()
+        for group in pruner.step(interactive=True):
+            cuts = ((step.target.module, rows) for step, rows in group)
+            gone |= {module: rows for module, rows in cuts if module in heads}
+            group.prune()
+    for table in tables:
+        table.requires_grad_(True)
     for axis in axes:
         units = width_of(cut, axis)
         for count in axis.counts:
             setattr(cut.get_submodule(count.module), count.attribute, units * count.per_unit)
+    for axis in sharing:
+        share(cut, axis, gone)
     return cut
+
+
+def share(model: nn.Module, axis: WidthAxis, gone: Mapping[nn.Module, Sequence[int]]) -> None:
+    """Let a layer that lost heads take what belongs to the others out of what all layers share.
+
+    Args:
+        model: The pruned model.
+        axis: Heads of the layer.
+        gone: Rows that left a projection.
+    """
+    maker = model.get_submodule(axis.slices[0].tensor.rpartition(".")[0])
+    lost = {row // axis.entries for row in gone.get(maker, ())}
+    kept = [unit for unit in range(axis.size) if unit not in lost]
+    for selects in axis.selects if lost else ():
+        module = model.get_submodule(selects.module)
+        module.register_buffer(KEPT_UNITS, torch.tensor(kept), persistent=False)
+        module.__dict__["forward"] = partial(selecting, module, selects)
