@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from examples.benchmark.finetuned import TASKS
 from examples.benchmark.records import Record
 from examples.benchmark.summarize import (
     CONFIDENCE,
@@ -33,6 +34,7 @@ GOALS = (
     Goal(True, 0.5, 0.0),
     Goal(True, 0.75, 0.5),
     Goal(True, 0.9, 1.5),
+    Goal(True, 0.95, 3.0),
 )
 
 
@@ -120,8 +122,11 @@ def lost_lines(records: Sequence[Record]) -> list[str]:
 
 
 def goal_lines(records: Sequence[Record]) -> list[str]:
-    """Every goal that our mean misses on a task or over those of a model; how many were met."""
-    mine = [record for record in records if variant_of(record) == MINE]
+    """Every goal that our mean misses on a task or over all of them; how many were met.
+
+    They were set for the smaller model, so the larger one has none.
+    """
+    mine = [r for r in records if variant_of(r) == MINE and r["task"] in TASKS]
     met, rows, absent = 0, [], []
     for goal in GOALS:
         same = [
@@ -147,9 +152,8 @@ def goal_lines(records: Sequence[Record]) -> list[str]:
                 shown = f"{mean:+.2f}" + (f" ± {half:.2f}" if len(gaps) > 1 else "")
                 about = [budget(steps), f"{goal.sparsity:.0%}", where, f"{0 - goal.allowed:.1f}"]
                 rows.append(f"| {' | '.join([*about, shown, str(len(gaps))])} |")
-    whole = "all" if len({record["model"] for record in mine}) < 2 else "those of one model"
     lines = [
-        f"Of {met + len(rows)} goals, each for one task or for the mean of {whole}, {met} are met "
+        f"Of {met + len(rows)} goals, each for one task or for the mean of all, {met} are met "
         f"and {len(rows)} missed by our mean. "
         + (f"Not measured yet: {', '.join(absent)}." if absent else "All goals were measured.")
     ]
