@@ -46,9 +46,10 @@ def facts(records: Sequence[Record]) -> list[str]:
     models = {record["model"] for record in records}
     cpus = spelled({str((record["machine"] or {}).get("cpu")) for record in records})
     lines += ["", f"{len(records)} records; model: {spelled(models)}; processors: {cpus}."]
-    if len(models) > 1:
-        means = "; ".join(", ".join(tasks) for tasks in averaged(records)) or "none yet"
-        lines += ["", f"Means go over tasks of one model: {means}. The others stand alone."]
+    groups = averaged(records)
+    if sum(map(len, groups)) != len({record["task"] for record in records}):
+        means = "; ".join(", ".join(tasks) for tasks in groups) or "none yet"
+        lines += ["", f"Means go over tasks of one model with two seeds or more: {means}."]
     if mixed := disagreeing(records):
         lines += ["", f"Not one dense model stands behind all records of {'; '.join(mixed)}."]
     return lines

@@ -185,11 +185,18 @@ def table(records: Sequence[Record], tasks: Sequence[str]) -> list[str]:
 
 
 def averaged(records: Iterable[Record]) -> list[list[str]]:
-    """Tasks that means go over: those of one model, where it has several."""
-    found: dict[str, set[str]] = {}
+    """Tasks that means go over: those of one model with two seeds or more, where it has several.
+
+    A task with one seed would leave one seed of all others, too.
+    """
+    found: dict[tuple[str, str], set[int]] = {}
     for record in records:
-        found.setdefault(record["model"], set()).add(record["task"])
-    return [sorted(tasks) for _, tasks in sorted(found.items()) if len(tasks) > 1]
+        found.setdefault((record["model"], record["task"]), set()).add(record["seed"])
+    tasks: dict[str, list[str]] = {}
+    for (model, task), seeds in sorted(found.items()):
+        if len(seeds) > 1:
+            tasks.setdefault(model, []).append(task)
+    return [same for same in tasks.values() if len(same) > 1]
 
 
 def markdown(records: Sequence[Record]) -> list[str]:
