@@ -11,11 +11,10 @@ import pytest
 
 from benchmarks.communication import table
 from benchmarks.seeds import summary
-from examples.benchmark import depth, page, plots, takeover
+from examples.benchmark import depth, front, page, plots, takeover
 from examples.benchmark.layer_tables import depth_table, takeover_table
 from examples.benchmark.recovery import ENTRIES
 from examples.benchmark.summarize import compared
-from examples.benchmark.tables import markdown
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -77,9 +76,12 @@ def test_every_number_of_the_results_is_in_the_records():
         assert f"| {name} | {' | '.join(cells)} |" in table
 
 
-def test_the_comparison_in_one_shot_is_what_its_script_prints():
-    records = json.loads((ROOT / "examples/benchmark/results/oneshot.json").read_text())
-    assert "\n".join(markdown(records)) in (ROOT / "README.md").read_text()
+def test_the_comparison_in_short_is_what_its_script_writes():
+    readme = (ROOT / front.FRONT).read_text()
+    lines = front.front(compared())
+    frame = front.BEGIN, front.END
+    assert page.rewritten(readme, lines, *frame) == readme, "run examples.benchmark.page"
+    assert "**ours**" in lines[3]
 
 
 def test_the_table_of_communication_is_what_its_script_prints():

@@ -27,7 +27,7 @@ from examples.benchmark.finetuned import RECIPES, finetuned
 from examples.benchmark.hearing import CALLS, POSITIONS, Batch, listen
 from examples.benchmark.options import arguments, asked_variants, quiet
 from examples.benchmark.records import Record, gather, key_of, load, part, write
-from examples.benchmark.tables import markdown, print_tables
+from examples.benchmark.tables import print_tables
 from examples.benchmark.variants import Named, Variant, Way
 from lightning_mi_prune import Plan, WidthAxis, apply, find_axes
 from lightning_mi_prune.axes import count_parameters, full_plan
@@ -249,15 +249,13 @@ def main(given: Sequence[str] | None = None) -> None:
     """Measure what is missing, then merge all there is into the one list."""
     asked = arguments(given, __doc__)
     quiet()
-    if not (asked.gather or asked.table or asked.markdown):
+    if not (asked.gather or asked.table):
         for seed in asked.seeds:
             for task in asked.tasks:
                 run(task, seed, asked_variants(asked), asked.sparsities)
     records = gather(FOLDER, NAME, RESULTS)
     if asked.table:
         print_tables(records)
-    if asked.markdown:
-        print("\n".join(markdown(records)))
 
 
 if __name__ == "__main__":

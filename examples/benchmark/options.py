@@ -60,7 +60,6 @@ def arguments(given: Sequence[str] | None, description: str | None = None) -> ar
     add("--cuts", nargs="+", type=int, default=None, help="only variants with so many cuts")
     add("--gather", action="store_true", help="only merge the records that are there")
     add("--table", action="store_true", help="only merge and print the records that are there")
-    add("--markdown", action="store_true", help="only print the comparison for a page")
     return parser.parse_args(given)
 
 

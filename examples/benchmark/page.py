@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.benchmark import latency
+from examples.benchmark.front import BEGIN as FRONT_BEGIN
+from examples.benchmark.front import END as FRONT_END
+from examples.benchmark.front import FRONT, front
 from examples.benchmark.losses import budget, goal_lines, lost_lines
 from examples.benchmark.plots import FLOORS, FOLDER, save, signed
 from examples.benchmark.records import Record, load
@@ -190,6 +193,10 @@ def main(given: Sequence[str] | None = None) -> None:
     text = rewritten(asked.page.read_text(encoding="utf-8"), written(records, asked.page))
     asked.page.write_text(text, encoding="utf-8")
     print(f"wrote {asked.page}")
+    if asked.page == PAGE:
+        text = rewritten(FRONT.read_text(encoding="utf-8"), front(records), FRONT_BEGIN, FRONT_END)
+        FRONT.write_text(text, encoding="utf-8")
+        print(f"wrote {FRONT}")
     if not asked.no_figures:
         print("\n".join(save(records, FOLDER)))
 

@@ -1,10 +1,8 @@
 """Prints what the records of a benchmark say, over the seeds."""
 
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -105,49 +103,3 @@ def print_tables(records: Sequence[Record]) -> None:
         for row in summary(same):
             table.add_row(*row)
         console.print(table)
-
-
-COMPARED: dict[str, Name] = {
-    "ours": ("relevance-mi", "global", "refit", 1),
-    "ours, 3 cuts": ("relevance-mi", "global", "refit", 3),
-    "Taylor": ("taylor", "uniform", "fold_in", 1),
-    "activation norm": ("activation-norm", "uniform", "fold_in", 1),
-    "magnitude": ("magnitude", "uniform", "fold_in", 1),
-    "random": ("random", "uniform", "fold_in", 1),
-    "Taylor, our widths and refit": ("taylor", "global", "refit", 1),
-    "activation norm, our widths and refit": ("activation-norm", "global", "refit", 1),
-}
-
-
-def seedless(record: Record) -> tuple[Any, ...]:
-    """What a record is about, whatever its seed."""
-    return record["task"], record["target_sparsity"], *variant_of(record)
-
-
-def markdown(records: Sequence[Record]) -> list[str]:
-    """The comparison as a page shows it: a row a method, a column a task and sparsity.
-
-    Cells are points of accuracy less the dense model: mean over the seeds (least .. most).
-    """
-    columns = sorted({(r["task"], r["target_sparsity"]) for r in records})
-    head = " | ".join(f"{task}, {sparsity:.0%} gone" for task, sparsity in columns)
-    rows = [f"| one shot | {head} |", "|---" * (len(columns) + 1) + "|"]
-    most = max(Counter(map(seedless, records)).values(), default=0)
-    for title, name in COMPARED.items():
-        cells = []
-        for column in columns:
-            values = [
-                difference(record)
-                for record in records
-                if variant_of(record) == name
-                and (record["task"], record["target_sparsity"]) == column
-            ]
-            if not values:
-                cells.append("")
-                continue
-            seeds = "" if len(values) == most else f", {len(values)} of {most} seeds"
-            low, high = min(values), max(values)
-            cells.append(f"{statistics.mean(values):.2f} ({low:.2f} .. {high:.2f}{seeds})")
-        if any(cells):
-            rows.append(f"| {title} | {' | '.join(cells)} |")
-    return rows
