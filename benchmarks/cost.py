@@ -8,6 +8,7 @@ own, so that peak memory is its own. Results go to ``benchmarks/results/cost.jso
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -138,12 +139,16 @@ def steps_of(model: nn.Module, axes: list[WidthAxis], ids: Tensor) -> dict[str, 
     return {"step_s": statistics.median(plain), "felt_step_s": statistics.median(felt)}
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Measure every shape, print a table, write the records."""
+    parser = argparse.ArgumentParser("benchmarks.cost", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--repeats", type=int, choices=range(1, 10), default=REPEATS)
+    repeats = parser.parse_args(given).repeats
     records: list[dict[str, Any]] = []
     for shape in SHAPES:
-        runs = [in_fresh_process(measure, shape) for _ in range(REPEATS)]
-        record: dict[str, Any] = {"shape": shape, "repeats": REPEATS}
+        runs = [in_fresh_process(measure, shape) for _ in range(repeats)]
+        record: dict[str, Any] = {"shape": shape, "repeats": repeats}
         record |= {key: spread([run[key] for run in runs]) for key in runs[0]}
         records.append(record)
     settings = {"sparsity": SPARSITY, "positions": POSITIONS, "batch": BATCH, "length": LENGTH}
@@ -154,7 +159,7 @@ def main() -> None:
 def print_records(records: list[dict[str, Any]]) -> None:
     """Medians, with the range of the repeats."""
     keys = [key for key in records[0] if isinstance(records[0][key], dict)]
-    table = Table(title=f"Median of {REPEATS} runs (min - max)")
+    table = Table(title=f"Median of {records[0]['repeats']} runs (min - max)")
     for name in ("shape", *keys):
         table.add_column(name)
     for record in records:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from examples.benchmark import page, plots, summarize, views
+from examples.benchmark import front
 from examples.benchmark.finetuned import RECIPES
 from examples.benchmark.looks import GROUPS, LOOKS
 from examples.benchmark.losses import cells, goal_lines, lost, lost_lines
@@ -248,3 +249,16 @@ def test_records_of_different_dense_models_are_named() -> None:
 def test_the_marker_of_the_page_names_its_script() -> None:
     assert page.__name__ in page.BEGIN
     assert plots.FOLDER.parent == page.PAGE.parent
+
+
+def test_the_comparison_in_short_has_a_row_a_method_that_was_measured() -> None:
+    records = seeds(MINE, -0.5, -1.0) + [control()] + seeds(TAYLOR, -30.0)
+    records += seeds(MINE, -9.0, task="tweets-3") + seeds(MINE, 0.25, sparsity=0.5, steps=100)
+    head, _, counts, *rows = front.front(records)
+    assert head.split(" | ")[1] == "one shot, 75% gone"
+    assert counts == "| *seeds* | *2* | *0* | *1* | *0* | *0* |"
+    assert rows == [
+        "| **ours** | -0.75 (-1.0 .. -0.5) |  | +0.25 |  |  |"
+    ]  # no row for TAYLOR alone
+    helped = ("taylor", "global", "refit", 1)
+    assert front.front(seeds(helped, -30.0))[-1].endswith("| -30.0 |  |  |  |  |")
