@@ -129,9 +129,12 @@ def run_together(
             while waiting := {voice: what for voice, what in waiting.items() if what is not None}:
                 spot = next(iter(waiting.values()))[0]
                 there = {voice: what[1:] for voice, what in waiting.items() if what[0] is spot}
-                changed = act(spot, [Part(voices[voice], *what) for voice, what in there.items()])
-                for voice, output in zip(there, changed, strict=True):
-                    waiting[voice] = voice.switch(output)
+                changed = [
+                    *act(spot, [Part(voices[voice], *what) for voice, what in there.items()])
+                ]
+                for voice in list(there):
+                    there[voice] = waiting[voice] = None  # what is done with makes room for more
+                    waiting[voice] = voice.switch(changed.pop(0))
         finally:
             for voice in voices:
                 voice.throw()  # what still waits there has nothing to wait for

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.benchmark import page, plots, summarize, views
-from examples.benchmark import front
+from examples.benchmark import front, page, plots, summarize, views
 from examples.benchmark.finetuned import RECIPES
 from examples.benchmark.looks import GROUPS, LOOKS
 from examples.benchmark.losses import cells, goal_lines, lost, lost_lines
@@ -252,7 +251,7 @@ def test_the_marker_of_the_page_names_its_script() -> None:
 
 
 def test_the_comparison_in_short_has_a_row_a_method_that_was_measured() -> None:
-    records = seeds(MINE, -0.5, -1.0) + [control()] + seeds(TAYLOR, -30.0)
+    records = [*seeds(MINE, -0.5, -1.0), control(), *seeds(TAYLOR, -30.0)]
     records += seeds(MINE, -9.0, task="tweets-3") + seeds(MINE, 0.25, sparsity=0.5, steps=100)
     head, _, counts, *rows = front.front(records)
     assert head.split(" | ")[1] == "one shot, 75% gone"
