@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_mi_prune.sample import Example, taken
+from lightning_mi_prune.sample import Example, mapped, taken
 
 __all__ = ["merged", "pieces_of", "positions_of", "trimmed"]
 
@@ -115,36 +114,21 @@ def trimmed(call: Example) -> Example:
     length, used = call.mask.shape[1], call.mask.bool().any(0).nonzero()
     longest = int(used[-1]) + 1 if len(used) else length
 
-    def is_padded(value: Tensor) -> bool:
-        if value.ndim != 2 or value.shape[0] != call.rows or value.is_floating_point():
+    long: list[Tensor] = []
+
+    def first_columns(x: Tensor) -> Tensor:
+        if length not in x.shape[1:]:
+            return x
+        long.append(x)
+        return x[:, :longest]
+
+    def is_padded(x: Tensor) -> bool:
+        if x.ndim != 2 or x.shape[0] != call.rows or x.is_floating_point():
             return False
-        return bool((value[:, longest:] == value[0, -1]).all())
+        return bool((x[:, longest:] == x[0, -1]).all())
 
-    values = [v for v in _tensors((call.args, call.kwargs, call.mask)) if length in v.shape[1:]]
-    if longest == length or not all(map(is_padded, values)):
-        return call
-    args, kwargs, mask = _first_columns((call.args, call.kwargs, call.mask), length, longest)
-    return replace(call, args=args, kwargs=kwargs, mask=mask)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
-
-
-def _first_columns(value: Any, length: int, longest: int) -> Any:
-    """Nested containers, with the first columns of every tensor that has so many."""
-    if isinstance(value, Tensor):
-        return value[:, :longest] if length in value.shape[1:] else value
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return type(value)(_first_columns(part, length, longest) for part in value)
-    if isinstance(value, dict):
-        return {key: _first_columns(part, length, longest) for key, part in value.items()}
-    return value
+    shorter: Example = mapped(call, first_columns)
+    return shorter if longest < length and all(map(is_padded, long)) else call
 
 
 def _length(call: Example) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +22,7 @@ __all__ = [
     "evaluated",
     "full",
     "is_plain",
+    "mapped",
     "placed",
     "refreshed",
     "rows_of",
@@ -103,17 +104,27 @@ def is_plain(value: Any) -> bool:
     return value is None or type(value) in (Tensor, bool, int, float, str)
 
 
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested containers, with every tensor changed.
+
+    Example:
+        >>> mapped({"a": [torch.ones(1), "b"]}, lambda x: x + 1)
+        {'a': [tensor([2.]), 'b']}
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Example):
+        return replace(value, **mapped(vars(value), change))
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(mapped(v, change) for v in value)
+    if isinstance(value, Mapping):
+        return {k: mapped(v, change) for k, v in value.items()}
+    return value
+
+
 def placed(value: Any, device: torch.device) -> Any:
     """The same nested containers, with every tensor on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Example):
-        return replace(value, **placed(vars(value), device))
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return type(value)(placed(v, device) for v in value)
-    if isinstance(value, Mapping):
-        return {k: placed(v, device) for k, v in value.items()}
-    return value
+    return mapped(value, lambda x: x.to(device))
 
 
 def refreshed(old: Mapping[str, Example], new: Mapping[str, Example]) -> Mapping[str, Example]:
@@ -150,15 +161,11 @@ def full(call: Example, network: nn.Module) -> Example:
     """The call with numbers as fine as the weights, which cannot read what autocast made coarse."""
     dtype = next((p.dtype for p in network.parameters()), torch.float32)
 
-    def cast(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            coarse = value.dtype in (torch.bfloat16, torch.float16)
-            return value.to(dtype) if coarse and dtype == torch.float32 else value
-        if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-            return type(value)(map(cast, value))
-        return {k: cast(v) for k, v in value.items()} if isinstance(value, dict) else value
+    def cast(x: Tensor) -> Tensor:
+        coarse = x.dtype in (torch.bfloat16, torch.float16)
+        return x.to(dtype) if coarse and dtype == torch.float32 else x
 
-    return replace(call, args=cast(call.args), kwargs=cast(call.kwargs))
+    return replace(call, args=mapped(call.args, cast), kwargs=mapped(call.kwargs, cast))
 
 
 def copied(root: nn.Module, networks: Collection[str]) -> nn.Module:
