@@ -76,6 +76,15 @@ def test_every_number_of_the_results_is_in_the_records():
         assert f"| {name} | {' | '.join(cells)} |" in table
 
 
+def test_the_table_of_one_cut_is_in_the_records():
+    readme = (ROOT / "README.md").read_text()
+    seconds = ("listening_s", "order_conditional_s", "choosing_s", "refit_s")
+    for record in json.loads((ROOT / "benchmarks/results/cost.json").read_text())["records"]:
+        cells = [f"{record[key]['median']:.1f}" for key in seconds]
+        cells += [f"{record[key]['median']:,.0f}" for key in ("moments_mb", "peak_above_model_mb")]
+        assert f"| {record['shape']} | {' | '.join(cells)} |" in readme
+
+
 def test_the_comparison_in_short_is_what_its_script_writes():
     readme = (ROOT / front.FRONT).read_text()
     lines = front.front(compared())
