@@ -58,12 +58,17 @@ def added(sums: torch.Tensor) -> torch.Tensor:
 
 
 def grouped(function: Callable[[Any], Any], parts: list[Any]) -> list[Any]:
-    """Results of a function on each of the parts, run inside a group of all ranks."""
+    """Results of a function on each of the parts, run inside a group of all ranks.
+
+    Every DDP module must be gone before its group is: as the group's last owner, its destructor
+    joins gloo's threads with the GIL held, and one of them may be waiting for just that. So a
+    failing function leaves the group to the end of the process: its traceback owns what it made.
+    """
     torch.distributed.init_process_group("gloo")
-    try:
-        return [function(part) for part in parts]
-    finally:
-        torch.distributed.destroy_process_group()
+    results = [function(part) for part in parts]
+    gc.collect()
+    torch.distributed.destroy_process_group()
+    return results
 
 
 def _quietly(function: Callable[..., Any], *args: Any) -> Any:

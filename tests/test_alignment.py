@@ -8,7 +8,7 @@ import torch
 from lightning_mi_prune.alignment import Alignment
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.information import unbiased_cka
-from tests.ranks import launch
+from tests.ranks import grouped, launch, place
 
 
 def rotation(size, generator):
@@ -125,17 +125,13 @@ def cka_of(batches):
 
 
 def cka_on_a_rank(shares):
-    torch.distributed.init_process_group("gloo")
-    try:
-        return cka_of(shares[torch.distributed.get_rank()])
-    finally:
-        torch.distributed.destroy_process_group()
+    return cka_of(shares[place()[0]])
 
 
 def test_one_rank_is_two_ranks():
     alone = cka_of(range(6))
-    found = launch(2, cka_on_a_rank, [[0, 2, 3], [1, 4, 5]])
-    for both in found.values():
+    found = launch(2, grouped, cka_on_a_rank, [[[0, 2, 3], [1, 4, 5]]])
+    for (both,) in found.values():
         assert both == [pytest.approx(row) for row in alone]
 
 

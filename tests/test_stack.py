@@ -11,7 +11,7 @@ from lightning_mi_prune.angles import Angles
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.stack import StackListener, blocks_of
 from tests.models import batch, build
-from tests.ranks import launch
+from tests.ranks import grouped, launch, place
 
 
 class Residual(nn.Module):
@@ -103,17 +103,13 @@ def stack_of(seeds):
 
 
 def stack_on_a_rank(shares):
-    torch.distributed.init_process_group("gloo")
-    try:
-        return stack_of(shares[torch.distributed.get_rank()])
-    finally:
-        torch.distributed.destroy_process_group()
+    return stack_of(shares[place()[0]])
 
 
 def test_two_ranks_hear_what_one_does():
     alone = stack_of(range(6))
-    for found in launch(2, stack_on_a_rank, [[0, 2, 3], [1, 4, 5]]).values():
-        for mine, whole in zip(found, alone, strict=True):
+    for found in launch(2, grouped, stack_on_a_rank, [[[0, 2, 3], [1, 4, 5]]]).values():
+        for mine, whole in zip(found[0], alone, strict=True):
             assert mine == [pytest.approx(row, abs=1e-9) for row in whole]
 
 
