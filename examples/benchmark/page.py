@@ -13,13 +13,14 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.benchmark import latency
+from examples.benchmark import latency, lengths
 from examples.benchmark.front import BEGIN as FRONT_BEGIN
 from examples.benchmark.front import END as FRONT_END
 from examples.benchmark.front import FRONT, front
 from examples.benchmark.losses import budget, goal_lines, lost_lines
 from examples.benchmark.plots import FLOORS, FOLDER, save, signed
 from examples.benchmark.records import Record, load
+from examples.benchmark.speed_tables import length_lines, mask_lines
 from examples.benchmark.summarize import averaged, compared, markdown
 from examples.benchmark.views import Plot, plots
 
@@ -103,38 +104,6 @@ def figures(records: Sequence[Record], page: Path) -> list[str]:
     return lines
 
 
-def mask_lines(masks: Sequence[Record]) -> list[str]:
-    """What masked weights do to speed: a row a task, share and batch size; nothing without records.
-
-    Args:
-        masks: Records of :data:`latency.MASKED`.
-    """
-    if not masks:
-        return []
-    lines = [
-        "## Masks and speed",
-        "",
-        "Lightning's `ModelPruning` (`l1_unstructured`, all matrices of neurons and heads ranked "
-        "together) on the dense shape of a task, in turn with the dense model: milliseconds of a "
-        "batch, and how many times as fast as dense. While training, masks are in place, and every "
-        "call multiplies weights by them; permanent is after `make_pruning_permanent`.",
-        "",
-        "| task | weights masked | batch | dense | masks in place | permanent |",
-        "|---|---|---|---|---|---|",
-    ]
-    for record in masks:
-        for rows in latency.BATCHES:
-            dense, *ways = (
-                record[f"{way}_latency_ms_b{rows}"] for way in ("dense", "masks", "zeros")
-            )
-            cells = [record["task"], f"{record['gone']:.0%}", str(rows), f"{dense:.1f}"]
-            cells += [f"{ms:.1f} ({dense / ms:.2f}x)" for ms in ways]
-            lines.append(f"| {' | '.join(cells)} |")
-    cpus = spelled({record["machine"]["cpu"] for record in masks})
-    threads = spelled({record["machine"]["threads"] for record in masks})
-    return [*lines, "", f"Processors: {cpus}; threads: {threads}.", ""]
-
-
 def written(records: Sequence[Record], page: Path = PAGE) -> list[str]:
     """All that the script writes.
 
@@ -160,6 +129,7 @@ def written(records: Sequence[Record], page: Path = PAGE) -> list[str]:
         *figures(records, page),
         "",
         *mask_lines(load(latency.MASKED)),
+        *length_lines(load(lengths.RESULTS)),
         "## Tables",
         "",
         *markdown(records),

@@ -9,11 +9,12 @@ import torch
 from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 
-from examples.benchmark import latency, page, recovery
+from examples.benchmark import latency, recovery
 from examples.benchmark.finetuned import TASKS
 from examples.benchmark.records import load
 from examples.benchmark.rivals.masks import magnitude_masks
 from examples.benchmark.rivals.size import settle, weights_of, zeros_of
+from examples.benchmark.speed_tables import mask_lines
 from lightning_mi_prune import find_axes
 from lightning_mi_prune.axes import count_parameters
 from lightning_mi_prune.choosing import choose_axes
@@ -117,12 +118,12 @@ def test_masks_are_timed_once_beside_the_dense_model(
 
 
 def test_the_page_shows_masks_where_there_are_records() -> None:
-    assert page.mask_lines([]) == []
+    assert mask_lines([]) == []
     record = {"task": "trec-6", "gone": 0.75, "machine": {"cpu": "A", "threads": 2}}
     times = {"dense": (6.0, 60.0), "masks": (8.0, 61.0), "zeros": (6.0, 59.0)}
     for name, values in times.items():
         record |= {f"{name}_latency_ms_b{b}": ms for b, ms in zip((1, 32), values, strict=True)}
-    lines = page.mask_lines([record])
+    lines = mask_lines([record])
     assert lines[0] == "## Masks and speed"
     assert lines[-5:] == [
         "| trec-6 | 75% | 1 | 6.0 | 8.0 (0.75x) | 6.0 (1.00x) |",

@@ -1,0 +1,93 @@
+"""The sections of `docs/comparison.md` on what decides speed: masks, lengths, layouts."""
+
+from collections.abc import Sequence
+
+from examples.benchmark.latency import BATCHES
+from examples.benchmark.records import Record
+
+
+def mask_lines(masks: Sequence[Record]) -> list[str]:
+    """What masked weights do to speed: a row a task, share and batch size; nothing without records.
+
+    Args:
+        masks: Records of :data:`latency.MASKED`.
+    """
+    if not masks:
+        return []
+    lines = [
+        "## Masks and speed",
+        "",
+        "Lightning's `ModelPruning` (`l1_unstructured`, all matrices of neurons and heads ranked "
+        "together) on the dense shape of a task, in turn with the dense model: milliseconds of a "
+        "batch, and how many times as fast as dense. While training, masks are in place, and every "
+        "call multiplies weights by them; permanent is after `make_pruning_permanent`.",
+        "",
+        "| task | weights masked | batch | dense | masks in place | permanent |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in masks:
+        for rows in BATCHES:
+            dense, *ways = (
+                record[f"{way}_latency_ms_b{rows}"] for way in ("dense", "masks", "zeros")
+            )
+            cells = [record["task"], f"{record['gone']:.0%}", str(rows), f"{dense:.1f}"]
+            cells += [f"{ms:.1f} ({dense / ms:.2f}x)" for ms in ways]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", machine_line(masks), ""]
+
+
+def length_lines(records: Sequence[Record]) -> list[str]:
+    """Speed beside multiply-accumulates, for each length and layout; nothing without records.
+
+    Args:
+        records: Those of :mod:`examples.benchmark.lengths`.
+    """
+    if not records:
+        return []
+    lines = [
+        "## Length, layout and speed",
+        "",
+        "How many times as fast as dense the shapes of TREC-6 (seed 0) are, beside the ratio of "
+        "their multiply-accumulates (MACs), which no shape quite reaches: norms, softmax, "
+        "activations and calls stay. In brackets what share of that ratio is reached. Ours are the "
+        "widths that competition by parameters leaves; uniform ones have as many parameters. "
+        "Compiled: all models, the dense one too, went through `torch.compile`.",
+        "",
+        "| tokens | gone | widths | MACs | batch 1 | batch 32 | batch 32, compiled |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    compiled = {about(record): record for record in records if record["compiled"]}
+    for record in records:
+        if record["compiled"]:
+            continue
+        other = compiled.get(about(record))
+        cells = [
+            str(record["length"]),
+            f"{record['target_sparsity']:.0%}",
+            record["layout"],
+            f"{record['dense_macs'] / record['macs']:.2f}x",
+            *(reached(record, rows) for rows in BATCHES),
+            "" if other is None else reached(other, BATCHES[-1]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", machine_line(records), ""]
+
+
+def about(record: Record) -> tuple[int, str, float]:
+    """Length, layout and sparsity of a record."""
+    return record["length"], record["layout"], record["target_sparsity"]
+
+
+def reached(record: Record, rows: int) -> str:
+    """Speed-up for a batch size, and its share of the ratio of multiply-accumulates."""
+    speed = record[f"dense_latency_ms_b{rows}"] / record[f"latency_ms_b{rows}"]
+    return f"{speed:.2f}x ({speed * record['macs'] / record['dense_macs']:.2f})"
+
+
+def machine_line(records: Sequence[Record]) -> str:
+    """What the records were measured on."""
+    cpus, threads = (
+        ", ".join(sorted({str(record["machine"][name]) for record in records}))
+        for name in ("cpu", "threads")
+    )
+    return f"Processors: {cpus}; threads: {threads}."

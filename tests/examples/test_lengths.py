@@ -1,0 +1,89 @@
+"""Speed by length and layout: what is timed, what is skipped and what the page says of it."""
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from examples.benchmark import lengths, recovery
+from examples.benchmark.records import load, write
+from examples.benchmark.rivals.size import Kept
+from examples.benchmark.speed_tables import length_lines
+from lightning_mi_prune import Plan, apply, find_axes
+from lightning_mi_prune.choosing import choose_axes
+from tests.models import build
+
+
+def named(layout: str, kept: Kept, sparsity: float = 0.75) -> dict[str, object]:
+    method, widths, fold_in = lengths.LAYOUTS[layout]
+    about = {"task": "trec-6", "seed": 0, "steps": 0, "cuts": 1, "target_sparsity": sparsity}
+    return about | {"method": method, "widths": widths, "fold_in": fold_in, "kept": kept}
+
+
+def network_of(kept: Kept | None = None) -> nn.Module:
+    """A tiny encoder with that many neurons a layer."""
+    model = build().eval()
+    if kept is not None:
+        axes = [axis for axis in choose_axes(find_axes(model)) if axis.kind == "ffn"]
+        places = {a.name: tuple(range(n)) for a, n in zip(axes, kept["ffn"], strict=True)}
+        apply(model, axes, Plan({axis.name: axis.size for axis in axes}, places))
+    return model
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """Two shapes that records name, and files in a folder of their own."""
+    found = [named("ours", {"ffn": [5, 3]}), named("uniform", {"ffn": [4, 4]})]
+    monkeypatch.setattr(recovery, "RESULTS", tmp_path / "recovery.json")
+    monkeypatch.setattr(lengths, "RESULTS", tmp_path / "lengths.json")
+    monkeypatch.setattr(lengths, "network_of", network_of)
+    write(recovery.RESULTS, found)
+    return found
+
+
+def test_every_length_is_timed_once(
+    records: list[dict[str, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--seconds", "0.01", "--rounds", "1", "--sparsities", "0.75", "--lengths"]
+    lengths.main([*asked, "4"])
+    first = load(lengths.RESULTS)
+    assert [(r["layout"], r["length"], r["compiled"]) for r in first] == [
+        ("ours", 4, False),
+        ("uniform", 4, False),
+    ]
+    for record in first:
+        assert record["macs"] < record["dense_macs"]
+        assert record["kept"] == next(r["kept"] for r in records if r["kept"] == record["kept"])
+        for name in ("latency_ms_b1", "latency_ms_b32"):
+            assert record[name] > 0 < record[f"dense_{name}"]
+    assert first[0]["dense_latency_ms_b32"] == first[1]["dense_latency_ms_b32"]  # in one run
+    capsys.readouterr()
+    lengths.main([*asked, "8", "4"])
+    assert "4 tokens" not in capsys.readouterr().out
+    both = load(lengths.RESULTS)
+    assert both[:2] == first
+    assert [record["length"] for record in both] == [4, 4, 8, 8]
+    assert both[2]["dense_macs"] > first[0]["dense_macs"]
+
+
+def test_a_shape_without_a_record_is_named(records: list[dict[str, object]]) -> None:
+    assert records
+    with pytest.raises(LookupError, match=r"no record of .*'target_sparsity': 0\.5"):
+        lengths.main(["--sparsities", "0.5"])
+    assert not lengths.RESULTS.exists()
+
+
+def test_the_page_says_what_share_of_the_ratio_is_reached() -> None:
+    assert length_lines([]) == []
+    record = {"length": 23, "layout": "ours", "target_sparsity": 0.75, "compiled": False}
+    record |= {"macs": 25, "dense_macs": 100, "machine": {"cpu": "A", "threads": 2}}
+    record |= {"latency_ms_b1": 4.0, "dense_latency_ms_b1": 8.0}
+    record |= {"latency_ms_b32": 20.0, "dense_latency_ms_b32": 60.0}
+    compiled = record | {"compiled": True, "latency_ms_b32": 15.0}
+    alone = record | {"layout": "uniform"}
+    lines = length_lines([record, alone, compiled])
+    assert lines[-5:-2] == [
+        "| 23 | 75% | ours | 4.00x | 2.00x (0.50) | 3.00x (0.75) | 4.00x (1.00) |",
+        "| 23 | 75% | uniform | 4.00x | 2.00x (0.50) | 3.00x (0.75) |  |",
+        "",
+    ]
