@@ -115,7 +115,6 @@ def measure(gathered: Gathered, setting: Setting, sparsity: float) -> Record:
         "dense_macs": work.total(widths_of(full_plan(subject.axes))),
         "seconds": wall,
         "cpu_seconds": used,
-        "evidence_seconds": subject.seconds,
         "machine": machine(),
     }
 

@@ -161,7 +161,6 @@ def measure(subject: Subject, variant: Variant, sparsity: float, positions: int 
         **identity(subject.task, subject.seed, variant, sparsity),
         **tested(subject, model, plan),
         "seconds": seconds,
-        "evidence_seconds": subject.seconds,
         "machine": machine(),
     }
 

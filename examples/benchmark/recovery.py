@@ -150,7 +150,6 @@ def measure(
             "seconds": prune_seconds + train_seconds,
             "train_seconds": train_seconds,
             "cpu_seconds": prune_processor + processor,
-            "evidence_seconds": subject.seconds if isinstance(entry, Variant) else 0.0,
             "machine": machine(),
         }
 

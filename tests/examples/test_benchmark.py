@@ -37,7 +37,6 @@ KEYS = {
     "dense_prunable_parameters",
     "kept",
     "seconds",
-    "evidence_seconds",
     "cross_entropy",
     "dense_cross_entropy",
     "machine",
