@@ -21,7 +21,7 @@ from examples.benchmark.losses import budget, goal_lines, lost_lines
 from examples.benchmark.plots import FLOORS, FOLDER, save, signed
 from examples.benchmark.records import Record, load
 from examples.benchmark.speed_tables import length_lines, mask_lines
-from examples.benchmark.summarize import averaged, compared, markdown
+from examples.benchmark.summarize import averaged, compared, entropy_lines, markdown
 from examples.benchmark.views import Plot, plots
 
 PAGE = Path("docs", "comparison.md")
@@ -133,6 +133,8 @@ def written(records: Sequence[Record], page: Path = PAGE) -> list[str]:
         "## Tables",
         "",
         *markdown(records),
+        "",
+        *entropy_lines(records),
     ]
 
 

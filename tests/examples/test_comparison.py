@@ -11,7 +11,7 @@ from examples.benchmark.losses import cells, goal_lines, lost, lost_lines
 from examples.benchmark.plots import FLOORS, apart, draw, save, signed
 from examples.benchmark.records import write
 from examples.benchmark.recovery import DENSE, ENTRIES, RATE
-from examples.benchmark.summarize import MINE, compared
+from examples.benchmark.summarize import MINE, compared, entropy_lines
 from examples.benchmark.tables import variant_of
 from examples.benchmark.views import VIEWS, Plot, points
 
@@ -37,6 +37,31 @@ def seeds(name, *gaps, **others):
 def control(**others):
     name = (DENSE.method, DENSE.widths, DENSE.fold_in, DENSE.cuts)
     return record(name, sparsity=0.0, evidence_cpu_seconds=0.0, **others)
+
+
+# ------------------------------------------------------------------------------------ cross-entropy
+
+
+def test_nats_are_paired_by_seed_over_the_tasks_of_a_model() -> None:
+    pytest.importorskip("scipy")
+
+    def rise(name, task, *nats):
+        known = {"dense_cross_entropy": 0.3}
+        return [
+            record(name, seed=seed, task=task, **known, cross_entropy=0.3 + more)
+            for seed, more in enumerate(nats)
+        ]
+
+    records = rise(MINE, "trec-6", 0.01, 0.02) + rise(TAYLOR, "trec-6", 0.05, 0.062)
+    assert entropy_lines(records) == []  # a mean takes two tasks
+    records += rise(MINE, "tweets-3", 0.03, 0.02) + rise(TAYLOR, "tweets-3", 0.05, 0.042)
+    lines = entropy_lines(records)
+    assert "### One shot, nats, mean of 2 tasks" in lines
+    # Seed by seed ours lose .02 and .02, theirs .05 and .052; t is 12.706 as below.
+    assert lines[-3:-1] == [
+        "| relevance-mi | global | refit | 1 | 2 | -0.020 |",
+        "| taylor | uniform | none | 1 | 2 | -0.051; ▲+0.031 ± 0.013 |",
+    ]
 
 
 # ------------------------------------------------------------------------------------------- losses
