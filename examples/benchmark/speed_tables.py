@@ -48,10 +48,11 @@ def length_lines(records: Sequence[Record]) -> list[str]:
         "## Length, layout and speed",
         "",
         "How many times as fast as dense the shapes of TREC-6 (seed 0) are, beside the ratio of "
-        "their multiply-accumulates (MACs), which no shape quite reaches: norms, softmax, "
-        "activations and calls stay. In brackets what share of that ratio is reached. Ours are the "
-        "widths that competition by parameters leaves; uniform ones have as many parameters. "
-        "Compiled: all models, the dense one too, went through `torch.compile`.",
+        "their multiply-accumulates (MACs); in brackets what share of that ratio is reached. Norms, "
+        "softmax, activations and calls stay, so most fall short, a single text by far. Ours are "
+        "the widths that competition by parameters leaves: more heads and fewer neurons than "
+        "uniform widths with as many parameters, and heads take more time. Compiled: all models, "
+        "the dense one too, went through `torch.compile`.",
         "",
         "| tokens | gone | widths | MACs | batch 1 | batch 32 | batch 32, compiled |",
         "|---|---|---|---|---|---|---|",
