@@ -48,8 +48,8 @@ def length_lines(records: Sequence[Record]) -> list[str]:
         "## Length, layout and speed",
         "",
         "How many times as fast as dense the shapes of TREC-6 (seed 0) are, beside the ratio of "
-        "their multiply-accumulates (MACs); in brackets what share of that ratio is reached. Norms, "
-        "softmax, activations and calls stay, so most fall short, a single text by far. Ours are "
+        "their multiply-accumulates (MACs); in brackets the share of that ratio that is reached. "
+        "Norms, softmax, activations and calls stay, so most fall short, one text by far. Ours are "
         "the widths that competition by parameters leaves: more heads and fewer neurons than "
         "uniform widths with as many parameters, and heads take more time. Compiled: all models, "
         "the dense one too, went through `torch.compile`.",
