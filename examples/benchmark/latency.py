@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from examples.benchmark import oneshot, recovery
 from examples.benchmark.finetuned import RECIPES, SEEDS, TASKS, task_data
+from examples.benchmark.options import count, positive
 from examples.benchmark.records import Record, load, write
 from examples.benchmark.rivals.size import Kept, weights_of, zeros_of
 from examples.benchmark.texts import inputs_of, typical
@@ -168,8 +169,8 @@ def main(given: Sequence[str] | None = None) -> None:
     add("--tasks", nargs="+", choices=[*RECIPES], default=TASKS, help=f"default: {' '.join(TASKS)}")
     add("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="default: all")
     add("--methods", nargs="+", default=None, help="default: all")
-    add("--seconds", type=float, default=1.0, help="for each model and batch size")
-    add("--rounds", type=int, default=10, help="how often dense and pruned take turns")
+    add("--seconds", type=positive, default=1.0, help="for each model and batch size")
+    add("--rounds", type=count, default=10, help="how often dense and pruned take turns")
     asked = parser.parse_args(given)
     transformers.logging.set_verbosity_error()
     found, masks = load(RESULTS), load(MASKED)

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from examples.benchmark import oneshot, recovery
 from examples.benchmark.finetuned import RECIPES
 from examples.benchmark.latency import shaped, timed
-from examples.benchmark.options import share
+from examples.benchmark.options import count, positive, share
 from examples.benchmark.records import Record, load, write
 from examples.benchmark.rivals.size import Kept
 from examples.benchmark.texts import inputs_of
@@ -116,11 +116,11 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("examples.benchmark.lengths", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens; default: 23 64 128")
+    add("--lengths", nargs="+", type=count, default=LENGTHS, help="tokens; default: 23 64 128")
     add("--sparsities", nargs="+", type=share, default=SPARSITIES, help="default: 0.5 0.75 0.9")
     add("--compile", action="store_true", help="compile all models first; wants a C++ compiler")
-    add("--seconds", type=float, default=1.0, help="for each model and batch size")
-    add("--rounds", type=int, default=10, help="how often the models take turns")
+    add("--seconds", type=positive, default=1.0, help="for each model and batch size")
+    add("--rounds", type=count, default=10, help="how often the models take turns")
     asked = parser.parse_args(given)
     transformers.logging.set_verbosity_error()
     named = shapes(load(recovery.RESULTS), asked.sparsities)

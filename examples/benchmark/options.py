@@ -37,6 +37,14 @@ def whole(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    """A whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1")
+    return value
+
+
 def quiet() -> None:
     """No bars, and no warnings of what is part of the comparison: thin evidence, kept copies."""
     transformers.logging.set_verbosity_error()

@@ -73,6 +73,15 @@ def test_a_shape_without_a_record_is_named(records: list[dict[str, object]]) -> 
     assert not lengths.RESULTS.exists()
 
 
+@pytest.mark.parametrize("given", [["--lengths", "0"], ["--rounds", "-1"], ["--seconds", "0"]])
+def test_what_cannot_be_timed_is_refused(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        lengths.main(given)
+    assert f"{given[1]}: expected a" in capsys.readouterr().err
+
+
 def test_the_page_says_what_share_of_the_ratio_is_reached() -> None:
     assert length_lines([]) == []
     record = {"length": 23, "layout": "ours", "target_sparsity": 0.75, "compiled": False}
