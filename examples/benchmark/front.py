@@ -6,8 +6,8 @@ from pathlib import Path
 
 from examples.benchmark.losses import budget
 from examples.benchmark.records import Record
-from examples.benchmark.summarize import MINE
-from examples.benchmark.tables import Name, difference, variant_of
+from examples.benchmark.summarize import MINE, averaged, by_seed
+from examples.benchmark.tables import Name, variant_of
 
 FRONT = Path("README.md")
 BEGIN = "<!-- comparison: written by python -m examples.benchmark.page -->"
@@ -29,33 +29,55 @@ ROWS: dict[Name, str] = {
 
 
 def front(records: Sequence[Record]) -> list[str]:
-    """Points to the dense control on one task: mean over the seeds (least .. most).
+    """Points to the dense control on one task, then over all tasks with seeds enough for a mean.
 
     Args:
         records: Those that are compared.
     """
-    mine = [record for record in records if record["task"] == TASK]
+    lines = table(records, [TASK])
+    for tasks in averaged(records):
+        lines += ["", *table(records, tasks)]
+    return lines
+
+
+def table(records: Sequence[Record], tasks: Sequence[str]) -> list[str]:
+    """Mean over the seeds (least .. most), each seed averaged over the tasks.
+
+    Args:
+        records: Those that are compared.
+        tasks: Tasks that the means go over; a seed that lacks one is out.
+    """
     groups: dict[tuple[Name, int, float], list[Record]] = {}
-    for record in mine:
-        about = variant_of(record), record["steps"], record["target_sparsity"]
-        groups.setdefault(about, []).append(record)
+    for record in records:
+        if record["task"] in tasks:
+            about = variant_of(record), record["steps"], record["target_sparsity"]
+            groups.setdefault(about, []).append(record)
+    gaps = {about: [*by_seed(same, tasks).values()] for about, same in groups.items()}
+    where = "TREC-6" if [*tasks] == [TASK] else f"mean of {len(tasks)} tasks"
     heads = [f"{budget(steps)}, {sparsity:.0%} gone" for steps, sparsity in COLUMNS]
-    lines = [f"| {' | '.join(['TREC-6', *heads])} |", "|---" * (1 + len(heads)) + "|"]
-    seeds = [f"{len(groups.get((MINE, *column), ()))}" for column in COLUMNS]
+    lines = [f"| {' | '.join([where, *heads])} |", "|---" * (1 + len(heads)) + "|"]
+    seeds = [len(gaps.get((MINE, *column), ())) for column in COLUMNS]
     lines.append(f"| {' | '.join(['*seeds*', *(f'*{count}*' for count in seeds)])} |")
     for name, label in ROWS.items():
-        cells = [shown(groups.get((name, *column), ())) for column in COLUMNS]
+        values = [gaps.get((name, *column), []) for column in COLUMNS]
+        cells = [shown(v) + other(v, count) for v, count in zip(values, seeds, strict=True)]
         if any(cells):
             lines.append(f"| {' | '.join([label, *cells])} |")
     return lines
 
 
-def shown(records: Sequence[Record]) -> str:
-    """Mean and range of points to dense; empty without records."""
-    if not records:
+def shown(gaps: Sequence[float]) -> str:
+    """Mean and range of points to dense; empty without any."""
+    if not gaps:
         return ""
-    gaps = [difference(record) for record in records]
     mean = f"{statistics.mean(gaps):+.1f}"
     if abs(statistics.mean(gaps)) < 10:
         mean = f"{statistics.mean(gaps):+.2f}"
     return f"{mean} ({min(gaps):+.1f} .. {max(gaps):+.1f})" if len(gaps) > 1 else mean
+
+
+def other(gaps: Sequence[float], seeds: int) -> str:
+    """How many seeds a cell has, where they are not as many as ours."""
+    if not gaps or len(gaps) == seeds:
+        return ""
+    return f", {len(gaps)} seed{'s' if len(gaps) > 1 else ''}"

@@ -285,4 +285,15 @@ def test_the_comparison_in_short_has_a_row_a_method_that_was_measured() -> None:
         "| **ours** | -0.75 (-1.0 .. -0.5) |  | +0.25 |  |  |"
     ]  # no row for TAYLOR alone
     helped = ("taylor", "global", "refit", 1)
-    assert front.front(seeds(helped, -30.0))[-1].endswith("| -30.0 |  |  |  |  |")
+    assert front.front(seeds(helped, -30.0))[-1].endswith("| -30.0, 1 seed |  |  |  |  |")
+
+
+def test_the_comparison_in_short_has_the_mean_over_tasks_where_there_is_one() -> None:
+    records = seeds(MINE, -0.5, -1.0) + seeds(MINE, -1.5, -1.2, -9.0, task="tweets-3")
+    rows = front.front(records)
+    assert rows[5].startswith("| mean of 2 tasks | one shot, 75% gone |")
+    # The third seed has one task only.
+    assert rows[7:] == [
+        "| *seeds* | *2* | *0* | *0* | *0* | *0* |",
+        "| **ours** | -1.05 (-1.1 .. -1.0) |  |  |  |  |",
+    ]
