@@ -35,7 +35,6 @@ LENGTHS = (23, 64, 128)  # tokens; the first is that of the task's median batch
 SPARSITIES = (0.5, 0.75, 0.9)
 # Whose shape stands for a layout: method, widths and fold-in of a record without training.
 LAYOUTS = {"ours": ("relevance-mi", "global", "refit"), "uniform": ("taylor", "uniform", "none")}
-DENSE = "dense"
 
 
 def shapes(records: Sequence[Record], sparsities: Sequence[float]) -> dict[str, dict[str, Any]]:
@@ -88,7 +87,7 @@ def gauge(
         seconds: Time for each model and batch size.
         rounds: How often they take turns.
     """
-    networks = {f"{DENSE}_": network_of()}
+    networks = {"dense_": network_of()}
     networks |= {f"{name}_": network_of(shape["kept"]) for name, shape in named.items()}
     example = Example((), inputs_of(1, length))
     macs = {name: count_macs(network, example) for name, network in networks.items()}
@@ -101,7 +100,7 @@ def gauge(
         taken = {k.removeprefix(name): ms for k, ms in times.items() if k.startswith(name)}
         return {"macs": macs[name], **taken}
 
-    dense = {f"dense_{key}": value for key, value in measured(f"{DENSE}_").items()}
+    dense = {f"dense_{key}": value for key, value in measured("dense_").items()}
     about = {"task": TASK, "seed": SEED, "length": length, "compiled": compiled}
     return [about | shape | measured(f"{name}_") | dense for name, shape in named.items()]
 
@@ -123,7 +122,10 @@ def main(given: Sequence[str] | None = None) -> None:
     add("--rounds", type=count, default=10, help="how often the models take turns")
     asked = parser.parse_args(given)
     transformers.logging.set_verbosity_error()
-    named = shapes(load(recovery.RESULTS), asked.sparsities)
+    try:
+        named = shapes(load(recovery.RESULTS), asked.sparsities)
+    except LookupError as error:
+        parser.error(str(error))
     found = {key_of(record): record for record in load(RESULTS)}
     for length in asked.lengths:
         missing = {

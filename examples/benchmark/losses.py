@@ -134,9 +134,10 @@ def goal_lines(records: Sequence[Record]) -> list[str]:
             for record in mine
             if record["target_sparsity"] == goal.sparsity and (record["steps"] > 0) == goal.trained
         ]
-        if not same:
+        if lacking := set(TASKS) - {record["task"] for record in same}:
             when = "after training" if goal.trained else "in one shot"
-            absent.append(f"{goal.sparsity:.0%} {when}")
+            where = f" ({', '.join(sorted(lacking))})" if same else ""
+            absent.append(f"{goal.sparsity:.0%} {when}{where}")
         for steps in sorted({record["steps"] for record in same}):
             at = [record for record in same if record["steps"] == steps]
             tasks = sorted({record["task"] for record in at})
@@ -155,7 +156,7 @@ def goal_lines(records: Sequence[Record]) -> list[str]:
     lines = [
         f"Of {met + len(rows)} goals, each for one task or for the mean of all, {met} are met "
         f"and {len(rows)} missed by our mean. "
-        + (f"Not measured yet: {', '.join(absent)}." if absent else "All goals were measured.")
+        + (f"Not measured yet: {'; '.join(absent)}." if absent else "All goals were measured.")
     ]
     if rows:
         lines += ["", "| steps | gone | task | goal | points to dense | seeds |"]

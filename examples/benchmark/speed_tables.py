@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from examples.benchmark.latency import BATCHES
+from examples.benchmark.lengths import key_of
 from examples.benchmark.records import Record
 
 
@@ -57,11 +58,11 @@ def length_lines(records: Sequence[Record]) -> list[str]:
         "| tokens | gone | widths | MACs | batch 1 | batch 32 | batch 32, compiled |",
         "|---|---|---|---|---|---|---|",
     ]
-    compiled = {about(record): record for record in records if record["compiled"]}
+    compiled = {key_of(record)[1:]: record for record in records if record["compiled"]}
     for record in records:
         if record["compiled"]:
             continue
-        other = compiled.get(about(record))
+        other = compiled.get(key_of(record)[1:])
         cells = [
             str(record["length"]),
             f"{record['target_sparsity']:.0%}",
@@ -72,11 +73,6 @@ def length_lines(records: Sequence[Record]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", machine_line(records), ""]
-
-
-def about(record: Record) -> tuple[int, str, float]:
-    """Length, layout and sparsity of a record."""
-    return record["length"], record["layout"], record["target_sparsity"]
 
 
 def reached(record: Record, rows: int) -> str:
