@@ -41,7 +41,7 @@ def front(records: Sequence[Record]) -> list[str]:
 
 
 def table(records: Sequence[Record], tasks: Sequence[str]) -> list[str]:
-    """Mean over the seeds (least .. most), each seed averaged over the tasks.
+    """Mean over the seeds (least .. most), each seed averaged over the tasks; no empty columns.
 
     Args:
         records: Those that are compared.
@@ -54,12 +54,13 @@ def table(records: Sequence[Record], tasks: Sequence[str]) -> list[str]:
             groups.setdefault(about, []).append(record)
     gaps = {about: [*by_seed(same, tasks).values()] for about, same in groups.items()}
     where = "TREC-6" if [*tasks] == [TASK] else f"mean of {len(tasks)} tasks"
-    heads = [f"{budget(steps)}, {sparsity:.0%} gone" for steps, sparsity in COLUMNS]
+    columns = [column for column in COLUMNS if any(gaps.get((name, *column)) for name in ROWS)]
+    heads = [f"{budget(steps)}, {sparsity:.0%} gone" for steps, sparsity in columns]
     lines = [f"| {' | '.join([where, *heads])} |", "|---" * (1 + len(heads)) + "|"]
-    seeds = [len(gaps.get((MINE, *column), ())) for column in COLUMNS]
+    seeds = [len(gaps.get((MINE, *column), ())) for column in columns]
     lines.append(f"| {' | '.join(['*seeds*', *(f'*{count}*' for count in seeds)])} |")
     for name, label in ROWS.items():
-        values = [gaps.get((name, *column), []) for column in COLUMNS]
+        values = [gaps.get((name, *column), []) for column in columns]
         cells = [shown(v) + other(v, count) for v, count in zip(values, seeds, strict=True)]
         if any(cells):
             lines.append(f"| {' | '.join([label, *cells])} |")

@@ -15,7 +15,7 @@ from examples.benchmark.summarize import (
     cell,
     interval,
 )
-from examples.benchmark.tables import Name, variant_of
+from examples.benchmark.tables import Name, in_words, variant_of
 
 ROUNDING = 1e-9  # points by which sums of the same accuracies may differ
 
@@ -109,15 +109,11 @@ def lost_lines(records: Sequence[Record]) -> list[str]:
     ]
     lines += ["|---|---|---|---|---|---|"]
     for each in found:
-        method, widths, fold_in, cuts = each.name
-        said = ", ".join([f"`{method}`", widths, *([] if fold_in == "none" else [fold_in])])
-        said += f", {cuts} cuts" if cuts > 1 else ""
-        said += " (masks)" if any(record["masked"] for record in each.records) else ""
+        masks = " (masks)" if any(record["masked"] for record in each.records) else ""
         shown = cell(each.theirs, each.ours) + aside(each.records, each.sparsity)
-        lines.append(
-            f"| {budget(each.steps)} | {each.sparsity:.0%} | {each.task} | {said} | {shown} "
-            f"| {statistics.mean(each.ours.values()):+.2f} |"
-        )
+        about = [budget(each.steps), f"{each.sparsity:.0%}", each.task]
+        about += [in_words(each.name) + masks, shown, f"{statistics.mean(each.ours.values()):+.2f}"]
+        lines.append(f"| {' | '.join(about)} |")
     return lines
 
 

@@ -17,6 +17,7 @@ from examples.benchmark import latency, lengths
 from examples.benchmark.front import BEGIN as FRONT_BEGIN
 from examples.benchmark.front import END as FRONT_END
 from examples.benchmark.front import FRONT, front
+from examples.benchmark.longer import longer_lines
 from examples.benchmark.losses import budget, goal_lines, lost_lines
 from examples.benchmark.plots import FLOORS, FOLDER, save, signed
 from examples.benchmark.records import Record, load
@@ -128,6 +129,7 @@ def written(records: Sequence[Record], page: Path = PAGE) -> list[str]:
         "",
         *figures(records, page),
         "",
+        *longer_lines(records),
         *mask_lines(load(latency.MASKED)),
         *length_lines(load(lengths.RESULTS)),
         "## Tables",

@@ -21,6 +21,20 @@ def variant_of(record: Record) -> Name:
     return record["method"], record["widths"], record["fold_in"], record["cuts"]
 
 
+def in_words(name: Name) -> str:
+    """A method with its widths and, where there are such, its new weights and number of cuts.
+
+    Example:
+        >>> in_words(("taylor", "global", "refit", 1))
+        '`taylor`, global, refit'
+    """
+    method, widths, fold_in, cuts = name
+    parts = [f"`{method}`", widths]
+    parts += [fold_in] if fold_in != "none" else []
+    parts += [f"{cuts} cuts"] if cuts > 1 else []
+    return ", ".join(parts)
+
+
 def by_variant(records: Sequence[Record]) -> dict[Name, dict[int, Record]]:
     """Records of one task and sparsity by variant, in the order of `METHODS`, and by seed."""
     order = [(v.method, v.widths, v.fold_in, v.cuts) for group in METHODS.values() for v in group]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from examples.benchmark.looks import LOOKS
 from examples.benchmark.records import Record
-from examples.benchmark.recovery import DENSE
+from examples.benchmark.recovery import DENSE, STEPS
 from examples.benchmark.tables import Name, difference, variant_of
 
 
@@ -111,11 +111,14 @@ VIEWS = (
 
 
 def plots(records: Sequence[Record]) -> Iterator[Plot | str]:
-    """What can be drawn, and for the rest a sentence that says why not."""
+    """What can be drawn, and for the rest a sentence that says why not.
+
+    Only the budgets that all methods are compared at: few were measured at others.
+    """
     pruned = [r for r in records if r["target_sparsity"] and variant_of(r) in LOOKS]
     if not pruned:
         yield "There are no records yet: python -m examples.benchmark.recovery"
-    for steps in sorted({record["steps"] for record in pruned}):
+    for steps in sorted({record["steps"] for record in pruned} & set(STEPS)):
         prefix = f"{steps}-steps" if steps else "one-shot"
         for view in VIEWS:
             found = [r for r in pruned if r["steps"] == steps and view.value(r) is not None]
