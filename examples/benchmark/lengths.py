@@ -4,8 +4,9 @@
     python -m examples.benchmark.lengths --lengths 23 256 --sparsities 0.75 --compile
 
 Run it on a machine that does nothing else. For each length, the dense model takes turns with the
-shapes that the records name: our widths, and uniform ones with as many parameters. As in `latency`,
-weights are random. What is there is not measured again.
+shapes that the records name: our widths, ours where axes compete by time (`by_time`), and uniform
+ones, all with as many parameters. As in `latency`, weights are random. What is there is not
+measured again.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 
-from examples.benchmark import oneshot, recovery
+from examples.benchmark import by_time, oneshot, recovery
 from examples.benchmark.finetuned import RECIPES
 from examples.benchmark.latency import shaped, timed
 from examples.benchmark.options import count, positive, share
@@ -34,14 +35,18 @@ TASK, SEED = "trec-6", 0
 LENGTHS = (23, 64, 128)  # tokens; the first is that of the task's median batch
 SPARSITIES = (0.5, 0.75, 0.9)
 # Whose shape stands for a layout: method, widths and fold-in of a record without training.
-LAYOUTS = {"ours": ("relevance-mi", "global", "refit"), "uniform": ("taylor", "uniform", "none")}
+LAYOUTS = {
+    "ours": ("relevance-mi", "global", "refit"),
+    "ours, by time": ("relevance-mi", by_time.WIDTHS, "refit"),
+    "uniform": ("taylor", "uniform", "none"),
+}
 
 
 def shapes(records: Sequence[Record], sparsities: Sequence[float]) -> dict[str, dict[str, Any]]:
     """Layout, sparsity and widths of what is timed, by name.
 
     Args:
-        records: Those of :mod:`examples.benchmark.recovery`.
+        records: Those of :mod:`examples.benchmark.recovery` and :mod:`examples.benchmark.by_time`.
         sparsities: Shares of the prunable parameters that are gone.
 
     Raises:
@@ -54,7 +59,8 @@ def shapes(records: Sequence[Record], sparsities: Sequence[float]) -> dict[str, 
             about |= {"method": method, "widths": widths, "fold_in": fold_in, "cuts": 1}
             same = [r for r in records if all(r[name] == value for name, value in about.items())]
             if not same:
-                raise LookupError(f"no record of {about}; examples.benchmark.recovery makes it")
+                script = by_time if widths == by_time.WIDTHS else recovery
+                raise LookupError(f"no record of {about}; {script.__name__} makes it")
             (record,) = same
             found[f"{layout}-{sparsity}"] = {
                 "layout": layout,
@@ -123,7 +129,7 @@ def main(given: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(given)
     transformers.logging.set_verbosity_error()
     try:
-        named = shapes(load(recovery.RESULTS), asked.sparsities)
+        named = shapes(load(recovery.RESULTS) + load(by_time.RESULTS), asked.sparsities)
     except LookupError as error:
         parser.error(str(error))
     found = {key_of(record): record for record in load(RESULTS)}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from examples.benchmark import lengths, recovery
+from examples.benchmark import by_time, lengths, recovery
 from examples.benchmark.records import load, write
 from examples.benchmark.rivals.size import Kept
 from examples.benchmark.speed_tables import length_lines
@@ -32,13 +32,16 @@ def network_of(kept: Kept | None = None) -> nn.Module:
 
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
-    """Two shapes that records name, and files in a folder of their own."""
+    """Three shapes that records name, and files in a folder of their own."""
     found = [named("ours", {"ffn": [5, 3]}), named("uniform", {"ffn": [4, 4]})]
+    paced = named("ours, by time", {"ffn": [6, 2]})
     monkeypatch.setattr(recovery, "RESULTS", tmp_path / "recovery.json")
     monkeypatch.setattr(lengths, "RESULTS", tmp_path / "lengths.json")
     monkeypatch.setattr(lengths, "network_of", network_of)
+    monkeypatch.setattr(by_time, "RESULTS", tmp_path / "by_time.json")
     write(recovery.RESULTS, found)
-    return found
+    write(by_time.RESULTS, [paced])
+    return [found[0], paced, found[1]]
 
 
 def test_every_length_is_timed_once(
@@ -49,6 +52,7 @@ def test_every_length_is_timed_once(
     first = load(lengths.RESULTS)
     assert [(r["layout"], r["length"], r["compiled"]) for r in first] == [
         ("ours", 4, False),
+        ("ours, by time", 4, False),
         ("uniform", 4, False),
     ]
     assert [r["kept"] for r in first] == [r["kept"] for r in records]
@@ -56,14 +60,14 @@ def test_every_length_is_timed_once(
         assert record["macs"] < record["dense_macs"]
         for name in ("latency_ms_b1", "latency_ms_b32"):
             assert record[name] > 0 < record[f"dense_{name}"]
-    assert first[0]["dense_latency_ms_b32"] == first[1]["dense_latency_ms_b32"]  # in one run
+    assert len({r["dense_latency_ms_b32"] for r in first}) == 1  # in one run
     capsys.readouterr()
     lengths.main([*asked, "8", "4"])
     assert "4 tokens" not in capsys.readouterr().out
     both = load(lengths.RESULTS)
-    assert both[:2] == first
-    assert [record["length"] for record in both] == [4, 4, 8, 8]
-    assert both[2]["dense_macs"] > first[0]["dense_macs"]
+    assert both[:3] == first
+    assert [record["length"] for record in both] == [4, 4, 4, 8, 8, 8]
+    assert both[3]["dense_macs"] > first[0]["dense_macs"]
 
 
 @pytest.mark.usefixtures("records")
