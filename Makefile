@@ -53,6 +53,7 @@ benchmark-full: $(VENV)/benchmark.stamp
 	$(RECOVERY) trec-6 tweets-3 & one=$$!; $(RECOVERY) movie-snippets 20-newsgroups; two=$$?; \
 	  wait $$one && exit $$two
 	$(BIN)/python -m examples.benchmark.latency
+	$(BIN)/python -m examples.benchmark.by_time
 	$(BIN)/python -m examples.benchmark.lengths
 	$(BIN)/python -m examples.benchmark.lengths --compile --sparsities 0.75
 	OMP_NUM_THREADS=1 $(BIN)/python -m examples.benchmark.evidence

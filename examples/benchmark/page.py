@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.benchmark import latency, lengths
+from examples.benchmark import by_time, latency, lengths
 from examples.benchmark.front import BEGIN as FRONT_BEGIN
 from examples.benchmark.front import END as FRONT_END
 from examples.benchmark.front import FRONT, front
@@ -21,7 +21,7 @@ from examples.benchmark.longer import longer_lines
 from examples.benchmark.losses import budget, goal_lines, lost_lines
 from examples.benchmark.plots import FLOORS, FOLDER, save, signed
 from examples.benchmark.records import Record, load
-from examples.benchmark.speed_tables import length_lines, mask_lines
+from examples.benchmark.speed_tables import length_lines, mask_lines, paced_lines
 from examples.benchmark.summarize import averaged, compared, entropy_lines, markdown
 from examples.benchmark.views import Plot, plots
 
@@ -132,6 +132,7 @@ def written(records: Sequence[Record], page: Path = PAGE) -> list[str]:
         *longer_lines(records),
         *mask_lines(load(latency.MASKED)),
         *length_lines(load(lengths.RESULTS)),
+        *paced_lines(load(by_time.RESULTS), records),
         "## Tables",
         "",
         *markdown(records),

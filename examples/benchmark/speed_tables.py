@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from examples.benchmark.latency import BATCHES
 from examples.benchmark.lengths import key_of
 from examples.benchmark.records import Record
+from examples.benchmark.summarize import MINE, nats
+from examples.benchmark.tables import difference, variant_of
 
 
 def mask_lines(masks: Sequence[Record]) -> list[str]:
@@ -52,8 +54,10 @@ def length_lines(records: Sequence[Record]) -> list[str]:
         "their multiply-accumulates (MACs); in brackets the share of that ratio that is reached. "
         "Norms, softmax, activations and calls stay, so most fall short, one text by far. Ours are "
         "the widths that competition by parameters leaves: more heads and fewer neurons than "
-        "uniform widths with as many parameters, and heads take more time. Compiled: all models, "
-        "the dense one too, went through `torch.compile`.",
+        "uniform widths with as many parameters, and heads take more time. By time, the same axes "
+        "compete by milliseconds (`target_latency_ms`), for a batch of 32 of the shortest length "
+        "here, until as many parameters are gone. Compiled: all models, the dense one too, went "
+        "through `torch.compile`.",
         "",
         "| tokens | gone | widths | MACs | batch 1 | batch 32 | batch 32, compiled |",
         "|---|---|---|---|---|---|---|",
@@ -73,6 +77,39 @@ def length_lines(records: Sequence[Record]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", machine_line(records), ""]
+
+
+def paced_lines(paced: Sequence[Record], records: Sequence[Record]) -> list[str]:
+    """Accuracy of competition by time beside that by parameters; nothing without records.
+
+    Args:
+        paced: Records of :mod:`examples.benchmark.by_time`.
+        records: Those that are compared.
+    """
+    if not paced:
+        return []
+    mine = {
+        (r["task"], r["seed"], r["target_sparsity"]): r
+        for r in records
+        if variant_of(r) == MINE and not r["steps"]
+    }
+    lines = [
+        "What competition by time does to accuracy and cross-entropy, in one shot: points and nats "
+        "to the dense model.",
+        "",
+        "| task | seed | gone | by parameters | by time | heads, neurons by time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in paced:
+        place = record["task"], record["seed"], record["target_sparsity"]
+        both = [
+            f"{difference(r):+.2f}, {nats(r):+.3f}" if r else "" for r in (mine.get(place), record)
+        ]
+        kept = record["kept"]
+        cells = [record["task"], str(record["seed"]), f"{record['target_sparsity']:.0%}", *both]
+        cells.append(f"{sum(kept['heads'])}, {sum(kept['ffn']):,}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def reached(record: Record, rows: int) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 from examples.benchmark import by_time, lengths, recovery
 from examples.benchmark.records import load, write
 from examples.benchmark.rivals.size import Kept
-from examples.benchmark.speed_tables import length_lines
+from examples.benchmark.speed_tables import length_lines, paced_lines
 from lightning_mi_prune import Plan, apply, find_axes
 from lightning_mi_prune.choosing import choose_axes
 from tests.models import build
@@ -101,5 +101,21 @@ def test_the_page_says_what_share_of_the_ratio_is_reached() -> None:
     assert lines[-5:-2] == [
         "| 23 | 75% | ours | 4.00x | 2.00x (0.50) | 3.00x (0.75) | 4.00x (1.00) |",
         "| 23 | 75% | uniform | 4.00x | 2.00x (0.50) | 3.00x (0.75) |  |",
+        "",
+    ]
+
+
+def test_the_page_sets_time_beside_parameters() -> None:
+    assert paced_lines([], []) == []
+    ours = named("ours", {"heads": [3, 1], "ffn": [800, 400]})
+    ours |= {"dense_accuracy": 0.9, "dense_cross_entropy": 0.3}
+    ours |= {"accuracy": 0.89, "cross_entropy": 0.34}
+    paced = ours | {"widths": "time", "accuracy": 0.88, "cross_entropy": 0.36}
+    other = paced | {"target_sparsity": 0.5}
+    trained = ours | {"steps": 100, "accuracy": 0.5}
+    lines = paced_lines([other, paced], [trained, ours])
+    assert lines[-3:] == [
+        "| trec-6 | 0 | 50% |  | -2.00, -0.060 | 4, 1,200 |",
+        "| trec-6 | 0 | 75% | -1.00, -0.040 | -2.00, -0.060 | 4, 1,200 |",
         "",
     ]
