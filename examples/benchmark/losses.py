@@ -150,7 +150,8 @@ def goal_lines(records: Sequence[Record]) -> list[str]:
                 about = [budget(steps), f"{goal.sparsity:.0%}", where, f"{0 - goal.allowed:.1f}"]
                 rows.append(f"| {' | '.join([*about, shown, str(len(gaps))])} |")
     lines = [
-        f"Of {met + len(rows)} goals, each for one task or for the mean of all, {met} are met "
+        f"Of {met + len(rows)} goals, each for one task or for the mean of all, {met} "
+        f"{'is' if met == 1 else 'are'} met "
         f"and {len(rows)} missed by our mean. "
         + (f"Not measured yet: {'; '.join(absent)}." if absent else "All goals were measured.")
     ]

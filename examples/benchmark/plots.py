@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import CARETDOWNBASE
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from examples.benchmark.finetuned import TASKS
 from examples.benchmark.looks import GROUPS, LOOKS, PACKAGE, Look
 from examples.benchmark.losses import GOALS
 from examples.benchmark.records import Record
@@ -62,7 +63,7 @@ def draw(plot: Plot) -> Figure:
     for task, axes in zip(tasks, panels, strict=False):
         records = [record for record in plot.records if record["task"] == task]
         methods = points(records, plot.view)
-        panel(axes, methods, plot, factors)
+        panel(axes, methods, plot, factors, aimed=plot.view.grouped and task in TASKS)
         costs = [plot.view.value(r) for r in plot.controls if r["task"] == task]
         if known := [value for value in costs if value is not None]:
             axes.axvline(statistics.mean(known), zorder=2, **CONTROL)
@@ -95,7 +96,12 @@ def title(task: str, records: Sequence[Record]) -> str:
 
 
 def panel(
-    axes: Axes, methods: dict[Name, list[Point]], plot: Plot, factors: Mapping[Name, float]
+    axes: Axes,
+    methods: dict[Name, list[Point]],
+    plot: Plot,
+    factors: Mapping[Name, float],
+    *,
+    aimed: bool,
 ) -> None:
     """One task: the control at zero, what was aimed at, and every method with its spread.
 
@@ -104,6 +110,7 @@ def panel(
         methods: The points of each.
         plot: What the figure shows.
         factors: How far each method is moved aside, the same in all panels.
+        aimed: Whether goals are drawn; the larger model has none.
     """
     view, floor = plot.view, FLOORS[plot.steps > 0]
     axes.set_xscale("log")
@@ -115,7 +122,7 @@ def panel(
     for name, found in methods.items():
         there = [point._replace(place=point.place * factors[name]) for point in found]
         line(axes, LOOKS[name], there, floor)
-    if view.grouped:
+    if aimed:
         reach = (1 + APART) ** (len(factors) / 2 + 1)
         for goal in GOALS:
             if goal.trained == (plot.steps > 0):

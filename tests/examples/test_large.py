@@ -16,6 +16,7 @@ from examples.benchmark.rivals import RIVALS, Rival
 from examples.benchmark.rivals.size import settle, size_of
 from examples.benchmark.rivals.torchpruning import group_magnitude, group_taylor
 from examples.benchmark.summarize import MINE, averaged, markdown
+from examples.benchmark.plots import draw
 from examples.benchmark.views import Plot, plots
 from examples.text_classification import packaged
 from examples.text_classification.packaged import model_path
@@ -271,3 +272,9 @@ def test_the_larger_model_is_a_task_of_its_own_in_no_mean() -> None:
     assert not any("Means go" in line for line in page.facts(ours))
     drawn = [plot for plot in plots([*ours, large]) if isinstance(plot, Plot)]
     assert {r["task"] for plot in drawn for r in plot.records} == {"trec-6", "tweets-3", LARGE}
+    (sizes,) = (plot for plot in drawn if plot.view.grouped)
+    for axes in draw(sizes).axes:
+        title = axes.get_title(loc="left")
+        dashed = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.is_dashed()]
+        if title:  # of the three goals of the smaller model, the larger one has none
+            assert bool(dashed) != title.startswith(LARGE)
