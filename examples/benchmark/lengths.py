@@ -5,8 +5,8 @@
 
 Run it on a machine that does nothing else. For each length, the dense model takes turns with the
 shapes that the records name: our widths, ours where axes compete by time (`by_time`), and uniform
-ones, all with as many parameters. As in `latency`, weights are random. What is there is not
-measured again.
+ones, all with as many parameters. As in `latency`, weights are random. What is there of this
+processor is not measured again.
 """
 
 import argparse
@@ -108,12 +108,14 @@ def gauge(
 
     dense = {f"dense_{key}": value for key, value in measured("dense_").items()}
     about = {"task": TASK, "seed": SEED, "length": length, "compiled": compiled}
+    about |= {"machine": oneshot.machine()}
     return [about | shape | measured(f"{name}_") | dense for name, shape in named.items()]
 
 
 def key_of(record: Record) -> tuple[Any, ...]:
-    """What a record is about."""
-    return tuple(record[name] for name in ("compiled", "length", "layout", "target_sparsity"))
+    """What a record is about: a processor, and what was timed on it."""
+    names = ("compiled", "length", "layout", "target_sparsity")
+    return record["machine"]["cpu"], *(record[name] for name in names)
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -133,18 +135,19 @@ def main(given: Sequence[str] | None = None) -> None:
     except LookupError as error:
         parser.error(str(error))
     found = {key_of(record): record for record in load(RESULTS)}
+    about = {"compiled": asked.compile, "machine": oneshot.machine()}
     for length in asked.lengths:
         missing = {
             name: shape
             for name, shape in named.items()
-            if key_of(shape | {"compiled": asked.compile, "length": length}) not in found
+            if key_of(about | shape | {"length": length}) not in found
         }
         if not missing:
             continue
         torch.compiler.reset()
         options = {"compiled": asked.compile, "seconds": asked.seconds, "rounds": asked.rounds}
         for record in gauge(missing, length, **options):
-            found[key_of(record)] = record | {"machine": oneshot.machine()}
+            found[key_of(record)] = record
             ratio = record["dense_latency_ms_b32"] / record["latency_ms_b32"]
             print(f"{length} tokens, {record['layout']}: {ratio:.2f}x at batch 32", flush=True)
         write(RESULTS, [found[key] for key in sorted(found)])

@@ -1,9 +1,9 @@
 """The sections of `docs/comparison.md` on what decides speed: masks, lengths, layouts."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from examples.benchmark.latency import BATCHES
-from examples.benchmark.lengths import key_of
 from examples.benchmark.records import Record
 from examples.benchmark.summarize import MINE, nats
 from examples.benchmark.tables import difference, variant_of
@@ -59,14 +59,25 @@ def length_lines(records: Sequence[Record]) -> list[str]:
         "here, until as many parameters are gone. Compiled: all models, the dense one too, went "
         "through `torch.compile`.",
         "",
-        "| tokens | gone | widths | MACs | batch 1 | batch 32 | batch 32, compiled |",
-        "|---|---|---|---|---|---|---|",
     ]
-    compiled = {key_of(record)[1:]: record for record in records if record["compiled"]}
+    for _, same in groupby(records, key=lambda record: record["machine"]["cpu"]):
+        lines += [*speed_table([*same]), ""]
+    return lines
+
+
+def speed_table(records: Sequence[Record]) -> list[str]:
+    """The shapes that were timed on one processor, which the last line names.
+
+    Args:
+        records: Those of that processor.
+    """
+    lines = ["| tokens | gone | widths | MACs | batch 1 | batch 32 | batch 32, compiled |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    compiled = {shape_of(record): record for record in records if record["compiled"]}
     for record in records:
         if record["compiled"]:
             continue
-        other = compiled.get(key_of(record)[1:])
+        other = compiled.get(shape_of(record))
         cells = [
             str(record["length"]),
             f"{record['target_sparsity']:.0%}",
@@ -76,7 +87,12 @@ def length_lines(records: Sequence[Record]) -> list[str]:
             "" if other is None else reached(other, BATCHES[-1]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", machine_line(records), ""]
+    return [*lines, "", machine_line(records)]
+
+
+def shape_of(record: Record) -> tuple[int, str, float]:
+    """What was timed."""
+    return record["length"], record["layout"], record["target_sparsity"]
 
 
 def paced_lines(paced: Sequence[Record], records: Sequence[Record]) -> list[str]:

@@ -68,6 +68,12 @@ def test_every_length_is_timed_once(
     assert both[:3] == first
     assert [record["length"] for record in both] == [4, 4, 4, 8, 8, 8]
     assert both[3]["dense_macs"] > first[0]["dense_macs"]
+    for record in both:
+        record["machine"]["cpu"] = ""  # of another processor, which comes first
+    write(lengths.RESULTS, both)
+    lengths.main([*asked, "4"])
+    assert load(lengths.RESULTS)[:6] == both
+    assert [record["length"] for record in load(lengths.RESULTS)[6:]] == [4, 4, 4]
 
 
 @pytest.mark.usefixtures("records")
@@ -97,8 +103,15 @@ def test_the_page_says_what_share_of_the_ratio_is_reached() -> None:
     record |= {"latency_ms_b32": 20.0, "dense_latency_ms_b32": 60.0}
     compiled = record | {"compiled": True, "latency_ms_b32": 15.0}
     alone = record | {"layout": "uniform"}
-    lines = length_lines([record, alone, compiled])
-    assert lines[-5:-2] == [
+    elsewhere = record | {"machine": {"cpu": "B", "threads": 4}, "latency_ms_b1": 2.0}
+    lines = length_lines([record, alone, compiled, elsewhere])
+    assert lines[-4:] == [
+        "| 23 | 75% | ours | 4.00x | 4.00x (1.00) | 3.00x (0.75) |  |",
+        "",
+        "Processors: B; threads: 4.",
+        "",
+    ]
+    assert lines[-11:-8] == [
         "| 23 | 75% | ours | 4.00x | 2.00x (0.50) | 3.00x (0.75) | 4.00x (1.00) |",
         "| 23 | 75% | uniform | 4.00x | 2.00x (0.50) | 3.00x (0.75) |  |",
         "",
