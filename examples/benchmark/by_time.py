@@ -16,13 +16,13 @@ from pathlib import Path
 from examples.benchmark.finetuned import SEEDS, finetuned
 from examples.benchmark.oneshot import FOLDER, Subject, cut, examine, identity, machine, tested
 from examples.benchmark.options import positive, quiet, share
-from examples.benchmark.records import Record, key_of, load, write
+from examples.benchmark.records import Record, load, write
 from examples.benchmark.texts import inputs_of, typical
 from examples.benchmark.variants import OURS
 from lightning_mi_prune import Budget, PruningError
 from lightning_mi_prune.axes import full_plan
 from lightning_mi_prune.budget import sparsity_of
-from lightning_mi_prune.clock import cached_table, measure_table
+from lightning_mi_prune.clock import cached_table, device_of, measure_table
 from lightning_mi_prune.competition import allot
 from lightning_mi_prune.latency import LatencyCosts, LatencyTable
 from lightning_mi_prune.method import Method
@@ -71,7 +71,9 @@ def table_of(subject: Subject, path: Path, seconds: float) -> LatencyTable:
     call = Example((), inputs_of(ROWS, typical(subject.test)))
     calls = dict.fromkeys(subject.heard.examples, call)
     return cached_table(
-        path, lambda: measure_table(subject.model, subject.axes, calls, seconds=seconds)
+        path,
+        lambda: measure_table(subject.model, subject.axes, calls, seconds=seconds),
+        device_of(subject.model, calls),
     )
 
 
@@ -88,7 +90,7 @@ def rankings_of(subject: Subject) -> dict[str, Ranking]:
 
 
 def milliseconds(subject: Subject, table: LatencyTable, sparsity: float) -> float:
-    """The largest budget of time that takes as many parameters.
+    """A budget of time that takes as many parameters, and a little more of which does not.
 
     Args:
         subject: The dense model and its evidence.
@@ -100,16 +102,20 @@ def milliseconds(subject: Subject, table: LatencyTable, sparsity: float) -> floa
     """
     rankings, costs = rankings_of(subject), LatencyCosts(table, subject.axes)
 
-    def left(ms: float) -> float | None:
+    def gone(ms: float) -> float | None:
         budget = Budget(target_latency_ms=ms)
         try:
             widths = allot(subject.chosen, budget, costs=costs, rankings=rankings)
         except PruningError:  # faster than this model can be
             return None
-        return 1 - sparsity_of(subject.chosen, widths)
+        return sparsity_of(subject.chosen, widths)
 
-    found = bisected(lambda ms: 1 - (left(ms) or 0.0), sparsity, table.dense_ms)
-    if left(found) is None:
+    def enough(ms: float) -> bool:
+        share = gone(ms)
+        return share is None or share >= sparsity
+
+    found = bisected(enough, table.dense_ms)
+    if not found or gone(found) is None:
         raise LookupError(
             f"no budget of milliseconds takes {sparsity:.0%} of the parameters: in the table of "
             f"{table.dense_ms:.1f} ms narrower layers save nothing. Measure it on a quiet machine."
@@ -117,30 +123,33 @@ def milliseconds(subject: Subject, table: LatencyTable, sparsity: float) -> floa
     return found
 
 
-def bisected(gone: Callable[[float], float], sparsity: float, most: float) -> float:
-    """The largest budget at which a share is gone, where more of it takes less away.
+def bisected(enough: Callable[[float], bool], most: float) -> float:
+    """A budget at which a share is gone, next to one at which it is not.
 
     Example:
-        >>> round(bisected(lambda ms: 1 - ms / 40, 0.75, 40.0), 3)
+        >>> round(bisected(lambda ms: ms <= 10.0, 40.0), 3)
         10.0
     """
     low, high = 0.0, most
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if gone(middle) >= sparsity else (low, middle)
+        low, high = (middle, high) if enough(middle) else (low, middle)
     return low
 
 
-def measure(subject: Subject, sparsity: float, table: LatencyTable, path: Path) -> Record:
+def measure(
+    subject: Subject, sparsity: float, ms: float, table: LatencyTable, path: Path
+) -> Record:
     """Prune a copy of the model within the milliseconds and test it.
 
     Args:
         subject: The dense model and its evidence.
         sparsity: Share of the prunable parameters that must go.
+        ms: The budget that takes them.
         table: What widths take.
         path: Its file.
     """
-    way = Paced(milliseconds(subject, table, sparsity), path)
+    way = Paced(ms, path)
     model, plan = cut(subject, way, sparsity)
     return {
         **identity(subject.task, subject.seed, OURS, sparsity),
@@ -149,8 +158,14 @@ def measure(subject: Subject, sparsity: float, table: LatencyTable, path: Path) 
         **tested(subject, model, plan),
         "budget_ms": way.ms,
         "dense_ms": table.dense_ms,
+        "length": table.length,
         "machine": machine(),
     }
+
+
+def about(record: Record) -> tuple[str, int, float]:
+    """What a record is about: whose milliseconds, which model, how much of it."""
+    return record["machine"]["cpu"], record["seed"], record["target_sparsity"]
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -163,10 +178,10 @@ def main(given: Sequence[str] | None = None) -> None:
     add("--seconds", type=positive, default=1.0, help="for each width of the table")
     asked = parser.parse_args(given)
     quiet()
-    found = {key_of(record): record for record in load(RESULTS)}
-    there = {(record["seed"], record["target_sparsity"]) for record in found.values()}
+    found = {about(record): record for record in load(RESULTS)}
+    here = machine()["cpu"]
     for seed in asked.seeds:
-        missing = [s for s in asked.sparsities if (seed, s) not in there]
+        missing = [s for s in asked.sparsities if (here, seed, s) not in found]
         if not missing:
             continue
         model, data = finetuned(TASK, seed)
@@ -175,10 +190,11 @@ def main(given: Sequence[str] | None = None) -> None:
         table = table_of(subject, path, asked.seconds)
         for sparsity in missing:
             try:
-                record = measure(subject, sparsity, table, path)
+                ms = milliseconds(subject, table, sparsity)
             except LookupError as error:
                 parser.error(f"{error} (delete {path} first)")
-            found[key_of(record)] = record
+            record = measure(subject, sparsity, ms, table, path)
+            found[about(record)] = record
             write(RESULTS, [found[key] for key in sorted(found)])
             print(
                 f"{sparsity:.0%} in {record['budget_ms']:.1f} of {table.dense_ms:.1f} ms: "

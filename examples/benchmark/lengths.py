@@ -118,6 +118,13 @@ def key_of(record: Record) -> tuple[Any, ...]:
     return record["machine"]["cpu"], *(record[name] for name in names)
 
 
+def is_there(record: Record | None, shape: dict[str, Any], about: dict[str, Any]) -> bool:
+    """Whether a record is of this very shape, with as many threads."""
+    if record is None or record["kept"] != shape["kept"]:
+        return False
+    return bool(record["machine"]["threads"] == about["machine"]["threads"])
+
+
 def main(given: Sequence[str] | None = None) -> None:
     """Measure what is missing, one length after another."""
     parser = argparse.ArgumentParser("examples.benchmark.lengths", description=__doc__)
@@ -130,17 +137,18 @@ def main(given: Sequence[str] | None = None) -> None:
     add("--rounds", type=count, default=10, help="how often the models take turns")
     asked = parser.parse_args(given)
     transformers.logging.set_verbosity_error()
+    about = {"compiled": asked.compile, "machine": oneshot.machine()}
+    paced = [r for r in load(by_time.RESULTS) if r["machine"]["cpu"] == about["machine"]["cpu"]]
     try:
-        named = shapes(load(recovery.RESULTS) + load(by_time.RESULTS), asked.sparsities)
+        named = shapes(load(recovery.RESULTS) + paced, asked.sparsities)
     except LookupError as error:
         parser.error(str(error))
     found = {key_of(record): record for record in load(RESULTS)}
-    about = {"compiled": asked.compile, "machine": oneshot.machine()}
     for length in asked.lengths:
         missing = {
             name: shape
             for name, shape in named.items()
-            if key_of(about | shape | {"length": length}) not in found
+            if not is_there(found.get(key_of(about | shape | {"length": length})), shape, about)
         }
         if not missing:
             continue

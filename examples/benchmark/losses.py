@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from examples.benchmark.finetuned import TASKS
 from examples.benchmark.records import Record
+from examples.benchmark.recovery import STEPS
 from examples.benchmark.summarize import (
     CONFIDENCE,
     MINE,
@@ -26,6 +27,11 @@ class Goal(NamedTuple):
     trained: bool
     sparsity: float
     allowed: float
+
+    @property
+    def aim(self) -> str:
+        """Points to dense, as tables show them."""
+        return f"{0 - self.allowed:.1f}"
 
 
 GOALS = (
@@ -120,9 +126,12 @@ def lost_lines(records: Sequence[Record]) -> list[str]:
 def goal_lines(records: Sequence[Record]) -> list[str]:
     """Every goal that our mean misses on a task or over all of them; how many were met.
 
-    They were set for the smaller model, so the larger one has none.
+    They were set for the smaller model and the budgets that all methods get, so the larger one and
+    longer trainings have none.
     """
-    mine = [r for r in records if variant_of(r) == MINE and r["task"] in TASKS]
+    mine = [
+        r for r in records if variant_of(r) == MINE and r["task"] in TASKS and r["steps"] in STEPS
+    ]
     met, rows, absent = 0, [], []
     for goal in GOALS:
         same = [
@@ -147,7 +156,7 @@ def goal_lines(records: Sequence[Record]) -> list[str]:
                     continue
                 where = these[0] if len(these) == 1 else f"mean of {len(these)} tasks"
                 shown = f"{mean:+.2f}" + (f" ± {half:.2f}" if len(gaps) > 1 else "")
-                about = [budget(steps), f"{goal.sparsity:.0%}", where, f"{0 - goal.allowed:.1f}"]
+                about = [budget(steps), f"{goal.sparsity:.0%}", where, goal.aim]
                 rows.append(f"| {' | '.join([*about, shown, str(len(gaps))])} |")
     lines = [
         f"Of {met + len(rows)} goals, each for one task or for the mean of all, {met} "

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 
+from examples.benchmark.by_time import ROWS
 from examples.benchmark.latency import BATCHES
 from examples.benchmark.records import Record
 from examples.benchmark.summarize import MINE, nats
@@ -52,12 +53,12 @@ def length_lines(records: Sequence[Record]) -> list[str]:
         "",
         "How many times as fast as dense the shapes of TREC-6 (seed 0) are, beside the ratio of "
         "their multiply-accumulates (MACs); in brackets the share of that ratio that is reached. "
-        "Norms, softmax, activations and calls stay, so most fall short, one text by far. Ours are "
-        "the widths that competition by parameters leaves: more heads and fewer neurons than "
-        "uniform widths with as many parameters, and heads take more time. By time, the same axes "
-        "compete by milliseconds (`target_latency_ms`), for a batch of 32 of the shortest length "
-        "here, until as many parameters are gone. Compiled: all models, the dense one too, went "
-        "through `torch.compile`.",
+        "Norms, softmax, activations and calls stay, so one text falls short, and so does a batch "
+        "at 90 %; above 1 the smaller products run better than the large ones. Ours are the widths "
+        "that competition by parameters leaves: more heads and fewer neurons than uniform widths "
+        "with as many parameters; heads mostly take more time. By time, the same axes compete by "
+        "milliseconds of a batch (`target_latency_ms`, below). Compiled: all models, the dense "
+        "one too, went through `torch.compile`.",
         "",
     ]
     for _, same in groupby(records, key=lambda record: record["machine"]["cpu"]):
@@ -73,11 +74,11 @@ def speed_table(records: Sequence[Record]) -> list[str]:
     """
     lines = ["| tokens | gone | widths | MACs | batch 1 | batch 32 | batch 32, compiled |"]
     lines += ["|---|---|---|---|---|---|---|"]
-    compiled = {shape_of(record): record for record in records if record["compiled"]}
+    compiled = {timed_shape(record): record for record in records if record["compiled"]}
     for record in records:
         if record["compiled"]:
             continue
-        other = compiled.get(shape_of(record))
+        other = compiled.get(timed_shape(record))
         cells = [
             str(record["length"]),
             f"{record['target_sparsity']:.0%}",
@@ -90,7 +91,7 @@ def speed_table(records: Sequence[Record]) -> list[str]:
     return [*lines, "", machine_line(records)]
 
 
-def shape_of(record: Record) -> tuple[int, str, float]:
+def timed_shape(record: Record) -> tuple[int, str, float]:
     """What was timed."""
     return record["length"], record["layout"], record["target_sparsity"]
 
@@ -109,23 +110,27 @@ def paced_lines(paced: Sequence[Record], records: Sequence[Record]) -> list[str]
         for r in records
         if variant_of(r) == MINE and not r["steps"]
     }
+    batches = sorted({f"{ROWS} texts of {record['length']} tokens" for record in paced})
     lines = [
-        "What competition by time does to accuracy and cross-entropy, in one shot: points and nats "
-        "to the dense model.",
+        f"Axes that compete by milliseconds of {', '.join(batches)} instead of parameters, until "
+        "as many parameters are gone: points and nats to the dense model in one shot, then heads "
+        "and neurons that stay.",
         "",
-        "| task | seed | gone | by parameters | by time | heads, neurons by time |",
-        "|---|---|---|---|---|---|",
+        "| task | seed | gone | by parameters | by time |",
+        "|---|---|---|---|---|",
     ]
     for record in paced:
         place = record["task"], record["seed"], record["target_sparsity"]
-        both = [
-            f"{difference(r):+.2f}, {nats(r):+.3f}" if r else "" for r in (mine.get(place), record)
-        ]
-        kept = record["kept"]
-        cells = [record["task"], str(record["seed"]), f"{record['target_sparsity']:.0%}", *both]
-        cells.append(f"{sum(kept['heads'])}, {sum(kept['ffn']):,}")
+        cells = [record["task"], str(record["seed"]), f"{record['target_sparsity']:.0%}"]
+        cells += [paced_cell(r) if r else "" for r in (mine.get(place), record)]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+    return [*lines, "", machine_line(paced), ""]
+
+
+def paced_cell(record: Record) -> str:
+    """Points and nats to dense, heads and neurons of all layers."""
+    heads, neurons = (sum(record["kept"][kind]) for kind in ("heads", "ffn"))
+    return f"{difference(record):+.2f}, {nats(record):+.3f}; {heads}, {neurons:,}"
 
 
 def reached(record: Record, rows: int) -> str:

@@ -6,7 +6,6 @@ import pytest
 
 from examples.benchmark import front, page, plots, summarize, views
 from examples.benchmark.finetuned import RECIPES
-from examples.benchmark.longer import longer_lines
 from examples.benchmark.looks import GROUPS, LOOKS
 from examples.benchmark.losses import cells, goal_lines, lost, lost_lines
 from examples.benchmark.plots import FLOORS, apart, draw, save, signed
@@ -131,6 +130,12 @@ def test_missed_goals_are_listed_and_met_ones_counted() -> None:
     assert trained[-1] == "| 100 steps | 50% | trec-6 | 0.0 | -0.01 | 1 |"
 
 
+def test_longer_trainings_count_for_no_goal() -> None:
+    pytest.importorskip("scipy")
+    records = seeds(MINE, -1.0, -2.0, steps=100)
+    assert goal_lines([*records, record(gap=0.0, steps=400)]) == goal_lines(records)
+
+
 def test_other_learning_rates_are_not_compared() -> None:
     usual, other = record(steps=100), record(steps=100, learning_rate=3.3e-5)
     assert compared([usual, other, record(learning_rate=3.3e-5)]) == [
@@ -231,24 +236,6 @@ def test_the_same_records_give_the_same_files(tmp_path: Path) -> None:
         assert one == two
 
 
-# ----------------------------------------------------------------------------------------- longer
-
-
-def test_longer_training_is_shown_on_the_seeds_that_have_all_of_it() -> None:
-    short = seeds(MINE, -2.0, -4.0) + seeds(MINE, -1.0, -1.5, steps=100)
-    assert longer_lines(short) == []  # there is one trained budget
-    long = [record(seed=1, gap=-0.25, steps=400), record(TAYLOR, -3.0, seed=1, steps=400)]
-    assert longer_lines([*short, record(seed=2, gap=-0.25, steps=400)]) == []  # no seed has all
-    lines = longer_lines(short + long + [control(seed=1, steps=steps) for steps in (100, 400)])
-    assert lines[-4] == "| task | gone | goal | method | seeds | one shot | 100 steps | 400 steps |"
-    assert lines[-2:] == [
-        "| trec-6 | 75% | -0.5 | `relevance-mi`, global, refit | 1 | -4.00 | -1.50 | -0.25 |",
-        "",
-    ]  # TAYLOR has one budget
-    budgets = {plot.steps for plot in views.plots(short + long) if isinstance(plot, Plot)}
-    assert budgets == {0, 100}
-
-
 # -------------------------------------------------------------------------------------------- page
 
 
@@ -265,6 +252,7 @@ def test_the_page_follows_the_records(tmp_path: Path, monkeypatch: pytest.Monkey
     pytest.importorskip("scipy")
     monkeypatch.setattr(summarize, "RESULTS", tmp_path / "summary.json")
     monkeypatch.setattr(page, "FOLDER", tmp_path / "figures")
+    monkeypatch.setattr(page.by_time, "RESULTS", tmp_path / "by_time.json")
     path = tmp_path / "comparison.md"
     path.write_text(f"{page.BEGIN}\n{page.END}\n", encoding="utf-8")
     page.main(["--page", str(path), "--no-figures"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from examples.benchmark import by_time, lengths, recovery
+from examples.benchmark import by_time, lengths, oneshot, recovery
 from examples.benchmark.records import load, write
 from examples.benchmark.rivals.size import Kept
 from examples.benchmark.speed_tables import length_lines, paced_lines
@@ -34,7 +34,7 @@ def network_of(kept: Kept | None = None) -> nn.Module:
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     """Three shapes that records name, and files in a folder of their own."""
     found = [named("ours", {"ffn": [5, 3]}), named("uniform", {"ffn": [4, 4]})]
-    paced = named("ours, by time", {"ffn": [6, 2]})
+    paced = named("ours, by time", {"ffn": [6, 2]}) | {"machine": oneshot.machine()}
     monkeypatch.setattr(recovery, "RESULTS", tmp_path / "recovery.json")
     monkeypatch.setattr(lengths, "RESULTS", tmp_path / "lengths.json")
     monkeypatch.setattr(lengths, "network_of", network_of)
@@ -68,6 +68,14 @@ def test_every_length_is_timed_once(
     assert both[:3] == first
     assert [record["length"] for record in both] == [4, 4, 4, 8, 8, 8]
     assert both[3]["dense_macs"] > first[0]["dense_macs"]
+    changed = records[0] | {"kept": {"ffn": [6, 3]}}
+    write(recovery.RESULTS, [changed, records[2]])
+    lengths.main([*asked, "4"])
+    assert capsys.readouterr().out.count("4 tokens") == 1  # its widths are others now
+    again = load(lengths.RESULTS)
+    assert again[1:] == both[1:]
+    assert again[0]["kept"] == changed["kept"]
+    both = again
     for record in both:
         record["machine"]["cpu"] = ""  # of another processor, which comes first
     write(lengths.RESULTS, both)
@@ -83,7 +91,13 @@ def test_a_shape_without_a_record_is_named(capsys: pytest.CaptureFixture[str]) -
     told = capsys.readouterr().err
     assert "no record of" in told
     assert "'target_sparsity': 0.5" in told
+    assert "examples.benchmark.recovery makes it" in told
     assert not lengths.RESULTS.exists()
+    (paced,) = load(by_time.RESULTS)
+    write(by_time.RESULTS, [paced | {"machine": {"cpu": "another"}}])
+    with pytest.raises(SystemExit):
+        lengths.main(["--sparsities", "0.75"])
+    assert "examples.benchmark.by_time makes it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [["--lengths", "0"], ["--rounds", "-1"], ["--seconds", "0"]])
@@ -124,11 +138,16 @@ def test_the_page_sets_time_beside_parameters() -> None:
     ours |= {"dense_accuracy": 0.9, "dense_cross_entropy": 0.3}
     ours |= {"accuracy": 0.89, "cross_entropy": 0.34}
     paced = ours | {"widths": "time", "accuracy": 0.88, "cross_entropy": 0.36}
+    machine = {"machine": {"cpu": "A", "threads": 2}, "length": 23}
+    paced |= machine
     other = paced | {"target_sparsity": 0.5}
     trained = ours | {"steps": 100, "accuracy": 0.5}
-    lines = paced_lines([other, paced], [trained, ours])
-    assert lines[-3:] == [
-        "| trec-6 | 0 | 50% |  | -2.00, -0.060 | 4, 1,200 |",
-        "| trec-6 | 0 | 75% | -1.00, -0.040 | -2.00, -0.060 | 4, 1,200 |",
+    lines = paced_lines([other, paced], [ours, trained])
+    assert "of 32 texts of 23 tokens" in lines[0]
+    assert lines[-5:] == [
+        "| trec-6 | 0 | 50% |  | -2.00, -0.060; 4, 1,200 |",
+        "| trec-6 | 0 | 75% | -1.00, -0.040; 4, 1,200 | -2.00, -0.060; 4, 1,200 |",
+        "",
+        "Processors: A; threads: 2.",
         "",
     ]
