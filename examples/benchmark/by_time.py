@@ -9,7 +9,7 @@ so that only the layout differs. `lengths` times these shapes beside the others.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,8 +27,6 @@ from lightning_mi_prune.competition import allot
 from lightning_mi_prune.latency import LatencyCosts, LatencyTable
 from lightning_mi_prune.method import Method
 from lightning_mi_prune.plan import Ranking
-from lightning_mi_prune.ranking import rank_axes
-from lightning_mi_prune.relevance import relevance_of
 from lightning_mi_prune.sample import Example
 
 RESULTS = Path(__file__).parent / "results" / "by_time.json"
@@ -77,16 +75,11 @@ def table_of(subject: Subject, path: Path, seconds: float) -> LatencyTable:
     )
 
 
-def rankings_of(subject: Subject) -> dict[str, Ranking]:
+def rankings_of(subject: Subject, sparsity: float) -> Mapping[str, Ranking]:
     """The order of every axis, as ours has it."""
-    return rank_axes(
-        subject.chosen,
-        subject.heard.moments,
-        dict(subject.model.named_parameters(remove_duplicate=False)),
-        full_plan(subject.axes),
-        OURS.at(0.5, subject.seed, 1).criterion,
-        relevance=relevance_of(subject.heard.gradients or {}),
-    )
+    method, whole = OURS.at(sparsity, subject.seed, 1), full_plan(subject.axes)
+    chosen = method.decide(subject.model, subject.axes, subject.chosen, whole, subject.heard)
+    return {} if chosen is None else chosen.plan.rankings
 
 
 def milliseconds(subject: Subject, table: LatencyTable, sparsity: float) -> float:
@@ -100,7 +93,7 @@ def milliseconds(subject: Subject, table: LatencyTable, sparsity: float) -> floa
     Raises:
         LookupError: If none does: the last of the parameters saves no time.
     """
-    rankings, costs = rankings_of(subject), LatencyCosts(table, subject.axes)
+    rankings, costs = rankings_of(subject, sparsity), LatencyCosts(table, subject.axes)
 
     def gone(ms: float) -> float | None:
         budget = Budget(target_latency_ms=ms)
