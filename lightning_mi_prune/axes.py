@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from lightning_mi_prune.parts import Count, Selects, Silence, Slice, Turn
 from lightning_mi_prune.plan import Plan
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Selects",
     "Silence",
     "Slice",
+    "Turn",
     "WidthAxis",
     "as_built",
     "below",
@@ -23,98 +25,13 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Slice:
-    """One dimension of one tensor that shrinks with an axis.
-
-    Args:
-        tensor: Qualified parameter name, ``"encoder.layer.0.output.dense.weight"``.
-        dim: Dimension that is cut.
-        shape: Shape of the tensor as built.
-    """
-
-    tensor: str
-    dim: int
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Count:
-    """A number on a module that must follow the axis: ``module.attribute = units * per_unit``.
-
-    Args:
-        module: Path of the module.
-        attribute: Attribute that holds the number.
-        per_unit: Amount for each unit.
-        sequence: Whether the attribute is a tuple of this one number (``normalized_shape``).
-    """
-
-    module: str
-    attribute: str
-    per_unit: int = 1
-    sequence: bool = False
-
-
-@dataclass(frozen=True)
-class Silence:
-    """A module whose ``forward`` cannot run without units, and what it then says: nothing.
-
-    While the axis is empty, ``forward`` returns the sum of what ``projections`` make of its input
-    (a tensor without entries, through which gradients still pass), read by ``reader`` if the module
-    holds that too; the residual stream carries on.
-
-    Args:
-        module: Path of the module.
-        projections: Paths of the linear modules that make the units.
-        reader: Path of the linear module that reads them, where the module calls it itself.
-        dropout: Path of what the module then drops out with, if it does.
-        norm: Path of the normalisation of output plus input, where the module holds that too.
-        pair: Whether ``forward`` returns a pair of output and attention weights (None then).
-    """
-
-    module: str
-    projections: tuple[str, ...]
-    reader: str | None = None
-    dropout: str | None = None
-    norm: str | None = None
-    pair: bool = True
-
-    def prefixed(self, path: Callable[[str], str]) -> Silence:
-        """The same, with every module path mapped by ``path``."""
-        return replace(
-            self,
-            module=path(self.module),
-            projections=tuple(path(p) for p in self.projections),
-            reader=None if self.reader is None else path(self.reader),
-            dropout=None if self.dropout is None else path(self.dropout),
-            norm=None if self.norm is None else path(self.norm),
-        )
-
-
-@dataclass(frozen=True)
-class Selects:
-    """An argument of a module's ``forward`` that brings something for every unit as built.
-
-    It is made once for all layers, so it cannot shrink with one of them: the module takes the
-    entries of its own units out of it.
-
-    Args:
-        module: Path of the module.
-        argument: Name of the argument.
-        dim: Dimension of the argument that counts the units.
-    """
-
-    module: str
-    argument: str
-    dim: int = 1
-
-
-@dataclass(frozen=True)
 class WidthAxis:
     """Units of one kind at one place, and every tensor that must shrink with them.
 
     Args:
         name: Path of the axis, ``"encoder.layer.0.ffn"``.
-        kind: ``"ffn"``, ``"heads"``, ``"pooler"`` or ``"residual"``; free for other families.
+        kind: ``"ffn"``, ``"heads"``, ``"dims"`` (dimensions of all heads of a layer),
+            ``"pooler"`` or ``"residual"``; free for other families.
         size: Number of units as built (neurons or heads).
         entries: Scalars per unit (1 for a neuron, the head size for a head).
         slices: The tensors cut together.
@@ -137,6 +54,10 @@ class WidthAxis:
             derive the head size from the hidden size and the number of heads.
         twins: Further config fields that hold the same number as ``config``.
         level: Height in the network; the sweep runs from the highest level down.
+        crossed: Axis that cuts the same dimensions of tensors: every unit of the one has an entry
+            for each unit of the other, as heads and their dimensions do.
+        spread: Whether the entries of a unit lie apart, one in each unit of ``crossed``.
+        turn: What must be turned before units can go: they are the directions of a head.
         here: Its name where layers below are gone; the name itself unless layers went.
     """
 
@@ -160,6 +81,9 @@ class WidthAxis:
     selects: tuple[Selects, ...] = ()
     tie: str | None = None
     twins: tuple[str, ...] = ()
+    crossed: str = ""
+    spread: bool = False
+    turn: Turn | None = None
     here: str = ""
 
     @property
@@ -169,10 +93,28 @@ class WidthAxis:
             return {self.name: self.readers}
         return {f"{self.name}@{readers[0]}": readers for readers in self.sites}
 
+    @property
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """Those of the places where linear layers read the units."""
+        if self.turn is None:
+            return self.places
+        return {f"{self.name}@{self.turn.reader}": (self.turn.reader,)}
+
     def prefixed(self, prefix: str) -> WidthAxis:
         """The same axis, named from a module that holds this network at ``prefix``."""
         path = partial(below, prefix)
-        return replace(self.moved(path), name=path(self.name))
+        crossed = path(self.crossed) if self.crossed else ""
+        return replace(self.moved(path), name=path(self.name), crossed=crossed)
+
+    def entries_at(self, widths: Mapping[str, int]) -> int:
+        """Entries per unit at the given widths: what is gone of ``crossed`` has none.
+
+        Example:
+            >>> heads = WidthAxis("heads", "heads", 12, 32, (), ("o",), crossed="dims")
+            >>> heads.entries_at({"heads": 6, "dims": 8}), heads.entries_at({"heads": 6})
+            (8, 32)
+        """
+        return widths.get(self.crossed, self.entries)
 
     def moved(self, path: Callable[[str], str | None]) -> WidthAxis:
         """The same axis where its modules stand at other paths; those without one are left out.
@@ -205,6 +147,7 @@ class WidthAxis:
             ),
             network=certain(self.network),
             scope=certain(self.scope),
+            turn=self.turn.prefixed(certain) if self.turn else None,
         )
 
 
@@ -220,8 +163,9 @@ def full_plan(axes: Sequence[WidthAxis]) -> Plan:
 
 def as_built(axes: Sequence[WidthAxis], sizes: Mapping[str, int]) -> list[WidthAxis]:
     """Axes found on an already cut model, restated with the sizes they were built with."""
+    built = {axis.name: sizes.get(axis.name, axis.size) for axis in axes}
     grown = {
-        (s.tensor, s.dim): sizes.get(axis.name, axis.size) * axis.entries
+        (s.tensor, s.dim): built[axis.name] * axis.entries_at(built)
         for axis in axes
         for s in axis.slices
     }
@@ -232,7 +176,8 @@ def as_built(axes: Sequence[WidthAxis], sizes: Mapping[str, int]) -> list[WidthA
     return [
         replace(
             axis,
-            size=sizes.get(axis.name, axis.size),
+            size=built[axis.name],
+            entries=axis.entries_at(built),
             slices=tuple(replace(s, shape=shape(s)) for s in axis.slices),
         )
         for axis in axes
@@ -253,8 +198,9 @@ def count_parameters(axes: Sequence[WidthAxis], widths: Mapping[str, int] | None
         (64, 16)
     """
     shapes: dict[str, list[int]] = {}
+    at = {axis.name: axis.size if widths is None else widths[axis.name] for axis in axes}
     for axis in axes:
-        width = axis.size if widths is None else widths[axis.name]
         for s in axis.slices:
-            shapes.setdefault(s.tensor, list(s.shape))[s.dim] = width * axis.entries
+            shape = shapes.setdefault(s.tensor, list(s.shape))
+            shape[s.dim] = at[axis.name] * axis.entries_at(at)
     return sum(math.prod(shape) for shape in shapes.values())

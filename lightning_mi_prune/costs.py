@@ -54,9 +54,12 @@ class _TensorCosts:
         """Coefficient of each product of widths, by the axes that it is a product of."""
         shapes: dict[str, list[int]] = {}
         cut_by: dict[str, list[str]] = defaultdict(list)
+        names = {axis.name for axis in self.axes}
         for axis in self.axes:
             for s in axis.slices:
-                shapes.setdefault(s.tensor, list(s.shape))[s.dim] = axis.entries
+                # What two axes cut together has an entry for each pair of their units.
+                each = 1 if axis.crossed in names else axis.entries
+                shapes.setdefault(s.tensor, list(s.shape))[s.dim] = each
                 cut_by[s.tensor].append(axis.name)
         terms: dict[tuple[str, ...], float] = defaultdict(float)
         for tensor, shape in shapes.items():
@@ -132,7 +135,8 @@ class MacCosts(_TensorCosts):
         fixed: Multiply-accumulates that no axis changes.
         positions: Rows that pass through each weight in one example, over all calls of its
             layer, by tensor name. Tensors without an entry (biases, norms, embeddings) are free.
-        products: Multiply-accumulates of each head beside its weights (scores, mixture), by axis.
+        products: Multiply-accumulates of each head beside its weights (scores, mixture), by axis,
+            at the size that heads have where ``held`` says so.
         held: Present widths of axes that a caller does not name (default: as built).
     """
 
@@ -150,8 +154,15 @@ class MacCosts(_TensorCosts):
     @cached_property
     def _terms(self) -> dict[tuple[str, ...], float]:
         terms = super()._terms
+        axes = {axis.name: axis for axis in self.axes}
         for name, product in self.products.items():
-            terms[name,] = terms.get((name,), 0) + product
+            crossed = axes[name].crossed if name in axes else ""
+            if crossed in axes:  # scores and mixture grow with the size of a head
+                size = self.held.get(crossed, axes[crossed].size)
+                pair = tuple(sorted((name, crossed)))
+                terms[pair] = terms.get(pair, 0) + product / size
+            else:
+                terms[name,] = terms.get((name,), 0) + product
         return terms
 
 
@@ -200,7 +211,9 @@ def measure_macs(
             continue
         units, work = now[axis.name], meter.inside[axis.name]
         # Where no head is left there is nothing to see: scores and mixture of plain attention.
-        products[axis.name] = work / units if units and work else 2 * max(passed) * axis.entries
+        products[axis.name] = (
+            work / units if units and work else 2 * max(passed) * axis.entries_at(now)
+        )
     products = {n: int(p) if float(p).is_integer() else p for n, p in products.items()}
     draft = MacCosts(axes, 0, positions, products, held=now)
     return MacCosts(axes, meter.total - draft.total(now), positions, products, held=now)

@@ -199,7 +199,7 @@ def _ascending(scores: Tensor) -> Elimination:
     return Elimination(tuple(order.tolist()), tuple(scores[order].tolist()))
 
 
-def copies_kept(evidence: Evidence, kept: tuple[int, ...]) -> int:
+def copies_kept(evidence: Evidence, kept: Sequence[int]) -> int:
     """How many kept units are copies (correlation above 0.999) of another kept unit."""
     if evidence.entries != 1 or not kept:
         return 0

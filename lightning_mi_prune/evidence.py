@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.incisions import positions
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import Relevance
 
-__all__ = ["Evidence", "entries_of", "gather", "kept_rows"]
+__all__ = ["Evidence", "entries_of", "gather", "kept_entries", "kept_rows"]
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,11 @@ def gather(
         PruningError: If nothing was heard at a place.
     """
     width = len(current.kept[axis.name])
-    makers = [_by_unit(weights[s.tensor], width) for s in axis.slices if s.dim == 0]
+    tensors = () if axis.spread else axis.slices
+    makers = [_by_unit(weights[s.tensor], width) for s in tensors if s.dim == 0]
     rows = torch.cat(makers, dim=1).double() if makers else torch.zeros(width, 0)
     found = []
-    for key, readers in axis.places.items():
+    for key, readers in axis.reads.items():
         if int(moments[key].count) == 0:
             raise PruningError(f"Nothing was heard at {key!r}; run validation first.")
         mean, covariance = moments[key].statistics()
@@ -125,7 +127,7 @@ def gather(
         found.append(
             Evidence(
                 name=axis.name,
-                entries=axis.entries,
+                entries=axis.entries_at(current.widths),
                 samples=int(moments[key].count),
                 mean=mean,
                 covariance=covariance,
@@ -167,10 +169,23 @@ def kept_rows(
     """Rows of a tensor that survive, as it stands now, or None where its rows are not cut."""
     for axis in axes:
         if any(s.tensor == tensor and s.dim == 0 for s in axis.slices):
-            place = {p: i for i, p in enumerate(current.kept[axis.name])}
-            units = torch.tensor([place[p] for p in kept[axis.name]], dtype=torch.long)
-            return entries_of(units, axis.entries)
+            return kept_entries(axis, kept, current)
     return None
+
+
+def kept_entries(axis: WidthAxis, kept: Mapping[str, tuple[int, ...]], current: Plan) -> Tensor:
+    """Positions of the entries of an axis that survive, in the model as it stands.
+
+    Args:
+        axis: The axis; what is kept of an axis that it crosses counts too.
+        kept: What is kept, in positions of the model as built.
+        current: The plan the model carries now.
+    """
+    now = {}
+    for name in {axis.name, axis.crossed} & set(current.kept):
+        place = {p: i for i, p in enumerate(current.kept[name])}
+        now[name] = [place[p] for p in kept[name]]
+    return positions(axis, now, current.widths)
 
 
 def entries_of(units: Tensor, entries: int) -> Tensor:

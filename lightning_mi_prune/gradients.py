@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.hooks import Hooked
+from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.sample import rows_of
 
@@ -34,6 +35,7 @@ class GradientListener(Hooked):
         steps: Steps to hear.
         batches: Steps there will be; they are heard evenly spread. None hears the first ones.
         taylor: Whether to gather first-order changes too, for the criterion of that name.
+        plan: Plan that the model carries (default: as built).
 
     Example:
         >>> from lightning_mi_prune.families import linear_axis
@@ -54,11 +56,12 @@ class GradientListener(Hooked):
         steps: int = 64,
         batches: int | None = None,
         taylor: bool = False,
+        plan: Plan | None = None,
     ) -> None:
         super().__init__()
-        self.sums = blank(model, axes)
+        self.sums = blank(model, axes, plan)
         self._readers = [
-            (key, reader, axis.entries)
+            (key, reader)
             for axis in axes
             for key, readers in axis.places.items()
             for reader in readers
@@ -74,8 +77,8 @@ class GradientListener(Hooked):
         for path in self._networks:
             module, hook = self._model.get_submodule(path), partial(self._count, path)
             yield module.register_forward_pre_hook(hook, with_kwargs=True)
-        for key, reader, entries in self._readers:
-            module, feel = self._model.get_submodule(reader), self._on_reader(key, entries)
+        for key, reader in self._readers:
+            module, feel = self._model.get_submodule(reader), self._on_reader(key)
             yield module.register_forward_hook(feel, with_kwargs=True)
 
     @contextmanager
@@ -136,7 +139,7 @@ class GradientListener(Hooked):
             default=0,
         )
 
-    def _on_reader(self, key: str, entries: int) -> Any:
+    def _on_reader(self, key: str) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
@@ -150,13 +153,13 @@ class GradientListener(Hooked):
                 output = output.detach().requires_grad_().clone()
             x = (args[0] if args else kwargs["input"]).detach()
             weight: Any = module.weight
-            feel = partial(self._feel, key, entries, x, weight.detach())
+            feel = partial(self._feel, key, x, weight.detach())
             output.register_hook(feel)  # type: ignore[no-untyped-call]
             return output
 
         return hook
 
-    def _feel(self, key: str, entries: int, x: Tensor, weight: Tensor, grad: Tensor) -> None:
+    def _feel(self, key: str, x: Tensor, weight: Tensor, grad: Tensor) -> None:
         if not self._hearing:
             return
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
@@ -174,17 +177,22 @@ class GradientListener(Hooked):
             matrix.addmm_(heard.mT, heard)
             if self._taylor:
                 change = (x.reshape(down.shape).float() * down).view(x.shape[0], -1, x.shape[-1])
-                change = change.sum(1).view(x.shape[0], -1, entries).sum(2)
+                entries = x.shape[-1] // max(1, sums.units)
+                change = change.sum(1).view(x.shape[0], sums.units, entries).sum(2)
                 taylor += change.square().sum(0)
 
 
-def blank(model: nn.Module, axes: Sequence[WidthAxis]) -> dict[str, GradientSums]:
-    """Empty sums for every place, in the shape the model has now."""
+def blank(
+    model: nn.Module, axes: Sequence[WidthAxis], plan: Plan | None = None
+) -> dict[str, GradientSums]:
+    """Empty sums for every place, in the shape the model has now, at a plan (default: as built)."""
+    widths = {} if plan is None else plan.widths
     sums: dict[str, GradientSums] = {}
     for axis in axes:
         for key, readers in axis.places.items():
             rows, columns = model.get_parameter(f"{readers[0]}.weight").shape
-            inside = bool(axis.sites) or len(readers) > 1  # what several layers read
-            size = columns if inside else rows
-            sums[key] = GradientSums(size, columns // axis.entries, inside=inside)
+            # What several layers read, unless it is what they make that is asked for.
+            inside = (bool(axis.sites) or len(readers) > 1) and axis.turn is None
+            units = 1 if axis.turn is not None else columns // axis.entries_at(widths)
+            sums[key] = GradientSums(columns if inside else rows, units, inside=inside)
     return sums

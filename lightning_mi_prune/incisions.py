@@ -13,6 +13,7 @@ from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.standins import is_ours
+from lightning_mi_prune.turns import TurnMaps
 
 __all__ = [
     "Incision",
@@ -21,28 +22,55 @@ __all__ = [
     "incisions",
     "owners",
     "parameter_of",
+    "positions",
     "shapes_at",
 ]
 
 
 @dataclass
 class Incision:
-    """One parameter, what is to be cut off it, and new values if it takes over others' work."""
+    """One parameter, what is cut off it, new values if it takes over others' work, and turns."""
 
     name: str
     old: nn.Parameter
     kept: dict[int, Tensor] = field(default_factory=dict)
     folded: Tensor | None = None
+    turned: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def shapes_at(axes: Sequence[WidthAxis], plan: Plan) -> dict[str, list[int]]:
     """Shape of every tensor that the axes cut, at a plan."""
     shapes: dict[str, list[int]] = {}
+    widths = plan.widths
     for axis in axes:
         for s in axis.slices:
             shape = shapes.setdefault(s.tensor, list(s.shape))
-            shape[s.dim] = plan.width(axis.name) * axis.entries
+            shape[s.dim] = widths[axis.name] * axis.entries_at(widths)
     return shapes
+
+
+def positions(
+    axis: WidthAxis, kept: Mapping[str, Sequence[int]], widths: Mapping[str, int]
+) -> Tensor:
+    """Where the entries of an axis that survive stand now, in the order of the tensor.
+
+    Args:
+        axis: The axis; what survives of an axis that it crosses is looked at too.
+        kept: Survivors of each axis that is cut, as positions in the present model.
+        widths: Present width of every axis.
+
+    Example:
+        >>> heads = WidthAxis("heads", "heads", 2, 3, (), ("o",), crossed="dims")
+        >>> positions(heads, {"heads": (1,), "dims": (0, 1)}, {"heads": 2, "dims": 3})
+        tensor([3, 4])
+    """
+    across = axis.entries_at(widths)
+    mine = kept.get(axis.name, range(widths[axis.name]))
+    others = kept.get(axis.crossed, range(across)) if axis.crossed in widths else range(across)
+    outer, inner = (others, mine) if axis.spread else (mine, others)
+    stride = widths[axis.name] if axis.spread else across
+    rows = torch.tensor([*outer], dtype=torch.long)[:, None] * stride
+    return (rows + torch.tensor([*inner], dtype=torch.long)).flatten()
 
 
 def config_numbers(axes: Sequence[WidthAxis], plan: Plan) -> dict[str, int]:
@@ -72,7 +100,7 @@ def config_numbers(axes: Sequence[WidthAxis], plan: Plan) -> dict[str, int]:
         numbers[name] = widths.pop() if uniform else holders[0].size
     for field_name in {axis.tie for axis in axes if axis.tie is not None}:
         tied = [axis for axis in axes if axis.tie == field_name]
-        entries = {plan.width(axis.name) * axis.entries for axis in tied}
+        entries = {plan.width(axis.name) * axis.entries_at(plan.widths) for axis in tied}
         ends = [axis for axis in axes if axis.config == field_name]
         if not ends or entries | {plan.width(axis.name) for axis in ends} != {numbers[field_name]}:
             for axis in (*tied, *ends):
@@ -97,6 +125,7 @@ def incisions(
     current: Plan,
     places: Mapping[str, tuple[int, ...]],
     folded: Mapping[str, Tensor],
+    turned: TurnMaps | None = None,
 ) -> list[Incision]:
     """What a cut would do to each parameter.
 
@@ -106,12 +135,13 @@ def incisions(
         current: Plan the model carries now.
         places: Survivors of every axis that is cut, as positions in the present model.
         folded: New values of parameters in their final shape, by tensor name.
+        turned: New coordinates in which those values are, by tensor and dimension.
 
     Raises:
         PruningError: If a parameter cannot be cut, or does not fit the plan.
     """
-    homes = owners(model)
-    cut = [a for a in axes if a.name in places and len(places[a.name]) < current.width(a.name)]
+    homes, widths = owners(model), current.widths
+    cut = [a for a in axes if a.name in places and len(places[a.name]) < widths[a.name]]
     paths = {_module(s.tensor) for a in cut for s in a.slices}
     paths |= {count.module for a in cut for count in a.counts}
     described = {id(model.get_submodule(path)) for path in paths}
@@ -121,8 +151,8 @@ def incisions(
         for s in axis.slices:
             old = parameter_of(model, s.tensor)
             key = (id(old), s.dim)
-            if cut_by.get(key) == axis.name:
-                continue  # a tied parameter, reached by its other name
+            if cut_by.get(key) in (axis.name, axis.crossed or axis.name):
+                continue  # a tied parameter, reached by its other name, or by what crosses the axis
             if key in cut_by:
                 raise PruningError(
                     f"{s.tensor!r} is cut by {cut_by[key]!r} and {axis.name!r} at once: layers "
@@ -135,22 +165,25 @@ def incisions(
                     f"{s.tensor!r} is shared with a {type(stranger).__name__} outside the axis "
                     f"{axis.name!r}, which would break. Exclude the axis, or untie the parameter."
                 )
-            width = current.width(axis.name) * axis.entries
+            width = widths[axis.name] * axis.entries_at(widths)
             if old.shape[s.dim] != width:
                 raise PruningError(
                     f"{s.tensor!r} has {old.shape[s.dim]} entries along dimension {s.dim}; the "
                     f"plan expects {width}. The model was changed behind the plan."
                 )
-            units = torch.tensor(places[axis.name], dtype=torch.long, device=old.device)
-            entries = torch.arange(axis.entries, device=old.device)
             incision = found.setdefault(id(old), Incision(s.tensor, old))
-            incision.kept[s.dim] = (units[:, None] * axis.entries + entries).flatten()
+            incision.kept[s.dim] = positions(axis, places, widths).to(old.device)
     for name, values in folded.items():
         old = parameter_of(model, name)
         incision = found.setdefault(id(old), Incision(name, old))
         incision.folded = values
+    for name, dims in (turned or {}).items():
+        old = parameter_of(model, name)
+        incision = found.setdefault(id(old), Incision(name, old))
+        incision.turned = dims
     for incision in found.values():
         _check_folded(incision)
+        _check_turned(incision)
     return list(found.values())
 
 
@@ -219,3 +252,17 @@ def _check_folded(incision: Incision) -> None:
             f"The fold-in of {incision.name!r} has shape {tuple(incision.folded.shape)}; expected "
             f"{tuple(shape)}. It belongs to another plan."
         )
+
+
+def _check_turned(incision: Incision) -> None:
+    for dim, maps in incision.turned.items():
+        shape, size = tuple(incision.old.shape), 0
+        square = maps.ndim == 3 and maps.shape[1] == maps.shape[2]
+        if square and 0 <= dim < len(shape):
+            size = maps.shape[0] * maps.shape[1]
+        if incision.folded is None or not size or size != shape[dim]:
+            raise PruningError(
+                f"The turn of {incision.name!r} along dimension {dim} has shape "
+                f"{tuple(maps.shape)}; expected (heads, size, size) of {shape}, beside new values. "
+                "It belongs to another plan."
+            )

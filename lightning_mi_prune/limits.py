@@ -175,8 +175,8 @@ class Limits:
 
 
 def step_of(axis: WidthAxis, multiple: int) -> int:
-    """Units that leave an axis together: ``multiple`` neurons, or one head."""
-    return multiple if axis.entries == 1 and axis.size > multiple else 1
+    """Units that leave an axis together: ``multiple`` neurons or dimensions, or one head."""
+    return multiple if (axis.entries == 1 or axis.spread) and axis.size > multiple else 1
 
 
 def widths_between(least: int, most: int, step: int) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from lightning_mi_prune.criteria import Criterion, MutualInformation
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.latency import LatencyCosts, LatencyTable
 from lightning_mi_prune.limits import Limits
-from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.ranking import RelevanceSource, rank_axes
 from lightning_mi_prune.readings import readings
 from lightning_mi_prune.refit import Sum, refit_all
@@ -28,8 +28,12 @@ from lightning_mi_prune.relevance import relevance_of
 from lightning_mi_prune.sample import Example, Heard, copied, placed, taken
 from lightning_mi_prune.selection import Selection, select
 from lightning_mi_prune.surgery import apply
+from lightning_mi_prune.turning import check_turns
 
 __all__ = ["Method", "pull_back"]
+
+
+_SWEEPS = 2  # rankings of axes that cross, each by what the other keeps
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,10 @@ class Method:
             current: Present widths of all axes.
 
         Raises:
-            PruningError: If limits contradict each other, or the budget is out of reach.
+            PruningError: If limits contradict each other, the budget is out of reach, or dimensions
+                of heads may go where nothing tells which.
         """
+        check_turns(axes, chosen, current, relevance=self.relevance, measure=self.budget.measure)
         if self.budget.measure == "parameters":
             check_reach(
                 chosen,
@@ -137,12 +143,14 @@ class Method:
         index = torch.zeros(self.latency_batch, dtype=torch.long)
         calls = {path: replace(c, **taken(vars(c), c.rows, index)) for path, c in examples.items()}
 
+        whole = [axis for axis in axes if axis.turn is None]  # heads keep their size
+
         def measure() -> LatencyTable:
-            return measure_table(module, axes, calls, multiple=self.multiple)
+            return measure_table(module, whole, calls, multiple=self.multiple)
 
         path = self.latency_table
         table = measure() if path is None else cached_table(path, measure, device_of(module, calls))
-        return LatencyCosts(table, axes, held=current)
+        return LatencyCosts(table, whole, held=current)
 
     def decide(
         self,
@@ -177,15 +185,12 @@ class Method:
         costs = self.costs(module, axes, chosen, now, heard.examples)
         mine = {axis.name: now[axis.name] for axis in chosen}
         relevance = self._relevance(heard)
-        rank = partial(
-            rank_axes,
-            chosen,
-            heard.moments,
-            weights,
-            current,
-            self.criterion,
-            relevance=relevance,
-        )
+
+        def rank(axes: Sequence[WidthAxis] = chosen, **known: Any) -> dict[str, Ranking]:
+            """What is known of the order, of some or all."""
+            said = (heard.moments, weights, current, self.criterion)
+            return rank_axes(axes, *said, relevance=relevance, **known)
+
         share = partial(
             allot,
             chosen,
@@ -198,12 +203,20 @@ class Method:
             progress=progress,
             kept=kept,
         )
-        ranked = self.widths == "global" or self.budget.kind == "keep_information"
-        rankings = rank() if ranked else None
+        rankings: dict[str, Ranking] | None = None
+        if self.widths == "global" or self.budget.kind == "keep_information":
+            rankings = rank()
         widths = share(rankings=rankings)
         if rankings is not None and relevance == "readers":  # of which only some are kept above
             rankings = rank(widths=widths)
             widths = share(rankings=rankings)
+        crossed = [axis for axis in chosen if axis.crossed in mine]
+        for _ in range(_SWEEPS if crossed else 0):
+            if rankings is not None:
+                known = rankings
+                beside = {a.name: known[a.name].kept(widths[a.name]) for a in crossed}
+                rankings = {**known, **rank(crossed, beside=beside)}
+                widths = share(rankings=rankings)
         widths = {name: min(width, mine[name]) for name, width in widths.items()}
         if widths == mine:
             return None
@@ -262,7 +275,7 @@ def pull_back(
     Raises:
         PruningError: If the stored sample is smaller than what there is to learn from it.
     """
-    found = readings(axes, current, selection.plan)
+    found = readings(axes, current, selection.plan, selection.turned)
     if not method.refit or not found:
         return selection
     cut = copied(module, {axis.network for axis in axes})

@@ -147,7 +147,7 @@ def prune(
         heard = _hear(module, chosen, dataloader, forward or _validate, method, positions, seed)
     if method.relevance == "gradient":
         with _timed(seconds, "gradients"):
-            felt = GradientListener(module, chosen, steps=steps)
+            felt = GradientListener(module, chosen, steps=steps, plan=plan)
             batches = dataloader if training is None else training
             heard.gradients = _feel(module, batches, loss or _train, felt, steps)
     with _timed(seconds, "scoring"):
@@ -157,7 +157,14 @@ def prune(
     heard.moments = {}  # as large as the model; what follows needs the room
     with _timed(seconds, "refitting"):
         selection = pull_back(module, axes, plan, selection, method, heard)
-    rewrites = apply(module, axes, selection.plan, current=plan, folded=selection.folded)
+    rewrites = apply(
+        module,
+        axes,
+        selection.plan,
+        current=plan,
+        folded=selection.folded,
+        turned=selection.turned,
+    )
     rebind(optimizers, rewrites)
     keeper.plan = plan.then(selection.plan)
     after = {axis.name: keeper.plan.width(axis.name) for axis in chosen}

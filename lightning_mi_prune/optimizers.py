@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,10 +21,12 @@ from lightning_mi_prune.states import (
     described,
     held,
     known,
+    plain,
     readable,
     renumbered,
 )
 from lightning_mi_prune.surgery import Rewrite
+from lightning_mi_prune.turns import turn_along
 
 __all__ = ["groups_of", "rebind", "restore", "snapshot"]
 
@@ -39,7 +42,8 @@ def rebind(
     The optimizer objects, their groups, their order and their hyperparameters stay, so learning
     rate schedules and gradient scalers that hold them go on. State tensors of the parameter's old
     shape (Adam's moments, SGD's momentum) and their row and column means (Adafactor) are
-    index-selected; scalars (the step) are kept.
+    index-selected; scalars (the step) are kept. Where heads were turned, so is their state: that
+    of squares as if the entries of a head were independent.
 
     Args:
         optimizers: All optimizers of the run.
@@ -127,7 +131,7 @@ def snapshot(
     check_optimizers(all_optimizers, (p for parameters in named for p in parameters))
     return [
         {
-            names[id(p)]: {k: _plain(v) for k, v in optimizer.state.get(p, {}).items()}
+            names[id(p)]: {k: plain(v) for k, v in optimizer.state.get(p, {}).items()}
             for p in parameters
         }
         for optimizer, parameters in zip(all_optimizers, named, strict=True)
@@ -255,18 +259,15 @@ def _carry(key: str, value: Any, rewrite: Rewrite) -> Any:
     followed = along(key, value, rewrite.old.shape) if isinstance(value, Tensor) else None
     if followed is None:
         return value
+    # Moments of first order turn as gradients do; what has no sign is taken for one of squares.
+    squares = bool((value >= 0).all())
     for place, dim in enumerate(followed):
+        if dim is not None and dim in rewrite.turned:
+            maps = torch.linalg.inv(rewrite.turned[dim].to(value.device)).mT
+            value = turn_along(value, place, maps.square() if squares else maps)
         if dim is not None and dim in rewrite.kept:
             value = value.index_select(place, rewrite.kept[dim].to(value.device))
     return value.clone() if not rewrite.kept else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    # Subclasses (numpy's float64) would not load with weights_only.
-    kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
-    return value if kind is None else kind(value)
 
 
 def _revived(

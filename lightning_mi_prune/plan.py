@@ -173,6 +173,11 @@ class Plan:
         places = {n: {p: i for i, p in enumerate(current.kept[n])} for n in self.kept}
         return {n: tuple(places[n][p] for p in kept) for n, kept in self.kept.items()}
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """Units that survive on each axis."""
+        return {name: len(kept) for name, kept in self.kept.items()}
+
     def under(self, prefix: str) -> Plan:
         """The part of the plan below the module path ``prefix``, named from there."""
         dot = f"{prefix}." if prefix else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Literal
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.criteria import Criterion, MutualInformation
 from lightning_mi_prune.evidence import Evidence, entries_of, gather, kept_rows
-from lightning_mi_prune.information import JITTER, cholesky, shrink
+from lightning_mi_prune.information import JITTER, cholesky, conditional_covariance, shrink
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.relevance import Relevance, relevance_of_readers
+from lightning_mi_prune.turning import Turned, turned
 
 __all__ = ["RelevanceSource", "loss_curve", "rank_axes"]
 
@@ -31,6 +33,7 @@ def rank_axes(
     *,
     relevance: RelevanceSource = None,
     widths: Mapping[str, int] | None = None,
+    beside: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Ranking]:
     """Put the units of every axis in the order in which they may go, once for all budgets.
 
@@ -47,6 +50,8 @@ def rank_axes(
             (:func:`relevance.relevance_of`), ``"readers"`` for the weights that are kept above,
             or None for all of it alike.
         widths: Units expected to stay on each axis, for what is kept above others; default all.
+        beside: Units expected to stay on axes that are crossed by others, in positions of the
+            model as built: heads are judged by the dimensions that stay, dimensions by the heads.
 
     Returns:
         A ranking of all present units by axis name, in positions of the model as built.
@@ -60,12 +65,23 @@ def rank_axes(
     for axis in sorted(axes, key=lambda axis: -axis.level):
         known = _weigh(axis, weights, kept, current, axes, relevance)
         sites = gather(axis, moments, weights, kept, current, axes, known)
-        order, costs = _whole(judge, sites)
         now = current.kept[axis.name]
-        nats = accumulate(costs)
+        across = (beside or {}).get(axis.crossed)
+        if axis.turn is not None:
+            new = turned(axis, sites[0], moments, weights, known)
+            heads = _places(across, current.kept.get(axis.crossed), len(new.value))
+            order, loss, nats = _directions(new, sites[0], heads, getattr(judge, "ridge", 1.0))
+        else:
+            if across is not None and len(across) < current.width(axis.crossed):
+                (dims,) = (other for other in axes if other.name == axis.crossed)
+                values = replace(sites[0], entries=len(now))
+                new = turned(dims, values, moments, weights, known)
+                sites = [new.of(e, range(len(now)), len(across)) for e in sites]
+            order, costs = _whole(judge, sites)
+            loss, nats = loss_curve(sites, order), [*accumulate(costs)]
         found[axis.name] = Ranking(
             order=tuple(now[i] for i in order),
-            loss=tuple(float(f"{loss:.6g}") for loss in loss_curve(sites, order)),
+            loss=tuple(float(f"{lost:.6g}") for lost in loss),
             nats=tuple(float(f"{lost:.6g}") for lost in nats),
         )
         if widths is not None:
@@ -112,6 +128,47 @@ def _whole(judge: Criterion, sites: Sequence[Evidence]) -> tuple[list[int], list
     rest = sorted(set(range(sites[0].units)) - set(found.order))
     costs = [*found.costs, *([found.costs[-1] if found.costs else 0.0] * len(rest))]
     return [*found.order, *rest], [max(0.0, cost) for cost in costs]
+
+
+def _places(kept: tuple[int, ...] | None, present: tuple[int, ...] | None, count: int) -> list[int]:
+    """Where units stand now; all of them where nothing is known."""
+    if kept is None or present is None:
+        return [*range(count)]
+    return [place for place, unit in enumerate(present) if unit in set(kept)]
+
+
+def _directions(
+    new: Turned, evidence: Evidence, heads: Sequence[int], ridge: float
+) -> tuple[list[int], list[float], list[float]]:
+    """Order of the principal directions of heads, the loss and the nats as they go: last first."""
+    apart = new.apart(evidence, heads)
+    order = [*reversed(range(new.value.shape[-1]))]
+    noise = max(apart.noise(ridge), torch.finfo(torch.float64).tiny)
+    scores = new.scores[list(heads)].sum(0).flip(0).clamp_min(0)
+    silent = (2 * scores / noise).log1p() / 2
+    loss = torch.tensor(loss_curve([apart], order)) + scores.cumsum(0).cpu()
+    nats = torch.tensor(_forgotten(apart, noise)) + silent.cumsum(0).cpu()
+    lost, gone = ([*accumulate(map(float, x.clamp_min(0)), max)] for x in (loss, nats))
+    return order, lost, gone
+
+
+def _forgotten(evidence: Evidence, noise: float) -> list[float]:
+    """Nats of ``I(X; Y)`` that are lost after each unit is gone, the last unit first.
+
+    Leading minors of one Cholesky factor tell of the first 1, 2, ... units.
+    """
+    covariance = evidence.covariance
+    mean = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
+    plain = covariance + JITTER * mean * torch.eye(len(covariance)).to(covariance)
+    above = noise * torch.eye(len(evidence.readout)).to(plain)
+    cross = evidence.readout @ plain
+    given = conditional_covariance(plain, cross.mT, above + cross @ evidence.readout.mT)
+    logs = [
+        2 * cholesky((m + m.mT) / 2).diagonal().log().view(-1, evidence.entries).sum(1)
+        for m in (plain, given)
+    ]
+    kept = torch.nn.functional.pad(((logs[0] - logs[1]) / 2).cumsum(0), (1, 0))
+    return [float(kept[-1] - part) for part in kept.flip(0)[1:]]
 
 
 def _weigh(

@@ -13,6 +13,7 @@ from lightning_mi_prune.evidence import kept_rows
 from lightning_mi_prune.joining import pieces_of
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.sample import Example
+from lightning_mi_prune.turns import TurnMaps, turn_along
 from lightning_mi_prune.unison import Part, run_together
 
 __all__ = ["Reading", "Targets", "readings"]
@@ -29,6 +30,8 @@ class Reading:
         spare: Whether the layer is left as it is where the sample is small.
         source: The layer of the present model whose words it must say; None: its own.
         normed: Whether a normalisation follows, so that level and scale of a position are free.
+        turn: Maps ``(heads, size, size)`` to the coordinates in which the layer speaks after the
+            cut; None: those it has.
     """
 
     layer: str
@@ -37,6 +40,7 @@ class Reading:
     spare: bool = False
     source: Reading | None = None
     normed: bool = False
+    turn: Tensor | None = None
 
     @property
     def spoken(self) -> Reading:
@@ -44,14 +48,18 @@ class Reading:
         return self.source or self
 
 
-def readings(axes: Sequence[WidthAxis], current: Plan, plan: Plan) -> list[Reading]:
+def readings(
+    axes: Sequence[WidthAxis], current: Plan, plan: Plan, turned: TurnMaps | None = None
+) -> list[Reading]:
     """What a plan leaves to be solved again: everything from the lowest cut upwards.
 
     Args:
         axes: All axes of the model.
         current: Plan the model carries now.
         plan: Plan it will carry.
+        turned: New coordinates of heads, by tensor.
     """
+    maps = {name: dims[0] for name, dims in (turned or {}).items() if 0 in dims}
     target = current.then(plan)
     cut = [axis for axis in axes if target.width(axis.name) < current.width(axis.name)]
     if not cut:
@@ -69,7 +77,8 @@ def readings(axes: Sequence[WidthAxis], current: Plan, plan: Plan) -> list[Readi
     above = {r: None for axis in cut for r in axis.above}
     for reader in above:
         rows = kept_rows(f"{reader}.weight", target.kept, current, axes)
-        found.append(Reading(reader, None, rows, spare=True))
+        turn = maps.get(f"{reader}.weight")
+        found.append(Reading(reader, None, rows, spare=True, turn=turn))
     return found
 
 
@@ -153,6 +162,8 @@ class Targets:
             elif layer in parts or part.call is pieces[0]:
                 output = part.output
                 said = part.heard(output if part.stream is None else output + part.stream)
+                if reading.turn is not None:
+                    said = turn_along(said, 1, reading.turn.to(said))
                 if reading.rows is not None:
                     said = said[:, reading.rows.to(said.device)]
                 size = 0.0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from torch import Tensor
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.criteria import Criterion, MutualInformation, copies_kept
 from lightning_mi_prune.errors import PruningWarning
-from lightning_mi_prune.evidence import Evidence, entries_of, gather, kept_rows
+from lightning_mi_prune.evidence import Evidence, gather, kept_entries, kept_rows
 from lightning_mi_prune.information import regression
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.ranking import RelevanceSource, rank_axes
+from lightning_mi_prune.turning import Turned, turned
+from lightning_mi_prune.turns import TurnMaps
 
 __all__ = ["Information", "Selection", "select"]
 
@@ -48,11 +51,14 @@ class Selection:
         folded: New weights and biases of readers, in the shape they have after the cut, by tensor
             name; empty without fold-in.
         information: What each axis kept, by axis name.
+        turned: New coordinates of heads that lose dimensions, by tensor; the new weights are in
+            them already, an optimizer's state must follow.
     """
 
     plan: Plan
     folded: Mapping[str, Tensor]
     information: Mapping[str, Information]
+    turned: TurnMaps = field(default_factory=dict)
 
     @property
     def kept_share(self) -> float:
@@ -113,45 +119,91 @@ def select(
     information: dict[str, Information] = {}
     thin: list[str] = []
     copies: list[str] = []
-    for axis in sorted(axes, key=lambda axis: -axis.level):
-        now = current.kept[axis.name]
-        sites = gather(axis, moments, weights, kept, current, axes)
-        stay = tuple(range(len(now)))
+    anew: dict[str, Tensor] = {}
+    maps: dict[str, Mapping[int, Tensor]] = {}
+    names = {axis.name for axis in axes}
+    for axis in sorted(axes, key=lambda axis: (-axis.level, axis.spread)):
         if axis in cut:
             kept[axis.name] = rankings[axis.name].kept(widths[axis.name])
-            place = {position: index for index, position in enumerate(now)}
-            stay = tuple(place[position] for position in kept[axis.name])
-            wanted = max(max(20 * len(e.readout), 2 * len(e.mean)) for e in sites)
-            thin += [axis.name] if min(e.samples for e in sites) < wanted else []
+        if axis.crossed in names and not axis.spread:
+            continue  # what crosses it is read with it
+        group = [a for a in axes if a.name in (axis.name, axis.crossed)]
+        sites = gather(axis, moments, weights, kept, current, axes)
+        if axis.turn is not None and axis in cut:
+            new = _turn(axis, moments, weights, kept, current, axes, relevance)
+            anew |= new.weights(weights)
+            maps |= {name: dims for name, dims in new.maps.items() if name in weights}
+            weights, sites = {**weights, **anew}, [new.seen(e) for e in sites]
+        stay = kept_entries(axis, kept, current)
         splits = [_split(evidence, stay) for evidence in sites]
         parts = [_information(e, *s, ridge) for e, s in zip(sites, splits, strict=True)]
-        information[axis.name] = Information(
+        share = Information(
             total=sum(part.total for part in parts), kept=sum(part.kept for part in parts)
         )
-        if axis not in cut:
+        information |= {one.name: share for one in group}
+        gone = [one.name for one in group if one in cut]
+        if not gone:
             continue
+        wanted = max(max(20 * len(e.readout), 2 * len(e.mean)) for e in sites)
+        thin += gone if min(e.samples for e in sites) < wanted else []
         topk = isinstance(judge, MutualInformation) and judge.selection == "topk"
-        if topk and any(copies_kept(evidence, stay) for evidence in sites):
+        if topk and any(copies_kept(evidence, stay.tolist()) for evidence in sites):
             copies.append(axis.name)
         if fold_in:
-            for readers, evidence, split in zip(axis.places.values(), sites, splits, strict=True):
+            for readers, evidence, split in zip(axis.reads.values(), sites, splits, strict=True):
                 for reader in readers:
                     folded |= _fold(reader, weights, evidence, *split)
     _warn(thin, copies)
     # Rows that go with an axis below are known only at the end of the sweep.
     rows = {name: kept_rows(name, kept, current, axes) for name in folded}
     final = {n: t if (r := rows[n]) is None else t[r.to(t.device)] for n, t in folded.items()}
+    final |= _cut_out({n: t for n, t in anew.items() if n not in final}, kept, current, axes)
     known = {name: ranking for name, ranking in rankings.items() if name in current.sizes}
-    return Selection(Plan(current.sizes, kept, known), final, information)
+    return Selection(Plan(current.sizes, kept, known), final, information, maps)
 
 
-def _split(evidence: Evidence, stay: tuple[int, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _turn(
+    axis: WidthAxis,
+    moments: Mapping[str, Moments],
+    weights: Mapping[str, Tensor],
+    kept: Mapping[str, tuple[int, ...]],
+    current: Plan,
+    axes: Sequence[WidthAxis],
+    relevance: RelevanceSource,
+) -> Turned:
+    """The principal directions of heads, as those that were ranked."""
+    known = None if isinstance(relevance, str) else relevance
+    (values,) = gather(axis, moments, weights, kept, current, axes, known)
+    found = turned(axis, values, moments, weights, known)
+    if not found.turn.rescaled:
+        return found
+    # Queries make up for attention that divides by the root of the size that a head has.
+    factor = math.sqrt(len(kept[axis.name]) / current.width(axis.name))
+    return replace(found, query=found.query * factor)
+
+
+def _cut_out(
+    tensors: Mapping[str, Tensor],
+    kept: Mapping[str, tuple[int, ...]],
+    current: Plan,
+    axes: Sequence[WidthAxis],
+) -> dict[str, Tensor]:
+    """What is kept of whole tensors."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        dims = {s.dim: axis for axis in axes for s in axis.slices if s.tensor == name}
+        for dim, axis in dims.items():
+            index = kept_entries(axis, kept, current).to(tensor.device)
+            found[name] = found[name].index_select(dim, index)
+    return found
+
+
+def _split(evidence: Evidence, stay: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Regression of the dropped entries on the kept ones, and both index lists."""
     device = evidence.covariance.device
-    units = torch.arange(evidence.units, device=device)
-    mask = torch.zeros(evidence.units, dtype=torch.bool, device=device)
-    mask[list(stay)] = True
-    kept, dropped = (entries_of(units[m], evidence.entries) for m in (mask, ~mask))
+    mask = torch.zeros(len(evidence.mean), dtype=torch.bool, device=device)
+    mask[stay.to(device)] = True
+    kept, dropped = (m.nonzero().flatten() for m in (mask, ~mask))
     found = regression(evidence.covariance, kept, dropped, evidence.samples)
     return found, (kept, dropped)
 

@@ -21,6 +21,7 @@ __all__ = [
     "described",
     "held",
     "known",
+    "plain",
     "readable",
     "renumbered",
 ]
@@ -163,3 +164,12 @@ def as_given(optimizer: Optimizer, name: str, names: Mapping[int, str]) -> str:
             if whole == own or whole.endswith(f".{own}"):
                 return name.removeprefix(whole[: -len(own)])
     return name
+
+
+def plain(value: Any) -> Any:
+    """A state as a tensor on the CPU or a plain number, fit for a checkpoint."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    # Subclasses (numpy's float64) would not load with weights_only.
+    kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+    return value if kind is None else kind(value)

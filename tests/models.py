@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.incisions import positions
 from lightning_mi_prune.plan import Plan
 
 _BERT = {
@@ -170,21 +171,34 @@ def masked_copy(model: nn.Module, axes: list[WidthAxis], plan: Plan) -> nn.Modul
             if axis.kind == "residual":
                 continue  # its norms would have to know: tests/test_residual.py
             gone = sorted(set(range(axis.size)) - set(plan.kept[axis.name]))
-            for reader in axis.readers:
-                weight = masked.get_parameter(f"{reader}.weight")
-                for unit in gone:
-                    weight[:, unit * axis.entries : (unit + 1) * axis.entries] = 0
+            place = positions(axis, {axis.name: gone}, {axis.name: axis.size})
+            if axis.turn is None:
+                for reader in axis.readers:
+                    masked.get_parameter(f"{reader}.weight")[:, place] = 0
+                continue
+            for s in axis.slices:
+                masked.get_parameter(s.tensor).index_fill_(s.dim, place, 0)
+            if axis.turn.rescaled:  # the cut model divides by the root of what is left
+                query = masked.get_submodule(axis.turn.query)
+                factor = (axis.size / plan.width(axis.name)) ** 0.5
+                query.weight.mul_(factor)
+                query.bias.mul_(factor)
     return masked
 
 
 def random_plan(
-    axes: list[WidthAxis], share: float = 0.5, *, seed: int = 0, residual: bool = False
+    axes: list[WidthAxis],
+    share: float = 0.5,
+    *,
+    seed: int = 0,
+    residual: bool = False,
+    dims: bool = False,
 ) -> Plan:
-    """Random survivors on every axis; the residual stream stays whole unless asked for."""
+    """Random survivors on every axis; the stream and heads stay as wide unless asked for."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for axis in axes:
-        if axis.kind == "residual" and not residual:
+        if (axis.kind == "residual" and not residual) or (axis.kind == "dims" and not dims):
             kept[axis.name] = tuple(range(axis.size))
             continue
         order = torch.randperm(axis.size, generator=generator)[: max(1, int(share * axis.size))]

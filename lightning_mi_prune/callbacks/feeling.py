@@ -12,6 +12,7 @@ from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.callbacks.heard import write_gradients
 from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.gradients import GradientListener
+from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.strategies import pool, world_size
 
@@ -36,6 +37,7 @@ class Feeling:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         axes: Sequence[WidthAxis],
+        plan: Plan,
         run: RunState,
         index: int,
     ) -> None:
@@ -51,6 +53,7 @@ class Feeling:
                 axes,
                 steps=-(-self._steps // world_size(trainer.strategy)),
                 batches=None if math.isinf(batches) else int(batches),
+                plan=plan,
             )
             if run.felt is not None:  # of a run that stopped inside this epoch
                 self._listener.sums = dict(run.felt)

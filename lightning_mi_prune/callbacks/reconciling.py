@@ -12,6 +12,7 @@ from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.gradients import blank
+from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import GradientSums
 
 __all__ = ["Asked", "reconcile", "watch_anew"]
@@ -34,13 +35,16 @@ class Asked:
     steps: int = 0
 
 
-def reconcile(run: RunState, axes: list[WidthAxis], module: nn.Module, asked: Asked) -> list[str]:
+def reconcile(
+    run: RunState, axes: list[WidthAxis], module: nn.Module, plan: Plan, asked: Asked
+) -> list[str]:
     """Let go of what does not fit the options a run resumes with.
 
     Args:
         run: The run, as it was read.
         axes: Axes that may be cut now.
         module: The model.
+        plan: The plan it carries.
         asked: What is asked for now.
 
     Returns:
@@ -50,7 +54,7 @@ def reconcile(run: RunState, axes: list[WidthAxis], module: nn.Module, asked: As
     surprises, names = [], {axis.name for axis in axes}
     places = {key: readers[0] for axis in axes for key, readers in axis.places.items()}
     widths = {key: module.get_parameter(f"{r}.weight").shape[1] for key, r in places.items()}
-    shapes, heard = _shapes(blank(module, axes)), run.heard
+    shapes, heard = _shapes(blank(module, axes, plan)), run.heard
     if run.felt is not None and (not asked.steps or _shapes(run.felt) != shapes):
         run.felt = None  # the rest of the epoch is felt anew
     if heard is not None and {key: m.dimension for key, m in heard.moments.items()} != widths:

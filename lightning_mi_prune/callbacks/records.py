@@ -92,6 +92,7 @@ def write_pending(pending: Pending) -> dict[str, Any]:
         "sparsity": pending.sparsity,
         "plan": selection.plan.to_json(),
         "folded": dict(selection.folded),
+        "turned": {name: dict(dims) for name, dims in selection.turned.items()},
         "information": {name: vars(i) for name, i in selection.information.items()},
     }
 
@@ -103,5 +104,11 @@ def read_pending(state: Mapping[str, Any]) -> Pending:
         for name, i in state["information"].items()
     }
     plan = Plan.from_json(state["plan"])
-    selection = Selection(plan, tensors(state["folded"]), information)
+    turned = {str(name): _read_maps(dims) for name, dims in state.get("turned", {}).items()}
+    selection = Selection(plan, tensors(state["folded"]), information, turned)
     return Pending(whole(state["epoch"]), number(state["sparsity"], 0, 1), selection)
+
+
+def _read_maps(state: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    found = tensors({str(whole(dim)): maps for dim, maps in state.items()})
+    return {int(dim): maps for dim, maps in found.items()}

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -26,7 +27,7 @@ from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.report import Cut, PruningReport, print_cut
-from lightning_mi_prune.sample import Heard
+from lightning_mi_prune.sample import Heard, placed
 from lightning_mi_prune.selection import Selection
 from lightning_mi_prune.strategies import agree, decide_once, rewrap
 from lightning_mi_prune.surgery import cancel, operate
@@ -158,8 +159,10 @@ class PruningSteps(pl.Callback, ABC):
         self.check_state(trainer, module)
         if self._budget is not None:
             run.trial = begin_trial(trainer, module, current, pending.epoch, run)
-        folded = selection.folded
-        done = operate(module, keeper.anatomy, selection.plan, current=current, folded=folded)
+        folded, turned = selection.folded, selection.turned
+        done = operate(
+            module, keeper.anatomy, selection.plan, current=current, folded=folded, turned=turned
+        )
         try:
             keeper.plan = done.after
             cut = self.describe(trainer, module, pending, current)
@@ -290,5 +293,6 @@ class PruningSteps(pl.Callback, ABC):
 
 
 def _on_cpu(selection: Selection) -> Selection:
-    folded = {name: tensor.cpu() for name, tensor in selection.folded.items()}
-    return replace(selection, folded=folded)
+    cpu = torch.device("cpu")
+    folded, turned = (placed(given, cpu) for given in (selection.folded, selection.turned))
+    return replace(selection, folded=folded, turned=turned)

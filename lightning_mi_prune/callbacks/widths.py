@@ -109,9 +109,9 @@ class WidthPruning(PruningCallback):
     @override
     def reconcile(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
         asked = Asked(self._budget, self.aim(), self._calls, self._steps)
-        surprises = reconcile(self._run, self._standing, module, asked)
+        surprises = reconcile(self._run, self._standing, module, self._kept().plan, asked)
         if trainer.global_rank and self._run.felt is not None:  # rank 0 goes on with all of it
-            self._run.felt = blank(module, self._standing)
+            self._run.felt = blank(module, self._standing, self._kept().plan)
         return surprises
 
     @override
@@ -191,7 +191,8 @@ class WidthPruning(PruningCallback):
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._steps and self._run.heard is None and self._listens(trainer):
-            self._feeling.begin(trainer, pl_module, self._standing, self._run, batch_idx)
+            known = (self._standing, self._kept().plan)
+            self._feeling.begin(trainer, pl_module, *known, self._run, batch_idx)
 
     @override
     def on_train_batch_end(
@@ -226,7 +227,8 @@ class WidthPruning(PruningCallback):
         self._feeling.close()
         if not self._steps:
             return None
-        sums = pooled(trainer, self._run.felt or blank(trainer.lightning_module, self._standing))
+        empty = blank(trainer.lightning_module, self._standing, self._kept().plan)
+        sums = pooled(trainer, self._run.felt or empty)
         missed = not any(s.counts.any() for s in sums.values())
         if missed and not (self._feeling.whole and trainer.is_last_batch):
             rank_zero_warn(

@@ -57,12 +57,12 @@ def linear_axis(
         slices.append(Slice(f"{path}.weight", 0, tuple(layer.weight.shape)))
         if layer.bias is not None:
             slices.append(Slice(f"{path}.bias", 0, tuple(layer.bias.shape)))
-        numbers.append(Count(path, "out_features", entries))
+        numbers.append(Count(path, "out_features", entries=True))
     for path in readers:
         layer = _linear(network, path, name)
         widths[path] = layer.in_features
         slices.append(Slice(f"{path}.weight", 1, tuple(layer.weight.shape)))
-        numbers.append(Count(path, "in_features", entries))
+        numbers.append(Count(path, "in_features", entries=True))
     width = next(iter(widths.values()))
     if len(set(widths.values())) != 1 or width % entries:
         raise PruningError(

@@ -27,6 +27,9 @@ class LayerNames:
         heads: Attribute of ``attention`` with the number of heads.
         head_size: Attribute of ``attention`` with the size of a head.
         width: Attribute of ``attention`` with the product of both.
+        turns: Whether nothing but the product of queries and keys is seen of them, so that the
+            dimensions of heads can be turned.
+        rescales: Whether attention divides by the root of the size that a head has now.
         hidden: Attribute of ``attention`` with the width of the stream.
         selects: Argument of ``attention`` that brings something for every head as built.
         dropout: What ``attention`` drops out with behind ``out``, where it holds the norm too.
@@ -46,6 +49,8 @@ class LayerNames:
     heads: str = "num_attention_heads"
     head_size: str = "attention_head_size"
     width: str | None = "all_head_size"
+    turns: bool = True
+    rescales: bool = False
     hidden: str | None = None
     selects: str | None = None
     dropout: str | None = None

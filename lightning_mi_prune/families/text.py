@@ -126,6 +126,7 @@ _MPNET = FamilyNames(
         ffn_out="output.dense",
         skips=("attention.attn.q", "intermediate.dense"),
         norms=("attention.LayerNorm", "output.LayerNorm"),
+        rescales=True,
         selects="position_bias",
     ),
     heads={
@@ -140,7 +141,8 @@ _MPNET = FamilyNames(
     },
     head_count=None,
 )
-# Queries and keys may pass the relative positions too, a stream beside that of the tokens.
+# Queries and keys may pass the relative positions too, a stream beside that of the tokens: what
+# they are multiplied with is then another thing in each place, and no one turn fits all.
 _DEBERTA = FamilyNames(
     classes="DebertaV2",
     layer=LayerNames(
@@ -154,6 +156,7 @@ _DEBERTA = FamilyNames(
         ffn_out="output.dense",
         skips=("attention.self", "intermediate.dense"),
         norms=("attention.output.LayerNorm", "output.LayerNorm"),
+        turns=False,
     ),
     heads={
         "Model": _NOTHING,
@@ -189,6 +192,7 @@ _ALBERT = FamilyNames(
         ffn_out="ffn_output",
         skips=("attention.query", "ffn"),
         norms=("attention.LayerNorm", "full_layer_layer_norm"),
+        turns=False,
         hidden="hidden_size",
         dropout="attention.output_dropout",
         norm="attention.LayerNorm",

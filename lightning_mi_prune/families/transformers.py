@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lightning_mi_prune.axes import Count, Selects, Silence, WidthAxis
+from lightning_mi_prune.axes import Count, Selects, Silence, Turn, WidthAxis
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families.describe import linear_axis
 from lightning_mi_prune.families.names import FamilyNames, LayerNames
@@ -55,7 +55,7 @@ def nearest_unknown(module: nn.Module) -> nn.Module | None:
 
 
 def describe(network: nn.Module) -> list[WidthAxis]:
-    """Axes of one network: neurons and heads of every layer, the head's units, the stream.
+    """Axes of one network: neurons, heads, their dimensions, the head's units, the stream.
 
     Raises:
         PruningError: If a layer is not a plain ``nn.Linear`` or its widths disagree.
@@ -124,7 +124,7 @@ def _layer_axes(
     entries = int(getattr(attention, parts.head_size))
     counts = [Count(f"{path}.{parts.attention}", parts.heads)]
     if parts.width is not None:
-        counts.append(Count(f"{path}.{parts.attention}", parts.width, entries))
+        counts.append(Count(f"{path}.{parts.attention}", parts.width, entries=True))
     producers = [f"{path}.{part}" for part in _projections(layer.module, parts)]
     heads = linear_axis(
         network,
@@ -177,7 +177,38 @@ def _layer_axes(
         tie=None if free or names.head_count is None else names.hidden,
     )
     ffn = replace(ffn, skip=f"{path}.{parts.skips[1]}", above=tuple(beyond), may_vanish=may_vanish)
-    return [heads, ffn]
+    # ALBERT's one layer is turned once for all its calls, which no one set of sums can tell.
+    if not parts.turns:
+        return [heads, ffn]
+    heads = replace(heads, crossed=f"{path}.dims")
+    return [heads, _dims(heads, layer, parts), ffn]
+
+
+def _dims(heads: WidthAxis, layer: _Layer, parts: LayerNames) -> WidthAxis:
+    """The dimensions of all heads of a layer: an axis across that of the heads."""
+    path = layer.path
+    turn = Turn(
+        query=f"{path}.{parts.query}",
+        key=f"{path}.{parts.key}",
+        value=f"{path}.{parts.value}",
+        reader=f"{path}.{parts.out}",
+        rescaled=parts.rescales,
+    )
+    return WidthAxis(
+        name=heads.crossed,
+        kind="dims",
+        size=heads.entries,
+        entries=heads.size,
+        slices=heads.slices,
+        readers=(turn.query, turn.key, turn.reader),
+        sites=((turn.query,), (turn.key,), (turn.reader,)),
+        counts=(Count(f"{path}.{parts.attention}", parts.head_size),),
+        scope=heads.scope,
+        level=heads.level,
+        crossed=heads.name,
+        spread=True,
+        turn=turn,
+    )
 
 
 def _projections(layer: nn.Module, parts: LayerNames) -> list[str]:

@@ -13,6 +13,7 @@ from lightning_mi_prune.incisions import owners
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.surgery.layers import Spare, arrange
 from lightning_mi_prune.surgery.units import Rewrite, apply, reshape, revert, undo
+from lightning_mi_prune.turns import TurnMaps
 
 __all__ = ["Operation", "cancel", "operate", "recover", "remodel"]
 
@@ -47,6 +48,7 @@ def operate(
     *,
     current: Plan,
     folded: Mapping[str, Tensor] | None = None,
+    turned: TurnMaps | None = None,
 ) -> Operation:
     """Take layers and units out of a model; a refused plan, or an error, leaves it as it was.
 
@@ -56,6 +58,7 @@ def operate(
         plan: Survivors, of all axes and stacks or of some.
         current: Plan the model carries now.
         folded: New values of parameters, as for :func:`units.apply`.
+        turned: New coordinates of heads, likewise.
 
     Raises:
         PruningError: If the plan and the model do not belong together.
@@ -65,7 +68,7 @@ def operate(
     removed = arrange(model, anatomy.stacks, after, current=current)
     try:
         standing = anatomy.standing(after)
-        rewrites = apply(model, standing, plan, current=current, folded=folded)
+        rewrites = apply(model, standing, plan, current=current, folded=folded, turned=turned)
     except BaseException:
         _put_back(model, anatomy, removed, after, current)
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from lightning_mi_prune.incisions import (
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
 from lightning_mi_prune.standins import KEPT_UNITS, is_ours, selecting, silent
 from lightning_mi_prune.surgery.configs import own_config
+from lightning_mi_prune.turns import TurnMaps
 
 __all__ = ["Rewrite", "apply", "check", "reshape", "revert", "undo"]
 
@@ -34,11 +36,14 @@ class Rewrite(NamedTuple):
         old: The parameter that was replaced.
         new: The parameter that took its place, everywhere it was used.
         kept: Surviving indices of every dimension that was cut.
+        turned: Maps ``(heads, size, size)`` to new coordinates, by dimension; what is kept is kept
+            of the turned parameter.
     """
 
     old: nn.Parameter
     new: nn.Parameter
     kept: Mapping[int, Tensor]
+    turned: Mapping[int, Tensor] = MappingProxyType({})
 
 
 def apply(
@@ -48,6 +53,7 @@ def apply(
     *,
     current: Plan | None = None,
     folded: Mapping[str, Tensor] | None = None,
+    turned: TurnMaps | None = None,
 ) -> list[Rewrite]:
     """Cut a model down to a plan: dense smaller parameters, true sizes, a config that knows.
 
@@ -61,6 +67,7 @@ def apply(
         current: Plan the model carries now; default: as built.
         folded: New values of parameters in the shape the plan gives them, by tensor name
             (:attr:`Selection.folded`).
+        turned: New coordinates of heads in which those values are (:attr:`Selection.turned`).
 
     Returns:
         One record for each parameter that was replaced, to give to :func:`optimizers.rebind`.
@@ -84,7 +91,7 @@ def apply(
     places = plan.positions_in(now)
     target = now.then(plan)
     check_empty(model, axes, target)
-    rewrites = [_rewrite(i) for i in incisions(model, axes, now, places, folded or {})]
+    rewrites = [_rewrite(i) for i in incisions(model, axes, now, places, folded or {}, turned)]
     _swap(model, rewrites)
     try:
         _follow(model, axes, target)
@@ -200,14 +207,16 @@ def _rewrite(incision: Incision) -> Rewrite:
         for dim, index in incision.kept.items():
             values = values.index_select(dim, index)
     new = nn.Parameter(values.clone(), requires_grad=old.requires_grad)
-    return Rewrite(old, new, incision.kept)
+    return Rewrite(old, new, incision.kept, incision.turned)
 
 
 def _follow(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
     """Keep the numbers on modules and in configs true, and record the plan in the config."""
+    widths = plan.widths
     for axis in axes:
         for count in axis.counts:
-            value = plan.width(axis.name) * count.per_unit
+            each = axis.entries_at(widths) if count.entries else 1
+            value = widths[axis.name] * count.per_unit * each
             module = model.get_submodule(count.module)
             setattr(module, count.attribute, (value,) if count.sequence else value)
         _stand_in(model, axis, plan.kept[axis.name])

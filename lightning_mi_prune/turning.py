@@ -1,0 +1,246 @@
+"""TURN     heads into their principal directions: what an example's loss misses least comes last.
+
+Of a head no one sees single dimensions: only products of queries with keys, and what the output
+projection makes of the values. So every head may be given other coordinates without a change of
+the output, and in the right ones the first few say nearly everything (balanced truncation, Moore
+1981, with the covariance of what is said and the relevance of what is heard as the two Gramians).
+All heads of a layer keep the same number of them, so the layer stays an ordinary one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_mi_prune.axes import Turn, WidthAxis
+from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.evidence import Evidence
+from lightning_mi_prune.moments import Moments
+from lightning_mi_prune.relevance import Relevance
+from lightning_mi_prune.turns import TurnMaps, turn_along
+
+__all__ = ["Turned", "check_turns", "turned"]
+
+_SMALLEST = 1e-9  # directions with less of the largest Gramian's value count as rounding
+
+
+@dataclass(frozen=True)
+class Turned:
+    """New coordinates of all heads of a layer, and what is lost without the last of them.
+
+    Args:
+        turn: Whose coordinates.
+        query: Maps of the queries ``(heads, size, size)``, a row a new dimension, the first to be
+            the last to go.
+        key: Maps of the keys; products with the queries stay as they are.
+        value: Orthogonal maps of the values.
+        scores: Expected rise of the loss, in nats an example, by what the scores of each head
+            lose without each new dimension ``(heads, size)``.
+    """
+
+    turn: Turn
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scores: Tensor
+
+    @property
+    def maps(self) -> TurnMaps:
+        """The maps by tensor and dimension; those of the values undo themselves in the reader."""
+        turn, found = self.turn, dict[str, dict[int, Tensor]]()
+        rows = {turn.query: self.query, turn.key: self.key, turn.value: self.value}
+        for path, maps in rows.items():
+            found |= {f"{path}.{name}": {0: maps} for name in ("weight", "bias")}
+        return found | {f"{turn.reader}.weight": {1: self.value}}
+
+    def weights(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of the layer in the new coordinates, by name; the output is the same."""
+        return {
+            name: turn_along(given[name].detach(), dim, maps)
+            for name, dims in self.maps.items()
+            for dim, maps in dims.items()
+            if name in given
+        }
+
+    def seen(self, evidence: Evidence) -> Evidence:
+        """What is known of the values, in the new coordinates."""
+        both = turn_along(turn_along(evidence.covariance, 0, self.value), 1, self.value)
+        return replace(
+            evidence,
+            mean=turn_along(evidence.mean, 0, self.value),
+            covariance=both,
+            readout=turn_along(evidence.readout, 1, self.value),
+            weight=turn_along(evidence.weight, 1, self.value),
+        )
+
+    def of(self, evidence: Evidence, heads: Sequence[int], size: int) -> Evidence:
+        """What is known, in the new coordinates, of some heads and their first dimensions."""
+        place = self._places(evidence)[list(heads), :size]
+        return replace(_taken(self.seen(evidence), place.flatten()), entries=size)
+
+    def apart(self, evidence: Evidence, heads: Sequence[int]) -> Evidence:
+        """The same by dimension: the first of these heads, then the second."""
+        place = self._places(evidence)[list(heads)]
+        return replace(_taken(self.seen(evidence), place.mT.flatten()), entries=len(heads))
+
+    def _places(self, evidence: Evidence) -> Tensor:
+        return torch.arange(len(evidence.mean), device=evidence.mean.device).view(
+            self.value.shape[:2]
+        )
+
+
+def turned(
+    axis: WidthAxis,
+    values: Evidence,
+    moments: Mapping[str, Moments],
+    weights: Mapping[str, Tensor],
+    relevance: Mapping[str, Relevance] | None,
+) -> Turned:
+    """The principal directions of all heads of a layer.
+
+    Values are turned so that the first ``d`` tell most of ``G^(1/2) W v``. Queries and keys are
+    turned so that the truncated product ``q'k'`` misses least of what the loss listens to: the
+    query's covariance against the relevance of its gradients, which keys weigh.
+
+    Args:
+        axis: The axis of the dimensions.
+        values: What is known of the values, where they are read.
+        moments: What was heard, by key.
+        weights: Parameters of the model as it stands, by qualified name; only read.
+        relevance: What the loss listens to, by key.
+
+    Raises:
+        PruningError: If that is not known of queries and keys.
+    """
+    turn = axis.turn
+    assert turn is not None  # noqa: S101
+    felt = [f"{axis.name}@{path}" for path in (turn.query, turn.key)]
+    if relevance is None or not set(felt) <= set(relevance):
+        raise PruningError(
+            f"{axis.name!r} needs to know what the loss hears of queries and keys, but no training "
+            "steps were felt. Use relevance='gradient', or leave 'dims' out of units."
+        )
+    size = values.covariance.shape[0] // values.entries
+    query, heard = (
+        _blocks(_second(path, axis, moments, weights, centred=path == turn.key), size)
+        for path in (turn.query, turn.key)
+    )
+    of_queries, of_keys = (_blocks(relevance[key].matrix.to(query), size) for key in felt)
+    duals, maps = _balanced(heard, of_keys)
+    asking, asked = _along(maps, query), _along(duals, heard)
+    # Two estimates of one loss: by what queries lack, and by what keys lack.
+    by_queries, by_keys = asking * _along(duals, of_queries), asked * _along(maps, of_keys)
+    scores = (by_queries + by_keys) / 4
+    # Either may be scaled by what the other is divided by: both are made as loud as the other.
+    scale = (asked / asking).clamp(1e-12, 1e12).pow(0.25)[..., None]
+    maps, duals = maps * scale, duals / scale
+    read = _blocks(values.readout.mT @ values.readout, size)
+    first, _ = _balanced(_blocks(values.covariance, size), read)
+    return Turned(turn, maps, duals, _orthonormal(first), scores)
+
+
+def check_turns(
+    axes: Sequence[WidthAxis],
+    chosen: Sequence[WidthAxis],
+    current: Mapping[str, int],
+    *,
+    relevance: str | None,
+    measure: str,
+) -> None:
+    """Refuse dimensions of heads where nothing tells which matter, or what they cost.
+
+    Args:
+        axes: All axes of a model.
+        chosen: Those that may shrink.
+        current: Present widths of all axes.
+        relevance: What tells which part of the layer above matters.
+        measure: What the budget counts.
+
+    Raises:
+        PruningError: If dimensions may go without gradients, or for milliseconds.
+    """
+    turns = [axis.name for axis in chosen if axis.turn is not None]
+    if turns and relevance != "gradient":
+        raise PruningError(
+            f"{turns[0]!r} cannot shrink with relevance={relevance!r}: gradients tell which "
+            "dimensions of a head matter. Use relevance='gradient', or leave 'dims' out of units."
+        )
+    turns += [a.name for a in axes if a.turn is not None and current[a.name] < a.size]
+    if turns and measure == "ms":
+        raise PruningError(
+            f"A budget in ms cannot weigh {turns[0]!r}: latency tables hold heads as built. Use "
+            "target_macs or sparsity, or leave 'dims' out of units from the first cut on."
+        )
+
+
+def _taken(evidence: Evidence, place: Tensor) -> Evidence:
+    """What is known of some entries."""
+    return replace(
+        evidence,
+        mean=evidence.mean[place],
+        covariance=evidence.covariance[place][:, place],
+        readout=evidence.readout[:, place],
+        weight=evidence.weight[:, place],
+    )
+
+
+def _along(maps: Tensor, matrix: Tensor) -> Tensor:
+    """How large each matrix is along each new coordinate ``(heads, size)``."""
+    found: Tensor = (maps @ matrix @ maps.mT).diagonal(dim1=-2, dim2=-1)
+    return found
+
+
+def _balanced(said: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps ``B`` and ``A = B^-T`` that make both Gramians diagonal ``(n, g, g)``.
+
+    ``B said B'`` is one, ``A heard A' = diag(s)`` falls, and losing coordinate ``j`` costs ``s_j``.
+    """
+    values, vectors = torch.linalg.eigh((said + said.mT) / 2)
+    floor = values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny) * _SMALLEST
+    root = torch.maximum(values, floor).sqrt()  # what is next to nothing counts as a little
+    half = (vectors * root[..., None, :]) @ vectors.mT
+    inverse = (vectors / root[..., None, :]) @ vectors.mT
+    product = half @ heard @ half
+    _, directions = torch.linalg.eigh((product + product.mT) / 2)
+    falling = directions.flip(-1).mT
+    return falling @ inverse, falling @ half
+
+
+def _orthonormal(maps: Tensor) -> Tensor:
+    """Orthogonal maps whose first rows span the same as the first rows given, for every number."""
+    basis, _ = torch.linalg.qr(maps.mT)
+    rows: Tensor = basis.mT.contiguous()
+    return rows
+
+
+def _second(
+    path: str,
+    axis: WidthAxis,
+    moments: Mapping[str, Moments],
+    weights: Mapping[str, Tensor],
+    *,
+    centred: bool,
+) -> Tensor:
+    """Second moments of what a projection says, about its mean or about zero.
+
+    A share of all keys adds the same to all scores of a query, which softmax takes away.
+    """
+    mean, covariance = moments[f"{axis.name}@{path}"].statistics()
+    weight = weights[f"{path}.weight"].detach().to(covariance)
+    said = weight @ covariance @ weight.mT
+    if centred:
+        return said
+    middle = weight @ mean
+    bias = weights.get(f"{path}.bias")
+    middle = middle if bias is None else middle + bias.detach().to(middle)
+    return said + torch.outer(middle, middle)
+
+
+def _blocks(matrix: Tensor, size: int) -> Tensor:
+    """Diagonal blocks ``(heads, size, size)`` of a matrix over all entries of heads."""
+    heads = matrix.shape[0] // size
+    parts = matrix.reshape(heads, size, heads, size)
+    return parts.diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()
