@@ -15,7 +15,14 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.incisions import shapes_at
 from lightning_mi_prune.plan import Plan
 
-__all__ = ["PLAN_KEY", "arrives_uncut", "check_weights", "is_uncut", "stored_plan"]
+__all__ = [
+    "PLAN_KEY",
+    "arrives_uncut",
+    "check_weights",
+    "is_plan",
+    "is_uncut",
+    "stored_plan",
+]
 
 _NAME = "lightning_mi_prune.plan"
 # A model without a keeper can only show the key, so the key says what to do.
@@ -24,6 +31,11 @@ PLAN_KEY = (
     "or with its callback in the Trainer)"
 )
 _LARGEST_ENTRY = 64 * 2**20
+
+
+def is_plan(key: str) -> bool:
+    """Whether an entry of a state dict is a plan; savers may have changed the prose of its key."""
+    return _NAME in key
 
 
 def stored_plan(state: dict[str, Any], prefix: str) -> Plan | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from lightning_mi_prune.arrivals import is_plan
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, present_plan
@@ -90,7 +91,8 @@ def _load(network: nn.Module, path: str) -> None:
     own = {id(tensor): name for name, tensor in state.items()}
     saved = revert_weight_conversion(network, dict(state))
     names = {name: own[id(tensor)] for name, tensor in saved.items() if id(tensor) in own}
-    arriving = {names.get(name, name): tensor for name, tensor in load_file(path).items()}
+    stored = {name: tensor for name, tensor in load_file(path).items() if not is_plan(name)}
+    arriving = {names.get(name, name): tensor for name, tensor in stored.items()}
     found = network.load_state_dict(arriving, strict=False)
     ids = {n: id(p) for n, p in network.named_parameters(remove_duplicate=False)}
     filled = {ids.get(name) for name in arriving}

@@ -25,13 +25,15 @@ def test_every_family_and_head_has_its_axes(family, head):
     assert kinds.count("pooler") == (1 if head == "sequence" else 0)
     assert {(a.size, a.entries) for a in axes if a.kind == "ffn"} == {(40, 1)}
     assert {(a.size, a.entries) for a in axes if a.kind == "heads"} == {(4, 6)}
+    assert {(a.size, a.entries) for a in axes if a.kind == "dims"} <= {(6, 4)}
     assert [(a.size, a.entries) for a in axes if a.kind == "residual"] == [(24, 1)]
-    assert len({a.level for a in axes}) == len(axes)
+    assert len({a.level for a in axes}) == len(axes) - kinds.count("dims")
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_sweep_goes_from_the_classifier_to_the_first_layer(family):
-    order = sorted(find_axes(build(family)), key=lambda axis: -axis.level)
+    axes = [axis for axis in find_axes(build(family)) if axis.kind != "dims"]
+    order = sorted(axes, key=lambda axis: -axis.level)
     kinds = [axis.kind for axis in order]
     assert kinds == ["pooler", "ffn", "heads", "ffn", "heads", "residual"]
     assert ".1." in order[1].name
@@ -54,7 +56,7 @@ def test_networks_are_found_at_any_depth_and_named_from_the_top():
 def test_a_layer_that_stands_twice_is_one_set_of_axes():
     model = build()
     model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
-    assert [a.kind for a in find_axes(model)] == ["heads", "ffn", "pooler", "residual"]
+    assert [a.kind for a in find_axes(model)] == ["heads", "dims", "ffn", "pooler", "residual"]
 
 
 def test_a_wrong_submodule_lists_what_there_is():

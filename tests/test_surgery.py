@@ -76,7 +76,8 @@ def test_numbers_on_modules_follow(family, head):
     for axis in axes:
         for count in axis.counts:
             value = getattr(model.get_submodule(count.module), count.attribute)
-            number = plan.width(axis.name) * count.per_unit
+            each = axis.entries_at(plan.widths) if count.entries else 1
+            number = plan.width(axis.name) * count.per_unit * each
             assert value == ((number,) if count.sequence else number)
 
 

@@ -14,7 +14,7 @@ import copy
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from examples.benchmark.hearing import CALLS, POSITIONS, Batch, listen
 from examples.benchmark.options import arguments, asked_variants, quiet
 from examples.benchmark.records import Record, gather, key_of, load, part, write
 from examples.benchmark.tables import print_tables
-from examples.benchmark.variants import Named, Variant, Way
+from examples.benchmark.variants import EVERY, Named, Variant, Way
 from lightning_mi_prune import Plan, WidthAxis, apply, find_axes
 from lightning_mi_prune.axes import count_parameters, full_plan
 from lightning_mi_prune.choosing import choose_axes
@@ -49,8 +49,8 @@ class Subject:
         seed: Seed of the split and the model.
         model: The network, in evaluation mode; only run and copied.
         axes: All its axes.
-        chosen: Those that are cut: neurons and heads.
-        heard: What it said on the validation split.
+        chosen: Those that are cut by all methods: neurons and heads.
+        heard: What it said on the validation split, the dimensions of heads included.
         seconds: Time to hear it.
         validation: Batches of the validation split.
         test: Batches of the test split.
@@ -69,6 +69,14 @@ class Subject:
     test: Sequence[Batch]
     accuracy: float
     cross_entropy: float
+
+    def of(self, units: Sequence[str]) -> list[WidthAxis]:
+        """The axes of some kinds of unit."""
+        return choose_axes(self.axes, units=units)
+
+    def cutting(self, units: Sequence[str]) -> "Subject":
+        """The same, of which these kinds of unit are cut."""
+        return replace(self, chosen=self.of(units))
 
 
 def examine(
@@ -95,7 +103,8 @@ def examine(
     axes = find_axes(model)
     chosen = choose_axes(axes)
     started = time.perf_counter()
-    heard = listen(model, chosen, validation, positions, calls, seed)
+    every = choose_axes(axes, units=EVERY)
+    heard = listen(model, every, validation, positions, calls, seed)
     seconds = time.perf_counter() - started
     accuracy, cross_entropy = score(model, test)
     known = (model, axes, chosen, heard, seconds, validation, test)
@@ -130,13 +139,13 @@ def cut(
     """
     method = variant.at(sparsity, subject.seed, positions)
     model, plan = copy.deepcopy(subject.model), full_plan(subject.axes)
-    axes, heard = subject.axes, subject.heard
+    axes, heard, chosen = subject.axes, subject.heard, subject.chosen
     for turn in range(1, variant.cuts + 1):
         if turn > 1:
             calls = [POSITIONS, positions, subject.seed]
-            heard = listen(model, subject.chosen, subject.validation, *calls)
+            heard = listen(model, chosen, subject.validation, *calls)
         progress = turn / variant.cuts
-        selection = method.decide(model, axes, subject.chosen, plan, heard, progress=progress)
+        selection = method.decide(model, axes, chosen, plan, heard, progress=progress)
         if selection is None:  # an earlier cut went as far already
             continue
         selection = pull_back(model, axes, plan, selection, method, heard)
@@ -154,7 +163,7 @@ def measure(subject: Subject, variant: Variant, sparsity: float, positions: int 
         sparsity: Share of the prunable parameters that must go.
         positions: Stored positions that the refit may use.
     """
-    started = time.perf_counter()
+    subject, started = subject.cutting(variant.units), time.perf_counter()
     model, plan = cut(subject, variant, sparsity, positions)
     seconds = time.perf_counter() - started
     return {

@@ -68,7 +68,7 @@ def pruned(subject: Subject, entry: Variant | Rival, sparsity: float) -> nn.Modu
         sparsity: Share of the prunable parameters that must go.
     """
     if isinstance(entry, Variant):
-        return cut(subject, entry, sparsity)[0]
+        return cut(subject.cutting(entry.units), entry, sparsity)[0]
     model = copy.deepcopy(subject.model)
     if entry.prune is None:
         return model
@@ -124,13 +124,15 @@ def measure(
     """
     before, prune_seconds, prune_processor = begun(subject, entry, sparsity)
     length = typical(subject.test)
+    units = entry.units if isinstance(entry, Variant) else ()
     for training in trainings:
         started, processor = time.perf_counter(), time.process_time()
         model = trained(copy.deepcopy(before), entry, sparsity, training)
         train_seconds = time.perf_counter() - started
         processor = time.process_time() - processor
         accuracy, cross_entropy = score(model, subject.test)
-        size = size_of(model, subject.chosen)
+        dims = subject.of(("dims",)) if "dims" in units else ()
+        size = size_of(model, subject.chosen, dims)
         yield {
             **identity(subject.task, subject.seed, entry, sparsity),
             "steps": training.steps,

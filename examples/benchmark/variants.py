@@ -10,6 +10,8 @@ from lightning_mi_prune.criteria import ActivationNorm, Criterion, Magnitude, Ra
 from lightning_mi_prune.method import Method
 
 RIDGE = MutualInformation().ridge
+UNITS = ("ffn", "heads")
+EVERY = (*UNITS, "dims")
 
 Widths = Literal["global", "uniform"]
 Relevance = Literal["gradient", "readers"] | None
@@ -47,6 +49,7 @@ class Variant:
         fold_in: "none", "fold_in" (least squares) or "refit" (that, and solved again bottom-up).
         relevance: What tells which part of the layer above matters.
         cuts: Cuts on the way to the budget, each from fresh evidence of what is left.
+        units: Kinds of unit that may go.
     """
 
     method: str
@@ -54,6 +57,7 @@ class Variant:
     fold_in: FoldIn
     relevance: Relevance
     cuts: int = 1
+    units: tuple[str, ...] = UNITS
 
     def at(self, sparsity: float, seed: int, positions: int) -> Method:
         """The package's method for one budget."""
@@ -70,6 +74,7 @@ class Variant:
 
 CRITERIA: dict[str, Callable[[int], Criterion]] = {
     "relevance-mi": lambda seed: MutualInformation(ridge=RIDGE),
+    "relevance-mi-dims": lambda seed: MutualInformation(ridge=RIDGE),
     "relevance-mi-readers": lambda seed: MutualInformation(ridge=RIDGE),
     "mi": lambda seed: MutualInformation(ridge=RIDGE),
     "mi-topk": lambda seed: MutualInformation(selection="topk", ridge=RIDGE),
@@ -89,6 +94,9 @@ METHODS: dict[str, tuple[Variant, ...]] = {
         Variant("relevance-mi", "global", "fold_in", "gradient"),
         Variant("relevance-mi", "uniform", "refit", "gradient"),
         Variant("relevance-mi", "uniform", "fold_in", "gradient"),
+    ),
+    "relevance-mi-dims": (
+        Variant("relevance-mi-dims", "global", "refit", "gradient", units=EVERY),
     ),
     "relevance-mi-readers": (Variant("relevance-mi-readers", "global", "refit", "readers"),),
     "mi": (Variant("mi", "uniform", "refit", None),),

@@ -46,15 +46,22 @@ def settle(model: nn.Module) -> nn.Module:
     return model
 
 
-def size_of(model: nn.Module, axes: Sequence[WidthAxis]) -> Size:
+def size_of(model: nn.Module, axes: Sequence[WidthAxis], dims: Sequence[WidthAxis] = ()) -> Size:
     """Count what is left of a model whose masks are settled.
 
     Args:
         model: The pruned model.
         axes: Neurons and heads of the dense one.
+        dims: Dimensions of heads, where they may have gone.
     """
     modules = dict(model.named_modules())
-    widths = {axis.name: width_of(model, axis) for axis in axes if axis.readers[0] in modules}
+    sizes = {axis.name: size_now(model, axis) for axis in dims}
+    widths = {
+        axis.name: width_of(model, axis, axis.entries_at(sizes))
+        for axis in axes
+        if axis.readers[0] in modules
+    } | sizes
+    axes = [*axes, *dims]
     kept: Kept = {}
     for axis in sorted(axes, key=lambda axis: axis.level):
         if axis.name in widths:
@@ -72,9 +79,15 @@ def size_of(model: nn.Module, axes: Sequence[WidthAxis]) -> Size:
     )
 
 
-def width_of(model: nn.Module, axis: WidthAxis) -> int:
-    """Units of an axis that are there."""
-    return model.get_parameter(f"{axis.readers[0]}.weight").shape[1] // axis.entries
+def width_of(model: nn.Module, axis: WidthAxis, entries: int) -> int:
+    """Units of an axis that are there, each of so many entries."""
+    return model.get_parameter(f"{axis.readers[0]}.weight").shape[1] // entries
+
+
+def size_now(model: nn.Module, axis: WidthAxis) -> int:
+    """Dimensions that heads have: the number that their module knows."""
+    (count,) = axis.counts
+    return int(getattr(model.get_submodule(count.module), count.attribute))
 
 
 def zeros_of(model: nn.Module, name: str) -> int:

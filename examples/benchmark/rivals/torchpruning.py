@@ -169,7 +169,7 @@ def pruned(
     for table in tables:
         table.requires_grad_(True)
     for axis in axes:
-        units = width_of(cut, axis)
+        units = width_of(cut, axis, axis.entries)
         for count in axis.counts:
             setattr(cut.get_submodule(count.module), count.attribute, units * count.per_unit)
     for axis in sharing:

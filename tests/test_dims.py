@@ -1,0 +1,393 @@
+"""Dimensions of heads: turned with no change of the output, cut at no loss, and carried."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mi_prune import PruningError, from_pretrained, load_pruned, prune
+from lightning_mi_prune.axes import as_built, count_parameters, full_plan
+from lightning_mi_prune.budget import Budget
+from lightning_mi_prune.costs import ParameterCosts, measure_macs
+from lightning_mi_prune.evidence import gather
+from lightning_mi_prune.families import find_axes
+from lightning_mi_prune.gradients import GradientListener
+from lightning_mi_prune.limits import Limits
+from lightning_mi_prune.listener import Listener
+from lightning_mi_prune.measure import count_macs
+from lightning_mi_prune.method import Method
+from lightning_mi_prune.optimizers import rebind
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.ranking import rank_axes
+from lightning_mi_prune.relevance import relevance_of
+from lightning_mi_prune.sample import Example
+from lightning_mi_prune.surgery import Rewrite, apply
+from lightning_mi_prune.turning import turned
+from lightning_mi_prune.turns import turn_along
+from tests.models import (
+    CONFIGS,
+    PICTURES,
+    batch,
+    build,
+    inputs_of,
+    masked_copy,
+    outputs,
+    pictures,
+    random_plan,
+)
+from tests.runs import POINTS, fit, resumed_equals_straight
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
+FAMILIES = [*sorted(set(CONFIGS) - {"albert", "deberta-v2"}), *PICTURES]
+UNITS = ["ffn", "heads", "dims"]
+every = pytest.mark.parametrize("family", FAMILIES)
+
+
+def tiny(family="bert", **options):
+    """A small model of a family, and what it can be run on."""
+    head = "image" if family in PICTURES else "sequence"
+    return build(family, head, **options), inputs_of(head)
+
+
+def lesson(family, rows=64, count=6):
+    """Batches with labels."""
+    given = pictures if family in PICTURES else batch
+    return [{**given(rows, seed=seed), "labels": torch.arange(rows) % 3} for seed in range(count)]
+
+
+def loss(model, inputs):
+    return model(**inputs).loss
+
+
+def known(model, axes, family="bert"):
+    """Moments and relevance of a model."""
+    with torch.no_grad(), Listener(model, axes) as heard:
+        for inputs in lesson(family):
+            model(**inputs)
+    with GradientListener(model, axes) as felt:
+        for index, inputs in enumerate(lesson(family)):
+            with felt.step(index):
+                loss(model, inputs).backward()
+            model.zero_grad(set_to_none=True)
+    return heard.moments, relevance_of(felt.sums)
+
+
+def turns(model, family="bert"):
+    """The turn of every layer of a model, with what the values were known by."""
+    axes, weights = find_axes(model), dict(model.named_parameters())
+    moments, relevance = known(model, axes, family)
+    plan = full_plan(axes)
+    found = []
+    for axis in axes:
+        if axis.turn is not None:
+            said = (moments, weights, plan.kept, plan, axes, relevance)
+            (values,) = gather(axis, *said)
+            found.append((axis, turned(axis, values, moments, weights, relevance), values))
+    return found
+
+
+def narrow(model, axes, rank):
+    """Make the heads of a model say and hear only so much."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for axis in axes:
+            if axis.turn is None:
+                continue
+            size = axis.size
+            for path in (axis.turn.query, axis.turn.value):
+                layer = model.get_submodule(path)
+                for head in range(axis.entries):
+                    rows = slice(head * size, head * size + size)
+                    inner = torch.randn(size, rank, generator=generator)
+                    onto = inner @ torch.linalg.pinv(inner)
+                    layer.weight[rows] = onto @ layer.weight[rows]
+                    layer.bias[rows] = onto @ layer.bias[rows]
+
+
+@every
+def test_a_turn_changes_no_output(family):
+    model, inputs = tiny(family)
+    before = outputs(model, inputs)
+    for _, turn, _ in turns(model, family):
+        weights = dict(model.named_parameters())
+        new = turn.weights(weights)
+        assert any(not torch.equal(new[name], weights[name]) for name in new)
+        for name, value in new.items():
+            weights[name].data.copy_(value)
+    assert torch.allclose(outputs(model, inputs), before, atol=1e-4)
+
+
+def test_the_directions_are_those_of_a_balanced_system():
+    """Both Gramians are diagonal and fall; values are turned by a rotation."""
+    ((axis, turn, values), *_) = turns(build())
+    seen = turn.of(values, range(axis.entries), axis.size)
+    eye = torch.eye(axis.size, dtype=torch.float64).expand_as(turn.value)
+    assert torch.allclose(turn.value @ turn.value.mT, eye, atol=1e-9)
+    assert torch.allclose(turn.query @ turn.key.mT, eye, atol=1e-6)
+    # By what remains unexplained: the first d of the best basis beat those of any other.
+    for size in (1, 3):
+        block = slice(0, axis.size)
+        covariance = seen.covariance[block, block]
+        read = seen.readout[:, block]
+
+        def left(basis, covariance=covariance, read=read):
+            both = torch.linalg.inv(basis @ covariance @ basis.mT)
+            rest = covariance - covariance @ basis.mT @ both @ basis @ covariance
+            return float((read @ rest @ read.mT).trace())
+
+        best = left(torch.eye(axis.size, dtype=torch.float64)[:size])
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(50):
+            other = torch.randn(size, axis.size, generator=generator, dtype=torch.float64)
+            assert best <= left(other) + 1e-12
+
+
+@every
+@pytest.mark.parametrize("dims", [2, 3])
+def test_what_heads_never_used_goes_without_a_trace(family, dims):
+    model, inputs = tiny(family)
+    axes = find_axes(model)
+    narrow(model, axes, 2)
+    before = outputs(model, inputs)
+    method = Method(Budget(0.5), limits=Limits(pins={r"\.dims$": dims}), refit=False)
+    mine = [axis for axis in axes if axis.kind == "dims"]
+    widths = {axis.name: dims for axis in mine}
+    share = 1 - count_parameters(mine, widths) / count_parameters(mine)
+    done = prune(model, lesson(family), 0.999 * share, loss=loss, method=method, units=["dims"])
+    assert {done.plan.width(a.name) for a in axes if a.kind == "dims"} == {dims}
+    assert torch.allclose(outputs(model, inputs), before, atol=2e-3)
+
+
+@every
+def test_a_cut_model_computes_what_the_masked_model_computes(family):
+    model, inputs = tiny(family)
+    axes = find_axes(model)
+    plan = random_plan(axes, dims=True)
+    masked = masked_copy(model, axes, plan)
+    apply(model, axes, plan)
+    assert torch.allclose(outputs(model, inputs), outputs(masked, inputs), atol=1e-5)
+    for axis in axes:
+        if axis.turn is not None:
+            width = plan.width(axis.name) * plan.width(axis.crossed)
+            assert model.get_submodule(axis.turn.query).out_features == width
+            assert model.get_submodule(axis.turn.reader).in_features == width
+
+
+@every
+def test_dimensions_then_heads_are_both_at_once(family):
+    twice, once = tiny(family)[0], tiny(family)[0]
+    axes = find_axes(twice)
+    plan = random_plan(axes, dims=True)
+    first = Plan(
+        plan.sizes,
+        {a.name: plan.kept[a.name] if a.kind == "dims" else (*range(a.size),) for a in axes},
+    )
+    apply(twice, axes, first)
+    apply(twice, axes, plan, current=first)
+    apply(once, axes, plan)
+    for a, b in zip(twice.parameters(), once.parameters(), strict=True):
+        assert torch.equal(a, b)
+    again = as_built(find_axes(once), plan.sizes)
+    assert [(a.name, a.size, a.entries, a.slices) for a in again] == [
+        (a.name, a.size, a.entries, a.slices) for a in axes
+    ]
+
+
+@every
+def test_one_call_meets_its_budget_and_what_is_saved_opens_again(family, tmp_path):
+    model, inputs = tiny(family)
+    whole = count_parameters([a for a in find_axes(model) if a.kind in UNITS])
+    done = prune(model, lesson(family), 0.6, loss=loss, units=UNITS)
+    assert done.prunable_parameters[0] == whole
+    assert 0.6 <= done.sparsity < 0.75
+    assert any(done.plan.width(n) < s for n, s in done.plan.sizes.items() if n.endswith(".dims"))
+    assert done.prunable_parameters[1] == sum(p.numel() for p in model.parameters()) - (
+        done.parameters[0] - whole
+    )
+    model.save_pretrained(tmp_path)
+    back = from_pretrained(type(model), tmp_path)
+    assert torch.equal(outputs(back, inputs), outputs(model, inputs))
+    state = model.state_dict()
+    fresh = tiny(family, seed=1)[0]
+    torch.save(state, tmp_path / "state.pt")
+    load_pruned(fresh, tmp_path / "state.pt")
+    assert torch.equal(outputs(fresh, inputs), outputs(model, inputs))
+
+
+@every
+def test_a_second_call_goes_on_from_the_first(family):
+    model, inputs = tiny(family)
+    first = prune(model, lesson(family), 0.4, loss=loss, units=UNITS)
+    done = prune(model, lesson(family), 0.7, loss=loss, units=UNITS)
+    assert 0.7 <= done.sparsity < 0.85
+    for name, kept in done.plan.kept.items():
+        assert set(kept) <= set(first.plan.kept[name])
+    assert torch.isfinite(outputs(model, inputs)).all()
+
+
+def test_costs_are_those_of_the_cut_model():
+    model = build()
+    axes = find_axes(model)
+    plan = random_plan(axes, dims=True)
+    calls = {"": Example((), batch(1))}
+    macs = measure_macs(model, axes, calls)
+    parameters = ParameterCosts(
+        axes, sum(p.numel() for p in model.parameters()) - count_parameters(axes)
+    )
+    apply(model, axes, plan)
+    assert parameters.total(plan.widths) == sum(p.numel() for p in model.parameters())
+    assert macs.total(plan.widths) == count_macs(model, calls[""])
+    cut = measure_macs(model, axes, calls, plan.widths)
+    assert cut.total(plan.widths) == macs.total(plan.widths)
+    assert cut.total(full_plan(axes).widths) == macs.total(full_plan(axes).widths)
+
+
+def test_rankings_end_with_all_the_loss_and_all_the_information():
+    """Without the last dimension the values say nothing: as much as without the last head."""
+    model = build()
+    axes = find_axes(model)
+    weights = dict(model.named_parameters())
+    moments, relevance = known(model, axes)
+    chosen = [axis for axis in axes if axis.kind in ("heads", "dims")]
+    found = rank_axes(chosen, moments, weights, full_plan(axes), relevance=relevance)
+    for axis, turn, _ in turns(model):
+        dims, heads = found[axis.name], found[axis.crossed]
+        assert dims.order == tuple(reversed(range(axis.size)))
+        assert list(dims.loss) == sorted(dims.loss)
+        assert list(dims.nats) == sorted(dims.nats)
+        silent = float(turn.scores.sum())
+        assert dims.loss[-1] - silent == pytest.approx(heads.loss[-1], rel=1e-3)
+        assert dims.nats[-1] > heads.nats[-1]
+
+
+def test_heads_are_judged_by_the_dimensions_that_stay():
+    """A head that only speaks in what goes has nothing to lose."""
+    model = build()
+    axes = find_axes(model)
+    axis = next(axis for axis in axes if axis.kind == "dims")
+    weights = dict(model.named_parameters())
+    moments, relevance = known(model, axes)
+    said = (moments, weights, full_plan(axes))
+    pair = [a for a in axes if a.name in (axis.name, axis.crossed)]
+    alone = rank_axes(pair, *said, relevance=relevance)
+    beside = rank_axes(
+        pair, *said, relevance=relevance, beside={axis.name: (0,), axis.crossed: (0, 2)}
+    )
+    assert beside[axis.crossed].loss[-1] < alone[axis.crossed].loss[-1]
+    assert beside[axis.name].loss[-1] < alone[axis.name].loss[-1]
+    same = rank_axes(
+        pair,
+        *said,
+        relevance=relevance,
+        beside={axis.name: (*range(axis.size),), axis.crossed: (*range(axis.entries),)},
+    )
+    assert same == alone
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_momentum_turns_with_its_parameter(momentum):
+    """Training a turned problem and turning a trained one are one thing."""
+    generator = torch.Generator().manual_seed(0)
+    maps, _ = torch.linalg.qr(torch.randn(2, 3, 3, generator=generator, dtype=torch.float64))
+    straight = nn.Parameter(torch.randn(6, 4, generator=generator, dtype=torch.float64))
+    turning = nn.Parameter(turn_along(straight.detach(), 0, maps))
+    target = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    first = torch.optim.SGD([straight], lr=0.1, momentum=momentum)
+
+    def step(optimizer, parameter, goal):
+        optimizer.zero_grad()
+        (parameter - goal).pow(2).sum().backward()
+        optimizer.step()
+
+    for _ in range(3):
+        step(first, straight, target)
+    turning = nn.Parameter(turn_along(straight.detach(), 0, maps))
+    second = torch.optim.SGD([straight], lr=0.1, momentum=momentum)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    rebind([second], [Rewrite(straight, turning, {}, {0: maps})])
+    for _ in range(3):
+        step(first, straight, target)
+        step(second, turning, turn_along(target, 0, maps))
+    assert torch.allclose(turning, turn_along(straight.detach(), 0, maps))
+
+
+def test_squares_stay_squares_and_gradients_go_the_other_way():
+    """Of a stretch, gradients shrink as weights grow."""
+    old = nn.Parameter(torch.ones(4, 2))
+    new = nn.Parameter(torch.ones(2, 2))
+    adam = torch.optim.Adam([old], lr=0.1)
+    (old * torch.tensor([1.0, -2.0])).sum().backward()
+    adam.step()
+    maps = torch.tensor([[[2.0, 0.0], [0.0, 4.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    before = copy.deepcopy(adam.state[old])
+    rebind([adam], [Rewrite(old, new, {0: torch.tensor([0, 2])}, {0: maps})])
+    state = adam.state[new]
+    scale = torch.tensor([[0.5], [1.0]])
+    assert torch.allclose(state["exp_avg"], before["exp_avg"][[0, 2]] * scale)
+    assert torch.allclose(state["exp_avg_sq"], before["exp_avg_sq"][[0, 2]] * scale**2)
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_a_resumed_run_equals_the_straight_one(tmp_path, name):
+    found = resumed_equals_straight(
+        tmp_path, {name: POINTS[name]}, pruning={"units": UNITS, "relevance_steps": 4}
+    )
+    assert found == {name: ""}
+
+
+def test_the_report_tells_of_dimensions(tmp_path):
+    run, module, _ = fit(tmp_path, pruning={"units": UNITS})
+    prune_callback = run.callbacks[0]
+    cut = prune_callback.report.cuts[-1]
+    assert {axis.kind for axis in cut.axes} == set(UNITS)
+    assert cut.sparsity >= 0.5
+    assert any(axis.after < axis.before for axis in cut.axes if axis.kind == "dims")
+    for axis in find_axes(module):
+        if axis.kind == "dims":
+            attention = module.get_submodule(axis.counts[0].module)
+            assert attention.attention_head_size == prune_callback.plan.width(axis.name)
+
+
+def test_nothing_tells_which_dimensions_matter_without_gradients():
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PruningError, match="relevance='readers': gradients tell which"):
+        prune(model, lesson("bert"), 0.5, units=UNITS)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_latency_table_holds_whole_heads():
+    with pytest.raises(PruningError, match=r"cannot weigh .*dims.*: latency tables hold heads"):
+        prune(build(), lesson("bert"), Budget(target_latency_ms=1.0), loss=loss, units=UNITS)
+
+
+def test_a_turn_of_another_model_is_refused():
+    model = build()
+    axes = find_axes(model)
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    values = {name: model.get_parameter(name).detach().clone()}
+    plan = full_plan(axes)
+    for maps in (torch.eye(5).expand(4, 5, 5), torch.eye(6)):
+        with pytest.raises(PruningError, match=r"expected \(heads, size, size\) of \(24, 24\)"):
+            apply(model, axes, plan, folded=values, turned={name: {0: maps}})
+    with pytest.raises(PruningError, match="beside new values"):
+        apply(model, axes, plan, turned={name: {0: torch.eye(6).expand(4, 6, 6)}})
+
+
+@pytest.mark.parametrize("family", ["albert", "deberta-v2"])
+def test_families_that_see_more_than_products_have_no_such_axis(family):
+    assert not any(axis.kind == "dims" for axis in find_axes(build(family)))
+
+
+def test_axes_keep_what_crosses_them_wherever_they_stand():
+    net = nn.ModuleDict({"inner": build()})
+    pairs = {axis.name: axis.crossed for axis in find_axes(net) if axis.crossed}
+    assert pairs
+    assert all(pairs[other] == name for name, other in pairs.items())
+    axis = next(axis for axis in find_axes(net) if axis.turn is not None)
+    assert net.get_submodule(axis.turn.query).out_features == axis.size * axis.entries
+    assert replace(axis, turn=None).reads == axis.places
