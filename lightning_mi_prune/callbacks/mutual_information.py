@@ -55,8 +55,8 @@ class MutualInformationPruning(WidthPruning):
             predicted from a table that is measured on this device.
         keep_information: Instead: share of the information with the layers above, in nats and
             summed over all axes, that stays.
-        units: Kinds of unit to cut: ``"ffn"``, ``"heads"`` (default), ``"pooler"``, ``"residual"``
-            (the width of stream and word embeddings).
+        units: Kinds of unit to cut: ``"ffn"``, ``"heads"`` (default), ``"dims"`` (dimensions of
+            heads), ``"pooler"``, ``"residual"`` (the width of stream and word embeddings).
         module: Path of the submodule to search, such as ``"encoder"``; default: the whole module.
         include: Regular expression; only axes whose name it finds are cut.
         exclude: Regular expression; axes whose name it finds are left alone.
