@@ -156,7 +156,7 @@ def test_autocast_and_inference_leave_ordinary_float64_sums():
     with Listener(model, axes) as heard:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             model(**inputs)
-        moments = heard.moments[axes[1].name]
+        moments = heard.moments["bert.encoder.layer.0.ffn"]
         moments.update(torch.ones(1, 40))
     assert moments.outer.dtype == torch.float64
     assert not moments.outer.is_inference()

@@ -154,7 +154,9 @@ def test_the_config_says_what_fits_and_then_anyone_can_load(tmp_path):
         model, inputs = stirred(family, head), inputs_of(head)
         axes = find_axes(model)
         sizes = {axis.name: axis.size for axis in axes}
-        apply(model, axes, Plan(sizes, {n: tuple(range(s // 2, s)) for n, s in sizes.items()}))
+        whole = {axis.name for axis in axes if axis.kind == "dims"}
+        kept = {n: tuple(range(0 if n in whole else s // 2, s)) for n, s in sizes.items()}
+        apply(model, axes, Plan(sizes, kept))
         assert (model.config.hidden_size, model.config.num_attention_heads) == (12, 2)
         model.save_pretrained(tmp_path / family)
         for again in (
@@ -204,7 +206,8 @@ def test_plans_from_before_there_was_this_axis_still_open(tmp_path):
 def test_the_config_stays_as_built_where_it_does_not_fit(widths, tmp_path):
     model = stirred("bert")
     axes = find_axes(model)
-    kept = {a.name: tuple(range(widths.get(a.kind, a.size // 2))) for a in axes}
+    whole = {} if not widths else {"dims": 6}
+    kept = {a.name: tuple(range((widths | whole).get(a.kind, a.size // 2))) for a in axes}
     if not widths:
         kept[axes[0].name] = (1,)
     apply(model, axes, Plan({a.name: a.size for a in axes}, kept))
@@ -400,7 +403,7 @@ def test_heads_that_no_table_describes_have_no_such_axis():
         build("deberta-v2", "masked-lm", legacy=False),
     ):
         kinds = {axis.kind for axis in find_axes(model)}
-        assert kinds == {"ffn", "heads"}
+        assert kinds - {"dims"} == {"ffn", "heads"}
         with pytest.raises(PruningError, match=r"units names 'residual', but this model has only"):
             choose_axes(find_axes(model), units=["residual"])
 
@@ -411,7 +414,7 @@ def test_a_strange_embedding_leaves_the_other_axes_alone():
 
     model = build()
     model.bert.embeddings.word_embeddings = Own(64, 24)
-    assert {axis.kind for axis in find_axes(model)} == {"ffn", "heads", "pooler"}
+    assert {axis.kind for axis in find_axes(model)} == {"ffn", "heads", "dims", "pooler"}
 
 
 def test_two_networks_have_two_streams():

@@ -34,8 +34,9 @@ RESULTS = Path(__file__).parent / "results" / "evidence.json"
 ROUNDS = 3
 
 # What looks at activations, and at gradients, even with equal widths and without new weights.
-HEARING = {"relevance-mi", "relevance-mi-readers", "mi", "mi-topk", "activation-norm"}
-FEELING = {"relevance-mi", "taylor"}
+INSIDE = "relevance-mi-dims"  # it hears and feels at more places, which were not timed
+HEARING = {"relevance-mi", INSIDE, "relevance-mi-readers", "mi", "mi-topk", "activation-norm"}
+FEELING = {"relevance-mi", INSIDE, "taylor"}
 OURS = HEARING | FEELING | {"magnitude", "random"}
 
 
@@ -59,7 +60,7 @@ def charged(name: Name, found: Record | None) -> float | None:
     hears, feels = needed(name)
     if not (hears or feels):
         return 0.0
-    if found is None:
+    if found is None or name[0] == INSIDE:
         return None
     return float(hears * found["hearing_cpu_seconds"] + feels * found["feeling_cpu_seconds"])
 

@@ -45,6 +45,7 @@ RANKED = {
 }
 LOOKS: dict[Name, Look] = {
     MINE: Look("relevance MI", PACKAGE, VERMILLION, "*"),
+    ("relevance-mi-dims", "global", "refit", 1): Look("inside heads too", PACKAGE, VERMILLION, "v"),
     ("mi-topk", "uniform", "none", 1): Look("MI, top-k", SCORES, ORANGE, "o"),
     **{
         (method, "uniform", "none", 1): Look(label, SCORES, color, "o")
