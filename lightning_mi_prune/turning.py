@@ -131,9 +131,10 @@ def turned(
     of_queries, of_keys = (_blocks(relevance[key].matrix.to(query), size) for key in felt)
     duals, maps = _balanced(heard, of_keys)
     asking, asked = _along(maps, query), _along(duals, heard)
-    # Two estimates of one loss: by what queries lack, and by what keys lack.
+    # What queries lack and what keys lack: with the sum of both, what a truncation of scores alone
+    # would cost comes out right, and a budget goes to other axes; their mean is too low.
     by_queries, by_keys = asking * _along(duals, of_queries), asked * _along(maps, of_keys)
-    scores = (by_queries + by_keys) / 4
+    scores = (by_queries + by_keys) / 2
     # Either may be scaled by what the other is divided by: both are made as loud as the other.
     scale = (asked / asking).clamp(1e-12, 1e12).pow(0.25)[..., None]
     maps, duals = maps * scale, duals / scale
