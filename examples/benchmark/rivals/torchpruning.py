@@ -171,7 +171,8 @@ def pruned(
     for axis in axes:
         units = width_of(cut, axis, axis.entries)
         for count in axis.counts:
-            setattr(cut.get_submodule(count.module), count.attribute, units * count.per_unit)
+            each = count.per_unit * (axis.entries if count.entries else 1)
+            setattr(cut.get_submodule(count.module), count.attribute, units * each)
     for axis in sharing:
         share(cut, axis, gone)
     return cut
