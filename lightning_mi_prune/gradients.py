@@ -164,7 +164,7 @@ class GradientListener(Hooked):
             return
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             sums = self.sums[key]
-            g = grad.detach().reshape(-1, grad.shape[-1]).float()
+            g = grad.detach().flatten(0, -2).float()
             down = g @ weight.float() if self._taylor or sums.inside else g
             heard = down if sums.inside else g
             if key not in self._staged:

@@ -68,9 +68,11 @@ def rank_axes(
         now = current.kept[axis.name]
         across = (beside or {}).get(axis.crossed)
         if axis.turn is not None:
-            new = turned(axis, sites[0], moments, weights, known)
-            heads = _places(across, current.kept.get(axis.crossed), len(new.value))
-            order, loss, nats = _directions(new, sites[0], heads, getattr(judge, "ridge", 1.0))
+            heads = _places(across, current.kept.get(axis.crossed), axis.entries)
+            order, loss, nats = _silent(len(now))
+            if heads:
+                new = turned(axis, sites[0], moments, weights, known)
+                order, loss, nats = _directions(new, sites[0], heads, getattr(judge, "ridge", 1.0))
         else:
             if across is not None and len(across) < current.width(axis.crossed):
                 (dims,) = (other for other in axes if other.name == axis.crossed)
@@ -130,11 +132,15 @@ def _whole(judge: Criterion, sites: Sequence[Evidence]) -> tuple[list[int], list
     return [*found.order, *rest], [max(0.0, cost) for cost in costs]
 
 
+def _silent(units: int) -> tuple[list[int], list[float], list[float]]:
+    """Order of the dimensions where no head is left to lose them: nothing is lost."""
+    return [*reversed(range(units))], [0.0] * units, [0.0] * units
+
+
 def _places(kept: tuple[int, ...] | None, present: tuple[int, ...] | None, count: int) -> list[int]:
-    """Where units stand now; all of them where nothing is known."""
-    if kept is None or present is None:
-        return [*range(count)]
-    return [place for place, unit in enumerate(present) if unit in set(kept)]
+    """Where units stand now: all of them where nothing is known of those that stay."""
+    now = range(count) if present is None else present
+    return [place for place, unit in enumerate(now) if kept is None or unit in set(kept)]
 
 
 def _directions(

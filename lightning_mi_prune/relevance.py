@@ -123,7 +123,7 @@ def check_gradients(sums: Mapping[str, GradientSums], *, scaled: bool = False) -
                 "Expected at least one backward pass through the network before a cut; train "
                 "first, or use relevance='readers', which needs none."
             )
-        if not found.matrix.any():
+        if found.dimension and not found.matrix.any():
             raise PruningError(
                 f"No gradient reached {key!r} in {steps} training steps, so nothing above it "
                 "matters to the loss. Exclude the axis, or use relevance='readers'."

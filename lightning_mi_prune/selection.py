@@ -129,7 +129,7 @@ def select(
             continue  # what crosses it is read with it
         group = [a for a in axes if a.name in (axis.name, axis.crossed)]
         sites = gather(axis, moments, weights, kept, current, axes)
-        if axis.turn is not None and axis in cut:
+        if axis.turn is not None and axis in cut and len(sites[0].mean):
             new = _turn(axis, moments, weights, kept, current, axes, relevance)
             anew |= new.weights(weights)
             maps |= {name: dims for name, dims in new.maps.items() if name in weights}

@@ -229,6 +229,34 @@ def test_a_second_call_goes_on_from_the_first(family):
     assert torch.isfinite(outputs(model, inputs)).all()
 
 
+@pytest.mark.parametrize("dims", [0, 5])
+def test_heads_that_vanish_take_their_dimensions_along(dims):
+    """Nothing is lost with dimensions that no head has, in this cut and in the next."""
+    model = build()
+    pins = {r"layer\.0\.heads": 0} | ({r"layer\.0\.dims": dims} if dims else {})
+    method = Method(Budget(0.5), limits=Limits(pins=pins))
+    done = prune(model, lesson("bert"), 0.6, loss=loss, units=UNITS, method=method)
+    assert done.plan.width("bert.encoder.layer.0.heads") == 0
+    assert set(done.plan.rankings["bert.encoder.layer.0.dims"].loss) == {0.0}
+    done = prune(model, lesson("bert"), 0.8, loss=loss, units=UNITS)
+    assert done.sparsity >= 0.8
+    assert torch.isfinite(outputs(model, batch())).all()
+
+
+@pytest.mark.parametrize("first", [UNITS, ["dims"], ["heads"]])
+@pytest.mark.parametrize("second", [None, ["dims"], [*UNITS, "residual", "pooler"]])
+@pytest.mark.parametrize("widths", ["global", "uniform"])
+def test_kinds_may_change_from_cut_to_cut(first, second, widths, tmp_path):
+    model = build()
+    prune(model, lesson("bert"), 0.2, loss=loss, units=first)
+    method = Method(Budget(0.5), widths=widths)
+    done = prune(model, lesson("bert"), 0.4, loss=loss, units=second, method=method)
+    assert done.sparsity >= 0.4
+    model.save_pretrained(tmp_path)
+    back = from_pretrained(type(model), tmp_path)
+    assert torch.equal(outputs(back, batch()), outputs(model, batch()))
+
+
 def test_costs_are_those_of_the_cut_model():
     model = build()
     axes = find_axes(model)

@@ -54,13 +54,15 @@ def shaped(config: Any, kept: Kept | None = None) -> nn.Module:
 
     Args:
         config: Of the dense model; it is changed.
-        kept: Heads and neurons of every layer that is there; None keeps all.
+        kept: Heads, neurons and dimensions of heads of every layer that is there, those that were
+            cut; None keeps all.
     """
     if kept is not None:
         config.num_hidden_layers = len(kept["ffn"])
     model: nn.Module = AutoModelForSequenceClassification.from_config(config).eval()
     if kept is not None:
-        axes = sorted(choose_axes(find_axes(model)), key=lambda axis: axis.level)
+        chosen = choose_axes(find_axes(model), units=[*kept])
+        axes = sorted(chosen, key=lambda axis: axis.level)
         widths = {kind: iter(values) for kind, values in kept.items()}
         places = {axis.name: tuple(range(next(widths[axis.kind]))) for axis in axes}
         apply(model, axes, Plan({axis.name: axis.size for axis in axes}, places))

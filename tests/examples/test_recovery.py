@@ -409,6 +409,9 @@ def test_shapes_are_built_anew_with_their_widths(subject: Subject) -> None:
     kept = {"heads": [3, 1], "ffn": [8, 0]}
     model = latency.shaped(copy.deepcopy(subject.model.config), kept)
     assert size_of(model, subject.chosen).kept == kept
+    kept |= {"dims": [2, 5]}
+    model = latency.shaped(copy.deepcopy(subject.model.config), kept)
+    assert size_of(model, subject.chosen, subject.of(["dims"])).kept == kept
     short = latency.shaped(copy.deepcopy(subject.model.config), {"heads": [4], "ffn": [40]})
     assert len(short.bert.encoder.layer) == 1
     found = latency.gauge(
