@@ -103,9 +103,10 @@ def lost_lines(records: Sequence[Record]) -> list[str]:
     everything, found = cells(records), lost(records)
     clear = sum(mean + half < 0 for mean, half in (each.gap for each in found))
     lines = [
-        f"Another method has the better mean in {len(found)} of {len(everything)} cells (method, "
-        f"task, sparsity, steps); in {clear} of them the {CONFIDENCE:.0%} interval of the paired "
-        "difference lies below zero (▼). So many comparisons put some intervals there by chance.",
+        "Another method, or another way of this package, has the better mean in "
+        f"{len(found)} of {len(everything)} cells (method, task, sparsity, steps); in {clear} of "
+        f"them the {CONFIDENCE:.0%} interval of the paired difference lies below zero (▼). So "
+        "many comparisons put some intervals there by chance.",
     ]
     if not found:
         return lines
