@@ -29,6 +29,7 @@ from tests.runs import Batches, Module, fit, sha
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
 CUTS = 2
+INSIDE = {"units": ["ffn", "heads", "dims"]}
 
 
 class Log(pl.Callback):
@@ -204,6 +205,7 @@ def two_ranks(folder):
         "uneven": seen(folder, module=Uneven),
         "padded": seen(folder, module=Padded),
         "few": seen(folder, pruning={"positions": 600}),
+        "inside heads": seen(folder, pruning=INSIDE),
         "with": collectives(folder, True),
         "without": collectives(folder, False),
         "empty": failing(folder, module=Empty),
@@ -229,8 +231,9 @@ def four_ranks(folder):
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     found = {}
-    for name, module in (("plain", Module), ("padded", Padded)):
-        trainer, _, watch = fit(folder, module=module)
+    runs = {"plain": {}, "padded": {"module": Padded}, "inside heads": {"pruning": INSIDE}}
+    for name, options in runs.items():
+        trainer, _, watch = fit(folder, **options)
         prune = trainer.callbacks[0]
         found[name] = {"plan": prune.plan.to_json(), "digests": watch.digests}
     return found
@@ -246,7 +249,10 @@ def four(tmp_path_factory):
     return launch(4, four_ranks, tmp_path_factory.mktemp("four"))
 
 
-ALIKE = ("plain", "static", "views", "unused", "manual static", "accumulated", "uneven", "padded")
+ALIKE = (
+    *("plain", "static", "views", "unused", "manual static", "accumulated", "uneven", "padded"),
+    "inside heads",
+)
 
 
 @pytest.mark.parametrize("name", ALIKE)
@@ -285,6 +291,12 @@ def test_one_two_and_four_ranks_keep_the_same_units(one, two, four, name):
     orders = [{n: ranking.order for n, ranking in plan.rankings.items()} for plan in plans]
     assert orders[0] == orders[1] == orders[2]
     assert all(four[rank][name]["digests"] == four[0][name]["digests"] for rank in range(4))
+
+
+def test_one_and_two_ranks_keep_the_same_dimensions(one, two):
+    first, second = (Plan.from_json(run["inside heads"]["plan"]) for run in (one, two[0]))
+    assert first.kept == second.kept
+    assert any(first.width(n) < s for n, s in first.sizes.items() if n.endswith("dims"))
 
 
 def test_a_cut_costs_two_large_all_reduces_one_a_refit_and_a_step_nothing(two):
