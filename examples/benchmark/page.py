@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.benchmark import by_time, latency, lengths
+from examples.benchmark import by_time, distillation, latency, lengths
 from examples.benchmark.front import BEGIN as FRONT_BEGIN
 from examples.benchmark.front import END as FRONT_END
 from examples.benchmark.front import FRONT, front
@@ -130,6 +130,7 @@ def written(records: Sequence[Record], page: Path = PAGE) -> list[str]:
         *figures(records, page),
         "",
         *longer_lines(records),
+        *distillation.distilled_lines(load(distillation.RESULTS)),
         *mask_lines(load(latency.MASKED)),
         *length_lines(load(lengths.RESULTS)),
         *paced_lines(load(by_time.RESULTS), records),

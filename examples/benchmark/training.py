@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 Batch = dict[str, Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
 WARMUP = 0.1  # share of the steps
 WEIGHT_DECAY = 0.01
 
@@ -61,10 +62,17 @@ def endless(loader: Any, first_epoch: int) -> Iterator[Batch]:
         yield from loader
 
 
+def of_labels(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that the model gives itself, from the labels of a batch."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
 def train(
     model: nn.Module,
     training: Training,
     *,
+    loss: Loss = of_labels,
     before_step: Callable[[float], None] | None = None,
     scores: Iterable[nn.Parameter] = (),
     scores_rate: float = 0.0,
@@ -72,8 +80,9 @@ def train(
     """Train a model in place and leave it in evaluation mode. Random states stay as they were.
 
     Args:
-        model: The network; its call with a batch returns something with a `loss`.
+        model: The network.
         training: The budget.
+        loss: The loss of a batch; by default the one that the network returns as its `loss`.
         before_step: Is told before every step which share of them is done.
         scores: Parameters with a learning rate of their own, without decay.
         scores_rate: That learning rate.
@@ -100,7 +109,7 @@ def train(
         for step, batch in enumerate(training.batches):
             if before_step is not None:
                 before_step(step / steps)
-            model(**batch).loss.backward()
+            loss(model, batch).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
