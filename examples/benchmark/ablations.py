@@ -42,12 +42,13 @@ class Gathered:
     Args:
         plain: The model and its tests; what it heard is not looked at.
         heard: Passes by what they gather, with their seconds.
-        felt: Gradients by what they are of, and whether the stream was felt too, with theirs.
+        felt: Gradients by what they are of, and what was felt beside neurons and heads, with
+            theirs.
     """
 
     plain: Subject
     heard: dict[Hearing, tuple[Heard, float]] = field(default_factory=dict)
-    felt: dict[tuple[Feeling, bool], tuple[dict[str, GradientSums], float]] = field(
+    felt: dict[tuple[Feeling, tuple[str, ...]], tuple[dict[str, GradientSums], float]] = field(
         default_factory=dict
     )
 
@@ -55,14 +56,13 @@ class Gathered:
         """The model with the evidence that a setting asks for."""
         plain, hearing, feeling = self.plain, setting.hearing, setting.feeling
         model, seed, rows = plain.model, plain.seed, plain.validation
-        kinds = [*UNITS, "residual"] if hearing.residual else UNITS
-        chosen = choose_axes(plain.axes, units=kinds)
+        chosen = choose_axes(plain.axes, units=[*UNITS, *hearing.also])
         if hearing not in self.heard:
             sizes = hearing.positions, hearing.calls, seed
             started = time.perf_counter()
             heard = hear(model, chosen, rows, *sizes)
             self.heard[hearing] = heard, time.perf_counter() - started
-        about = feeling, hearing.residual
+        about = feeling, hearing.also
         if about not in self.felt:
             started = time.perf_counter()
             if feeling.labels == "readers":

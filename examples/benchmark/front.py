@@ -6,7 +6,7 @@ from pathlib import Path
 
 from examples.benchmark.losses import budget
 from examples.benchmark.records import Record
-from examples.benchmark.summarize import MINE, averaged, by_seed
+from examples.benchmark.summarize import INSIDE, MINE, averaged, by_seed
 from examples.benchmark.tables import Name, variant_of
 
 FRONT = Path("README.md")
@@ -16,7 +16,7 @@ TASK = "trec-6"
 COLUMNS = ((0, 0.75), (0, 0.9), (100, 0.5), (100, 0.75), (100, 0.9))
 ROWS: dict[Name, str] = {
     MINE: "**ours**",
-    ("relevance-mi-dims", "global", "refit", 1): "**ours**, dimensions of heads too",
+    INSIDE: "**ours**, dimensions of heads too",
     ("taylor", "global", "refit", 1): "Taylor, our widths and refit",
     ("activation-norm", "global", "refit", 1): "activation norm, our widths and refit",
     ("torch-pruning-taylor", "uniform", "none", 1): "torch-pruning, Taylor",

@@ -6,7 +6,7 @@ any colour vision can tell apart; markers tell all methods of one colour apart i
 
 from dataclasses import dataclass
 
-from examples.benchmark.summarize import MINE
+from examples.benchmark.summarize import INSIDE, MINE
 from examples.benchmark.tables import Name
 
 VERMILLION, ORANGE, BLUE, SKY = "#D55E00", "#E69F00", "#0072B2", "#56B4E9"
@@ -45,7 +45,7 @@ RANKED = {
 }
 LOOKS: dict[Name, Look] = {
     MINE: Look("relevance MI", PACKAGE, VERMILLION, "*"),
-    ("relevance-mi-dims", "global", "refit", 1): Look("inside heads too", PACKAGE, VERMILLION, "v"),
+    INSIDE: Look("inside heads too", PACKAGE, VERMILLION, "v"),
     ("mi-topk", "uniform", "none", 1): Look("MI, top-k", SCORES, ORANGE, "o"),
     **{
         (method, "uniform", "none", 1): Look(label, SCORES, color, "o")

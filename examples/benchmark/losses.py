@@ -9,6 +9,7 @@ from examples.benchmark.records import Record
 from examples.benchmark.recovery import STEPS
 from examples.benchmark.summarize import (
     CONFIDENCE,
+    INSIDE,
     MINE,
     aside,
     averaged,
@@ -32,6 +33,11 @@ class Goal(NamedTuple):
     def aim(self) -> str:
         """Points to dense, as tables show them."""
         return f"{0 - self.allowed:.1f}"
+
+    def counts(self, record: Record) -> bool:
+        """Whether a record is of the size and the kind of training that it was set for."""
+        same_size: bool = record["target_sparsity"] == self.sparsity
+        return same_size and (record["steps"] > 0) == self.trained
 
 
 GOALS = (
@@ -128,37 +134,33 @@ def goal_lines(records: Sequence[Record]) -> list[str]:
     """Every goal that our mean misses on a task or over all of them; how many were met.
 
     They were set for the smaller model and the budgets that all methods get, so the larger one and
-    longer trainings have none.
+    longer trainings have none. Beside our mean stands that with dimensions of heads, where it is.
     """
-    mine = [
-        r for r in records if variant_of(r) == MINE and r["task"] in TASKS and r["steps"] in STEPS
-    ]
+    mine, inside = (
+        [r for r in records if variant_of(r) == name and r["task"] in TASKS and r["steps"] in STEPS]
+        for name in (MINE, INSIDE)
+    )
     met, rows, absent = 0, [], []
     for goal in GOALS:
-        same = [
-            record
-            for record in mine
-            if record["target_sparsity"] == goal.sparsity and (record["steps"] > 0) == goal.trained
-        ]
+        same, narrow = ([record for record in of if goal.counts(record)] for of in (mine, inside))
         if lacking := set(TASKS) - {record["task"] for record in same}:
             when = "after training" if goal.trained else "in one shot"
             where = f" ({', '.join(sorted(lacking))})" if same else ""
             absent.append(f"{goal.sparsity:.0%} {when}{where}")
         for steps in sorted({record["steps"] for record in same}):
-            at = [record for record in same if record["steps"] == steps]
+            at, beside = ([r for r in of if r["steps"] == steps] for of in (same, narrow))
             tasks = sorted({record["task"] for record in at})
             for these in [*([task] for task in tasks), *averaged(at)]:
                 gaps = [*by_seed(at, these).values()]
                 if not gaps:  # no seed has all tasks yet
                     continue
-                mean, half = interval(gaps)
-                if mean >= -goal.allowed - ROUNDING:
+                if statistics.mean(gaps) >= -goal.allowed - ROUNDING:
                     met += 1
                     continue
                 where = these[0] if len(these) == 1 else f"mean of {len(these)} tasks"
-                shown = f"{mean:+.2f}" + (f" ± {half:.2f}" if len(gaps) > 1 else "")
                 about = [budget(steps), f"{goal.sparsity:.0%}", where, goal.aim]
-                rows.append(f"| {' | '.join([*about, shown, str(len(gaps))])} |")
+                about += [*spread(gaps), *spread([*by_seed(beside, these).values()])]
+                rows.append(f"| {' | '.join(about)} |")
     lines = [
         f"Of {met + len(rows)} goals, each for one task or for the mean of all, {met} "
         f"{'is' if met == 1 else 'are'} met "
@@ -166,6 +168,15 @@ def goal_lines(records: Sequence[Record]) -> list[str]:
         + (f"Not measured yet: {'; '.join(absent)}." if absent else "All goals were measured.")
     ]
     if rows:
-        lines += ["", "| steps | gone | task | goal | points to dense | seeds |"]
-        lines += ["|---|---|---|---|---|---|", *rows]
+        head = ["steps", "gone", "task", "goal", "points to dense", "seeds"]
+        head += ["dimensions of heads too", "seeds"]
+        lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
     return lines
+
+
+def spread(gaps: Sequence[float]) -> tuple[str, str]:
+    """Mean with its interval where there are several, and how many; nothing for none."""
+    if not gaps:
+        return "", ""
+    mean, half = interval(gaps)
+    return f"{mean:+.2f}" + (f" ± {half:.2f}" if len(gaps) > 1 else ""), str(len(gaps))

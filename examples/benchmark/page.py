@@ -17,6 +17,7 @@ from examples.benchmark import by_time, distillation, latency, lengths
 from examples.benchmark.front import BEGIN as FRONT_BEGIN
 from examples.benchmark.front import END as FRONT_END
 from examples.benchmark.front import FRONT, front
+from examples.benchmark.inside import inside_lines
 from examples.benchmark.longer import longer_lines
 from examples.benchmark.losses import budget, goal_lines, lost_lines
 from examples.benchmark.plots import FLOORS, FOLDER, save, signed
@@ -129,6 +130,7 @@ def written(records: Sequence[Record], page: Path = PAGE) -> list[str]:
         "",
         *figures(records, page),
         "",
+        *inside_lines(records),
         *longer_lines(records),
         *distillation.distilled_lines(load(distillation.RESULTS)),
         *mask_lines(load(latency.MASKED)),

@@ -19,12 +19,12 @@ class Hearing:
     Args:
         positions: Samples to listen to on each axis.
         calls: Positions of inputs to store for the refit.
-        residual: Whether the width of the stream is listened to as well.
+        also: Kinds of unit that may go beside neurons and heads, and so are listened to.
     """
 
     positions: int = POSITIONS
     calls: int = CALLS
-    residual: bool = False
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,17 @@ SETTINGS = (
     Setting("1,024 heard", "Do a thousand do?", hearing=Hearing(positions=1024)),
     Setting("4,096 stored", "How many must the refit have?", hearing=Hearing(calls=4096)),
     Setting("2,048 stored", "Do two thousand do?", hearing=Hearing(calls=2048)),
-    Setting("residual", "May the stream become narrower?", hearing=Hearing(residual=True)),
+    Setting("residual", "May the stream become narrower?", hearing=Hearing(also=("residual",))),
     Setting(
         "residual, same MACs",
         "Also where word embeddings, which multiply nothing, do not pay for it?",
         counted="MACs",
-        hearing=Hearing(residual=True),
+        hearing=Hearing(also=("residual",)),
+    ),
+    Setting(
+        "dimensions of heads",
+        "May heads become narrower, too?",
+        hearing=Hearing(also=("dims",)),
     ),
     Setting("MACs", "What does it cost to count MACs?", counted="MACs"),
     Setting("refit ridge 0.0001", "Does the refit need its pull?", refit_ridge=1e-4),

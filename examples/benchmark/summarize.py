@@ -61,6 +61,7 @@ FIELDS = (
 )
 ONE_SHOT = {"masked": False, "finetune_epochs": 0, "steps": 0}
 MINE: Name = (OURS.method, OURS.widths, OURS.fold_in, OURS.cuts)
+INSIDE: Name = ("relevance-mi-dims", *MINE[1:])  # the same, and dimensions of heads may go
 CONFIDENCE = 0.95
 TOLERANCE = 0.02  # of the share that went, before a table says so
 
@@ -160,14 +161,20 @@ def cell(
     if not theirs:
         return ""
     shown = f"{statistics.mean(theirs.values()):+.{digits}f}"
-    common = sorted(theirs.keys() & ours.keys()) if ours is not None else []
-    if common and ours is not None:
-        mean, half = interval([ours[seed] - theirs[seed] for seed in common])
-        # A leading mark where the interval says that ours is better or worse.
-        mark = "▲" if mean - half > 0 else "▼" if mean + half < 0 else ""
-        spread = f" ± {half:.{digits}f}" if len(common) > 1 else ""
-        shown += f"; {mark}{mean:+.{digits}f}{spread}"
-    return shown
+    better = "" if ours is None else ahead(ours, theirs, digits)
+    return f"{shown}; {better}" if better else shown
+
+
+def ahead(ours: Mapping[int, float], theirs: Mapping[int, float], digits: int) -> str:
+    """How much better ours is on the seeds that both have; nothing where there are none."""
+    common = sorted(theirs.keys() & ours.keys())
+    if not common:
+        return ""
+    mean, half = interval([ours[seed] - theirs[seed] for seed in common])
+    # A leading mark where the interval says that ours is better or worse.
+    mark = "▲" if mean - half > 0 else "▼" if mean + half < 0 else ""
+    spread = f" ± {half:.{digits}f}" if len(common) > 1 else ""
+    return f"{mark}{mean:+.{digits}f}{spread}"
 
 
 def aside(records: Sequence[Record], asked: float) -> str:

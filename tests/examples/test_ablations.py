@@ -56,7 +56,7 @@ def test_every_setting_gives_a_record(gathered: Gathered, setting: Setting) -> N
     assert 0 <= record["accuracy"] <= 1
     assert record["cpu_seconds"] > 0
     assert record["machine"]["threads"] >= 1
-    assert ("residual" in record["kept"]) == setting.hearing.residual
+    assert record["kept"].keys() == {"ffn", "heads", *setting.hearing.also}
     assert json.loads(json.dumps(record)) == record
     for name, value in gathered.plain.model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -84,8 +84,9 @@ def test_evidence_is_gathered_once_by_all_that_can_share_it(monkeypatch) -> None
     gathered = gathered_of(build())
     for setting in SETTINGS:
         gathered.subject(setting)
-    assert passes.count("heard") == len({setting.hearing for setting in SETTINGS}) == 6
-    assert passes.count("felt") == 4  # default, sampled labels, 8 batches, with the stream
+    assert passes.count("heard") == len({setting.hearing for setting in SETTINGS}) == 7
+    # Default, sampled labels, 8 batches, with the stream, with dimensions of heads.
+    assert passes.count("felt") == 5
 
 
 def test_fewer_positions_are_heard_and_stored() -> None:

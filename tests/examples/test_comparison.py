@@ -11,7 +11,7 @@ from examples.benchmark.losses import cells, goal_lines, lost, lost_lines
 from examples.benchmark.plots import FLOORS, apart, draw, save, signed
 from examples.benchmark.records import write
 from examples.benchmark.recovery import DENSE, ENTRIES, RATE
-from examples.benchmark.summarize import MINE, compared, entropy_lines
+from examples.benchmark.summarize import INSIDE, MINE, compared, entropy_lines
 from examples.benchmark.tables import variant_of
 from examples.benchmark.views import VIEWS, Plot, points
 
@@ -122,12 +122,16 @@ def test_missed_goals_are_listed_and_met_ones_counted() -> None:
     assert "50% after training (20-newsgroups, movie-snippets, tweets-3); 75% after" in lines[0]
     assert "90% after training; 95% after training." in lines[0]
     assert [line.split(" | ")[2:] for line in lines[-2:]] == [
-        ["tweets-3", "-0.5", "-0.70 ± 1.27", "2 |"],
-        ["mean of 2 tasks", "-0.5", "-0.60 ± 1.27", "2 |"],
+        ["tweets-3", "-0.5", "-0.70 ± 1.27", "2", "", " |"],
+        ["mean of 2 tasks", "-0.5", "-0.60 ± 1.27", "2", "", " |"],
     ]
     assert len(goal_lines(seeds(MINE, -0.4))) == 1
     trained = goal_lines(seeds(MINE, -0.01, sparsity=0.5, steps=100))
-    assert trained[-1] == "| 100 steps | 50% | trec-6 | 0.0 | -0.01 | 1 |"
+    assert trained[-1] == "| 100 steps | 50% | trec-6 | 0.0 | -0.01 | 1 |  |  |"
+    inside = [*seeds(INSIDE, -0.5, -0.7, task="tweets-3"), record(INSIDE, sparsity=0.9)]
+    assert goal_lines([*records, *inside])[:-2] == lines[:-2]  # it counts for no goal by itself
+    (row,) = (line for line in goal_lines([*records, *inside]) if "| tweets-3 |" in line)
+    assert row.endswith("| -0.70 ± 1.27 | 2 | -0.60 ± 1.27 | 2 |")
 
 
 def test_longer_trainings_count_for_no_goal() -> None:
