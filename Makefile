@@ -57,6 +57,7 @@ benchmark-full: $(VENV)/benchmark.stamp
 	$(BIN)/python -m examples.benchmark.lengths
 	$(BIN)/python -m examples.benchmark.lengths --compile --sparsities 0.75
 	OMP_NUM_THREADS=1 $(BIN)/python -m examples.benchmark.evidence
+	OMP_NUM_THREADS=1 $(BIN)/python -m examples.benchmark.distillation
 	$(BIN)/python -m examples.benchmark.summarize
 	$(BIN)/python -m examples.benchmark.page
 

@@ -148,9 +148,9 @@ def distilled_lines(records: Sequence[Record]) -> list[str]:
         "The same pruned models (`relevance-mi`), trained from labels alone or with the uncut "
         "model as a teacher: half of the loss from its predictions (temperature "
         f"{TEMPERATURE:g}), then from its hidden states too. Accuracy after training from labels; "
-        "then what the teacher changes, in points and nats of test cross-entropy, paired by seed, "
-        "with 95% intervals from two seeds on. Steps are equal, so the teacher's pass comes on "
-        "top.",
+        "then what the teacher changes, in points (more is better) and in nats of test "
+        "cross-entropy (less is better), paired by seed, with 95% intervals from two seeds on. "
+        "Steps are equal, so the teacher's pass comes on top.",
         "",
         f"| task | gone | steps | seeds | {plain} | {' | '.join(taught)} |",
         "|---" * (5 + len(taught)) + "|",

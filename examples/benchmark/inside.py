@@ -22,14 +22,14 @@ def inside_lines(records: Sequence[Record]) -> list[str]:
         return []
     head = [*HEAD]
     for what in ("points", "nats"):
-        head += [what, f"more than {in_words(MINE)}", f"more than {in_words(TAYLOR)}"]
+        head += [what, f"than `{MINE[0]}`", f"than `{TAYLOR[0]}`"]
     lines = [
         "## Dimensions of heads",
         "",
         f"{in_words(INSIDE)}: heads may become narrower as well as fewer. Points and nats to the "
         "dense control, mean over the seeds, below zero is worse; beside them how much more that "
-        "is than without, and than Taylor with our widths and refit, paired by seed, with a 95% "
-        "Student interval (▲ better, ▼ worse).",
+        "is than ours without, and than Taylor with our widths and refit, paired by seed, with a "
+        "95% Student interval (▲ better, ▼ worse).",
         "",
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
