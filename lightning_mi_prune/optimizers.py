@@ -263,7 +263,7 @@ def _carry(key: str, value: Any, rewrite: Rewrite) -> Any:
     squares = bool((value >= 0).all())
     for place, dim in enumerate(followed):
         if dim is not None and dim in rewrite.turned:
-            maps = torch.linalg.inv(rewrite.turned[dim].to(value.device)).mT
+            maps = torch.linalg.inv(rewrite.turned[dim]).mT  # not moved: MPS has no float64
             value = turn_along(value, place, maps.square() if squares else maps)
         if dim is not None and dim in rewrite.kept:
             value = value.index_select(place, rewrite.kept[dim].to(value.device))
