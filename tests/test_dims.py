@@ -39,7 +39,6 @@ from tests.models import (
     pictures,
     random_plan,
 )
-from tests.runs import POINTS, fit, resumed_equals_straight
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
 FAMILIES = [*sorted(set(CONFIGS) - {"albert", "deberta-v2"}), *PICTURES]
@@ -357,27 +356,6 @@ def test_squares_stay_squares_and_gradients_go_the_other_way():
     scale = torch.tensor([[0.5], [1.0]])
     assert torch.allclose(state["exp_avg"], before["exp_avg"][[0, 2]] * scale)
     assert torch.allclose(state["exp_avg_sq"], before["exp_avg_sq"][[0, 2]] * scale**2)
-
-
-@pytest.mark.parametrize("name", POINTS)
-def test_a_resumed_run_equals_the_straight_one(tmp_path, name):
-    found = resumed_equals_straight(
-        tmp_path, {name: POINTS[name]}, pruning={"units": UNITS, "relevance_steps": 4}
-    )
-    assert found == {name: ""}
-
-
-def test_the_report_tells_of_dimensions(tmp_path):
-    run, module, _ = fit(tmp_path, pruning={"units": UNITS})
-    prune_callback = run.callbacks[0]
-    cut = prune_callback.report.cuts[-1]
-    assert {axis.kind for axis in cut.axes} == set(UNITS)
-    assert cut.sparsity >= 0.5
-    assert any(axis.after < axis.before for axis in cut.axes if axis.kind == "dims")
-    for axis in find_axes(module):
-        if axis.kind == "dims":
-            attention = module.get_submodule(axis.counts[0].module)
-            assert attention.attention_head_size == prune_callback.plan.width(axis.name)
 
 
 def test_nothing_tells_which_dimensions_matter_without_gradients():

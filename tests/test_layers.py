@@ -76,7 +76,7 @@ def test_a_larger_checkpoint_brings_layers_back(tmp_path):
 
 
 def test_where_nothing_is_alike_it_says_so_and_cuts_nothing(tmp_path):
-    with pytest.warns(UserWarning, match=r"most alike neighbours have CKA .* Nothing was cut"):
+    with pytest.warns(UserWarning, match=r"most alike neighbours have CKA .* and threshold=None"):
         _, module, watch = fit(
             tmp_path, layers={}, module=type("Unlike", (Deep,), {"__init__": _unlike})
         )

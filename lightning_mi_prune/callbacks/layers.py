@@ -275,7 +275,7 @@ class LayerPruning(PruningCallback):
         if self.report.cuts or self.report.undone:
             rank_zero_info(text)
         else:
-            rank_zero_warn(f"{text} Nothing was cut. Lower the threshold, or set target_layers.")
+            rank_zero_warn(f"{text} Nothing was cut. Lower it, or set a target and threshold=None.")
 
     @override
     def _named(self, goal: float) -> str:
