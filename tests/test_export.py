@@ -1,0 +1,57 @@
+"""What a cut leaves is an ordinary network: it exports, with sublayers that vanished too."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mi_prune import Plan, apply, find_axes
+from lightning_mi_prune.axes import full_plan
+from tests.models import CONFIGS, PICTURES, batch, build, pictures
+
+
+class Logits(nn.Module):
+    """A network with its inputs by position."""
+
+    def __init__(self, network: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.network, self.names = network, names
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.network(**dict(zip(self.names, inputs, strict=True))).logits
+
+
+def cut(family: str) -> tuple[Logits, tuple[torch.Tensor, ...]]:
+    """A model without the heads of one layer and the neurons of another, narrower elsewhere."""
+    model = build(family, "image" if family in PICTURES else "sequence")
+    axes = find_axes(model)
+    whole = full_plan(axes)
+    kept = dict(whole.kept)
+    for kind, empty in (("heads", 0), ("ffn", 1), ("dims", None)):
+        same = [axis for axis in axes if axis.kind == kind]
+        for place, axis in enumerate(same):
+            # ALBERT has one layer, which runs again and again.
+            gone = place == empty and len(same) > 1
+            kept[axis.name] = () if gone else whole.kept[axis.name][: axis.size // 2]
+    apply(model, axes, Plan(whole.sizes, kept))
+    inputs = (pictures if family in PICTURES else batch)(4)
+    inputs.pop("labels", None)
+    return Logits(model.eval(), [*inputs]), tuple(inputs.values())
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, *PICTURES])
+def test_a_cut_model_exports(family: str) -> None:
+    network, inputs = cut(family)
+    program = torch.export.export(network, inputs)
+    with torch.no_grad():
+        assert torch.equal(program.module()(*inputs), network(*inputs))
+    shapes = {tuple(p.shape) for p in network.parameters()}
+    assert {tuple(t.shape) for t in program.state_dict.values()} >= shapes
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_a_cut_model_compiles_without_a_break(family: str) -> None:
+    network, inputs = cut(family)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(*inputs), network(*inputs))
