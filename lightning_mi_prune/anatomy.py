@@ -85,7 +85,9 @@ class Anatomy:
         path = self._paths(plan, back=True)
         names = [path(axis.name) or axis.name for axis in axes]
         return [
-            replace(axis.moved(path), name=name, here="")
+            replace(
+                axis.moved(path), name=name, here="", crossed=path(axis.crossed) or axis.crossed
+            )
             for axis, name in zip(axes, names, strict=True)
         ]
 

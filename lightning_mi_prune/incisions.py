@@ -102,7 +102,13 @@ def config_numbers(axes: Sequence[WidthAxis], plan: Plan) -> dict[str, int]:
         tied = [axis for axis in axes if axis.tie == field_name]
         entries = {plan.width(axis.name) * axis.entries_at(plan.widths) for axis in tied}
         ends = [axis for axis in axes if axis.config == field_name]
-        if not ends or entries | {plan.width(axis.name) for axis in ends} != {numbers[field_name]}:
+        # A config of fewer, narrower heads would scale attention by the size that they have now.
+        narrow = any(axis.entries_at(plan.widths) != axis.entries for axis in tied)
+        if (
+            narrow
+            or not ends
+            or entries | {plan.width(axis.name) for axis in ends} != {numbers[field_name]}
+        ):
             for axis in (*tied, *ends):
                 for name in () if axis.config is None else (axis.config, *axis.twins):
                     numbers[name] = axis.size
@@ -260,9 +266,13 @@ def _check_turned(incision: Incision) -> None:
         square = maps.ndim == 3 and maps.shape[1] == maps.shape[2]
         if square and 0 <= dim < len(shape):
             size = maps.shape[0] * maps.shape[1]
-        if incision.folded is None or not size or size != shape[dim]:
+        real = maps.is_floating_point() and not maps.is_meta and bool(maps.isfinite().all())
+        if size and real:
+            real = not bool(torch.linalg.inv_ex(maps.double().cpu()).info.any())
+        if incision.folded is None or not real or size != shape[dim]:
             raise PruningError(
                 f"The turn of {incision.name!r} along dimension {dim} has shape "
-                f"{tuple(maps.shape)}; expected (heads, size, size) of {shape}, beside new values. "
-                "It belongs to another plan."
+                f"{tuple(maps.shape)} and type {maps.dtype}; expected (heads, size, size) of "
+                f"{shape}, numbers that can be undone, beside new values. It belongs to another "
+                "plan."
             )

@@ -89,7 +89,7 @@ class Method:
             PruningError: If limits contradict each other, the budget is out of reach, or dimensions
                 of heads may go where nothing tells which.
         """
-        check_turns(axes, chosen, current, relevance=self.relevance, measure=self.budget.measure)
+        check_turns(module, axes, chosen, current, relevance=self.relevance, budget=self.budget)
         if self.budget.measure == "parameters":
             check_reach(
                 chosen,

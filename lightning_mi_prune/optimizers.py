@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,11 +13,11 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.states import (
     NAMES,
     alike,
-    along,
     as_given,
     check_kind,
     check_optimizers,
     described,
+    followed,
     held,
     known,
     plain,
@@ -26,7 +25,6 @@ from lightning_mi_prune.states import (
     renumbered,
 )
 from lightning_mi_prune.surgery import Rewrite
-from lightning_mi_prune.turns import turn_along
 
 __all__ = ["groups_of", "rebind", "restore", "snapshot"]
 
@@ -42,8 +40,8 @@ def rebind(
     The optimizer objects, their groups, their order and their hyperparameters stay, so learning
     rate schedules and gradient scalers that hold them go on. State tensors of the parameter's old
     shape (Adam's moments, SGD's momentum) and their row and column means (Adafactor) are
-    index-selected; scalars (the step) are kept. Where heads were turned, so is their state: that
-    of squares as if the entries of a head were independent.
+    index-selected; scalars (the step) are kept. Where heads were turned, so is their state
+    (:func:`states.followed`).
 
     Args:
         optimizers: All optimizers of the run.
@@ -77,7 +75,7 @@ def rebind(
         for group, place, parameter in held(optimizer):
             if (rewrite := by_old.get(id(parameter))) is not None:
                 state = optimizer.state.get(parameter)
-                carried = state and {k: _carry(k, v, rewrite) for k, v in state.items()}
+                carried = state and followed(state, rewrite.old.shape, rewrite.kept, rewrite.turned)
                 moves.append((optimizer, group["params"], place, rewrite, carried))
     for optimizer, parameters, place, rewrite, carried in moves:
         parameters[place] = rewrite.new
@@ -253,21 +251,6 @@ def _check_groups(
             f"The optimizers have {held_now} groups of parameters; the snapshot was taken with "
             f"{then}. Configure the groups the run had when it was taken."
         )
-
-
-def _carry(key: str, value: Any, rewrite: Rewrite) -> Any:
-    followed = along(key, value, rewrite.old.shape) if isinstance(value, Tensor) else None
-    if followed is None:
-        return value
-    # Moments of first order turn as gradients do; what has no sign is taken for one of squares.
-    squares = bool((value >= 0).all())
-    for place, dim in enumerate(followed):
-        if dim is not None and dim in rewrite.turned:
-            maps = torch.linalg.inv(rewrite.turned[dim]).mT  # not moved: MPS has no float64
-            value = turn_along(value, place, maps.square() if squares else maps)
-        if dim is not None and dim in rewrite.kept:
-            value = value.index_select(place, rewrite.kept[dim].to(value.device))
-    return value.clone() if not rewrite.kept else value
 
 
 def _revived(

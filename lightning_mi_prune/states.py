@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.turns import turn_along
 
 __all__ = [
     "NAMES",
@@ -19,6 +20,7 @@ __all__ = [
     "check_kind",
     "check_optimizers",
     "described",
+    "followed",
     "held",
     "known",
     "plain",
@@ -31,6 +33,11 @@ NAMES = "param_names"
 
 # The dimension that Adafactor of transformers sums away: of a square matrix, no shape tells.
 _SUMMED: dict[str, int] = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
+
+# Where heads are turned, gradients go the other way than weights. What is kept of either, by name.
+_OF_WEIGHTS = {"ax", "z", "p0", "acc_delta", "step_size"}  # averages, starting points, steps
+_SIZES = {"exp_inf", "step_size"}  # without a sign, but no squares
+_MEANS = {"square_avg": "grad_avg"}  # squares that are never less than those of their mean
 
 
 def check_optimizers(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
@@ -94,6 +101,59 @@ def along(key: str, value: Tensor, shape: Sequence[int]) -> tuple[int | None, ..
     ):
         return tuple(dim if value.shape[dim] == full else None for dim, full in enumerate(shape))
     return (None,) * value.ndim if value.numel() == 1 else None
+
+
+def followed(
+    state: Mapping[str, Any],
+    shape: Sequence[int],
+    kept: Mapping[int, Tensor],
+    turned: Mapping[int, Tensor],
+) -> dict[str, Any]:
+    """The state of a parameter after a cut of it.
+
+    Of turned heads, gradients turn the other way than weights; sizes and squares, of which no sign
+    is known, as if the entries of a head were independent. Squares that are kept beside their mean
+    (RMSprop) turn as a variance about it, for their difference must not fall below zero.
+
+    Args:
+        state: What is kept of the parameter.
+        shape: Its shape before the cut.
+        kept: What survives of its dimensions, as positions.
+        turned: Maps ``(heads, size, size)`` of its dimensions to new coordinates.
+    """
+    found = {}
+    for key, value in state.items():
+        dims = along(key, value, shape) if isinstance(value, Tensor) else None
+        if dims is None:
+            found[key] = value
+            continue
+        turns = [
+            (place, turned[d]) for place, d in enumerate(dims) if d is not None and d in turned
+        ]
+        new = _turned_state(key, value, state.get(_MEANS.get(key, "")), turns) if turns else value
+        for place, dim in enumerate(dims):
+            if dim is not None and dim in kept:
+                new = new.index_select(place, kept[dim].to(new.device))
+        found[key] = new if new is not value or kept else value.clone()
+    return found
+
+
+def _turned_state(
+    key: str, value: Tensor, mean: Any, turns: Sequence[tuple[int, Tensor]]
+) -> Tensor:
+    """A state tensor in new coordinates, along each place by its maps."""
+    # Of an unknown name, what has no sign is taken for squares.
+    sizes = key in _SIZES
+    squares = not sizes and (key in {*_MEANS, "acc_delta"} or bool((value >= 0).all()))
+    squares = squares and key not in _OF_WEIGHTS - {"acc_delta"}
+    paired = isinstance(mean, Tensor) and mean.shape == value.shape
+    rest = (value - mean.square()).clamp_min(0) if paired and squares else value
+    for place, given in turns:
+        # Not moved to the state: MPS has no double precision.
+        maps = given if key in _OF_WEIGHTS else torch.linalg.inv(given).mT
+        rest = turn_along(rest, place, maps.square() if squares else maps.abs() if sizes else maps)
+        mean = turn_along(mean, place, maps) if paired else mean
+    return rest + mean.square() if paired and squares else rest
 
 
 def known(key: str, value: Any, shape: Sequence[int]) -> bool:

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mi_prune.axes import Turn, WidthAxis
+from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.evidence import Evidence
 from lightning_mi_prune.moments import Moments
@@ -24,7 +25,7 @@ from lightning_mi_prune.turns import TurnMaps, turn_along
 
 __all__ = ["Turned", "check_turns", "turned"]
 
-_SMALLEST = 1e-9  # directions with less of the largest Gramian's value count as rounding
+_SMALLEST = 1e-9  # directions with less of the layer's largest Gramian value count as rounding
 
 
 @dataclass(frozen=True)
@@ -136,32 +137,43 @@ def turned(
     by_queries, by_keys = asking * _along(duals, of_queries), asked * _along(maps, of_keys)
     scores = (by_queries + by_keys) / 2
     # Either may be scaled by what the other is divided by: both are made as loud as the other.
-    scale = (asked / asking).clamp(1e-12, 1e12).pow(0.25)[..., None]
+    heard_both = (asked > 0) & (asking > 0)  # a head that is silent says nothing of its scale
+    ratio = torch.where(heard_both, asked, 1.0) / torch.where(heard_both, asking, 1.0)
+    scale = ratio.clamp(1e-12, 1e12).pow(0.25)[..., None]
     maps, duals = maps * scale, duals / scale
     read = _blocks(values.readout.mT @ values.readout, size)
     first, _ = _balanced(_blocks(values.covariance, size), read)
-    return Turned(turn, maps, duals, _orthonormal(first), scores)
+    found = Turned(turn, maps, duals, _orthonormal(first), scores)
+    if not all(bool(t.isfinite().all()) for t in (maps, duals, found.value, scores)):
+        raise PruningError(
+            f"The directions of {axis.name!r} are not finite: what its heads say, or the gradients "
+            "there, are out of range. Leave 'dims' out of units, or exclude the axis."
+        )
+    return found
 
 
 def check_turns(
+    module: nn.Module,
     axes: Sequence[WidthAxis],
     chosen: Sequence[WidthAxis],
     current: Mapping[str, int],
     *,
     relevance: str | None,
-    measure: str,
+    budget: Budget,
 ) -> None:
     """Refuse dimensions of heads where nothing tells which matter, or what they cost.
 
     Args:
-        axes: All axes of a model.
+        module: The model as it stands.
+        axes: All its axes.
         chosen: Those that may shrink.
         current: Present widths of all axes.
         relevance: What tells which part of the layer above matters.
-        measure: What the budget counts.
+        budget: How small the model must get.
 
     Raises:
-        PruningError: If dimensions may go without gradients, or for milliseconds.
+        PruningError: If dimensions may go without gradients, for milliseconds, beside heads for a
+            share of the information, or from projections that are one.
     """
     turns = [axis.name for axis in chosen if axis.turn is not None]
     if turns and relevance != "gradient":
@@ -169,12 +181,35 @@ def check_turns(
             f"{turns[0]!r} cannot shrink with relevance={relevance!r}: gradients tell which "
             "dimensions of a head matter. Use relevance='gradient', or leave 'dims' out of units."
         )
+    crossed = [axis.name for axis in chosen if axis.crossed in turns and axis.turn is None]
+    if crossed and budget.kind == "keep_information":
+        raise PruningError(
+            f"{budget} cannot be shared by {crossed[0]!r} and their dimensions: both lose the same "
+            "information. Leave 'heads' or 'dims' out of units, or use sparsity or target_macs."
+        )
+    for axis in (axis for axis in chosen if axis.name in turns):
+        _check_apart(module, axis)
     turns += [a.name for a in axes if a.turn is not None and current[a.name] < a.size]
-    if turns and measure == "ms":
+    if turns and budget.measure == "ms":
         raise PruningError(
             f"A budget in ms cannot weigh {turns[0]!r}: latency tables hold heads as built. Use "
             "target_macs or sparsity, or leave 'dims' out of units from the first cut on."
         )
+
+
+def _check_apart(module: nn.Module, axis: WidthAxis) -> None:
+    """Refuse projections of a layer that are one parameter: each turns its own way."""
+    turn = axis.turn
+    assert turn is not None  # noqa: S101
+    owner: dict[int, str] = {}
+    for path in dict.fromkeys((turn.query, turn.key, turn.value, turn.reader)):
+        for name, parameter in module.get_submodule(path).named_parameters():
+            other = owner.setdefault(id(parameter), f"{path}.{name}")
+            if other != f"{path}.{name}":
+                raise PruningError(
+                    f"{other!r} and {path + '.' + name!r} are one parameter, but {axis.name!r} "
+                    "would turn them differently. Untie them, or leave 'dims' out of units."
+                )
 
 
 def _taken(evidence: Evidence, place: Tensor) -> Evidence:
@@ -200,7 +235,8 @@ def _balanced(said: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
     ``B said B'`` is one, ``A heard A' = diag(s)`` falls, and losing coordinate ``j`` costs ``s_j``.
     """
     values, vectors = torch.linalg.eigh((said + said.mT) / 2)
-    floor = values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny) * _SMALLEST
+    largest = values.max()
+    floor = torch.where(largest > 0, largest * _SMALLEST, 1.0)
     root = torch.maximum(values, floor).sqrt()  # what is next to nothing counts as a little
     half = (vectors * root[..., None, :]) @ vectors.mT
     inverse = (vectors / root[..., None, :]) @ vectors.mT

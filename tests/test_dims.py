@@ -358,6 +358,60 @@ def test_squares_stay_squares_and_gradients_go_the_other_way():
     assert torch.allclose(state["exp_avg_sq"], before["exp_avg_sq"][[0, 2]] * scale**2)
 
 
+def trained_and_turned(make, steps=3):
+    """A parameter after some steps, the same in new coordinates, and its optimizer."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64)
+    old = nn.Parameter(torch.randn(6, 4, generator=generator, dtype=torch.float64))
+    optimizer = make([old])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (old - 2.0 + torch.randn(6, 4, generator=generator)).pow(2).sum().backward()
+        optimizer.step()
+    new = nn.Parameter(turn_along(old.detach(), 0, maps))
+    before = copy.deepcopy(optimizer.state[old])
+    rebind([optimizer], [Rewrite(old, new, {}, {0: maps})])
+    return old, new, maps, before, optimizer
+
+
+def test_squares_stay_at_least_those_of_their_mean():
+    def make(parameters):
+        return torch.optim.RMSprop(parameters, lr=0.1, centered=True)
+
+    _, new, maps, before, optimizer = trained_and_turned(make)
+    state = optimizer.state[new]
+    mean = turn_along(before["grad_avg"], 0, torch.linalg.inv(maps).mT)
+    assert torch.allclose(state["grad_avg"], mean)
+    assert (state["square_avg"] >= mean.square() * (1 - 1e-9)).all()
+    (new * torch.randn(6, 4, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert new.isfinite().all()
+
+
+def test_averages_of_weights_turn_as_weights_do():
+    def make(parameters):
+        return torch.optim.ASGD(parameters, lr=0.01, t0=0)
+
+    old, new, maps, before, optimizer = trained_and_turned(make)
+    assert torch.allclose(optimizer.state[new]["ax"], turn_along(before["ax"], 0, maps))
+    assert not torch.equal(before["ax"], old)
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "of_weights"),
+    [
+        (lambda p: torch.optim.Adamax(p, lr=0.1), "exp_inf", False),
+        (lambda p: torch.optim.Rprop(p, lr=0.1), "step_size", True),
+    ],
+    ids=["adamax", "rprop"],
+)
+def test_sizes_are_no_squares(make, key, of_weights):
+    _, new, maps, before, optimizer = trained_and_turned(make)
+    used = maps if of_weights else torch.linalg.inv(maps).mT
+    expected = turn_along(before[key], 0, used.abs())
+    assert torch.allclose(optimizer.state[new][key], expected)
+
+
 def test_nothing_tells_which_dimensions_matter_without_gradients():
     model = build()
     before = copy.deepcopy(model.state_dict())
@@ -369,6 +423,54 @@ def test_nothing_tells_which_dimensions_matter_without_gradients():
 def test_a_latency_table_holds_whole_heads():
     with pytest.raises(PruningError, match=r"cannot weigh .*dims.*: latency tables hold heads"):
         prune(build(), lesson("bert"), Budget(target_latency_ms=1.0), loss=loss, units=UNITS)
+
+
+def test_heads_and_their_dimensions_lose_the_same_information():
+    budget = Budget(keep_information=0.8)
+    with pytest.raises(PruningError, match=r"keep_information=0.8 cannot be shared by .*heads"):
+        prune(build(), lesson("bert"), budget, loss=loss, units=UNITS)
+    prune(build(), lesson("bert"), budget, loss=loss, units=["dims"])
+
+
+@pytest.mark.parametrize(("one", "other"), [("query", "key"), ("key", "value")])
+def test_projections_that_are_one_cannot_be_turned_apart(one, other):
+    model = build()
+    inner = model.bert.encoder.layer[1].attention.self
+    getattr(inner, other).weight = getattr(inner, one).weight
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PruningError, match=rf"{one}.weight' and .*{other}.weight' are one parame"):
+        prune(model, lesson("bert"), 0.5, loss=loss, units=UNITS)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    prune(model, lesson("bert"), 0.5, loss=loss)  # heads alone may
+
+
+@pytest.mark.parametrize("units", [["dims"], UNITS])
+@pytest.mark.parametrize(
+    ("silent", "heads"),
+    [(("query", "key"), 1), (("query", "key"), 4), (("key",), 1), (("key",), 4), (("value",), 1)],
+)
+def test_silent_heads_harm_nothing(silent, heads, units):
+    model = build()
+    inner = model.bert.encoder.layer[0].attention.self
+    with torch.no_grad():
+        for name in silent:
+            getattr(inner, name).weight[: 6 * heads] = 0.0
+    prune(model, lesson("bert"), 0.3, loss=loss, units=units)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert max(float(p.detach().abs().max()) for p in model.parameters()) < 1e6
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"mpnet"}))
+def test_no_config_scales_attention_by_fewer_dimensions(family, tmp_path):
+    """Four heads of 3 in a stream of 12 look like a smaller model, but scores were made for 6."""
+    model, inputs = tiny(family)
+    axes = find_axes(model)
+    sizes = {"dims": 3, "residual": 12, "pooler": 12}
+    kept = {axis.name: tuple(range(sizes.get(axis.kind, axis.size))) for axis in axes}
+    apply(model, axes, Plan({axis.name: axis.size for axis in axes}, kept))
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(type(model), tmp_path).eval()
+    assert torch.equal(outputs(again, inputs), outputs(model, inputs))
 
 
 def test_a_turn_of_another_model_is_refused():
