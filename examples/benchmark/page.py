@@ -130,7 +130,7 @@ def written(records: Sequence[Record], page: Path = PAGE) -> list[str]:
         "",
         *figures(records, page),
         "",
-        *inside_lines(records),
+        *inside_lines(records, load(latency.RESULTS)),
         *longer_lines(records),
         *distillation.distilled_lines(load(distillation.RESULTS)),
         *mask_lines(load(latency.MASKED)),

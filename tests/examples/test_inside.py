@@ -2,7 +2,7 @@
 
 import pytest
 
-from examples.benchmark.inside import TAYLOR, inside_lines
+from examples.benchmark.inside import TAYLOR, inside_lines, pace_lines
 from examples.benchmark.summarize import INSIDE, MINE
 from tests.examples.test_comparison import record, seeds
 
@@ -35,3 +35,18 @@ def test_means_go_over_seeds_that_have_all_tasks() -> None:
     apart = [record(INSIDE, seed=s, task=t, **entropy) for t, s in (("trec-6", 0), ("trec-6", 1))]
     apart += [record(INSIDE, seed=s, task="tweets-3", **entropy) for s in (2, 3)]
     assert not any("mean of" in line for line in inside_lines(apart)[-4:])
+
+
+def test_speed_is_compared_on_one_processor() -> None:
+    wide, narrow = {"heads": [2], "ffn": [8]}, {"heads": [4], "ffn": [8], "dims": [3]}
+    records = [record(kept=wide), record(kept=wide, seed=1), record(INSIDE, kept=narrow)]
+    records += [record(INSIDE, kept=narrow, seed=1, steps=100)]  # one shot has the shape
+    shapes = [
+        record(kept=kept, latency_ms_b1=one, latency_ms_b32=many, machine={"cpu": "a"})
+        for kept, one, many in ((wide, 1.0, 6.0), (narrow, 2.0, 8.0))
+    ]
+    (line, _) = pace_lines(records, shapes)
+    assert "75% gone (1 pairs): 0.50 (0.50 .. 0.50) at batch 1, 0.75 (0.75 .. 0.75)" in line
+    other = [shapes[0], shapes[1] | {"machine": {"cpu": "b"}}]
+    assert pace_lines(records, other) == []
+    assert pace_lines(records, []) == []
