@@ -141,7 +141,7 @@ CASES: dict[str, Case] = {
     "killed in surgery, some parameters in place": Case(SWAP, 2, 4),
     "killed in surgery, decision saved": Case(SWAP, 2, 4, saves="epochs"),
     "killed in surgery, sizes not yet true": Case(before(units, "_follow"), 2),
-    "killed carrying the optimizer across": Case(before(optimizers, "_carry"), 2, 7),
+    "killed carrying the optimizer across": Case(before(optimizers, "followed"), 2, 7),
     "killed before wrapping again": Case(before(steps, "rewrap"), 2),
     "killed before the report": Case(before(widths, "describe"), 2),
     "killed taking layers out": Case(REMOVE, 1, saves="epochs", method=GONE),
@@ -181,7 +181,7 @@ HALF_CUT: dict[str, Case] = {
     "exception taking layers out": Case(TELL, 1, 1, "both", "raise", method=GONE),
     "exception in surgery": Case(SWAP, 2, 4, "both", "raise"),
     "exception carrying the optimizer across": Case(
-        before(optimizers, "_carry"), 2, 7, "both", "raise"
+        before(optimizers, "followed"), 2, 7, "both", "raise"
     ),
     "exception after a cut": Case(before(steps, "restart_comparison"), 2, 1, "both", "raise"),
 }
