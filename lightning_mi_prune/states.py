@@ -37,6 +37,7 @@ _SUMMED: dict[str, int] = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
 # Where heads are turned, gradients go the other way than weights. What is kept of either, by name.
 _OF_WEIGHTS = {"ax", "z", "p0", "acc_delta", "step_size"}  # averages, starting points, steps
 _SIZES = {"exp_inf", "step_size"}  # without a sign, but no squares
+_SQUARES = {"square_avg", "acc_delta"}  # though rounding may have left them a sign
 _MEANS = {"square_avg": "grad_avg"}  # squares that are never less than those of their mean
 
 
@@ -144,16 +145,16 @@ def _turned_state(
     """A state tensor in new coordinates, along each place by its maps."""
     # Of an unknown name, what has no sign is taken for squares.
     sizes = key in _SIZES
-    squares = not sizes and (key in {*_MEANS, "acc_delta"} or bool((value >= 0).all()))
-    squares = squares and key not in _OF_WEIGHTS - {"acc_delta"}
-    paired = isinstance(mean, Tensor) and mean.shape == value.shape
-    rest = (value - mean.square()).clamp_min(0) if paired and squares else value
+    unsigned = key not in _SIZES | _OF_WEIGHTS and bool((value >= 0).all())
+    squares = unsigned or key in _SQUARES
+    paired = squares and isinstance(mean, Tensor) and mean.shape == value.shape
+    rest = (value - mean.square()).clamp_min(0) if paired else value
     for place, given in turns:
         # Not moved to the state: MPS has no double precision.
         maps = given if key in _OF_WEIGHTS else torch.linalg.inv(given).mT
         rest = turn_along(rest, place, maps.square() if squares else maps.abs() if sizes else maps)
         mean = turn_along(mean, place, maps) if paired else mean
-    return rest + mean.square() if paired and squares else rest
+    return rest + mean.square() if paired else rest
 
 
 def known(key: str, value: Any, shape: Sequence[int]) -> bool:

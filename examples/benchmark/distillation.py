@@ -25,7 +25,7 @@ from examples.benchmark.finetuned import RECIPES, SEEDS, TASKS, finetuned
 from examples.benchmark.oneshot import Subject, cut, examine, identity, machine, tested
 from examples.benchmark.options import count, quiet, share
 from examples.benchmark.records import Record, load, write
-from examples.benchmark.summarize import interval
+from examples.benchmark.summarize import NATS, POINTS, spread
 from examples.benchmark.training import Batch, Loss, Training, of_labels, train, training_of
 from examples.benchmark.variants import OURS
 
@@ -170,17 +170,9 @@ def distilled_lines(records: Sequence[Record]) -> list[str]:
             pairs = [(by_way[name][seed], by_way[plain][seed]) for seed in seeds]
             points = [100 * (mine["accuracy"] - other["accuracy"]) for mine, other in pairs]
             nats = [mine["cross_entropy"] - other["cross_entropy"] for mine, other in pairs]
-            cells.append(f"{spread(points, 2)}; {spread(nats, 3)}")
+            cells.append(f"{spread(points, POINTS.digits)}; {spread(nats, NATS.digits)}")
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
-
-
-def spread(gaps: Sequence[float], digits: int) -> str:
-    """Mean of paired differences, with its interval where there are several."""
-    if len(gaps) == 1:
-        return f"{gaps[0]:+.{digits}f}"
-    mean, half = interval(gaps)
-    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from examples.benchmark.summarize import (
     by_seed,
     cell,
     interval,
+    spread,
 )
 from examples.benchmark.tables import Name, in_words, variant_of
 
@@ -159,7 +160,8 @@ def goal_lines(records: Sequence[Record]) -> list[str]:
                     continue
                 where = these[0] if len(these) == 1 else f"mean of {len(these)} tasks"
                 about = [budget(steps), f"{goal.sparsity:.0%}", where, goal.aim]
-                about += [*spread(gaps), *spread([*by_seed(beside, these).values()])]
+                for of in (gaps, [*by_seed(beside, these).values()]):
+                    about += [spread(of), str(len(of))] if of else ["", ""]
                 rows.append(f"| {' | '.join(about)} |")
     lines = [
         f"Of {met + len(rows)} goals, each for one task or for the mean of all, {met} "
@@ -172,11 +174,3 @@ def goal_lines(records: Sequence[Record]) -> list[str]:
         head += ["dimensions of heads too", "seeds"]
         lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
     return lines
-
-
-def spread(gaps: Sequence[float]) -> tuple[str, str]:
-    """Mean with its interval where there are several, and how many; nothing for none."""
-    if not gaps:
-        return "", ""
-    mean, half = interval(gaps)
-    return f"{mean:+.2f}" + (f" ± {half:.2f}" if len(gaps) > 1 else ""), str(len(gaps))

@@ -170,11 +170,22 @@ def ahead(ours: Mapping[int, float], theirs: Mapping[int, float], digits: int) -
     common = sorted(theirs.keys() & ours.keys())
     if not common:
         return ""
-    mean, half = interval([ours[seed] - theirs[seed] for seed in common])
+    gaps = [ours[seed] - theirs[seed] for seed in common]
+    mean, half = interval(gaps)
     # A leading mark where the interval says that ours is better or worse.
     mark = "▲" if mean - half > 0 else "▼" if mean + half < 0 else ""
-    spread = f" ± {half:.{digits}f}" if len(common) > 1 else ""
-    return f"{mark}{mean:+.{digits}f}{spread}"
+    return mark + spread(gaps, digits)
+
+
+def spread(gaps: Sequence[float], digits: int = POINTS.digits) -> str:
+    """Mean with its interval, where there are several.
+
+    Example:
+        >>> spread([1.0, 2.0, 3.0]), spread([0.25], 3)
+        ('+2.00 ± 2.48', '+0.250')
+    """
+    mean, half = interval(gaps)
+    return f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if len(gaps) > 1 else "")
 
 
 def aside(records: Sequence[Record], asked: float) -> str:
