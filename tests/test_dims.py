@@ -8,13 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_mi_prune import PruningError, from_pretrained, load_pruned, prune
 from lightning_mi_prune.axes import as_built, count_parameters, full_plan
 from lightning_mi_prune.budget import Budget
+from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.costs import ParameterCosts, measure_macs
 from lightning_mi_prune.evidence import gather
 from lightning_mi_prune.families import find_axes
+from lightning_mi_prune.families.stacks import find_stacks
 from lightning_mi_prune.gradients import GradientListener
 from lightning_mi_prune.limits import Limits
 from lightning_mi_prune.listener import Listener
@@ -26,6 +29,7 @@ from lightning_mi_prune.ranking import rank_axes
 from lightning_mi_prune.relevance import relevance_of
 from lightning_mi_prune.sample import Example
 from lightning_mi_prune.surgery import Rewrite, apply
+from lightning_mi_prune.surgery.operation import operate
 from lightning_mi_prune.turning import turned
 from lightning_mi_prune.turns import turn_along
 from tests.models import (
@@ -43,6 +47,13 @@ from tests.models import (
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
 FAMILIES = [*sorted(set(CONFIGS) - {"albert", "deberta-v2"}), *PICTURES]
 UNITS = ["ffn", "heads", "dims"]
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 40,
+}
 every = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -489,6 +500,22 @@ def test_a_turn_of_another_model_is_refused():
 @pytest.mark.parametrize("family", ["albert", "deberta-v2"])
 def test_families_that_see_more_than_products_have_no_such_axis(family):
     assert not any(axis.kind == "dims" for axis in find_axes(build(family)))
+
+
+def test_axes_described_after_a_layer_went_cross_their_own_layer():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**{**SMALL, "num_hidden_layers": 3}))
+    keeper = PlanKeeper.of(model, find_stacks)
+    (stack,) = keeper.anatomy.stacks
+    plan = keeper.anatomy.without(keeper.plan, {stack.name: (0, 2)})
+    done = operate(model, keeper.anatomy, plan, current=keeper.plan)
+    keeper.plan = done.after
+    keeper.store(done.removed)
+    axes = {axis.name: axis for axis in PlanKeeper.of(model, find_axes).axes}
+    crossing = {name: axis.crossed for name, axis in axes.items() if axis.crossed}
+    assert {name.rpartition(".")[0] for name in crossing} >= {f"{stack.name}.2"}
+    for name, crossed in crossing.items():
+        assert name.rpartition(".")[0] == crossed.rpartition(".")[0]
 
 
 def test_axes_keep_what_crosses_them_wherever_they_stand():
