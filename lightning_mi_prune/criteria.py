@@ -14,6 +14,7 @@ from lightning_mi_prune.elimination import Elimination, eliminate_together
 from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.evidence import Evidence
 from lightning_mi_prune.information import (
+    NOTHING,
     inverse,
     plugin_bias,
     shrinkage,
@@ -86,7 +87,7 @@ class MutualInformation:
             return Elimination(tuple(order.tolist()), tuple(scores[order].tolist()))
         # One noise for all sites: where less of the loss hangs on the units, they say less.
         noise = sum(evidence.noise(self.ridge) for evidence in sites) / len(sites)
-        pairs = [_precisions(e, max(noise, torch.finfo(torch.float64).tiny)) for e in sites]
+        pairs = [_precisions(e, max(noise, NOTHING)) for e in sites]
         return eliminate_together(pairs, keep=keep, entries=sites[0].entries)
 
     def scores(self, evidence: Evidence) -> Tensor:

@@ -50,24 +50,25 @@ class _Precision:
         rows = slice(group * g, group * g + g)
         done = self.factors[:, : self.used]
         column = self.matrix[rows].mT - done @ done[rows].mT
+        own = (column[rows] + column[rows].mT) / 2
         if g == 1:
-            factor = column * column[rows].rsqrt()
+            factor = column * own.rsqrt()
         else:
-            corner = cholesky((column[rows] + column[rows].mT) / 2)
-            factor = torch.linalg.solve_triangular(corner, column.mT, upper=False).mT
+            factor = torch.linalg.solve_triangular(cholesky(own), column.mT, upper=False).mT
         self.factors[:, self.used : self.used + g] = factor
         self.used += g
         parts = factor.view(-1, g, g)
         self.blocks -= parts @ parts.mT if g > 1 else parts.square()
-        # What is left of the forgotten block is rounding; a harmless one keeps its logarithm sane.
-        self.blocks[group] = torch.eye(g).to(self.blocks)
+        # What is left of the forgotten block is rounding; as it was, its logarithm stays sane.
+        self.blocks[group] = own
 
     def flush(self, forgotten: Tensor) -> None:
         """Apply what was collected, as one product of matrices."""
         done = self.factors[:, : self.used]
         self.matrix.addmm_(done, done.mT, alpha=-1)
-        self.used, self.blocks = 0, diagonal_blocks(self.matrix, self.entries)
-        self.blocks[forgotten] = torch.eye(self.entries).to(self.blocks)
+        before, self.blocks = self.blocks, diagonal_blocks(self.matrix, self.entries)
+        self.blocks[forgotten] = before[forgotten]
+        self.used = 0
 
     def shrink(self, alive: Tensor) -> None:
         """Drop the rows and columns of forgotten groups; to be called right after a flush."""

@@ -19,6 +19,7 @@ __all__ = [
     "inverse",
     "joint_information",
     "log_det_blocks",
+    "mean_variance",
     "plugin_bias",
     "regression",
     "shrink",
@@ -31,6 +32,9 @@ __all__ = [
 # Units are observed through noise of this share of their variance, so that exact duplicates and
 # dead units leave every matrix invertible; float64 keeps ten digits beyond it.
 JITTER = 1e-6
+# Where all units of a layer are constant: small enough to say nothing, and large enough that its
+# inverse and a share of it are still ordinary numbers of float64.
+NOTHING = 1e-150
 
 
 def cholesky(matrix: Tensor) -> Tensor:
@@ -52,6 +56,16 @@ def diagonal_blocks(matrix: Tensor, entries: int) -> Tensor:
     return matrix.view(n, entries, n, entries).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
 
 
+def mean_variance(covariance: Tensor) -> Tensor:
+    """Mean variance of the entries; above 0 even where all of them are constant.
+
+    Example:
+        >>> mean_variance(torch.zeros(2, 2, dtype=torch.float64)) > 0
+        tensor(True)
+    """
+    return covariance.diagonal().mean().clamp_min(NOTHING)
+
+
 def inverse(matrix: Tensor, jitter: float = JITTER) -> Tensor:
     """Inverse of a covariance whose entries are observed through a little noise.
 
@@ -61,7 +75,7 @@ def inverse(matrix: Tensor, jitter: float = JITTER) -> Tensor:
             the entry is constant).
     """
     variance = matrix.diagonal()
-    mean = variance.mean().clamp_min(torch.finfo(matrix.dtype).tiny)
+    mean = mean_variance(matrix)
     noise = torch.where(variance > JITTER * mean, variance, mean) * jitter
     return torch.cholesky_inverse(cholesky(matrix + torch.diag(noise)))
 
@@ -170,10 +184,9 @@ def regression(covariance: Tensor, kept: Tensor, dropped: Tensor, samples: int) 
     freedom = samples - len(kept) - 2
     if freedom <= 0 or not len(dropped):
         return torch.zeros_like(skd.mT)
-    variance = skk.diagonal().mean().clamp_min(torch.finfo(skk.dtype).tiny)
-    noise = JITTER * variance * torch.eye(len(kept), dtype=skk.dtype, device=skk.device)
+    noise = JITTER * mean_variance(skk) * torch.eye(len(kept), dtype=skk.dtype, device=skk.device)
     plain = torch.cholesky_solve(skd, cholesky(skk + noise)).mT
-    total = covariance.diagonal()[dropped].clamp_min(torch.finfo(skk.dtype).tiny)
+    total = covariance.diagonal()[dropped].clamp_min(NOTHING)
     explained = ((plain * skd.mT).sum(1) / total).clamp(1e-12, 1.0)
     loss = (samples - 1) / (freedom + 1) * (samples - 2) / freedom * (samples + 1) / samples
     lasting = 1 - (1 - explained) * loss

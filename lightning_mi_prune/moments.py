@@ -10,11 +10,21 @@ from torchmetrics import Metric
 
 from lightning_mi_prune.errors import PruningError
 
-__all__ = ["Moments", "add_outer", "check_moments", "mirror"]
+__all__ = [
+    "Moments",
+    "add_outer",
+    "check_moments",
+    "is_constant",
+    "mirror",
+    "without_constants",
+]
 
 # Columns of one product of matrices: the matrix of sums is symmetric, so what lies below its
 # diagonal blocks of this size is not computed. Smaller ones save more and are slower products.
 _BLOCK = 384
+# Variance, as a share of the squared mean, that single precision cannot tell from none: some ten
+# of its steps. Without it, the rounding of a constant entry passes for what it says.
+_ROUNDING = 1e-12
 
 
 class Moments(Metric):
@@ -120,7 +130,8 @@ class Moments(Metric):
     def statistics(self) -> tuple[Tensor, Tensor]:
         """What :meth:`compute` says, uncached, and unsqueezed where there is one entry."""
         mean = self.total / self.count
-        return mean, mirror((self.outer / self.count).addr_(mean, mean, alpha=-1))
+        covariance = mirror((self.outer / self.count).addr_(mean, mean, alpha=-1))
+        return mean, without_constants(covariance, mean)
 
 
 def add_outer(sums: Tensor, x: Tensor) -> None:
@@ -147,6 +158,33 @@ def mirror(sums: Tensor) -> Tensor:
         block.copy_(block.triu() + block.triu(1).mT)  # rounding need not be symmetric
         sums[end:, start:end] = sums[start:end, end:].mT
     return sums
+
+
+def without_constants(covariance: Tensor, mean: Tensor) -> Tensor:
+    """Set to 0, in place, what only rounding says of entries that never change.
+
+    Args:
+        covariance: Covariance ``(d, d)``, found as the difference of two large numbers.
+        mean: Mean of the entries ``(d,)``.
+
+    Example:
+        >>> nearly = torch.tensor([[-1e-14, 0.0], [0.0, 1.0]])
+        >>> without_constants(nearly, torch.ones(2))
+        tensor([[0., 0.],
+                [0., 1.]])
+    """
+    constant = is_constant(covariance.diagonal(), mean)
+    return covariance.masked_fill_(constant[:, None] | constant, 0.0)
+
+
+def is_constant(variance: Tensor, mean: Tensor) -> Tensor:
+    """Whether entries never change, up to the rounding of what was heard.
+
+    Example:
+        >>> is_constant(torch.tensor([1e-14, 1e-14]), torch.tensor([1.0, 0.0]))
+        tensor([ True, False])
+    """
+    return variance <= _ROUNDING * mean.square()
 
 
 def check_moments(heard: Mapping[str, Moments]) -> None:

@@ -13,7 +13,14 @@ from torch import Tensor
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.criteria import Criterion, MutualInformation
 from lightning_mi_prune.evidence import Evidence, entries_of, gather, kept_rows
-from lightning_mi_prune.information import JITTER, cholesky, conditional_covariance, shrink
+from lightning_mi_prune.information import (
+    JITTER,
+    NOTHING,
+    cholesky,
+    conditional_covariance,
+    mean_variance,
+    shrink,
+)
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.relevance import Relevance, relevance_of_readers
@@ -116,8 +123,7 @@ def loss_curve(sites: Sequence[Evidence], order: Sequence[int]) -> list[float]:
         covariance = evidence.covariance
         if evidence.samples < 2 * len(covariance):
             covariance = shrink(covariance, evidence.samples)
-        mean = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
-        jitter = JITTER**2 * mean * torch.eye(len(place)).to(covariance)
+        jitter = JITTER**2 * mean_variance(covariance) * torch.eye(len(place)).to(covariance)
         innovations = evidence.readout[:, place] @ cholesky(covariance[place][:, place] + jitter)
         shares = innovations.square().sum(0).view(-1, evidence.entries).sum(1)
         total += shares.flip(0).cumsum(0).cpu() / 2
@@ -149,7 +155,7 @@ def _directions(
     """Order of the principal directions of heads, the loss and the nats as they go: last first."""
     apart = new.apart(evidence, heads)
     order = [*reversed(range(new.value.shape[-1]))]
-    noise = max(apart.noise(ridge), torch.finfo(torch.float64).tiny)
+    noise = max(apart.noise(ridge), NOTHING)
     scores = new.scores[list(heads)].sum(0).flip(0).clamp_min(0)
     silent = (2 * scores / noise).log1p() / 2
     loss = torch.tensor(loss_curve([apart], order)) + scores.cumsum(0).cpu()
@@ -164,8 +170,9 @@ def _forgotten(evidence: Evidence, noise: float) -> list[float]:
     Leading minors of one Cholesky factor tell of the first 1, 2, ... units.
     """
     covariance = evidence.covariance
-    mean = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
-    plain = covariance + JITTER * mean * torch.eye(len(covariance)).to(covariance)
+    plain = covariance + JITTER * mean_variance(covariance) * torch.eye(len(covariance)).to(
+        covariance
+    )
     above = noise * torch.eye(len(evidence.readout)).to(plain)
     cross = evidence.readout @ plain
     given = conditional_covariance(plain, cross.mT, above + cross @ evidence.readout.mT)

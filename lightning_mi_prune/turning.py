@@ -27,6 +27,8 @@ __all__ = ["Turned", "check_turns", "turned"]
 
 _SMALLEST = 1e-9  # directions with less of the layer's largest Gramian value count as rounding
 
+_LOUDEST = 1e-4  # of the power of a key that softmax does not see, what counts for its scale
+
 
 @dataclass(frozen=True)
 class Turned:
@@ -137,9 +139,12 @@ def turned(
     by_queries, by_keys = asking * _along(duals, of_queries), asked * _along(maps, of_keys)
     scores = (by_queries + by_keys) / 2
     # Either may be scaled by what the other is divided by: both are made as loud as the other.
-    heard_both = (asked > 0) & (asking > 0)  # a head that is silent says nothing of its scale
-    ratio = torch.where(heard_both, asked, 1.0) / torch.where(heard_both, asking, 1.0)
-    scale = ratio.clamp(1e-12, 1e12).pow(0.25)[..., None]
+    # Softmax takes the mean of keys away, but half precision must hold it: it may be 100 times it.
+    whole = _blocks(_second(turn.key, axis, moments, weights, centred=False), size)
+    loud = torch.maximum(asked, _LOUDEST * _along(duals, whole))
+    heard_both = (loud > 0) & (asking > 0)  # a head that is silent says nothing of its scale
+    ratio = torch.where(heard_both, loud, 1.0) / torch.where(heard_both, asking, 1.0)
+    scale = ratio.clamp(1e-24, 1e24).pow(0.25)[..., None]
     maps, duals = maps * scale, duals / scale
     read = _blocks(values.readout.mT @ values.readout, size)
     first, _ = _balanced(_blocks(values.covariance, size), read)
