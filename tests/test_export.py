@@ -1,5 +1,8 @@
 """What a cut leaves is an ordinary network: it exports, with sublayers that vanished too."""
 
+from pathlib import Path
+
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -35,7 +38,7 @@ def cut(family: str) -> tuple[Logits, tuple[torch.Tensor, ...]]:
     apply(model, axes, Plan(whole.sizes, kept))
     inputs = (pictures if family in PICTURES else batch)(4)
     inputs.pop("labels", None)
-    return Logits(model.eval(), [*inputs]), tuple(inputs.values())
+    return Logits(model, [*inputs]).eval(), tuple(inputs.values())
 
 
 @pytest.mark.parametrize("family", [*CONFIGS, *PICTURES])
@@ -55,3 +58,17 @@ def test_a_cut_model_compiles_without_a_break(family: str) -> None:
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(compiled(*inputs), network(*inputs))
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # constants that it folds
+@pytest.mark.parametrize("family", [*CONFIGS, *PICTURES])
+def test_a_cut_model_runs_as_onnx(family: str, tmp_path: Path) -> None:
+    network, inputs = cut(family)
+    path = tmp_path / "cut.onnx"
+    torch.onnx.export(network, inputs, path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    given = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+    (found,) = session.run(None, given)
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(found), network(*inputs), atol=1e-5)
