@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
 
-__all__ = ["Device", "LatencyCosts", "LatencyCurve", "LatencyTable"]
+__all__ = ["Device", "LatencyCurve", "LatencyTable"]
 
 _VERSION = 1
 _LARGEST_TEXT = 2**24
@@ -202,85 +200,6 @@ class LatencyTable:
         draft = target.with_name(f".{target.name}.tmp")
         draft.write_text(self.to_json(), encoding="utf-8")
         draft.replace(target)
-
-
-@dataclass(frozen=True)
-class LatencyCosts:
-    """Milliseconds of one forward pass, from a table.
-
-    Axes save side by side. One that shares tensors with all others (the residual stream) makes
-    everything narrower, so its share multiplies with what the others leave.
-
-    Args:
-        table: What was measured.
-        axes: Axes that may shrink, and any other of the table that has shrunk.
-        held: Present widths of axes that a caller does not name (default: as built).
-
-    Raises:
-        PruningError: If the table does not know one of the axes.
-
-    Example:
-        >>> axis = WidthAxis("ffn", "ffn", 64, 1, (), ("down",))
-        >>> curve = LatencyCurve(("ffn",), widths=(64, 32, 0), saved=(0.0, 1.0, 3.0))
-        >>> table = LatencyTable(Device("cpu", "any", 1, "2.9", "float32"), 1, 32, 10.0, (curve,))
-        >>> LatencyCosts(table, [axis]).total({"ffn": 16})
-        8.0
-    """
-
-    table: LatencyTable
-    axes: Sequence[WidthAxis]
-    held: Mapping[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for axis in self.axes:
-            self.table.curve(axis)
-
-    @property
-    def measure(self) -> str:
-        """Milliseconds."""
-        return "ms"
-
-    @cached_property
-    def _hubs(self) -> frozenset[str]:
-        tensors = {axis.name: {s.tensor for s in axis.slices} for axis in self.axes}
-        many = len(tensors) > 1
-        return frozenset(
-            name
-            for name, mine in tensors.items()
-            if many and all(map(mine.__and__, tensors.values()))
-        )
-
-    @cached_property
-    def _curves(self) -> dict[str, tuple[LatencyCurve, int]]:
-        now = {axis.name: axis.size for axis in self.axes} | dict(self.held)
-        return {axis.name: (self.table.curve(axis), now[axis.name]) for axis in self.axes}
-
-    def _share(self, name: str, widths: Mapping[str, float]) -> float:
-        curve, held = self._curves[name]
-        return curve.at(widths.get(name, held)) / self.table.dense_ms
-
-    def _factors(self, widths: Mapping[str, float]) -> tuple[float, float]:
-        """What hubs leave of the dense time, and what the others leave."""
-        hubs = math.prod(1 - self._share(name, widths) for name in self._hubs)
-        return hubs, 1 - sum(self._share(n, widths) for n in self._curves if n not in self._hubs)
-
-    def total(self, widths: Mapping[str, float]) -> float:
-        """Milliseconds of one forward pass."""
-        return self.table.dense_ms * math.prod(self._factors(widths))
-
-    def savings(
-        self, name: str, widths: Mapping[str, float], options: Sequence[float]
-    ) -> list[float]:
-        """Milliseconds that go when one axis shrinks to each of ``options``."""
-        (hubs, others), curve = self._factors({**widths, name: math.inf}), self._curves[name][0]
-        now, scale = self._share(name, widths), others if name in self._hubs else 1.0
-        scale *= hubs  # at full width the axis itself takes nothing away
-        return [scale * (curve.at(width) - now * self.table.dense_ms) for width in options]
-
-    def neighbours(self, name: str) -> frozenset[str]:
-        """The axes that multiply with this one."""
-        found = frozenset(self._curves) if name in self._hubs else self._hubs
-        return found - {name}
 
 
 def _tuple(value: object) -> tuple[Any, ...]:

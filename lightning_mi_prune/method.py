@@ -18,8 +18,9 @@ from lightning_mi_prune.competition import allot
 from lightning_mi_prune.costs import Costs, ParameterCosts, measure_macs
 from lightning_mi_prune.criteria import Criterion, MutualInformation
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.latency import LatencyCosts, LatencyTable
+from lightning_mi_prune.latency import LatencyTable
 from lightning_mi_prune.limits import Limits
+from lightning_mi_prune.milliseconds import LatencyCosts
 from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.ranking import RelevanceSource, rank_axes
 from lightning_mi_prune.readings import readings
@@ -89,7 +90,7 @@ class Method:
             PruningError: If limits contradict each other, the budget is out of reach, or dimensions
                 of heads may go where nothing tells which.
         """
-        check_turns(module, axes, chosen, current, relevance=self.relevance, budget=self.budget)
+        check_turns(module, chosen, relevance=self.relevance, budget=self.budget)
         if self.budget.measure == "parameters":
             check_reach(
                 chosen,
@@ -143,14 +144,16 @@ class Method:
         index = torch.zeros(self.latency_batch, dtype=torch.long)
         calls = {path: replace(c, **taken(vars(c), c.rows, index)) for path, c in examples.items()}
 
-        whole = [axis for axis in axes if axis.turn is None]  # heads keep their size
+        # Dimensions of heads take time to time: only where they may go, or some have gone.
+        may = {axis.name for axis in chosen}
+        timed = [a for a in axes if a.turn is None or a.name in may or current[a.name] < a.size]
 
         def measure() -> LatencyTable:
-            return measure_table(module, whole, calls, multiple=self.multiple)
+            return measure_table(module, timed, calls, multiple=self.multiple)
 
         path = self.latency_table
         table = measure() if path is None else cached_table(path, measure, device_of(module, calls))
-        return LatencyCosts(table, whole, held=current)
+        return LatencyCosts(table, timed, held=current)
 
     def decide(
         self,

@@ -159,26 +159,22 @@ def turned(
 
 def check_turns(
     module: nn.Module,
-    axes: Sequence[WidthAxis],
     chosen: Sequence[WidthAxis],
-    current: Mapping[str, int],
     *,
     relevance: str | None,
     budget: Budget,
 ) -> None:
-    """Refuse dimensions of heads where nothing tells which matter, or what they cost.
+    """Refuse dimensions of heads where nothing tells which matter.
 
     Args:
         module: The model as it stands.
-        axes: All its axes.
-        chosen: Those that may shrink.
-        current: Present widths of all axes.
+        chosen: The axes that may shrink.
         relevance: What tells which part of the layer above matters.
         budget: How small the model must get.
 
     Raises:
-        PruningError: If dimensions may go without gradients, for milliseconds, beside heads for a
-            share of the information, or from projections that are one.
+        PruningError: If dimensions may go without gradients, beside heads for a share of the
+            information, or from projections that are one.
     """
     turns = [axis.name for axis in chosen if axis.turn is not None]
     if turns and relevance != "gradient":
@@ -194,12 +190,6 @@ def check_turns(
         )
     for axis in (axis for axis in chosen if axis.name in turns):
         _check_apart(module, axis)
-    turns += [a.name for a in axes if a.turn is not None and current[a.name] < a.size]
-    if turns and budget.measure == "ms":
-        raise PruningError(
-            f"A budget in ms cannot weigh {turns[0]!r}: latency tables hold heads as built. Use "
-            "target_macs or sparsity, or leave 'dims' out of units from the first cut on."
-        )
 
 
 def _check_apart(module: nn.Module, axis: WidthAxis) -> None:

@@ -14,6 +14,7 @@ from lightning_mi_prune import PruningError, from_pretrained, load_pruned, prune
 from lightning_mi_prune.axes import as_built, count_parameters, full_plan
 from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.checkpoints import PlanKeeper
+from lightning_mi_prune.clock import measure_table
 from lightning_mi_prune.costs import ParameterCosts, measure_macs
 from lightning_mi_prune.evidence import gather
 from lightning_mi_prune.families import find_axes
@@ -23,6 +24,7 @@ from lightning_mi_prune.limits import Limits
 from lightning_mi_prune.listener import Listener
 from lightning_mi_prune.measure import count_macs
 from lightning_mi_prune.method import Method
+from lightning_mi_prune.milliseconds import LatencyCosts
 from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.ranking import rank_axes
@@ -43,6 +45,7 @@ from tests.models import (
     pictures,
     random_plan,
 )
+from tests.test_latency import ruler
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
 FAMILIES = [*sorted(set(CONFIGS) - {"albert", "deberta-v2"}), *PICTURES]
@@ -431,9 +434,35 @@ def test_nothing_tells_which_dimensions_matter_without_gradients():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_latency_table_holds_whole_heads():
-    with pytest.raises(PruningError, match=r"cannot weigh .*dims.*: latency tables hold heads"):
-        prune(build(), lesson("bert"), Budget(target_latency_ms=1.0), loss=loss, units=UNITS)
+def test_milliseconds_are_shared_by_heads_and_their_dimensions(tmp_path):
+    """The table's own clock, which counts products, times the model that a budget left."""
+    model, inputs = tiny()
+    axes, path = find_axes(model), tmp_path / "latency.json"
+    call = Example((), inputs)
+    table = measure_table(model, axes, {"": call}, clock=ruler, multiple=1)
+    table.write(path)
+    budget = Budget(target_latency_ms=0.6 * table.dense_ms)
+    method = Method(budget, relevance="gradient", latency_table=str(path), multiple=1)
+    for attempt in (0.6, 0.4):  # in two cuts
+        budget = Budget(target_latency_ms=attempt * table.dense_ms)
+        done = prune(model, lesson("bert"), budget, loss=loss, units=UNITS, method=method)
+        costs = LatencyCosts(table, axes)
+        widths = {name: len(kept) for name, kept in done.plan.kept.items()}
+        assert costs.total(widths) <= attempt * table.dense_ms + 1e-9
+        assert any(widths[axis.name] < axis.size for axis in axes if axis.kind == "dims")
+    real = ruler({"x": lambda: model(**inputs)})["x"]
+    assert real == pytest.approx(costs.total(widths), rel=0.02)
+
+
+def test_a_table_without_dimensions_of_heads_is_refused(tmp_path):
+    model, inputs = tiny()
+    path = tmp_path / "latency.json"
+    axes, call = find_axes(model), Example((), inputs)
+    measure_table(model, axes, {"": call}, kinds=["ffn", "heads"], clock=ruler).write(path)
+    budget = Budget(target_latency_ms=0.5)
+    method = Method(budget, relevance="gradient", latency_table=str(path))
+    with pytest.raises(PruningError, match=r"does not know .*dims' of 6 units.*Measure it again"):
+        prune(model, lesson("bert"), budget, loss=loss, units=UNITS, method=method)
 
 
 def test_heads_and_their_dimensions_lose_the_same_information():

@@ -15,8 +15,9 @@ from lightning_mi_prune.clock import cached_table, device_of, measure_table
 from lightning_mi_prune.competition import allot
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes
-from lightning_mi_prune.latency import Device, LatencyCosts, LatencyCurve, LatencyTable
+from lightning_mi_prune.latency import Device, LatencyCurve, LatencyTable
 from lightning_mi_prune.listener import Example, Listener
+from lightning_mi_prune.milliseconds import LatencyCosts
 from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.surgery import apply
 from tests.models import batch, build, random_plan
@@ -272,6 +273,48 @@ def test_the_residual_stream_multiplies_with_the_rest():
         assert costs.savings(name, start, options) == pytest.approx(expected)
 
 
+def crossing(stream=False):
+    """Heads and their dimensions of two layers, or of one in a stream that is as narrow as it."""
+    axes, curves = [], []
+    for layer in range(1 if stream else 2):
+        q, heads, dims = f"{layer}.q", f"{layer}.heads", f"{layer}.dims"
+        both = (Slice(q, 0, (32, 16)),)
+        axes.append(WidthAxis(heads, "heads", 4, 8, both, ("o",), crossed=dims, may_vanish=True))
+        axes.append(WidthAxis(dims, "dims", 8, 4, both, ("o",), crossed=heads, spread=True))
+    if stream:
+        axes.append(WidthAxis("stream", "residual", 16, 1, (Slice("0.q", 1, (32, 16)),), ("o",)))
+        curves.append(LatencyCurve(("stream",), (16, 8), (0.0, 5.0)))
+    for kind, widths, saved in (("heads", (4, 2, 0), (0, 1, 4)), ("dims", (8, 4, 2), (0, 1, 2))):
+        names = tuple(axis.name for axis in axes if axis.kind == kind)
+        curves.append(LatencyCurve(names, widths, tuple(map(float, saved))))
+    return axes, LatencyCosts(replace(TABLE, curves=tuple(curves)), axes)
+
+
+def test_heads_and_their_dimensions_share_the_time_of_one_attention():
+    """All heads save 4 ms; half of the dimensions save a quarter of what heads have left."""
+    _, costs = crossing()
+    assert costs.total({"0.dims": 4}) == pytest.approx(10 - 1)
+    assert costs.total({"0.heads": 2, "0.dims": 4}) == pytest.approx(10 - 4 + 3 * 3 / 4)
+    assert costs.total({"0.heads": 0, "0.dims": 4}) == pytest.approx(10 - 4)
+    assert costs.total({"0.heads": 2, "1.dims": 4}) == pytest.approx(10 - 1 - 1)
+    assert costs.neighbours("0.heads") == {"0.dims"}
+    assert costs.neighbours("0.dims") == {"0.heads"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_savings_of_axes_that_cross_are_differences_of_totals(stream):
+    axes, costs = crossing(stream)
+    assert costs.neighbours("0.dims") >= {"0.heads"}
+    assert ("stream" in costs.neighbours("0.dims")) is stream
+    for widths in ({}, {"0.heads": 1, "0.dims": 3}, {"0.heads": 0, "0.dims": 8}):
+        at = {axis.name: axis.size for axis in axes} | widths
+        at |= {"stream": 12} if stream else {}
+        for axis in axes:
+            options = [*range(at[axis.name], 0, -1)]
+            expected = [costs.total(at) - costs.total({**at, axis.name: w}) for w in options]
+            assert costs.savings(axis.name, at, options) == pytest.approx(expected)
+
+
 def test_costs_of_another_model_are_refused():
     stranger = WidthAxis("2.ffn", "ffn", 64, 1, (), ("down",))
     larger = WidthAxis("0.ffn", "ffn", 128, 1, (), ("down",))
@@ -313,6 +356,7 @@ def test_a_table_predicts_models_that_are_really_cut():
     kept = {a.name: tuple(range(a.size)) for a in axes}
     kept |= {a.name: () for a in axes if a.name.endswith(("0.ffn", "1.heads"))}
     kept |= {a.name: (0, 1, 2, 3) for a in axes if a.name.endswith("1.ffn")}
+    kept |= {a.name: (0, 2) for a in axes if a.name.endswith(("0.heads", "0.dims"))}
     apply(model, axes, Plan({a.name: a.size for a in axes}, kept))
     real = ruler({"x": lambda: model(**batch(2))})["x"]
     assert costs.total({name: len(units) for name, units in kept.items()}) == pytest.approx(real)

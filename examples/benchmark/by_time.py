@@ -24,8 +24,9 @@ from lightning_mi_prune.axes import full_plan
 from lightning_mi_prune.budget import sparsity_of
 from lightning_mi_prune.clock import cached_table, device_of, measure_table
 from lightning_mi_prune.competition import allot
-from lightning_mi_prune.latency import LatencyCosts, LatencyTable
+from lightning_mi_prune.latency import LatencyTable
 from lightning_mi_prune.method import Method
+from lightning_mi_prune.milliseconds import LatencyCosts
 from lightning_mi_prune.plan import Ranking
 from lightning_mi_prune.sample import Example
 
