@@ -2,59 +2,61 @@
 
 The method, one step a file::
 
-    axes        WHAT     a model can lose: neurons, heads, the width of the stream
-    depth       STACK    layers that may go, one by one
-    anatomy     BODY     both, as built, and where they stand once layers are gone
-    families    WHOSE    axes they are
-    choosing    NARROW   them to those that may shrink
-    hooks       HOOK     onto modules, and off again
-    listener    LISTEN   to activations in validation
-    moments     SUM      what was heard, alike on every rank
-    sample      STORE    some of the inputs, to run a cut model on
-    calls       KEEP     them, spread over the batches
-    containers  HOLD     layers, one after another
-    stack       COMPARE  the layers of a stack while it runs
-    stacks      GATHER   what several stacks say
-    alignment   ALIGN    layers: CKA of every pair, alike on every rank
-    angles      TURN     how far they turn what they are given
-    redundancy  SPARE    those that others make up for
-    rivals      RIVALS   other ways to say which layers go
-    sparing     THIN     a stack, by one of them
-    gradients   FEEL     what the loss of training steps asks for
-    relevance   WEIGH    the layer above by it
-    evidence    GATHER   all that is known of an axis
-    information MEASURE  what units say about the layer above
-    elimination ORDER    what to give up next, exactly
-    criteria    JUDGE    in which order they go
-    ranking     RANK     every axis to its last unit, and what is lost on the way
-    budget      ALLOT    a width to every axis
-    limits      BOUND    floors, caps and pins
-    costs       COUNT    parameters and multiply-accumulates of widths
-    latency     TIME     milliseconds of widths, from a table
-    clock       CLOCK    the table, on this device
-    competition COMPETE  all axes for one budget
-    selection   CHOOSE   the survivors, top-down
-    readings    READ     what the dense model says where the cut one is solved again
-    refit       REFIT    what is left to what it really hears
-    takeover    HAND ON  what removed layers said, to those that stay
-    method      DECIDE   all of that, as one decision
-    plan        RECORD   the choice
-    incisions   PREPARE  a cut, before anything changes
-    surgery     CUT      the model: units off layers, layers out of stacks
-    standins    STAND IN for modules that cannot run without units
-    states      STATES   of optimizers that can follow
-    optimizers  CARRY    them across
-    arrivals    ARRIVE   weights and their plan, checked
-    checkpoints KEEP     the plan with the weights
-    pretrained  OPEN     checkpoints and folders of pruned models
-    strategies  AGREE    on one plan across ranks, and wrap again
-    measure     GAUGE    multiply-accumulates and milliseconds
-    heatmap     DRAW     how alike layers are
-    report      TELL     what happened
-    still       HOLD     a module as it is while something runs it
-    oneshot     PRUNE    a trained module in one call
-    callbacks   WHEN     all of it, inside Trainer.fit
-    cli         COMMAND  the same from a shell
+    axes         WHAT     a model can lose: neurons, heads, the width of the stream
+    depth        STACK    layers that may go, one by one
+    anatomy      BODY     both, as built, and where they stand once layers are gone
+    families     WHOSE    axes they are
+    choosing     NARROW   them to those that may shrink
+    hooks        HOOK     onto modules, and off again
+    listener     LISTEN   to activations in validation
+    moments      SUM      what was heard, alike on every rank
+    sample       STORE    some of the inputs, to run a cut model on
+    calls        KEEP     them, spread over the batches
+    containers   HOLD     layers, one after another
+    stack        COMPARE  the layers of a stack while it runs
+    stacks       GATHER   what several stacks say
+    alignment    ALIGN    layers: CKA of every pair, alike on every rank
+    angles       TURN     how far they turn what they are given
+    redundancy   SPARE    those that others make up for
+    rivals       RIVALS   other ways to say which layers go
+    sparing      THIN     a stack, by one of them
+    gradients    FEEL     what the loss of training steps asks for
+    relevance    WEIGH    the layer above by it
+    evidence     GATHER   all that is known of an axis
+    information  MEASURE  what units say about the layer above
+    elimination  ORDER    what to give up next, exactly
+    criteria     JUDGE    in which order they go
+    turning      TURN     heads into the directions that say most
+    ranking      RANK     every axis to its last unit, and what is lost on the way
+    budget       ALLOT    a width to every axis
+    limits       BOUND    floors, caps and pins
+    costs        COUNT    parameters and multiply-accumulates of widths
+    latency      TIME     what axes save, as a table
+    clock        CLOCK    the table, on this device
+    milliseconds PACE     what widths cost by it
+    competition  COMPETE  all axes for one budget
+    selection    CHOOSE   the survivors, top-down
+    readings     READ     what the dense model says where the cut one is solved again
+    refit        REFIT    what is left to what it really hears
+    takeover     HAND ON  what removed layers said, to those that stay
+    method       DECIDE   all of that, as one decision
+    plan         RECORD   the choice
+    incisions    PREPARE  a cut, before anything changes
+    surgery      CUT      the model: units off layers, layers out of stacks
+    standins     STAND IN for modules that cannot run without units
+    states       STATES   of optimizers that can follow
+    optimizers   CARRY    them across
+    arrivals     ARRIVE   weights and their plan, checked
+    checkpoints  KEEP     the plan with the weights
+    pretrained   OPEN     checkpoints and folders of pruned models
+    strategies   AGREE    on one plan across ranks, and wrap again
+    measure      GAUGE    multiply-accumulates and milliseconds
+    heatmap      DRAW     how alike layers are
+    report       TELL     what happened
+    still        HOLD     a module as it is while something runs it
+    oneshot      PRUNE    a trained module in one call
+    callbacks    WHEN     all of it, inside Trainer.fit
+    cli          COMMAND  the same from a shell
 """
 
 from lightning_mi_prune.axes import Count, Silence, Slice, WidthAxis
