@@ -24,8 +24,8 @@ from torch.nn import functional
 from examples.benchmark.finetuned import RECIPES, SEEDS, TASKS, finetuned
 from examples.benchmark.oneshot import Subject, cut, examine, identity, machine, tested
 from examples.benchmark.options import count, quiet, share
+from examples.benchmark.paired import NATS, POINTS, spread
 from examples.benchmark.records import Record, load, write
-from examples.benchmark.summarize import NATS, POINTS, spread
 from examples.benchmark.training import Batch, Loss, Training, of_labels, train, training_of
 from examples.benchmark.variants import OURS
 

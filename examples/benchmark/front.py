@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.benchmark.losses import budget
+from examples.benchmark.paired import averaged, by_seed
 from examples.benchmark.records import Record
-from examples.benchmark.summarize import INSIDE, MINE, averaged, by_seed
+from examples.benchmark.summarize import INSIDE, MINE
 from examples.benchmark.tables import Name, variant_of
 
 FRONT = Path("README.md")

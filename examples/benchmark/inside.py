@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from examples.benchmark import latency
 from examples.benchmark.losses import budget
+from examples.benchmark.paired import NATS, POINTS, ahead, averaged, by_seed, cell
 from examples.benchmark.records import Record
-from examples.benchmark.summarize import INSIDE, MINE, NATS, POINTS, ahead, averaged, by_seed, cell
+from examples.benchmark.summarize import INSIDE, MINE
 from examples.benchmark.tables import Name, in_words, variant_of
 
 TAYLOR: Name = ("taylor", *MINE[1:])

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from examples.benchmark.finetuned import TASKS
 from examples.benchmark.losses import GOALS, budget
+from examples.benchmark.paired import POINTS, by_seed
 from examples.benchmark.records import Record
 from examples.benchmark.recovery import STEPS
-from examples.benchmark.summarize import POINTS, by_seed
 from examples.benchmark.tables import Name, in_words, variant_of
 
 Place = tuple[str, float, Name]

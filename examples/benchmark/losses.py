@@ -5,19 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from examples.benchmark.finetuned import TASKS
+from examples.benchmark.paired import CONFIDENCE, averaged, by_seed, cell, interval, spread
 from examples.benchmark.records import Record
 from examples.benchmark.recovery import STEPS
-from examples.benchmark.summarize import (
-    CONFIDENCE,
-    INSIDE,
-    MINE,
-    aside,
-    averaged,
-    by_seed,
-    cell,
-    interval,
-    spread,
-)
+from examples.benchmark.summarize import INSIDE, MINE, aside
 from examples.benchmark.tables import Name, in_words, variant_of
 
 ROUNDING = 1e-9  # points by which sums of the same accuracies may differ

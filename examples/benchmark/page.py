@@ -20,10 +20,11 @@ from examples.benchmark.front import FRONT, front
 from examples.benchmark.inside import inside_lines
 from examples.benchmark.longer import longer_lines
 from examples.benchmark.losses import budget, goal_lines, lost_lines
+from examples.benchmark.paired import averaged
 from examples.benchmark.plots import FLOORS, FOLDER, save, signed
 from examples.benchmark.records import Record, load
 from examples.benchmark.speed_tables import length_lines, mask_lines, paced_lines
-from examples.benchmark.summarize import averaged, compared, entropy_lines, markdown
+from examples.benchmark.summarize import compared, entropy_lines, markdown
 from examples.benchmark.views import Plot, plots
 
 PAGE = Path("docs", "comparison.md")

@@ -5,8 +5,9 @@ from itertools import groupby
 
 from examples.benchmark.by_time import ROWS
 from examples.benchmark.latency import BATCHES
+from examples.benchmark.paired import nats
 from examples.benchmark.records import Record
-from examples.benchmark.summarize import MINE, nats
+from examples.benchmark.summarize import MINE
 from examples.benchmark.tables import difference, variant_of
 
 

@@ -12,11 +12,12 @@ import torch
 from examples.benchmark import evidence, finetuned, latency, oneshot, options, page, recovery
 from examples.benchmark.finetuned import RECIPES, TASKS, settings, task_data
 from examples.benchmark.losses import goal_lines
+from examples.benchmark.paired import averaged
 from examples.benchmark.plots import draw
 from examples.benchmark.rivals import RIVALS, Rival
 from examples.benchmark.rivals.size import settle, size_of
 from examples.benchmark.rivals.torchpruning import group_magnitude, group_taylor
-from examples.benchmark.summarize import MINE, averaged, markdown
+from examples.benchmark.summarize import MINE, markdown
 from examples.benchmark.views import Plot, plots
 from examples.text_classification import packaged
 from examples.text_classification.packaged import model_path
