@@ -15,7 +15,7 @@ from lightning_mi_prune.method import Method
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.refit import _norm_sums, _solve_norm
 from tests.models import build, inputs_of, outputs
-from tests.test_dims import lesson, loss
+from tests.narrowed import lesson, loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
 F64 = torch.float64
