@@ -14,7 +14,6 @@ from lightning_mi_prune.elimination import Elimination, eliminate_together
 from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.evidence import Evidence
 from lightning_mi_prune.information import (
-    NOTHING,
     inverse,
     plugin_bias,
     shrinkage,
@@ -87,7 +86,8 @@ class MutualInformation:
             return Elimination(tuple(order.tolist()), tuple(scores[order].tolist()))
         # One noise for all sites: where less of the loss hangs on the units, they say less.
         noise = sum(evidence.noise(self.ridge) for evidence in sites) / len(sites)
-        pairs = [_precisions(e, max(noise, NOTHING)) for e in sites]
+        # Where nothing changes above, nothing can be told of it, through any noise.
+        pairs = [_precisions(e, noise or 1.0) for e in sites]
         return eliminate_together(pairs, keep=keep, entries=sites[0].entries)
 
     def scores(self, evidence: Evidence) -> Tensor:
@@ -113,7 +113,7 @@ class MutualInformation:
         effective = float(torch.linalg.solve(noisy, above).diagonal().sum())
         scores = unit_information(covariance, cross, noisy, evidence.entries)
         spread = float(scores.max() - scores.min())
-        if len(scores) > 1 and spread <= 1e-3 * float(scores.max().clamp_min(1e-300)):
+        if len(scores) > 1 and 0 < float(scores.max()) >= 1e3 * spread:
             warnings.warn(
                 f"The units of {evidence.name!r} all score {float(scores.max()):.3g} nats: no "
                 "ranking. Use selection='conditional', or MutualInformation with a larger ridge.",

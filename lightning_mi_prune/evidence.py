@@ -116,7 +116,7 @@ def gather(
     for key, readers in axis.reads.items():
         if int(moments[key].count) == 0:
             raise PruningError(f"Nothing was heard at {key!r}; run validation first.")
-        mean, covariance = moments[key].statistics()
+        mean, covariance = moments[key].settled()
         known = None if relevance is None else relevance.get(key)
         weight, above = _read(readers, weights, kept, current, axes, covariance)
         readout = weight

@@ -57,7 +57,7 @@ def diagonal_blocks(matrix: Tensor, entries: int) -> Tensor:
 
 
 def mean_variance(covariance: Tensor) -> Tensor:
-    """Mean variance of the entries; above 0 even where all of them are constant.
+    """Mean variance of the entries, in float64; above 0 even where all of them are constant.
 
     Example:
         >>> mean_variance(torch.zeros(2, 2, dtype=torch.float64)) > 0

@@ -83,7 +83,7 @@ class LatencyCosts:
         if name not in self._pairs:
             return 1.0
         other = self._pairs[name]
-        most = max(self._curves[axis][0].saved[-1] for axis in (name, other))
+        most = max(_all(self._curves[axis][0]) for axis in (name, other))
         return 1 - self._saved(other, widths) / most if most else 1.0
 
     def _factors(self, widths: Mapping[str, float]) -> tuple[float, float]:
@@ -117,3 +117,9 @@ class LatencyCosts:
         """The axes that multiply with this one."""
         found = frozenset(self._curves) if name in self._hubs else self._hubs
         return (found | {self._pairs.get(name, name)}) - {name}
+
+
+def _all(curve: LatencyCurve) -> float:
+    """Milliseconds that would go without the last units, too, where they must stay."""
+    most, least = curve.widths[0], curve.widths[-1]
+    return curve.saved[-1] * most / (most - least) if least < most else 0.0

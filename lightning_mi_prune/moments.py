@@ -14,17 +14,17 @@ __all__ = [
     "Moments",
     "add_outer",
     "check_moments",
-    "is_constant",
     "mirror",
-    "without_constants",
+    "rounding",
+    "settle",
 ]
 
 # Columns of one product of matrices: the matrix of sums is symmetric, so what lies below its
 # diagonal blocks of this size is not computed. Smaller ones save more and are slower products.
 _BLOCK = 384
 # Variance, as a share of the squared mean, that single precision cannot tell from none: some ten
-# of its steps. Without it, the rounding of a constant entry passes for what it says.
-_ROUNDING = 1e-12
+# of its steps.
+_SINGLE = 1e-12
 
 
 class Moments(Metric):
@@ -130,8 +130,12 @@ class Moments(Metric):
     def statistics(self) -> tuple[Tensor, Tensor]:
         """What :meth:`compute` says, uncached, and unsqueezed where there is one entry."""
         mean = self.total / self.count
-        covariance = mirror((self.outer / self.count).addr_(mean, mean, alpha=-1))
-        return mean, without_constants(covariance, mean)
+        return mean, mirror((self.outer / self.count).addr_(mean, mean, alpha=-1))
+
+    def settled(self) -> tuple[Tensor, Tensor]:
+        """The same, with a covariance that can be inverted (:func:`settle`)."""
+        mean, covariance = self.statistics()
+        return mean, settle(covariance, mean, self.count)
 
 
 def add_outer(sums: Tensor, x: Tensor) -> None:
@@ -160,31 +164,41 @@ def mirror(sums: Tensor) -> Tensor:
     return sums
 
 
-def without_constants(covariance: Tensor, mean: Tensor) -> Tensor:
-    """Set to 0, in place, what only rounding says of entries that never change.
+def settle(covariance: Tensor, mean: Tensor, count: Tensor) -> Tensor:
+    """Make a covariance that is the difference of two sums fit to be inverted, in place.
+
+    Entries that never change, up to rounding, get no variance at all. All others are observed
+    through noise of the size of that rounding, for its sum over many entries must not turn a small
+    variance negative.
 
     Args:
-        covariance: Covariance ``(d, d)``, found as the difference of two large numbers.
+        covariance: Covariance ``(d, d)``.
         mean: Mean of the entries ``(d,)``.
+        count: Samples that were added up.
 
     Example:
-        >>> nearly = torch.tensor([[-1e-14, 0.0], [0.0, 1.0]])
-        >>> without_constants(nearly, torch.ones(2))
-        tensor([[0., 0.],
-                [0., 1.]])
+        >>> nearly = torch.tensor([[-1e-14, 0.0], [0.0, 1.0]], dtype=torch.float64)
+        >>> settle(nearly, torch.ones(2, dtype=torch.float64), torch.tensor(100))
+        tensor([[0.0000, 0.0000],
+                [0.0000, 1.0000]], dtype=torch.float64)
     """
-    constant = is_constant(covariance.diagonal(), mean)
+    noise = rounding(mean, count) * len(mean) ** 0.5
+    constant = covariance.diagonal() <= noise
+    covariance.diagonal().add_(noise)
     return covariance.masked_fill_(constant[:, None] | constant, 0.0)
 
 
-def is_constant(variance: Tensor, mean: Tensor) -> Tensor:
-    """Whether entries never change, up to the rounding of what was heard.
+def rounding(mean: Tensor, count: Tensor) -> Tensor:
+    """Variance of each entry that says nothing: what single precision and sums in double round.
+
+    Sums of ``count`` squares of one size round in the same way each time, so that their error
+    grows with the count.
 
     Example:
-        >>> is_constant(torch.tensor([1e-14, 1e-14]), torch.tensor([1.0, 0.0]))
-        tensor([ True, False])
+        >>> rounding(torch.tensor([1.0, 10.0]), torch.tensor(1_000))
+        tensor([1.0000e-12, 1.0000e-10])
     """
-    return variance <= _ROUNDING * mean.square()
+    return (count * 2.0**-53).clamp_min(_SINGLE) * mean.square()
 
 
 def check_moments(heard: Mapping[str, Moments]) -> None:

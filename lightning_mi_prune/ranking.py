@@ -15,7 +15,6 @@ from lightning_mi_prune.criteria import Criterion, MutualInformation
 from lightning_mi_prune.evidence import Evidence, entries_of, gather, kept_rows
 from lightning_mi_prune.information import (
     JITTER,
-    NOTHING,
     cholesky,
     conditional_covariance,
     mean_variance,
@@ -155,7 +154,7 @@ def _directions(
     """Order of the principal directions of heads, the loss and the nats as they go: last first."""
     apart = new.apart(evidence, heads)
     order = [*reversed(range(new.value.shape[-1]))]
-    noise = max(apart.noise(ridge), NOTHING)
+    noise = apart.noise(ridge) or 1.0  # where nothing changes above, nothing is told
     scores = new.scores[list(heads)].sum(0).flip(0).clamp_min(0)
     silent = (2 * scores / noise).log1p() / 2
     loss = torch.tensor(loss_curve([apart], order)) + scores.cumsum(0).cpu()

@@ -20,7 +20,7 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import is_within
 from lightning_mi_prune.information import mean_variance
 from lightning_mi_prune.joining import merged
-from lightning_mi_prune.moments import add_outer, is_constant, mirror, without_constants
+from lightning_mi_prune.moments import add_outer, mirror, rounding, settle
 from lightning_mi_prune.readings import Reading, Targets
 from lightning_mi_prune.sample import Example, placed
 from lightning_mi_prune.unison import Part, run_together
@@ -232,7 +232,7 @@ def _solve(reading: Reading, layer: nn.Module, sums: Tensor, ridge: float) -> di
     first = 0 if isinstance(bias, Tensor) else 1
     if first == 0:  # centred: the bias takes what the means ask for
         mean, shift = outer[0, 1:] / count, cross[0] / count
-        outer = without_constants(outer[1:, 1:] / count - torch.outer(mean, mean), mean)
+        outer = settle(outer[1:, 1:] / count - torch.outer(mean, mean), mean, count)
         cross = cross[1:] / count - torch.outer(mean, shift)
         cross[outer.diagonal() == 0] = 0.0  # constants say nothing but the bias
     else:
@@ -256,10 +256,11 @@ def _norm_sums(plain: Tensor, wanted: Tensor) -> Tensor:
 
 def _solve_norm(layer: nn.LayerNorm, sums: Tensor) -> dict[str, Tensor]:
     """New gain and offset of a normalisation, each entry by itself."""
-    _, mean_x, mean_y, square, product = sums / sums[0].clamp_min(1)
+    count = sums[0].clamp_min(1)
+    _, mean_x, mean_y, square, product = sums / count
     variance = square - mean_x**2
     # An entry that never changes says nothing of its gain.
-    silent = is_constant(variance, mean_x) | (variance <= 1e-8 * variance.mean())
+    silent = (variance <= rounding(mean_x, count)) | (variance <= 1e-8 * variance.mean())
     gain = (product - mean_x * mean_y) / torch.where(silent, 1.0, variance)
     gain = torch.where(silent, _double(layer.weight), gain)
     new = {"weight": gain.to(layer.weight)}

@@ -14,7 +14,7 @@ from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.criteria import Criterion, MutualInformation, copies_kept
 from lightning_mi_prune.errors import PruningWarning
 from lightning_mi_prune.evidence import Evidence, gather, kept_entries, kept_rows
-from lightning_mi_prune.information import NOTHING, regression
+from lightning_mi_prune.information import regression
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.ranking import RelevanceSource, rank_axes
@@ -213,9 +213,7 @@ def _information(
 ) -> Information:
     kept, dropped = split
     above = evidence.above()
-    noise = torch.eye(len(above), dtype=above.dtype, device=above.device) * max(
-        evidence.noise(ridge), NOTHING
-    )
+    noise = (evidence.noise(ridge) or 1.0) * torch.eye(len(above)).to(above)
     block = evidence.covariance[dropped]
     mixed = coefficients @ block[:, kept].mT
     fitted = coefficients @ evidence.covariance[kept][:, kept] @ coefficients.mT

@@ -127,8 +127,10 @@ def turned(
             "steps were felt. Use relevance='gradient', or leave 'dims' out of units."
         )
     size = values.covariance.shape[0] // values.entries
-    query, heard = (
-        _blocks(_second(path, axis, moments, weights, centred=path == turn.key), size)
+    # A share of all keys adds the same to all scores of a query, which softmax takes away: keys
+    # are heard about their mean, queries about zero.
+    (query, _), (whole, heard) = (
+        tuple(_blocks(matrix, size) for matrix in _second(path, axis, moments, weights))
         for path in (turn.query, turn.key)
     )
     of_queries, of_keys = (_blocks(relevance[key].matrix.to(query), size) for key in felt)
@@ -139,12 +141,11 @@ def turned(
     by_queries, by_keys = asking * _along(duals, of_queries), asked * _along(maps, of_keys)
     scores = (by_queries + by_keys) / 2
     # Either may be scaled by what the other is divided by: both are made as loud as the other.
-    # Softmax takes the mean of keys away, but half precision must hold it: it may be 100 times it.
-    whole = _blocks(_second(turn.key, axis, moments, weights, centred=False), size)
+    # The mean of keys is taken away, but half precision must hold it: it may be 100 times as loud.
     loud = torch.maximum(asked, _LOUDEST * _along(duals, whole))
     heard_both = (loud > 0) & (asking > 0)  # a head that is silent says nothing of its scale
     ratio = torch.where(heard_both, loud, 1.0) / torch.where(heard_both, asking, 1.0)
-    scale = ratio.clamp(1e-24, 1e24).pow(0.25)[..., None]
+    scale = ratio.pow(0.25)[..., None]
     maps, duals = maps * scale, duals / scale
     read = _blocks(values.readout.mT @ values.readout, size)
     first, _ = _balanced(_blocks(values.covariance, size), read)
@@ -249,26 +250,15 @@ def _orthonormal(maps: Tensor) -> Tensor:
 
 
 def _second(
-    path: str,
-    axis: WidthAxis,
-    moments: Mapping[str, Moments],
-    weights: Mapping[str, Tensor],
-    *,
-    centred: bool,
-) -> Tensor:
-    """Second moments of what a projection says, about its mean or about zero.
-
-    A share of all keys adds the same to all scores of a query, which softmax takes away.
-    """
-    mean, covariance = moments[f"{axis.name}@{path}"].statistics()
+    path: str, axis: WidthAxis, moments: Mapping[str, Moments], weights: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Second moments of what a projection says, about zero and about its mean."""
+    mean, covariance = moments[f"{axis.name}@{path}"].settled()
     weight = weights[f"{path}.weight"].detach().to(covariance)
-    said = weight @ covariance @ weight.mT
-    if centred:
-        return said
-    middle = weight @ mean
+    said, middle = weight @ covariance @ weight.mT, weight @ mean
     bias = weights.get(f"{path}.bias")
     middle = middle if bias is None else middle + bias.detach().to(middle)
-    return said + torch.outer(middle, middle)
+    return said + torch.outer(middle, middle), said
 
 
 def _blocks(matrix: Tensor, size: int) -> Tensor:

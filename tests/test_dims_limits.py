@@ -109,13 +109,14 @@ def test_silent_heads_harm_nothing(silent, heads, units):
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-7])
-def test_keys_that_hardly_change_keep_a_bias_that_half_precision_holds(size):
+@pytest.mark.parametrize("bias", [2, 50])
+def test_keys_that_hardly_change_keep_a_bias_that_half_precision_holds(size, bias):
     """Their directions are made louder, and with them the mean, which softmax does not see."""
     model = build()
     inner = model.bert.encoder.layer[0].attention.self
     with torch.no_grad():
         inner.key.weight.mul_(size)
-        inner.key.bias.copy_(torch.linspace(-2, 2, len(inner.key.bias)))
+        inner.key.bias.copy_(torch.linspace(-bias, bias, len(inner.key.bias)))
     prune(model, lesson("bert"), 0.3, loss=loss, units=["dims"])
     assert max(float(p.detach().abs().max()) for p in inner.parameters()) < 100
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -63,6 +62,7 @@ def test_a_cut_model_compiles_without_a_break(family: str) -> None:
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # constants that it folds
 @pytest.mark.parametrize("family", [*CONFIGS, *PICTURES])
 def test_a_cut_model_runs_as_onnx(family: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
     network, inputs = cut(family)
     path = tmp_path / "cut.onnx"
     torch.onnx.export(network, inputs, path, dynamo=True, verbose=False)

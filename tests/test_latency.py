@@ -301,6 +301,18 @@ def test_heads_and_their_dimensions_share_the_time_of_one_attention():
     assert costs.neighbours("0.dims") == {"0.heads"}
 
 
+def test_what_must_stay_takes_its_share_of_an_attention():
+    """A quarter of the heads with a quarter of their dimensions is a sixteenth of the work."""
+    axes = [replace(axis, may_vanish=False) for axis in crossing()[0][:2]]
+    curves = (
+        LatencyCurve(("0.heads",), (4, 2, 1), (0.0, 2.0, 3.0)),
+        LatencyCurve(("0.dims",), (8, 4, 2), (0.0, 2.0, 3.0)),
+    )
+    costs = LatencyCosts(replace(TABLE, curves=curves), axes)
+    assert costs.total({"0.heads": 1, "0.dims": 2}) == pytest.approx(10 - 4 + 4 / 16)
+    assert costs.total({"0.heads": 2, "0.dims": 4}) == pytest.approx(10 - 4 + 4 / 4)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_savings_of_axes_that_cross_are_differences_of_totals(stream):
     axes, costs = crossing(stream)

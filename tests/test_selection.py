@@ -66,7 +66,9 @@ def test_exact_duplicates_and_constants_can_go_without_a_trace(family, head, sel
     chosen = choose(model, axes, widths, MutualInformation(selection, 0.1))
     apply(model, axes, chosen.plan, folded=chosen.folded)
     assert all(chosen.information[a.name].fraction > 0.999 for a in axes)
-    rounding = 1e-4 if family == "albert" else 1e-5  # its one layer runs again and again
+    # A copy is told by its twin through noise of a millionth of its variance (JITTER), layer after
+    # layer; the one layer of ALBERT runs again and again.
+    rounding = 1e-4 if family == "albert" else 2e-5
     assert torch.allclose(outputs(model, batch(16, seed=5)), before, atol=rounding)
 
 
