@@ -499,6 +499,10 @@ BAD_RUNS = [
         "target_parameters=100 is out of reach: .* no fewer than .* parameters can be reached",
     ),
     (
+        fit_with(options={"sparsity": None, "target_parameters": 10**9}),
+        "target_parameters=1000000000, but the module has .* as built: nothing to cut",
+    ),
+    (
         fit_with(options={"floors": {"decoder": 2}}),
         "floors: 'decoder' matches no axis; the names look like",
     ),

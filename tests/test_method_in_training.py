@@ -7,6 +7,7 @@ import torch
 
 from lightning_mi_prune import MutualInformationPruning, load_pruned
 from lightning_mi_prune.checkpoints import PlanKeeper
+from lightning_mi_prune.errors import PruningWarning
 from lightning_mi_prune.families import find_axes
 from tests.boring import Classifier, trainer
 
@@ -61,6 +62,33 @@ def test_it_is_met_by_the_last_cut_and_training_goes_on(options):
         assert all(width >= 2 for name, width in widths.items() if "heads" in name)
     assert run.current_epoch == 4
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("budget", [{"target_macs": 10**9}, {"target_latency_ms": 1e6}])
+def test_a_run_that_cuts_nothing_since_its_budget_is_met_says_so(budget):
+    ((name, value),) = budget.items()
+    with pytest.warns(PruningWarning, match="already: no cut. Nothing was cut") as caught:
+        _, callback, _ = fit(4, relevance="readers", **budget)
+    assert not callback.report.cuts
+    said = [str(w.message) for w in caught if "Nothing was cut" in str(w.message)]
+    assert len(said) == 1  # at the last goal only
+    assert f"{name}={value}" in said[0]
+    assert "sparsity" not in said[0]
+
+
+def test_a_small_model_that_is_trained_on_with_the_same_sparsity_says_so():
+    module, _, _ = fit(4, relevance="readers", sparsity=0.5)
+    again = MutualInformationPruning(verbose=False, relevance="readers", sparsity=0.5)
+    before = parameters(module)
+    with pytest.warns(PruningWarning, match=r"meets sparsity 0\.500 already: no cut. Nothing was"):
+        trainer(again, max_epochs=4).fit(module)
+    assert parameters(module) == before
+
+
+def test_a_goal_that_a_cut_of_the_run_has_met_is_no_warning(recwarn):
+    _, callback, _ = fit(8, relevance="readers", sparsity=0.5, multiple=40, cuts=4, units=["ffn"])
+    assert 0 < len(callback.report.cuts) < 4  # steps of 40 neurons are coarser than four goals
+    assert not [w for w in recwarn if "Nothing was cut" in str(w.message)]
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "deberta-v2", "albert", "mpnet"])

@@ -24,6 +24,7 @@ from lightning_mi_prune.callbacks.telling import (
     begin_layer_report,
     describe_layers,
     layer_parameters,
+    tell_no_cut,
 )
 from lightning_mi_prune.checkpoints import Find
 from lightning_mi_prune.depth import DepthAxis
@@ -267,15 +268,12 @@ class LayerPruning(PruningCallback):
     def _reached(self, trainer: pl.Trainer, heard: Heard, goal: float) -> None:
         self._run.schedule = Schedule()
         near = [f"{nearest(c):.3f} in {name!r}" for name, c in heard.stacks.items()]
-        text = (
+        met = (
             f"No layer is left to remove: the most alike neighbours have CKA "
             f"{', '.join(near) or '(none)'}, threshold={self.thinning.threshold}, "
             f"target_layers={self.thinning.target}."
         )
-        if self.report.cuts or self.report.undone:
-            rank_zero_info(text)
-        else:
-            rank_zero_warn(f"{text} Nothing was cut. Lower it, or set a target and threshold=None.")
+        tell_no_cut(self.report, met, "Lower it, or set a target and threshold=None.")
 
     @override
     def _named(self, goal: float) -> str:

@@ -223,6 +223,12 @@ class MutualInformationPruning(WidthPruning):
             if sparsity <= 0:  # layers that are gone were enough
                 return
             method = replace(method, budget=Budget(sparsity))
+        allowed, has = method.budget.target_parameters, sum(p.numel() for p in module.parameters())
+        if allowed is not None and allowed >= has and self._kept().plan.is_full:
+            raise PruningError(
+                f"target_parameters={allowed}, but the module has {has} as built: nothing to cut. "
+                "Ask for fewer."
+            )
         method.check(module, self._kept().axes, axes, widths)
 
     @property

@@ -19,7 +19,7 @@ from lightning_mi_prune.callbacks.records import Pending, Trial
 from lightning_mi_prune.callbacks.run import is_dev_run, run_length
 from lightning_mi_prune.callbacks.schedule import Schedule, fit_schedule, judging_epoch
 from lightning_mi_prune.callbacks.state import RunState
-from lightning_mi_prune.callbacks.telling import macs_of
+from lightning_mi_prune.callbacks.telling import macs_of, tell_no_cut
 from lightning_mi_prune.callbacks.trial import begin_trial, take_back
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.errors import PruningError
@@ -150,7 +150,8 @@ class PruningSteps(pl.Callback, ABC):
 
     def _reached(self, trainer: pl.Trainer, heard: Heard, goal: float) -> None:
         """Say that no cut is needed for a goal."""
-        rank_zero_info(f"The model is at sparsity {goal:.3f} or beyond already: no cut.")
+        met = f"The model meets {self._named(goal)} already: no cut."
+        tell_no_cut(self.report, met, "Ask for less.", last=not self._run.schedule.left(goal))
 
     def _cut(self, trainer: pl.Trainer, module: pl.LightningModule, pending: Pending) -> None:
         run, keeper, selection = self._run, self._kept(), pending.selection

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_mi_prune.axes import WidthAxis, count_parameters
 from lightning_mi_prune.budget import sparsity_of
 from lightning_mi_prune.callbacks.records import Pending
 from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.checkpoints import PlanKeeper
+from lightning_mi_prune.errors import PruningWarning
 from lightning_mi_prune.measure import count_macs
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.report import Cut, PruningReport, axis_cuts
@@ -27,6 +28,7 @@ __all__ = [
     "layer_parameters",
     "macs_of",
     "sizes_of",
+    "tell_no_cut",
 ]
 
 
@@ -177,3 +179,19 @@ def macs_of(trainer: pl.Trainer, module: pl.LightningModule, run: RunState) -> i
     except Exception as error:  # a number for the report is not worth a training run
         rank_zero_warn(f"MACs could not be counted and are reported as 0: {error}")
         return 0
+
+
+def tell_no_cut(report: PruningReport, met: str, remedy: str, *, last: bool = True) -> None:
+    """Say that no cut is needed; a warning where the run ends as it began.
+
+    Args:
+        report: What the run has cut so far.
+        met: What is met, in a sentence.
+        remedy: What to change for a cut, in a sentence.
+        last: Whether no goal is left.
+    """
+    if report.cuts or report.undone or not last:
+        rank_zero_info(met)
+    else:
+        text = f"{met} Nothing was cut in this run. {remedy}"
+        rank_zero_warn(text, category=PruningWarning)

@@ -179,6 +179,13 @@ class WidthPruning(PruningCallback):
         return ", ".join(f"{s:.3f} at epoch {e}" for e, s in steps) or "no further cut"
 
     @override
+    def _named(self, goal: float) -> str:
+        aim = self.aim()
+        if not aim:
+            return super()._named(goal)
+        return aim if goal >= 1 else f"{goal:.3f} of the way to {aim}"
+
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
