@@ -10,6 +10,7 @@ from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.errors import PruningWarning
 from lightning_mi_prune.families import find_axes
 from tests.boring import Classifier, trainer
+from tests.crashing import Falling
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
 
@@ -83,6 +84,27 @@ def test_a_small_model_that_is_trained_on_with_the_same_sparsity_says_so():
     with pytest.warns(PruningWarning, match=r"meets sparsity 0\.500 already: no cut. Nothing was"):
         trainer(again, max_epochs=4).fit(module)
     assert parameters(module) == before
+
+
+def test_a_cut_that_is_taken_back_is_named_by_its_budget(caplog):
+    module = Classifier(validation_rows=256)
+    callback = MutualInformationPruning(
+        target_macs=70_000,
+        relevance="readers",
+        verbose=False,
+        max_drop=1e-9,
+        monitor="val_falling",
+        first_epoch=1,
+        cuts=1,
+    )
+    run = trainer(callback, max_epochs=4)
+    run.callbacks.insert(0, Falling())
+    with caplog.at_level("INFO"):
+        run.fit(module)
+    assert callback.report.undone
+    said = [r.getMessage() for r in caplog.records if "taken back" in r.getMessage()]
+    assert said
+    assert said[0].startswith("The cut of epoch 1 to target_macs=70000 cost more than")
 
 
 def test_a_goal_that_a_cut_of_the_run_has_met_is_no_warning(recwarn):
