@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from lightning_mi_prune import CKALayerPruning, MutualInformationPruning, PruningError, load_pruned
+from lightning_mi_prune.errors import PruningWarning
 from tests.boring import Classifier, trainer
 from tests.deep import STACK, Deep, Scored, Tolerant, deep_bert
 from tests.models import batch, outputs
@@ -76,7 +77,7 @@ def test_a_larger_checkpoint_brings_layers_back(tmp_path):
 
 
 def test_where_nothing_is_alike_it_says_so_and_cuts_nothing(tmp_path):
-    with pytest.warns(UserWarning, match=r"most alike neighbours have CKA .* and threshold=None"):
+    with pytest.warns(PruningWarning, match="have CKA .* Lower threshold, or set target"):
         _, module, watch = fit(
             tmp_path, layers={}, module=type("Unlike", (Deep,), {"__init__": _unlike})
         )

@@ -273,7 +273,7 @@ class LayerPruning(PruningCallback):
             f"{', '.join(near) or '(none)'}, threshold={self.thinning.threshold}, "
             f"target_layers={self.thinning.target}."
         )
-        tell_no_cut(self.report, met, "Lower it, or set a target and threshold=None.")
+        tell_no_cut(self.report, met, "Lower threshold, or set target_layers and threshold=None.")
 
     @override
     def _named(self, goal: float) -> str:
