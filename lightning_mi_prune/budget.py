@@ -24,6 +24,7 @@ from lightning_mi_prune.plan import Ranking
 __all__ = [
     "NATS",
     "Budget",
+    "asked_budget",
     "check_reach",
     "left_to_lose",
     "ranking_of",
@@ -131,6 +132,33 @@ class Budget:
             prunable = built - costs.total({axis.name: 0 for axis in axes})
             return built - progress * self.amount * prunable
         return built - progress * (built - self.amount)
+
+
+def asked_budget(
+    sparsity: float | Budget | None = None,
+    target_parameters: int | None = None,
+    target_macs: int | None = None,
+    target_latency_ms: float | None = None,
+    keep_information: float | None = None,
+) -> Budget:
+    """The budget that options ask for: half of the prunable parameters go where none is given.
+
+    Raises:
+        PruningError: If several are given, or a value is out of range.
+
+    Example:
+        >>> asked_budget().amount, asked_budget(0.75).amount, asked_budget(target_macs=1000).kind
+        (0.5, 0.75, 'target_macs')
+    """
+    targets = (target_parameters, target_macs, target_latency_ms, keep_information)
+    none = all(target is None for target in targets)
+    if isinstance(sparsity, Budget):
+        if none:
+            return sparsity
+        raise PruningError(
+            f"A budget of {sparsity} and another one beside it; expected one of the two."
+        )
+    return Budget(0.5 if sparsity is None and none else sparsity, *targets)
 
 
 def sparsity_of(axes: Sequence[WidthAxis], widths: Mapping[str, int]) -> float:

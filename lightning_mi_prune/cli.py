@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mi_prune.budget import Budget
+from lightning_mi_prune.budget import asked_budget
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.limits import Limits
 from lightning_mi_prune.method import Method
@@ -42,7 +42,7 @@ def prune_module(
     target_latency_ms: float | None = None,
     keep_information: float | None = None,
     units: list[str] | None = None,
-    within: str = "",
+    module_path: str = "",
     include: str | None = None,
     exclude: str | None = None,
     widths: Literal["global", "uniform"] = "global",
@@ -68,7 +68,7 @@ def prune_module(
         target_latency_ms: Instead: milliseconds of one forward pass, from a table measured here.
         keep_information: Instead: share of the information with the layers above that stays.
         units: Kinds of unit to cut.
-        within: Path of the submodule to search.
+        module_path: Path of the submodule to search.
         include: Only axes whose name this regular expression finds.
         exclude: No axes whose name this regular expression finds.
         widths: Whether axes compete, or all keep the same share.
@@ -83,7 +83,7 @@ def prune_module(
         PruningError: If the module, the data or an option does not allow it; no file is written.
     """
     targets = (target_parameters, target_macs, target_latency_ms, keep_information)
-    budget = Budget(0.5 if sparsity is None and targets == (None,) * 4 else sparsity, *targets)
+    budget = asked_budget(sparsity, *targets)
     limits = Limits(floors or {}, caps or {}, pins or {})
     method = Method(budget, widths=widths, relevance=relevance, refit=refit, limits=limits)
     if checkpoint is not None:
@@ -98,7 +98,7 @@ def prune_module(
         budget,
         method=method,
         units=units,
-        within=within,
+        module=module_path,
         include=include,
         exclude=exclude,
         training=data.train_dataloader(),

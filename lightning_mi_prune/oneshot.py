@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mi_prune.axes import WidthAxis, count_parameters
-from lightning_mi_prune.budget import Budget, sparsity_of
+from lightning_mi_prune.budget import Budget, asked_budget, sparsity_of
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.errors import PruningError
@@ -61,19 +61,23 @@ class Pruned:
 
 
 def prune(
-    module: nn.Module,
+    model: nn.Module,
     dataloader: Iterable[Any],
-    budget: float | Budget = 0.5,
+    sparsity: float | Budget | None = None,
     *,
+    target_parameters: int | None = None,
+    target_macs: int | None = None,
+    target_latency_ms: float | None = None,
+    keep_information: float | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
     method: Method | None = None,
     units: Sequence[str] | None = None,
-    within: str = "",
+    module: str = "",
     include: str | None = None,
     exclude: str | None = None,
     positions: int = 16_384,
-    steps: int = 64,
+    relevance_steps: int = 64,
     training: Iterable[Any] | None = None,
     optimizers: Sequence[Optimizer] = (),
     seed: int = 0,
@@ -84,21 +88,26 @@ def prune(
     checked before the first change.
 
     Args:
-        module: The module, trained.
+        model: The module, trained.
         dataloader: Batches it would be validated on; a few thousand positions are enough.
-        budget: Share of the prunable parameters to remove, or any :class:`Budget`.
-        loss: Loss of a batch, ``loss(module, batch)``: a bounded number of backward passes then
+        sparsity: Share of the prunable parameters to remove, or any :class:`Budget`. Default 0.5,
+            unless one of the four budgets below is given.
+        target_parameters: Instead: parameters of the whole module.
+        target_macs: Instead: multiply-accumulates of one example.
+        target_latency_ms: Instead: milliseconds of one forward pass, from a table measured here.
+        keep_information: Instead: share of the information with the layers above that stays.
+        loss: Loss of a batch, ``loss(model, batch)``: a bounded number of backward passes then
             tells which part of each layer matters. A LightningModule brings its ``training_step``.
             Without either, the weights that are kept above tell.
-        forward: Runs the module on a batch; default ``module(**batch)``, ``module(*batch)`` or
-            ``module(batch)`` by the type of the batch, ``validation_step`` of a LightningModule.
+        forward: Runs the module on a batch; default ``model(**batch)``, ``model(*batch)`` or
+            ``model(batch)`` by the type of the batch, ``validation_step`` of a LightningModule.
         method: Everything else that can be chosen; its budget is not looked at.
         units: Kinds of unit to cut (:func:`axes.choose_axes`).
-        within: Path of the submodule to search.
+        module: Path of the submodule to search.
         include: Only axes whose name this regular expression finds.
         exclude: No axes whose name this regular expression finds.
         positions: Samples to listen to on each axis.
-        steps: Batches of the backward passes.
+        relevance_steps: Batches of the backward passes.
         training: Batches for them; default those of ``dataloader``.
         optimizers: Optimizers whose state is carried across the cut.
         seed: Seed of the draw of positions.
@@ -117,8 +126,9 @@ def prune(
         >>> net[0].out_features, done.plan.width("hidden")
         (16, 16)
     """
-    asked = Budget(sparsity=budget) if isinstance(budget, (int, float)) else budget
-    judged = loss is not None or hasattr(module, "training_step")
+    targets = (target_parameters, target_macs, target_latency_ms, keep_information)
+    asked = asked_budget(sparsity, *targets)
+    judged = loss is not None or hasattr(model, "training_step")
     if method is None:
         method = Method(asked, relevance="gradient" if judged else "readers")
     elif method.relevance == "gradient" and not judged:
@@ -126,39 +136,39 @@ def prune(
             "relevance='gradient' asks for training steps, but there is no loss. Expected "
             "loss(module, batch) or a LightningModule; or use relevance='readers'."
         )
-    by_hand = not getattr(module, "automatic_optimization", True)
+    by_hand = not getattr(model, "automatic_optimization", True)
     if method.relevance == "gradient" and by_hand and loss is None:
         raise PruningError(
-            f"{type(module).__name__} optimizes by hand, so its training_step cannot run without "
+            f"{type(model).__name__} optimizes by hand, so its training_step cannot run without "
             "a Trainer. Pass loss(module, batch), or use relevance='readers'."
         )
     method = replace(method, budget=asked)
-    keeper = PlanKeeper.of(module, partial(find_axes, within=within))
+    keeper = PlanKeeper.of(model, partial(find_axes, within=module))
     axes, plan = keeper.axes, keeper.plan
-    mine = [axis for axis in axes if is_within(axis.name, within)]
+    mine = [axis for axis in axes if is_within(axis.name, module)]
     chosen = choose_axes(mine, units=units, include=include, exclude=exclude)
-    check(module, chosen, plan)
-    check_optimizers(optimizers, [module.get_parameter(s.tensor) for a in chosen for s in a.slices])
+    check(model, chosen, plan)
+    check_optimizers(optimizers, [model.get_parameter(s.tensor) for a in chosen for s in a.slices])
     before = {name: len(kept) for name, kept in plan.kept.items()}
-    method.check(module, axes, chosen, before)
-    parameters = sum(p.numel() for p in module.parameters())
+    method.check(model, axes, chosen, before)
+    parameters = sum(p.numel() for p in model.parameters())
     seconds: dict[str, float] = dict.fromkeys(("listening", "gradients", "scoring", "refitting"), 0)
     with _timed(seconds, "listening"):
-        heard = _hear(module, chosen, dataloader, forward or _validate, method, positions, seed)
+        heard = _hear(model, chosen, dataloader, forward or _validate, method, positions, seed)
     if method.relevance == "gradient":
         with _timed(seconds, "gradients"):
-            felt = GradientListener(module, chosen, steps=steps, plan=plan)
+            felt = GradientListener(model, chosen, steps=relevance_steps, plan=plan)
             batches = dataloader if training is None else training
-            heard.gradients = _feel(module, batches, loss or _train, felt, steps)
+            heard.gradients = _feel(model, batches, loss or _train, felt, relevance_steps)
     with _timed(seconds, "scoring"):
-        selection = method.decide(module, axes, chosen, plan, heard)
+        selection = method.decide(model, axes, chosen, plan, heard)
     if selection is None:
         raise PruningError(f"The module meets {asked} already: nothing to cut. Ask for less.")
     heard.moments = {}  # as large as the model; what follows needs the room
     with _timed(seconds, "refitting"):
-        selection = pull_back(module, axes, plan, selection, method, heard)
+        selection = pull_back(model, axes, plan, selection, method, heard)
     rewrites = apply(
-        module,
+        model,
         axes,
         selection.plan,
         current=plan,
@@ -171,7 +181,7 @@ def prune(
     return Pruned(
         plan=keeper.plan,
         sparsity=sparsity_of(chosen, after),
-        parameters=(parameters, sum(p.numel() for p in module.parameters())),
+        parameters=(parameters, sum(p.numel() for p in model.parameters())),
         prunable_parameters=(count_parameters(chosen, before), count_parameters(chosen, after)),
         information=selection.information,
         seconds=seconds,

@@ -70,7 +70,7 @@ def test_imports_point_one_way():
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_files_are_short_and_say_what_is_public(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 300
+    assert len(text.splitlines()) <= 500
     assert "__all__ = [" in text
     assert ast.get_docstring(ast.parse(text))
 

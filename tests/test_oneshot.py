@@ -236,10 +236,10 @@ REFUSED = {
     "nan gradients": ({"loss": nan_loss}, "NaN or infinite gradients at"),
     "no steps": ({"loss": by_hand, "training": []}, "none were heard at"),
     "out of reach": (
-        {"budget": Budget(target_parameters=100)},
+        {"sparsity": Budget(target_parameters=100)},
         "target_parameters=100 is out of reach",
     ),
-    "all of it": ({"budget": 1.0}, "sparsity=1.0; expected a number above 0 and below 1"),
+    "all of it": ({"sparsity": 1.0}, "sparsity=1.0; expected a number above 0 and below 1"),
     "nothing": ({"include": "nowhere"}, "include='nowhere' matches no axis"),
     "pin": (
         {"method": Method(Budget(sparsity=0.5), relevance=None, limits=Limits(pins={"ffn": 41}))},
@@ -254,7 +254,7 @@ def test_what_cannot_work_is_refused_and_nothing_changes(case):
     options, message = REFUSED[case]
     net = build()
     before = snapshot(net)
-    arguments = {"dataloader": labelled(3), "budget": 0.5, **options}
+    arguments = {"dataloader": labelled(3), "sparsity": 0.5, **options}
     with pytest.raises(PruningError, match=message):
         prune(net, **arguments)
     assert same(net, before)

@@ -10,7 +10,7 @@ from lightning_mi_prune.alignment import Kernel
 from lightning_mi_prune.callbacks.companions import BestOf
 from lightning_mi_prune.callbacks.layers import LayerPruning
 from lightning_mi_prune.callbacks.options import (
-    asked_budget,
+    accuracy_budget,
     between,
     check_choices,
     check_counts,
@@ -127,5 +127,5 @@ class CKALayerPruning(LayerPruning):
             seed=seed,
             verbose=verbose,
             best_of=best_of,
-            budget=asked_budget(max_drop, monitor, mode, relative=True),
+            budget=accuracy_budget(max_drop, monitor, mode, relative=True),
         )

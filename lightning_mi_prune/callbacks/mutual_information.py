@@ -12,10 +12,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_mi_prune.axes import WidthAxis
-from lightning_mi_prune.budget import Budget
+from lightning_mi_prune.budget import Budget, asked_budget
 from lightning_mi_prune.callbacks.companions import BestOf
 from lightning_mi_prune.callbacks.options import (
-    asked_budget,
+    accuracy_budget,
     between,
     check_choices,
     check_counts,
@@ -178,11 +178,9 @@ class MutualInformationPruning(WidthPruning):
         check_regex("exclude", exclude)
         check_units(units)
         targets = (target_parameters, target_macs, target_latency_ms, keep_information)
-        if sparsity is None and targets == (None,) * 4:
-            sparsity = 0.5
         try:
             self.method = Method(
-                budget=Budget(sparsity, *targets),
+                budget=asked_budget(sparsity, *targets),
                 criterion=MutualInformation(selection=selection),
                 widths=widths,
                 relevance=relevance,
@@ -204,7 +202,7 @@ class MutualInformationPruning(WidthPruning):
             seed=seed,
             verbose=verbose,
             best_of=best_of,
-            budget=asked_budget(max_drop, monitor, mode, on_drop),
+            budget=accuracy_budget(max_drop, monitor, mode, on_drop),
         )
         self._units, self._include, self._exclude = units, include, exclude
         self._ramp: Ramp = ramp

@@ -12,7 +12,7 @@ from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.companions import BestOf
 
 __all__ = [
-    "asked_budget",
+    "accuracy_budget",
     "between",
     "check_choices",
     "check_counts",
@@ -133,7 +133,7 @@ def check_units(units: object) -> None:
         )
 
 
-def asked_budget(
+def accuracy_budget(
     max_drop: float | None,
     monitor: str | None,
     mode: Literal["max", "min"],
