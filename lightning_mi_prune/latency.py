@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.wording import counted, number
 
 __all__ = ["Device", "LatencyCurve", "LatencyTable"]
 
@@ -120,8 +121,10 @@ class LatencyTable:
                 raise PruningError(f"{name}={count!r}; expected a whole number.")
         for curve in self.curves:
             if curve.saved[-1] >= self.dense_ms:
-                given = f"{curve.axes[0]!r} saves {curve.saved[-1]:g} of {self.dense_ms:g} ms"
-                raise PruningError(f"{given}; expected less than all. Measure again.")
+                raise PruningError(
+                    f"{curve.axes[0]!r} saves {number(curve.saved[-1])} of "
+                    f"{number(self.dense_ms)} ms; expected less than all. Measure again."
+                )
 
     def curve(self, axis: WidthAxis) -> LatencyCurve:
         """The savings of an axis; a PruningError if the table is not of this model."""
@@ -129,8 +132,8 @@ class LatencyTable:
             if axis.name in curve.axes and curve.widths[0] == axis.size:
                 return curve
         raise PruningError(
-            f"The latency table does not know {axis.name!r} of {axis.size} units; it was measured "
-            "on another model or on other axes. Measure it again."
+            f"The latency table does not know {axis.name!r} of {counted(axis.size, 'unit')}; it "
+            "was measured on another model or on other axes. Measure it again."
         )
 
     def check_device(self, device: Device) -> None:

@@ -223,6 +223,8 @@ class Method:
         widths = {name: min(width, mine[name]) for name, width in widths.items()}
         if widths == mine:
             return None
+        if rankings is None:  # of all, so that what is lost can be set beside what there was
+            rankings = rank(widths=widths)
         return select(
             chosen,
             heard.moments,
