@@ -228,7 +228,7 @@ class MutualInformationPruning(WidthPruning):
         allowed, has = method.budget.target_parameters, sum(p.numel() for p in module.parameters())
         if allowed is not None and allowed >= has and self._kept().plan.is_full:
             raise PruningError(
-                f"target_parameters={number(allowed)}, but the module has {number(has)} as built: "
+                f"target_parameters={allowed}, but the module has {number(has)} as built: "
                 "nothing to cut. Ask for fewer."
             )
         method.check(module, self._kept().axes, axes, widths)
