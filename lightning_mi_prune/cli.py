@@ -59,7 +59,7 @@ def prune_module(
         module: The module; its ``training_step`` tells what matters, its ``validation_step`` runs.
         data: Validation batches to listen to, training batches for the backward passes.
         trainer: Evaluates and saves.
-        output: Checkpoint to write; :func:`load_pruned` opens it.
+        output: Checkpoint to write; load_pruned opens it.
         checkpoint: Weights to start from.
         sparsity: Share of the prunable parameters to remove. Default 0.5, unless one of the other
             four budgets is given.
@@ -75,7 +75,8 @@ def prune_module(
         floors: Least units of an axis by regular expression.
         caps: Most units of an axis by regular expression.
         pins: Exact units of an axis by regular expression.
-        relevance: Which part of a layer matters (:class:`Method`).
+        relevance: Which part of a layer matters: that which the loss depends on
+            ("gradient"), or that which the weights above read ("readers").
         refit: Whether output projections are solved again on what the cut model hears.
         evaluate: Loop of the trainer to run before and after.
 

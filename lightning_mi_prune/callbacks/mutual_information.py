@@ -213,8 +213,14 @@ class MutualInformationPruning(WidthPruning):
         self._cuts, self._first, self._last = cuts, first_epoch, last_epoch
 
     @override
-    def choose(self, axes: list[WidthAxis]) -> list[WidthAxis]:
-        return choose_axes(axes, units=self._units, include=self._include, exclude=self._exclude)
+    def choose(self, axes: list[WidthAxis], modules: list[str]) -> list[WidthAxis]:
+        return choose_axes(
+            axes,
+            units=self._units,
+            include=self._include,
+            exclude=self._exclude,
+            modules=modules,
+        )
 
     @override
     def check(
