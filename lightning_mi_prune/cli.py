@@ -28,6 +28,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from jsonargparse.typing import Path_fr
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -38,6 +39,7 @@ from rich.table import Table
 from lightning_mi_prune.callbacks import MutualInformationPruning
 from lightning_mi_prune.cli_config import (
     OPTIONS,
+    OWN,
     Block,
     Loop,
     Request,
@@ -52,6 +54,7 @@ from lightning_mi_prune.cli_config import (
     section_of,
 )
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.method import Method
 from lightning_mi_prune.oneshot import Pruned, prune
 from lightning_mi_prune.pretrained import load_pruned
 
@@ -68,6 +71,7 @@ _TRAINER = (
     "inference_mode",
     "enable_progress_bar",
 )
+_OBJECTS = ("callbacks", "logger", "plugins", "profiler", "strategy")
 _ONE_DEVICE: dict[str, Any] = {
     "devices": 1,
     "num_nodes": 1,
@@ -96,7 +100,7 @@ def prune_module(
             calibrate, training batches (validation batches where there are none) give gradients.
         trainer: Evaluates and saves, on one device.
         checkpoint: Weights to start from, pruned or not.
-        output: Checkpoint to write; load_pruned opens it.
+        output: Checkpoint to write. :func:`load_pruned` opens it.
         evaluate: Loop of the trainer to run before and after: ``"validate"``, ``"test"`` or
             ``"none"``.
         options: Any option of :class:`MutualInformationPruning` that is not about training.
@@ -105,11 +109,7 @@ def prune_module(
         PruningError: If the module, the data or the files do not allow it; no file is written.
         MisconfigurationException: If an option is outside its range, or a loop cannot run.
     """
-    strange = sorted(set(options) - set(OPTIONS))
-    if strange:
-        raise PruningError(f"{strange[0]} is no option of one-shot pruning; expected {OPTIONS}.")
-    # The callback's checks are the only ones: the same names, defaults and ranges everywhere.
-    method = MutualInformationPruning(**options).method
+    method = _method(options)
     source = model if data is None else data
     if not is_overridden("val_dataloader", source):
         remedy = "give a DataModule (--data mypackage.MyData)" if data is None else "write one"
@@ -145,7 +145,11 @@ def prune_module(
 
 
 class _Batches:
-    """Batches of one hook, moved and transformed as a loop of the trainer does it."""
+    """Batches of one hook, moved and transformed as a loop of the trainer does it.
+
+    Raises:
+        PruningError: If there are none.
+    """
 
     def __init__(
         self,
@@ -154,9 +158,14 @@ class _Batches:
         hook: str,
         mode: Literal["sequential", "max_size_cycle"],
     ) -> None:
-        self.model, self.data, self.mode = model, data, mode
-        self.loaders = CombinedLoader(getattr(model if data is None else data, hook)(), mode)
-        self.index = 0
+        self.model, self.data, self.mode, self.index = model, data, mode, 0
+        source = model if data is None else data
+        self.loaders = CombinedLoader(getattr(source, hook)(), mode)
+        if not any(sized_len(loader) != 0 for loader in self.loaders.flattened):
+            raise PruningError(
+                f"{hook} of {type(source).__name__} gives no batches; expected a few thousand "
+                "samples. Check its rows, its batch size and drop_last."
+            )
 
     def __len__(self) -> int:
         lengths = [len(loader) for loader in self.loaders.flattened]
@@ -193,7 +202,9 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.path.insert(0, here)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*add_instantiator|.*LightningArgumentParser")
+        warnings.filterwarnings("ignore", message="No seed found")  # seed_everything: true
+        # Of calls that LightningCLI itself makes.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning|jsonarg")
         try:
             _run(sys.argv[1:] if args is None else args)
         except (PruningError, MisconfigurationException) as error:
@@ -208,6 +219,7 @@ def _run(words: Sequence[str]) -> None:
         return
     sections = [section_of(body)[0] for body in request.files.values()]
     options = options_of(sections, request.options)
+    _method({name: value for name, value in options.items() if name not in OWN})
     _check_files(Path(options["output"]), options["checkpoint"])
     blocks = [block_of(key, sections, request.classes.get(key)) for key in ("model", "data")]
     own = request.classes.get("cli")
@@ -269,7 +281,7 @@ class _Reader(LightningCLI):
                 None if data.named else classes.get("data"),
                 save_config_callback=None,
                 seed_everything_default=0,
-                parser_kwargs={"exit_on_error": False},
+                parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
                 parser_class=_Parser,
                 auto_configure_optimizers=False,
                 args=words,
@@ -346,7 +358,7 @@ class _Reader(LightningCLI):
                 continue
             if key not in defaults:
                 refuse_misspelt([key], _TRAINER, "trainer.")
-            elif "cli" in self.request.classes and type(value) in (bool, int, float):
+            elif "cli" in self.request.classes and key not in _OBJECTS and _is_number(value):
                 kept[key] = value  # what may be linked to the model or the data
             if value is not None and value != defaults.get(key):
                 self.ignored.append(f"trainer.{key}")
@@ -377,9 +389,13 @@ def _numbers(checkpoint: str | None) -> dict[str, int | float]:
     try:
         found = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
         stored = found["hyper_parameters"]
-        return {n: v for n, v in stored.items() if type(v) in (bool, int, float)}
+        return {name: value for name, value in stored.items() if _is_number(value)}
     except Exception:  # without hyperparameters; what is wrong with a file is said on loading
         return {}
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (bool, int, float)
 
 
 def _trainer_defaults() -> dict[str, Any]:
@@ -387,15 +403,20 @@ def _trainer_defaults() -> dict[str, Any]:
     return {name: parameter.default for name, parameter in parameters.items()}
 
 
+def _method(options: Mapping[str, Any]) -> Method:
+    """The method that options ask for; the callback's checks are the only ones there are."""
+    strange = sorted(set(options) - set(OPTIONS))
+    if strange:
+        raise PruningError(f"{strange[0]} is no option of one-shot pruning; expected {OPTIONS}.")
+    return MutualInformationPruning(**options).method
+
+
 def _check_files(output: Path, checkpoint: str | Path | None) -> None:
     """Refuse files that cannot be read or written, before anything runs."""
-    if checkpoint is not None:
-        if not Path(checkpoint).is_file():
-            raise PruningError(f"checkpoint={str(checkpoint)!r}; expected a file that is there.")
-        if output.exists() and output.samefile(checkpoint):
-            raise PruningError(
-                f"output={str(output)!r} is the checkpoint itself; expected another."
-            )
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise PruningError(f"checkpoint={str(checkpoint)!r}; expected a file that is there.")
+    if checkpoint is not None and output.exists() and output.samefile(checkpoint):
+        raise PruningError(f"output={str(output)!r} is the checkpoint; expected another file.")
     if output.is_dir():
         raise PruningError(f"output={str(output)!r} is a folder; expected the path of a file.")
     try:

@@ -24,6 +24,7 @@ from lightning_mi_prune.errors import PruningError
 
 __all__ = [
     "OPTIONS",
+    "OWN",
     "Block",
     "Loop",
     "Request",
@@ -43,7 +44,7 @@ Loop = Literal["validate", "test", "none"]
 
 # What of MutualInformationPruning means something in one shot, as the help shows it.
 _METHOD = {
-    "how small (one of these)": (
+    "how small (one of these; else sparsity 0.5)": (
         "sparsity",
         "target_parameters",
         "target_macs",
@@ -75,12 +76,12 @@ _METHOD = {
         "seed",
     ),
 }
-_OWN: dict[str, tuple[Any, Any]] = {  # options of this command alone: type and default
+OWN: dict[str, tuple[Any, Any]] = {  # options of this command alone: type and default
     "checkpoint": (str | None, None),
     "output": (str, "pruned.ckpt"),
     "evaluate": (Loop, "validate"),
 }
-OPTIONS = (*_OWN, *(name for names in _METHOD.values() for name in names))
+OPTIONS = (*OWN, *(name for names in _METHOD.values() for name in names))
 
 _STAGES = ("fit", "validate", "test", "predict")
 _PARTS = ("model", "data", "trainer")
@@ -290,7 +291,7 @@ def options_of(
 ) -> dict[str, Any]:
     """Values of the command's own options, of the right types."""
     parser = ArgumentParser(exit_on_error=False)
-    for name, (kind, default) in _OWN.items():
+    for name, (kind, default) in OWN.items():
         parser.add_argument(f"--{name}", type=kind, default=default)
     signature = inspect.signature(MutualInformationPruning)
     parser.add_class_arguments(
@@ -408,10 +409,10 @@ def help_text(command: Callable[..., Any], trainer: Sequence[str]) -> str:
         usage="%(prog)s --config FILE [--model CLASS] [--data CLASS] [options]",
         description="Prune a LightningModule on its data in one shot, and save it as a checkpoint.",
         epilog=(
-            f"trainer (as in Lightning): {', '.join(f'--trainer.{name}' for name in trainer)}. "
-            "Arguments of the classes: --model.NAME VALUE, --data.NAME VALUE. Options may stand in "
-            "the file, too; those given here win. LIST and MAP are YAML: --units '[ffn, heads]', "
-            "--floors '{ffn$: 0.25}'. An error ends with exit code 2."
+            "Arguments of the classes: --model.NAME VALUE, --data.NAME VALUE. Trainer, as in "
+            f"Lightning: --trainer.NAME VALUE with {', '.join(trainer)}. Defaults are in "
+            "[brackets]. Options may stand in the file, too; those given here win. Values are "
+            "YAML: --units '[ffn, heads]', --floors '{ffn$: 0.25}'. An error ends with exit code 2."
         ),
         formatter_class=partial(argparse.HelpFormatter, max_help_position=27, width=width),
         add_help=False,
@@ -434,28 +435,25 @@ def _entries(command: Callable[..., Any]) -> dict[str, tuple[str, str]]:
         "data": ("CLASS", "mypackage.MyData; none if the model has dataloaders."),
         "cli": ("CLASS", "Your LightningCLI, for its links and extra arguments."),
     }
-    hints = {name: kind for name, (kind, _) in _OWN.items()}
+    hints = {name: kind for name, (kind, _) in OWN.items()}
     hints |= get_type_hints(MutualInformationPruning.__init__)
-    defaults = {name: default for name, (_, default) in _OWN.items()}
+    defaults = {name: default for name, (_, default) in OWN.items()}
     parameters = inspect.signature(MutualInformationPruning).parameters
     defaults |= {name: parameter.default for name, parameter in parameters.items()}
     for documented in (command, MutualInformationPruning):
         for entry in parse_docstring(inspect.getdoc(documented) or "").params:
             name, default = entry.arg_name, defaults.get(entry.arg_name)
             if name in OPTIONS:
-                text = _first_sentence(entry.description or "")
+                text = _first_sentence(entry.description or "").replace("None", "null")
                 if default is not None:
-                    text += f" Default {str(default).lower()}."
+                    text += f" [{str(default).lower()}]"
                 found[name] = (_value_name(hints[name]), text)
     return found
 
 
 def _value_name(hint: Any) -> str:
     """What stands for the value of an option in the help."""
-    parts = [part for part in get_args(hint) if part is not type(None)]
-    if get_origin(hint) is Literal:
-        return "|".join(map(str, get_args(hint)))
     if type(None) in get_args(hint):
-        return _value_name(parts[0]) + ("|null" if get_origin(parts[0]) is Literal else "")
-    names = {bool: "true|false", int: "N", float: "X", str: "TEXT", list: "LIST", dict: "MAP"}
-    return names[get_origin(hint) or hint]
+        return _value_name(get_args(hint)[0])
+    names = {bool: "BOOL", int: "N", float: "X", str: "TEXT", list: "LIST", dict: "MAP"}
+    return "WORD" if get_origin(hint) is Literal else names[get_origin(hint) or hint]
