@@ -56,6 +56,7 @@ The method, one step a file::
     still        HOLD     a module as it is while something runs it
     oneshot      PRUNE    a trained module in one call
     callbacks    WHEN     all of it, inside Trainer.fit
+    cli_config   READ     files of a LightningCLI, and the command line
     cli          COMMAND  the same from a shell
 """
 

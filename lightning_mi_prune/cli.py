@@ -203,8 +203,9 @@ def main(args: Sequence[str] | None = None) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message="No seed found")  # seed_everything: true
-        # Of calls that LightningCLI itself makes.
+        # Of calls that Lightning itself makes.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning|jsonarg")
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         try:
             _run(sys.argv[1:] if args is None else args)
         except (PruningError, MisconfigurationException) as error:
@@ -360,7 +361,7 @@ class _Reader(LightningCLI):
                 refuse_misspelt([key], _TRAINER, "trainer.")
             elif "cli" in self.request.classes and key not in _OBJECTS and _is_number(value):
                 kept[key] = value  # what may be linked to the model or the data
-            if value is not None and value != defaults.get(key):
+            if value is not None and value not in (defaults.get(key), _ONE_DEVICE.get(key)):
                 self.ignored.append(f"trainer.{key}")
         return kept
 
@@ -369,7 +370,8 @@ def _checked(path: str, option: str, base: type) -> Any:
     found = imported(path, option)
     if not callable(found) or (isinstance(found, type) and not issubclass(found, base)):
         raise PruningError(
-            f"{path!r} is no {base.__name__}; expected {option} with the path of one."
+            f"{path!r} is no {base.__name__} of lightning.pytorch; expected {option} "
+            "mypackage.MyClass, the path of one."
         )
     return found
 

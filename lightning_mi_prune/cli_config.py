@@ -173,10 +173,10 @@ def read_words(words: Sequence[str], options: Collection[str]) -> Request:
             if value.startswith("--"):
                 raise PruningError(f"--{name} has no value; expected --{name} VALUE. See --help.")
         base = name.partition(".")[0]
-        if name == "config":
-            request.files[value] = read_file(value)
-        elif name in _PARTS and value.endswith(_FILES):
-            request.files[value] = {name: read_file(value)}
+        if name == "config" or (name in _PARTS and value.endswith(_FILES)):
+            body = read_file(value)
+            request.files.pop(value, None)  # the later place counts
+            request.files[value] = body if name == "config" else {name: body}
         elif name in _CLASSES:
             request.classes[name] = value
         elif base.removesuffix("+") in options:
@@ -373,6 +373,8 @@ links it with --cli mypackage.MyCLI.'
     text = "; ".join(line.rstrip(".") for line in lines).replace(":;", ":")
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
     text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
+    text = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", text)
+    text = re.sub(r"\ba int\b", "an int", text)
     text = re.sub(r"(: |; |\. )(Expected|Given|Problem|Got|Not)\b", _lower, text)
     known = (takes or {}).get(part)
     if known and re.search("accept|unrecognized", text):

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from jsonargparse.typing import Path_fr
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.utils.data import DataLoader
@@ -61,6 +62,14 @@ class Rows(pl.LightningDataModule):
 
     def val_dataloader(self):
         return DataLoader(Sentences(self.rows, seed=1), batch_size=32)
+
+
+class Located(Rows):
+    """Data in a file, given relative to the YAML."""
+
+    def __init__(self, file: Path_fr) -> None:
+        super().__init__()
+        self.file = file
 
 
 class Own(Net):
@@ -245,6 +254,10 @@ FORMS = {
         CLASSES,
     ),
     "only a later stage": ({"seed_everything": 3, "test": NAMED}, []),
+    "empty sections": (
+        {"model": {}, "data": {}, "trainer": {}, "optimizer": {}},
+        [*CLASSES, "--model.num_classes", "3", "--trainer.accelerator", "cpu"],
+    ),
     "no section of its own": ({"trainer": TRAINER}, [*CLASSES, "--model.num_classes", "3"]),
     "arguments in init_args": (
         {"trainer": TRAINER, "model": {"init_args": {"num_classes": 3}}},
@@ -296,6 +309,22 @@ def test_files_are_laid_over_each_other_and_words_over_files(monkeypatch):
     assert found.pop()[1].rows == 24
 
 
+@pytest.mark.parametrize("form", ["bare", "named"])
+def test_paths_in_a_file_are_relative_to_it(form, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "lightning_mi_prune.cli.prune_module", lambda model, data, *_, **__: found.append(data)
+    )
+    Path("sub").mkdir()
+    data = {"file": "rows.csv"}
+    if form == "named":
+        data = {"class_path": named("Located"), "init_args": data}
+    Path("sub/rows.csv").touch()
+    words = CLASSES[:2] if form == "named" else [*CLASSES[:3], named("Located")]
+    main([*write({**BARE, "data": data}, "sub/run.yaml"), *words])
+    assert Path(found.pop().file.absolute) == Path("sub/rows.csv").resolve()
+
+
 def test_the_users_own_command_line_links_what_it_links(monkeypatch):
     given = {"max_epochs": 9, "callbacks": 3}
     found = []
@@ -339,15 +368,21 @@ WRONG = {
     "a word": ([*CLASSES, "--sparsity", "abc"], r"sparsity: expected .*float.*abc"),
     "out of range": ([*CLASSES, "--sparsity", "60"], r"sparsity=60.*above 0 and below 1"),
     "two budgets": ([*CLASSES, "--sparsity=.5", "--target_macs=9"], r"exactly one of"),
-    "a choice": ([*CLASSES, "--relevance", "abc"], r"relevance: .*'gradient', 'readers'.*abc"),
-    "a loop": ([*CLASSES, "--evaluate", "abc"], r"evaluate: .*'validate', 'test', 'none'.*abc"),
+    "a choice": (
+        [*CLASSES, "--relevance", "abc"],
+        r"relevance: expected one of 'gradient', 'readers'; given value: abc",
+    ),
+    "a loop": ([*CLASSES, "--evaluate", "abc"], r"expected one of 'validate', 'test', 'none'"),
     "not a list": ([*CLASSES, "--units", "heads"], r"units: expected a list.*heads"),
     "floor": ([*CLASSES, "--floor", "2"], r"floor=2.* below 1"),
     "out of reach": ([*CLASSES, "--target_parameters", "5"], r"out of reach"),
     "nothing": ([*CLASSES, "--include", "nowhere"], r"include='nowhere' matches no"),
     "no class": ([*CLASSES[:2], "--data", "tests.nix.Rows"], r"no module 'tests.nix'.*--data my"),
     "no name in it": ([*CLASSES[2:], "--model", named("Nit")], r"no 'Nit' in '.*test_command'"),
-    "another class": ([*CLASSES[2:], "--model", named("Rows")], r"is no LightningModule"),
+    "another class": (
+        [*CLASSES[2:], "--model", named("Rows")],
+        r"is no LightningModule of l",
+    ),
     "a bare name": ([*CLASSES[2:], "--model", "Net"], r"'Net': its module is missing"),
     "no model class": (CLASSES[2:], r"The model: of the file names no class.*--model mypackage"),
     "no data class": (CLASSES[:2], r"The data: of the file names no class.*--data mypackage"),
@@ -406,7 +441,7 @@ BODIES = {
     ),
     "argument's type": (
         {**NAMED, "model": {"class_path": named("Net"), "init_args": {"num_classes": "a"}}},
-        r"num_classes: expected a int",
+        r"num_classes: expected an int",
     ),
     "no rows": ({**BARE, "data": {"class_path": named("Rows"), "init_args": {"rows": 0}}}, "batch"),
 }
