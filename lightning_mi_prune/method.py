@@ -28,6 +28,7 @@ from lightning_mi_prune.refit import Sum, refit_all
 from lightning_mi_prune.relevance import relevance_of
 from lightning_mi_prune.sample import Example, Heard, copied, placed, taken
 from lightning_mi_prune.selection import Selection, select
+from lightning_mi_prune.standins import parameters_of
 from lightning_mi_prune.surgery import apply
 from lightning_mi_prune.turning import check_turns
 
@@ -183,7 +184,7 @@ class Method:
         Raises:
             PruningError: If the budget is out of reach, or too little was heard.
         """
-        weights = dict(module.named_parameters(remove_duplicate=False))
+        weights = parameters_of(module)
         now = {name: len(units) for name, units in current.kept.items()}
         costs = self.costs(module, axes, chosen, now, heard.examples)
         mine = {axis.name: now[axis.name] for axis in chosen}

@@ -41,12 +41,14 @@ def rebind(
     rate schedules and gradient scalers that hold them go on. State tensors of the parameter's old
     shape (Adam's moments, SGD's momentum) and their row and column means (Adafactor) are
     index-selected; scalars (the step) are kept. Where heads were turned, so is their state
-    (:func:`states.followed`).
+    (:func:`states.followed`). Parameters that left with their layers, and those that are left
+    without entries, leave their groups, which may be empty afterwards: many optimizers, and the
+    largest norm of gradients, cannot do with a tensor of no entries.
 
     Args:
         optimizers: All optimizers of the run.
         rewrites: What :func:`surgery.apply` returned.
-        lost: Parameters that left with their layers; a group may be empty afterwards.
+        lost: Parameters that left with their layers.
         names: Qualified name of each parameter that is left by its ``id``: where layers went,
             ``param_names`` of groups follow it.
 
@@ -69,6 +71,7 @@ def rebind(
     all_optimizers = list(optimizers)
     check_optimizers(all_optimizers, (rewrite.old for rewrite in rewrites))
     gone = {id(parameter) for parameter in lost}
+    gone |= {id(rewrite.new) for rewrite in rewrites if not rewrite.new.numel()}
     by_old = {id(rewrite.old): rewrite for rewrite in rewrites}
     moves = []  # everything that can fail comes before the first change
     for optimizer in all_optimizers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
@@ -205,6 +205,15 @@ class Plan:
             {**self.sizes, **other.sizes},
             {**self.kept, **other.kept},
             {**rankings, **other.rankings},
+        )
+
+    def only(self, names: Iterable[str]) -> Plan:
+        """The part of the plan that is about some axes, or about those of them that it names."""
+        mine = [name for name in names if name in self.sizes]
+        return Plan(
+            {name: self.sizes[name] for name in mine},
+            {name: self.kept[name] for name in mine},
+            {name: self.rankings[name] for name in mine if name in self.rankings},
         )
 
     def bare(self) -> Plan:

@@ -804,7 +804,7 @@ def renumbered(weights, stay):
     found = {}
     for name, digest in weights:
         parts = name.split(".")
-        if name.startswith("lightning_mi_prune"):  # the plan
+        if "lightning_mi_prune" in name:  # the plan
             continue
         if name.startswith(f"{STACK}."):
             if int(parts[4]) not in stay:

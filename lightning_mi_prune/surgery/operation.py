@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lightning_mi_prune.anatomy import Anatomy
+from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.incisions import owners
 from lightning_mi_prune.plan import Plan
@@ -107,19 +108,34 @@ def recover(
 
 
 def remodel(
-    model: nn.Module, anatomy: Anatomy, plan: Plan, *, current: Plan, spare: Spare
-) -> Spare:
+    model: nn.Module,
+    anatomy: Anatomy,
+    plan: Plan,
+    *,
+    current: Plan,
+    spare: Spare,
+    only: Sequence[WidthAxis] | None = None,
+) -> Operation:
     """Give a model the layers and shapes of any plan, for weights that follow.
 
-    Returns:
-        The layers that left.
+    Args:
+        model: Module from which everything is named.
+        anatomy: What it can lose, as built.
+        plan: The plan.
+        current: Plan the model carries now.
+        spare: Layers that are gone, hollow or not.
+        only: The axes that change, at their places in the plan; default: all.
 
     Raises:
-        PruningError: If the plan and the model do not belong together.
+        PruningError: If the plan and the model do not belong together; the model is as it was.
     """
     removed = arrange(model, anatomy.stacks, plan, current=current, spare=spare)
-    reshape(model, anatomy.standing(plan), plan)
-    return removed
+    try:
+        rewrites = reshape(model, anatomy.standing(plan), plan, only)
+    except BaseException:
+        _put_back(model, anatomy, removed, plan, current)
+        raise
+    return Operation(current, plan, tuple(rewrites), removed)
 
 
 def cancel(model: nn.Module, anatomy: Anatomy, operation: Operation) -> Spare:
