@@ -12,6 +12,7 @@ from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.incisions import owners
 from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.standins import modules_of
 from lightning_mi_prune.surgery.layers import Spare, arrange
 from lightning_mi_prune.surgery.units import Rewrite, apply, reshape, revert, undo
 from lightning_mi_prune.turns import TurnMaps
@@ -165,7 +166,7 @@ def _check_shared(model: nn.Module, anatomy: Anatomy, current: Plan, after: Plan
         for number in leaving if stack.name in after.sizes else ():
             homes = owners(model) if homes is None else homes
             layer = model.get_submodule(f"{stack.name}.{number}")
-            inside = set(map(id, layer.modules()))
+            inside = {id(module) for _, module in modules_of(layer)}
             top = f"{stack.name}.{number}"
             for path, module in model.named_modules(remove_duplicate=False):
                 if id(module) in inside and path != top and not path.startswith(f"{top}."):
