@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import lightning.pytorch as pl
@@ -26,6 +26,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.xla import XLAStrategy
 
+from lightning_mi_prune.dry_run import compiled_for
 from lightning_mi_prune.errors import PruningError
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "decide_once",
     "gather",
     "pool",
+    "refuse_compiled",
     "refuse_unsupported",
     "rewrap",
     "together",
@@ -214,14 +216,11 @@ def _forget_shapes(state: Any) -> None:
             state.iter = 0
 
 
-def refuse_unsupported(
-    trainer: pl.Trainer, module: pl.LightningModule, *, layers: bool = False
-) -> None:
-    """Refuse strategies, callbacks and compiled modules that would break at the first cut.
+def refuse_unsupported(trainer: pl.Trainer, *, layers: bool = False) -> None:
+    """Refuse strategies and callbacks that would break at the first cut.
 
     Args:
         trainer: The trainer.
-        module: The module.
         layers: Whether whole layers may go.
 
     Raises:
@@ -237,12 +236,24 @@ def refuse_unsupported(
                     f"{type(callback).__name__} cannot run beside {what}, because {reason}; "
                     "remove one of the two."
                 )
-    for name, part in module.named_modules():
-        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
-            raise MisconfigurationException(
-                f"{name or type(part).__name__!r} is compiled for the uncut shape; prune first, "
-                "then call torch.compile on the result."
-            )
+
+
+def refuse_compiled(module: pl.LightningModule, cut: Iterable[str]) -> None:
+    """Refuse compiled modules that hold what is cut; any other may be compiled.
+
+    Args:
+        module: The module.
+        cut: Paths of the modules that a cut changes.
+
+    Raises:
+        MisconfigurationException: Naming the module.
+    """
+    name = compiled_for(module, cut)
+    if name is not None:
+        raise MisconfigurationException(
+            f"{name!r} is compiled for the uncut shape; prune first, then call torch.compile on "
+            "the result."
+        )
 
 
 def _refuse_strategy(strategy: Strategy) -> None:

@@ -40,7 +40,7 @@ from lightning_mi_prune.sparing import Compared, StackCut, Thinning, nearest
 from lightning_mi_prune.stack import blocks_of
 from lightning_mi_prune.stacks import StackListeners
 from lightning_mi_prune.states import check_optimizers
-from lightning_mi_prune.strategies import add_up, gather, pool, world_size
+from lightning_mi_prune.strategies import add_up, gather, pool, refuse_compiled, world_size
 from lightning_mi_prune.takeover import take_over
 
 __all__ = ["LayerPruning"]
@@ -110,6 +110,9 @@ class LayerPruning(PruningCallback):
             mine = [stack for stack in stacks if stack.name in self._paths]
         self._stacks = without_frozen(module, mine)
         check_reached(module, self._names)
+        refuse_compiled(module, self._names)
+        layers = [module.get_submodule(name) for name in self._names]
+        self.warn_of_holders(trainer, module, [p for part in layers for p in part.parameters()])
         for stack in self._stacks:
             if keeper.plan.width(stack.name) > 1 or stack.size < 2:
                 blocks_of(module, stack.name)
@@ -150,6 +153,16 @@ class LayerPruning(PruningCallback):
         # Layers take over what a well-trained model says; attempts need time to be taken back.
         late = self._budget is None
         return self._fit(length, 1.0, every, begin, ramp="linear", cuts=cuts, late=late)
+
+    @override
+    def trial_plan(self) -> Plan | None:
+        keeper = self._kept()
+        shorter = {
+            stack.name: keeper.plan.kept[stack.name][:-1]
+            for stack in self._stacks
+            if keeper.plan.width(stack.name) > max(1, stack.fixed)
+        }
+        return keeper.anatomy.without(keeper.plan, shorter) if shorter else None
 
     @override
     def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> StackListeners:
