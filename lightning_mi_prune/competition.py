@@ -24,7 +24,6 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.limits import (
     Bounds,
     Limits,
-    may_vanish,
     never_empty,
     step_of,
     widths_between,
@@ -114,9 +113,7 @@ def allot(
                 "than may go. Raise them, or keep less information."
             )
     if widths == "global":
-        found = compete(axes, known, costs, target, bounds=bounds, multiple=multiple, need=need)
-        _check_left(axes, budget, bounds, now, found)
-        return found
+        return compete(axes, known, costs, target, bounds=bounds, multiple=multiple, need=need)
     if need is not None:
         return uniform_informed(axes, known, need, bounds, multiple)
     found = uniform(axes, costs, target, bounds=bounds, multiple=multiple)
@@ -126,27 +123,6 @@ def allot(
         end = uniform(axes, costs, last, bounds=bounds, multiple=multiple)
         found = {name: max(width, end[name]) for name, width in found.items()}
     return found
-
-
-def _check_left(
-    axes: Sequence[WidthAxis],
-    budget: Budget,
-    bounds: Bounds,
-    now: Mapping[str, int],
-    found: Mapping[str, int],
-) -> None:
-    """Refuse a budget that leaves nothing: a slip of the pen is likelier than such a wish.
-
-    Raises:
-        PruningError: If every group that may vanish would, without being told to by a pin or cap.
-    """
-    may = [a for a in axes if may_vanish(a) and now[a.name] and bounds[a.name][1]]
-    if may and not any(found[axis.name] for axis in may):
-        raise PruningError(
-            f"{budget} leaves nothing: all units of all {len(may)} groups of "
-            f"{sorted({axis.kind for axis in may})} would vanish. Ask for a larger model, or set "
-            "floor (0.05 keeps a twentieth of each) or pins of 0 if that is what you want."
-        )
 
 
 def compete(

@@ -8,6 +8,7 @@ module once, on one batch, on a copy that was cut.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,14 @@ def check_consumers(
         "of their group; leave the group out (exclude, or other units), or let that part follow "
         "the width of the network."
     )
+
+
+def call_step(step: Callable[..., Any], batch: Any, loader: int = 0) -> Any:
+    """Call a step as Lightning does: with the index of the batch, and of the loader, if it asks."""
+    parameters = list(inspect.signature(step).parameters.values())
+    many = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return step(*(batch, 0, loader)[: 3 if many else min(3, len(named))])
 
 
 def half_plan(axes: Sequence[WidthAxis], current: Plan) -> Plan:
@@ -256,6 +265,8 @@ def _failure_of(whole: nn.Module, name: str, step: Step) -> Failure | None:
     with _running(whole) as stack:
         try:
             step(whole)
+        except PruningError:  # not of the cut, but of what the step was given
+            raise
         except Exception as error:  # the error of anybody's code
             path = stack[-1] if stack else ""
             kind = type(whole.get_submodule(path)).__name__ if path else ""

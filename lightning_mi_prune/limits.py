@@ -17,6 +17,7 @@ __all__ = [
     "Limits",
     "at_share",
     "by_choices",
+    "check_left",
     "may_vanish",
     "never_empty",
     "shares_of",
@@ -236,6 +237,29 @@ def by_choices(axes: Sequence[WidthAxis], multiple: int) -> tuple[list[WidthAxis
     choices = {axis.name: -(-axis.size // step_of(axis, multiple)) for axis in axes}
     fine = [axis for axis in axes if choices[axis.name] == max(choices.values())]
     return fine, [axis for axis in axes if axis not in fine]
+
+
+def check_left(
+    axes: Sequence[WidthAxis], bounds: Bounds, widths: Mapping[str, int], budget: object
+) -> None:
+    """Refuse a budget that leaves nothing: a slip of the pen is likelier than such a wish.
+
+    Args:
+        axes: What may shrink.
+        bounds: Fewest and most units of every axis.
+        widths: Units that the budget leaves.
+        budget: The budget, for the error.
+
+    Raises:
+        PruningError: If every group that may vanish would, without being told to by a pin or cap.
+    """
+    may = [axis for axis in axes if may_vanish(axis) and bounds[axis.name][1]]
+    if may and not any(widths[axis.name] for axis in may):
+        raise PruningError(
+            f"{budget} leaves nothing: all units of all {len(may)} groups of "
+            f"{sorted({axis.kind for axis in may})} would vanish. Ask for a larger model, or set "
+            "floor (0.05 keeps a twentieth of each), or pins of 0 if that is what you want."
+        )
 
 
 def may_vanish(axis: WidthAxis) -> bool:

@@ -19,7 +19,7 @@ from lightning_mi_prune.costs import Costs, ParameterCosts, measure_macs
 from lightning_mi_prune.criteria import Criterion, MutualInformation
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.latency import LatencyTable
-from lightning_mi_prune.limits import Limits
+from lightning_mi_prune.limits import Limits, check_left
 from lightning_mi_prune.milliseconds import LatencyCosts
 from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.ranking import RelevanceSource, rank_axes
@@ -224,6 +224,8 @@ class Method:
         widths = {name: min(width, mine[name]) for name, width in widths.items()}
         if widths == mine:
             return None
+        bounds = self.limits.resolve(chosen, mine, multiple=self.multiple)
+        check_left(chosen, bounds, widths, self.budget)
         return select(
             chosen,
             heard.moments,

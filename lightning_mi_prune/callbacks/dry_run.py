@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from typing_extensions import Self
 
 from lightning_mi_prune.anatomy import Anatomy
-from lightning_mi_prune.dry_run import check_consumers
+from lightning_mi_prune.dry_run import call_step, check_consumers
 from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.plan import Plan
 
@@ -102,14 +101,6 @@ class DryRun:
                 call_step(getattr(whole, name), given, loader)
 
         return run
-
-
-def call_step(step: Callable[..., Any], batch: Any, loader: int = 0) -> Any:
-    """Call a step as Lightning does: with the index of the batch, and of the loader, if it asks."""
-    parameters = list(inspect.signature(step).parameters.values())
-    many = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    return step(*(batch, 0, loader)[: 3 if many else min(3, len(named))])
 
 
 class _Inert:

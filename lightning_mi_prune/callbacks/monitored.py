@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from types import FunctionType
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 __all__ = ["check_monitor", "logged_in_code", "logged_in_validation"]
 
 _OURS = ("lightning", "lightning_mi_prune", "pytorch_lightning", "torch")
+_OTHER_LOOPS = re.compile("(on_)?(train|test|predict)|optimizer_|configure_")
 _HARMLESS = {"isinstance", "super", "type"}  # what may be given the module without logging with it
 
 
@@ -35,7 +37,7 @@ def check_monitor(trainer: pl.Trainer, module: pl.LightningModule, monitor: str)
 
 
 def logged_in_code(objects: Iterable[object]) -> set[str] | None:
-    """Names that the classes of some objects log under; None if their code does not tell all.
+    """Names that validation logs under, by the code of some classes; None if it does not tell all.
 
     Names that are put together as the code runs, and a module that is handed on to others, who may
     log with it, leave it open.
@@ -45,27 +47,45 @@ def logged_in_code(objects: Iterable[object]) -> set[str] | None:
     """
     names: set[str] = set()
     for given in objects:
-        for function, is_module in _functions(given):
-            try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-            except (OSError, TypeError, SyntaxError):
-                return None
-            found = _names_in(tree, "self" if is_module else None)
-            if found is None:
-                return None
-            names |= found
+        owner = "self" if isinstance(given, pl.LightningModule) else None
+        try:
+            trees = {
+                name: [ast.parse(textwrap.dedent(inspect.getsource(f))) for f in functions]
+                for name, functions in _functions(given).items()
+            }
+        except (OSError, TypeError, SyntaxError):
+            return None
+        for name in _reached(trees):
+            for tree in trees[name]:
+                found = _names_in(tree, owner)
+                if found is None:
+                    return None
+                names |= found
     return names
 
 
-def _functions(given: object) -> Iterator[tuple[FunctionType, bool]]:
-    """Functions in the classes of an object that are no library's."""
+def _functions(given: object) -> dict[str, list[FunctionType]]:
+    """Functions in the classes of an object that are no library's, by name."""
+    found: dict[str, list[FunctionType]] = {}
     for kind in type(given).__mro__:
         if kind.__module__.partition(".")[0] in (*_OURS, "builtins"):
             continue
-        for value in vars(kind).values():
+        for name, value in vars(kind).items():
             inner = getattr(value, "__func__", getattr(value, "fget", value))
             if isinstance(inner, FunctionType):
-                yield inner, isinstance(given, pl.LightningModule)
+                found.setdefault(name, []).append(inner)
+    return found
+
+
+def _reached(trees: Mapping[str, Sequence[ast.AST]]) -> set[str]:
+    """What validation may call: all but the steps of other loops, unless it names them."""
+    reached = {name for name in trees if not _OTHER_LOOPS.match(name)}
+    while True:
+        nodes = [n for name in reached for tree in trees[name] for n in ast.walk(tree)]
+        called = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        if not (called & set(trees)) - reached:
+            return reached
+        reached |= called & set(trees)
 
 
 def _names_in(tree: ast.AST, owner: str | None) -> set[str] | None:
