@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -240,20 +240,20 @@ def by_choices(axes: Sequence[WidthAxis], multiple: int) -> tuple[list[WidthAxis
 
 
 def check_left(
-    axes: Sequence[WidthAxis], bounds: Bounds, widths: Mapping[str, int], budget: object
+    axes: Sequence[WidthAxis], widths: Mapping[str, int], told: Collection[str], budget: object
 ) -> None:
     """Refuse a budget that leaves nothing: a slip of the pen is likelier than such a wish.
 
     Args:
-        axes: What may shrink.
-        bounds: Fewest and most units of every axis.
+        axes: All axes of the model.
         widths: Units that the budget leaves.
+        told: Axes that a pin or cap empties.
         budget: The budget, for the error.
 
     Raises:
-        PruningError: If every group that may vanish would, without being told to by a pin or cap.
+        PruningError: If all that may vanish would, without being told to.
     """
-    may = [axis for axis in axes if may_vanish(axis) and bounds[axis.name][1]]
+    may = [axis for axis in axes if may_vanish(axis) and axis.name not in told]
     if may and not any(widths[axis.name] for axis in may):
         raise PruningError(
             f"{budget} leaves nothing: all units of all {len(may)} groups of "

@@ -225,7 +225,8 @@ class Method:
         if widths == mine:
             return None
         bounds = self.limits.resolve(chosen, mine, multiple=self.multiple)
-        check_left(chosen, bounds, widths, self.budget)
+        told = {name for name, (_, most) in bounds.items() if not most}
+        check_left(axes, {**now, **widths}, told, self.budget)
         return select(
             chosen,
             heard.moments,
