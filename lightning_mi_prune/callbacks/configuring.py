@@ -18,6 +18,7 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.surgery import arrange
+from lightning_mi_prune.untrusted import described
 
 __all__ = ["Footing"]
 
@@ -62,7 +63,7 @@ class Footing:
         text = noted.get(_ENTRY) if isinstance(noted, Mapping) else None
         if not isinstance(text, str):
             raise PruningError(
-                f"The checkpoint holds {noted!r:.60} under {_KEY!r}; expected the layers its "
+                f"The checkpoint holds {described(noted)} under {_KEY!r}; expected the layers its "
                 "optimizers were made of. Take another checkpoint."
             )
         self._layers = Plan.from_json(text)
