@@ -192,7 +192,8 @@ class LatencyTable:
             with Path(path).open(encoding="utf-8") as file:
                 text = file.read(_LARGEST_TEXT + 1)
         except (OSError, ValueError) as error:
-            raise PruningError(f"No latency table could be read from {path}: {error}.") from error
+            reason = getattr(error, "strerror", None) or error
+            raise PruningError(f"No latency table could be read from {path}: {reason}.") from error
         try:
             return cls.from_json(text)
         except PruningError as error:

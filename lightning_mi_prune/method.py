@@ -252,7 +252,7 @@ class Method:
 
 def _check_table(path: str, here: Device) -> None:
     """Refuse a file of another device, and one that could not be written after minutes of work."""
-    if not os.path.exists(path):  # Path.exists may raise
+    if not os.path.isfile(path):  # Path.is_file may raise
         check_writable(path, "The latency table")
         return
     table = LatencyTable.load(path)
