@@ -34,6 +34,7 @@ __all__ = [
     "axis_cuts",
     "cut_table",
     "print_cut",
+    "read_report",
 ]
 
 _SIZES = ("parameters", "prunable_parameters", "macs")
@@ -141,11 +142,7 @@ class PruningReport:
         """
         with reading("The report", "take another one"):
             check_nesting(state)
-            found = mapping(state, [f.name for f in fields(cls)])
-            sizes = {name: whole(found[name], _MOST) for name in _SIZES}
-            start = {name: whole(size, _MOST) for name, size in mapping(found["start"]).items()}
-            cuts, undone = (list(map(_read_cut, listed(found[n]))) for n in ("cuts", "undone"))
-            return cls(**sizes, cuts=cuts, start=start, undone=undone)
+            return read_report(state)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, ready for JSON: ``before``, ``after`` and ``cuts``."""
@@ -190,6 +187,15 @@ class PruningReport:
             else:
                 body[key] = value
         write_whole(target, json.dumps(body, indent=2) + "\n", "The report")
+
+
+def read_report(state: object) -> PruningReport:
+    """As :meth:`PruningReport.from_state`, for a part of a file; raises a plain exception."""
+    found = mapping(state, [f.name for f in fields(PruningReport)])
+    sizes = {name: whole(found[name], _MOST) for name in _SIZES}
+    start = {name: whole(size, _MOST) for name, size in mapping(found["start"]).items()}
+    cuts, undone = (list(map(_read_cut, listed(found[n]))) for n in ("cuts", "undone"))
+    return PruningReport(**sizes, cuts=cuts, start=start, undone=undone)
 
 
 def _read_cut(state: object) -> Cut:

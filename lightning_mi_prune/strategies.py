@@ -144,9 +144,9 @@ def _entries(subject: str, statement: object) -> dict[str, str]:
 
 
 def _ordered(value: object) -> object:
-    """A mapping as pairs in order: two that are equal may be listed in another one."""
+    """A mapping in order of its keys: two that are equal may be listed in different orders."""
     if isinstance(value, Mapping):
-        return sorted((str(key), _ordered(part)) for key, part in value.items())
+        return dict(sorted((str(key), _ordered(part)) for key, part in value.items()))
     return value
 
 

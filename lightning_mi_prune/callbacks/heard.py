@@ -46,7 +46,7 @@ def write_heard(heard: Heard) -> dict[str, Any]:
 def read_heard(state: Mapping[str, Any]) -> Heard:
     """What :func:`write_heard` wrote; raises a plain exception for anything else."""
     moments = {}
-    for name, entry in mapping(state["moments"]).items():
+    for name, entry in mapping(mapping(state)["moments"]).items():
         dimension, packed = listed(entry, 2)
         sums = tensor(packed)
         if sums.numel() < whole(dimension, _LARGEST) ** 2 // 2:  # before it is made that large

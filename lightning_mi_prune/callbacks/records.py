@@ -74,7 +74,7 @@ def read_trial(state: Mapping[str, Any]) -> Trial:
     infinite, and an empty statistic may be NaN. So may squares of gradients overflow in half
     precision: they only stand still.
     """
-    weights = {name: _weight(found) for name, found in mapping(state["weights"]).items()}
+    weights = {name: _weight(found) for name, found in mapping(mapping(state)["weights"]).items()}
     optimizers = [_read_states(states, weights) for states in listed(state["optimizers"])]
     groups = [
         [[text(name) for name in listed(names)] for names in listed(held)]
@@ -97,7 +97,7 @@ def read_trial(state: Mapping[str, Any]) -> Trial:
 
 
 def _weight(value: Any) -> Tensor:
-    """A parameter or a buffer; that it is of the class it should be, the model will tell."""
+    """A parameter or a buffer; whether it is of the right class is compared with the model."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{described(value)} is no tensor")
     return value.detach()
@@ -160,8 +160,8 @@ def write_pending(pending: Pending) -> dict[str, Any]:
 def read_pending(state: Mapping[str, Any]) -> Pending:
     """What :func:`write_pending` wrote; raises a plain exception for anything else."""
     information = {
-        name: Information(number(i["total"]), number(i["kept"]))
-        for name, i in mapping(state["information"]).items()
+        name: Information(number(mapping(i)["total"]), number(i["kept"]))
+        for name, i in mapping(mapping(state)["information"]).items()
     }
     plan, folded = Plan.from_json(state["plan"]), tensors(state["folded"])
     check_finite(folded)

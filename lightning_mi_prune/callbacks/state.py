@@ -26,7 +26,7 @@ from lightning_mi_prune.callbacks.tensors import check_tensors
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.latency import Device, LatencyTable
 from lightning_mi_prune.relevance import GradientSums
-from lightning_mi_prune.report import PruningReport
+from lightning_mi_prune.report import PruningReport, read_report
 from lightning_mi_prune.sample import Example, Heard, is_plain
 from lightning_mi_prune.untrusted import (
     check_nesting,
@@ -153,7 +153,7 @@ class RunState:
                 every=whole(state["every"], low=1),
                 compared=read_heard(state["compared"]),
                 stale=flag(state["stale"]),
-            ), PruningReport.from_state(state["report"])
+            ), read_report(state["report"])
 
 
 def _write_schedule(schedule: Schedule) -> dict[str, list[float]]:
