@@ -55,7 +55,8 @@ class Method:
         refit_ridge: Pull towards the weights that folding in left, as a share of the mean variance.
         limits: Floors, caps and pins.
         multiple: Neuron widths are multiples of this.
-        latency_table: File of measured latencies (JSON), measured and written if it is not there.
+        latency_table: File of measured latencies (JSON), measured and written if it is not there;
+            a path that cannot be written to is refused before anything is measured.
         latency_batch: Examples in the call that is timed.
     """
 
@@ -78,6 +79,8 @@ class Method:
         axes: Sequence[WidthAxis],
         chosen: Sequence[WidthAxis],
         current: Mapping[str, int],
+        *,
+        writes: bool = True,
     ) -> None:
         """Refuse what can be known to fail before anything is heard.
 
@@ -86,6 +89,8 @@ class Method:
             axes: All its axes.
             chosen: Those that may shrink.
             current: Present widths of all axes.
+            writes: Whether this process measures latencies and writes their file; others may not
+                even see its disk.
 
         Raises:
             PruningError: If limits contradict each other, the budget is out of reach, dimensions of
@@ -106,7 +111,7 @@ class Method:
         else:
             now = {axis.name: current[axis.name] for axis in chosen}
             self.limits.resolve(chosen, now, multiple=self.multiple)
-            if self.budget.measure == "ms" and self.latency_table is not None:
+            if self.budget.measure == "ms" and self.latency_table is not None and writes:
                 _check_table(self.latency_table, device_of(module))
 
     def costs(

@@ -15,7 +15,6 @@ from lightning_mi_prune.untrusted import described
 
 __all__ = [
     "NAMES",
-    "alike",
     "along",
     "as_given",
     "check_kind",

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_mi_prune import CKALayerPruning, MutualInformationPruning, PruningError
 from lightning_mi_prune import method as method_module
 from lightning_mi_prune.arrivals import PLAN_KEY
+from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.callbacks.options import without_private
 from lightning_mi_prune.callbacks.reconciling import check_trial
 from lightning_mi_prune.callbacks.records import Trial, read_trial, write_trial
@@ -27,8 +28,10 @@ from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.clock import cached_table, measure_table
 from lightning_mi_prune.errors import PruningWarning
+from lightning_mi_prune.families import find_axes
 from lightning_mi_prune.files import check_writable, write_whole
 from lightning_mi_prune.latency import Device, LatencyCurve, LatencyTable
+from lightning_mi_prune.method import Method
 from lightning_mi_prune.optimizers import groups_of, rebind, restore, snapshot
 from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.report import PruningReport
@@ -717,6 +720,17 @@ def test_a_table_that_could_not_be_written_is_refused_before_the_first_batch(
             trainer(by_time(path), max_epochs=4).fit(Classifier())
     assert measured == []
     assert content(tmp_path) == before
+
+
+def test_a_process_that_writes_no_table_may_have_another_disk(bad_paths):
+    model = build()
+    axes = find_axes(model)
+    sizes = {axis.name: axis.size for axis in axes}
+    method = Method(Budget(target_latency_ms=9.0), latency_table=str(bad_paths[1]))
+    chosen = [axis for axis in axes if axis.kind == "ffn"]
+    method.check(model, axes, chosen, sizes, writes=False)
+    with pytest.raises(PruningError, match="cannot be written to"):
+        method.check(model, axes, chosen, sizes)
 
 
 @pytest.mark.parametrize("written", [True, False, None])

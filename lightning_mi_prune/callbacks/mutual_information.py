@@ -230,7 +230,7 @@ class MutualInformationPruning(WidthPruning):
                 f"target_parameters={allowed}, but the module has {has} as built: nothing to cut. "
                 "Ask for fewer."
             )
-        method.check(module, self._kept().axes, axes, widths)
+        method.check(module, self._kept().axes, axes, widths, writes=module.trainer.is_global_zero)
 
     @property
     def _goal(self) -> float:
