@@ -12,6 +12,8 @@ from lightning_mi_prune.anatomy import Anatomy
 from lightning_mi_prune.axes import WidthAxis, below
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import Plan, Ranking
+from lightning_mi_prune.states import is_plain_tensor
+from lightning_mi_prune.untrusted import described
 
 __all__ = [
     "PLAN_KEY",
@@ -230,12 +232,16 @@ def _origin(hook: Any) -> str | None:
 
 
 def _read(stored: Any) -> Plan:
-    if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.ndim != 1:
-        raise PruningError(f"The entry {_NAME!r} of the checkpoint is not a plan; is it damaged?")
+    whole = isinstance(stored, Tensor) and is_plain_tensor(stored) and not stored.is_meta
+    if not whole or stored.dtype != torch.uint8 or stored.ndim != 1:
+        raise PruningError(
+            f"The entry {_NAME!r} of the checkpoint is not a plan but {described(stored)}; is it "
+            "damaged?"
+        )
     if stored.numel() > _LARGEST_ENTRY:
         raise PruningError(f"The entry {_NAME!r} holds {stored.numel()} bytes: not a plan.")
     try:
-        text = bytes(stored.cpu().tolist()).decode()
+        text = stored.detach().cpu().numpy().tobytes().decode()
     except UnicodeDecodeError as error:
         raise PruningError(f"The entry {_NAME!r} of the checkpoint is damaged.") from error
     return Plan.from_json(text)

@@ -39,13 +39,19 @@ class Incision:
 
 
 def shapes_at(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> dict[str, list[int]]:
-    """Shape of every tensor that the axes cut, at a plan; what they do not cut is as it is now."""
+    """Shape of every tensor that the axes cut, at a plan; what they do not cut is as it is now.
+
+    A tensor that is not there now, as of a layer that is gone, is as it was built.
+    """
     shapes: dict[str, list[int]] = {}
     widths = plan.widths
     for axis in axes:
         for s in axis.slices:
             if s.tensor not in shapes:
-                shapes[s.tensor] = list(parameter_of(model, s.tensor).shape)
+                try:
+                    shapes[s.tensor] = list(model.get_parameter(s.tensor).shape)
+                except AttributeError:
+                    shapes[s.tensor] = list(s.shape)
             shape = shapes[s.tensor]
             shape[s.dim] = widths[axis.name] * axis.entries_at(widths)
     return shapes

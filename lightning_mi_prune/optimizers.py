@@ -12,11 +12,10 @@ from torch.optim import Optimizer
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.states import (
     NAMES,
-    alike,
     as_given,
     check_kind,
     check_optimizers,
-    described,
+    fits,
     followed,
     held,
     known,
@@ -25,6 +24,7 @@ from lightning_mi_prune.states import (
     renumbered,
 )
 from lightning_mi_prune.surgery import Rewrite
+from lightning_mi_prune.untrusted import described
 
 __all__ = ["groups_of", "rebind", "restore", "snapshot"]
 
@@ -194,8 +194,8 @@ def restore(
                 what = f"{type(optimizer).__name__} and {name!r}"
                 state = _revived(what, saved[name], group, present, old, new)
             else:
-                fits = new is old or all(known(k, v, new.shape) for k, v in present.items())
-                state = dict(present) if fits else {}
+                stays = new is old or all(known(k, v, new.shape) for k, v in present.items())
+                state = dict(present) if stays else {}
             planned.append((optimizer, group, place, old, new, state))
     for optimizer, group, place, old, new, state in planned:
         group["params"][place] = new
@@ -268,7 +268,7 @@ def _revived(
     state = {}
     for key, value in saved.items():
         before = present.get(key)
-        if not known(key, value, new.shape) or not alike(key, value, new, before, old):
+        if not fits(key, value, new, present, old):
             raise PruningError(
                 f"The snapshot of {what} holds {key!r} ({described(value)}), which does not fit "
                 f"a parameter of shape {tuple(new.shape)}. Take one of this model and optimizer."
@@ -278,6 +278,8 @@ def _revived(
             on_cpu = key == "step" and not (group.get("fused") or group.get("capturable"))
             on_cpu = before.device.type == "cpu" if isinstance(before, Tensor) else on_cpu
             home = "cpu" if on_cpu and value.ndim == 0 else new.device
-            value = value.detach().to(home, copy=True)
+            # A run may resume in another precision than it was saved in.
+            kind = before.dtype if isinstance(before, Tensor) else value.dtype
+            value = value.detach().to(home, kind, copy=True)
         state[key] = value
     return state

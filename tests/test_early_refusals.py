@@ -96,7 +96,7 @@ CASES = {
     "all gone": (
         build,
         ROWS,
-        {"sparsity": None, "target_parameters": 2600},
+        {"sparsity": None, "target_parameters": 3560},
         "leaves nothing: all units of all 4 groups",
     ),
 }

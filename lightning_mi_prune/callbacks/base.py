@@ -18,6 +18,7 @@ from lightning_mi_prune.callbacks.companions import without_best
 from lightning_mi_prune.callbacks.configuring import Footing
 from lightning_mi_prune.callbacks.dry_run import DryRun
 from lightning_mi_prune.callbacks.monitored import check_monitor
+from lightning_mi_prune.callbacks.reconciling import check_trial
 from lightning_mi_prune.callbacks.run import (
     is_dev_run,
     is_last_validation,
@@ -131,6 +132,13 @@ class PruningCallback(PruningSteps):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fit the schedule into the run, now that its length is known."""
+        if self._run.trial is not None:  # of a resumed run, whose optimizers have their state now
+            known = (self._run.trial, pl_module, self._kept().anatomy, self._kept().plan)
+            together(
+                trainer.strategy,
+                "the snapshot before the last cut",
+                lambda: check_trial(*known, trainer.strategy.optimizers),
+            )
         if is_dev_run(trainer):
             rank_zero_info("fast_dev_run: listening to validation, but no cut is made.")
             self._run.schedule = Schedule((trainer.current_epoch + 1,), (1.0,))

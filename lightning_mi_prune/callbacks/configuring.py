@@ -20,6 +20,7 @@ from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.standins import empty_linears, place_linears, show_linears
 from lightning_mi_prune.surgery import arrange
+from lightning_mi_prune.untrusted import described
 
 __all__ = ["Footing"]
 
@@ -64,8 +65,8 @@ class Footing:
         text = noted.get(_ENTRY) if isinstance(noted, Mapping) else None
         if not isinstance(text, str):
             raise PruningError(
-                f"The checkpoint holds a {type(noted).__name__} under {_KEY!r}; expected the plan "
-                "at which its optimizers were made. Take another checkpoint."
+                f"The checkpoint holds {described(noted)} under {_KEY!r}; expected the plan at "
+                "which its optimizers were made. Take another checkpoint."
             )
         self._begun = Plan.from_json(text)
         alone = not isinstance(module.__dict__.get(_HOOK), _Once)  # of two callbacks one does it

@@ -16,7 +16,7 @@ from lightning_mi_prune.alignment import Kernel
 from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.base import PruningCallback
 from lightning_mi_prune.callbacks.companions import BestOf
-from lightning_mi_prune.callbacks.reconciling import watch_anew
+from lightning_mi_prune.callbacks.reconciling import resumed, watch_anew
 from lightning_mi_prune.callbacks.records import Pending, Trial
 from lightning_mi_prune.callbacks.run import validation_batches, without_frozen
 from lightning_mi_prune.callbacks.schedule import Schedule
@@ -100,7 +100,7 @@ class LayerPruning(PruningCallback):
         return partial(find_parts, stacks=self._paths, within=self._within)
 
     @override
-    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, object]:
         keeper = self._kept()
         stacks = keeper.anatomy.stacks
         if self._paths is None:  # one layer, as in a short decoder, is no stack to thin
@@ -125,9 +125,8 @@ class LayerPruning(PruningCallback):
         if not self._run.fitted.epochs:
             self.report = begin_layer_report(module, keeper, self._names)
         self.check_state(trainer, module)
-        listening = (self._kernel, self._bandwidth, self._positions, self._calls, self._seed)
-        options = (self._budget, self._best_of, listening, self.thinning)
-        return f"{keeper.plan.digest()} {self._names} {options}"
+        sizes = {f"the size of {stack.name!r}": stack.size for stack in self._stacks}
+        return self._options | sizes | resumed(self._run, keeper.plan)
 
     @override
     def reconcile(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:

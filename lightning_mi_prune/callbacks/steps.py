@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -72,11 +72,12 @@ class PruningSteps(pl.Callback, ABC):
         self._dry_run = DryRun()
         self._waits = False
         self._share = ""
+        self._options: dict[str, object] = {}  # that decide on the result, for ranks to compare
         self._first: int | None = None
         self._last: int | None = None
 
     @abstractmethod
-    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, object]:
         """Find what may go and check what can be known; returns what all ranks must agree on."""
 
     @abstractmethod

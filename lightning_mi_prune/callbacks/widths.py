@@ -17,7 +17,7 @@ from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.base import PruningCallback
 from lightning_mi_prune.callbacks.companions import BestOf
 from lightning_mi_prune.callbacks.feeling import Feeling, is_scaled, pooled, write_felt
-from lightning_mi_prune.callbacks.reconciling import Asked, reconcile
+from lightning_mi_prune.callbacks.reconciling import Asked, reconcile, resumed
 from lightning_mi_prune.callbacks.records import Pending, Trial
 from lightning_mi_prune.callbacks.run import validation_batches, without_frozen
 from lightning_mi_prune.callbacks.schedule import Schedule
@@ -92,7 +92,7 @@ class WidthPruning(PruningCallback):
         return partial(find_axes, within=self._within)
 
     @override
-    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, object]:
         keeper = self._kept()
         mine = [axis for axis in keeper.anatomy.axes if is_within(axis.name, self._within)]
         self._chosen = self.choose(without_frozen(module, mine))
@@ -105,10 +105,8 @@ class WidthPruning(PruningCallback):
         self.check_state(trainer, module)
         present = {name: len(kept) for name, kept in keeper.plan.kept.items()}
         self.check(module, self._standing, present)
-        sizes = [(axis.name, axis.size) for axis in self._chosen]
-        sampling = (self._positions, self._calls, self._steps, self._seed)
-        options = (self._budget, self._best_of, sampling)
-        return f"{keeper.plan.digest()} {sizes} {options}"
+        sizes = {f"the size of {axis.name!r}": axis.size for axis in self._chosen}
+        return self._options | sizes | resumed(self._run, keeper.plan)
 
     @override
     def reconcile(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
