@@ -184,7 +184,8 @@ def incisions(
             if old.shape[s.dim] != width:
                 raise PruningError(
                     f"{s.tensor!r} has {old.shape[s.dim]} entries along dimension {s.dim}; the "
-                    f"plan expects {width}. The model was changed behind the plan."
+                    f"plan expects {width}. The model was changed behind the plan: put a whole new "
+                    "network there, with a config of its own, or load the weights the plan is of."
                 )
             incision = found.setdefault(id(old), Incision(s.tensor, old))
             incision.kept[s.dim] = positions(axis, places, widths).to(old.device)

@@ -220,7 +220,8 @@ def _check(model: nn.Module, axis: DepthAxis, kept: Sequence[int], now: Plan) ->
     if len(container) != now.width(axis.name):
         raise PruningError(
             f"{axis.name!r} has {len(container)} layers; the plan expects "
-            f"{now.width(axis.name)}. The model was changed behind the plan."
+            f"{now.width(axis.name)}. The model was changed behind the plan: put a whole new "
+            "network there, with a config of its own, or load the weights the plan is of."
         )
     if not kept:
         raise PruningError(f"No layer of {axis.name!r} would stay; keep one or more.")
