@@ -220,10 +220,7 @@ class PlanKeeper:
             dot = f"{path}."
             inner._spare = {n[len(dot) :]: s for n, s in self._spare.items() if n.startswith(dot)}
             if self._plan is not None:
-                plan = self._plan.under(path)
-                if inner._plan is None or _told(inner._plan) != _told(plan):
-                    inner._plan = plan
-                self._shared[path] = inner._plan
+                inner._plan = self._shared[path] = self._plan.under(path)
 
     def _forget_replaced(self) -> None:
         """Forget networks in whose place others stand now."""
