@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from torch import nn
 from lightning_mi_prune.axes import WidthAxis, full_plan
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, plan_for, present_plan
+from lightning_mi_prune.families.transformers import MODEL_TYPES
 from lightning_mi_prune.incisions import config_numbers, shapes_at
 from lightning_mi_prune.loading import passing_for
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan, recorded_plan
@@ -71,29 +74,33 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
     plan = _plan_to_open(name_or_path, kwargs)
     if plan is None or plan.is_full:
         return cls.from_pretrained(name_or_path, *args, **kwargs)
-    concrete = _concrete(cls, name_or_path, kwargs)
-    narrowed = passing_for(concrete, lambda *a, **k: _cut(concrete(*a, **k), name_or_path))
     # All misfits are wanted at once, with their names: what may be ignored is decided below.
     options = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
+        concrete = _concrete(cls, name_or_path, kwargs)
+        narrowed = passing_for(concrete, partial(_shaped, concrete, name_or_path))
         network, found = narrowed.from_pretrained(name_or_path, *args, **options)
     except Exception as error:
-        if not _is_damage(error):
+        if _is_sentence(error):
             raise
         raise PruningError(
-            f"The weights in {name_or_path} cannot be read, a file is damaged or not complete "
-            f"({type(error).__name__}: {error}); expected what save_pretrained wrote. Copy or save "
-            "the folder again."
+            f"{name_or_path} cannot be opened as {cls.__name__} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); expected what save_pretrained wrote, but a file is "
+            "damaged or not complete. Copy or save the folder again."
         ) from error
     _check_arrived(network, found, name_or_path, bool(kwargs.get("ignore_mismatched_sizes")))
     return (network, found) if kwargs.get("output_loading_info") else network
 
 
-def _is_damage(error: Exception) -> bool:
-    """Whether reading a file failed where it should not: errors of transformers are sentences."""
-    names = {base.__name__ for base in type(error).__mro__}
-    broken = {"SafetensorError", "UnpicklingError", "EOFError"}
-    return bool(names & broken) or isinstance(error, (JSONDecodeError, UnicodeDecodeError))
+def _is_sentence(error: Exception) -> bool:
+    """Whether an error says what is wrong, as those of transformers do; others are of files."""
+    if isinstance(error, OSError):
+        return error.errno is None and not isinstance(error, FileNotFoundError)
+    if isinstance(error, TypeError):
+        return "argument" in str(error)
+    if isinstance(error, (JSONDecodeError, UnicodeDecodeError)) or "StreamReader" in str(error):
+        return False
+    return isinstance(error, (ValueError, RuntimeError, ImportError))
 
 
 def _plan_to_open(source: str | Path, kwargs: Mapping[str, Any]) -> Plan | None:
@@ -127,6 +134,11 @@ def _stored_plan(source: Any, kwargs: Mapping[str, Any]) -> Plan | None:
         fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
     except OSError:
         return None  # an adapter, or nothing at all: transformers knows what to do or to answer
+    if not isinstance(fields, Mapping):
+        raise PruningError(
+            f"The config.json of {source} is a {type(fields).__name__}; expected an object with "
+            "fields. Copy or save the folder again."
+        )
     return _read(SimpleNamespace(**{CONFIG_FIELD: fields.get(CONFIG_FIELD)}))
 
 
@@ -161,9 +173,27 @@ def _concrete(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> Any:
     return cls
 
 
-def _cut(network: Any, source: str | Path) -> Any:
-    """Give a network as built the shape that its config asks for; nothing is loaded yet."""
+def _shaped(
+    build: Callable[..., Any], source: str | Path, config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Build a network in the shape that the plan in its config gives it; nothing is loaded yet.
+
+    Args:
+        build: The class of the network.
+        source: The folder, for messages.
+        config: A config that nobody else holds.
+        args: Passed on.
+        kwargs: Passed on.
+    """
+    network = build(config, *args, **kwargs)
     axes = find_axes(network)
+    built = _check_numbers(network, axes, present_plan(network, axes), source)
+    if any(getattr(config, name) != number for name, number in built.items()):
+        # A part that the folder does not have is cut like the others when it is built like them.
+        for name, number in built.items():
+            setattr(config, name, number)
+        network = build(config, *args, **kwargs)
+        axes = find_axes(network)
     plan = present_plan(network, axes)
     _check_built(network, axes, plan, source)
     reshape(network, axes, plan)
@@ -176,66 +206,81 @@ def _cut(network: Any, source: str | Path) -> Any:
 def _check_built(
     network: nn.Module, axes: Sequence[WidthAxis], plan: Plan, source: str | Path
 ) -> None:
-    """Refuse a plan that does not belong to what the class builds from the config."""
+    """Refuse a plan that does not belong to what the class builds."""
     wanted = plan_for(network, axes) or plan
-    prefix = str(getattr(network, "base_model_prefix", ""))
-    base = f"{prefix}." if isinstance(getattr(network, prefix, None), nn.Module) else ""
-    names, kind = {axis.name for axis in axes}, type(network).__name__
-    for name, size in wanted.sizes.items():
-        # Units of another head than this class has are of no concern.
-        if name not in names and name.startswith(base) and wanted.width(name) < size:
+    names, kind, base = {axis.name for axis in axes}, type(network).__name__, _base(network)
+    encoder = [name for name in wanted.sizes if name.startswith(base)]
+    # Units of another head than this class has are of no concern.
+    for name in encoder or wanted.sizes:
+        if name not in names and wanted.width(name) < wanted.sizes[name]:
             raise PruningError(
                 f"The plan of {source} cuts {name!r}, which {kind} does not have; expected one of "
                 f"{sorted(names)[:6]}. Open it with the class and the number of layers it was "
                 "saved from."
             )
     for axis in axes:
-        built, cut = (_entries(axis, p) for p in (full_plan(axes), plan))
+        size = axis.size * axis.entries
         for s in axis.slices:
             found = network.get_parameter(s.tensor).shape[s.dim]
-            if found not in (built, cut):
+            if found != size:
                 raise PruningError(
-                    f"{kind} builds {s.tensor!r} with {found} entries along dimension {s.dim} "
-                    f"from the config of {source}; expected {built}, or {cut} as its plan says. "
-                    "Was config.json edited, or a size passed? Leave the sizes as saved."
+                    f"{kind} builds {s.tensor!r} with {found} entries along dimension {s.dim}; "
+                    f"expected {size}, from which the plan of {source} cuts. Was config.json "
+                    "edited, or a size passed? Leave the sizes as saved."
                 )
-    for path in sorted({axis.network for axis in axes}):
-        _check_numbers(network.get_submodule(path), path, axes, plan, source)
 
 
-def _entries(axis: WidthAxis, plan: Plan) -> int:
-    return plan.width(axis.name) * axis.entries_at(plan.widths)
+def _base(network: nn.Module) -> str:
+    """What the names of tensors of the encoder begin with."""
+    prefix = str(getattr(network, "base_model_prefix", ""))
+    return f"{prefix}." if isinstance(getattr(network, prefix, None), nn.Module) else ""
 
 
 def _check_numbers(
-    network: Any, path: str, axes: Sequence[WidthAxis], plan: Plan, source: str | Path
-) -> None:
-    """Refuse a config that says other numbers than a cut writes, or than the model had as built."""
-    mine = [axis for axis in axes if axis.network == path]
-    ties = {axis.tie for axis in mine if axis.tie is not None}
+    network: Any, axes: Sequence[WidthAxis], plan: Plan, source: str | Path
+) -> dict[str, int]:
+    """Refuse a config that says other numbers than a cut writes, or than the model had as built.
+
+    Returns:
+        The numbers as built.
+    """
+    config = network.config
+    encoder = [_plain(axis, config) for axis in axes if axis.kind != "pooler"]
+    built = config_numbers(encoder, full_plan(encoder))
+    right = [config_numbers(encoder, plan), config_numbers(axes, plan), built]
+    said = {name: getattr(config, name, None) for name in built}
+    ties = {axis.tie for axis in encoder}
     # Heads and what they are tied to are right together or wrong together.
     tied = {
         name
-        for axis in mine
+        for axis in encoder
         if axis.config is not None and (axis.tie is not None or axis.config in ties)
         for name in (axis.config, *axis.twins)
     }
-    after, before = config_numbers(mine, plan), config_numbers(mine, full_plan(mine))
-    config = getattr(network, "config", None)
-    said = {name: getattr(config, name, None) for name in after}
-    groups = [tied, *({name} for name in after if name not in tied)]
-    for group in groups:
-        if all(any(said[n] != numbers[n] for n in group) for numbers in (after, before)):
-            wrong = {name: said[name] for name in sorted(group)}
-            right = {name: after[name] for name in sorted(group)}
+    for group in (tied, *({name} for name in built if name not in tied)):
+        if all(any(said[n] != (built | numbers)[n] for n in group) for numbers in right):
+            expected = built | right[0]
+            wrong = sorted(name for name in group if said[name] != expected[name])
             raise PruningError(
-                f"The config of {source} says {wrong}; expected {right} from its plan. Was "
-                "config.json edited, or a size passed? Leave the sizes as saved."
+                f"The config of {source} says { ({name: said[name] for name in wrong}) }; expected "
+                f"{ ({name: expected[name] for name in wrong}) } from its plan. Was config.json "
+                "edited, or a size passed? Leave the sizes as saved."
             )
+    return built
+
+
+def _plain(axis: WidthAxis, config: Any) -> WidthAxis:
+    """The axis of the stream as an encoder without a head has it: its width is in the config."""
+    names = MODEL_TYPES.get(str(getattr(config, "model_type", None)))
+    if axis.kind != "residual" or axis.config is not None or names is None:
+        return axis
+    width = getattr(config, names.hidden, None)
+    twins = tuple(name for name in names.twins if getattr(config, name, None) == width)
+    return replace(axis, config=names.hidden, twins=twins)
 
 
 def _check_arrived(
-    network: nn.Module, found: Mapping[str, Any], source: str | Path, forgiving: bool
+    network: Any, found: Mapping[str, Any], source: str | Path, forgiving: bool
 ) -> None:
     """Refuse weights that lack what the plan cuts, or have it in another shape.
 
@@ -250,6 +295,15 @@ def _check_arrived(
         raise PruningError(
             f"{source} lacks {missing[:6]}, which its plan cuts; expected all weights of a "
             f"{type(network).__name__} but its head. {_saved_from(network)}"
+        )
+    names = MODEL_TYPES.get(str(getattr(network.config, "model_type", None)))
+    between = None if names is None else names.projection
+    strange = [name for name in found["unexpected_keys"] if between in name.split(".")]
+    if strange:  # encoders have it unless embeddings and stream are of one width, as after a cut
+        raise PruningError(
+            f"{source} holds {sorted(strange)}, but its config says that the embeddings are as "
+            f"wide as the hidden states, where a {type(network).__name__} has none; expected "
+            "embedding_size and hidden_size as the model was built with. Edit the config."
         )
     odd = sorted(found["mismatched_keys"], key=lambda item: str(item[0]))
     bad = [item for item in odd if cut.refuses(*item)]
@@ -316,8 +370,7 @@ class _Cut:
             for s in axis.slices:
                 self.dims.setdefault(s.tensor, set()).add(s.dim)
                 self.kinds.setdefault(s.tensor, set()).add(axis.kind)
-        prefix = str(getattr(network, "base_model_prefix", ""))
-        self.base = f"{prefix}." if isinstance(getattr(network, prefix, None), nn.Module) else ""
+        self.base = _base(network)
 
     def needs(self, name: str, found: Mapping[str, Any]) -> bool:
         """Whether a tensor that is missing may not be new.
