@@ -147,13 +147,16 @@ def _is_lightning(cls: type[Any]) -> bool:
     return hasattr(cls, "load_from_checkpoint")
 
 
-def _build(cls: type[Any], path: str | Path, **options: Any) -> Any:
+def _build(
+    cls: type[Any], path: str | Path, *, map_location: Any, strict: bool | None, **kwargs: Any
+) -> Any:
     """``cls.load_from_checkpoint`` with a keeper on the module before the weights arrive."""
-    target, signature = _named_class(cls, path, options)
+    target, signature = _named_class(cls, path, kwargs)
+    options = {"map_location": map_location, "strict": strict, "weights_only": True, **kwargs}
     keepers: list[PlanKeeper] = []
 
-    def build(*args: Any, **kwargs: Any) -> Any:
-        module = target(*args, **kwargs)
+    def build(*args: Any, **parameters: Any) -> Any:
+        module = target(*args, **parameters)
         if PlanKeeper.held_by(module) is None:
             keepers.append(PlanKeeper(module))
         return module
@@ -161,7 +164,7 @@ def _build(cls: type[Any], path: str | Path, **options: Any) -> Any:
     built = None
     try:
         opener = passing_for(target, build, signature)
-        built = opener.load_from_checkpoint(path, weights_only=True, **options)
+        built = opener.load_from_checkpoint(path, **options)
     except PruningError:
         raise
     except Exception as error:
@@ -252,22 +255,25 @@ class _Snapshot:
                     self._tables.append((table, dict(table)))
             names = part._non_persistent_buffers_set
             self._sets.append((names, set(names)))
-        keeper = PlanKeeper.held_by(module)
-        for value in () if keeper is None else _containers(vars(keeper)):
-            if isinstance(value, dict):
-                self._tables.append((value, dict(value)))
-            else:
-                self._lists.append((value, list(value)))
+            keeper = PlanKeeper.held_by(part)
+            for value in () if keeper is None else _containers(vars(keeper)):
+                if isinstance(value, dict):
+                    self._tables.append((value, dict(value)))
+                else:
+                    self._lists.append((value, list(value)))
         for tensor in (*module.parameters(), *module.buffers()):
             if not tensor.is_meta and not nn.parameter.is_lazy(tensor):
                 self._values.append((tensor, tensor.detach().to("cpu", copy=True)))
 
     @staticmethod
     def _of(part: nn.Module) -> Iterator[dict[Any, Any]]:
-        yield from (vars(part), part._parameters, part._buffers, part._modules)
         config = getattr(part, "config", None)
-        if hasattr(config, "to_dict") and hasattr(config, "__dict__"):
-            yield vars(config)
+        own = vars(part)
+        names = ("_parameters", "_buffers", "_modules", *(n for n in own if n.endswith("_hooks")))
+        tables = [own, *(own.get(name) for name in names)]
+        if hasattr(config, "to_dict"):
+            tables.append(getattr(config, "__dict__", None))
+        yield from (table for table in tables if isinstance(table, dict))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -281,7 +287,8 @@ class _Snapshot:
         for entries, old in self._lists:
             entries[:] = old
         for tensor, value in self._values:
-            tensor.copy_(value)
+            if not torch.equal(tensor.cpu(), value):
+                tensor.copy_(value)
 
 
 def _containers(table: dict[Any, Any]) -> Iterator[dict[Any, Any] | list[Any]]:
