@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,33 +73,47 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
     plan = _plan_to_open(name_or_path, kwargs)
     if plan is None or plan.is_full:
         return cls.from_pretrained(name_or_path, *args, **kwargs)
+    concrete = _concrete(cls, name_or_path, kwargs)
+    cuts: list[_Cut] = []
+
+    def build(config: Any, *inputs: Any, **options: Any) -> Any:
+        network, cut = _shaped(concrete, name_or_path, config, *inputs, **options)
+        cuts.append(cut)
+        return network
+
     # All misfits are wanted at once, with their names: what may be ignored is decided below.
-    options = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    wanted = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        concrete = _concrete(cls, name_or_path, kwargs)
-        narrowed = passing_for(concrete, partial(_shaped, concrete, name_or_path))
-        network, found = narrowed.from_pretrained(name_or_path, *args, **options)
+        network, found = passing_for(concrete, build).from_pretrained(name_or_path, *args, **wanted)
     except Exception as error:
-        if _is_sentence(error):
+        if _is_clear(error):
             raise
-        raise PruningError(
-            f"{name_or_path} cannot be opened as {cls.__name__} ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}); expected what save_pretrained wrote, but a file is "
-            "damaged or not complete. Copy or save the folder again."
-        ) from error
-    _check_arrived(network, found, name_or_path, bool(kwargs.get("ignore_mismatched_sizes")))
+        raise _damage(error, cls, name_or_path) from error
+    forgiving = bool(kwargs.get("ignore_mismatched_sizes"))
+    _fill_shared(network, found["missing_keys"])
+    _check_arrived(network, cuts[-1], found, name_or_path, forgiving)
+    cuts[-1].fill_buffers()
     return (network, found) if kwargs.get("output_loading_info") else network
 
 
-def _is_sentence(error: Exception) -> bool:
-    """Whether an error says what is wrong, as those of transformers do; others are of files."""
+def _is_clear(error: Exception) -> bool:
+    """Whether an error says what is wrong, as those of transformers do."""
+    text = str(error)
     if isinstance(error, OSError):
         return error.errno is None and not isinstance(error, FileNotFoundError)
     if isinstance(error, TypeError):
-        return "argument" in str(error)
-    if isinstance(error, (JSONDecodeError, UnicodeDecodeError)) or "StreamReader" in str(error):
+        return "keyword argument" in text or "positional argument" in text
+    if isinstance(error, (JSONDecodeError, UnicodeDecodeError)) or "StreamReader" in text:
         return False
     return isinstance(error, (ValueError, RuntimeError, ImportError))
+
+
+def _damage(error: Exception, cls: Any, source: str | Path) -> PruningError:
+    return PruningError(
+        f"{source} cannot be opened as {cls.__name__} ({type(error).__name__}: "
+        f"{' '.join(str(error).split())}); expected what save_pretrained wrote. Is a file damaged "
+        "or not complete? Copy or save the folder again."
+    )
 
 
 def _plan_to_open(source: str | Path, kwargs: Mapping[str, Any]) -> Plan | None:
@@ -109,12 +122,12 @@ def _plan_to_open(source: str | Path, kwargs: Mapping[str, Any]) -> Plan | None:
     Raises:
         PruningError: If a config that was given has another one than the folder.
     """
-    stored = _stored_plan(source, kwargs)
     given = kwargs.get("config")
+    stored = None if source is None else _read(_fields(source, kwargs))
     if given is None:
         return stored
-    mine = _read(given) if hasattr(given, "to_dict") else _stored_plan(given, kwargs)
-    if stored is not None and stored != mine:
+    mine = _read(vars(given) if hasattr(given, "to_dict") else _fields(given, kwargs))
+    if stored is not None and not stored.is_full and stored != mine:
         other = "no plan" if mine is None else "another plan"
         raise PruningError(
             f"{source} holds a pruned model, but the config that was given has {other}; expected "
@@ -124,26 +137,26 @@ def _plan_to_open(source: str | Path, kwargs: Mapping[str, Any]) -> Plan | None:
     return mine
 
 
-def _stored_plan(source: Any, kwargs: Mapping[str, Any]) -> Plan | None:
+def _fields(source: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the config file of a folder says; nothing if there is none."""
     from transformers import PreTrainedConfig
 
-    if source is None:
-        return None
     hub = {name: kwargs[name] for name in _HUB if name in kwargs}
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
     except OSError:
-        return None  # an adapter, or nothing at all: transformers knows what to do or to answer
+        return {}  # an adapter, or nothing at all: transformers knows what to do or to answer
     if not isinstance(fields, Mapping):
         raise PruningError(
             f"The config.json of {source} is a {type(fields).__name__}; expected an object with "
             "fields. Copy or save the folder again."
         )
-    return _read(SimpleNamespace(**{CONFIG_FIELD: fields.get(CONFIG_FIELD)}))
+    return fields
 
 
-def _read(config: Any) -> Plan | None:
-    return recorded_plan(SimpleNamespace(config=config))
+def _read(fields: Mapping[str, Any]) -> Plan | None:
+    record = {CONFIG_FIELD: fields.get(CONFIG_FIELD)}
+    return recorded_plan(SimpleNamespace(config=SimpleNamespace(**record)))
 
 
 def _concrete(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> Any:
@@ -154,28 +167,34 @@ def _concrete(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    names = (*_HUB, "trust_remote_code", "code_revision")
-    options = {name: kwargs[name] for name in names if name in kwargs}
-    config: Any = kwargs.get("config")
-    if not hasattr(config, "to_dict"):
-        config = AutoConfig.from_pretrained(source if config is None else config, **options)
+    given: Any = kwargs.get("config")
     if hasattr(cls, "from_config"):
-        trust = {k: v for k, v in options.items() if k in ("trust_remote_code", "code_revision")}
-        with torch.device("meta"):
-            return type(cls.from_config(copy.deepcopy(config), **trust))
-    wanted = getattr(cls, "config_class", None)
-    if wanted is not None and not (isinstance(config, wanted) or issubclass(wanted, type(config))):
+        trust = {n: kwargs[n] for n in ("trust_remote_code", "code_revision") if n in kwargs}
+        hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+        try:
+            config = copy.deepcopy(given)
+            if not hasattr(given, "to_dict"):
+                config = AutoConfig.from_pretrained(given or source, **hub, **trust)
+            with torch.device("meta"):
+                return type(cls.from_config(config, **trust))
+        except Exception as error:
+            if _is_clear(error):
+                raise
+            raise _damage(error, cls, source) from error
+    fields = given.to_dict() if hasattr(given, "to_dict") else _fields(given or source, kwargs)
+    held, wanted = fields.get("model_type"), getattr(cls, "config_class", None)
+    if wanted is not None and held and wanted.model_type and held != wanted.model_type:
         raise PruningError(
-            f"{source} holds a model of type {config.model_type!r}, saved from "
-            f"{config.architectures}; {cls.__name__} is for the type {wanted.model_type!r}. Open "
-            "it with that class, or an Auto class."
+            f"{source} holds a model of type {held!r}, saved from {fields.get('architectures')}; "
+            f"{cls.__name__} is for the type {wanted.model_type!r}. Open it with that class, or "
+            "an Auto class."
         )
     return cls
 
 
 def _shaped(
     build: Callable[..., Any], source: str | Path, config: Any, *args: Any, **kwargs: Any
-) -> Any:
+) -> tuple[Any, _Cut]:
     """Build a network in the shape that the plan in its config gives it; nothing is loaded yet.
 
     Args:
@@ -200,7 +219,7 @@ def _shaped(
     # The state dict of a module with a keeper has its plan too; it is no stranger to this model.
     known = getattr(network, "_keys_to_ignore_on_load_unexpected", None)
     network._keys_to_ignore_on_load_unexpected = {*(known or ()), r"lightning_mi_prune\.plan"}
-    return network
+    return network, _Cut(network, axes, plan)
 
 
 def _check_built(
@@ -260,11 +279,11 @@ def _check_numbers(
     for group in (tied, *({name} for name in built if name not in tied)):
         if all(any(said[n] != (built | numbers)[n] for n in group) for numbers in right):
             expected = built | right[0]
-            wrong = sorted(name for name in group if said[name] != expected[name])
+            wrong = {n: said[n] for n in sorted(group) if said[n] != expected[n]}
+            expected = {n: expected[n] for n in wrong}
             raise PruningError(
-                f"The config of {source} says { ({name: said[name] for name in wrong}) }; expected "
-                f"{ ({name: expected[name] for name in wrong}) } from its plan. Was config.json "
-                "edited, or a size passed? Leave the sizes as saved."
+                f"The config of {source} says {wrong}; expected {expected} from its plan. Was "
+                "config.json edited, or a size passed? Leave the sizes as saved."
             )
     return built
 
@@ -280,16 +299,13 @@ def _plain(axis: WidthAxis, config: Any) -> WidthAxis:
 
 
 def _check_arrived(
-    network: Any, found: Mapping[str, Any], source: str | Path, forgiving: bool
+    network: Any, cut: _Cut, found: Mapping[str, Any], source: str | Path, forgiving: bool
 ) -> None:
     """Refuse weights that lack what the plan cuts, or have it in another shape.
 
     Raises:
         PruningError: If there are such weights, or others of another shape that may not be ignored.
     """
-    axes = find_axes(network)
-    plan = present_plan(network, axes)
-    cut = _Cut(network, axes, plan)
     missing = sorted(name for name in found["missing_keys"] if cut.needs(name, found))
     if missing:
         raise PruningError(
@@ -315,15 +331,6 @@ def _check_arrived(
             f"{name!r} has shape {tuple(shape)} in {source}; expected {tuple(expected)} from "
             f"{reason}. {_saved_from(network)}{remedy}"
         )
-    _fill_shared(network, found["missing_keys"])
-    for axis in axes:
-        kept = plan.kept[axis.name]
-        for path in {one.module for one in axis.selects} if len(kept) < axis.size else ():
-            # transformers builds without memory, where these positions had no values.
-            buffers = network.get_submodule(path)._buffers
-            old = buffers[KEPT_UNITS]
-            if old is not None:
-                buffers[KEPT_UNITS] = torch.tensor(kept, dtype=old.dtype, device=old.device)
 
 
 @torch.no_grad()
@@ -361,7 +368,7 @@ class _Cut:
     """What a plan cuts of a network, and what of it must be in the weights."""
 
     def __init__(self, network: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
-        self.network = network
+        self.network, self.axes, self.plan = network, axes, plan
         narrowed = [axis for axis in axes if plan.width(axis.name) < axis.size]
         self.shapes = shapes_at(axes, plan)
         self.dims: dict[str, set[int]] = {}
@@ -393,3 +400,13 @@ class _Cut:
         if self.kinds[name] - {"residual", "pooler"} or len(shape) != len(expected):
             return True
         return any(shape[dim] != expected[dim] for dim in self.dims[name])
+
+    def fill_buffers(self) -> None:
+        """Give what a cut adds its values: transformers builds without memory, so it had none."""
+        for axis in self.axes:
+            kept = self.plan.kept[axis.name]
+            for selects in axis.selects if len(kept) < axis.size else ():
+                buffers = self.network.get_submodule(selects.module)._buffers
+                old = buffers.get(KEPT_UNITS)
+                if old is not None:
+                    buffers[KEPT_UNITS] = torch.tensor(kept, dtype=old.dtype, device=old.device)

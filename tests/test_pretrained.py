@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    ElectraConfig,
+    ElectraForTokenClassification,
     RobertaModel,
 )
 
@@ -242,6 +245,29 @@ def test_a_layer_on_disk(tmp_path):
     assert torch.equal(outputs(again, batch()), outputs(model, batch()))
 
 
+def test_a_cache_of_the_hub_a_revision_and_a_subfolder(folder, shards, tmp_path):
+    repository = tmp_path / "models--some--name"
+    for revision, source in (("main", folder), ("v2", shards)):
+        commit = f"{len(revision)}" * 40
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        shutil.copytree(source, repository / "snapshots" / commit / "inner")
+    for options in ({}, {"revision": "v2"}, {"token": "none"}):
+        again = from_pretrained(
+            AutoModelForSequenceClassification,
+            "some/name",
+            cache_dir=tmp_path,
+            subfolder="inner",
+            local_files_only=True,
+            **options,
+        )
+        assert torch.equal(outputs(again, batch()), outputs(pruned(), batch()))
+    with pytest.raises(OSError, match="couldn't find them in the cached files"):
+        from_pretrained(
+            AutoModelForSequenceClassification, "some/name", cache_dir=tmp_path, revision="v3"
+        )
+
+
 def test_a_config_that_is_given_stays_as_it_is(folder):
     config = AutoConfig.from_pretrained(folder, output_hidden_states=True)
     before = copy.deepcopy(config.to_dict())
@@ -329,7 +355,17 @@ def test_what_is_opened_is_an_ordinary_model(folder):
     assert all(p.grad is not None for p in again.parameters() if p.numel())
 
 
-def test_a_model_with_its_keeper_was_saved(tmp_path, caplog):
+def test_many_threads_at_once(folder):
+    def opened(_):
+        return [from_pretrained(AutoModelForSequenceClassification, folder) for _ in range(3)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [again for many in pool.map(opened, range(4)) for again in many]
+    before = outputs(pruned(), batch())
+    assert all(torch.equal(outputs(again, batch()), before) for again in found)
+
+
+def test_a_model_with_its_keeper_was_saved(tmp_path):
     model = build()
     keeper = PlanKeeper.of(model)
     plan = random_plan(keeper.axes)
@@ -563,6 +599,19 @@ def test_files_that_are_cut_short_or_gone(folder, shards, tmp_path):
     assert torch.equal(outputs(again, batch()), outputs(pruned(), batch()))
     with pytest.raises(OSError, match="nowhere"):
         from_pretrained(BertForSequenceClassification, tmp_path / "nowhere")
+
+
+def test_a_width_of_the_stream_that_is_that_of_the_embeddings_by_chance(tmp_path):
+    """The config would build an encoder without the projection between the two."""
+    config = CONFIGS["electra"]().to_dict() | {"embedding_size": 12}
+    model = ElectraForTokenClassification(ElectraConfig(**config))
+    pruned(model, residual=True).save_pretrained(tmp_path)
+    assert model.config.hidden_size == 12
+    with pytest.raises(PruningError, match=r"embeddings_project.*Edit the config"):
+        from_pretrained(ElectraForTokenClassification, tmp_path)
+    edit(tmp_path, hidden_size=24, num_attention_heads=4)
+    again = from_pretrained(ElectraForTokenClassification, tmp_path)
+    assert torch.allclose(outputs(again, batch()), outputs(model, batch()), atol=1e-6)
 
 
 def test_errors_of_a_model_pass_through(folder):
