@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from json import JSONDecodeError
@@ -34,6 +35,9 @@ _HUB = (
     "subfolder",
     "token",
 )
+# While it opens a folder, transformers replaces methods of its classes; two threads at once leave
+# them replaced, and no model of the process would have tied weights any more.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -71,8 +75,15 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
         Linear(in_features=8, out_features=2, bias=True)
     """
     plan = _plan_to_open(name_or_path, kwargs)
-    if plan is None or plan.is_full:
-        return cls.from_pretrained(name_or_path, *args, **kwargs)
+    with _ONE_AT_A_TIME:
+        if plan is None or plan.is_full:
+            return cls.from_pretrained(name_or_path, *args, **kwargs)
+        return _open(cls, name_or_path, args, kwargs)
+
+
+def _open(
+    cls: Any, name_or_path: str | Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
     concrete = _concrete(cls, name_or_path, kwargs)
     cuts: list[_Cut] = []
 
@@ -82,7 +93,7 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
         return network
 
     # All misfits are wanted at once, with their names: what may be ignored is decided below.
-    wanted = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    wanted = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         network, found = passing_for(concrete, build).from_pretrained(name_or_path, *args, **wanted)
     except Exception as error:

@@ -355,14 +355,21 @@ def test_what_is_opened_is_an_ordinary_model(folder):
     assert all(p.grad is not None for p in again.parameters() if p.numel())
 
 
-def test_many_threads_at_once(folder):
-    def opened(_):
-        return [from_pretrained(AutoModelForSequenceClassification, folder) for _ in range(3)]
+def test_many_threads_at_once(tmp_path):
+    for name, model in (("cut", pruned(build(head="masked-lm"))), ("whole", build(seed=1))):
+        model.save_pretrained(tmp_path / name)
+
+    def opened(number):
+        name = "whole" if number % 2 else "cut"
+        return [from_pretrained(AutoModelForMaskedLM, tmp_path / name) for _ in range(3)]
 
     with ThreadPoolExecutor(4) as pool:
-        found = [again for many in pool.map(opened, range(4)) for again in many]
-    before = outputs(pruned(), batch())
-    assert all(torch.equal(outputs(again, batch()), before) for again in found)
+        found = list(pool.map(opened, range(4)))
+    before = outputs(pruned(build(head="masked-lm")), batch())
+    for many in found[::2]:
+        assert all(torch.equal(outputs(again, batch()), before) for again in many)
+    for again in (build(head="masked-lm"), *(again for many in found for again in many)):
+        assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
 
 
 def test_a_model_with_its_keeper_was_saved(tmp_path):
