@@ -22,9 +22,9 @@ from rich.table import Table
 from lightning_mi_prune.budget import asked_budget
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.limits import Limits
+from lightning_mi_prune.loading import load_pruned
 from lightning_mi_prune.method import Method
 from lightning_mi_prune.oneshot import Pruned, prune
-from lightning_mi_prune.pretrained import load_pruned
 
 __all__ = ["main", "prune_module"]
 

@@ -7,9 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertModel
+from transformers import BertModel
 
 from lightning_mi_prune.arrivals import is_plan
 from lightning_mi_prune.checkpoints import PLAN_KEY, PlanKeeper
@@ -118,12 +117,6 @@ def test_save_pretrained_and_back(family, head, tmp_path):
         assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
 
 
-def test_an_uncut_folder_goes_the_ordinary_way(tmp_path):
-    build().save_pretrained(tmp_path)
-    again = from_pretrained(AutoModelForSequenceClassification, tmp_path)
-    assert torch.equal(outputs(again, batch()), outputs(build(), batch()))
-
-
 def test_a_model_class_is_as_good_as_an_auto_class(tmp_path):
     model = build()
     axes = find_axes(model)
@@ -131,23 +124,6 @@ def test_a_model_class_is_as_good_as_an_auto_class(tmp_path):
     model.save_pretrained(tmp_path)
     again = from_pretrained(type(model), str(tmp_path))
     assert torch.equal(outputs(again, batch()), outputs(model, batch()))
-
-
-def test_what_does_not_fit_is_refused(tmp_path):
-    model = build()
-    axes = find_axes(model)
-    apply(model, axes, random_plan(axes))
-    model.save_pretrained(tmp_path)
-    with pytest.raises(PruningError, match=r"\['quantization'\] cannot be passed"):
-        from_pretrained(type(model), tmp_path, quantization="8bit")
-    for other in (AutoModelForMaskedLM, BertModel):
-        with pytest.raises(PruningError, match=r"saved from \['BertForSequenceClassification'\]"):
-            from_pretrained(other, tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights["bert.encoder.layer.0.output.dense.weight"] = torch.zeros(24, 7)
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PruningError, match="weights do not fit"):
-        from_pretrained(type(model), tmp_path)
 
 
 def test_a_part_of_a_state_dict_leaves_a_pruned_model_alone():
@@ -346,5 +322,5 @@ def test_weights_come_from_the_same_place_as_the_config(tmp_path):
     again = from_pretrained(type(first), tmp_path, subfolder="sub")
     assert torch.equal(outputs(again, batch()), outputs(second, batch()))
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(PruningError, match="in one piece"):
+    with pytest.raises(OSError, match=r"no file named model.safetensors"):
         from_pretrained(type(first), tmp_path)
