@@ -221,6 +221,10 @@ class PlanKeeper:
             inner._spare = {n[len(dot) :]: s for n, s in self._spare.items() if n.startswith(dot)}
             if self._plan is not None:
                 inner._plan = self._shared[path] = self._plan.under(path)
+        for path, inner in self._below.items():
+            deeper = {p: k for p, k in self._below.items() if p.startswith(f"{path}.")}
+            inner._below = {p[len(path) + 1 :]: keeper for p, keeper in deeper.items()}
+            inner._shared = {p: keeper._plan for p, keeper in inner._below.items()}
 
     def _forget_replaced(self) -> None:
         """Forget networks in whose place others stand now."""

@@ -381,7 +381,7 @@ class _Cut:
     def __init__(self, network: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
         self.network, self.axes, self.plan = network, axes, plan
         narrowed = [axis for axis in axes if plan.width(axis.name) < axis.size]
-        self.shapes = shapes_at(axes, plan)
+        self.shapes = shapes_at(network, axes, plan)
         self.dims: dict[str, set[int]] = {}
         self.kinds: dict[str, set[str]] = {}
         for axis in narrowed:

@@ -434,7 +434,7 @@ def test_a_tied_language_model_resized(tmp_path):
         ({"intermediate_size": 80}, r"size': 80}; expected .*size': 20}"),
         ({"num_hidden_layers": 1}, r"encoder.layer.1.ffn', which .* does not have"),
         ({"model_type": "roberta"}, "type 'roberta'.*is for the type 'bert'"),
-        ({"pruning_plan": 3}, "pruning_plan is a int"),
+        ({"pruning_plan": 3}, "pruning_plan is 3"),
         ({"pruning_plan": "{"}, "not valid JSON"),
         ({"pruning_plan": '{"version": 1, "sizes": {"a": 2}, "kept": {"a": [5]}}'}, "position 5"),
         (
