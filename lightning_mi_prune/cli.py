@@ -54,9 +54,9 @@ from lightning_mi_prune.cli_config import (
     section_of,
 )
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.loading import load_pruned
 from lightning_mi_prune.method import Method
 from lightning_mi_prune.oneshot import Pruned, prune
-from lightning_mi_prune.pretrained import load_pruned
 
 __all__ = ["main", "prune_module"]
 

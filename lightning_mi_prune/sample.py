@@ -168,9 +168,17 @@ def full(call: Example, network: nn.Module) -> Example:
     return replace(call, args=mapped(call.args, cast), kwargs=mapped(call.kwargs, cast))
 
 
-def copied(root: nn.Module, networks: Collection[str]) -> nn.Module:
-    """A module that holds copies of the networks at their paths, and nothing else."""
-    memo: dict[int, Any] = {}  # one memo: what networks share stays shared
+def copied(
+    root: nn.Module, networks: Collection[str], shared: Mapping[int, Any] | None = None
+) -> nn.Module:
+    """A module that holds copies of the networks at their paths, and nothing else.
+
+    Args:
+        root: Module from which the networks are named.
+        networks: Their paths.
+        shared: Objects that are not copied, by ``id``.
+    """
+    memo: dict[int, Any] = dict(shared or {})  # one memo: what networks share stays shared
     for name in ("_trainer", "_fabric"):  # of a LightningModule; neither can be copied, nor need be
         held = getattr(root, name, None)
         memo |= {} if held is None else {id(held): held}

@@ -23,6 +23,7 @@ from lightning_mi_prune.callbacks.options import (
     check_regex,
     check_types,
     check_units,
+    without_private,
 )
 from lightning_mi_prune.callbacks.schedule import Ramp, Schedule
 from lightning_mi_prune.callbacks.widths import WidthPruning
@@ -152,6 +153,7 @@ class MutualInformationPruning(WidthPruning):
         on_drop: Literal["halve", "stop"] = "halve",
         best_of: BestOf = "final_size",
     ) -> None:
+        options = without_private(locals())
         between("floor", floor, 0, 1, closed=True)
         check_types(
             include=include,
@@ -205,6 +207,7 @@ class MutualInformationPruning(WidthPruning):
             best_of=best_of,
             budget=accuracy_budget(max_drop, monitor, mode, on_drop),
         )
+        self._options = options
         self._units, self._include, self._exclude = units, include, exclude
         self._ramp: Ramp = ramp
         self._cuts, self._first, self._last = cuts, first_epoch, last_epoch
@@ -228,7 +231,7 @@ class MutualInformationPruning(WidthPruning):
                 f"target_parameters={allowed}, but the module has {has} as built: nothing to cut. "
                 "Ask for fewer."
             )
-        method.check(module, self._kept().axes, axes, widths)
+        method.check(module, self._kept().axes, axes, widths, writes=module.trainer.is_global_zero)
 
     @property
     def _goal(self) -> float:
@@ -263,6 +266,7 @@ class MutualInformationPruning(WidthPruning):
             heard,
             progress=min(1.0, goal / self._goal),
             kept=kept,
+            tables=self._run.tables,
         )
 
     @override
