@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.exact import ExactSums
 from lightning_mi_prune.information import u_centered
+from lightning_mi_prune.wording import counted
 
 __all__ = ["Alignment", "Kernel"]
 
@@ -75,8 +76,8 @@ class Alignment(ExactSums):
         sizes = [len(x) for x in outputs]
         if len(sizes) != self.layers or len(set(sizes)) != 1:
             raise PruningError(
-                f"{len(sizes)} outputs of {sizes} samples; expected {self.layers}, one a layer, "
-                "with the same samples in each."
+                f"{counted(len(sizes), 'output')} of {sizes} samples; expected {self.layers}, one "
+                "a layer, with the same samples in each."
             )
         if sizes[0] < 4:
             return

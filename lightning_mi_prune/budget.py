@@ -20,6 +20,7 @@ from lightning_mi_prune.limits import (
     shares_of,
 )
 from lightning_mi_prune.plan import Ranking
+from lightning_mi_prune.wording import counted, number
 
 __all__ = [
     "NATS",
@@ -102,7 +103,7 @@ class Budget:
         return {"target_macs": "MACs", "target_latency_ms": "ms"}.get(self.kind, "parameters")
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.amount}"
+        return f"{self.kind}={self.amount:,}"
 
     def target(self, axes: Sequence[WidthAxis], costs: Costs, progress: float = 1.0) -> float:
         """Cost that must not be exceeded, ``progress`` of the way from the model as built.
@@ -196,8 +197,10 @@ def check_reach(
         reach = (built - fewest) / prunable if prunable else 0.0
         best = f"at most {int(reach * 1e4) / 1e4:.4f} of the prunable parameters can go"
     else:
-        size = f"{fewest:.4g}" if costs.measure == "ms" else f"{fewest:,.0f}"
-        best = f"no fewer than {size} {costs.measure} can be reached (as built: {built:,.6g})"
+        best = (
+            f"no fewer than {number(fewest)} {costs.measure} can be reached "
+            f"(as built: {number(built)})"
+        )
     raise PruningError(
         f"{budget} is out of reach: with the floors, pins and multiple={multiple} given, {best}. "
         "Loosen the budget, the limits or the multiple, or include more axes."
@@ -317,8 +320,8 @@ def ranking_of(axis: WidthAxis, rankings: Mapping[str, Ranking], width: int) -> 
     ranking = rankings[axis.name]
     if len(ranking.order) < width:
         raise PruningError(
-            f"The ranking of {axis.name!r} covers {len(ranking.order)} units of {width}; expected "
-            "all that are left. Rank the axis again."
+            f"The ranking of {axis.name!r} covers {number(len(ranking.order))} of "
+            f"{counted(width, 'unit')}; expected all that are left. Rank the axis again."
         )
     return ranking
 

@@ -29,6 +29,7 @@ from lightning_mi_prune.limits import (
     widths_between,
 )
 from lightning_mi_prune.plan import Ranking
+from lightning_mi_prune.wording import number
 
 __all__ = ["allot", "compete"]
 
@@ -109,8 +110,8 @@ def allot(
         before, after = (left_to_lose(axes, known, w, need) for w in (now, ceiling))
         if before >= -NATS > after:
             raise PruningError(
-                f"{budget} is out of reach: the caps and pins alone lose {-after:.4g} nats more "
-                "than may go. Raise them, or keep less information."
+                f"{budget} is out of reach: the caps and pins alone lose {number(-after)} nats "
+                "more than may go. Raise them, or keep less information."
             )
     if widths == "global":
         return compete(axes, known, costs, target, bounds=bounds, multiple=multiple, need=need)
@@ -198,8 +199,8 @@ class _Race:
             jump = self._pop()
             if jump is None:
                 raise PruningError(
-                    f"A cost of {target:g} {self._costs.measure} is out of reach; at least "
-                    f"{self._cost:g} is left. Raise the budget or loosen the limits."
+                    f"A cost of {number(target)} {self._costs.measure} is out of reach; at least "
+                    f"{number(self._cost)} is left. Raise the budget or loosen the limits."
                 )
             name, place = jump
             if self._cost - self._saved(name, place) > target + self._slack:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.information import cholesky, diagonal_blocks, log_det_blocks
+from lightning_mi_prune.wording import counted
 
 __all__ = ["Elimination", "eliminate", "eliminate_together"]
 
@@ -131,8 +132,8 @@ def eliminate_together(
         nats = float(cost[group])
         if not math.isfinite(nats):  # NaN of a matrix that lost its last digits comes first
             raise PruningError(
-                f"The information of {int(alive.sum())} of {units} units is {nats}, not a number "
-                "of nats: their covariance is not positive. Validate on more data, raise "
+                f"The information of {int(alive.sum())} of {counted(units, 'unit')} is {nats}, not "
+                "a number of nats: their covariance is not positive. Validate on more data, raise "
                 "positions, or give MutualInformation a larger ridge."
             )
         order.append(int(names[group]))

@@ -14,6 +14,7 @@ from lightning_mi_prune.incisions import positions
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import Relevance
+from lightning_mi_prune.wording import counted, number
 
 __all__ = ["Evidence", "entries_of", "gather", "kept_entries", "kept_rows"]
 
@@ -78,10 +79,10 @@ class Evidence:
         dimension = self.readout.shape[0]
         if self.samples <= dimension + self.entries:
             raise PruningError(
-                f"{self.samples} samples were heard at {self.name!r}, but scoring against the "
-                f"{dimension} units above needs more than {dimension + self.entries}, better "
-                f"{20 * dimension}. Use a larger validation set, raise limit_val_batches or "
-                "positions, or exclude the axis."
+                f"Only {counted(self.samples, 'sample')} at {self.name!r}, but scoring against "
+                f"{counted(dimension, 'unit')} above needs more than "
+                f"{number(dimension + self.entries)}, better {number(20 * dimension)}. Use a "
+                "larger validation set, raise limit_val_batches or positions, or exclude the axis."
             )
 
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lightning_mi_prune.sparing import StackCut
+from lightning_mi_prune.wording import counted
 
 __all__ = ["heatmap", "save_heatmap"]
 
@@ -55,7 +56,9 @@ def heatmap(cut: StackCut) -> Figure:
             label.set_color("red")
     axes.set_xlabel("layer, as built (✕ removed)")
     decided = f"CKA ≥ {cut.threshold:.4f}" if cut.criterion == "cka" else cut.criterion
-    axes.set_title(f"{cut.name}\n{count} → {len(cut.after)} layers, {decided}", fontsize=10)
+    axes.set_title(
+        f"{cut.name}\n{count} → {counted(len(cut.after), 'layer')}, {decided}", fontsize=10
+    )
     return figure
 
 

@@ -21,6 +21,8 @@ from lightning_mi_prune.untrusted import (
     text,
     whole,
 )
+from lightning_mi_prune.wording import counted
+from lightning_mi_prune.wording import number as worded
 
 __all__ = ["Device", "LatencyCurve", "LatencyTable"]
 
@@ -76,8 +78,8 @@ class LatencyCurve:
     saved: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        counted = all(isinstance(w, int) and not isinstance(w, bool) for w in self.widths)
-        falling = counted and all(a > b for a, b in pairwise(self.widths))
+        integral = all(isinstance(w, int) and not isinstance(w, bool) for w in self.widths)
+        falling = integral and all(a > b for a, b in pairwise(self.widths))
         if not self.axes or not all(isinstance(name, str) for name in self.axes):
             raise PruningError("A latency curve belongs to no axis; measure the table again.")
         if not falling or not self.widths or len(self.saved) != len(self.widths):
@@ -137,9 +139,9 @@ class LatencyTable:
                 raise PruningError(f"{name}={described(count)}; expected a whole number.")
         for curve in self.curves:
             if curve.saved[-1] >= self.dense_ms:
-                saved = f"{described(curve.axes[0])} saves {curve.saved[-1]:g}"
                 raise PruningError(
-                    f"{saved} of {self.dense_ms:g} ms; expected less than all. Measure again."
+                    f"{described(curve.axes[0])} saves {worded(curve.saved[-1])} of "
+                    f"{worded(self.dense_ms)} ms; expected less than all. Measure again."
                 )
 
     def curve(self, axis: WidthAxis) -> LatencyCurve:
@@ -148,8 +150,8 @@ class LatencyTable:
             if axis.name in curve.axes and curve.widths[0] == axis.size:
                 return curve
         raise PruningError(
-            f"The latency table does not know {axis.name!r} of {axis.size} units; it was measured "
-            "on another model or on other axes. Measure it again."
+            f"The latency table does not know {axis.name!r} of {counted(axis.size, 'unit')}; it "
+            "was measured on another model or on other axes. Measure it again."
         )
 
     def check_device(self, device: Device) -> None:

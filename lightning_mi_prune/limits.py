@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.wording import counted, number
 
 __all__ = [
     "Bounds",
@@ -125,8 +126,8 @@ class Limits:
             if units > axis.size and option != "caps":
                 noun = {"floors": "floor", "pins": "pinned width"}[option]
                 raise PruningError(
-                    f"{option}: {expression!r} asks for a {noun} of {value} units, above the "
-                    f"{axis.size} that {axis.name!r} has as built; lower it."
+                    f"{option}: {expression!r} asks for a {noun} of {counted(value, 'unit')}, "
+                    f"above the {number(axis.size)} that {axis.name!r} has as built; lower it."
                 )
             found.append((expression, value, units))
         return found
@@ -145,13 +146,13 @@ class Limits:
             if cap == 0 and units > 0:
                 raise PruningError(
                     f"caps: {expression!r} leaves {axis.name!r} {value}, less than one step of "
-                    f"{step} units. Raise the cap, lower multiple={multiple}, or say 0."
+                    f"{counted(step, 'unit')}. Raise the cap, lower multiple={multiple}, or say 0."
                 )
             _check_empty(axis, cap)
             if least > cap:
                 raise PruningError(
-                    f"caps: {expression!r} lets {axis.name!r} keep {cap} units at most, below its "
-                    f"floor of {least}; raise the cap or lower the floor."
+                    f"caps: {expression!r} lets {axis.name!r} keep {counted(cap, 'unit')} at most, "
+                    f"below its floor of {least}; raise the cap or lower the floor."
                 )
             most = min(most, cap)
         return least, most
@@ -169,8 +170,8 @@ class Limits:
         (pin,) = widths
         if pin > now:
             raise PruningError(
-                f"pins: {pins[0][0]!r} pins {axis.name!r} to {pin} units, above the {now} that "
-                "earlier cuts left; pruned units do not come back. Lower the pin."
+                f"pins: {pins[0][0]!r} pins {axis.name!r} to {counted(pin, 'unit')}, above the "
+                f"{now} that earlier cuts left; pruned units do not come back. Lower the pin."
             )
         return pin
 
@@ -306,6 +307,6 @@ def _check_pin(
         for expression, value, units in given:
             if (pin < units - _SLACK) if given is floors else (pin > units + _SLACK):
                 raise PruningError(
-                    f"{axis.name!r} is pinned to {pin} units, {noun} of {value} ({expression!r}); "
-                    "change one of them."
+                    f"{axis.name!r} is pinned to {counted(pin, 'unit')}, {noun} of {value} "
+                    f"({expression!r}); change one of them."
                 )

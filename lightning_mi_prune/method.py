@@ -234,6 +234,8 @@ class Method:
         bounds = self.limits.resolve(chosen, mine, multiple=self.multiple)
         told = {name for name, (_, most) in bounds.items() if not most}
         check_left(axes, {**now, **widths}, told, self.budget)
+        if rankings is None:  # of all, so that what is lost can be set beside what there was
+            rankings = rank(widths=widths)
         return select(
             chosen,
             heard.moments,

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.untrusted import described, number, read_json
+from lightning_mi_prune.wording import counted
 
 __all__ = ["CONFIG_FIELD", "Plan", "Ranking", "recorded_plan"]
 
@@ -46,8 +47,9 @@ class Ranking:
     def __post_init__(self) -> None:
         if not len(self.order) == len(self.loss) == len(self.nats):
             raise PruningError(
-                f"A ranking of {len(self.order)} positions has {len(self.loss)} losses and "
-                f"{len(self.nats)} nats; expected one of each for each position."
+                f"A ranking of {counted(len(self.order), 'position')} has "
+                f"{counted(len(self.loss), 'loss', 'losses')} and {len(self.nats)} nats; expected "
+                "one of each for each position."
             )
         if not all(map(_is_count, self.order)) or len(set(self.order)) < len(self.order):
             raise PruningError(

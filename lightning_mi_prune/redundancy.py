@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.wording import counted
 
 __all__ = ["Cluster", "cheapest", "clusters_of", "redundant", "square"]
 
@@ -101,8 +102,8 @@ def cheapest(similarity: Sequence[Sequence[float]], count: int, fixed: int = 0) 
     loss, clusters = best.get((size, count), (math.inf, []))
     if math.isinf(loss):
         raise PruningError(
-            f"{count} of {size} layers cannot go, {fixed} of them must stay; expected at most "
-            f"{size - max(1, fixed)}."
+            f"{count} of {counted(size, 'layer')} cannot go, {fixed} of them must stay; expected "
+            f"at most {size - max(1, fixed)}."
         )
     return clusters
 

@@ -24,6 +24,7 @@ from lightning_mi_prune.moments import add_outer, mirror, rounding, settle
 from lightning_mi_prune.readings import Reading, Targets
 from lightning_mi_prune.sample import Example, placed
 from lightning_mi_prune.unison import Part, run_together
+from lightning_mi_prune.wording import counted, number
 
 __all__ = ["Sum", "refit", "refit_all"]
 
@@ -224,9 +225,10 @@ def _solve(reading: Reading, layer: nn.Module, sums: Tensor, ridge: float) -> di
         return {}
     if float(count) <= size:
         raise PruningError(
-            f"{int(count)} positions were stored to refit {reading.layer!r}, which has {size} "
-            f"numbers to learn for each output; expected more, better {10 * size}. Validate on "
-            "more data, raise refit_positions, or set refit=False."
+            f"Only {counted(int(count), 'position')} to refit {reading.layer!r} from, which has "
+            f"{counted(size, 'number')} to learn for each output; expected more, better "
+            f"{number(10 * size)}. Validate on more data, raise refit_positions, or set "
+            "refit=False."
         )
     assert isinstance(weight, Tensor)  # noqa: S101
     first = 0 if isinstance(bias, Tensor) else 1

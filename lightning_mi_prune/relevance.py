@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.wording import counted
 
 __all__ = [
     "GradientSums",
@@ -113,9 +114,9 @@ def check_gradients(sums: Mapping[str, GradientSums], *, scaled: bool = False) -
         _, steps, skipped = (int(n) for n in found.counts)
         if skipped and not (scaled and steps):
             raise PruningError(
-                f"NaN or infinite gradients at {key!r} in {skipped} of {steps + skipped} training "
-                "steps that were heard. Expected finite ones; lower the learning rate, clip "
-                "gradients, or use relevance='readers', which needs none."
+                f"NaN or infinite gradients at {key!r} in {skipped} of "
+                f"{counted(steps + skipped, 'training step')}. Expected finite ones; lower the "
+                "learning rate, clip gradients, or use relevance='readers', which needs none."
             )
         if not steps:
             raise PruningError(
@@ -125,8 +126,8 @@ def check_gradients(sums: Mapping[str, GradientSums], *, scaled: bool = False) -
             )
         if found.dimension and not found.matrix.any():
             raise PruningError(
-                f"No gradient reached {key!r} in {steps} training steps, so nothing above it "
-                "matters to the loss. Exclude the axis, or use relevance='readers'."
+                f"No gradient reached {key!r} in {counted(steps, 'training step')}, so nothing "
+                "above it matters to the loss. Exclude the axis, or use relevance='readers'."
             )
 
 

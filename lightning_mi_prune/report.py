@@ -43,15 +43,15 @@ _MOST = 2**63
 
 @dataclass(frozen=True)
 class AxisCut:
-    """One axis in one cut.
+    """One axis in one cut; its information is that of this cut, not of all cuts so far.
 
     Args:
         name: Path of the axis.
         kind: Kind of unit.
         before: Units before the cut.
         after: Units after it.
-        information_nats: Information with the layer above that stays, in nats.
-        information_fraction: The same as a share of what there was before this cut.
+        information_nats: Information with what is kept above that is left after this cut, in nats.
+        information_fraction: The same as a share of what there was just before this cut.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Cut:
     """One cut: sizes of the whole model after it, every axis, and the time it took.
 
     Args:
-        epoch: Training epoch that started with the smaller model.
+        epoch: Epoch that started with the smaller model (``trainer.current_epoch``, from 0).
         sparsity: Share of the prunable parameters gone, against the model as built.
         parameters: Parameters of the whole module.
         prunable_parameters: Parameters of the tensors that the axes cut.
@@ -76,6 +76,10 @@ class Cut:
         seconds: Time spent in ``listening``, ``scoring`` and ``cutting``.
         stacks: What happened to stacks of layers; ``sparsity`` and ``prunable_parameters`` are then
             those of their layers.
+        information_kept: Share of the information with the layers above, in nats and summed over
+            all axes, that this cut and all before it left of the model as built (of a run that
+            begins with a cut model: of that one). What ``keep_information`` counts; it never
+            rises. None where layers went.
     """
 
     epoch: int
@@ -86,21 +90,7 @@ class Cut:
     axes: tuple[AxisCut, ...]
     seconds: Mapping[str, float]
     stacks: tuple[StackCut, ...] = ()
-
-    @property
-    def information_fraction(self) -> float:
-        """Mean share of information kept over the axes that were cut."""
-        cut = [axis.information_fraction for axis in self.axes if axis.after < axis.before]
-        return sum(cut) / len(cut) if cut else 1.0
-
-    def metrics(self) -> dict[str, float]:
-        """What a logger is told."""
-        sizes = {"parameters": self.parameters, "sparsity": self.sparsity, "macs": self.macs}
-        metrics = {f"prune/{name}": float(value) for name, value in sizes.items()}
-        if self.stacks:
-            return metrics | {f"prune/depth/{s.name}": float(len(s.after)) for s in self.stacks}
-        metrics["prune/information_kept"] = self.information_fraction
-        return metrics | {f"prune/width/{axis.name}": float(axis.after) for axis in self.axes}
+    information_kept: float | None = None
 
 
 @dataclass
@@ -258,7 +248,7 @@ def cut_table(cut: Cut, report: PruningReport) -> Table:
         caption=_caption(cut, report),
     )
     table.add_column("axis", overflow="fold")
-    for name in ("kind", "before", "after", "nats kept", "kept"):
+    for name in ("kind", "before", "after", "nats left", "kept by this cut"):
         table.add_column(name, justify="left" if name == "kind" else "right")
     for axis in reversed(cut.axes):
         table.add_row(
@@ -273,9 +263,11 @@ def cut_table(cut: Cut, report: PruningReport) -> Table:
 
 
 def _caption(cut: Cut, report: PruningReport) -> str:
+    kept = cut.information_kept
     return (
         f"parameters {report.parameters:,} -> {cut.parameters:,} | "
         f"MACs an example {report.macs:,} -> {cut.macs:,} | "
+        + ("" if kept is None else f"information kept of the model as built {kept:.1%} | ")
         + " | ".join(f"{name} {s:.1f} s" for name, s in cut.seconds.items())
     )
 

@@ -20,6 +20,7 @@ from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.ranking import RelevanceSource, rank_axes
 from lightning_mi_prune.turning import Turned, turned
 from lightning_mi_prune.turns import TurnMaps
+from lightning_mi_prune.wording import counted
 
 __all__ = ["Information", "Selection", "select"]
 
@@ -62,7 +63,10 @@ class Selection:
 
     @property
     def kept_share(self) -> float:
-        """Share of the ranked axes' information that stays, in nats and summed over them."""
+        """Share of the ranked axes' information that stays, in nats and summed over them.
+
+        Against the model just before this cut; the shares of successive cuts multiply.
+        """
         ranked = self.plan.rankings
         total = sum(ranking.lost(0)[1] for ranking in ranked.values())
         lost = sum(ranking.lost(self.plan.width(name))[1] for name, ranking in ranked.items())
@@ -250,16 +254,16 @@ def _fold(
 def _warn(thin: Sequence[str], copies: Sequence[str]) -> None:
     if thin:
         warnings.warn(
-            f"{len(thin)} axes, {thin[0]!r} first, were heard with fewer than 20 samples for each "
-            "unit above, or 2 for each entry; scores are noisy. A larger validation set or more "
-            "positions helps.",
+            f"{counted(len(thin), 'axis', 'axes')}, {thin[0]!r} first, had fewer than 20 samples "
+            "for each unit above, or 2 for each entry; scores are noisy. A larger validation "
+            "set or more positions helps.",
             PruningWarning,
             stacklevel=3,
         )
     if copies:
         warnings.warn(
-            f"top-k kept copies of the same unit on {len(copies)} axes, {copies[0]!r} first; "
-            "selection='conditional' keeps one of them.",
+            f"top-k kept copies of the same unit on {counted(len(copies), 'axis', 'axes')}, "
+            f"{copies[0]!r} first; selection='conditional' keeps one of them.",
             PruningWarning,
             stacklevel=3,
         )

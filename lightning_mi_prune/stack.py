@@ -19,6 +19,7 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.sample import Example, first_call
 from lightning_mi_prune.sparing import Compared
+from lightning_mi_prune.wording import counted
 
 __all__ = ["StackListener", "blocks_of"]
 
@@ -70,7 +71,8 @@ class StackListener(Ear):
         super().__init__()
         if len(blocks) < 2:
             raise PruningError(
-                f"A stack of {len(blocks)} layers has nothing to compare; expected two or more."
+                f"A stack of {counted(len(blocks), 'layer')} has nothing to compare; expected two "
+                "or more."
             )
         if positions < 4:
             raise PruningError(f"positions={positions}; expected 4 or more.")
@@ -244,7 +246,7 @@ def blocks_of(model: nn.Module, stack: str) -> list[str]:
     kinds = sorted({type(layer).__name__ for layer in container})
     if len(kinds) != 1 or len(container) < 2:
         raise PruningError(
-            f"{stack!r} holds {len(container)} layers of {kinds}; expected two or more, all of one "
-            "class."
+            f"{stack!r} holds {counted(len(container), 'layer')} of {kinds}; expected two or more, "
+            "all of one class."
         )
     return [f"{stack}.{place}" if stack else str(place) for place in range(len(container))]

@@ -61,11 +61,6 @@ def test_a_run_without_cuts_ends_as_it_began():
     assert body["cuts"] == []
 
 
-def test_information_is_averaged_over_what_was_cut():
-    assert CUT.information_fraction == 0.9
-    assert CUT.metrics()["prune/width/net.layer.0.ffn"] == 20
-
-
 def test_the_table_names_axes_from_their_common_path():
     out = io.StringIO()
     Console(file=out, width=120).print(cut_table(CUT, REPORT))
@@ -142,4 +137,3 @@ def test_a_report_of_layers_can_be_read_again_and_has_a_picture(tmp_path):
     text = console.export_text()
     for part in ("net.layer", "0 2 | 5", "CKA >= 0.9800", "33.3%"):
         assert part in text
-    assert cut.metrics()["prune/depth/net.layer"] == 2

@@ -54,10 +54,12 @@ def test_due():
 @pytest.mark.parametrize(
     ("length", "options", "message"),
     [
-        (1, {}, "lasts 1 epochs; expected at least 2"),
+        (1, {}, "lasts 1 epoch; expected at least 2"),
         (1.5, {}, "lasts 1.5 epochs"),
         (5, {"last_epoch": 5}, "leaves no epoch to recover"),
-        (5, {"first_epoch": 4}, "comes after the last cut at epoch 2"),
+        (5, {"first_epoch": 4}, "first_epoch=4 comes after the last cut at epoch 2 of 5 epochs"),
+        (9, {"last_epoch": 2, "begin": 5}, "The next epoch to cut in, 6, comes after"),
+        (2, {"begin": 1}, "lasts 1 epoch;"),
         (5, {"cuts": 3}, r"only the epochs \[1, 2\]"),
         (4, {"every": 3}, "No validation runs before and after epochs 1 to 2"),
     ],

@@ -242,7 +242,7 @@ def evidence(samples=1000, m=3, d=8, name="hidden"):
 
 def test_too_few_samples_are_refused_and_few_are_warned_about():
     with pytest.raises(
-        PruningError, match=r"4 samples were heard at 'hidden'.*3 units above needs more than 4"
+        PruningError, match=r"Only 4 samples at 'hidden'.*3 units above needs more than 4"
     ):
         MutualInformation().rank([evidence(samples=4)], 4)
     net, axis = two_layers()

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_mi_prune.callbacks.monitored import logged_in_validation
 from lightning_mi_prune.strategies import decide_once
+from lightning_mi_prune.wording import number
 
 __all__ = ["AccuracyBudget"]
 
@@ -20,23 +21,19 @@ class AccuracyBudget:
     """How much of a metric a cut may cost after its recovery.
 
     Args:
-        max_drop: Largest loss against the best accepted model, in the metric's own unit, or as a
-            share of its best value.
+        max_drop: Largest loss against the best accepted model, in the metric's own unit.
         monitor: Name of the logged metric.
         mode: ``max`` if more is better, ``min`` if less is.
         on_drop: ``halve`` tries half of the step next, ``stop`` makes no further cut.
-        relative: Whether ``max_drop`` is a share.
     """
 
     max_drop: float
     monitor: str
     mode: Literal["max", "min"] = "max"
     on_drop: Literal["halve", "stop"] = "halve"
-    relative: bool = False
 
     def __str__(self) -> str:
-        of = "of the best" if self.relative else "of"
-        return f"{self.max_drop} {of} {self.monitor}"
+        return f"{number(self.max_drop)} in {self.monitor!r}"
 
     def value(self, trainer: pl.Trainer) -> float:
         """The metric after this validation, as rank 0 sees it.
@@ -68,4 +65,4 @@ class AccuracyBudget:
         if best is None:
             return False
         drop = best - value if self.mode == "max" else value - best
-        return not drop <= self.max_drop * (abs(best) if self.relative else 1.0)
+        return not drop <= self.max_drop

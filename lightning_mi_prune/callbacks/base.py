@@ -30,12 +30,14 @@ from lightning_mi_prune.callbacks.run import (
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.callbacks.steps import PruningSteps
+from lightning_mi_prune.callbacks.telling import macs_of, sizes_of
 from lightning_mi_prune.callbacks.trial import judge
 from lightning_mi_prune.checkpoints import Find, PlanKeeper
 from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.report import PruningReport
 from lightning_mi_prune.sample import Heard
 from lightning_mi_prune.strategies import agree, refuse_unsupported, together
+from lightning_mi_prune.wording import counted
 
 __all__ = ["PruningCallback"]
 
@@ -154,7 +156,8 @@ class PruningCallback(PruningSteps):
         begin = self._begin(trainer)
         if self._others(trainer):
             self._share = (
-                f" Layers and units share this run of {run_length(trainer):g} epochs: "
+                f" Layers and units share this run of "
+                f"{counted(run_length(trainer), 'epoch')}: "
                 f"{type(self).__name__} has epochs {begin} to {math.ceil(self._end(trainer)) - 1}."
             )
         fitted = together(
@@ -207,6 +210,8 @@ class PruningCallback(PruningSteps):
         if heard is None:
             return
         run.heard, run.heard_at = heard, trainer.current_epoch
+        if run.examples and not self.report.macs:  # a logged curve begins before the first cut
+            self.report.macs = macs_of(trainer, pl_module, run)
         if trainer.is_last_batch:
             self._decide(trainer, pl_module, trainer.current_epoch + 1)
 
@@ -214,9 +219,13 @@ class PruningCallback(PruningSteps):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide what to cut at the start of the next epoch, if that is still open."""
         self._hold_patience(trainer)
-        sizes = self.sizes(pl_module) if self._is_last_turn(trainer) else {}
+        sizes = self.curves(pl_module)
+        if self._is_last_turn(trainer):
+            sizes |= sizes_of(pl_module, self.report, self.sparsity(pl_module))
         for name, value in sizes.items():
-            pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
+            pl_module.log(
+                f"prune/{name}", float(value), on_step=False, on_epoch=True, rank_zero_only=True
+            )
         if not self._listens(trainer) or self._is_failed() or is_dev_run(trainer):
             return
         if self._run.heard is None and self._waits:
@@ -263,8 +272,8 @@ class PruningCallback(PruningSteps):
         if left:
             total = len(run.schedule.epochs)
             rank_zero_warn(
-                f"Training ended after {total - len(left)} of {total} cuts (the next was due at "
-                f"epoch {left[0]}); the model is larger than asked for."
+                f"Training ended after {total - len(left)} of {counted(total, 'cut')} (the next "
+                f"was due at epoch {left[0]}); the model is larger than asked for."
             )
         if self._best_of != "any_size" and self.report.cuts and self._is_last_turn(trainer):
             for metric in without_best(trainer):

@@ -52,15 +52,17 @@ class CKALayerPruning(LayerPruning):
             ``"backbone.layer3"``; default: those of the Hugging Face models in the module.
         module: Path of the submodule to search for them; default: the whole module.
         cuts: Most attempts; default: 1, and with ``max_drop`` what fits, at most 4.
-        first_epoch: Training epoch (from 1) of the first cut; default: 1, and half-way for a
-            single cut without ``max_drop``.
-        last_epoch: Epoch of the last attempt; default: half-way.
-        max_drop: Largest loss of ``monitor`` after recovery, as a share of its best value before
-            (0.01 is one per cent of it). None keeps every cut.
+        first_epoch: Epoch that starts with the first cut, by Lightning's number
+            (``trainer.current_epoch``, which counts from 0); at least 1, because a validation
+            comes before it. Default: 1, and half-way for a single cut without ``max_drop``.
+        last_epoch: Epoch of the last attempt, by the same number; default: half-way.
+        max_drop: Largest loss of ``monitor``, in its own unit, that a cut may cost once it has
+            recovered, against the best value of the models before it. None keeps every cut.
         monitor: Metric that ``max_drop`` watches, as validation logs it.
         mode: ``"max"`` if more of it is better, ``"min"`` if less is.
         seed: Seed of the draw of positions, and of ``"random"``.
-        verbose, best_of: As for :class:`MutualInformationPruning`.
+        verbose: As for MutualInformationPruning.
+        best_of: As for MutualInformationPruning.
 
     Raises:
         MisconfigurationException: If an option is outside its range, or two contradict each other.
@@ -71,7 +73,7 @@ class CKALayerPruning(LayerPruning):
         >>> trainer = pl.Trainer(max_epochs=8, callbacks=[callback], logger=False)
 
     See Also:
-        Hu et al., "MPruner", 2024 (arXiv 2408.13482). Beside :class:`MutualInformationPruning` in
+        Hu et al., "MPruner", 2024 (arXiv 2408.13482). Beside MutualInformationPruning in
         one Trainer, layers go in the first half of the run and units in the second.
     """
 
@@ -129,6 +131,6 @@ class CKALayerPruning(LayerPruning):
             seed=seed,
             verbose=verbose,
             best_of=best_of,
-            budget=accuracy_budget(max_drop, monitor, mode, relative=True),
+            budget=accuracy_budget(max_drop, monitor, mode),
         )
         self._options = options

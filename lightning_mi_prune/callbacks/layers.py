@@ -42,6 +42,7 @@ from lightning_mi_prune.stacks import StackListeners
 from lightning_mi_prune.states import check_optimizers
 from lightning_mi_prune.strategies import add_up, gather, pool, refuse_compiled, world_size
 from lightning_mi_prune.takeover import take_over
+from lightning_mi_prune.wording import counted
 
 __all__ = ["LayerPruning"]
 
@@ -60,8 +61,8 @@ class LayerPruning(PruningCallback):
         stacks: Paths of the containers; None finds them.
         module: Path of the submodule to search for them; "" searches all.
         cuts: Most attempts.
-        first_epoch: Training epoch of the first cut.
-        last_epoch: Epoch of the last attempt.
+        first_epoch: Epoch that starts with the first cut (``trainer.current_epoch``).
+        last_epoch: Epoch of the last attempt, likewise.
         seed: Seed of the draw of positions.
         verbose: Whether each cut prints a table on rank zero.
         best_of: What monitors may compare (:func:`companions.restart_comparison`).
@@ -119,8 +120,8 @@ class LayerPruning(PruningCallback):
             target = self.thinning.target or 1
             if target > stack.size:
                 raise PruningError(
-                    f"target_layers={target}, but {stack.name!r} has {stack.size} layers as built; "
-                    "expected no more."
+                    f"target_layers={target}, but {stack.name!r} has "
+                    f"{counted(stack.size, 'layer')} as built; expected no more."
                 )
         if not self._run.fitted.epochs:
             self.report = begin_layer_report(module, keeper, self._names)
@@ -242,17 +243,13 @@ class LayerPruning(PruningCallback):
         return describe_layers(trainer, module, self._run, built, self._names, pending, told)
 
     @override
-    def sizes(self, module: pl.LightningModule) -> dict[str, float]:
-        report = self.report
-        if report.cuts or not report.undone:
-            return report.cuts[-1].metrics() if report.cuts else {}
-        parameters = sum(p.numel() for p in module.parameters())
-        left = layer_parameters(module, self._names)
-        sparsity = 1 - left / report.prunable_parameters
-        found = {"parameters": parameters, "macs": report.macs, "sparsity": sparsity}
+    def curves(self, module: pl.LightningModule) -> dict[str, float]:
         plan = self._kept().plan
-        depths = {f"depth/{name}": plan.width(name) for name in self._names}
-        return {f"prune/{name}": float(value) for name, value in (found | depths).items()}
+        return {f"depth/{name}": plan.width(name) for name in self._names}
+
+    @override
+    def sparsity(self, module: pl.LightningModule) -> float:
+        return 1 - layer_parameters(module, self._names) / self.report.prunable_parameters
 
     @override
     def check_state(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

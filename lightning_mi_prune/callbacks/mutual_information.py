@@ -35,6 +35,7 @@ from lightning_mi_prune.method import Method, pull_back
 from lightning_mi_prune.sample import Heard
 from lightning_mi_prune.selection import Selection
 from lightning_mi_prune.strategies import add_up, world_size
+from lightning_mi_prune.wording import number
 
 __all__ = ["MutualInformationPruning"]
 
@@ -84,8 +85,11 @@ class MutualInformationPruning(WidthPruning):
         latency_batch: Examples in the call that is timed.
         ramp: ``"cubic"``, ``"linear"`` or ``"one_shot"`` growth of the sparsity over the cuts.
         cuts: Number of cuts; default: what fits, at most 4.
-        first_epoch: Training epoch (from 1) that starts with the first cut; default 1.
-        last_epoch: Epoch of the last cut; default: half-way through the run.
+        first_epoch: Epoch that starts with the first cut, by Lightning's number
+            (``trainer.current_epoch``, which counts from 0); at least 1, because a validation
+            comes before it. Default 1.
+        last_epoch: Epoch that starts with the last cut, by the same number; default: half-way
+            through the run.
         seed: Seed of the draw of positions.
         verbose: Whether each cut prints a table on rank zero.
         max_drop: Largest loss of ``monitor``, in its own unit, that a cut may cost once it has
@@ -228,8 +232,8 @@ class MutualInformationPruning(WidthPruning):
         allowed, has = method.budget.target_parameters, sum(p.numel() for p in module.parameters())
         if allowed is not None and allowed >= has and self._kept().plan.is_full:
             raise PruningError(
-                f"target_parameters={allowed}, but the module has {has} as built: nothing to cut. "
-                "Ask for fewer."
+                f"target_parameters={number(allowed)}, but the module has {number(has)} as built: "
+                "nothing to cut. Ask for fewer."
             )
         method.check(module, self._kept().axes, axes, widths, writes=module.trainer.is_global_zero)
 

@@ -38,6 +38,7 @@ _LEAST = {
     "first_epoch": 1,
     "last_epoch": 1,
 }
+_EPOCHS = ": epochs count from 0, as trainer.current_epoch does, and validation precedes a cut"
 _TYPES: dict[str, tuple[type, ...]] = {
     "include": _TEXT,
     "exclude": _TEXT,
@@ -108,7 +109,8 @@ def check_counts(least: int = 0, **given: object) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < fewest:
             raise MisconfigurationException(
-                f"{name}={value!r}; expected a whole number of at least {fewest}."
+                f"{name}={value!r}; expected a whole number of at least {fewest}"
+                f"{_EPOCHS if name in ('first_epoch', 'last_epoch') else ''}."
             )
 
 
@@ -155,8 +157,6 @@ def accuracy_budget(
     monitor: str | None,
     mode: Literal["max", "min"],
     on_drop: Literal["halve", "stop"] = "halve",
-    *,
-    relative: bool = False,
 ) -> AccuracyBudget | None:
     """The accuracy budget that options ask for; refuses one that says too little, or too much."""
     check_choices(mode=mode, on_drop=on_drop)
@@ -167,9 +167,9 @@ def accuracy_budget(
                 f"monitor={monitor!r} is watched for max_drop only, which is None; set both."
             )
         return None
-    between("max_drop", max_drop, 0, 1 if relative else math.inf, closed=True)
+    between("max_drop", max_drop, 0, math.inf, closed=True)
     if monitor is None:
         raise MisconfigurationException(
             f"max_drop={max_drop} needs monitor, the name of a metric that validation logs."
         )
-    return AccuracyBudget(float(max_drop), monitor, mode, on_drop, relative)
+    return AccuracyBudget(float(max_drop), monitor, mode, on_drop)

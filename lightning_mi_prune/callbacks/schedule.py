@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Literal
 
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.wording import counted
 
 __all__ = ["Ramp", "Schedule", "fit_schedule", "judging_epoch"]
 
@@ -20,7 +21,7 @@ class Schedule:
     """Sparsity to reach at the start of each cutting epoch, in order.
 
     Args:
-        epochs: Training epochs (from 0) that start with a cut.
+        epochs: Epochs that start with a cut (``trainer.current_epoch``, which counts from 0).
         sparsities: Sparsity after each, against the model as built.
     """
 
@@ -102,8 +103,9 @@ def fit_schedule(
         ramp: ``cubic`` removes much early and little late (Zhu and Gupta 2017), ``linear`` the
             same each time, ``one_shot`` everything at once.
         cuts: Number of cuts; None takes what fits, at most 4.
-        first_epoch: Epoch of the first cut, from 1.
-        last_epoch: Epoch of the last cut.
+        first_epoch: Epoch that starts with the first cut, counted from 0 as all epochs are; at
+            least 1.
+        last_epoch: Epoch that starts with the last cut.
         every: Validation runs after every so many epochs.
         begin: Epochs that were over when pruning began.
         recovery: Epochs that must follow the last cut.
@@ -116,24 +118,27 @@ def fit_schedule(
         >>> fit_schedule(8, 0.8, ramp="linear")
         Schedule(epochs=(1, 2, 3, 4), sparsities=(0.2, 0.4, 0.6, 0.8))
     """
+    epochs = f"{counted(length, 'epoch')}, which count from 0"
     latest = math.floor(length - recovery + 1e-9)
     half = begin + math.floor((length - begin) / 2 + 1e-9)
     last = min(latest, half) if last_epoch is None else last_epoch
     first = begin + 1 if first_epoch is None else max(first_epoch, begin + 1)
     if length - begin < 1 + recovery:
         raise PruningError(
-            f"The run lasts {length - begin:g} epochs; expected at least {1 + recovery}, one "
-            f"before a cut and {recovery} to recover. Raise max_epochs or max_steps."
+            f"The run lasts {counted(length - begin, 'epoch')}; expected at least {1 + recovery}, "
+            f"one before a cut and {recovery} to recover. Raise max_epochs or max_steps."
         )
     if last_epoch is not None and last_epoch > latest:
         raise PruningError(
-            f"last_epoch={last_epoch} leaves no epoch to recover in a run of {length:g}; expected "
-            f"at most {latest}, with {recovery} to recover. Lower last_epoch or raise max_epochs."
+            f"last_epoch={last_epoch} leaves no epoch to recover in a run of {epochs}; expected at "
+            f"most {latest}, with {recovery} to recover. Lower last_epoch or raise max_epochs."
         )
     if first > last:
+        given = first == first_epoch
+        named = f"first_epoch={first}" if given else f"The next epoch to cut in, {first},"
         raise PruningError(
-            f"first_epoch={first} comes after the last cut at epoch {last} (of {length:g}); "
-            "lower first_epoch, set last_epoch, or raise max_epochs."
+            f"{named} comes after the last cut at epoch {last} of {epochs}; lower first_epoch, "
+            "set a later last_epoch, or raise max_epochs."
         )
     # A validation before it, to listen to, and one after it, to know what it cost.
     open_epochs = [

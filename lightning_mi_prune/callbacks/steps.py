@@ -35,6 +35,7 @@ from lightning_mi_prune.sample import Heard, placed
 from lightning_mi_prune.selection import Selection
 from lightning_mi_prune.strategies import agree, decide_once, rewrap, together
 from lightning_mi_prune.surgery import cancel, operate
+from lightning_mi_prune.wording import counted
 
 __all__ = ["PruningSteps"]
 
@@ -97,8 +98,12 @@ class PruningSteps(pl.Callback, ABC):
         """The cut that was just made, from the plan ``before`` it."""
 
     @abstractmethod
-    def sizes(self, module: pl.LightningModule) -> dict[str, float]:
-        """What loggers are told after every epoch from the first cut on."""
+    def curves(self, module: pl.LightningModule) -> dict[str, float]:
+        """What loggers get after every epoch of what this callback may cut."""
+
+    @abstractmethod
+    def sparsity(self, module: pl.LightningModule) -> float:
+        """Share of the parameters this callback may cut that is gone, of the model as built."""
 
     @abstractmethod
     def check_state(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -284,7 +289,8 @@ class PruningSteps(pl.Callback, ABC):
         if self._budget is not None and (judged + 1) % every:
             raise MisconfigurationException(
                 f"No validation comes after the last cut at epoch {found.epochs[-1]} in time to "
-                f"take it back in a run of {length:g} epochs; lower last_epoch or raise max_epochs."
+                f"take it back in a run of {counted(length, 'epoch')}; lower last_epoch or raise "
+                "max_epochs."
             )
         return found
 

@@ -64,6 +64,7 @@ def describe(
         macs=macs_of(trainer, module, run),
         axes=axis_cuts(standing, widths, after, pending.selection.information),
         seconds=run.seconds,
+        information_kept=run.kept * pending.selection.kept_share,
     )
 
 
@@ -147,18 +148,12 @@ def begin_layer_report(
 
 
 def sizes_of(
-    module: pl.LightningModule, report: PruningReport, chosen: Sequence[WidthAxis], plan: Plan
+    module: pl.LightningModule, report: PruningReport, sparsity: float
 ) -> dict[str, float]:
-    """What loggers are told after every epoch from the first cut on."""
-    if report.cuts:
-        return report.cuts[-1].metrics()
-    if not report.undone:
-        return {}
-    widths = {axis.name: plan.width(axis.name) for axis in chosen}
-    sizes = {"parameters": sum(p.numel() for p in module.parameters()), "macs": report.macs}
-    found = {f"prune/{name}": float(value) for name, value in sizes.items()}
-    found["prune/sparsity"] = sparsity_of(chosen, widths)
-    return found | {f"prune/width/{name}": float(width) for name, width in widths.items()}
+    """What loggers get of the whole module after every epoch; MACs from calibration on."""
+    macs = report.cuts[-1].macs if report.cuts else report.macs
+    found = {"parameters": sum(p.numel() for p in module.parameters()), "sparsity": sparsity}
+    return found | ({"macs": macs} if macs else {})
 
 
 def macs_of(trainer: pl.Trainer, module: pl.LightningModule, run: RunState) -> int:

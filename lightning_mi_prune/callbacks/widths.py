@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_mi_prune.axes import WidthAxis, count_parameters
+from lightning_mi_prune.budget import sparsity_of
 from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.base import PruningCallback
 from lightning_mi_prune.callbacks.companions import BestOf
@@ -21,7 +22,7 @@ from lightning_mi_prune.callbacks.reconciling import Asked, reconcile, resumed
 from lightning_mi_prune.callbacks.records import Pending, Trial
 from lightning_mi_prune.callbacks.run import validation_batches, without_frozen
 from lightning_mi_prune.callbacks.schedule import Schedule
-from lightning_mi_prune.callbacks.telling import begin_report, describe, sizes_of
+from lightning_mi_prune.callbacks.telling import begin_report, describe
 from lightning_mi_prune.checkpoints import Find
 from lightning_mi_prune.dry_run import half_plan
 from lightning_mi_prune.families import find_axes, is_within
@@ -165,8 +166,15 @@ class WidthPruning(PruningCallback):
         )
 
     @override
-    def sizes(self, module: pl.LightningModule) -> dict[str, float]:
-        return sizes_of(module, self.report, self._chosen, self._kept().plan)
+    def curves(self, module: pl.LightningModule) -> dict[str, float]:
+        plan = self._kept().plan
+        widths = {f"width/{axis.name}": plan.width(axis.name) for axis in self._chosen}
+        return {"information_kept": self._run.kept, **widths}
+
+    @override
+    def sparsity(self, module: pl.LightningModule) -> float:
+        plan = self._kept().plan
+        return sparsity_of(self._chosen, {a.name: plan.width(a.name) for a in self._chosen})
 
     @override
     def check_state(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
