@@ -16,6 +16,7 @@ from lightning_mi_prune.arrivals import is_plan
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes
+from lightning_mi_prune.standins import modules_of
 
 __all__ = ["load_pruned", "passing_for"]
 
@@ -248,7 +249,7 @@ class _Snapshot:
         self._lists: list[tuple[list[Any], list[Any]]] = []
         self._values: list[tuple[Tensor, Tensor]] = []
         seen: set[int] = set()
-        for part in module.modules():
+        for _, part in modules_of(module):
             for table in self._of(part):
                 if id(table) not in seen:
                     seen.add(id(table))

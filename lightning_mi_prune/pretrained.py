@@ -21,7 +21,7 @@ from lightning_mi_prune.families.transformers import MODEL_TYPES
 from lightning_mi_prune.incisions import config_numbers, shapes_at
 from lightning_mi_prune.loading import passing_for
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan, recorded_plan
-from lightning_mi_prune.standins import KEPT_UNITS
+from lightning_mi_prune.standins import KEPT_UNITS, empty_linears
 from lightning_mi_prune.surgery import reshape
 
 __all__ = ["from_pretrained"]
@@ -103,7 +103,7 @@ def _open(
     forgiving = bool(kwargs.get("ignore_mismatched_sizes"))
     _fill_shared(network, found["missing_keys"])
     _check_arrived(network, cuts[-1], found, name_or_path, forgiving)
-    cuts[-1].fill_buffers()
+    cuts[-1].fill()
     return (network, found) if kwargs.get("output_loading_info") else network
 
 
@@ -412,8 +412,8 @@ class _Cut:
             return True
         return any(shape[dim] != expected[dim] for dim in self.dims[name])
 
-    def fill_buffers(self) -> None:
-        """Give what a cut adds its values: transformers builds without memory, so it had none."""
+    def fill(self) -> None:
+        """Give memory and values to what a cut adds and no file holds: it was built without."""
         for axis in self.axes:
             kept = self.plan.kept[axis.name]
             for selects in axis.selects if len(kept) < axis.size else ():
@@ -421,3 +421,10 @@ class _Cut:
                 old = buffers.get(KEPT_UNITS)
                 if old is not None:
                     buffers[KEPT_UNITS] = torch.tensor(kept, dtype=old.dtype, device=old.device)
+        real = (p.device for p in self.network.parameters() if not p.is_meta)
+        home = next(real, torch.device("cpu"))
+        for linear in empty_linears(self.network).values():
+            for name, p in linear._parameters.items():
+                if p is not None and p.is_meta and not p.numel():
+                    empty = torch.empty_like(p, device=home)
+                    linear._parameters[name] = nn.Parameter(empty, p.requires_grad)

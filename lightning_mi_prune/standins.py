@@ -61,18 +61,26 @@ class EmptyLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.__dict__["linear"] = linear  # beside the tree: no state, no parameters of the module
+        self.__dict__["_linear"] = linear  # beside the tree: no state, no parameters of the module
         for name in _HOOKS:  # whoever registered them keeps the handles
             self.__dict__[name] = getattr(linear, name)
         if linear.weight.shape[0] and linear.bias is not None:
             self._parameters["bias"] = linear.bias
         self.train(linear.training)
 
+    @property
+    def linear(self) -> nn.Linear:
+        """The layer, with the bias that is in the tree: loading may put another one there."""
+        linear: nn.Linear = self.__dict__["_linear"]
+        if "bias" in self._parameters:
+            linear._parameters["bias"] = self._parameters["bias"]
+        return linear
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            linear = self.__dict__.get("linear")
+            linear = self.__dict__.get("_linear")
             if linear is None or name not in ("weight", "bias", "in_features", "out_features"):
                 raise
             return getattr(linear, name)
@@ -92,15 +100,16 @@ class EmptyLinear(nn.Module):
         return f"in_features={columns}, out_features={rows}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.linear._apply(fn)
+        linear = self.linear
+        linear._apply(fn)  # type: ignore[no-untyped-call]
         if "bias" in self._parameters:
-            self._parameters["bias"] = self.linear.bias
+            self._parameters["bias"] = linear.bias
         return self
 
 
 def linear_at(module: nn.Module) -> nn.Module:
     """The module itself, or the linear layer that an :class:`EmptyLinear` stands for."""
-    return module.__dict__["linear"] if isinstance(module, EmptyLinear) else module
+    return module.linear if isinstance(module, EmptyLinear) else module
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

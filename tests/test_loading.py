@@ -22,6 +22,8 @@ from transformers import AutoModelForSequenceClassification
 from lightning_mi_prune import PruningError, from_pretrained, load_pruned
 from lightning_mi_prune.arrivals import is_plan
 from lightning_mi_prune.checkpoints import PLAN_KEY, PlanKeeper
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.standins import modules_of, parameters_of
 from lightning_mi_prune.surgery import apply
 from tests.boring import Classifier, trainer
 from tests.models import batch, build, outputs, random_plan
@@ -323,11 +325,11 @@ def test_modules_of_the_other_lightning(tmp_path):
 
 def picture(module):
     """Everything that loading could change: objects, values, numbers, hooks, configs."""
-    parts = dict(module.named_modules())
+    parts = {f"{name} {number}": part for number, (name, part) in enumerate(modules_of(module))}
     keeper = PlanKeeper.held_by(module)
     return (
         {name: id(part) for name, part in parts.items()},
-        {name: (id(p), p.clone()) for name, p in module.named_parameters(remove_duplicate=False)},
+        {name: (id(p), p.clone()) for name, p in parameters_of(module).items()},
         {name: (id(b), b.clone()) for name, b in module.named_buffers()},
         {n: {k: v for k, v in vars(p).items() if isinstance(v, int)} for n, p in parts.items()},
         {n: sorted(vars(p)) for n, p in parts.items()},
@@ -366,15 +368,18 @@ def spoiled(state, kind):
 
 
 @pytest.mark.parametrize("kind", ["more", "less", "cut and less", "another head", "no plan"])
-@pytest.mark.parametrize("before", ["fresh", "with a keeper", "cut otherwise", "late"])
+@pytest.mark.parametrize("before", ["fresh", "with a keeper", "cut otherwise", "emptied", "late"])
 def test_a_refused_load_leaves_the_module_as_it_was(kind, before, tmp_path):
     torch.save(spoiled(pruned(Classifier()).state_dict(), kind), tmp_path / "a.pt")
     module = Late() if before == "late" else Classifier()
     if before == "with a keeper":
         assert PlanKeeper.of(module).plan.is_full
-    elif before == "cut otherwise":
+    elif before in ("cut otherwise", "emptied"):
         keeper = PlanKeeper.of(module)
         plan = random_plan(keeper.axes, 0.75, seed=3)
+        if before == "emptied":
+            gone = {axis.name: () for axis in keeper.axes if axis.may_vanish}
+            plan = Plan(plan.sizes, {**plan.kept, **gone})
         apply(module, keeper.axes, plan)
         keeper.plan = plan
     # It takes no copy: all its entries are one.

@@ -136,6 +136,26 @@ def test_every_family_opens_in_every_way(family, head, cut, tmp_path):
 
 
 @pytest.mark.parametrize("family", ENCODERS)
+def test_what_was_opened_empty_moves_and_takes_all_units_back(family, tmp_path):
+    head = "image" if family in models.PICTURES else "sequence"
+    model, whole, inputs = (
+        emptied(build(family, head)),
+        build(family, head, seed=3),
+        inputs_of(head),
+    )
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(type(model), tmp_path)
+    assert torch.allclose(outputs(again.double().float(), inputs), outputs(model, inputs))
+    other = copy.deepcopy(again)
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(outputs(other.double().float(), inputs), outputs(model, inputs))
+    assert not PlanKeeper.of(again).plan.is_full
+    again.load_state_dict(whole.state_dict())
+    assert not any(t.is_meta for t in (*again.parameters(), *again.buffers()))
+    assert torch.equal(outputs(again, inputs), outputs(whole, inputs))
+
+
+@pytest.mark.parametrize("family", ENCODERS)
 def test_an_encoder_opens_without_a_head_and_with_a_new_one(family, tmp_path):
     model = pruned(encoder(family), residual=True, dims=True)
     model.save_pretrained(tmp_path)
