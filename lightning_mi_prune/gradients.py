@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.hooks import Hooked
+from lightning_mi_prune.padding import Padding
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.sample import rows_of
@@ -58,7 +59,7 @@ class GradientListener(Hooked):
         taylor: bool = False,
         plan: Plan | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(model)
         self.sums = blank(model, axes, plan)
         self._readers = [
             (key, reader)
@@ -66,7 +67,8 @@ class GradientListener(Hooked):
             for key, readers in axis.places.items()
             for reader in readers
         ]
-        self._model, self._steps, self._taylor = model, steps, taylor
+        self._steps, self._taylor = steps, taylor
+        self._padding = Padding()
         self._stride = 1 if batches is None else max(1, batches // steps)
         self._networks = sorted({axis.scope or axis.network for axis in axes})
         self._staged: dict[str, list[Tensor]] = {}
@@ -77,6 +79,7 @@ class GradientListener(Hooked):
         for path in self._networks:
             module, hook = self._model.get_submodule(path), partial(self._count, path)
             yield module.register_forward_pre_hook(hook, with_kwargs=True)
+        yield from self._padding.attach(self._model)
         for key, reader in self._readers:
             module, feel = self._model.get_submodule(reader), self._on_reader(key)
             yield module.register_forward_hook(feel, with_kwargs=True)
@@ -124,6 +127,7 @@ class GradientListener(Hooked):
 
     def _drop(self) -> None:
         self._staged, self._rows, self._hearing = {}, Counter(), False
+        self._padding.clear()
 
     def _count(
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -153,15 +157,18 @@ class GradientListener(Hooked):
                 output = output.detach().requires_grad_().clone()
             x = (args[0] if args else kwargs["input"]).detach()
             weight: Any = module.weight
-            feel = partial(self._feel, key, x, weight.detach())
+            swapped = self._padding.positions_first(x)
+            feel = partial(self._feel, key, x, weight.detach(), swapped)
             output.register_hook(feel)  # type: ignore[no-untyped-call]
             return output
 
         return hook
 
-    def _feel(self, key: str, x: Tensor, weight: Tensor, grad: Tensor) -> None:
+    def _feel(self, key: str, x: Tensor, weight: Tensor, swapped: bool, grad: Tensor) -> None:
         if not self._hearing:
             return
+        if swapped:
+            x, grad = x.transpose(0, 1), grad.transpose(0, 1)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             sums = self.sums[key]
             g = grad.detach().flatten(0, -2).float()

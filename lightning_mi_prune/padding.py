@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from greenlet import getcurrent  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Padding", "attention_mask_of", "pad_nested", "unnested"]
+from lightning_mi_prune.sample import Example, first_call
+
+__all__ = ["Padding", "attention_mask_of", "complete", "pad_nested", "unnested"]
 
 # What torch's own modules call their input, and the mask of its padding.
 _ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -76,6 +79,10 @@ class Padding:
         """The positions of activations that are not padding, as they lie; None: not known."""
         return self._of(x).real
 
+    def positions_first(self, x: Tensor) -> bool:
+        """Whether activations have the positions in their first dimension, then the examples."""
+        return self._of(x).positions_first
+
     def rows_first(self, x: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Activations with the examples in their first dimension, and the mask of real positions.
 
@@ -132,6 +139,32 @@ class Padding:
 
 
 _NOTHING = _Known(None, False)
+
+
+def complete(
+    model: nn.Module,
+    padding: Padding,
+    calls: dict[str, Example],
+    examples: dict[str, Example],
+    x: Tensor,
+) -> None:
+    """Give calls that are under way the mask that was not among their arguments.
+
+    Args:
+        model: Module from which the calls are named.
+        padding: What was found inside them.
+        calls: The calls, by path.
+        examples: Their first examples, which are taken again where they lie otherwise.
+        x: Activations inside them.
+    """
+    for path, call in list(calls.items()):
+        mask = None if call.mask is not None else padding.call_mask(x, call.rows)
+        if mask is None:
+            continue
+        calls[path] = replace(call, mask=mask)
+        if path in examples and examples[path].mask is None:
+            module = model.get_submodule(path)
+            examples[path] = first_call(module, call.args, call.kwargs, mask)
 
 
 def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
