@@ -253,7 +253,7 @@ class _Meter:
             handle.remove()
 
     def _on_weight(self, module: nn.Module) -> Callable[..., None]:
-        """A hook that adds up the rows that pass through the weight of a module, and their pairs."""
+        """A hook that adds up what passes through the weight of a module: rows, and their pairs."""
         key, weight = _key(module), cast(Tensor, module.weight)
         size, dims, maps = weight.numel(), weight.ndim, isinstance(module, _CONVOLUTIONS)
 
@@ -292,12 +292,13 @@ def _key(module: nn.Module) -> int:
 
 
 def _weighted(root: nn.Module, axes: Sequence[WidthAxis]) -> list[nn.Module]:
-    """Modules that multiply with a weight: linear layers, convolutions, and what stands in for them.
+    """Modules that multiply with a weight: linear layers, convolutions, and their stand-ins.
 
     A layer that has lost all its rows or columns may be of any class by then; it is known by its
     weight, which an axis cuts. Embeddings and normalisations multiply with no matrix.
     """
-    found = {id(m): m for m in root.modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS))}
+    plain = (m for m in root.modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS)))
+    found: dict[int, nn.Module] = {id(module): module for module in plain}
     for path in {s.tensor.removesuffix(".weight") for a in axes for s in a.slices}:
         try:
             module = root.get_submodule(path)

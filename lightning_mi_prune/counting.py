@@ -18,7 +18,7 @@ from lightning_mi_prune.sample import evaluated
 __all__ = ["MacCounter", "counting"]
 
 
-class MacCounter(TorchDispatchMode):
+class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the multiply-accumulates of the operators inside a ``with`` block.
 
     Linear maps, convolutions, recurrent layers and the two products of attention count;
@@ -39,7 +39,7 @@ class MacCounter(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, after: ExitStack | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.macs = 0
         self._doubled = FlopCounterMode(display=False).flop_registry
         self._after = after
@@ -91,9 +91,9 @@ def counting(network: nn.Module) -> Iterator[MacCounter]:
         if buffer is not None
     }
     try:
-        with ExitStack() as after, evaluated(network), unnested(network):
-            with MacCounter(after) as counter:
-                yield counter
+        after = ExitStack()
+        with after, evaluated(network), unnested(network), MacCounter(after) as counter:
+            yield counter
     finally:
         for part, buffers in held:
             part._buffers.update(buffers)
@@ -136,7 +136,8 @@ def _trilinear(out: Tensor, *given: Any) -> int:
         for dim in sorted(added):
             shape.insert(dim, 1)
         shapes.append(shape)
-    return math.prod(torch.broadcast_shapes(*shapes))
+    sizes = zip(*shapes, strict=True)
+    return math.prod(max(size) if min(size) else 0 for size in sizes)
 
 
 def _steps(x: Tensor) -> int:
@@ -149,8 +150,14 @@ def _recurrent(out: Any, x: Tensor, weights: list[Tensor], *_: Any) -> int:
 
 def _by_name() -> Mapping[Any, Callable[..., int]]:
     """What torch's own counter does not know, by operator; of those that this torch has."""
-    attention = ("flash_attention", "efficient_attention", "cudnn_attention", "attention_math_for_mps")
-    attention += ("flash_attention_for_cpu", "fused_attention_overrideable")
+    attention = [
+        "flash_attention",
+        "flash_attention_for_cpu",
+        "efficient_attention",
+        "cudnn_attention",
+        "fused_attention_overrideable",
+        "attention_math_for_mps",
+    ]
     formulas: dict[str, Callable[..., int]] = {
         **{f"_scaled_dot_product_{name}": _attention for name in attention},
         "linear": lambda out, x, weight, *_: out.numel() * weight.shape[-1],

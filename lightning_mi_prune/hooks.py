@@ -37,9 +37,8 @@ class Hooked(ABC):
     def __enter__(self) -> Self:
         self.close()
         try:
-            for hooks in (self._attach(), pad_nested(self._model)):
-                for handle in hooks:
-                    self._handles.append(handle)
+            self._handles.extend(self._attach())
+            self._handles.extend(pad_nested(self._model))  # after all others
         except BaseException:
             self.close()
             raise

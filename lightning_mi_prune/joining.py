@@ -23,8 +23,8 @@ def merged(calls: Sequence[Example], most: int) -> Example | None:
 
     Texts of different length are padded, with zeros but for masks that are true where padding is.
     The network must be told of it, so where no argument is such a mask only calls of the commonest
-    shape are taken; the same holds for calls that cannot be laid on each other. Short examples come first, so that
-    :func:`pieces_of` the call need little padding.
+    shape are taken; the same holds for calls that cannot be laid on each other. Short examples come
+    first, so that :func:`pieces_of` the call need little padding.
 
     Args:
         calls: Calls of one network, in the order in which they were made.
@@ -167,9 +167,15 @@ def _shape(call: Example) -> Any:
 
 def _tells(call: Example) -> bool:
     """Whether an argument of a call says which of its positions are padding."""
-    found = []
-    mapped((call.args, call.kwargs), lambda x: found.append(_padding_of(x, call)) or x)
-    return any(value is not None for value in found)
+    found: list[Tensor] = []
+
+    def look(x: Tensor) -> Tensor:
+        if _padding_of(x, call) is not None:
+            found.append(x)
+        return x
+
+    mapped((call.args, call.kwargs), look)
+    return bool(found)
 
 
 def _padding_of(x: Tensor, call: Example) -> float | None:
@@ -192,7 +198,8 @@ def _join(values: Sequence[Any], calls: Sequence[Example]) -> Any:
         place = places[0]
         if place is None or places != [place] * len(places):
             return max(values, key=lambda v: v.numel())  # the same for every example
-        told = {_padding_of(v, c) for v, c in zip(values, calls, strict=True)} - {0.0, None}
+        said = [_padding_of(v, c) for v, c in zip(values, calls, strict=True)]
+        told = {fill for fill in said if fill}
         shape = [max(sizes) for sizes in zip(*(v.shape for v in values), strict=True)]
         fill = next(iter(told)) if len(told) == 1 else 0.0
         return torch.cat([_padded(v, shape, place, fill) for v in values], dim=place)

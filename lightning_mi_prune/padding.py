@@ -246,8 +246,7 @@ def unnested(model: nn.Module) -> Iterator[None]:
     """Hooks of :func:`pad_nested`, for as long as the block lasts."""
     handles: list[RemovableHandle] = []
     try:
-        for handle in pad_nested(model):
-            handles.append(handle)
+        handles.extend(pad_nested(model))
         yield
     finally:
         for handle in handles:

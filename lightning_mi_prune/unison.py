@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from greenlet import getcurrent, greenlet  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.padding import Padding, unnested
 from lightning_mi_prune.sample import Example, evaluated, full
@@ -154,10 +155,9 @@ def _hooked(
     padding: Padding,
 ) -> Iterator[None]:
     """The hooks of a run, which leave with it."""
-    handles = []
+    handles: list[RemovableHandle] = []
     try:
-        for handle in padding.attach(model):
-            handles.append(handle)
+        handles.extend(padding.attach(model))
         for name in sorted({spot.skip for spot in found if spot.skip is not None}):
             module = model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(hold(name), with_kwargs=True))
