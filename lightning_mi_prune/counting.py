@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -37,6 +38,16 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Yes: under any other mode torch gives up compiled parts, for good."""
+        return True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Likewise; the operators that compiled code calls are counted."""
+        return True
 
     def __init__(self, after: ExitStack | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -76,6 +87,10 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._after.enter_context(torch.random.fork_rng(devices=list(places)))
 
 
+# Torch keeps account of modes in flags of the process, which threads would put back in any order.
+_ONE_BY_ONE = threading.RLock()
+
+
 @contextmanager
 def counting(network: nn.Module) -> Iterator[MacCounter]:
     """A counter for calls of a network, which stays as it is.
@@ -84,23 +99,25 @@ def counting(network: nn.Module) -> Iterator[MacCounter]:
     are put back, also after an error.
     """
     held = [(part, dict(part._buffers)) for part in network.modules() if part._buffers]
-    values = {
-        id(buffer): buffer.detach().clone()
-        for _, buffers in held
-        for buffer in buffers.values()
-        if buffer is not None
-    }
+    buffers = {id(b): b for _, named in held for b in named.values() if b is not None}
+    values = {key: b.detach().clone() for key, b in buffers.items() if not b.is_meta}
     try:
         after = ExitStack()
-        with after, evaluated(network), unnested(network), MacCounter(after) as counter:
+        with (
+            evaluated(network),
+            unnested(network),
+            _ONE_BY_ONE,
+            after,
+            MacCounter(after) as counter,
+        ):
             yield counter
     finally:
-        for part, buffers in held:
-            part._buffers.update(buffers)
-            for buffer in buffers.values():
-                if buffer is not None and not torch.equal(buffer, values[id(buffer)]):
-                    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                        buffer.copy_(values[id(buffer)])
+        for part, named in held:
+            part._buffers.update(named)
+        for key, value in values.items():
+            if not torch.equal(buffers[key], value):
+                with torch.inference_mode(buffers[key].is_inference()), torch.no_grad():
+                    buffers[key].copy_(value)
 
 
 def _lengths(x: Tensor) -> list[int]:

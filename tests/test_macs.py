@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils import _python_dispatch as dispatch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     DebertaV2Config,
@@ -260,9 +262,13 @@ def test_threads_count_for_themselves_and_no_switch_is_touched():
         kernels = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled)
         return [f() for f in (*kernels, torch.backends.mha.get_fastpath_enabled)]
 
+    def modes():
+        return {name: value for name, value in vars(dispatch).items() if name.startswith("_is_in")}
+
     calls = {"bert": first(batch(1)), "deberta-v2": first(batch(1))}
     want = {family: count_macs(build(family), call) for family, call in calls.items()}
     before, found, seen, start = flags(), [], [], threading.Barrier(4)
+    running = modes()
 
     def count(family, model):
         axes = find_axes(model)
@@ -284,6 +290,7 @@ def test_threads_count_for_themselves_and_no_switch_is_touched():
     assert len(found) == 24
     assert all(one == other == want[family] for family, one, other in found)
     assert flags() == before
+    assert modes() == running
     assert all(flag == before for flag in seen)
 
 
@@ -389,10 +396,32 @@ def test_several_networks_in_one_module():
     assert macs_of_calls(root, calls) == want
 
 
-def test_compiled_parts_are_counted():
-    net = nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Linear(4, 4), backend="eager"))
-    call = Example((torch.randn(3, 4),), {})
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_parts_are_counted_and_stay_compiled(whole):
+    """Under an ordinary mode torch would run them uncompiled ever after, or fail."""
+    ran = []
+
+    def backend(graph, inputs):
+        def forward(*given):
+            ran.append(1)
+            return graph.forward(*given)
+
+        return forward
+
+    part = torch.compile(nn.Linear(4, 4), backend=backend, fullgraph=whole)
+    net, call = nn.Sequential(nn.Linear(4, 4), part).eval(), Example((torch.randn(3, 4),), {})
     assert count_macs(net, call) == 96
     with torch.no_grad():
-        net.eval()(*call.args)
+        net(*call.args)
     assert count_macs(net, call) == 96
+    before = len(ran)
+    with torch.no_grad():
+        net(*call.args)
+    assert len(ran) == before + 1
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attention_with_a_score_of_its_own():
+    q, k = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 7, 16)
+    net = Calls(lambda w, q, k: flex_attention(q, k, k))
+    assert count_macs(net, Example((q, k), {})) == 2 * 2 * 5 * 7 * 16
