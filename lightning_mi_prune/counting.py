@@ -165,8 +165,16 @@ def _recurrent(out: Any, x: Tensor, weights: list[Tensor], *_: Any) -> int:
     return _steps(x) * sum(w.numel() for w in weights if w.ndim > 1)
 
 
+_INT8 = ("linear", "linear_relu", "linear_dynamic", "linear_relu_dynamic")
+
+
+def _int8(out: Tensor, x: Tensor, *_: Any) -> int:
+    return out.numel() * x.shape[-1]
+
+
 def _by_name() -> Mapping[Any, Callable[..., int]]:
     """What torch's own counter does not know, by operator; of those that this torch has."""
+    aten = torch.ops.aten
     attention = [
         "flash_attention",
         "flash_attention_for_cpu",
@@ -200,8 +208,9 @@ def _by_name() -> Mapping[Any, Callable[..., int]]:
             x, given[2], given[4], given[13], given[15]
         ),
     }
-    aten = torch.ops.aten
-    return {getattr(aten, name): f for name, f in formulas.items() if hasattr(aten, name)}
+    found = {getattr(aten, name): f for name, f in formulas.items() if hasattr(aten, name)}
+    int8 = (getattr(torch.ops.quantized, name, None) for name in _INT8)
+    return found | {operator: _int8 for operator in int8 if operator is not None}
 
 
 _FORMULAS = _by_name()

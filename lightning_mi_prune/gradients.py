@@ -62,7 +62,7 @@ class GradientListener(Hooked):
         super().__init__(model)
         self.sums = blank(model, axes, plan)
         self._readers = [
-            (key, reader)
+            (key, reader, axis.scope or axis.network)
             for axis in axes
             for key, readers in axis.places.items()
             for reader in readers
@@ -73,6 +73,7 @@ class GradientListener(Hooked):
         self._networks = sorted({axis.scope or axis.network for axis in axes})
         self._staged: dict[str, list[Tensor]] = {}
         self._rows: Counter[tuple[str, bool]] = Counter()
+        self._last: dict[str, int] = {}
         self._hearing = False
 
     def _attach(self) -> Iterator[RemovableHandle]:
@@ -80,8 +81,8 @@ class GradientListener(Hooked):
             module, hook = self._model.get_submodule(path), partial(self._count, path)
             yield module.register_forward_pre_hook(hook, with_kwargs=True)
         yield from self._padding.attach(self._model)
-        for key, reader in self._readers:
-            module, feel = self._model.get_submodule(reader), self._on_reader(key)
+        for key, reader, path in self._readers:
+            module, feel = self._model.get_submodule(reader), self._on_reader(key, path)
             yield module.register_forward_hook(feel, with_kwargs=True)
 
     @contextmanager
@@ -127,14 +128,22 @@ class GradientListener(Hooked):
 
     def _drop(self) -> None:
         self._staged, self._rows, self._hearing = {}, Counter(), False
+        self._last.clear()
         self._padding.clear()
 
     def _count(
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         if self._hearing and torch.is_grad_enabled():
-            again = torch._C._current_graph_task_id() >= 0  # an activation checkpoint, in backward
-            self._rows[path, again] += rows_of((*args, *kwargs.values())) or 0
+            self._last[path] = rows_of((*args, *kwargs.values())) or 0
+            self._rows[path, _is_again()] += self._last[path]
+
+    def _count_positions_first(self, path: str, x: Tensor) -> None:
+        """Correct the count of a call whose inputs have positions first, as they turn out to."""
+        positions, rows = x.shape[:2]
+        if self._last.get(path) == positions:
+            self._rows[path, _is_again()] += rows - positions
+            self._last[path] = rows
 
     def _examples(self) -> int:
         """Examples of the step; each goes through every network, and may do so once more."""
@@ -143,7 +152,7 @@ class GradientListener(Hooked):
             default=0,
         )
 
-    def _on_reader(self, key: str) -> Any:
+    def _on_reader(self, key: str, path: str) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
@@ -158,6 +167,8 @@ class GradientListener(Hooked):
             x = (args[0] if args else kwargs["input"]).detach()
             weight: Any = module.weight
             swapped = self._padding.positions_first(x)
+            if swapped:
+                self._count_positions_first(path, x)
             feel = partial(self._feel, key, x, weight.detach(), swapped)
             output.register_hook(feel)  # type: ignore[no-untyped-call]
             return output
@@ -187,6 +198,11 @@ class GradientListener(Hooked):
                 entries = x.shape[-1] // max(1, sums.units)
                 change = change.sum(1).view(x.shape[0], sums.units, entries).sum(2)
                 taylor += change.square().sum(0)
+
+
+def _is_again() -> bool:
+    """Whether a forward pass runs inside a backward one: an activation checkpoint."""
+    return bool(torch._C._current_graph_task_id() >= 0)
 
 
 def blank(
