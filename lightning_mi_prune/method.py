@@ -27,7 +27,7 @@ from lightning_mi_prune.ranking import RelevanceSource, rank_axes
 from lightning_mi_prune.readings import readings
 from lightning_mi_prune.refit import Sum, refit_all
 from lightning_mi_prune.relevance import relevance_of
-from lightning_mi_prune.sample import Example, Heard, copied, placed, taken
+from lightning_mi_prune.sample import Example, Heard, copied, placed
 from lightning_mi_prune.selection import Selection, select
 from lightning_mi_prune.standins import parameters_of
 from lightning_mi_prune.surgery import apply
@@ -149,7 +149,7 @@ class Method:
         if self.budget.measure == "MACs":
             return measure_macs(module, axes, examples, current)
         index = torch.zeros(self.latency_batch, dtype=torch.long)
-        calls = {path: replace(c, **taken(vars(c), c.rows, index)) for path, c in examples.items()}
+        calls = {path: call.some(index) for path, call in examples.items()}
 
         # Dimensions of heads take time to time: only where they may go, or some have gone.
         may = {axis.name for axis in chosen}
