@@ -6,11 +6,14 @@ import copy
 import warnings
 from dataclasses import replace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
+from lightning_mi_prune import MutualInformationPruning
 from lightning_mi_prune.budget import Budget
 from lightning_mi_prune.clock import measure_table
 from lightning_mi_prune.costs import measure_macs
@@ -24,6 +27,7 @@ from lightning_mi_prune.oneshot import prune
 from lightning_mi_prune.sample import Example
 from lightning_mi_prune.stack import StackListener, blocks_of
 from lightning_mi_prune.unison import run_together
+from tests.boring import trainer
 from tests.conftest import count_hooks
 
 pytestmark = pytest.mark.filterwarnings(
@@ -401,3 +405,38 @@ def test_hooks_come_off_after_an_error():
     with pytest.raises(RuntimeError, match="stop"), Listener(net, find_axes(net)):
         raise RuntimeError("stop")
     assert not count_hooks(net)
+
+
+class Trained(pl.LightningModule):
+    """A module that knows nothing of pruning, validated in inference mode."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch, index):
+        return loss(self.net, batch)
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", loss(self.net, batch))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+    def train_dataloader(self):
+        return DataLoader(batches(self.net, padded=True), batch_size=None)
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize("options", [{}, {"positions_first": True}], ids=["nested", "turned"])
+def test_it_is_pruned_while_it_trains(options):
+    module = Trained(Net(**options))
+    callback = MutualInformationPruning(0.5, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="MACs")
+        trainer(callback).fit(module)
+    assert module.net.encoder.layers[0].linear1.out_features < 32
+    assert callback.report.cuts[-1].macs < callback.report.macs
+    assert not count_hooks(module)
