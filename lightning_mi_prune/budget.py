@@ -103,7 +103,7 @@ class Budget:
         return {"target_macs": "MACs", "target_latency_ms": "ms"}.get(self.kind, "parameters")
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.amount:,}"
+        return f"{self.kind}={self.amount}"
 
     def target(self, axes: Sequence[WidthAxis], costs: Costs, progress: float = 1.0) -> float:
         """Cost that must not be exceeded, ``progress`` of the way from the model as built.

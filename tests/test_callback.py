@@ -482,7 +482,7 @@ class Compiled(Classifier):
 TABLE = LatencyTable(Device("cpu", "another processor", 1, "2.9.0", "float32"), 1, 12, 5.0, ())
 
 BAD_RUNS = [
-    (fit_with(max_epochs=1), "lasts 1 epochs; expected at least 2"),
+    (fit_with(max_epochs=1), "lasts 1 epoch; expected at least 2"),
     (fit_with(max_epochs=-1, max_steps=7), "lasts 1.75 epochs"),
     (fit_with(max_epochs=-1, max_steps=-1), "length of the run is not known"),
     (fit_with(options={"last_epoch": 4}), "last_epoch=4 leaves no epoch to recover"),

@@ -278,7 +278,7 @@ def test_bert_base_is_allotted_in_time():
         ({"widths": "fair"}, "widths='fair'; expected 'global' or 'uniform'"),
         ({"rankings": None}, "needs rankings of the axes"),
         ({"rankings": {}}, "'a' has no ranking"),
-        ({"rankings": {"a": ranking([1.0]), "b": ranking([1.0])}}, "covers 1 units of 16"),
+        ({"rankings": {"a": ranking([1.0]), "b": ranking([1.0])}}, "covers 1 of 16 units"),
         ({"costs": MacCosts([])}, "sparsity=0.5 counts parameters, but the costs given count MACs"),
         ({"progress": 0}, "progress=0; expected a share above 0"),
         ({"progress": 1.5}, "progress=1.5"),

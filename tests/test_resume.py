@@ -196,7 +196,7 @@ def test_pruning_may_begin_in_the_middle_of_a_run(tmp_path):
     assert [cut.epoch for cut in watch.pruning.report.cuts] == [7, 8, 9]
     found = [cut.sparsity for cut in watch.pruning.report.cuts]
     assert found == sorted(found)
-    with pytest.raises(Exception, match="lasts 1 epochs; expected at least 2"):
+    with pytest.raises(Exception, match="lasts 1 epoch; expected at least 2"):
         fit(tmp_path, resume=tmp_path / "dense.ckpt", max_epochs=7)
 
 

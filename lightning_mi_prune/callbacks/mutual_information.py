@@ -217,8 +217,14 @@ class MutualInformationPruning(WidthPruning):
         self._cuts, self._first, self._last = cuts, first_epoch, last_epoch
 
     @override
-    def choose(self, axes: list[WidthAxis]) -> list[WidthAxis]:
-        return choose_axes(axes, units=self._units, include=self._include, exclude=self._exclude)
+    def choose(self, axes: list[WidthAxis], modules: list[str]) -> list[WidthAxis]:
+        return choose_axes(
+            axes,
+            units=self._units,
+            include=self._include,
+            exclude=self._exclude,
+            modules=modules,
+        )
 
     @override
     def check(
@@ -232,7 +238,7 @@ class MutualInformationPruning(WidthPruning):
         allowed, has = method.budget.target_parameters, sum(p.numel() for p in module.parameters())
         if allowed is not None and allowed >= has and self._kept().plan.is_full:
             raise PruningError(
-                f"target_parameters={number(allowed)}, but the module has {number(has)} as built: "
+                f"target_parameters={allowed}, but the module has {number(has)} as built: "
                 "nothing to cut. Ask for fewer."
             )
         method.check(module, self._kept().axes, axes, widths, writes=module.trainer.is_global_zero)

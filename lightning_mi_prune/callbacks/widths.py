@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mi_prune.axes import WidthAxis, count_parameters
@@ -24,8 +24,9 @@ from lightning_mi_prune.callbacks.run import validation_batches, without_frozen
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.telling import begin_report, describe
 from lightning_mi_prune.checkpoints import Find
+from lightning_mi_prune.choosing import summary
 from lightning_mi_prune.dry_run import half_plan
-from lightning_mi_prune.families import find_axes, is_within
+from lightning_mi_prune.families import find_axes, is_within, untouched
 from lightning_mi_prune.gradients import blank
 from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.listener import Listener
@@ -75,8 +76,8 @@ class WidthPruning(PruningCallback):
         self._chosen: list[WidthAxis] = []
 
     @abstractmethod
-    def choose(self, axes: list[WidthAxis]) -> list[WidthAxis]:
-        """The axes that may be cut."""
+    def choose(self, axes: list[WidthAxis], modules: list[str]) -> list[WidthAxis]:
+        """The axes that may be cut; ``modules`` are those without any."""
 
     @abstractmethod
     def check(
@@ -96,7 +97,9 @@ class WidthPruning(PruningCallback):
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, object]:
         keeper = self._kept()
         mine = [axis for axis in keeper.anatomy.axes if is_within(axis.name, self._within)]
-        self._chosen = self.choose(without_frozen(module, mine))
+        others = untouched(module, keeper.anatomy.axes, self._within)
+        self._chosen = self.choose(without_frozen(module, mine), others)
+        rank_zero_info(f"Pruning may cut {summary(self._chosen)}.")
         check(module, self._standing, keeper.plan)
         tensors = {s.tensor for axis in self._standing for s in axis.slices}
         refuse_compiled(module, {name.rpartition(".")[0] for name in tensors})

@@ -20,6 +20,7 @@ __all__ = [
     "plan_for",
     "present_plan",
     "register_family",
+    "untouched",
 ]
 
 Matches = Callable[[nn.Module], bool]
@@ -145,6 +146,43 @@ def plan_for(network: nn.Module, axes: Sequence[WidthAxis], path: str = "") -> P
 def is_within(path: str, top: str) -> bool:
     """Whether a module path is ``top`` or below it."""
     return top == "" or path == top or path.startswith(f"{top}.")
+
+
+def untouched(module: nn.Module, axes: Sequence[WidthAxis], within: str = "") -> list[str]:
+    """Paths of the modules with weight matrices of which no axis can cut or read anything.
+
+    Args:
+        module: Module from which the axes are named.
+        axes: All its axes.
+        within: Path of a submodule to look at instead of all of ``module``.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2), nn.Linear(2, 2))
+        >>> untouched(net, [linear_axis(net, "ffn", kind="ffn", producers=["0"], readers=["2"])])
+        ['3']
+    """
+    touched = {""}
+    for axis in axes:
+        for path in (axis.name, *axis.readers, *(s.tensor for s in axis.slices)):
+            parts = path.split(".")
+            touched |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return [
+        path
+        for path, part in module.named_modules()
+        if path not in touched
+        and is_within(path, within)
+        and any(p.ndim > 1 for p in part.parameters())
+    ]
+
+
+def _plan_of(network: nn.Module) -> Plan | None:
+    """The recorded plan; an encoder saved out of a model with a head reads its part of it."""
+    plan = recorded_plan(network)
+    prefix = str(getattr(network, "base_model_prefix", ""))
+    if plan is None or not prefix or hasattr(network, prefix):
+        return plan
+    part = plan.under(prefix)
+    return part if part.sizes else plan
 
 
 def _unknown(module: nn.Module) -> str:
