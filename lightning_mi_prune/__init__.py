@@ -56,6 +56,7 @@ The method, one step a file::
     still        HOLD     a module as it is while something runs it
     oneshot      PRUNE    a trained module in one call
     callbacks    WHEN     all of it, inside Trainer.fit
+    cli_config   READ     files of a LightningCLI, and the command line
     cli          COMMAND  the same from a shell
 """
 
@@ -77,11 +78,12 @@ from lightning_mi_prune.gradients import GradientListener
 from lightning_mi_prune.heatmap import heatmap, save_heatmap
 from lightning_mi_prune.limits import Limits
 from lightning_mi_prune.listener import Listener
+from lightning_mi_prune.loading import load_pruned
 from lightning_mi_prune.method import Method
 from lightning_mi_prune.oneshot import Pruned, prune
 from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan, Ranking
-from lightning_mi_prune.pretrained import from_pretrained, load_pruned
+from lightning_mi_prune.pretrained import from_pretrained
 from lightning_mi_prune.ranking import rank_axes
 from lightning_mi_prune.report import PruningReport
 from lightning_mi_prune.selection import select

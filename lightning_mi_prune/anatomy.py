@@ -122,6 +122,38 @@ class Anatomy:
             tuple(stack.prefixed(prefix) for stack in self.stacks),
         )
 
+    def under(self, prefix: str) -> Anatomy:
+        """What lies below a module path, named from there."""
+
+        def path(name: str) -> str | None:
+            return name[len(prefix) + 1 :] if name.startswith(f"{prefix}.") else None
+
+        def certain(name: str) -> str:
+            return path(name) or ""
+
+        axes = [axis for axis in self.axes if axis.name.startswith(f"{prefix}.")]
+        stacks = [stack for stack in self.stacks if stack.name.startswith(f"{prefix}.")]
+        return Anatomy(
+            tuple(
+                replace(a.moved(path), name=certain(a.name), here="", crossed=certain(a.crossed))
+                for a in axes
+            ),
+            tuple(
+                replace(
+                    stack,
+                    name=certain(stack.name),
+                    fields=tuple(
+                        (certain(module), name)
+                        for module, name in stack.fields
+                        if module == prefix or module.startswith(f"{prefix}.")
+                    ),
+                    network=certain(stack.network),
+                    scope=certain(stack.scope),
+                )
+                for stack in stacks
+            ),
+        )
+
     def _paths(self, plan: Plan, *, back: bool = False) -> Callable[[str], str | None]:
         """Present paths by those as built (or back); None where the layer is not there."""
         moves: dict[str, dict[str, str]] = {}

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mi_prune.anatomy import Anatomy
-from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.axes import WidthAxis, below
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.incisions import shapes_at
-from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.plan import Plan, Ranking
+from lightning_mi_prune.states import is_plain_tensor
+from lightning_mi_prune.untrusted import described
 
 __all__ = [
     "PLAN_KEY",
     "arrives_uncut",
+    "changed_axes",
     "check_weights",
     "is_plan",
     "is_uncut",
+    "misfits",
+    "named_from",
     "stored_plan",
 ]
 
@@ -31,6 +34,7 @@ PLAN_KEY = (
     "or with its callback in the Trainer)"
 )
 _LARGEST_ENTRY = 64 * 2**20
+_SHOWN = 6  # names in an error
 
 
 def is_plan(key: str) -> bool:
@@ -39,90 +43,205 @@ def is_plan(key: str) -> bool:
 
 
 def stored_plan(state: dict[str, Any], prefix: str) -> Plan | None:
-    """The plan in a state dict, its own and those that keepers of parts wrote; taken out of it."""
-    found: dict[str, Plan] = {}
+    """The plan in a state dict, put together from those of all networks, and taken out of it.
+
+    Raises:
+        PruningError: If an entry is no plan, or two entries contradict each other.
+    """
+    sizes: dict[str, int] = {}
+    kept: dict[str, tuple[int, ...]] = {}
+    rankings: dict[str, Ranking] = {}
     # Found by its first words: the rest of the key is prose, and may be put better one day.
-    for key in [key for key in state if key.startswith(prefix) and _NAME in key]:
+    keys = [key for key in state if key.startswith(prefix) and _NAME in key]
+    for key in keys:
         path = key[len(prefix) : key.index(_NAME, len(prefix))].removesuffix(".")
-        found[path] = _read(state[key]).prefixed(path)
-    for key in [key for key in state if key.startswith(prefix) and _NAME in key]:
+        plan = _read(state[key]).prefixed(path)
+        for name, size in plan.sizes.items():
+            if sizes.get(name, size) != size or kept.get(name, plan.kept[name]) != plan.kept[name]:
+                raise PruningError(
+                    f"The checkpoint holds two plans that differ in axis {name!r}; expected one. "
+                    "Save the state dict again."
+                )
+            sizes[name], kept[name] = size, plan.kept[name]
+        rankings |= plan.rankings
+    for key in keys:
         state.pop(key)
-    plans = [found[path] for path in sorted(found, reverse=True)]  # its own, "", comes last
-    return reduce(Plan.joined, plans) if plans else None
+    return Plan(sizes, kept, rankings) if keys else None
 
 
-def arrives_uncut(axis: WidthAxis, state: Mapping[str, Any], prefix: str) -> bool:
-    """Whether a state dict holds all tensors of an axis at the width it was built with."""
-    tensors = ((state.get(prefix + s.tensor), s.dim, s.shape) for s in axis.slices)
+def named_from(path: str, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries of a state dict below a prefix, named from a module that holds them at a path."""
+    return {
+        below(path, key[len(prefix) :]): value
+        for key, value in state.items()
+        if key.startswith(prefix)
+    }
+
+
+def arrives_uncut(axis: WidthAxis, state: Mapping[str, Any]) -> bool:
+    """Whether weights hold all tensors of an axis at the width it was built with."""
+    tensors = ((state.get(s.tensor), s.dim, s.shape) for s in axis.slices)
     return all(
         isinstance(t, Tensor) and t.ndim == len(shape) and t.shape[dim] == shape[dim]
         for t, dim, shape in tensors
     )
 
 
-def is_uncut(anatomy: Anatomy, state: Mapping[str, Any], prefix: str) -> bool:
-    """Whether a state dict without a plan holds all layers, and every tensor as it was built."""
-    tops = [f"{prefix}{stack.name}.{stack.size - 1}." for stack in anatomy.stacks]
-    tensors = ((state.get(prefix + s.tensor), s.shape) for a in anatomy.axes for s in a.slices)
-    return all(any(key.startswith(top) for key in state) for top in tops) and all(
-        isinstance(t, Tensor) and tuple(t.shape) == shape for t, shape in tensors
+def is_uncut(anatomy: Anatomy, current: Plan, state: Mapping[str, Any]) -> bool:
+    """Whether weights without a plan hold, as built, all that the module has lost.
+
+    Args:
+        anatomy: What the module can lose.
+        current: Plan it carries.
+        state: Weights that arrive, named from it.
+    """
+    lost = {name for name, size in current.sizes.items() if current.width(name) < size}
+    tops = [f"{s.name}.{s.size - 1}." for s in anatomy.stacks if s.name in lost]
+    return (
+        bool(lost)
+        and all(any(key.startswith(top) for key in state) for top in tops)
+        and all(arrives_uncut(axis, state) for axis in anatomy.axes if axis.name in lost)
     )
 
 
+def changed_axes(anatomy: Anatomy, plan: Plan, current: Plan) -> list[WidthAxis]:
+    """Axes whose units, or places, are others at a plan than at the present one."""
+    moved = tuple(f"{s.name}." for s in anatomy.stacks if plan.kept[s.name] != current.kept[s.name])
+    return [
+        axis
+        for axis in anatomy.standing(plan)
+        if plan.kept[axis.name] != current.kept[axis.name] or axis.name.startswith(moved)
+    ]
+
+
 def check_weights(
-    module: nn.Module,
-    anatomy: Anatomy,
-    plan: Plan,
-    current: Plan,
-    state: Mapping[str, Any],
-    prefix: str,
+    module: nn.Module, anatomy: Anatomy, plan: Plan, current: Plan, state: Mapping[str, Any]
 ) -> None:
-    """Refuse weights that torch would refuse when the module has its new shape already.
+    """Refuse weights without the tensors that a plan cuts, or with others than it says.
+
+    What is not cut is checked by torch, as in any other module.
 
     Args:
         module: The module as it stands.
         anatomy: What it can lose, as built.
         plan: Plan that arrives.
         current: Plan the module carries.
-        state: What arrives.
-        prefix: Before the names there.
+        state: What arrives, named from the module.
+
+    Raises:
+        PruningError: Naming the tensor, before anything is changed.
     """
     for stack in anatomy.stacks:
-        stem, layers = f"{prefix}{stack.name}.", plan.width(stack.name)
+        stem, layers = f"{stack.name}.", plan.width(stack.name)
         found = {key[len(stem) :].partition(".")[0] for key in state if key.startswith(stem)}
         if found and found != set(map(str, range(layers))):
             raise PruningError(
                 f"The plan of the checkpoint leaves {layers} layers of {stack.name!r}, but it "
-                f"holds weights of layers {sorted(found)}; expected 0 to {layers - 1}."
+                f"holds weights of layers {sorted(found)}; expected 0 to {layers - 1}. Build the "
+                "model with the configuration it was trained with."
             )
-    shapes = shapes_at(anatomy.standing(plan), plan)
     present = dict(module.named_parameters(remove_duplicate=False))
-    arriving = {id(p) for name, p in present.items() if prefix + name in state}
+    arriving = {id(p) for name, p in present.items() if name in state}
     moved = any(plan.kept[s.name] != current.kept[s.name] for s in anatomy.stacks)
-    for name, shape in shapes.items():
-        tensor = state.get(prefix + name)
-        if isinstance(tensor, Tensor) and list(tensor.shape) != shape:
-            raise PruningError(
-                f"{name!r} has shape {tuple(tensor.shape)} in the checkpoint; expected "
-                f"{tuple(shape)} from its plan and this model. Build the model with the "
-                "configuration it was trained with."
-            )
-        old = present.get(name)
-        absent = tensor is None if moved else old is not None and id(old) not in arriving
-        if absent and (moved or (old is not None and list(old.shape) != shape)):
+    lengths: dict[str, dict[int, int]] = {}
+    for axis in changed_axes(anatomy, plan, current):
+        for s in axis.slices:
+            each = axis.entries_at(plan.widths)
+            lengths.setdefault(s.tensor, {})[s.dim] = plan.width(axis.name) * each
+    built = {s.tensor: s.shape for a in anatomy.standing(plan) for s in a.slices}
+    for name, expected in lengths.items():
+        tensor, whole = state.get(name), present[name].shape if name in present else built[name]
+        if isinstance(tensor, Tensor):
+            fits = tensor.ndim == len(built[name])
+            if not fits or any(tensor.shape[dim] != n for dim, n in expected.items()):
+                shape = tuple(expected.get(dim, length) for dim, length in enumerate(whole))
+                raise PruningError(
+                    f"{name!r} has shape {tuple(tensor.shape)} in the checkpoint; expected {shape} "
+                    "from its plan and this model. Build the model with the configuration it was "
+                    "trained with."
+                )
+        elif 0 not in expected.values() and (moved or id(present.get(name)) not in arriving):
             raise PruningError(
                 f"The checkpoint has a plan that cuts {name!r}, but not this tensor; expected all "
                 "weights of pruned layers. Save the whole state dict."
             )
 
 
+def misfits(module: nn.Module, state: Mapping[str, Any], *, strict: bool) -> str:
+    """Why torch would refuse weights for a module as it stands; "" if it would not.
+
+    Modules with ways of their own to load, by hooks or by overriding torch's, are left out.
+
+    Args:
+        module: The module.
+        state: What arrives, named from it.
+        strict: Whether keys must match too.
+    """
+    wanted: dict[str, Tensor] = {}
+    lenient: list[str] = []
+    for path, part in module.named_modules(remove_duplicate=False):
+        dot = f"{path}." if path else ""
+        if _loads_by_itself(part):
+            lenient.append(dot)
+        wanted |= {dot + n: p for n, p in part._parameters.items() if p is not None}
+        wanted |= {
+            dot + name: buffer
+            for name, buffer in part._buffers.items()
+            if buffer is not None and name not in part._non_persistent_buffers_set
+        }
+
+    def plain(name: str) -> bool:
+        return not name.startswith(tuple(lenient))
+
+    missing = [name for name in wanted if strict and name not in state and plain(name)]
+    strange = [name for name in state if strict and name not in wanted and plain(name)]
+    others = [
+        f"{name} {tuple(value.shape)} for {tuple(wanted[name].shape)}"
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+        and name in wanted
+        and plain(name)
+        and not nn.parameter.is_lazy(wanted[name])
+        and value.shape != wanted[name].shape
+        and (value.shape, wanted[name].ndim) != ((1,), 0)  # of the oldest checkpoints
+    ]
+    found = {"Missing key(s)": missing, "Unexpected key(s)": strange, "Other shapes": others}
+    return " ".join(
+        f"{what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}."
+        for what, names in found.items()
+        if names
+    )
+
+
+def _loads_by_itself(part: nn.Module) -> bool:
+    kind = type(part)
+    hooks = part._load_state_dict_pre_hooks.values()
+    ours = f"{__name__.rpartition('.')[0]}.checkpoints"
+    foreign = [hook for hook in hooks if _origin(hook) != ours]
+    return (
+        kind._load_from_state_dict is not nn.Module._load_from_state_dict
+        or kind.get_extra_state is not nn.Module.get_extra_state
+        or bool(foreign)
+    )
+
+
+def _origin(hook: Any) -> str | None:
+    """The package file a hook was written in."""
+    inner = getattr(hook, "hook", hook)  # torch wraps hooks that want the module
+    return getattr(getattr(inner, "func", inner), "__module__", None)
+
+
 def _read(stored: Any) -> Plan:
-    if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.ndim != 1:
-        raise PruningError(f"The entry {_NAME!r} of the checkpoint is not a plan; is it damaged?")
+    whole = isinstance(stored, Tensor) and is_plain_tensor(stored) and not stored.is_meta
+    if not whole or stored.dtype != torch.uint8 or stored.ndim != 1:
+        raise PruningError(
+            f"The entry {_NAME!r} of the checkpoint is not a plan but {described(stored)}; is it "
+            "damaged?"
+        )
     if stored.numel() > _LARGEST_ENTRY:
         raise PruningError(f"The entry {_NAME!r} holds {stored.numel()} bytes: not a plan.")
     try:
-        text = bytes(stored.cpu().tolist()).decode()
+        text = stored.detach().cpu().numpy().tobytes().decode()
     except UnicodeDecodeError as error:
         raise PruningError(f"The entry {_NAME!r} of the checkpoint is damaged.") from error
     return Plan.from_json(text)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mi_prune.sample import Example, is_plain, taken
+from lightning_mi_prune.sample import Example, is_plain
 
 __all__ = ["StoredCalls"]
 
@@ -61,8 +61,7 @@ class StoredCalls:
             wanted = max(1, wanted)  # less than one example of each batch would be none for ever
         if wanted:
             index = torch.randperm(real, generator=self._generator)[:wanted].sort().values
-            kept = taken((call.args, call.kwargs, call.mask), rows, index)
-            self.stored.setdefault(path, []).append(Example(*kept))
+            self.stored.setdefault(path, []).append(call.some(index))
         self._owed[path], self._room[path] = owed - wanted * each, room - wanted * each
 
 
@@ -70,7 +69,7 @@ def _is_plain(call: Example) -> bool:
     """Whether it is made of plain values, but for what kinds of tensors there are."""
 
     def bare(value: Any) -> Any:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not value.is_nested:
             return None
         if type(value) in (list, tuple):
             return [bare(part) for part in value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,17 +15,21 @@ from lightning_mi_prune.anatomy import Anatomy
 from lightning_mi_prune.arrivals import (
     PLAN_KEY,
     arrives_uncut,
+    changed_axes,
     check_weights,
     is_uncut,
+    misfits,
+    named_from,
     stored_plan,
 )
 from lightning_mi_prune.axes import WidthAxis, as_built, full_plan
 from lightning_mi_prune.depth import DepthAxis
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.families import find_axes, present_plan
+from lightning_mi_prune.families import find_axes, is_within, present_plan
+from lightning_mi_prune.families.residual import module_at
 from lightning_mi_prune.families.stacks import find_stacks, stack_at
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.surgery import Spare, hollow, remodel
+from lightning_mi_prune.surgery import Spare, cancel, hollow, remodel
 
 __all__ = ["PLAN_KEY", "PlanKeeper"]
 
@@ -51,7 +56,7 @@ class PlanKeeper:
         ...     axis = linear_axis(net, "hidden", kind="ffn", producers=["0"], readers=["2"])
         ...     return net, PlanKeeper(net, lambda module: [axis])
         >>> net, keeper = build()
-        >>> reshape(net, keeper.axes, Plan({"hidden": 4}, {"hidden": (1, 2)}))
+        >>> _ = reshape(net, keeper.axes, Plan({"hidden": 4}, {"hidden": (1, 2)}))
         >>> keeper.plan = Plan({"hidden": 4}, {"hidden": (1, 2)})
         >>> fresh, _ = build()
         >>> fresh.load_state_dict(net.state_dict())
@@ -63,9 +68,13 @@ class PlanKeeper:
     def __init__(self, module: nn.Module, find: Find = find_axes) -> None:
         self.module = module
         self._finders: list[Find] = [find]
+        self._all_finders: list[Find] = [find]
         self._anatomy = Anatomy()
         self._plan: Plan | None = None
         self._spare: dict[str, dict[int, nn.Module]] = {}
+        self._below: dict[str, PlanKeeper] = {}
+        self._shared: dict[str, Plan | None] = {}
+        self._inside = ""
         # torch marks these hooks with an attribute, which bound methods do not take.
         self._handles = [
             module.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
@@ -81,16 +90,19 @@ class PlanKeeper:
     def of(cls, module: nn.Module, find: Find = find_axes) -> PlanKeeper:
         """The one keeper of a module, made if there is none; it stays with copies of the module.
 
-        Keepers of parts of the module hand over what they know: two would soon disagree.
+        It takes in what keepers of parts of the module know, and forgets networks that were
+        replaced by others: what they can lose is found anew.
         """
         keeper = cls.held_by(module)
         if keeper is None:
             keeper = cls(module, find)
-        elif find not in keeper._finders:
+        elif find not in keeper._all_finders:
             keeper._finders.append(find)
+            keeper._all_finders.append(find)
+        keeper._forget_replaced()
         for path, part in module.named_modules():
             inner = cls.held_by(part)
-            if inner is not None and inner is not keeper:
+            if inner is not None and inner is not keeper and path not in keeper._below:
                 keeper._inherit(path, inner)
         return keeper
 
@@ -106,6 +118,7 @@ class PlanKeeper:
         while self._finders:
             self._learn(self._finders[0](self.module))
             self._finders.pop(0)
+            self._share()
         return self._anatomy
 
     @property
@@ -114,11 +127,17 @@ class PlanKeeper:
         anatomy = self.anatomy
         if self._plan is None:
             self._plan = anatomy.full.joined(present_plan(self.module, anatomy.axes))
+            self._share()
+        for path, inner in self._below.items():  # weights may have been loaded into a part
+            if inner._plan is not None and inner._plan is not self._shared.get(path):
+                self._plan = self._plan.joined(inner._plan.prefixed(path))
+                self._shared[path] = inner._plan
         return self._plan
 
     @plan.setter
     def plan(self, plan: Plan) -> None:
         self._plan = plan
+        self._share()
 
     @property
     def axes(self) -> list[WidthAxis]:
@@ -136,12 +155,16 @@ class PlanKeeper:
         for name, layers in removed.items():
             mine = self._spare.setdefault(name, {})
             mine |= {place: hollow(layer) for place, layer in layers.items()}
+        self._share()
 
     def close(self) -> None:
-        """Take both hooks down; the module is an ordinary module again."""
+        """Take the hooks of this keeper and of those it made down; the module is ordinary again."""
         for handle in self._handles:
             handle.remove()
         self.module.__dict__.pop(_ATTRIBUTE, None)
+        for inner in self._below.values():
+            if PlanKeeper.held_by(inner.module) is inner:
+                inner.close()
 
     def _learn(self, parts: Sequence[WidthAxis | DepthAxis]) -> None:
         """Take in parts that were found on the module as it stands."""
@@ -165,35 +188,113 @@ class PlanKeeper:
         return [] if self._plan is None else self._anatomy.standing(self._plan)
 
     def _inherit(self, path: str, inner: PlanKeeper) -> None:
-        """Take over from the keeper of a part."""
+        """Take in what the keeper of a part knows; it stays, and both are kept alike."""
         plan = inner.plan.prefixed(path)
         own = Plan({}, {}) if self._plan is None else self._plan
         self._plan = own.joined(plan)
         self._anatomy = inner.anatomy.prefixed(path).joined(self._anatomy)
-        self._spare |= {f"{path}.{name}": dict(s) for name, s in inner.spare.items()}
-        inner.close()
+        self._spare |= {f"{path}.{name}": s for name, s in inner._spare.items()}
+        self._below[path], self._shared[path] = inner, inner._plan
         _ = self.plan  # now, while the shapes are those of the inherited plan
 
+    def _share(self) -> None:
+        """Let keepers of all networks, and of encoders in them, know what this one knows.
+
+        So a network that is taken out of its module, saved or copied by itself, knows its plan.
+        """
+        parts = self._anatomy.parts
+        networks = {part.network for part in parts} - {""}
+        for path in sorted((networks | {part.scope for part in parts}) - {""}):
+            module = module_at(self.module, path)
+            if module is None:
+                continue
+            inner = PlanKeeper.held_by(module)
+            if inner is None:
+                inner = PlanKeeper(module)
+                if path not in networks:
+                    outer = max((n for n in networks if is_within(path, n)), key=len, default="")
+                    inner._inside = type(self.module.get_submodule(outer)).__name__
+            self._below[path] = inner
+            inner._finders.clear()
+            inner._anatomy = self._anatomy.under(path)
+            dot = f"{path}."
+            inner._spare = {n[len(dot) :]: s for n, s in self._spare.items() if n.startswith(dot)}
+            if self._plan is not None:
+                inner._plan = self._shared[path] = self._plan.under(path)
+        for path, inner in self._below.items():
+            deeper = {p: k for p, k in self._below.items() if p.startswith(f"{path}.")}
+            inner._below = {p[len(path) + 1 :]: keeper for p, keeper in deeper.items()}
+            inner._shared = {p: keeper._plan for p, keeper in inner._below.items()}
+
+    def _forget_replaced(self) -> None:
+        """Forget networks in whose place others stand now."""
+        for path, inner in list(self._below.items()):
+            module = module_at(self.module, path)
+            if module is not None and PlanKeeper.held_by(module) is inner:
+                continue
+            del self._below[path]
+            self._shared.pop(path, None)
+            top = next((p for p in self._below if is_within(path, p)), path)
+
+            def stays(name: str, top: str = top) -> bool:
+                return not is_within(name, top)
+
+            self._anatomy = Anatomy.of(p for p in self._anatomy.parts if stays(p.name))
+            self._spare = {name: s for name, s in self._spare.items() if stays(name)}
+            if self._plan is not None:
+                self._plan = self._plan.only(filter(stays, self._plan.sizes))
+            self._finders = list(self._all_finders)
+
     def _write(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-        if self._plan is not None and not self._plan.is_full:
-            text = self._plan.to_json().encode()
+        if self._plan is None:
+            return
+        mine = self._plan.only(
+            n for n in self._plan.sizes if not any(is_within(n, path) for path in self._below)
+        )
+        if not mine.is_full:
+            text = mine.to_json().encode()
             state[prefix + PLAN_KEY] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
     def _replay(
         self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, **__: Any
     ) -> None:
         stored = stored_plan(state, prefix)
+        if stored is None and self._plan is None:
+            return
+        arriving = named_from("", state, prefix)
         if stored is not None:
             anatomy = self._anatomy_for(stored)
-            plan, current = self._completed(stored, anatomy, state, prefix)
-            check_weights(module, anatomy, plan, current, state, prefix)
-        elif self._plan is not None and is_uncut(self.anatomy, state, prefix):
+            plan, current = self._completed(stored, anatomy, arriving)
+            check_weights(module, anatomy, plan, current, arriving)
+        elif is_uncut(self.anatomy, self.plan, arriving):
             anatomy, current = self.anatomy, self.plan
             plan = anatomy.full
         else:
             return  # weights for the present shape, or a part without the cut tensors
-        self.store(remodel(module, anatomy, plan, current=current, spare=self._spare))
+        if _told(plan) != _told(current):
+            self._remodel(anatomy, plan, current, arriving)
         self._anatomy, self._plan = anatomy, plan
+        self._share()
+
+    def _remodel(
+        self, anatomy: Anatomy, plan: Plan, current: Plan, arriving: Mapping[str, Any]
+    ) -> None:
+        """Give the module the shape of a plan, unless torch would refuse the weights then."""
+        if self._inside:
+            raise PruningError(
+                f"The weights have another plan than this {type(self.module).__name__}, which is "
+                f"part of a {self._inside} that would not follow. Load the weights of the whole."
+            )
+        changed = changed_axes(anatomy, plan, current)
+        done = remodel(self.module, anatomy, plan, current=current, spare=self._spare, only=changed)
+        why = misfits(self.module, arriving, strict=_is_strict())
+        if why:
+            self.store(cancel(self.module, anatomy, done))
+            raise PruningError(
+                f"The weights do not fit this {type(self.module).__name__}, which stays as it was. "
+                f"{why} Build the model with the configuration it was trained with."
+            )
+        self.store(done.removed)
 
     def _anatomy_for(self, stored: Plan) -> Anatomy:
         """What is known, and what is found in the whole module if the plan names more."""
@@ -226,7 +327,7 @@ class PlanKeeper:
         return anatomy
 
     def _completed(
-        self, stored: Plan, anatomy: Anatomy, state: Mapping[str, Any], prefix: str
+        self, stored: Plan, anatomy: Anatomy, state: Mapping[str, Any]
     ) -> tuple[Plan, Plan]:
         """The stored plan over all axes, and the present one.
 
@@ -234,6 +335,19 @@ class PlanKeeper:
         """
         now = anatomy.full.joined(present_plan(self.module, anatomy.axes))
         if self._plan is not None:
-            now = now.joined(self._plan)
-        grown = [axis for axis in anatomy.axes if arrives_uncut(axis, state, prefix)]
+            now = now.joined(self.plan)
+        grown = [axis for axis in anatomy.axes if arrives_uncut(axis, state)]
         return now.joined(full_plan(grown)).joined(stored), now
+
+
+def _is_strict() -> bool:
+    """Whether the ``load_state_dict`` under way is strict, which torch does not tell its hooks."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
+        frame = frame.f_back
+    return frame is not None and bool(frame.f_locals.get("strict"))
+
+
+def _told(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """What a plan removes."""
+    return {name: kept for name, kept in plan.kept.items() if len(kept) < plan.sizes[name]}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mi_prune.axes import WidthAxis, full_plan
-from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.latency import Device, LatencyCurve, LatencyTable
 from lightning_mi_prune.limits import may_vanish, step_of
 from lightning_mi_prune.measure import measure_latency
@@ -49,25 +51,40 @@ def device_of(module: nn.Module, calls: Mapping[str, Example] | None = None) -> 
 
 
 def cached_table(
-    path: str | Path, measure: Callable[[], LatencyTable], device: Device | None = None
+    path: str | Path | None,
+    measure: Callable[[], LatencyTable],
+    device: Device | None = None,
+    known: MutableMapping[Device, LatencyTable] | None = None,
 ) -> LatencyTable:
     """The table in a file; measured and written first if there is none.
 
+    A table that cannot be written is not lost: it is kept among the known ones, with a warning.
+
     Args:
-        path: The file.
+        path: The file; None has none.
         measure: Measures the table, :func:`measure_table` of a model.
         device: Where the table must have been measured.
+        known: Tables of this run that are in no file; a new one is added.
 
     Raises:
         PruningError: If the file holds no table, or one of another device.
     """
-    if Path(path).exists():
+    tables = {} if known is None else known
+    if device is not None and device in tables:
+        return tables[device]
+    if path is not None and os.path.exists(path):  # Path.exists may raise
         table = LatencyTable.load(path)
         if device is not None:
             table.check_device(device)
         return table
     table = measure()
-    table.write(path)
+    try:
+        if path is not None:
+            table.write(path)
+            return table
+    except PruningError as error:  # minutes of measuring are worth more than the file
+        warnings.warn(f"{error} It stays in memory for this run.", PruningWarning, stacklevel=2)
+    tables[table.device if device is None else device] = table
     return table
 
 

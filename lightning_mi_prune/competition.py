@@ -21,7 +21,13 @@ from lightning_mi_prune.budget import (
 )
 from lightning_mi_prune.costs import Costs
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.limits import Bounds, Limits, never_empty, step_of, widths_between
+from lightning_mi_prune.limits import (
+    Bounds,
+    Limits,
+    never_empty,
+    step_of,
+    widths_between,
+)
 from lightning_mi_prune.plan import Ranking
 from lightning_mi_prune.wording import number
 

@@ -7,14 +7,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from lightning_mi_prune.axes import WidthAxis
-from lightning_mi_prune.sample import Example, run
+from lightning_mi_prune.counting import MacCounter, counting
+from lightning_mi_prune.sample import Example, full
 
 __all__ = ["Costs", "MacCosts", "ParameterCosts", "measure_macs"]
 
@@ -174,8 +173,8 @@ def measure_macs(
 ) -> MacCosts:
     """Run each network once on an example and learn what its multiply-accumulates depend on.
 
-    The sum at the present widths is what :func:`report.count_macs` counts for these calls. The
-    networks run in evaluation mode; every mode flag is put back.
+    The sum at the present widths is what :func:`measure.count_macs` counts for these calls. The
+    networks stay as they are: modes, buffers and the random state are put back.
 
     Args:
         root: Module from which the axes are named.
@@ -203,7 +202,9 @@ def measure_macs(
     for axis in axes:
         passed = []
         for s in axis.slices:
-            rows, pairs = meter.passed.get(id(root.get_parameter(s.tensor)), (0, 0))
+            owner, _, kind = s.tensor.rpartition(".")
+            key = _key(root.get_submodule(owner)) if kind == "weight" else 0
+            rows, pairs = meter.passed.get(key, (0, 0))
             if rows:
                 positions[s.tensor] = rows
                 passed.append(pairs)
@@ -219,6 +220,9 @@ def measure_macs(
     return MacCosts(axes, meter.total - draft.total(now), positions, products, held=now)
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 class _Meter:
     """Hooks that tell the work of weights from the work beside them."""
 
@@ -226,12 +230,10 @@ class _Meter:
         self.total = 0
         self.passed: dict[int, tuple[int, int]] = {}
         self.inside: dict[str, int] = dict.fromkeys((axis.name for axis in axes), 0)
-        self._counter = FlopCounterMode(display=False)
-        self._linear = 0
+        self._counter, self._linear = MacCounter(), 0
         self._handles = []
-        for module in root.modules():
-            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-                self._handles.append(module.register_forward_hook(self._on_weight))
+        for module in _weighted(root, axes):
+            self._handles.append(module.register_forward_hook(self._on_weight(module)))
         for axis in axes:
             if axis.kind == "heads":
                 module, (before, after) = root.get_submodule(_common(axis)), self._around(axis.name)
@@ -240,30 +242,39 @@ class _Meter:
 
     def run(self, network: nn.Module, example: Example) -> None:
         """Run one call and add up its work."""
-        self._counter, self._linear = FlopCounterMode(display=False), 0
-        # The fused CPU kernel is opaque to the counter; the plain one shows its products.
-        with sdpa_kernel(SDPBackend.MATH), self._counter:
-            run(network, example)
-        self.total += self._counter.get_total_flops() // 2
+        call, self._linear = full(example, network), 0
+        with counting(network) as self._counter:
+            network(*call.args, **call.kwargs)
+        self.total += self._counter.macs
 
     def close(self) -> None:
         """Take the hooks down."""
         for handle in self._handles:
             handle.remove()
 
-    def _on_weight(self, module: Any, args: Any, output: Any) -> None:
-        weight, shape = module.weight, output.shape
-        if isinstance(module, nn.Linear):
-            here = (math.prod(shape[:-1]), shape[-2] if len(shape) > 1 else 1)
-        else:
-            here = (shape[0] * math.prod(shape[2:]), 1)
-        rows, pairs = self.passed.get(id(weight), (0, 0))
-        self.passed[id(weight)] = (rows + here[0], pairs + here[0] * here[1])
-        self._linear += here[0] * weight.numel()
+    def _on_weight(self, module: nn.Module) -> Callable[..., None]:
+        """A hook that adds up what passes through the weight of a module: rows, and their pairs."""
+        key, weight = _key(module), cast(Tensor, module.weight)
+        size, dims, maps = weight.numel(), weight.ndim, isinstance(module, _CONVOLUTIONS)
+
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if output.is_nested:
+                rows, pairs = sum(math.prod(part.shape[:-1]) for part in output.unbind()), 1
+            elif maps:  # (examples, channels, ...), or one example without its dimension
+                shape = output.shape if output.ndim == dims else (1, *output.shape)
+                rows, pairs = shape[0] * math.prod(shape[2:]), 1
+            else:
+                shape = output.shape
+                rows, pairs = math.prod(shape[:-1]), shape[-2] if len(shape) > 1 else 1
+            before = self.passed.get(key, (0, 0))
+            self.passed[key] = (before[0] + rows, before[1] + rows * pairs)
+            self._linear += rows * size
+
+        return hook
 
     def _around(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def beside() -> int:
-            return int(self._counter.get_total_flops()) // 2 - self._linear
+            return self._counter.macs - self._linear
 
         def before(*_: object) -> None:
             self.inside[name] -= beside()
@@ -272,6 +283,32 @@ class _Meter:
             self.inside[name] += beside()
 
         return before, after
+
+
+def _key(module: nn.Module) -> int:
+    """What tells weights apart: shared ones are one; what stands in may make its own each time."""
+    weight = module.weight
+    return id(weight) if weight is module.weight else id(module)
+
+
+def _weighted(root: nn.Module, axes: Sequence[WidthAxis]) -> list[nn.Module]:
+    """Modules that multiply with a weight: linear layers, convolutions, and their stand-ins.
+
+    A layer that has lost all its rows or columns may be of any class by then; it is known by its
+    weight, which an axis cuts. Embeddings and normalisations multiply with no matrix.
+    """
+    plain = (m for m in root.modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS)))
+    found: dict[int, nn.Module] = {id(module): module for module in plain}
+    for path in {s.tensor.removesuffix(".weight") for a in axes for s in a.slices}:
+        try:
+            module = root.get_submodule(path)
+        except AttributeError:  # a parameter of another name, such as a bias
+            continue
+        weight = getattr(module, "weight", None)
+        looked_up = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        if isinstance(weight, Tensor) and weight.ndim > 1 and not looked_up:
+            found[id(module)] = module
+    return list(found.values())
 
 
 def _common(axis: WidthAxis) -> str:

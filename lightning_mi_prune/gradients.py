@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.hooks import Hooked
+from lightning_mi_prune.padding import Padding
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.sample import rows_of
@@ -58,27 +59,30 @@ class GradientListener(Hooked):
         taylor: bool = False,
         plan: Plan | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(model)
         self.sums = blank(model, axes, plan)
         self._readers = [
-            (key, reader)
+            (key, reader, axis.scope or axis.network)
             for axis in axes
             for key, readers in axis.places.items()
             for reader in readers
         ]
-        self._model, self._steps, self._taylor = model, steps, taylor
+        self._steps, self._taylor = steps, taylor
+        self._padding = Padding()
         self._stride = 1 if batches is None else max(1, batches // steps)
         self._networks = sorted({axis.scope or axis.network for axis in axes})
         self._staged: dict[str, list[Tensor]] = {}
         self._rows: Counter[tuple[str, bool]] = Counter()
+        self._last: dict[str, int] = {}
         self._hearing = False
 
     def _attach(self) -> Iterator[RemovableHandle]:
         for path in self._networks:
             module, hook = self._model.get_submodule(path), partial(self._count, path)
             yield module.register_forward_pre_hook(hook, with_kwargs=True)
-        for key, reader in self._readers:
-            module, feel = self._model.get_submodule(reader), self._on_reader(key)
+        yield from self._padding.attach(self._model)
+        for key, reader, path in self._readers:
+            module, feel = self._model.get_submodule(reader), self._on_reader(key, path)
             yield module.register_forward_hook(feel, with_kwargs=True)
 
     @contextmanager
@@ -124,13 +128,22 @@ class GradientListener(Hooked):
 
     def _drop(self) -> None:
         self._staged, self._rows, self._hearing = {}, Counter(), False
+        self._last.clear()
+        self._padding.clear()
 
     def _count(
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         if self._hearing and torch.is_grad_enabled():
-            again = torch._C._current_graph_task_id() >= 0  # an activation checkpoint, in backward
-            self._rows[path, again] += rows_of((*args, *kwargs.values())) or 0
+            self._last[path] = rows_of((*args, *kwargs.values())) or 0
+            self._rows[path, _is_again()] += self._last[path]
+
+    def _count_positions_first(self, path: str, x: Tensor) -> None:
+        """Correct the count of a call whose inputs have positions first, as they turn out to."""
+        positions, rows = x.shape[:2]
+        if self._last.get(path) == positions:
+            self._rows[path, _is_again()] += rows - positions
+            self._last[path] = rows
 
     def _examples(self) -> int:
         """Examples of the step; each goes through every network, and may do so once more."""
@@ -139,7 +152,7 @@ class GradientListener(Hooked):
             default=0,
         )
 
-    def _on_reader(self, key: str) -> Any:
+    def _on_reader(self, key: str, path: str) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
@@ -153,15 +166,20 @@ class GradientListener(Hooked):
                 output = output.detach().requires_grad_().clone()
             x = (args[0] if args else kwargs["input"]).detach()
             weight: Any = module.weight
-            feel = partial(self._feel, key, x, weight.detach())
+            swapped = self._padding.positions_first(x)
+            if swapped:
+                self._count_positions_first(path, x)
+            feel = partial(self._feel, key, x, weight.detach(), swapped)
             output.register_hook(feel)  # type: ignore[no-untyped-call]
             return output
 
         return hook
 
-    def _feel(self, key: str, x: Tensor, weight: Tensor, grad: Tensor) -> None:
+    def _feel(self, key: str, x: Tensor, weight: Tensor, swapped: bool, grad: Tensor) -> None:
         if not self._hearing:
             return
+        if swapped:
+            x, grad = x.transpose(0, 1), grad.transpose(0, 1)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             sums = self.sums[key]
             g = grad.detach().flatten(0, -2).float()
@@ -180,6 +198,11 @@ class GradientListener(Hooked):
                 entries = x.shape[-1] // max(1, sums.units)
                 change = change.sum(1).view(x.shape[0], sums.units, entries).sum(2)
                 taylor += change.square().sum(0)
+
+
+def _is_again() -> bool:
+    """Whether a forward pass runs inside a backward one: an activation checkpoint."""
+    return bool(torch._C._current_graph_task_id() >= 0)
 
 
 def blank(

@@ -6,16 +6,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import TracebackType
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
+
+from lightning_mi_prune.padding import pad_nested
 
 __all__ = ["Ear", "Hooked"]
 
 
 class Hooked(ABC):
-    """What listens to a network through hooks of its own, until its ``with`` block ends."""
+    """What listens to a network through hooks of its own, until its ``with`` block ends.
 
-    def __init__(self) -> None:
+    Args:
+        model: Module that is hooked, with everything in it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._handles: list[RemovableHandle] = []
 
     @abstractmethod
@@ -29,8 +37,8 @@ class Hooked(ABC):
     def __enter__(self) -> Self:
         self.close()
         try:
-            for handle in self._attach():
-                self._handles.append(handle)
+            self._handles.extend(self._attach())
+            self._handles.extend(pad_nested(self._model))  # after all others
         except BaseException:
             self.close()
             raise

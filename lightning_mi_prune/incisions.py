@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.standins import is_ours
+from lightning_mi_prune.standins import is_ours, linear_at, modules_of
 from lightning_mi_prune.turns import TurnMaps
 
 __all__ = [
@@ -38,13 +38,21 @@ class Incision:
     turned: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-def shapes_at(axes: Sequence[WidthAxis], plan: Plan) -> dict[str, list[int]]:
-    """Shape of every tensor that the axes cut, at a plan."""
+def shapes_at(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> dict[str, list[int]]:
+    """Shape of every tensor that the axes cut, at a plan; what they do not cut is as it is now.
+
+    A tensor that is not there now, as of a layer that is gone, is as it was built.
+    """
     shapes: dict[str, list[int]] = {}
     widths = plan.widths
     for axis in axes:
         for s in axis.slices:
-            shape = shapes.setdefault(s.tensor, list(s.shape))
+            if s.tensor not in shapes:
+                try:
+                    shapes[s.tensor] = list(model.get_parameter(s.tensor).shape)
+                except AttributeError:
+                    shapes[s.tensor] = list(s.shape)
+            shape = shapes[s.tensor]
             shape[s.dim] = widths[axis.name] * axis.entries_at(widths)
     return shapes
 
@@ -118,7 +126,7 @@ def config_numbers(axes: Sequence[WidthAxis], plan: Plan) -> dict[str, int]:
 def owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every place where each parameter lives, by identity."""
     places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for module in model.modules():
+    for _, module in modules_of(model):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 places[id(parameter)].append((module, attribute))
@@ -150,7 +158,8 @@ def incisions(
     cut = [a for a in axes if a.name in places and len(places[a.name]) < widths[a.name]]
     paths = {_module(s.tensor) for a in cut for s in a.slices}
     paths |= {count.module for a in cut for count in a.counts}
-    described = {id(model.get_submodule(path)) for path in paths}
+    found_at = [model.get_submodule(path) for path in paths]
+    described = {id(part) for module in found_at for part in (module, linear_at(module))}
     found: dict[int, Incision] = {}
     cut_by: dict[tuple[int, int], str] = {}
     for axis in cut:
@@ -175,7 +184,8 @@ def incisions(
             if old.shape[s.dim] != width:
                 raise PruningError(
                     f"{s.tensor!r} has {old.shape[s.dim]} entries along dimension {s.dim}; the "
-                    f"plan expects {width}. The model was changed behind the plan."
+                    f"plan expects {width}. The model was changed behind the plan: put a whole new "
+                    "network there, with a config of its own, or load the weights the plan is of."
                 )
             incision = found.setdefault(id(old), Incision(s.tensor, old))
             incision.kept[s.dim] = positions(axis, places, widths).to(old.device)

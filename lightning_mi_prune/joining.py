@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_mi_prune.sample import Example, mapped, taken
+from lightning_mi_prune.sample import Example, mapped, rows_dim
 
 __all__ = ["merged", "pieces_of", "positions_of", "trimmed"]
 
@@ -20,10 +21,10 @@ _PIECE = 4096
 def merged(calls: Sequence[Example], most: int) -> Example | None:
     """One call with the examples of many, so that one forward pass sees them all.
 
-    Texts of different length are padded with zeros, which the attention mask leaves out. Without a
-    mask padding would be heard, so then only calls of the commonest shape are taken; the same holds
-    for calls that cannot be laid on each other. Short examples come first, so that
-    :func:`pieces_of` the call need little padding.
+    Texts of different length are padded, with zeros but for masks that are true where padding is.
+    The network must be told of it, so where no argument is such a mask only calls of the commonest
+    shape are taken; the same holds for calls that cannot be laid on each other. Short examples come
+    first, so that :func:`pieces_of` the call need little padding.
 
     Args:
         calls: Calls of one network, in the order in which they were made.
@@ -42,16 +43,15 @@ def merged(calls: Sequence[Example], most: int) -> Example | None:
     shapes = [_shape(call) for call in calls]
     common = Counter(shapes).most_common(1)[0][0]
     same = [call for call, shape in zip(calls, shapes, strict=True) if shape == common]
-    joined = _join([(c.args, c.kwargs, c.mask) for c in same], [call.rows for call in same])
-    call = Example(*joined)
+    call = Example(*_join([(c.args, c.kwargs, c.mask) for c in same], same))
     rows, each = call.rows, sum(_lengths(call)) / call.rows
     if rows * each > most:
         spread = torch.linspace(0, rows - 1, max(1, int(most / each))).round().long()
-        call = Example(*taken(joined, rows, spread))
+        call = call.some(spread)
     if call.mask is None or call.mask.ndim != 2:
         return call
     order = call.mask.sum(1).argsort(stable=True)
-    return trimmed(Example(*taken((call.args, call.kwargs, call.mask), call.rows, order)))
+    return trimmed(call.some(order))
 
 
 def pieces_of(call: Example) -> list[Example]:
@@ -62,12 +62,8 @@ def pieces_of(call: Example) -> list[Example]:
     sizes = _sizes(_lengths(call))
     if len(sizes) == 1:
         return [trimmed(call)]
-    return [_some(call, rows) for rows in torch.split(torch.arange(call.rows), sizes)]
-
-
-def _some(call: Example, rows: Tensor) -> Example:
-    """Some examples of a call, without the padding that they all have."""
-    return trimmed(Example(*taken((call.args, call.kwargs, call.mask), call.rows, rows)))
+    parts = torch.split(torch.arange(call.rows), sizes)
+    return [trimmed(call.some(rows)) for rows in parts]
 
 
 def _lengths(call: Example) -> list[int]:
@@ -75,7 +71,7 @@ def _lengths(call: Example) -> list[int]:
     padded = positions_of(call)
     if call.mask is None or call.mask.ndim != 2:
         return [padded] * call.rows
-    shortest = _some(call, call.mask.sum(1).argmin()[None])
+    shortest = trimmed(call.some(call.mask.sum(1).argmin()[None]))
     if shortest.mask is None or shortest.mask.shape[1] == call.mask.shape[1]:
         return [padded] * call.rows
     ends = call.mask.bool() * torch.arange(1, call.mask.shape[1] + 1).to(call.mask.device)
@@ -117,10 +113,11 @@ def trimmed(call: Example) -> Example:
     long: list[Tensor] = []
 
     def first_columns(x: Tensor) -> Tensor:
-        if length not in x.shape[1:]:
+        swapped = rows_dim(x, call.rows, call.positions) == 1
+        if length not in x.shape[1:] and not swapped:
             return x
-        long.append(x)
-        return x[:, :longest]
+        long.append(x.mT if swapped and x.ndim == 2 else x)
+        return x[:longest] if swapped else x[:, :longest]
 
     def is_padded(x: Tensor) -> bool:
         if x.ndim != 2 or x.shape[0] != call.rows or x.is_floating_point():
@@ -128,7 +125,8 @@ def trimmed(call: Example) -> Example:
         return bool((x[:, longest:] == x[0, -1]).all())
 
     shorter: Example = mapped(call, first_columns)
-    return shorter if longest < length and all(map(is_padded, long)) else call
+    told = len(long) > 1  # something beside the mask is that long
+    return shorter if told and longest < length and all(map(is_padded, long)) else call
 
 
 def _length(call: Example) -> int:
@@ -148,12 +146,13 @@ def positions_of(call: Example) -> int:
 
 def _shape(call: Example) -> Any:
     """What must agree between calls: everything but the rows and, with a mask, the length."""
-    rows, length = call.rows, _length(call) if call.mask is not None else None
+    length = _length(call) if _tells(call) else None
 
     def of(value: Any) -> Any:
         if isinstance(value, Tensor):
+            first = rows_dim(value, call.rows, call.positions)
             dims = tuple(
-                "rows" if i == 0 and n == rows else "length" if n == length else n
+                "rows" if i == first else "length" if n == length else n
                 for i, n in enumerate(value.shape)
             )
             return (value.dtype, dims)
@@ -166,24 +165,58 @@ def _shape(call: Example) -> Any:
     return of((call.args, call.kwargs))
 
 
-def _join(values: Sequence[Any], rows: Sequence[int]) -> Any:
+def _tells(call: Example) -> bool:
+    """Whether an argument of a call says which of its positions are padding."""
+    found: list[Tensor] = []
+
+    def look(x: Tensor) -> Tensor:
+        if _padding_of(x, call) is not None:
+            found.append(x)
+        return x
+
+    mapped((call.args, call.kwargs), look)
+    return bool(found)
+
+
+def _padding_of(x: Tensor, call: Example) -> float | None:
+    """What a mask says of padding, if a tensor of a call is one."""
+    if call.mask is None or x.shape != call.mask.shape:
+        return None
+    real = call.mask.to(x.device).bool()
+    if bool((x.bool() == real).all()):
+        return 0.0
+    if x.dtype == torch.bool and bool((x != real).all()):
+        return 1.0
+    added = x.is_floating_point() and bool((x[real] == 0).all() and x[~real].isneginf().all())
+    return -math.inf if added else None
+
+
+def _join(values: Sequence[Any], calls: Sequence[Example]) -> Any:
     first = values[0]
     if isinstance(first, Tensor):
-        longest = max(values, key=lambda v: v.numel() // max(1, v.shape[0]) if v.ndim else 0)
-        if any(v.ndim == 0 or v.shape[0] != n for v, n in zip(values, rows, strict=True)):
+        places = [rows_dim(v, c.rows, c.positions) for v, c in zip(values, calls, strict=True)]
+        place = places[0]
+        if place is None or places != [place] * len(places):
             return max(values, key=lambda v: v.numel())  # the same for every example
-        return torch.cat([_padded(v, longest.shape) for v in values])
+        said = [_padding_of(v, c) for v, c in zip(values, calls, strict=True)]
+        told = {fill for fill in said if fill}
+        shape = [max(sizes) for sizes in zip(*(v.shape for v in values), strict=True)]
+        fill = next(iter(told)) if len(told) == 1 else 0.0
+        return torch.cat([_padded(v, shape, place, fill) for v in values], dim=place)
     if isinstance(first, tuple):
-        return tuple(_join(parts, rows) for parts in zip(*values, strict=True))
+        return tuple(_join(parts, calls) for parts in zip(*values, strict=True))
     if isinstance(first, list):
-        return [_join(parts, rows) for parts in zip(*values, strict=True)]
+        return [_join(parts, calls) for parts in zip(*values, strict=True)]
     if isinstance(first, dict):
-        return {k: _join([v[k] for v in values], rows) for k in first}
+        return {k: _join([v[k] for v in values], calls) for k in first}
     return first
 
 
-def _padded(value: Tensor, shape: torch.Size) -> Tensor:
-    missing = [n - m for n, m in zip(shape[1:], value.shape[1:], strict=True)]
+def _padded(value: Tensor, shape: Sequence[int], place: int, fill: float) -> Tensor:
+    """A tensor as large as a shape but for one dimension."""
+    missing = [n - m for n, m in zip(shape, value.shape, strict=True)]
+    missing[place] = 0
     if not any(missing):
         return value
-    return functional.pad(value, [side for n in reversed(missing) for side in (0, n)])
+    sides = [side for n in reversed(missing) for side in (0, n)]
+    return functional.pad(value, sides, value=fill)

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
-import math
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.wording import counted, number
+from lightning_mi_prune.files import write_whole
+from lightning_mi_prune.untrusted import (
+    described,
+    listed,
+    mapping,
+    number,
+    read_json,
+    reading,
+    text,
+    whole,
+)
+from lightning_mi_prune.wording import counted
+from lightning_mi_prune.wording import number as worded
 
 __all__ = ["Device", "LatencyCurve", "LatencyTable"]
 
 _VERSION = 1
 _LARGEST_TEXT = 2**24
+_WIDEST = 2**31
+_CURVE = ("axes", "widths", "saved")
 
 
 @dataclass(frozen=True)
@@ -66,20 +78,26 @@ class LatencyCurve:
     saved: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        whole = all(isinstance(w, int) and not isinstance(w, bool) for w in self.widths)
-        falling = whole and all(a > b >= 0 for a, b in pairwise(self.widths))
+        integral = all(isinstance(w, int) and not isinstance(w, bool) for w in self.widths)
+        falling = integral and all(a > b for a, b in pairwise(self.widths))
         if not self.axes or not all(isinstance(name, str) for name in self.axes):
             raise PruningError("A latency curve belongs to no axis; measure the table again.")
-        if not self.widths or not falling or len(self.saved) != len(self.widths):
+        if not falling or not self.widths or len(self.saved) != len(self.widths):
             raise PruningError(
-                f"The latency curve of {self.axes[0]!r} has widths {list(self.widths)!r:.60} and "
+                f"The latency curve of {described(self.axes[0])} has {len(self.widths)} widths and "
                 f"{len(self.saved)} times; expected one time for each, from the widest down."
             )
-        times = [_number(f"A saving of {self.axes[0]!r}", saved) for saved in self.saved]
+        if not 0 <= self.widths[-1] <= self.widths[0] <= _WIDEST:
+            raise PruningError(
+                f"The latency curve of {described(self.axes[0])} has widths from "
+                f"{described(self.widths[0])} to {described(self.widths[-1])}; expected widths "
+                f"from 0 to {_WIDEST}."
+            )
+        times = [_milliseconds(f"A saving of {described(self.axes[0])}", s) for s in self.saved]
         if times[0] != 0 or any(a > b for a, b in pairwise(times)):
             raise PruningError(
-                f"The savings of {self.axes[0]!r} are {times!r:.60}; expected 0 at full width and "
-                "no less at any smaller one. Measure the table again."
+                f"The savings of {described(self.axes[0])} are {str(times[:6])[:60]}; expected 0 "
+                "at full width and no less at any smaller one. Measure the table again."
             )
 
     def at(self, width: float) -> float:
@@ -114,16 +132,16 @@ class LatencyTable:
     curves: tuple[LatencyCurve, ...]
 
     def __post_init__(self) -> None:
-        if _number("dense_ms", self.dense_ms) == 0:
+        if _milliseconds("dense_ms", self.dense_ms) == 0:
             raise PruningError("dense_ms=0; expected milliseconds above 0. Measure again.")
         for name, count in (("batch", self.batch), ("length", self.length)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                raise PruningError(f"{name}={count!r}; expected a whole number.")
+            if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= _WIDEST:
+                raise PruningError(f"{name}={described(count)}; expected a whole number.")
         for curve in self.curves:
             if curve.saved[-1] >= self.dense_ms:
                 raise PruningError(
-                    f"{curve.axes[0]!r} saves {number(curve.saved[-1])} of "
-                    f"{number(self.dense_ms)} ms; expected less than all. Measure again."
+                    f"{described(curve.axes[0])} saves {worded(curve.saved[-1])} of "
+                    f"{worded(self.dense_ms)} ms; expected less than all. Measure again."
                 )
 
     def curve(self, axis: WidthAxis) -> LatencyCurve:
@@ -155,27 +173,13 @@ class LatencyTable:
         Raises:
             PruningError: If the text is not a table of a known version.
         """
-        try:
-            body = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PruningError(f"The latency table is not valid JSON ({error}).") from error
-        found = body.get("version") if isinstance(body, dict) else type(body).__name__
-        if found != _VERSION or isinstance(found, bool):
-            raise PruningError(f"Latency table version {found!r}; this package reads {_VERSION}.")
-        try:
-            device = Device(**body["device"])
-            curves = tuple(
-                LatencyCurve(*(_tuple(c[part]) for part in ("axes", "widths", "saved")))
-                for c in body["curves"]
-            )
-            table = cls(device, body["batch"], body["length"], body["dense_ms"], curves)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PruningError(
-                f"The latency table is damaged ({error!r}); was it edited?"
-            ) from error
-        if not all(isinstance(v, int if n == "threads" else str) for n, v in vars(device).items()):
-            raise PruningError("The latency table names no device; measure it again.")
-        return table
+        body = read_json(text, "The latency table", version=_VERSION, longest=_LARGEST_TEXT)
+        with reading("The latency table", "measure it again"):
+            device = _read_device(body["device"])
+            parts = [[tuple(listed(mapping(c)[p])) for p in _CURVE] for c in listed(body["curves"])]
+            batch, length, dense_ms = (body[name] for name in ("batch", "length", "dense_ms"))
+        curves = tuple(LatencyCurve(*part) for part in parts)
+        return cls(device, batch, length, dense_ms, curves)
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
@@ -185,33 +189,37 @@ class LatencyTable:
             PruningError: If the file cannot be read or holds no table.
         """
         try:
+            if Path(path).exists() and not Path(path).is_file():  # a pipe would never end
+                raise OSError(None, "it is no regular file")
             with Path(path).open(encoding="utf-8") as file:
                 text = file.read(_LARGEST_TEXT + 1)
         except (OSError, ValueError) as error:
-            raise PruningError(f"No latency table could be read from {path}: {error}.") from error
+            reason = getattr(error, "strerror", None) or error
+            raise PruningError(f"No latency table could be read from {path}: {reason}.") from error
         try:
-            if len(text) > _LARGEST_TEXT:
-                raise PruningError(f"holds over {_LARGEST_TEXT} characters; expected a table.")
             return cls.from_json(text)
         except PruningError as error:
             raise PruningError(f"{path}: {error} Delete the file to measure again.") from error
 
     def write(self, path: str | Path) -> None:
-        """Write the table, or nothing: a crash leaves what was there."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.tmp")
-        draft.write_text(self.to_json(), encoding="utf-8")
-        draft.replace(target)
+        """Write the table, or nothing: a crash leaves what was there.
+
+        Raises:
+            PruningError: If the file cannot be written.
+        """
+        write_whole(path, self.to_json(), "The latency table")
 
 
-def _tuple(value: object) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r:.40} is no list")
-    return tuple(value)
+def _read_device(state: object) -> Device:
+    found = mapping(state, [f.name for f in fields(Device)])
+    name, torch, dtype = (text(found[part], 200) for part in ("name", "torch", "dtype"))
+    return Device(text(found["type"], 200), name, whole(found["threads"]), torch, dtype)
 
 
-def _number(name: str, value: object) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
-        return float(value)
-    raise PruningError(f"{name} is {value!r:.40}; expected milliseconds from 0.")
+def _milliseconds(name: str, value: object) -> float:
+    try:
+        return number(value, 0)
+    except (TypeError, ValueError) as error:
+        raise PruningError(
+            f"{name} is {described(value)}; expected milliseconds from 0."
+        ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ __all__ = [
     "Limits",
     "at_share",
     "by_choices",
+    "check_left",
     "may_vanish",
     "never_empty",
     "shares_of",
@@ -237,6 +238,29 @@ def by_choices(axes: Sequence[WidthAxis], multiple: int) -> tuple[list[WidthAxis
     choices = {axis.name: -(-axis.size // step_of(axis, multiple)) for axis in axes}
     fine = [axis for axis in axes if choices[axis.name] == max(choices.values())]
     return fine, [axis for axis in axes if axis not in fine]
+
+
+def check_left(
+    axes: Sequence[WidthAxis], widths: Mapping[str, int], told: Collection[str], budget: object
+) -> None:
+    """Refuse a budget that leaves nothing: a slip of the pen is likelier than such a wish.
+
+    Args:
+        axes: All axes of the model.
+        widths: Units that the budget leaves.
+        told: Axes that a pin or cap empties.
+        budget: The budget, for the error.
+
+    Raises:
+        PruningError: If all that may vanish would, without being told to.
+    """
+    may = [axis for axis in axes if may_vanish(axis) and axis.name not in told]
+    if may and not any(widths[axis.name] for axis in may):
+        raise PruningError(
+            f"{budget} leaves nothing: all units of all {len(may)} groups of "
+            f"{sorted({axis.kind for axis in may})} would vanish. Ask for a larger model, or set "
+            "floor (0.05 keeps a twentieth of each), or pins of 0 if that is what you want."
+        )
 
 
 def may_vanish(axis: WidthAxis) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.calls import StoredCalls
 from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.moments import Moments, check_moments
+from lightning_mi_prune.padding import Padding, attention_mask_of, complete
 from lightning_mi_prune.sample import Example, first_call
 
 __all__ = ["Example", "Listener"]
@@ -59,7 +59,7 @@ class Listener(Ear):
         seed: int = 0,
         calls: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(model)
         places = {key: readers[0] for axis in axes for key, readers in axis.places.items()}
         self._moments = {
             key: Moments(model.get_parameter(f"{reader}.weight").shape[1])
@@ -70,7 +70,7 @@ class Listener(Ear):
         self.examples: dict[str, Example] = {}
         self._kept = StoredCalls(calls, batches, seed + 1)
         self.seconds = 0.0
-        self._model, self._axes = model, axes
+        self._axes, self._padding = axes, Padding()
         self._positions = positions
         self._quota = -(-positions // (1 if batches is None else max(1, batches)))
         self._generator = torch.Generator().manual_seed(seed)
@@ -89,11 +89,13 @@ class Listener(Ear):
         for path, hook in hooks:
             module = self._model.get_submodule(path)
             yield module.register_forward_pre_hook(hook, with_kwargs=True)
+        yield from self._padding.attach(self._model)  # last: a scope may be told of padding itself
 
     def _drop(self) -> None:
         self._masks.clear()
         self._draws.clear()
         self._open.clear()
+        self._padding.clear()
         started = time.perf_counter()
         self._sum_up()
         self.seconds += time.perf_counter() - started
@@ -133,9 +135,8 @@ class Listener(Ear):
 
     def _on_scope(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-            given = bound.arguments.get("attention_mask")
-            mask = given if isinstance(given, Tensor) else None
+            self._padding.forget()
+            mask = attention_mask_of(module, args, kwargs)
             if path not in self.examples:
                 self.examples[path] = first_call(module, args, kwargs, mask)
             self._masks[path], self._open[path] = mask, Example(args, kwargs, mask)
@@ -148,12 +149,12 @@ class Listener(Ear):
             started = time.perf_counter()
             x = (args[0] if args else kwargs["input"]).detach()
             self._store_call(axis, x)
-            mask = self._masks.get(axis.scope)
+            x, mask = self._padding.rows_first(x, self._masks.get(axis.scope))
             flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
             room = self._positions - self._taken[key]
             wanted = min(self._left.get(key, self._quota), room)
             live = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-            if mask is not None and mask.shape == x.shape[:-1]:
+            if mask is not None:
                 live &= mask.to(x.device).bool()
             if self._fresh is not None and x.ndim > 1 and x.shape[0] == self._fresh[0]:
                 live[self._fresh[1] :] = False
@@ -179,15 +180,17 @@ class Listener(Ear):
 
     def _store_call(self, axis: WidthAxis, x: Tensor) -> None:
         """Keep some examples of the call that is under way, the first time a reader hears of it."""
-        path = axis.network if axis.network in self._open else axis.scope
-        call = self._open.get(path)
-        if call is None:
+        if axis.network not in self._open and axis.scope not in self._open:
             return
+        complete(self._model, self._padding, self._open, self.examples, x)
+        path = axis.network if axis.network in self._open else axis.scope
+        call = self._open[path]
         self._open.clear()
         real = call.rows
         if self._fresh is not None and real == self._fresh[0]:
             real = self._fresh[1]
-        each = x.shape[:-1].numel() / max(1, call.rows)
+        positions = 1 if x.is_nested else x.shape[:-1].numel()  # such a call is not kept
+        each = positions / max(1, call.rows)
         self._kept.keep(path, call, real=real, each=each)
 
     def _draw(self, scope: str, available: int, wanted: int) -> Tensor:

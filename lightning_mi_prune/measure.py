@@ -3,43 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_mi_prune.sample import Example
+from lightning_mi_prune.counting import counting
+from lightning_mi_prune.sample import Example, full, placed
 
-__all__ = ["count_macs", "measure_latency"]
+__all__ = ["count_macs", "macs_of_calls", "measure_latency"]
 
 
 def count_macs(network: nn.Module, example: Example) -> int:
-    """Multiply-accumulates of one forward pass, counted by torch while it runs.
+    """Multiply-accumulates of one forward pass, counted operator by operator while it runs.
 
-    Linear maps, convolutions and the two products of attention count; element-wise work does not.
+    What counts is said at :class:`counting.MacCounter`. The network stays as it is: modes, buffers
+    and the random state are put back.
 
     Args:
-        network: Module to run, in evaluation mode; every mode flag is put back.
+        network: Module to run, in evaluation mode.
         example: Its inputs (:attr:`Listener.examples`).
 
     Example:
         >>> count_macs(nn.Linear(4, 3), Example((torch.zeros(5, 4),), {}))
         60
     """
-    modes = {module: module.training for module in network.modules()}
-    counter = FlopCounterMode(display=False)
-    network.eval()
-    try:
-        # The fused CPU kernel is opaque to the counter; the plain one shows its two products.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            network(*example.args, **example.kwargs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return int(counter.get_total_flops()) // 2
+    call = full(example, network)
+    with counting(network) as counter:
+        network(*call.args, **call.kwargs)
+    return counter.macs
+
+
+def macs_of_calls(model: nn.Module, calls: Mapping[str, Example]) -> int:
+    """Multiply-accumulates of one call of each network of a model.
+
+    Args:
+        model: Module from which the networks are named.
+        calls: Their calls, by path (:meth:`Listener.calls`), on any device.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        >>> macs_of_calls(net, {"0": Example((torch.zeros(5, 4),), {})})
+        60
+    """
+    total = 0
+    for path, call in calls.items():
+        network = model.get_submodule(path)
+        place = next((p.device for p in network.parameters()), None)
+        moved = call if place is None else replace(call, **placed(vars(call), place))
+        total += count_macs(network, moved)
+    return total
 
 
 def measure_latency(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,16 +18,18 @@ from lightning_mi_prune.competition import allot
 from lightning_mi_prune.costs import Costs, ParameterCosts, measure_macs
 from lightning_mi_prune.criteria import Criterion, MutualInformation
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.latency import LatencyTable
-from lightning_mi_prune.limits import Limits
+from lightning_mi_prune.files import check_writable
+from lightning_mi_prune.latency import Device, LatencyTable
+from lightning_mi_prune.limits import Limits, check_left
 from lightning_mi_prune.milliseconds import LatencyCosts
 from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.ranking import RelevanceSource, rank_axes
 from lightning_mi_prune.readings import readings
 from lightning_mi_prune.refit import Sum, refit_all
 from lightning_mi_prune.relevance import relevance_of
-from lightning_mi_prune.sample import Example, Heard, copied, placed, taken
+from lightning_mi_prune.sample import Example, Heard, copied, placed
 from lightning_mi_prune.selection import Selection, select
+from lightning_mi_prune.standins import parameters_of
 from lightning_mi_prune.surgery import apply
 from lightning_mi_prune.turning import check_turns
 
@@ -54,7 +56,8 @@ class Method:
         refit_ridge: Pull towards the weights that folding in left, as a share of the mean variance.
         limits: Floors, caps and pins.
         multiple: Neuron widths are multiples of this.
-        latency_table: File of measured latencies (JSON), measured and written if it is not there.
+        latency_table: File of measured latencies (JSON), measured and written if it is not there;
+            a path that cannot be written to is refused before anything is measured.
         latency_batch: Examples in the call that is timed.
     """
 
@@ -77,6 +80,8 @@ class Method:
         axes: Sequence[WidthAxis],
         chosen: Sequence[WidthAxis],
         current: Mapping[str, int],
+        *,
+        writes: bool = True,
     ) -> None:
         """Refuse what can be known to fail before anything is heard.
 
@@ -85,10 +90,13 @@ class Method:
             axes: All its axes.
             chosen: Those that may shrink.
             current: Present widths of all axes.
+            writes: Whether this process measures latencies and writes their file; others may not
+                even see its disk.
 
         Raises:
-            PruningError: If limits contradict each other, the budget is out of reach, or dimensions
-                of heads may go where nothing tells which.
+            PruningError: If limits contradict each other, the budget is out of reach, dimensions of
+                heads may go where nothing tells which, or the file of latencies is of another
+                device or cannot be written.
         """
         check_turns(module, chosen, relevance=self.relevance, budget=self.budget)
         if self.budget.measure == "parameters":
@@ -104,11 +112,8 @@ class Method:
         else:
             now = {axis.name: current[axis.name] for axis in chosen}
             self.limits.resolve(chosen, now, multiple=self.multiple)
-            path = self.latency_table
-            if path is not None and Path(path).exists():
-                table, here = LatencyTable.load(path), device_of(module)
-                cast = table.device.dtype in ("bfloat16", "float16")  # calls will tell
-                table.check_device(replace(here, dtype=table.device.dtype) if cast else here)
+            if self.budget.measure == "ms" and self.latency_table is not None and writes:
+                _check_table(self.latency_table, device_of(module))
 
     def costs(
         self,
@@ -117,6 +122,7 @@ class Method:
         chosen: Sequence[WidthAxis],
         current: Mapping[str, int],
         examples: Mapping[str, Example],
+        tables: MutableMapping[Device, LatencyTable] | None = None,
     ) -> Costs:
         """What widths cost, in the measure of the budget.
 
@@ -126,6 +132,7 @@ class Method:
             chosen: Those that may shrink.
             current: Present widths of all axes.
             examples: One call of each network; only MACs and latency need it.
+            tables: Latencies that were measured before and are in no file; new ones are added.
         """
         if self.budget.kind == "target_parameters":  # of the whole module, whatever was cut of it
             fixed = sum(p.numel() for p in module.parameters()) - count_parameters(axes, current)
@@ -142,7 +149,7 @@ class Method:
         if self.budget.measure == "MACs":
             return measure_macs(module, axes, examples, current)
         index = torch.zeros(self.latency_batch, dtype=torch.long)
-        calls = {path: replace(c, **taken(vars(c), c.rows, index)) for path, c in examples.items()}
+        calls = {path: call.some(index) for path, call in examples.items()}
 
         # Dimensions of heads take time to time: only where they may go, or some have gone.
         may = {axis.name for axis in chosen}
@@ -151,8 +158,7 @@ class Method:
         def measure() -> LatencyTable:
             return measure_table(module, timed, calls, multiple=self.multiple)
 
-        path = self.latency_table
-        table = measure() if path is None else cached_table(path, measure, device_of(module, calls))
+        table = cached_table(self.latency_table, measure, device_of(module, calls), tables)
         return LatencyCosts(table, timed, held=current)
 
     def decide(
@@ -165,6 +171,7 @@ class Method:
         *,
         progress: float = 1.0,
         kept: float = 1.0,
+        tables: MutableMapping[Device, LatencyTable] | None = None,
     ) -> Selection | None:
         """Choose the survivors; the model is only read.
 
@@ -176,6 +183,7 @@ class Method:
             heard: What was heard of it.
             progress: How far to go from the model as built to the budget.
             kept: Share of the information that earlier cuts left.
+            tables: As for :meth:`costs`.
 
         Returns:
             What to cut, or None where the model is that small already.
@@ -183,9 +191,9 @@ class Method:
         Raises:
             PruningError: If the budget is out of reach, or too little was heard.
         """
-        weights = dict(module.named_parameters(remove_duplicate=False))
+        weights = parameters_of(module)
         now = {name: len(units) for name, units in current.kept.items()}
-        costs = self.costs(module, axes, chosen, now, heard.examples)
+        costs = self.costs(module, axes, chosen, now, heard.examples, tables)
         mine = {axis.name: now[axis.name] for axis in chosen}
         relevance = self._relevance(heard)
 
@@ -223,6 +231,9 @@ class Method:
         widths = {name: min(width, mine[name]) for name, width in widths.items()}
         if widths == mine:
             return None
+        bounds = self.limits.resolve(chosen, mine, multiple=self.multiple)
+        told = {name for name, (_, most) in bounds.items() if not most}
+        check_left(axes, {**now, **widths}, told, self.budget)
         if rankings is None:  # of all, so that what is lost can be set beside what there was
             rankings = rank(widths=widths)
         return select(
@@ -248,6 +259,16 @@ class Method:
                 "give a loss, or use relevance='readers', which needs none."
             )
         return relevance_of(gradients)
+
+
+def _check_table(path: str, here: Device) -> None:
+    """Refuse a file of another device, and one that could not be written after minutes of work."""
+    if not os.path.isfile(path):  # Path.is_file may raise
+        check_writable(path, "The latency table")
+        return
+    table = LatencyTable.load(path)
+    cast = table.device.dtype in ("bfloat16", "float16")  # calls will tell
+    table.check_device(replace(here, dtype=table.device.dtype) if cast else here)
 
 
 def pull_back(

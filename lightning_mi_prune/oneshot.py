@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +20,14 @@ from lightning_mi_prune.axes import WidthAxis, count_parameters
 from lightning_mi_prune.budget import Budget, asked_budget, sparsity_of
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.choosing import choose_axes
-from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.dry_run import (
+    call_step,
+    check_consumers,
+    compiled_for,
+    half_plan,
+    held_elsewhere,
+)
+from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.families import find_axes, is_within
 from lightning_mi_prune.gradients import GradientListener
 from lightning_mi_prune.listener import Listener
@@ -30,12 +39,14 @@ from lightning_mi_prune.sample import Heard, placed
 from lightning_mi_prune.selection import Information
 from lightning_mi_prune.states import check_optimizers
 from lightning_mi_prune.still import still
-from lightning_mi_prune.surgery import apply, check
+from lightning_mi_prune.surgery import apply, check, revert
 
 __all__ = ["Pruned", "prune"]
 
+_NOTHING = object()
+
 Forward = Callable[[nn.Module, Any], Any]
-Loss = Callable[[nn.Module, Any], Tensor]
+Loss = Callable[[nn.Module, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,8 @@ def prune(
 
     Args:
         model: The module, trained.
-        dataloader: Batches it would be validated on; a few thousand positions are enough.
+        dataloader: Batches it would be validated on, which can be read more than once; a few
+            thousand positions are enough.
         sparsity: Share of the prunable parameters to remove, or any :class:`Budget`. Default 0.5,
             unless one of the four budgets below is given.
         target_parameters: Instead: parameters of the whole module.
@@ -134,48 +146,58 @@ def prune(
     elif method.relevance == "gradient" and not judged:
         raise PruningError(
             "relevance='gradient' asks for training steps, but there is no loss. Expected "
-            "loss(module, batch) or a LightningModule; or use relevance='readers'."
+            "loss(model, batch) or a LightningModule; or use relevance='readers'."
         )
     by_hand = not getattr(model, "automatic_optimization", True)
     if method.relevance == "gradient" and by_hand and loss is None:
         raise PruningError(
             f"{type(model).__name__} optimizes by hand, so its training_step cannot run without "
-            "a Trainer. Pass loss(module, batch), or use relevance='readers'."
+            "a Trainer. Pass loss(model, batch), or use relevance='readers'."
         )
     method = replace(method, budget=asked)
+    first = _check_input(model, dataloader)
+    known = PlanKeeper.held_by(model)
     keeper = PlanKeeper.of(model, partial(find_axes, within=module))
-    axes, plan = keeper.axes, keeper.plan
-    mine = [axis for axis in axes if is_within(axis.name, module)]
-    chosen = choose_axes(mine, units=units, include=include, exclude=exclude)
-    check(model, chosen, plan)
-    check_optimizers(optimizers, [model.get_parameter(s.tensor) for a in chosen for s in a.slices])
-    before = {name: len(kept) for name, kept in plan.kept.items()}
-    method.check(model, axes, chosen, before)
-    parameters = sum(p.numel() for p in model.parameters())
-    seconds: dict[str, float] = dict.fromkeys(("listening", "gradients", "scoring", "refitting"), 0)
-    with _timed(seconds, "listening"):
-        heard = _hear(model, chosen, dataloader, forward or _validate, method, positions, seed)
-    if method.relevance == "gradient":
-        with _timed(seconds, "gradients"):
-            felt = GradientListener(model, chosen, steps=relevance_steps, plan=plan)
-            batches = dataloader if training is None else training
-            heard.gradients = _feel(model, batches, loss or _train, felt, relevance_steps)
-    with _timed(seconds, "scoring"):
-        selection = method.decide(model, axes, chosen, plan, heard)
-    if selection is None:
-        raise PruningError(f"The module meets {asked} already: nothing to cut. Ask for less.")
-    heard.moments = {}  # as large as the model; what follows needs the room
-    with _timed(seconds, "refitting"):
-        selection = pull_back(model, axes, plan, selection, method, heard)
-    rewrites = apply(
-        model,
-        axes,
-        selection.plan,
-        current=plan,
-        folded=selection.folded,
-        turned=selection.turned,
-    )
-    rebind(optimizers, rewrites)
+    try:
+        axes, plan = keeper.axes, keeper.plan
+        mine = [axis for axis in axes if is_within(axis.name, module)]
+        chosen = choose_axes(mine, units=units, include=include, exclude=exclude)
+        check(model, chosen, plan)
+        _check_surroundings(model, chosen, optimizers)
+        before = {name: len(kept) for name, kept in plan.kept.items()}
+        method.check(model, axes, chosen, before)
+        steps = {"forward": partial(_try_forward, forward or _validate, first)}
+        if method.relevance == "gradient":
+            steps["loss"] = partial(_try_loss, loss or _train, first)
+        with still(model):  # a function of the user may run the model that it knows by name
+            check_consumers(model, keeper.anatomy, plan, half_plan(chosen, plan), steps)
+        parameters = sum(p.numel() for p in model.parameters())
+        seconds = dict.fromkeys(("listening", "gradients", "scoring", "refitting"), 0.0)
+        with _timed(seconds, "listening"):
+            heard = _hear(model, chosen, dataloader, forward or _validate, method, positions, seed)
+        if method.relevance == "gradient":
+            with _timed(seconds, "gradients"):
+                felt = GradientListener(model, chosen, steps=relevance_steps, plan=plan)
+                batches = dataloader if training is None else training
+                heard.gradients = _feel(model, batches, loss or _train, felt, relevance_steps)
+        with _timed(seconds, "scoring"):
+            selection = method.decide(model, axes, chosen, plan, heard)
+        if selection is None:
+            raise PruningError(f"The module meets {asked} already: nothing to cut. Ask for less.")
+        heard.moments = {}  # as large as the model; what follows needs the room
+        with _timed(seconds, "refitting"):
+            selection = pull_back(model, axes, plan, selection, method, heard)
+        folded, turned = selection.folded, selection.turned
+        rewrites = apply(model, axes, selection.plan, current=plan, folded=folded, turned=turned)
+        try:
+            rebind(optimizers, rewrites)
+        except BaseException:
+            revert(model, axes, plan, rewrites)
+            raise
+    except BaseException:
+        if known is None:  # a refused model keeps no hooks of ours
+            keeper.close()
+        raise
     keeper.plan = plan.then(selection.plan)
     after = {axis.name: keeper.plan.width(axis.name) for axis in chosen}
     return Pruned(
@@ -186,6 +208,88 @@ def prune(
         information=selection.information,
         seconds=seconds,
     )
+
+
+def _check_input(model: nn.Module, batches: Iterable[Any]) -> Any:
+    """Refuse a model or batches that cannot be calibrated; returns the first batch.
+
+    Raises:
+        PruningError: Naming what was found, and the remedy.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if not any(True for _ in model.parameters()):
+        raise PruningError(f"{type(model).__name__} has no parameters; expected a trained module.")
+    if torch.is_inference_mode_enabled():
+        raise PruningError(
+            "prune() was called under torch.inference_mode, which allows no gradients; expected "
+            "ordinary mode. Call it outside of that block."
+        )
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.is_inference():
+            where = "on the meta device" if tensor.is_meta else "made under torch.inference_mode"
+            raise PruningError(
+                f"{name!r} is {where}; expected ordinary tensors with values. Build the model "
+                "outside of that block and load its weights first."
+            )
+    if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
+        raise PruningError(
+            f"A {type(batches).__name__} was given for the batches; expected a DataLoader or a "
+            "list of batches. Put a single batch into a list."
+        )
+    if isinstance(batches, Iterator):
+        raise PruningError(
+            f"A {type(batches).__name__} was given for the batches: an iterator (such as a "
+            "generator) is used up by the first pass; expected a DataLoader or a list, which can "
+            "be read again. Pass list(batches)."
+        )
+    first = next(iter(batches), _NOTHING)
+    if first is _NOTHING:
+        raise PruningError(
+            f"The {type(batches).__name__} gave no batches; expected a few thousand samples. Check "
+            "the data set, its filters and drop_last."
+        )
+    return first
+
+
+def _check_surroundings(
+    model: nn.Module, chosen: Sequence[WidthAxis], optimizers: Sequence[Optimizer]
+) -> None:
+    """Refuse, or warn of, what holds the tensors that may be cut.
+
+    Raises:
+        PruningError: If a compiled module or an optimizer could not follow.
+    """
+    tensors = {s.tensor: model.get_parameter(s.tensor) for a in chosen for s in a.slices}
+    check_optimizers(optimizers, tensors.values())
+    compiled = compiled_for(model, {name.rpartition(".")[0] for name in tensors})
+    if compiled is not None:
+        raise PruningError(
+            f"{compiled!r} is compiled for the uncut shape; expected a plain module. Prune first, "
+            "then call torch.compile on the result."
+        )
+    held = held_elsewhere({"": model}, tensors.values())
+    if held:
+        warnings.warn(
+            f"{', '.join(map(repr, held[:6]))} hold parameters that the cut replaces, and would go "
+            "on with the old ones. Read them from the module where they are used.",
+            PruningWarning,
+            stacklevel=3,
+        )
+
+
+def _try_forward(forward: Forward, batch: Any, model: nn.Module) -> None:
+    with still(model), torch.no_grad():
+        forward(model, _own(batch, model))
+
+
+def _try_loss(loss: Loss, batch: Any, model: nn.Module) -> None:
+    with still(model), torch.enable_grad():
+        _checked(loss(model, _own(batch, model)), skips=loss is _train)
+
+
+def _own(batch: Any, model: nn.Module) -> Any:
+    """A batch where the model is, of which entries can be taken out."""
+    return placed(batch, next(model.parameters()).device)
 
 
 def _hear(
@@ -228,11 +332,10 @@ def _length(batches: Iterable[Any]) -> int | None:
 def _listen(
     module: nn.Module, batches: Iterable[Any], forward: Forward, listener: Listener
 ) -> None:
-    device = next(module.parameters()).device
     with still(module), torch.no_grad(), listener:
         for batch in batches:
             listener.start_batch()
-            forward(module, placed(batch, device))
+            forward(module, _own(batch, module))
             if listener.is_full:
                 break
 
@@ -240,28 +343,87 @@ def _listen(
 def _feel(
     module: nn.Module, batches: Iterable[Any], loss: Loss, felt: GradientListener, steps: int
 ) -> Mapping[str, GradientSums]:
-    device = next(module.parameters()).device
     with still(module), torch.enable_grad(), felt:
         for index, batch in enumerate(islice(batches, steps)):
             for parameter in module.parameters():
                 parameter.grad = None
             with felt.step(index):
-                loss(module, placed(batch, device)).backward()  # type: ignore[no-untyped-call]
+                value = _checked(loss(module, _own(batch, module)), skips=loss is _train)
+                if value is not None:
+                    value.backward()  # type: ignore[no-untyped-call]
     check_gradients(felt.sums)
     return felt.sums
 
 
+def _checked(value: Any, *, skips: bool) -> Tensor | None:
+    """A loss that gradients can be taken of; None for a training step that skips its batch.
+
+    Raises:
+        PruningError: If it is something else.
+    """
+    if value is None and skips:
+        return None
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        what = f"a {type(value).__name__}" if value is not None else "None"
+        if isinstance(value, Tensor):
+            what = f"a tensor of shape {tuple(value.shape)}"
+            what += "" if value.requires_grad else " without gradients"
+        raise PruningError(
+            f"The loss is {what}; expected one number that gradients can be taken of. Give "
+            "loss(model, batch), with labels in the batches if the model makes its own loss."
+        )
+    return value
+
+
 def _validate(module: nn.Module, batch: Any) -> Any:
-    step: Any = getattr(module, "validation_step", None)
-    if step is not None and hasattr(module, "training_step"):
-        return step(batch, 0)
+    """Run a module on a batch, by the type of the batch."""
+    if hasattr(module, "training_step") and hasattr(module, "validation_step"):
+        step: Any = module.validation_step
+        return call_step(step, batch)
     if isinstance(batch, Mapping):
         return module(**batch)
-    return module(*batch) if isinstance(batch, (tuple, list)) else module(batch)
+    if not isinstance(batch, (tuple, list)):
+        return module(batch)
+    _check_positions(module, batch)
+    return module(*batch)
 
 
-def _train(module: nn.Module, batch: Any) -> Tensor:
+def _check_positions(module: nn.Module, batch: Sequence[Any]) -> None:
+    """Refuse values by position that would end up in another argument than they are meant for.
+
+    Raises:
+        PruningError: Naming the argument.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in places]
+    many = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    name = type(module).__name__
+    remedy = "Give a dict that names the values, or forward=lambda model, batch: model(batch[0])."
+    if len(batch) > len(places) and not many:
+        raise PruningError(
+            f"A batch of {len(batch)} values does not fit {name}.forward({', '.join(names)}), "
+            f"which takes {len(places)}. {remedy}"
+        )
+    for argument, value in list(zip(names, batch, strict=False))[1:]:
+        # Every argument of a Hugging Face model is optional, in an order that data sets ignore.
+        if hasattr(module, "base_model_prefix") or ("mask" in argument and not _is_mask(value)):
+            raise PruningError(
+                f"A batch of {len(batch)} values would go to {name} by position, and one of them "
+                f"in as {argument!r}; expected values by name. {remedy}"
+            )
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether a value can be a mask: booleans, zeros and ones, or numbers to be added to scores."""
+    if not isinstance(value, Tensor):
+        return value is None
+    additive = value.is_floating_point() and bool((value <= 0).all())
+    return value.dtype == torch.bool or additive or bool(((value == 0) | (value == 1)).all())
+
+
+def _train(module: nn.Module, batch: Any) -> Any:
+    """The loss of a LightningModule."""
     step: Any = module.training_step
-    result = step(batch, 0)
-    found: Tensor = result["loss"] if isinstance(result, Mapping) else result
-    return found
+    result = call_step(step, batch)
+    return result.get("loss") if isinstance(result, Mapping) else result

@@ -12,11 +12,10 @@ from torch.optim import Optimizer
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.states import (
     NAMES,
-    alike,
     as_given,
     check_kind,
     check_optimizers,
-    described,
+    fits,
     followed,
     held,
     known,
@@ -25,6 +24,7 @@ from lightning_mi_prune.states import (
     renumbered,
 )
 from lightning_mi_prune.surgery import Rewrite
+from lightning_mi_prune.untrusted import described
 
 __all__ = ["groups_of", "rebind", "restore", "snapshot"]
 
@@ -41,12 +41,14 @@ def rebind(
     rate schedules and gradient scalers that hold them go on. State tensors of the parameter's old
     shape (Adam's moments, SGD's momentum) and their row and column means (Adafactor) are
     index-selected; scalars (the step) are kept. Where heads were turned, so is their state
-    (:func:`states.followed`).
+    (:func:`states.followed`). Parameters that left with their layers, and those that are left
+    without entries, leave their groups, which may be empty afterwards: many optimizers, and the
+    largest norm of gradients, cannot do with a tensor of no entries.
 
     Args:
         optimizers: All optimizers of the run.
         rewrites: What :func:`surgery.apply` returned.
-        lost: Parameters that left with their layers; a group may be empty afterwards.
+        lost: Parameters that left with their layers.
         names: Qualified name of each parameter that is left by its ``id``: where layers went,
             ``param_names`` of groups follow it.
 
@@ -69,6 +71,7 @@ def rebind(
     all_optimizers = list(optimizers)
     check_optimizers(all_optimizers, (rewrite.old for rewrite in rewrites))
     gone = {id(parameter) for parameter in lost}
+    gone |= {id(rewrite.new) for rewrite in rewrites if not rewrite.new.numel()}
     by_old = {id(rewrite.old): rewrite for rewrite in rewrites}
     moves = []  # everything that can fail comes before the first change
     for optimizer in all_optimizers:
@@ -191,8 +194,8 @@ def restore(
                 what = f"{type(optimizer).__name__} and {name!r}"
                 state = _revived(what, saved[name], group, present, old, new)
             else:
-                fits = new is old or all(known(k, v, new.shape) for k, v in present.items())
-                state = dict(present) if fits else {}
+                stays = new is old or all(known(k, v, new.shape) for k, v in present.items())
+                state = dict(present) if stays else {}
             planned.append((optimizer, group, place, old, new, state))
     for optimizer, group, place, old, new, state in planned:
         group["params"][place] = new
@@ -265,7 +268,7 @@ def _revived(
     state = {}
     for key, value in saved.items():
         before = present.get(key)
-        if not known(key, value, new.shape) or not alike(key, value, new, before, old):
+        if not fits(key, value, new, present, old):
             raise PruningError(
                 f"The snapshot of {what} holds {key!r} ({described(value)}), which does not fit "
                 f"a parameter of shape {tuple(new.shape)}. Take one of this model and optimizer."
@@ -275,6 +278,8 @@ def _revived(
             on_cpu = key == "step" and not (group.get("fused") or group.get("capturable"))
             on_cpu = before.device.type == "cpu" if isinstance(before, Tensor) else on_cpu
             home = "cpu" if on_cpu and value.ndim == 0 else new.device
-            value = value.detach().to(home, copy=True)
+            # A run may resume in another precision than it was saved in.
+            kind = before.dtype if isinstance(before, Tensor) else value.dtype
+            value = value.detach().to(home, kind, copy=True)
         state[key] = value
     return state

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.untrusted import described, number, read_json
 from lightning_mi_prune.wording import counted
 
 __all__ = ["CONFIG_FIELD", "Plan", "Ranking", "recorded_plan"]
@@ -51,15 +51,15 @@ class Ranking:
                 f"{counted(len(self.loss), 'loss', 'losses')} and {len(self.nats)} nats; expected "
                 "one of each for each position."
             )
-        if len(set(self.order)) < len(self.order) or not all(map(_is_count, self.order)):
+        if not all(map(_is_count, self.order)) or len(set(self.order)) < len(self.order):
             raise PruningError(
                 "A ranking repeats a position, or holds one that is no whole number."
             )
-        for value in (*self.loss, *self.nats):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise PruningError(f"A ranking holds {value!r:.40}; expected a number.")
-            if not math.isfinite(value) or value < 0:
-                raise PruningError(f"A ranking holds {value!r}; expected a number from 0.")
+        try:
+            for value in (*self.loss, *self.nats):
+                number(value, 0)
+        except (TypeError, ValueError) as error:
+            raise PruningError(f"A ranking has a wrong loss: {error}; rank again.") from error
 
     def kept(self, units: int) -> tuple[int, ...]:
         """Survivors in increasing order when ``units`` stay."""
@@ -102,14 +102,18 @@ class Plan:
 
     def __post_init__(self) -> None:
         if set(self.sizes) != set(self.kept):
-            odd = sorted(set(self.sizes) ^ set(self.kept))
-            raise PruningError(f"A plan needs a size and survivors for each axis; check {odd}.")
+            odd = sorted(map(described, set(self.sizes) ^ set(self.kept)))
+            raise PruningError(
+                f"A plan needs a size and survivors for each axis; check {', '.join(odd[:6])}."
+            )
         for name, size in self.sizes.items():
             _check_axis(name, size, self.kept[name])
         names = sorted(self.sizes)
         for name, ranking in self.rankings.items():
             if name not in self.sizes or not all(0 <= p < self.sizes[name] for p in ranking.order):
-                raise PruningError(f"The ranking of {name!r} does not belong to this plan.")
+                raise PruningError(
+                    f"The ranking of {described(name)} does not belong to this plan."
+                )
         known = {n: self.rankings[n] for n in names if n in self.rankings}
         object.__setattr__(self, "rankings", MappingProxyType(known))
         object.__setattr__(self, "sizes", MappingProxyType({n: self.sizes[n] for n in names}))
@@ -150,15 +154,16 @@ class Plan:
         """
         for name in later.sizes:
             if name not in self.sizes or later.sizes[name] != self.sizes[name]:
+                has = ", ".join(f"{described(n)}: {size}" for n, size in self.sizes.items())
                 raise PruningError(
-                    f"Axis {name!r} of size {later.sizes[name]} is not in the earlier plan "
-                    f"(which has {dict(self.sizes)}); plans compose only over the same model."
+                    f"Axis {described(name)} of size {later.sizes[name]} is not in the earlier "
+                    f"plan (which has {has[:200]}); plans compose only over the same model."
                 )
             back = sorted(set(later.kept[name]) - set(self.kept[name]))
             if back:
                 raise PruningError(
-                    f"The later plan keeps positions {back[:8]} of axis {name!r}, which were "
-                    "already removed; expected a subset of what is left."
+                    f"The later plan keeps positions {back[:8]} of axis {described(name)}, which "
+                    "were already removed; expected a subset of what is left."
                 )
         rankings = {**self.rankings, **later.rankings}
         return Plan(self.sizes, {**self.kept, **later.kept}, rankings)
@@ -209,6 +214,15 @@ class Plan:
             {**rankings, **other.rankings},
         )
 
+    def only(self, names: Iterable[str]) -> Plan:
+        """The part of the plan that is about some axes, or about those of them that it names."""
+        mine = [name for name in names if name in self.sizes]
+        return Plan(
+            {name: self.sizes[name] for name in mine},
+            {name: self.kept[name] for name in mine},
+            {name: self.rankings[name] for name in mine if name in self.rankings},
+        )
+
     def bare(self) -> Plan:
         """The same plan without rankings."""
         return Plan(self.sizes, self.kept)
@@ -235,21 +249,15 @@ class Plan:
         Raises:
             PruningError: If the text is not a plan of a known version.
         """
-        if len(text) > _LARGEST_TEXT:
-            raise PruningError(f"A plan of {len(text)} characters; expected under {_LARGEST_TEXT}.")
-        try:
-            body = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PruningError(f"The plan is not valid JSON ({error}); was it edited?") from error
-        if not isinstance(body, dict) or body.get("version") != _VERSION:
-            found = body.get("version") if isinstance(body, dict) else type(body).__name__
-            raise PruningError(f"Plan version {found!r}; this package reads version {_VERSION}.")
+        body = read_json(text, "The plan", version=_VERSION, longest=_LARGEST_TEXT)
         sizes, kept = body.get("sizes"), body.get("kept")
         if not isinstance(sizes, dict) or not isinstance(kept, dict):
             raise PruningError("A plan needs the objects 'sizes' and 'kept'; was it edited?")
         for name, positions in kept.items():
             if not isinstance(positions, list):
-                raise PruningError(f"Axis {name!r} keeps {positions!r}; expected a list of ints.")
+                raise PruningError(
+                    f"Axis {described(name)} keeps {described(positions)}; expected a list of ints."
+                )
         return cls(
             sizes=sizes,
             kept={name: tuple(p) for name, p in kept.items()},
@@ -274,13 +282,16 @@ def _is_count(value: Any) -> bool:
 def _check_axis(name: str, size: int, kept: tuple[int, ...]) -> None:
     if not _is_count(size) or not 1 <= size <= _LARGEST_AXIS:
         raise PruningError(
-            f"Axis {name!r} has size {size!r}; expected a whole number from 1 to {_LARGEST_AXIS}."
+            f"Axis {described(name)} has size {described(size)}; expected a whole number from 1 to "
+            f"{_LARGEST_AXIS}."
         )
     if not all(_is_count(p) and 0 <= p < size for p in kept):
         bad = next(p for p in kept if not _is_count(p) or not 0 <= p < size)
-        raise PruningError(f"Axis {name!r} keeps position {bad!r}; expected 0 to {size - 1}.")
+        raise PruningError(
+            f"Axis {described(name)} keeps position {described(bad)}; expected 0 to {size - 1}."
+        )
     if any(a >= b for a, b in pairwise(kept)):
-        raise PruningError(f"Axis {name!r}: kept positions must be strictly increasing.")
+        raise PruningError(f"Axis {described(name)}: kept positions must be strictly increasing.")
 
 
 def recorded_plan(network: object) -> Plan | None:
@@ -295,5 +306,5 @@ def recorded_plan(network: object) -> Plan | None:
     if text is None:
         return None
     if not isinstance(text, str):
-        raise PruningError(f"config.{CONFIG_FIELD} is a {type(text).__name__}; expected text.")
+        raise PruningError(f"config.{CONFIG_FIELD} is {described(text)}; expected text.")
     return Plan.from_json(text)

@@ -1,280 +1,430 @@
-"""OPEN     checkpoints and Hugging Face folders of pruned models."""
+"""OPEN     Hugging Face folders of pruned models."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import copy
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from json import JSONDecodeError
 from pathlib import Path
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch import nn
 
-from lightning_mi_prune.arrivals import is_plan
-from lightning_mi_prune.checkpoints import PlanKeeper
+from lightning_mi_prune.axes import WidthAxis, full_plan
 from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.families import find_axes, present_plan
-from lightning_mi_prune.plan import recorded_plan
+from lightning_mi_prune.families import find_axes, plan_for, present_plan
+from lightning_mi_prune.families.transformers import MODEL_TYPES
+from lightning_mi_prune.incisions import config_numbers, shapes_at
+from lightning_mi_prune.loading import passing_for
+from lightning_mi_prune.plan import CONFIG_FIELD, Plan, recorded_plan
+from lightning_mi_prune.standins import KEPT_UNITS, empty_linears
 from lightning_mi_prune.surgery import reshape
 
-__all__ = ["from_pretrained", "load_pruned"]
+__all__ = ["from_pretrained"]
 
-_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-Module = TypeVar("Module", bound=nn.Module)
+_HUB = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+# While it opens a folder, transformers replaces methods of its classes; two threads at once leave
+# them replaced, and no model of the process would have tied weights any more.
+_ONE_AT_A_TIME = threading.RLock()
 
 
-def from_pretrained(cls: Any, name_or_path: str | Path, **kwargs: Any) -> Any:
+def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
     """``cls.from_pretrained`` that also opens folders saved from a pruned model.
 
     A pruned Hugging Face model is saved with its own ``save_pretrained``; its config carries the
-    plan. Models that were never cut go straight to ``cls.from_pretrained``.
+    plan. transformers builds the model and loads the weights; in between, the model gets the shape
+    that the plan gives it. So all options of ``cls.from_pretrained`` mean what they always mean:
+    ``dtype``, ``device_map``, ``config``, ``num_labels``, ``output_loading_info``, arguments of
+    the model. A head or pooler that is not in the folder is new, with transformers' own warning.
 
     Args:
         cls: A model class or Auto class of transformers.
         name_or_path: Folder or hub name.
-        kwargs: Passed on; for a pruned model they may only change the config.
+        args: Passed on.
+        kwargs: Passed on.
 
     Raises:
-        PruningError: If the weights do not fit the recorded plan.
-    """
-    from transformers import AutoConfig
-    from transformers.utils import cached_file
-
-    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
-    config, unused = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs)
-    holder = nn.Module()
-    holder.config = config
-    plan = recorded_plan(holder)
-    if plan is None or plan.is_full:
-        return cls.from_pretrained(name_or_path, **kwargs)
-    strange = sorted(set(unused) - set(hub))
-    if strange:
-        raise PruningError(
-            f"{strange} cannot be passed when a pruned model is loaded; expected options of its "
-            f"config, or {list(_HUB)}."
-        )
-    try:
-        weights = cached_file(str(name_or_path), "model.safetensors", **hub)
-    except OSError as error:
-        raise PruningError(
-            f"{name_or_path} holds a pruned model without model.safetensors in one piece; save it "
-            "with a larger max_shard_size."
-        ) from error
-    build = getattr(cls, "from_config", None) or cls._from_config
-    network: nn.Module = build(config)
-    try:
-        axes = find_axes(network)
-        reshape(network, axes, present_plan(network, axes))
-        _load(network, str(weights))
-    except RuntimeError as error:
-        saved = getattr(config, "architectures", None)
-        raise PruningError(
-            f"{name_or_path} cannot be opened as {type(network).__name__}: it was saved from "
-            f"{saved} and the weights do not fit. Open it with that class, and leave num_labels "
-            f"as saved. ({error})"
-        ) from error
-    return network.eval()
-
-
-def _load(network: nn.Module, path: str) -> None:
-    """Fill a network from a file of ``save_pretrained``; a tied tensor may be in it once.
-
-    Raises:
-        RuntimeError: If a tensor is missing, unknown or of another shape.
-    """
-    from safetensors.torch import load_file
-    from transformers.core_model_loading import revert_weight_conversion
-
-    # Files keep the names of older versions of transformers; these are the same tensors.
-    state = network.state_dict()
-    own = {id(tensor): name for name, tensor in state.items()}
-    saved = revert_weight_conversion(network, dict(state))
-    names = {name: own[id(tensor)] for name, tensor in saved.items() if id(tensor) in own}
-    stored = {name: tensor for name, tensor in load_file(path).items() if not is_plan(name)}
-    arriving = {names.get(name, name): tensor for name, tensor in stored.items()}
-    found = network.load_state_dict(arriving, strict=False)
-    ids = {n: id(p) for n, p in network.named_parameters(remove_duplicate=False)}
-    filled = {ids.get(name) for name in arriving}
-    missing = [name for name in found.missing_keys if ids.get(name) not in filled]
-    if missing or found.unexpected_keys:
-        raise RuntimeError(
-            f"Missing key(s): {missing[:6]}. Unexpected key(s): {found.unexpected_keys[:6]}."
-        )
-
-
-def load_pruned(
-    target: type[Module] | Module,
-    path: str | Path,
-    *,
-    map_location: Any = None,
-    strict: bool | None = None,
-    **kwargs: Any,
-) -> Module:
-    """Open a checkpoint, pruned or not, without its callback.
-
-    The file is opened with ``weights_only=True``. But one that LightningCLI wrote names the classes
-    of its hyperparameters, and Lightning imports those when ``target`` is a class: of a file that
-    you do not trust, load the weights into a module that you built yourself.
-
-    ``load_pruned(Classifier, "last.ckpt")`` or ``load_pruned(Classifier(...), "weights.pt")``.
-
-    Args:
-        target: A LightningModule class, opened as by its ``load_from_checkpoint``; or any module
-            that was built as for training, which is cut to the shape of the file and filled.
-        path: A checkpoint of a Trainer; for a module also a saved ``state_dict``.
-        map_location: As for ``torch.load``; a given module stays on its own devices.
-        strict: As for ``load_state_dict``; default: what the module says (``strict_loading``).
-        kwargs: Hyperparameters and ``hparams_file``, only with a class.
-
-    Returns:
-        The new module, or the given one.
-
-    Raises:
-        PruningError: If the file is not a checkpoint, or does not fit the module.
+        PruningError: If the plan, the config and the weights do not belong together, or a file is
+            damaged. Errors of transformers about missing files or options pass through.
 
     Example:
         >>> import tempfile
-        >>> from transformers import BertConfig, BertModel
+        >>> from transformers import AutoModel, BertConfig, BertModel
         >>> from lightning_mi_prune import Plan, apply
         >>> sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
         >>> sizes |= {"num_attention_heads": 2, "intermediate_size": 6}
         >>> net = BertModel(BertConfig(**sizes))
-        >>> keeper, name = PlanKeeper.of(net), "encoder.layer.0.ffn"
-        >>> keeper.plan = keeper.plan.then(Plan({name: 6}, {name: (0, 3)}))
-        >>> rewrites = apply(net, keeper.axes, keeper.plan)
-        >>> with tempfile.NamedTemporaryFile() as file:
-        ...     torch.save(net.state_dict(), file.name)
-        ...     again = load_pruned(BertModel(BertConfig(**sizes)), file.name)
+        >>> axes, name = find_axes(net), "encoder.layer.0.ffn"
+        >>> rewrites = apply(net, axes, full_plan(axes).then(Plan({name: 6}, {name: (0, 3)})))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     net.save_pretrained(folder)
+        ...     again = from_pretrained(AutoModel, folder, dtype="auto")
         >>> again.encoder.layer[0].intermediate.dense
         Linear(in_features=8, out_features=2, bias=True)
     """
-    if isinstance(target, type):
-        if not issubclass(target, nn.Module) or not _is_lightning(target):
-            raise PruningError(
-                f"{target.__name__} is a class without load_from_checkpoint; expected a "
-                "LightningModule class or a module. Build the module and pass that."
-            )
-        if "weights_only" in kwargs:
-            raise PruningError("weights_only is always True here, so that no file can run code.")
-        built: Module = _build(target, path, map_location=map_location, strict=strict, **kwargs)
-        return built
-    if not isinstance(target, nn.Module):
-        raise PruningError(
-            f"Weights cannot be loaded into {target!r}; expected a LightningModule class or a "
-            "torch.nn.Module."
-        )
-    if kwargs:
-        raise PruningError(
-            f"{sorted(kwargs)} cannot be set on a {type(target).__name__} that is built already; "
-            "build it with them, or pass its class."
-        )
-    _fill(target, path, map_location, strict)
-    return target
+    plan = _plan_to_open(name_or_path, kwargs)
+    with _ONE_AT_A_TIME:
+        if plan is None or plan.is_full:
+            return cls.from_pretrained(name_or_path, *args, **kwargs)
+        return _open(cls, name_or_path, args, kwargs)
 
 
-def _is_lightning(cls: type[Any]) -> bool:
-    # Known by its method: this file needs no Trainer, and the class may be of pytorch_lightning.
-    return hasattr(cls, "load_from_checkpoint")
+def _open(
+    cls: Any, name_or_path: str | Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    concrete = _concrete(cls, name_or_path, kwargs)
+    cuts: list[_Cut] = []
 
+    def build(config: Any, *inputs: Any, **options: Any) -> Any:
+        network, cut = _shaped(concrete, name_or_path, config, *inputs, **options)
+        cuts.append(cut)
+        return network
 
-def _build(cls: type[Any], path: str | Path, **options: Any) -> Any:
-    """``cls.load_from_checkpoint`` with a keeper on the module before the weights arrive."""
-    keepers: list[PlanKeeper] = []
-
-    # Lightning builds the module and loads its weights in one call; this is the way in between.
-    def attach(module: nn.Module, name: str, part: nn.Module | None) -> None:
-        if isinstance(module, cls) and PlanKeeper.held_by(module) is None:
-            keepers.append(PlanKeeper(module))
-
-    built = None
-    handle = register_module_module_registration_hook(attach)
+    # All misfits are wanted at once, with their names: what may be ignored is decided below.
+    wanted = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        built = cls.load_from_checkpoint(path, weights_only=True, **options)
-    except PruningError:
-        raise
+        network, found = passing_for(concrete, build).from_pretrained(name_or_path, *args, **wanted)
     except Exception as error:
-        if "://" in str(path):
+        if _is_clear(error):
             raise
-        checkpoint = _open(path)  # if it is the file, this says what is wrong with it
-        if "state_dict" not in checkpoint or "pytorch-lightning_version" not in checkpoint:
-            raise PruningError(
-                f"{path} was not saved by a Trainer, so it cannot build a {cls.__name__}; build "
-                f"it and pass that: load_pruned({cls.__name__}(...), path)."
-            ) from error
-        if "in loading state_dict" in str(error):
-            raise _misfit(path, cls, error) from error
-        raise
-    finally:
-        handle.remove()
-        for keeper in keepers:
-            if keeper.module is not built:
-                keeper.close()
-    return built
+        raise _damage(error, cls, name_or_path) from error
+    forgiving = bool(kwargs.get("ignore_mismatched_sizes"))
+    _fill_shared(network, found["missing_keys"])
+    _check_arrived(network, cuts[-1], found, name_or_path, forgiving)
+    cuts[-1].fill()
+    return (network, found) if kwargs.get("output_loading_info") else network
 
 
-def _fill(module: nn.Module, path: str | Path, map_location: Any, strict: bool | None) -> None:
-    checkpoint = _open(path, map_location or "cpu")
-    keeper = PlanKeeper(module) if PlanKeeper.held_by(module) is None else None
-    try:
-        lightning: Any = module if _is_lightning(type(module)) else None
-        if lightning is not None:
-            lightning.configure_model()  # as Lightning does, for layers that are made there
-            if "state_dict" in checkpoint:
-                lightning.on_load_checkpoint(checkpoint)
-        if strict is None:
-            strict = bool(getattr(module, "strict_loading", True))
-        module.load_state_dict(checkpoint.get("state_dict", checkpoint), strict=strict)
-    except Exception as error:
-        if "in loading state_dict" in str(error):  # the cut was made, and keeps its keeper
-            raise _misfit(path, type(module), error) from error
-        if keeper is not None:
-            keeper.close()
-        raise
+def _is_clear(error: Exception) -> bool:
+    """Whether an error says what is wrong, as those of transformers do."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return error.errno is None and not isinstance(error, FileNotFoundError)
+    if isinstance(error, TypeError):
+        return "keyword argument" in text or "positional argument" in text
+    if isinstance(error, (JSONDecodeError, UnicodeDecodeError)) or "StreamReader" in text:
+        return False
+    return isinstance(error, (ValueError, RuntimeError, ImportError))
 
 
-def _misfit(path: str | Path, cls: type[Any], error: Exception) -> PruningError:
+def _damage(error: Exception, cls: Any, source: str | Path) -> PruningError:
     return PruningError(
-        f"The weights in {path} do not fit this {cls.__name__}. Build it with the configuration "
-        f"it was trained with. ({error})"
+        f"{source} cannot be opened as {cls.__name__} ({type(error).__name__}: "
+        f"{' '.join(str(error).split())}); expected what save_pretrained wrote. Is a file damaged "
+        "or not complete? Copy or save the folder again."
     )
 
 
-def _open(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """A checkpoint, or a bare state dict."""
-    try:
-        found = torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError as error:
-        raise PruningError(f"There is no file {str(path)!r}; expected a local path.") from error
-    except IsADirectoryError as error:
+def _plan_to_open(source: str | Path, kwargs: Mapping[str, Any]) -> Plan | None:
+    """The plan with which a folder must be opened, or None.
+
+    Raises:
+        PruningError: If a config that was given has another one than the folder.
+    """
+    given = kwargs.get("config")
+    stored = None if source is None else _read(_fields(source, kwargs))
+    if given is None:
+        return stored
+    mine = _read(vars(given) if hasattr(given, "to_dict") else _fields(given, kwargs))
+    if stored is not None and not stored.is_full and stored != mine:
+        other = "no plan" if mine is None else "another plan"
         raise PruningError(
-            f"{path} is a folder; expected one file. Open a Hugging Face folder with "
-            "from_pretrained; consolidate a sharded checkpoint first."
-        ) from error
-    except Exception as error:  # torch raises all kinds
-        strange = re.search(r"GLOBAL (\S+)( whose module \S+ is blocked)?", str(error))
-        if strange is None:
-            raise PruningError(
-                f"{path} is not a checkpoint, or it is damaged ({type(error).__name__}); expected "
-                "a file of a Trainer or of torch.save(module.state_dict(), path)."
-            ) from error
-        if strange[2]:
-            raise PruningError(
-                f"{path} would run {strange[1]} when opened; expected weights and plain values. "
-                "Do not open it; get the file from a source you trust."
-            ) from error
-        raise PruningError(
-            f"{path} holds a {strange[1]}, which is not opened unasked because it could run code. "
-            "If you trust the file, allow it before: torch.serialization.add_safe_globals("
-            f"[{strange[1]}]). Or save only module.state_dict() and pass a module to load_pruned. "
-            "save_hyperparameters(ignore=...) keeps it out of checkpoints."
-        ) from error
-    checkpoint: dict[str, Any] = found if isinstance(found, dict) else {}
-    state = checkpoint.get("state_dict", checkpoint)
-    plain = state is not checkpoint or all(isinstance(v, Tensor) for v in checkpoint.values())
-    if not state or not isinstance(state, Mapping) or not plain:
-        raise PruningError(
-            f"{path} holds no weights; expected a checkpoint with a 'state_dict', or names mapped "
-            "to tensors. Save one with trainer.save_checkpoint."
+            f"{source} holds a pruned model, but the config that was given has {other}; expected "
+            "the plan of the folder. Make the config from the folder, "
+            f"AutoConfig.from_pretrained({str(source)!r}, ...), or leave it out."
         )
-    return checkpoint
+    return mine
+
+
+def _fields(source: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the config file of a folder says; nothing if there is none."""
+    from transformers import PreTrainedConfig
+
+    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
+    except OSError:
+        return {}  # an adapter, or nothing at all: transformers knows what to do or to answer
+    if not isinstance(fields, Mapping):
+        raise PruningError(
+            f"The config.json of {source} is a {type(fields).__name__}; expected an object with "
+            "fields. Copy or save the folder again."
+        )
+    return fields
+
+
+def _read(fields: Mapping[str, Any]) -> Plan | None:
+    record = {CONFIG_FIELD: fields.get(CONFIG_FIELD)}
+    return recorded_plan(SimpleNamespace(config=SimpleNamespace(**record)))
+
+
+def _concrete(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> Any:
+    """The model class that opens the folder; an Auto class is asked for it.
+
+    Raises:
+        PruningError: If the folder holds another type of model than the class is for.
+    """
+    from transformers import AutoConfig
+
+    given: Any = kwargs.get("config")
+    if hasattr(cls, "from_config"):
+        trust = {n: kwargs[n] for n in ("trust_remote_code", "code_revision") if n in kwargs}
+        hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+        try:
+            config = copy.deepcopy(given)
+            if not hasattr(given, "to_dict"):
+                config = AutoConfig.from_pretrained(given or source, **hub, **trust)
+            with torch.device("meta"):
+                return type(cls.from_config(config, **trust))
+        except Exception as error:
+            if _is_clear(error):
+                raise
+            raise _damage(error, cls, source) from error
+    fields = given.to_dict() if hasattr(given, "to_dict") else _fields(given or source, kwargs)
+    held, wanted = fields.get("model_type"), getattr(cls, "config_class", None)
+    if wanted is not None and held and wanted.model_type and held != wanted.model_type:
+        raise PruningError(
+            f"{source} holds a model of type {held!r}, saved from {fields.get('architectures')}; "
+            f"{cls.__name__} is for the type {wanted.model_type!r}. Open it with that class, or "
+            "an Auto class."
+        )
+    return cls
+
+
+def _shaped(
+    build: Callable[..., Any], source: str | Path, config: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, _Cut]:
+    """Build a network in the shape that the plan in its config gives it; nothing is loaded yet.
+
+    Args:
+        build: The class of the network.
+        source: The folder, for messages.
+        config: A config that nobody else holds.
+        args: Passed on.
+        kwargs: Passed on.
+    """
+    network = build(config, *args, **kwargs)
+    axes = find_axes(network)
+    built = _check_numbers(network, axes, present_plan(network, axes), source)
+    if any(getattr(config, name) != number for name, number in built.items()):
+        # A part that the folder does not have is cut like the others when it is built like them.
+        for name, number in built.items():
+            setattr(config, name, number)
+        network = build(config, *args, **kwargs)
+        axes = find_axes(network)
+    plan = present_plan(network, axes)
+    _check_built(network, axes, plan, source)
+    reshape(network, axes, plan)
+    # The state dict of a module with a keeper has its plan too; it is no stranger to this model.
+    known = getattr(network, "_keys_to_ignore_on_load_unexpected", None)
+    network._keys_to_ignore_on_load_unexpected = {*(known or ()), r"lightning_mi_prune\.plan"}
+    return network, _Cut(network, axes, plan)
+
+
+def _check_built(
+    network: nn.Module, axes: Sequence[WidthAxis], plan: Plan, source: str | Path
+) -> None:
+    """Refuse a plan that does not belong to what the class builds."""
+    wanted = plan_for(network, axes) or plan
+    names, kind, base = {axis.name for axis in axes}, type(network).__name__, _base(network)
+    encoder = [name for name in wanted.sizes if name.startswith(base)]
+    # Units of another head than this class has are of no concern.
+    for name in encoder or wanted.sizes:
+        if name not in names and wanted.width(name) < wanted.sizes[name]:
+            raise PruningError(
+                f"The plan of {source} cuts {name!r}, which {kind} does not have; expected one of "
+                f"{sorted(names)[:6]}. Open it with the class and the number of layers it was "
+                "saved from."
+            )
+    for axis in axes:
+        size = axis.size * axis.entries
+        for s in axis.slices:
+            found = network.get_parameter(s.tensor).shape[s.dim]
+            if found != size:
+                raise PruningError(
+                    f"{kind} builds {s.tensor!r} with {found} entries along dimension {s.dim}; "
+                    f"expected {size}, from which the plan of {source} cuts. Was config.json "
+                    "edited, or a size passed? Leave the sizes as saved."
+                )
+
+
+def _base(network: nn.Module) -> str:
+    """What the names of tensors of the encoder begin with."""
+    prefix = str(getattr(network, "base_model_prefix", ""))
+    return f"{prefix}." if isinstance(getattr(network, prefix, None), nn.Module) else ""
+
+
+def _check_numbers(
+    network: Any, axes: Sequence[WidthAxis], plan: Plan, source: str | Path
+) -> dict[str, int]:
+    """Refuse a config that says other numbers than a cut writes, or than the model had as built.
+
+    Returns:
+        The numbers as built.
+    """
+    config = network.config
+    encoder = [_plain(axis, config) for axis in axes if axis.kind != "pooler"]
+    built = config_numbers(encoder, full_plan(encoder))
+    right = [config_numbers(encoder, plan), config_numbers(axes, plan), built]
+    said = {name: getattr(config, name, None) for name in built}
+    ties = {axis.tie for axis in encoder}
+    # Heads and what they are tied to are right together or wrong together.
+    tied = {
+        name
+        for axis in encoder
+        if axis.config is not None and (axis.tie is not None or axis.config in ties)
+        for name in (axis.config, *axis.twins)
+    }
+    for group in (tied, *({name} for name in built if name not in tied)):
+        if all(any(said[n] != (built | numbers)[n] for n in group) for numbers in right):
+            expected = built | right[0]
+            wrong = {n: said[n] for n in sorted(group) if said[n] != expected[n]}
+            expected = {n: expected[n] for n in wrong}
+            raise PruningError(
+                f"The config of {source} says {wrong}; expected {expected} from its plan. Was "
+                "config.json edited, or a size passed? Leave the sizes as saved."
+            )
+    return built
+
+
+def _plain(axis: WidthAxis, config: Any) -> WidthAxis:
+    """The axis of the stream as an encoder without a head has it: its width is in the config."""
+    names = MODEL_TYPES.get(str(getattr(config, "model_type", None)))
+    if axis.kind != "residual" or axis.config is not None or names is None:
+        return axis
+    width = getattr(config, names.hidden, None)
+    twins = tuple(name for name in names.twins if getattr(config, name, None) == width)
+    return replace(axis, config=names.hidden, twins=twins)
+
+
+def _check_arrived(
+    network: Any, cut: _Cut, found: Mapping[str, Any], source: str | Path, forgiving: bool
+) -> None:
+    """Refuse weights that lack what the plan cuts, or have it in another shape.
+
+    Raises:
+        PruningError: If there are such weights, or others of another shape that may not be ignored.
+    """
+    missing = sorted(name for name in found["missing_keys"] if cut.needs(name, found))
+    if missing:
+        raise PruningError(
+            f"{source} lacks {missing[:6]}, which its plan cuts; expected all weights of a "
+            f"{type(network).__name__} but its head. {_saved_from(network)}"
+        )
+    names = MODEL_TYPES.get(str(getattr(network.config, "model_type", None)))
+    between = None if names is None else names.projection
+    strange = [name for name in found["unexpected_keys"] if between in name.split(".")]
+    if strange:  # encoders have it unless embeddings and stream are of one width, as after a cut
+        raise PruningError(
+            f"{source} holds {sorted(strange)}, but its config says that the embeddings are as "
+            f"wide as the hidden states, where a {type(network).__name__} has none; expected "
+            "embedding_size and hidden_size as the model was built with. Edit the config."
+        )
+    odd = sorted(found["mismatched_keys"], key=lambda item: str(item[0]))
+    bad = [item for item in odd if cut.refuses(*item)]
+    if bad or (odd and not forgiving):
+        name, shape, expected = (bad or odd)[0]
+        reason = "its plan" if bad else f"this {type(network).__name__}"
+        remedy = "" if bad else " Or start it anew: ignore_mismatched_sizes=True."
+        raise PruningError(
+            f"{name!r} has shape {tuple(shape)} in {source}; expected {tuple(expected)} from "
+            f"{reason}. {_saved_from(network)}{remedy}"
+        )
+
+
+@torch.no_grad()
+def _fill_shared(network: nn.Module, missing: set[str]) -> None:
+    """Fill what is in the weights under the name of what it was shared with.
+
+    transformers saves a shared tensor once. But what is shared in a model whose embeddings were
+    resized is not always shared when it is built, and would be new.
+    """
+    ties = getattr(network, "_tied_weights_keys", None)
+    for name, source in ties.items() if isinstance(ties, Mapping) else ():
+        if name not in missing or source in missing:
+            continue
+        if _others(network, name) <= missing:
+            continue  # the whole part is new
+        target, value = network.get_parameter(name), network.get_parameter(source)
+        if target.shape == value.shape and not target.is_meta and not value.is_meta:
+            target.copy_(value)
+            missing.discard(name)
+
+
+def _others(network: nn.Module, name: str) -> set[str]:
+    """The other tensors of the module that holds a tensor."""
+    owner = name.rpartition(".")[0]
+    inside = (n for n, _ in network.get_submodule(owner).named_parameters())
+    return {f"{owner}.{n}" if owner else n for n in inside} - {name}
+
+
+def _saved_from(network: Any) -> str:
+    saved = getattr(network.config, "architectures", None)
+    return f"Open it with the class it was saved from, {saved}, and its sizes; or save it again."
+
+
+class _Cut:
+    """What a plan cuts of a network, and what of it must be in the weights."""
+
+    def __init__(self, network: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
+        self.network, self.axes, self.plan = network, axes, plan
+        narrowed = [axis for axis in axes if plan.width(axis.name) < axis.size]
+        self.shapes = shapes_at(network, axes, plan)
+        self.dims: dict[str, set[int]] = {}
+        self.kinds: dict[str, set[str]] = {}
+        for axis in narrowed:
+            for s in axis.slices:
+                self.dims.setdefault(s.tensor, set()).add(s.dim)
+                self.kinds.setdefault(s.tensor, set()).add(axis.kind)
+        self.base = _base(network)
+
+    def needs(self, name: str, found: Mapping[str, Any]) -> bool:
+        """Whether a tensor that is missing may not be new.
+
+        Behind the layers a model has parts that others do not have: a pooler, a head. Such a part
+        is cut with the stream; it is new if nothing of it is there.
+        """
+        if name not in self.dims or 0 in self.shapes[name]:
+            return False
+        if self.kinds[name] != {"residual"}:
+            return True
+        if name.startswith(self.base) and "pooler" not in name.split("."):
+            return True
+        return not _others(self.network, name) <= set(found["missing_keys"])
+
+    def refuses(self, name: str, shape: Sequence[int], expected: Sequence[int]) -> bool:
+        """Whether a tensor of another shape is one that the plan cuts, along what it cuts."""
+        if name not in self.dims:
+            return False
+        if self.kinds[name] - {"residual", "pooler"} or len(shape) != len(expected):
+            return True
+        return any(shape[dim] != expected[dim] for dim in self.dims[name])
+
+    def fill(self) -> None:
+        """Give memory and values to what a cut adds and no file holds: it was built without."""
+        for axis in self.axes:
+            kept = self.plan.kept[axis.name]
+            for selects in axis.selects if len(kept) < axis.size else ():
+                buffers = self.network.get_submodule(selects.module)._buffers
+                old = buffers.get(KEPT_UNITS)
+                if old is not None:
+                    buffers[KEPT_UNITS] = torch.tensor(kept, dtype=old.dtype, device=old.device)
+        real = (p.device for p in self.network.parameters() if not p.is_meta)
+        home = next(real, torch.device("cpu"))
+        for linear in empty_linears(self.network).values():
+            for name, p in linear._parameters.items():
+                if p is not None and p.is_meta and not p.numel():
+                    empty = torch.empty_like(p, device=home)
+                    linear._parameters[name] = nn.Parameter(empty, p.requires_grad)

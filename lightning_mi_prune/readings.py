@@ -157,7 +157,7 @@ class Targets:
             (part,), layer = given, reading.layer
             if layer in ran:
                 self._often.add(layer)
-            elif part.output.shape[0] != part.call.rows and len(pieces) > 1:
+            elif part.call.rows not in _first_dims(part.output) and len(pieces) > 1:
                 whole = True  # not by example, so there are no pieces of it
             elif layer in parts or part.call is pieces[0]:
                 output = part.output
@@ -192,6 +192,11 @@ class Targets:
         for layer in list(parts):
             self._held[layer] = torch.cat(parts.pop(layer))
             del self._left[layer]
+
+
+def _first_dims(output: Tensor) -> tuple[int, ...]:
+    """The dimensions that may count examples; positions may come before them."""
+    return tuple(output.shape[: max(1, output.ndim - 1)][:2])
 
 
 def _share(whole: Example, piece: Example) -> float:

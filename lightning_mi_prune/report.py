@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mi_prune.axes import WidthAxis
+from lightning_mi_prune.files import check_writable, write_whole
 from lightning_mi_prune.heatmap import save_heatmap
 from lightning_mi_prune.selection import Information
 from lightning_mi_prune.sparing import StackCut
+from lightning_mi_prune.untrusted import (
+    check_nesting,
+    listed,
+    mapping,
+    number,
+    reading,
+    text,
+    whole,
+)
 
 __all__ = [
     "AxisCut",
@@ -23,7 +34,11 @@ __all__ = [
     "axis_cuts",
     "cut_table",
     "print_cut",
+    "read_report",
 ]
+
+_SIZES = ("parameters", "prunable_parameters", "macs")
+_MOST = 2**63
 
 
 @dataclass(frozen=True)
@@ -107,20 +122,24 @@ class PruningReport:
     def from_state(cls, state: Mapping[str, Any]) -> PruningReport:
         """The report that :meth:`state_dict` was taken of.
 
+        Raises:
+            PruningError: If it is something else.
+
         Example:
             >>> report = PruningReport(parameters=10, start={"parameters": 8})
             >>> PruningReport.from_state(report.state_dict()) == report
             True
         """
-        return cls(**{**state, **{n: [_read_cut(c) for c in state[n]] for n in ("cuts", "undone")}})
+        with reading("The report", "take another one"):
+            check_nesting(state)
+            return read_report(state)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, ready for JSON: ``before``, ``after`` and ``cuts``."""
-        names = ("parameters", "prunable_parameters", "macs")
-        before = {name: getattr(self, name) for name in names}
+        before = {name: getattr(self, name) for name in _SIZES}
         after = before | dict(self.start)
         if self.cuts:
-            after = {name: getattr(self.cuts[-1], name) for name in names}
+            after = {name: getattr(self.cuts[-1], name) for name in _SIZES}
             if self.cuts[0].stacks:  # shares count what the first callback may remove
                 last = [cut for cut in self.cuts if cut.stacks][-1]
                 since = last.parameters - self.cuts[-1].parameters
@@ -138,29 +157,61 @@ class PruningReport:
         Args:
             path: The JSON file.
             extra: Further entries; those of ``before`` and ``after`` are merged.
+
+        Raises:
+            PruningError: If the file cannot be written.
         """
         body, target = self.to_dict(), Path(path)
+        check_writable(target, "The report")  # before the pictures
         target.parent.mkdir(parents=True, exist_ok=True)
         for name in ("cuts", "undone"):
             for cut, told in zip(getattr(self, name), body[name], strict=True):
                 for stack, entry in zip(cut.stacks, told["stacks"], strict=True):
-                    entry["picture"] = f"layers-{cut.epoch}-{stack.name}.png"
+                    # Names of modules may hold what a file name cannot.
+                    plain = re.sub(r"[^\w.-]", "_", stack.name)[:100]
+                    entry["picture"] = f"layers-{cut.epoch}-{plain}.png"
                     save_heatmap(stack, target.with_name(entry["picture"]))
         for key, value in (extra or {}).items():
             if isinstance(value, Mapping) and key in ("before", "after"):
                 body[key] |= dict(value)
             else:
                 body[key] = value
-        # A crash half-way through must not leave half a report where a whole one was.
-        draft = target.with_name(f".{target.name}.tmp")
-        draft.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-        draft.replace(target)
+        write_whole(target, json.dumps(body, indent=2) + "\n", "The report")
 
 
-def _read_cut(state: Mapping[str, Any]) -> Cut:
-    axes = tuple(AxisCut(**axis) for axis in state["axes"])
-    stacks = tuple(StackCut.read(stack) for stack in state["stacks"])
-    return Cut(**{**state, "axes": axes, "stacks": stacks})
+def read_report(state: object) -> PruningReport:
+    """As :meth:`PruningReport.from_state`, for a part of a file; raises a plain exception."""
+    found = mapping(state, [f.name for f in fields(PruningReport)])
+    sizes = {name: whole(found[name], _MOST) for name in _SIZES}
+    start = {name: whole(size, _MOST) for name, size in mapping(found["start"]).items()}
+    cuts, undone = (list(map(_read_cut, listed(found[n]))) for n in ("cuts", "undone"))
+    return PruningReport(**sizes, cuts=cuts, start=start, undone=undone)
+
+
+def _read_cut(state: object) -> Cut:
+    found = mapping(state, [f.name for f in fields(Cut)])
+    return Cut(
+        epoch=whole(found["epoch"]),
+        sparsity=number(found["sparsity"]),
+        parameters=whole(found["parameters"], _MOST),
+        prunable_parameters=whole(found["prunable_parameters"], _MOST),
+        macs=whole(found["macs"], _MOST),
+        axes=tuple(map(_read_axis, listed(found["axes"]))),
+        seconds={name: number(value) for name, value in mapping(found["seconds"]).items()},
+        stacks=tuple(map(StackCut.read, listed(found["stacks"]))),
+    )
+
+
+def _read_axis(state: object) -> AxisCut:
+    found = mapping(state, [f.name for f in fields(AxisCut)])
+    return AxisCut(
+        name=text(found["name"]),
+        kind=text(found["kind"]),
+        before=whole(found["before"]),
+        after=whole(found["after"]),
+        information_nats=number(found["information_nats"]),
+        information_fraction=number(found["information_fraction"]),
+    )
 
 
 def axis_cuts(

@@ -25,8 +25,8 @@ __all__ = [
     "mapped",
     "placed",
     "refreshed",
+    "rows_dim",
     "rows_of",
-    "run",
     "taken",
 ]
 
@@ -40,7 +40,7 @@ class Example:
     Args:
         args: Positional arguments.
         kwargs: Arguments by name.
-        mask: The attention mask ``(rows, positions)`` among them, if there is one.
+        mask: The mask ``(rows, positions)`` of positions that are not padding, where that is known.
         autocast: Type that autocast gave to products, such as ``"bfloat16"``, of a call that is to
             be timed; empty without it.
     """
@@ -53,7 +53,24 @@ class Example:
     @property
     def rows(self) -> int:
         """Examples in the call."""
+        if self.positions is not None and self.mask is not None:
+            return len(self.mask)
         return rows_of((*self.args, *self.kwargs.values())) or 0
+
+    @property
+    def positions(self) -> int | None:
+        """Positions, where inputs are ``(positions, rows, ...)``; the mask says so by its shape."""
+        first = _first((*self.args, *self.kwargs.values()))
+        if self.mask is None or self.mask.ndim != 2 or first is None or first.is_nested:
+            return None
+        rows, positions = self.mask.shape
+        return positions if first.shape[:2] == (positions, rows) and positions != rows else None
+
+    def some(self, index: Tensor) -> Example:
+        """Some examples of the call, copied."""
+        values = (self.args, self.kwargs, self.mask)
+        args, kwargs, mask = taken(values, self.rows, index, self.positions)
+        return replace(self, args=args, kwargs=kwargs, mask=mask)
 
 
 @dataclass
@@ -77,21 +94,50 @@ class Heard:
 
 def rows_of(values: Iterable[Any]) -> int | None:
     """Batch size of a call: rows of its first tensor with two dimensions or more."""
-    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim > 1), None)
+    first = _first(values)
+    return None if first is None else first.size(0)
 
 
-def taken(value: Any, rows: int | None, index: Tensor) -> Any:
-    """The given examples of every tensor with that many rows, in nested containers."""
+def _first(values: Iterable[Any]) -> Tensor | None:
+    return next((v for v in values if isinstance(v, Tensor) and v.ndim > 1), None)
+
+
+def rows_dim(x: Tensor, rows: int | None, positions: int | None = None) -> int | None:
+    """The dimension of a tensor that counts the examples of a call; None: it is not by example.
+
+    Args:
+        x: One of the tensors of the call.
+        rows: Examples of the call.
+        positions: Positions of the call, where they come before the examples (:class:`Example`).
+
+    Example:
+        >>> rows_dim(torch.zeros(3, 5), 3), rows_dim(torch.zeros(5, 3), 3)
+        (0, None)
+        >>> rows_dim(torch.zeros(5, 3), 3, 5)
+        1
+    """
+    if x.ndim and x.size(0) == rows:
+        return 0
+    swapped = positions is not None and not x.is_nested and x.shape[:2] == (positions, rows)
+    return 1 if swapped else None
+
+
+def taken(value: Any, rows: int | None, index: Tensor, positions: int | None = None) -> Any:
+    """The given examples of every tensor with that many, in nested containers."""
     if isinstance(value, Tensor):
-        batched = value.ndim > 0 and value.shape[0] == rows
-        part = value[index.to(value.device)] if batched else value
+        dim = rows_dim(value, rows, positions)
+        if value.is_nested:
+            parts = value.detach().unbind()
+            chosen = [parts[i].clone() for i in (index.tolist() if dim == 0 else range(len(parts)))]
+            return torch.nested.as_nested_tensor(chosen, layout=value.layout)
+        part = value if dim is None else value.index_select(dim, index.to(value.device))
         return part.detach().clone().as_subclass(Tensor)
     if isinstance(value, tuple):
-        return tuple(taken(v, rows, index) for v in value)
+        return tuple(taken(v, rows, index, positions) for v in value)
     if isinstance(value, list):
-        return [taken(v, rows, index) for v in value]
+        return [taken(v, rows, index, positions) for v in value]
     if isinstance(value, dict):
-        return {k: taken(v, rows, index) for k, v in value.items()}
+        return {k: taken(v, rows, index, positions) for k, v in value.items()}
     return value
 
 
@@ -101,7 +147,9 @@ def is_plain(value: Any) -> bool:
         return all(is_plain(v) for v in (*value, *value.values()))
     if isinstance(value, (list, tuple)):
         return type(value) in (list, tuple) and all(map(is_plain, value))
-    return value is None or type(value) in (Tensor, bool, int, float, str)
+    if type(value) is Tensor:
+        return not value.is_nested
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -137,13 +185,6 @@ def refreshed(old: Mapping[str, Example], new: Mapping[str, Example]) -> Mapping
     }
 
 
-def run(network: nn.Module, call: Example) -> None:
-    """Run a network on a call in evaluation mode, without gradients; mode flags are put back."""
-    call = full(call, network)
-    with evaluated(network):
-        network(*call.args, **call.kwargs)
-
-
 @contextmanager
 def evaluated(network: nn.Module) -> Iterator[None]:
     """Evaluation mode, without gradients; mode flags are put back."""
@@ -168,9 +209,17 @@ def full(call: Example, network: nn.Module) -> Example:
     return replace(call, args=mapped(call.args, cast), kwargs=mapped(call.kwargs, cast))
 
 
-def copied(root: nn.Module, networks: Collection[str]) -> nn.Module:
-    """A module that holds copies of the networks at their paths, and nothing else."""
-    memo: dict[int, Any] = {}  # one memo: what networks share stays shared
+def copied(
+    root: nn.Module, networks: Collection[str], shared: Mapping[int, Any] | None = None
+) -> nn.Module:
+    """A module that holds copies of the networks at their paths, and nothing else.
+
+    Args:
+        root: Module from which the networks are named.
+        networks: Their paths.
+        shared: Objects that are not copied, by ``id``.
+    """
+    memo: dict[int, Any] = dict(shared or {})  # one memo: what networks share stays shared
     for name in ("_trainer", "_fabric"):  # of a LightningModule; neither can be copied, nor need be
         held = getattr(root, name, None)
         memo |= {} if held is None else {id(held): held}
@@ -194,9 +243,8 @@ def first_call(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None
 ) -> Example:
     """The first example of a call that a module just received, copied."""
-    rows, first = rows_of((*args, *kwargs.values())), torch.zeros(1, dtype=torch.long)
-    kept = taken((args, dict(kwargs), mask), rows, first)
-    return replace(Example(*kept), autocast=_autocast(module))
+    first = Example(args, dict(kwargs), mask).some(torch.zeros(1, dtype=torch.long))
+    return replace(first, autocast=_autocast(module))
 
 
 def _autocast(module: nn.Module) -> str:

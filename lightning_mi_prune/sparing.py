@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.redundancy import Cluster, cheapest, clusters_of, redundant
 from lightning_mi_prune.rivals import closest_run, last_layers, least_turning, random_layers
+from lightning_mi_prune.untrusted import listed, mapping, number, text, whole
 
 __all__ = ["Compared", "LayerCriterion", "StackCut", "Thinning", "nearest"]
 
@@ -68,11 +69,36 @@ class StackCut:
         return tuple(layer for layer in self.before if layer not in self.after)
 
     @classmethod
-    def read(cls, state: Mapping[str, Any]) -> StackCut:
-        """What :func:`dataclasses.asdict` made, also through a checkpoint or JSON."""
-        rows = {name: tuple(map(tuple, state[name])) for name in ("similarity", "clusters")}
-        layers = {name: tuple(state[name]) for name in ("before", "after")}
-        return cls(**{**state, **rows, **layers})
+    def read(cls, state: object) -> StackCut:
+        """What :func:`dataclasses.asdict` made, also through a checkpoint or JSON.
+
+        Raises:
+            TypeError: If a part is of another type.
+            ValueError: If it is no such cut.
+        """
+        found = mapping(state, [f.name for f in fields(cls)])
+        before = _layers(found["before"])
+        after = _layers(found["after"])
+        clusters = tuple(_layers(cluster) for cluster in listed(found["clusters"]))
+        if not before or len(set(before)) < len(before) or not set(after) <= set(before):
+            raise ValueError(f"{len(after)} layers stay of {len(before)}, or one occurs twice")
+        if not all(cluster and set(cluster) <= set(before) for cluster in clusters):
+            raise ValueError("a cluster is empty or holds a layer that was not there")
+        rows = listed(found["similarity"], len(before))
+        return cls(
+            name=text(found["name"]),
+            before=before,
+            after=after,
+            similarity=tuple(tuple(map(number, listed(row, len(before)))) for row in rows),
+            clusters=clusters,
+            criterion=text(found["criterion"]),
+            threshold=number(found["threshold"]),
+            every=whole(found["every"], low=1),
+        )
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    return tuple(whole(layer) for layer in listed(value))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from lightning_mi_prune.calls import StoredCalls
 from lightning_mi_prune.containers import container_of
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.hooks import Ear
+from lightning_mi_prune.padding import Padding, attention_mask_of, complete
 from lightning_mi_prune.sample import Example, first_call
 from lightning_mi_prune.sparing import Compared
 from lightning_mi_prune.wording import counted
@@ -68,7 +68,7 @@ class StackListener(Ear):
         calls: int = 0,
         batches: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(model)
         if len(blocks) < 2:
             raise PruningError(
                 f"A stack of {counted(len(blocks), 'layer')} has nothing to compare; expected two "
@@ -94,9 +94,9 @@ class StackListener(Ear):
         self._open: dict[str, Example] = {}
         self._blocks, self._scope, self._positions = list(blocks), scope, positions
         self._networks = dict.fromkeys((scope, scope if network is None else network))
-        self._model = model
         self._generator = torch.Generator().manual_seed(seed)
         self._mask: Tensor | None = None
+        self._padding = Padding()
         self._index: Tensor | None = None
         self._states: list[Tensor] = []
         self._shapes: list[tuple[int, ...]] = []
@@ -135,6 +135,7 @@ class StackListener(Ear):
         for path in self._networks:
             module = self._model.get_submodule(path)
             yield module.register_forward_pre_hook(self._on_call(path), with_kwargs=True)
+        yield from self._padding.attach(self._model)  # after calls, before what layers get
         yield self._layers[0].register_forward_pre_hook(self._on_input, with_kwargs=True)
         for place, layer in enumerate(self._layers):
             yield layer.register_forward_hook(self._on_output(place))
@@ -143,12 +144,12 @@ class StackListener(Ear):
         self._mask = self._index = None
         self._states, self._shapes = [], []
         self._open = {}
+        self._padding.clear()
 
     def _on_call(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-            given = bound.arguments.get("attention_mask")
-            mask = given if isinstance(given, Tensor) else None
+            self._padding.forget()
+            mask = attention_mask_of(module, args, kwargs)
             if path not in self.examples:
                 self.examples[path] = first_call(module, args, kwargs, mask)
             if path == self._scope:
@@ -167,6 +168,8 @@ class StackListener(Ear):
     def _store_call(self, x: Any) -> None:
         """Keep some examples of the call that is under way, of the outermost network there is."""
         calls, self._open = self._open, {}
+        if isinstance(x, Tensor):
+            complete(self._model, self._padding, calls, self.examples, x)
         path = next((p for p in reversed(self._networks) if p in calls), None)
         if path is None or not isinstance(x, Tensor):
             return
@@ -194,18 +197,18 @@ class StackListener(Ear):
                 f"The stack of {self._blocks[0]!r} runs in another order than it is listed in, or "
                 "its layers hand on no tensor; expected layers that run one after another."
             )
-        x = x.detach()
+        x, mask = self._padding.rows_first(x.detach(), self._mask)
         flat = x.flatten(1) if x.ndim == 4 else x.reshape(-1, x.shape[-1])
         if self._index is None or not self._states:
-            self._index = self._draw(x, len(flat))
+            self._index = self._draw(x, mask)
         self._states.append(flat[self._index])
         self._shapes.append(tuple(x.shape[1:]))
         self.seconds += time.perf_counter() - started
 
-    def _draw(self, x: Tensor, rows: int) -> Tensor:
+    def _draw(self, x: Tensor, mask: Tensor | None) -> Tensor:
         live = torch.ones(x.shape[:1] if x.ndim == 4 else x.shape[:-1], dtype=torch.bool)
-        if self._mask is not None and self._mask.shape == live.shape:
-            live &= self._mask.bool().cpu()
+        if mask is not None and mask.shape == live.shape:
+            live &= mask.bool().cpu()
         if self._fresh is not None and x.shape[0] == self._fresh[0]:
             live[self._fresh[1] :] = False
         places = live.flatten().nonzero().flatten()

@@ -30,7 +30,7 @@ class StackListeners(Ear):
     """
 
     def __init__(self, model: nn.Module, stacks: Sequence[DepthAxis], **options: Any) -> None:
-        super().__init__()
+        super().__init__(model)
         self._ears = {
             stack.name: StackListener(
                 model,

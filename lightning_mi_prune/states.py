@@ -13,17 +13,18 @@ from torch.optim import Optimizer
 
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.turns import turn_along
+from lightning_mi_prune.untrusted import described
 
 __all__ = [
     "NAMES",
-    "alike",
     "along",
     "as_given",
     "check_kind",
     "check_optimizers",
-    "described",
+    "fits",
     "followed",
     "held",
+    "is_plain_tensor",
     "known",
     "plain",
     "readable",
@@ -193,8 +194,13 @@ def known(key: str, value: Any, shape: Sequence[int]) -> bool:
     """Whether it is clear what of a state belongs to which unit of a parameter of that shape."""
     if not isinstance(value, Tensor):
         return value is None or isinstance(value, (bool, int, float))
+    return is_plain_tensor(value) and along(key, value, shape) is not None
+
+
+def is_plain_tensor(value: Tensor) -> bool:
+    """Whether a tensor is dense and of no other class: its elements lie in its storage."""
     plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
-    return plain and not value.is_quantized and along(key, value, shape) is not None
+    return plain and not value.is_quantized and not value.is_nested
 
 
 def _check_state(name: str, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
@@ -205,12 +211,6 @@ def _check_state(name: str, parameter: nn.Parameter, state: Mapping[str, Any]) -
                 f"{tuple(parameter.shape)}; expected plain tensors of that shape or "
                 "scalars. Use AdamW, Adam, SGD, RMSprop or Adafactor."
             )
-
-
-def described(value: Any) -> str:
-    """A state in a few words, for an error."""
-    what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
-    return f"{type(value).__name__}, {what}"
 
 
 def readable(states: Any) -> bool:
@@ -230,6 +230,32 @@ def alike(key: str, value: Any, new: Tensor, before: Any, old: Tensor) -> bool:
     sizes = enumerate(zip(new.shape, old.shape, strict=True))
     wide = {dim for dim, both in sizes if min(both) > 1}
     return value.ndim == before.ndim and wide & {*now} == wide & {*then}
+
+
+def fits(key: str, value: Any, new: Tensor, present: Mapping[str, Any], old: Tensor) -> bool:
+    """Whether a saved value can take the place of what an optimizer keeps of a parameter now.
+
+    Args:
+        key: Its name.
+        value: The value, which is not trusted.
+        new: The parameter it is for; only its shape is looked at.
+        present: What the optimizer keeps of it now.
+        old: The parameter as it is now.
+
+    Example:
+        >>> weight, now = torch.ones(2), {"exp_avg": torch.ones(2)}
+        >>> fits("exp_avg", torch.zeros(2), weight, now, weight)
+        True
+        >>> fits("exp_avg", 3, weight, now, weight)
+        False
+    """
+    before = present.get(key)
+    if not known(key, value, new.shape) or not alike(key, value, new, before, old):
+        return False
+    if not isinstance(value, Tensor) or not isinstance(before, Tensor):
+        return before is None or isinstance(value, Tensor) == isinstance(before, Tensor)
+    same = value.is_complex() == before.is_complex()
+    return same and value.is_floating_point() == before.is_floating_point()
 
 
 def renumbered(own: str, name: str) -> str:

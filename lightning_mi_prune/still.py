@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +12,22 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-__all__ = ["still"]
+__all__ = ["random_state", "still"]
+
+
+@contextmanager
+def random_state(module: nn.Module) -> Iterator[None]:
+    """Put the random states of Python, numpy and torch back, on the devices of a module too."""
+    numpy = sys.modules.get("numpy")  # a state that nobody can have used needs no care
+    devices = {p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"}
+    python, array = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(array)
 
 
 @contextmanager
@@ -25,7 +42,7 @@ def still(module: nn.Module) -> Iterator[None]:
     module.eval()
     module.__dict__.update(dict.fromkeys(quiet, _ignore))  # there is no loop to log to
     try:
-        with torch.random.fork_rng(devices=[]):  # data loaders draw a seed
+        with random_state(module):  # data loaders draw a seed
             yield
     finally:
         for name in quiet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import lightning.pytorch as pl
@@ -26,14 +26,17 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.xla import XLAStrategy
 
+from lightning_mi_prune.dry_run import compiled_for
 from lightning_mi_prune.errors import PruningError
 
 __all__ = [
     "add_up",
     "agree",
     "decide_once",
+    "differences",
     "gather",
     "pool",
+    "refuse_compiled",
     "refuse_unsupported",
     "rewrap",
     "together",
@@ -41,6 +44,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_FAILED = "the error"
+_NAMED, _SHOWN, _BEFORE = 5, 200, 20  # differences in a message, characters of each
 
 _CALLBACKS: dict[type[pl.Callback], str] = {
     StochasticWeightAveraging: "it averages copies of the uncut weights",
@@ -64,30 +70,86 @@ def world_size(strategy: Strategy) -> int:
     return int(getattr(strategy, "world_size", 1))
 
 
-def agree(strategy: Strategy, subject: str, statement: str) -> None:
-    """Make sure that every rank would say the same; 32 bytes a rank are gathered.
+def agree(strategy: Strategy, subject: str, statement: str | Mapping[str, object]) -> None:
+    """Make sure that every rank would state the same; 32 bytes a rank are gathered.
+
+    Only where they differ are the statements themselves gathered, to name what differs.
 
     Args:
         strategy: Strategy of the run.
         subject: What the statement is about, for the error.
-        statement: What this rank says.
+        statement: What this rank states: a text, or values by name.
 
     Raises:
-        PruningError: On every rank, naming those that differ from rank 0, so that none waits for
-            another.
+        PruningError: On every rank, naming those that differ from rank 0 and the values that do, so
+            that none waits for another.
     """
     if world_size(strategy) == 1:
         return
-    digest = bytearray(hashlib.sha256(statement.encode()).digest())
-    mine = torch.frombuffer(digest, dtype=torch.uint8).to(strategy.root_device)
-    said = strategy.all_gather(mine)
-    odd = [rank for rank, other in enumerate(said) if not torch.equal(other, said[0])]
+    mine = _entries(subject, statement)
+    digest = bytearray(hashlib.sha256(repr(sorted(mine.items())).encode()).digest())
+    sent = torch.frombuffer(digest, dtype=torch.uint8).to(strategy.root_device)
+    stated = strategy.all_gather(sent)
+    # Every rank compares the same digests, so all of them gather what follows, or none.
+    odd = [rank for rank, other in enumerate(stated) if not torch.equal(other, stated[0])]
     if odd:
         raise PruningError(
             f"Ranks {odd} and rank 0 disagree on {subject}; expected the same on all "
-            f"{world_size(strategy)}. Build the same model with the same options and seed on every "
-            f"rank. This rank ({strategy.global_rank}) has {statement[:300]}"  # type: ignore[attr-defined]
+            f"{world_size(strategy)}: {differences(gather(strategy, mine))}. Build the same model "
+            "with the same options and seed on every rank."
         )
+
+
+def differences(entries: Sequence[Mapping[str, str]]) -> str:
+    """What differs between the entries of ranks, in words: at most five of them.
+
+    Where a rank failed, that is why it stated nothing, and all there is to tell.
+
+    Args:
+        entries: Values by name, for every rank.
+
+    Example:
+        >>> differences([{"seed": "0", "multiple": "8"}, {"seed": "0", "multiple": "4"}])
+        'multiple is 8 on rank 0 and 4 on rank 1'
+    """
+    names = sorted({name for stated in entries for name in stated})
+    if _FAILED in names:
+        names = [_FAILED]
+    found = []
+    for name in names:
+        values = [stated.get(name, "absent") for stated in entries]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            first, second = _apart(values[0], values[other])
+            found.append(f"{name} is {first} on rank 0 and {second} on rank {other}")
+    rest = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return "; ".join(found[:_NAMED]) + rest
+
+
+def _apart(one: str, other: str) -> tuple[str, str]:
+    """Two texts, each cut to a few words from where they begin to differ."""
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    start = max(0, (min(len(one), len(other)) if same is None else same) - _BEFORE)
+    shown = []
+    for text in (one, other):
+        part = text[start : start + _SHOWN]
+        end = "..." if start + _SHOWN < len(text) else ""
+        shown.append(f"{'...' if start else ''}{part}{end}")
+    return shown[0], shown[1]
+
+
+def _entries(subject: str, statement: object) -> dict[str, str]:
+    """A statement as texts by name that are equal where the values are."""
+    if not isinstance(statement, Mapping):
+        return {subject: str(statement)}
+    return {str(name): repr(_ordered(value)) for name, value in statement.items()}
+
+
+def _ordered(value: object) -> object:
+    """A mapping in order of its keys: two that are equal may be listed in different orders."""
+    if isinstance(value, Mapping):
+        return dict(sorted((str(key), _ordered(part)) for key, part in value.items()))
+    return value
 
 
 def together(strategy: Strategy, subject: str, attempt: Callable[[], T]) -> T:
@@ -100,10 +162,13 @@ def together(strategy: Strategy, subject: str, attempt: Callable[[], T]) -> T:
     failure: Exception | None = None
     try:
         result = attempt()
-    except Exception as error:  # ranks that succeed must hear of it
+    except Exception as error:  # ranks that succeeded must not wait for this one
         failure = error
+    stated: str | Mapping[str, object] = result if isinstance(result, Mapping) else str(result)
+    if failure is not None:
+        stated = {_FAILED: f"{type(failure).__name__}: {failure}"}
     try:
-        agree(strategy, subject, repr(failure) if failure is not None else str(result))
+        agree(strategy, subject, stated)
     except PruningError:
         if failure is None:
             raise
@@ -214,14 +279,11 @@ def _forget_shapes(state: Any) -> None:
             state.iter = 0
 
 
-def refuse_unsupported(
-    trainer: pl.Trainer, module: pl.LightningModule, *, layers: bool = False
-) -> None:
-    """Refuse strategies, callbacks and compiled modules that would break at the first cut.
+def refuse_unsupported(trainer: pl.Trainer, *, layers: bool = False) -> None:
+    """Refuse strategies and callbacks that would break at the first cut.
 
     Args:
         trainer: The trainer.
-        module: The module.
         layers: Whether whole layers may go.
 
     Raises:
@@ -237,12 +299,24 @@ def refuse_unsupported(
                     f"{type(callback).__name__} cannot run beside {what}, because {reason}; "
                     "remove one of the two."
                 )
-    for name, part in module.named_modules():
-        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
-            raise MisconfigurationException(
-                f"{name or type(part).__name__!r} is compiled for the uncut shape; prune first, "
-                "then call torch.compile on the result."
-            )
+
+
+def refuse_compiled(module: pl.LightningModule, cut: Iterable[str]) -> None:
+    """Refuse compiled modules that hold what is cut; any other may be compiled.
+
+    Args:
+        module: The module.
+        cut: Paths of the modules that a cut changes.
+
+    Raises:
+        MisconfigurationException: Naming the module.
+    """
+    name = compiled_for(module, cut)
+    if name is not None:
+        raise MisconfigurationException(
+            f"{name!r} is compiled for the uncut shape; prune first, then call torch.compile on "
+            "the result."
+        )
 
 
 def _refuse_strategy(strategy: Strategy) -> None:

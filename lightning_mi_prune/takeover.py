@@ -17,6 +17,7 @@ from lightning_mi_prune.readings import Reading
 from lightning_mi_prune.refit import Sum, refit_all
 from lightning_mi_prune.sample import Heard, copied
 from lightning_mi_prune.selection import Selection
+from lightning_mi_prune.standins import linear_at
 from lightning_mi_prune.surgery import operate
 
 __all__ = ["Succession", "succession", "take_over"]
@@ -182,7 +183,8 @@ def _check_linear(module: nn.Module, path: str) -> None:
     Raises:
         PruningError: If there is no linear module at the path.
     """
-    found = module_at(module, path)
+    place = module_at(module, path)
+    found = place if place is None else linear_at(place)
     if not isinstance(found, nn.Linear):
         raise PruningError(
             f"{path!r} is a {type(found).__name__}; expected an nn.Linear. Merge adapters first, "
@@ -196,7 +198,7 @@ def _check_open(module: nn.Module, path: str) -> None:
     Raises:
         PruningError: If a parameter is frozen, computed, of another kind, or carries hooks.
     """
-    part = module.get_submodule(path)
+    part = linear_at(module.get_submodule(path))
     if "weight" not in part._parameters:
         raise PruningError(
             f"The weight of {path!r} is computed from others; remove the parametrization, or set "

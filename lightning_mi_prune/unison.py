@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 from greenlet import getcurrent, greenlet  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from lightning_mi_prune.padding import Padding, unnested
 from lightning_mi_prune.sample import Example, evaluated, full
 
 __all__ = ["Part", "Spot", "heard_of", "run_together"]
@@ -36,16 +38,18 @@ class Part:
         x: Input of the layer.
         stream: What is added to its output, where that is known.
         output: Its output.
+        real: Positions of these that are not padding, where torch's own attention was told.
     """
 
     call: Example
     x: Tensor
     stream: Tensor | None
     output: Tensor
+    real: Tensor | None = None
 
     def heard(self, x: Tensor) -> Tensor:
         """The positions of a tensor that are not padding, flat."""
-        return heard_of(x, self.call.mask)
+        return heard_of(x, self.call.mask if self.real is None else self.real)
 
 
 Act = Callable[[Any, Sequence[Part]], Sequence[Tensor]]
@@ -92,7 +96,7 @@ def run_together(
         >>> run_together(net, [Layer()], "", calls, act)
         1 [2, 3]
     """
-    network, here = model.get_submodule(path), getcurrent()
+    network, here, padding = model.get_submodule(path), getcurrent(), Padding()
     silent: dict[Any, set[str]] = {}
     streams: dict[tuple[Any, str], Tensor] = {}
 
@@ -109,7 +113,9 @@ def run_together(
             mine = getcurrent()
             x = args[0] if args else kwargs["input"]
             stream = None if spot.skip is None else streams[mine, spot.skip]
-            changed: Tensor = here.switch((spot, x, stream, output))  # until all calls are here
+            changed: Tensor = here.switch(  # until all calls are here
+                (spot, x, stream, output, padding.real(x))
+            )
             silent[mine].discard(spot.layer)
             if once and not silent[mine]:
                 raise _EnoughError
@@ -121,7 +127,7 @@ def run_together(
         with contextlib.suppress(_EnoughError):
             network(*call.args, **call.kwargs)
 
-    with _hooked(model, found, hold, change), evaluated(network):
+    with _hooked(model, found, hold, change, padding), unnested(network), evaluated(network):
         voices = {greenlet(speak): call for call in calls}
         silent |= {voice: {spot.layer for spot in found} for voice in voices}
         try:
@@ -146,10 +152,12 @@ def _hooked(
     found: Sequence[Spot],
     hold: Callable[[str], Any],
     change: Callable[[Spot], Any],
+    padding: Padding,
 ) -> Iterator[None]:
     """The hooks of a run, which leave with it."""
-    handles = []
+    handles: list[RemovableHandle] = []
     try:
+        handles.extend(padding.attach(model))
         for name in sorted({spot.skip for spot in found if spot.skip is not None}):
             module = model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(hold(name), with_kwargs=True))

@@ -1037,7 +1037,7 @@ REFUSED = {
 def test_strategies_that_cannot_be_pruned_are_refused_in_one_sentence(message):
     fake = SimpleNamespace(strategy=REFUSED[message](), callbacks=[])
     with pytest.raises(MisconfigurationException, match=message) as caught:
-        refuse_unsupported(fake, Module())
+        refuse_unsupported(fake)
     said = str(caught.value)
     assert "Trainer(strategy='ddp')" in said
     assert said.count(". ") == 0
@@ -1046,14 +1046,13 @@ def test_strategies_that_cannot_be_pruned_are_refused_in_one_sentence(message):
 
 @pytest.mark.parametrize("name", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
 def test_a_trainer_with_a_forking_strategy_is_refused(name):
-    module = Module()
     with pytest.raises(MisconfigurationException, match="copies the weights of its processes"):
-        refuse_unsupported(trainer(strategy=name, devices=2), module)
+        refuse_unsupported(trainer(strategy=name, devices=2))
 
 
 @pytest.mark.parametrize("make", [lambda: SingleDeviceStrategy("cpu"), DDPStrategy])
 def test_strategies_that_can_be_pruned_are_not_refused(make):
-    refuse_unsupported(SimpleNamespace(strategy=make(), callbacks=[]), Module())
+    refuse_unsupported(SimpleNamespace(strategy=make(), callbacks=[]))
 
 
 def test_a_run_that_saves_nothing_after_the_last_cut_says_so(tmp_path):

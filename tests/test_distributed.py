@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -19,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.utils.data import DataLoader
 
-from lightning_mi_prune import MutualInformationPruning, PruningError
+from lightning_mi_prune import MutualInformationPruning
 from lightning_mi_prune.callbacks import mutual_information, widths
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.strategies import _forget_shapes
@@ -30,6 +31,21 @@ from tests.runs import Batches, Module, fit, sha
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
 CUTS = 2
 INSIDE = {"units": ["ffn", "heads", "dims"]}
+
+
+OPTIONS = {  # of rank 0 and of rank 1
+    "sparsity": (0.4, 0.5),
+    "units": (["heads"], ["ffn"]),
+    "multiple": (4, 2),
+    "floors": ({"ffn": 4}, {"ffn": 8}),
+    "fold_in": (True, False),
+    "selection": ("conditional", "topk"),
+    "seed": (0, 1),
+    "relevance": ("readers", None),
+    "refit": (False, True),
+    "positions": (600, 601),
+    "cuts": (1, 2),
+}
 
 
 class Log(pl.Callback):
@@ -211,15 +227,25 @@ def two_ranks(folder):
         "empty": failing(folder, module=Empty),
         "budget": failing(folder, pruning={"max_drop": 0.5, "monitor": "val_acc"} if rank else {}),
         "metric": failing(folder, module=Lonely, pruning={"max_drop": 0.5, "monitor": "lonely"}),
-        "epoch": failing(folder, pruning={"last_epoch": 99} if rank else {}),
-        "sparsity": failing(folder, pruning={"sparsity": 0.5 if rank else 0.4}),
-        "units": failing(folder, pruning={"units": ["ffn"] if rank else ["heads"]}),
+        **{name: failing(folder, pruning={name: values[rank]}) for name, values in OPTIONS.items()},
     }
+    found["epoch"] = late(folder) if rank else failing(folder)
     original, MutualInformationPruning.decide = MutualInformationPruning.decide, broken
     found["bug"] = failing(folder)
     MutualInformationPruning.decide = original
     found["after"] = seen(folder)["digests"]
     return found
+
+
+def late(folder):
+    """The error of a rank on which no schedule can be fitted."""
+
+    def fail(self, *args):
+        raise ValueError("no epoch is left")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MutualInformationPruning, "schedule", fail)
+        return failing(folder)
 
 
 def four_ranks(folder):
@@ -318,28 +344,31 @@ def test_a_cut_costs_two_large_all_reduces_one_a_refit_and_a_step_nothing(two):
     assert with_["in steps"] == without["in steps"]
     assert len(with_["gathered"]) == CUTS
     gathered = len(with_["all_gather"]) - len(without.get("all_gather", []))
-    assert gathered == 3 + 2 * CUTS
+    assert gathered == 3 + 2 + 2 * CUTS  # two steps are tried on a copy
     assert set(with_["all_gather"]) <= {32, *without.get("all_gather", [])}
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("sparsity", "Ranks \\[1\\] and rank 0 disagree on the schedule of the cuts"),
-        ("units", "Ranks \\[1\\] and rank 0 disagree on what to prune and how"),
-        ("budget", "Ranks \\[1\\] and rank 0 disagree on what to prune and how"),
-        ("empty", "Ranks \\[1\\] and rank 0 disagree on whether there are validation batches"),
+        ("budget", "disagree on what to prune and how.*: max_drop is None on rank 0 and 0.5 on"),
+        ("empty", "disagree on whether there are validation batches.* is True on rank 0 and False"),
+        *((name, "disagree on what to prune and how") for name in OPTIONS),
     ],
 )
 def test_ranks_that_disagree_all_fail_with_the_same_sentence(two, name, message):
-    for rank in (0, 1):
-        with pytest.raises(PruningError, match=message):
-            raise PruningError(two[rank][name])
+    assert two[0][name] == two[1][name]
+    assert two[0][name].startswith("PruningError: Ranks [1] and rank 0 ")
+    assert re.search(message, two[0][name])
+    if name in OPTIONS:
+        first, second = OPTIONS[name]
+        assert f"{name} is {first!r} on rank 0 and {second!r} on rank 1" in two[0][name]
 
 
 def test_an_error_on_one_rank_stops_all(two):
     assert "Ranks [1] and rank 0 disagree on the schedule of the cuts" in two[0]["epoch"]
-    assert two[1]["epoch"].startswith("MisconfigurationException: last_epoch=99 leaves no epoch")
+    assert "the error is absent on rank 0 and 'ValueError: no epoch is left'" in two[0]["epoch"]
+    assert two[1]["epoch"] == "ValueError: no epoch is left"
 
 
 def test_a_metric_that_rank_zero_logs_is_enough(two):

@@ -75,12 +75,20 @@ def curve(**changes):
     [
         ("", "not valid JSON"),
         ("{" * 10_000, "not valid JSON"),
-        ("[]", "version 'list'; this package reads 1"),
+        ("[]", "is a list of 0; expected a JSON object"),
         (damaged(version=2), "version 2"),
         (damaged(version=True), "version True"),
         (damaged(device={"type": "cpu"}), "is damaged"),
-        (damaged(device={**vars(HERE), "name": 7}), "names no device"),
-        (damaged(device={**vars(HERE), "threads": "two"}), "names no device"),
+        (damaged(device={**vars(HERE), "name": 7}), "7 is no text"),
+        (damaged(device={**vars(HERE), "threads": "two"}), "'two' is no whole number"),
+        (damaged(device={**vars(HERE), "threads": True}), "True is no whole number"),
+        (damaged(device={**vars(HERE), "more": 1}), "an entry 'more'; expected type, name"),
+        (damaged(batch=10**400), "batch=an int of 1329 bits"),
+        (damaged(dense_ms=10**400), "dense_ms is an int of 1329 bits"),
+        ('{"version": 1, "version": 1}', "the key 'version' occurs twice"),
+        (f'{{"version": {"9" * 5000}}}', "not valid JSON"),
+        (curve(saved=[0.0, 10**400]), "is an int of 1329 bits; expected milliseconds"),
+        (curve(widths=[2**70, 2]), "expected widths from 0"),
         (damaged(device=None), "is damaged"),
         (damaged(curves=None), "is damaged"),
         (damaged(curves=[7]), "is damaged"),
@@ -88,19 +96,19 @@ def curve(**changes):
         (damaged(length=True), "length=True"),
         (damaged(dense_ms=0), "dense_ms=0; expected milliseconds above 0"),
         (damaged(dense_ms="fast"), "dense_ms is 'fast'; expected milliseconds"),
-        (damaged(dense_ms=float("nan")), "dense_ms is nan"),
+        (damaged(dense_ms=float("nan")), "NaN is no number of JSON"),
         (damaged(dense_ms=2.0), "'0.ffn' saves 3 of 2 ms"),
         (curve(axes=[]), "belongs to no axis"),
         (curve(axes="a"), "is damaged"),
         (curve(axes=[7]), "belongs to no axis"),
         (curve(widths=[2, 4]), "expected one time for each, from the widest down"),
-        (curve(widths=[4, -2]), "expected one time for each"),
+        (curve(widths=[4, -2]), "widths from 4 to -2; expected widths from 0"),
         (curve(widths=[4, 2.5]), "expected one time for each"),
         (curve(widths=[]), "expected one time for each"),
         (curve(saved=[0.0]), "1 times; expected one time for each"),
         (curve(saved=[0.0, None]), "is None; expected milliseconds"),
         (curve(saved=[0.0, -1.0]), "is -1.0; expected milliseconds from 0"),
-        (curve(saved=[0.0, float("inf")]), "is inf; expected milliseconds from 0"),
+        (curve(saved=[0.0, float("inf")]), "Infinity is no number of JSON"),
         (curve(saved=[0.5, 1.0]), "expected 0 at full width"),
         (
             curve(widths=[4, 2, 1], saved=[0.0, 1.0, 0.5]),
@@ -124,7 +132,7 @@ def test_a_file_that_cannot_be_read_or_is_endless_is_refused(tmp_path, monkeypat
         LatencyTable.load(tmp_path / "binary")
     monkeypatch.setattr("lightning_mi_prune.latency._LARGEST_TEXT", 10)
     (tmp_path / "long").write_text(TABLE.to_json())
-    with pytest.raises(PruningError, match="holds over 10 characters"):
+    with pytest.raises(PruningError, match="11 characters; expected at most 10"):
         LatencyTable.load(tmp_path / "long")
 
 

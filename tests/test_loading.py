@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import AutoModelForSequenceClassification
 
 from lightning_mi_prune import PruningError, from_pretrained, load_pruned
+from lightning_mi_prune.arrivals import is_plan
 from lightning_mi_prune.checkpoints import PLAN_KEY, PlanKeeper
+from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.standins import modules_of, parameters_of
 from lightning_mi_prune.surgery import apply
 from tests.boring import Classifier, trainer
 from tests.models import batch, build, outputs, random_plan
@@ -76,6 +83,32 @@ class Runs:
         return os.system, ("true",)
 
 
+class Takes(WithOptions):
+    """Hands its options on, as LightningModule itself does."""
+
+    def __init__(self, name: str = "bert", **options: object) -> None:
+        super().__init__(name, **options)
+
+
+class Registered(Classifier):
+    """Keeps a list of its modules and one of the classes that inherit from it."""
+
+    made: ClassVar[list[Registered]] = []
+    classes: ClassVar[list[type]] = []
+
+    def __init_subclass__(cls, **_: object) -> None:
+        Registered.classes.append(cls)
+
+    def __init__(self) -> None:
+        super().__init__()
+        assert type(self) is Registered
+        self.again = []
+        Registered.made.append(self)
+
+    def configure_model(self) -> None:
+        self.again.append("configure_model")
+
+
 CLASSES = {
     Classifier: Classifier,
     WithOptions: lambda: WithOptions("distilbert", width=5),
@@ -105,6 +138,25 @@ def save(module, path, *, weights_only=True):
 def same(module, other):
     assert module.state_dict().keys() == other.state_dict().keys()
     return torch.equal(outputs(module.model, batch()), outputs(other.model, batch()))
+
+
+def quiet_cli(cls, words, **options):
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return LightningCLI(
+        cls,
+        run=False,
+        args=words,
+        save_config_callback=None,
+        seed_everything_default=False,
+        trainer_defaults=quiet,
+        **options,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -178,22 +230,7 @@ def test_a_module_of_the_command_line(subclass, tmp_path, monkeypatch):
     if subclass:
         path = f"{WithOptions.__module__}.{WithOptions.__qualname__}"
         words = [f"--model={path}", *(w.replace("model.", "model.init_args.") for w in words)]
-    quiet = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    cli = LightningCLI(
-        Classifier if subclass else WithOptions,
-        run=False,
-        args=words,
-        save_config_callback=None,
-        seed_everything_default=False,
-        subclass_mode_model=subclass,
-        trainer_defaults=quiet,
-    )
+    cli = quiet_cli(Classifier if subclass else WithOptions, words, subclass_mode_model=subclass)
     module = pruned(cli.model)
     path = save(module, tmp_path / "a.ckpt")
     assert "_instantiator" in torch.load(path, weights_only=True)["hyper_parameters"]
@@ -201,6 +238,191 @@ def test_a_module_of_the_command_line(subclass, tmp_path, monkeypatch):
     assert type(again) is WithOptions
     assert again.extra.in_features == 7
     assert same(again, module)
+
+
+@pytest.mark.parametrize("named", [WithOptions, Takes])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_class_that_the_command_line_was_given(named, tmp_path, monkeypatch):
+    """Opened by its base class: Lightning builds the class that the checkpoint names."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    words = [
+        f"--model={named.__module__}.{named.__qualname__}",
+        "--model.init_args.name=distilbert",
+    ]
+    words += ["--model.init_args.width=7"] if named is WithOptions else []
+    cli = quiet_cli(pl.LightningModule, words, subclass_mode_model=True)
+    path = save(pruned(cli.model), tmp_path / "a.ckpt")
+    assert "_class_path" in torch.load(path, weights_only=True)["hyper_parameters"]
+    for cls in (pl.LightningModule, named):
+        again = load_pruned(cls, path)
+        assert type(again) is named
+        assert same(again, cli.model)
+        assert not PlanKeeper.held_by(again).plan.is_full
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"]["_class_path"] = "os.path.join"
+    torch.save(checkpoint, tmp_path / "b.ckpt")
+    with pytest.raises(ValueError, match="blocked to prevent arbitrary code"):
+        load_pruned(pl.LightningModule, tmp_path / "b.ckpt")
+
+
+def test_many_threads_at_once(tmp_path):
+    module = pruned(WithTeacher())
+    path, width = save(module, tmp_path / "a.ckpt"), sum(p.numel() for p in module.parameters())
+
+    def load(_):
+        return [load_pruned(WithTeacher, path) for _ in range(8)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [again for many in pool.map(load, range(4)) for again in many]
+    assert len(found) == 32
+    for again in found:
+        assert PlanKeeper.held_by(again).plan == PlanKeeper.held_by(module).plan
+        assert PlanKeeper.held_by(again.teacher) is None
+        assert sum(p.numel() for p in again.parameters()) == width
+    assert same(found[0], found[-1])
+
+
+def test_no_class_is_seen_but_that_of_the_user(tmp_path):
+    path = save(pruned(Registered()), tmp_path / "a.ckpt")
+    Registered.made.clear()
+    again = load_pruned(Registered, path)
+    assert Registered.made == [again]
+    assert again.again == ["configure_model"]
+    assert type(again) is Registered
+    assert not Registered.classes
+    torch.save({**torch.load(path, weights_only=True), "state_dict": {"a": torch.zeros(1)}}, path)
+    with pytest.raises(PruningError, match="do not fit this Registered"):
+        load_pruned(Registered, path)
+    failed = Registered.made[-1]
+    assert failed is not again
+    assert PlanKeeper.held_by(failed) is None
+    assert not failed._state_dict_hooks
+    assert not failed._load_state_dict_pre_hooks
+    Registered.made.clear()
+    del failed
+    gc.collect()
+    assert not Registered.__subclasses__()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_modules_of_the_other_lightning(tmp_path):
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Other(other.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = build()
+
+    module = pruned(Other())
+    run = other.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    run.strategy.connect(module)
+    run.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    again = load_pruned(Other, tmp_path / "a.ckpt")
+    assert type(again) is Other
+    assert same(again, module)
+    assert same(load_pruned(Other(), tmp_path / "a.ckpt"), module)
+
+
+def picture(module):
+    """Everything that loading could change: objects, values, numbers, hooks, configs."""
+    parts = {f"{name} {number}": part for number, (name, part) in enumerate(modules_of(module))}
+    keeper = PlanKeeper.held_by(module)
+    return (
+        {name: id(part) for name, part in parts.items()},
+        {name: (id(p), p.clone()) for name, p in parameters_of(module).items()},
+        {name: (id(b), b.clone()) for name, b in module.named_buffers()},
+        {n: {k: v for k, v in vars(p).items() if isinstance(v, int)} for n, p in parts.items()},
+        {n: sorted(vars(p)) for n, p in parts.items()},
+        {n: p.config.to_dict() for n, p in parts.items() if hasattr(p, "config")},
+        [len(module._state_dict_hooks), len(module._load_state_dict_pre_hooks)],
+        id(keeper),
+        keeper and keeper.plan,
+    )
+
+
+def equal(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def spoiled(state, kind):
+    cut = {name: value.clone() for name, value in state.items()}
+    if kind == "more":
+        cut["model.something"] = torch.zeros(1)
+    elif kind == "less":
+        del cut["model.bert.embeddings.LayerNorm.bias"]
+    elif kind == "cut and less":
+        del cut["model.bert.encoder.layer.0.output.dense.weight"]
+    elif kind == "another head":
+        cut["model.classifier.weight"] = torch.zeros(4, 12)
+        cut["model.classifier.bias"] = torch.zeros(4)
+    elif kind == "no plan":
+        for key in [key for key in cut if is_plan(key)]:
+            del cut[key]
+    return cut
+
+
+@pytest.mark.parametrize("kind", ["more", "less", "cut and less", "another head", "no plan"])
+@pytest.mark.parametrize("before", ["fresh", "with a keeper", "cut otherwise", "emptied", "late"])
+def test_a_refused_load_leaves_the_module_as_it_was(kind, before, tmp_path):
+    torch.save(spoiled(pruned(Classifier()).state_dict(), kind), tmp_path / "a.pt")
+    module = Late() if before == "late" else Classifier()
+    if before == "with a keeper":
+        assert PlanKeeper.of(module).plan.is_full
+    elif before in ("cut otherwise", "emptied"):
+        keeper = PlanKeeper.of(module)
+        plan = random_plan(keeper.axes, 0.75, seed=3)
+        if before == "emptied":
+            gone = {axis.name: () for axis in keeper.axes if axis.may_vanish}
+            plan = Plan(plan.sizes, {**plan.kept, **gone})
+        apply(module, keeper.axes, plan)
+        keeper.plan = plan
+    # It takes no copy: all its entries are one.
+    module.register_buffer("ones", torch.ones(1).expand(3), persistent=False)
+    view = picture(module)
+    for _ in range(2):
+        with pytest.raises(PruningError):
+            load_pruned(module, tmp_path / "a.pt")
+        assert equal(picture(module), view)
+    path = save(pruned(Classifier()), tmp_path / "b.ckpt")
+    assert same(load_pruned(module, path), pruned(Classifier()))
+
+
+def test_weights_without_their_plan_name_the_file_to_save(tmp_path):
+    module = pruned(Classifier())
+    state = {k: v for k, v in module.state_dict().items() if "lightning_mi_prune" not in k}
+    torch.save(state, tmp_path / "a.pt")
+    path = save(module, tmp_path / "b.ckpt")
+    torch.save({**torch.load(path, weights_only=True), "state_dict": state}, path)
+    for target, file in ((Classifier(), "a.pt"), (Classifier(), "b.ckpt"), (Classifier, "b.ckpt")):
+        with pytest.raises(PruningError, match="the file holds no plan") as error:
+            load_pruned(target, tmp_path / file)
+        for way in ("torch.save(module.state_dict()", "save_checkpoint", "save_pretrained"):
+            assert way in str(error.value)
+    wider = WithOptions("bert")
+    torch.save(WithOptions("bert", width=2).state_dict(), tmp_path / "c.pt")
+    with pytest.raises(PruningError, match="do not fit this WithOptions"):  # narrow, but not cut
+        load_pruned(wider, tmp_path / "c.pt")
+
+
+def test_files_of_safetensors(tmp_path):
+    module = pruned(Classifier())
+    state = {name: value.contiguous() for name, value in module.state_dict().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    assert same(load_pruned(Classifier(), tmp_path / "a.safetensors"), module)
+    fresh = Classifier()
+    for content in (b"", b"no weights", (tmp_path / "a.safetensors").read_bytes()[:-5]):
+        (tmp_path / "b.safetensors").write_bytes(content)
+        with pytest.raises(PruningError, match="not a checkpoint, or it is damaged"):
+            load_pruned(fresh, tmp_path / "b.safetensors")
+    with pytest.raises(PruningError, match="There is no file"):
+        load_pruned(fresh, tmp_path / "c.safetensors")
+    assert PlanKeeper.held_by(fresh) is None
 
 
 def test_hyperparameters_may_be_given(tmp_path):
@@ -244,7 +466,8 @@ def test_only_the_returned_module_keeps_a_keeper(tmp_path):
     again = load_pruned(WithTeacher, path)
     assert again.seen == pl.__version__
     assert PlanKeeper.held_by(again.teacher) is None
-    assert [key for key in again.state_dict() if "lightning_mi_prune" in key] == [PLAN_KEY]
+    plans = [key.removesuffix(PLAN_KEY) for key in again.state_dict() if key.endswith(PLAN_KEY)]
+    assert plans == ["model.bert.", "model.", "teacher.model.bert.", "teacher.model."]
     assert outputs(again.teacher.model, batch()).equal(outputs(module.teacher.model, batch()))
     assert PlanKeeper.held_by(WithTeacher()) is None
 

@@ -1,4 +1,4 @@
-"""One call, no Trainer: prune() and the command line."""
+"""One call, no Trainer: prune()."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-import yaml
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -15,10 +14,9 @@ from torchmetrics import MeanMetric
 
 from lightning_mi_prune import PruningError, load_pruned, method, prune
 from lightning_mi_prune.budget import Budget
-from lightning_mi_prune.cli import main
 from lightning_mi_prune.clock import measure_table
 from lightning_mi_prune.criteria import MutualInformation
-from lightning_mi_prune.families import find_axes, linear_axis, register_family
+from lightning_mi_prune.families import linear_axis, register_family
 from lightning_mi_prune.limits import Limits
 from lightning_mi_prune.measure import count_macs
 from lightning_mi_prune.method import Method
@@ -278,40 +276,3 @@ def test_a_latency_table_of_another_device_is_refused(tmp_path):
     with pytest.raises(PruningError, match="cuda"):
         prune(net, batches(), Budget(target_latency_ms=1.0), method=fast)
     assert same(net, before)
-
-
-def config(tmp_path, **data):
-    body = {
-        "model": {"class_path": "tests.boring.Classifier"},
-        "data": {"class_path": "tests.boring.Data", "init_args": data},
-        "trainer": {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(body))
-    return str(path)
-
-
-@pytest.mark.filterwarnings("ignore:.*LightningArgumentParser|.*add_instantiator.*")
-def test_the_command_line_prunes_a_module_on_its_data(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    output = tmp_path / "small.ckpt"
-
-    def run(*options):
-        given = ["lightning-mi-prune", "--config", config(tmp_path), "--output", str(output)]
-        monkeypatch.setattr("sys.argv", [*given, *options])
-        main()
-
-    run("--sparsity", "0.6")
-    said = capsys.readouterr().out
-    assert "val_loss" in said
-    assert "small.ckpt" in said.replace("\n", "")
-    module = load_pruned(Classifier(), output)
-    axes = find_axes(module)
-    assert sum(p.numel() for p in module.parameters()) < sum(
-        p.numel() for p in Classifier().parameters()
-    )
-    assert len(axes) == 8
-    with pytest.raises(SystemExit, match=r"error: .*out of reach"):
-        run("--target_parameters", "5")
-    with pytest.raises(SystemExit, match=r"error: A budget of sparsity=0.5 and target_macs=3"):
-        run("--sparsity", "0.5", "--target_macs", "3")

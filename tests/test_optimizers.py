@@ -239,7 +239,7 @@ class Strange(torch.optim.SGD):
         (lambda p: torch.optim.LBFGS(p, lr=0.01), "LBFGS keeps a history"),
         (
             lambda p: type("Listy", (Strange,), {"value": [1, 2]})(p, lr=0.1),
-            r"Listy keeps state 'strange' \(list",
+            r"Listy keeps state 'strange' \(a list",
         ),
         (
             lambda p: type("Odd", (Strange,), {"value": torch.zeros(7)})(p, lr=0.1),
@@ -249,7 +249,7 @@ class Strange(torch.optim.SGD):
             lambda p: type("AdamW4bit", (Strange,), {"value": torch.zeros(1).as_subclass(Packed)})(
                 p, lr=0.1
             ),
-            r"AdamW4bit keeps state 'strange' \(Packed",
+            r"AdamW4bit keeps state 'strange' \(a Packed",
         ),
     ],
 )

@@ -84,7 +84,7 @@ def test_plans_that_do_not_compose(later, message):
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "version 'list'"),
+        ("[]", "is a list of 0; expected a JSON object"),
         ('{"version": 99}', "version 99"),
         ('{"version": 1, "sizes": {}}', "'sizes' and 'kept'"),
         ('{"version": 1, "sizes": {"a": 2}, "kept": {"a": "0"}}', "list of ints"),

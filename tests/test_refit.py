@@ -21,7 +21,7 @@ from lightning_mi_prune.method import Method, pull_back
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.readings import Reading, Targets, readings
 from lightning_mi_prune.refit import _norm_sums, _solve_norm, refit
-from lightning_mi_prune.sample import Example, Heard, run
+from lightning_mi_prune.sample import Example, Heard, evaluated, full
 from lightning_mi_prune.selection import Selection, select
 from lightning_mi_prune.surgery import apply
 from tests.models import (
@@ -365,7 +365,10 @@ def test_what_autocast_made_coarse_runs_again_in_full():
         model(torch.randn(64, 5))
     ((path, (call,)),) = heard.stored.items()
     assert call.args[0].dtype == torch.bfloat16
-    run(model.get_submodule(path), call)
+    network = model.get_submodule(path)
+    call = full(call, network)
+    with evaluated(network):
+        network(*call.args, **call.kwargs)
     assert measure_macs(model, [axis], heard.calls([axis])).total({}) == 6 * 16 + 16 * 3
 
 

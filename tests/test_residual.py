@@ -23,9 +23,10 @@ from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, present_plan
+from lightning_mi_prune.loading import load_pruned
 from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.pretrained import from_pretrained, load_pruned
+from lightning_mi_prune.pretrained import from_pretrained
 from lightning_mi_prune.surgery import apply, reshape, revert, undo
 from tests import models
 from tests.models import CONFIGS, batch, build, inputs_of, masked_copy, outputs, random_plan

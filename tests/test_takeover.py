@@ -12,7 +12,7 @@ from lightning_mi_prune.anatomy import Anatomy
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes
 from lightning_mi_prune.families.stacks import find_stacks
-from lightning_mi_prune.sample import Example, Heard, run
+from lightning_mi_prune.sample import Example, Heard, evaluated
 from lightning_mi_prune.selection import Selection
 from lightning_mi_prune.surgery import operate
 from lightning_mi_prune.takeover import succession, take_over
@@ -60,7 +60,8 @@ def states(model, stack, call):
     hook = layer.register_forward_hook(
         lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out)
     )
-    run(model, call)
+    with evaluated(model):
+        model(*call.args, **call.kwargs)
     hook.remove()
     return heard_of(found[0], call.mask)
 

@@ -249,7 +249,11 @@ def test_options_are_checked(options, message):
 @pytest.mark.parametrize(
     ("pruning", "options", "message"),
     [
-        ({"monitor": "typo"}, {}, "monitor='typo', which was not logged.*'score'"),
+        (
+            {"monitor": "typo"},
+            {},
+            "monitor='typo', which Scored never logs.*'score', 'val_acc', 'val_loss'\\]",
+        ),
         ({}, {"max_epochs": 2}, "lasts 2 epochs; expected at least 3"),
         ({"last_epoch": 3, "cuts": 1}, {"max_epochs": 4}, "last_epoch=3 leaves no epoch"),
         (

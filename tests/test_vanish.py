@@ -16,9 +16,10 @@ from lightning_mi_prune.axes import Silence, full_plan
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes, linear_axis, present_plan
+from lightning_mi_prune.loading import load_pruned
 from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.pretrained import from_pretrained, load_pruned
+from lightning_mi_prune.pretrained import from_pretrained
 from lightning_mi_prune.standins import KEPT_UNITS
 from lightning_mi_prune.surgery import apply, reshape, revert, undo
 from tests import models

@@ -9,6 +9,7 @@ from typing import Literal
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_mi_prune.callbacks.monitored import logged_in_validation
 from lightning_mi_prune.strategies import decide_once
 from lightning_mi_prune.wording import number
 
@@ -47,7 +48,8 @@ class AccuracyBudget:
                 return float(logged[self.monitor])
             raise MisconfigurationException(
                 f"max_drop watches monitor={self.monitor!r}, which was not logged in validation; "
-                f"expected one of {sorted(logged)}. Log it in validation_step, or change monitor."
+                f"expected one of {logged_in_validation(trainer)}. Log it in validation_step, or "
+                "change monitor."
             )
 
         return decide_once(trainer.strategy, read)

@@ -16,6 +16,9 @@ from typing_extensions import override
 
 from lightning_mi_prune.callbacks.companions import without_best
 from lightning_mi_prune.callbacks.configuring import Footing
+from lightning_mi_prune.callbacks.dry_run import DryRun
+from lightning_mi_prune.callbacks.monitored import check_monitor
+from lightning_mi_prune.callbacks.reconciling import check_trial
 from lightning_mi_prune.callbacks.run import (
     is_dev_run,
     is_last_validation,
@@ -71,8 +74,9 @@ class PruningCallback(PruningSteps):
             )
         self._keeper = PlanKeeper.of(pl_module, self.finder())
         if stage == "fit":
-            refuse_unsupported(trainer, pl_module, layers=self.turn == 0)  # layers go first
+            refuse_unsupported(trainer, layers=self.turn == 0)  # layers go first
             self._run, self.report, self._footing = RunState(), PruningReport(), Footing()
+            self._dry_run = DryRun()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -112,6 +116,8 @@ class PruningCallback(PruningSteps):
             "what to prune and how",
             lambda: self.prepare(trainer, pl_module),
         )
+        if self._budget is not None:
+            check_monitor(trainer, pl_module, self._budget.monitor)
         for surprise in self.reconcile(trainer, pl_module):
             rank_zero_warn(surprise)
         for other in self._others(trainer):  # one run, one report: that of the first turn
@@ -120,8 +126,21 @@ class PruningCallback(PruningSteps):
         self._footing.begin(self._kept())
 
     @override
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that the metric that cuts are judged by is there."""
+        if self._budget is not None:
+            self._budget.value(trainer)
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fit the schedule into the run, now that its length is known."""
+        if self._run.trial is not None:  # of a resumed run, whose optimizers have their state now
+            known = (self._run.trial, pl_module, self._kept().anatomy, self._kept().plan)
+            together(
+                trainer.strategy,
+                "the snapshot before the last cut",
+                lambda: check_trial(*known, trainer.strategy.optimizers),
+            )
         if is_dev_run(trainer):
             rank_zero_info("fast_dev_run: listening to validation, but no cut is made.")
             self._run.schedule = Schedule((trainer.current_epoch + 1,), (1.0,))
@@ -169,7 +188,8 @@ class PruningCallback(PruningSteps):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Give the batch its share of the positions."""
+        """Try a cut on the first batch; give every batch its share of the positions."""
+        self._try(trainer, pl_module, "validation_step", batch, dataloader_idx)
         if self._listener is not None:
             self._listener.start_batch(*padded_rows(trainer, batch_idx, dataloader_idx))
 
@@ -240,7 +260,8 @@ class PruningCallback(PruningSteps):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Some resumptions skip the start of an epoch too; nothing must wait for another one."""
+        """Try a cut on the first batch; some resumptions skip the start of an epoch."""
+        self._try(trainer, pl_module, "training_step", batch)
         self.on_train_epoch_start(trainer, pl_module)
 
     @override
@@ -280,6 +301,29 @@ class PruningCallback(PruningSteps):
         self.quiet()
         self._patience.release()
         self._footing.abandon(pl_module)
+
+    def _try(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        step: str,
+        batch: Any,
+        loader: int = 0,
+    ) -> None:
+        """Run a step once, on a copy of the whole module that was cut."""
+        over = self._run.fitted.epochs and self._is_finished()
+        if trainer.state.fn != "fit" or self._dry_run.knows(step) or over:
+            return
+        self._dry_run.remember(step, batch, loader)
+        keeper, plan = self._kept(), self.trial_plan()
+        if plan is not None:
+            together(
+                trainer.strategy,
+                f"a cut of a copy of the module, tried in {step}",
+                lambda: self._dry_run.check(
+                    trainer, module, keeper.anatomy, keeper.plan, plan, only=step
+                ),
+            )
 
     def _hold_patience(self, trainer: pl.Trainer) -> None:
         if not self._is_last_turn(trainer):

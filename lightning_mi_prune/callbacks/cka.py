@@ -16,6 +16,7 @@ from lightning_mi_prune.callbacks.options import (
     check_counts,
     check_order,
     check_types,
+    without_private,
 )
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.sparing import LayerCriterion, Thinning
@@ -99,6 +100,7 @@ class CKALayerPruning(LayerPruning):
         verbose: bool = True,
         best_of: BestOf = "final_size",
     ) -> None:
+        options = without_private(locals())
         check_types(module=module, verbose=verbose, refit=refit)
         check_counts(seed=seed, cuts=cuts, first_epoch=first_epoch, last_epoch=last_epoch)
         check_counts(positions=positions, least=4)
@@ -131,3 +133,4 @@ class CKALayerPruning(LayerPruning):
             best_of=best_of,
             budget=accuracy_budget(max_drop, monitor, mode),
         )
+        self._options = options

@@ -16,7 +16,7 @@ from lightning_mi_prune.alignment import Kernel
 from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.base import PruningCallback
 from lightning_mi_prune.callbacks.companions import BestOf
-from lightning_mi_prune.callbacks.reconciling import watch_anew
+from lightning_mi_prune.callbacks.reconciling import resumed, watch_anew
 from lightning_mi_prune.callbacks.records import Pending, Trial
 from lightning_mi_prune.callbacks.run import validation_batches, without_frozen
 from lightning_mi_prune.callbacks.schedule import Schedule
@@ -40,7 +40,7 @@ from lightning_mi_prune.sparing import Compared, StackCut, Thinning, nearest
 from lightning_mi_prune.stack import blocks_of
 from lightning_mi_prune.stacks import StackListeners
 from lightning_mi_prune.states import check_optimizers
-from lightning_mi_prune.strategies import add_up, gather, pool, world_size
+from lightning_mi_prune.strategies import add_up, gather, pool, refuse_compiled, world_size
 from lightning_mi_prune.takeover import take_over
 from lightning_mi_prune.wording import counted
 
@@ -101,7 +101,7 @@ class LayerPruning(PruningCallback):
         return partial(find_parts, stacks=self._paths, within=self._within)
 
     @override
-    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, object]:
         keeper = self._kept()
         stacks = keeper.anatomy.stacks
         if self._paths is None:  # one layer, as in a short decoder, is no stack to thin
@@ -111,6 +111,9 @@ class LayerPruning(PruningCallback):
             mine = [stack for stack in stacks if stack.name in self._paths]
         self._stacks = without_frozen(module, mine)
         check_reached(module, self._names)
+        refuse_compiled(module, self._names)
+        layers = [module.get_submodule(name) for name in self._names]
+        self.warn_of_holders(trainer, module, [p for part in layers for p in part.parameters()])
         for stack in self._stacks:
             if keeper.plan.width(stack.name) > 1 or stack.size < 2:
                 blocks_of(module, stack.name)
@@ -123,9 +126,8 @@ class LayerPruning(PruningCallback):
         if not self._run.fitted.epochs:
             self.report = begin_layer_report(module, keeper, self._names)
         self.check_state(trainer, module)
-        listening = (self._kernel, self._bandwidth, self._positions, self._calls, self._seed)
-        options = (self._budget, self._best_of, listening, self.thinning)
-        return f"{keeper.plan.digest()} {self._names} {options}"
+        sizes = {f"the size of {stack.name!r}": stack.size for stack in self._stacks}
+        return self._options | sizes | resumed(self._run, keeper.plan)
 
     @override
     def reconcile(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
@@ -151,6 +153,16 @@ class LayerPruning(PruningCallback):
         # Layers take over what a well-trained model says; attempts need time to be taken back.
         late = self._budget is None
         return self._fit(length, 1.0, every, begin, ramp="linear", cuts=cuts, late=late)
+
+    @override
+    def trial_plan(self) -> Plan | None:
+        keeper = self._kept()
+        shorter = {
+            stack.name: keeper.plan.kept[stack.name][:-1]
+            for stack in self._stacks
+            if keeper.plan.width(stack.name) > max(1, stack.fixed)
+        }
+        return keeper.anatomy.without(keeper.plan, shorter) if shorter else None
 
     @override
     def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> StackListeners:

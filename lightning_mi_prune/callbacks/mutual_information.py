@@ -23,6 +23,7 @@ from lightning_mi_prune.callbacks.options import (
     check_regex,
     check_types,
     check_units,
+    without_private,
 )
 from lightning_mi_prune.callbacks.schedule import Ramp, Schedule
 from lightning_mi_prune.callbacks.widths import WidthPruning
@@ -48,12 +49,12 @@ class MutualInformationPruning(WidthPruning):
     in smaller dense layers, carries the optimizer's state across, and training goes on.
 
     Args:
-        sparsity: Share of the prunable parameters to remove by the last cut, against the model as
-            built; between 0 and 1. Default 0.5, unless one of the four budgets below is given.
-        target_parameters: Instead: parameters of the whole module after the last cut.
-        target_macs: Instead: multiply-accumulates of one validation example after it.
-        target_latency_ms: Instead: milliseconds of one forward pass of ``latency_batch`` examples,
-            predicted from a table that is measured on this device.
+        sparsity: Share of the prunable parameters to remove. Above 0 and below 1, against the model
+            as built. Default 0.5, unless one of the four budgets below is given.
+        target_parameters: Instead: parameters of the whole module in the end.
+        target_macs: Instead: multiply-accumulates of one validation example in the end.
+        target_latency_ms: Instead: milliseconds of one forward pass of ``latency_batch`` examples.
+            They are predicted from a table that is measured on this device.
         keep_information: Instead: share of the information with the layers above, in nats and
             summed over all axes, that stays.
         units: Kinds of unit to cut: ``"ffn"``, ``"heads"`` (default), ``"dims"`` (dimensions of
@@ -61,24 +62,25 @@ class MutualInformationPruning(WidthPruning):
         module: Path of the submodule to search, such as ``"encoder"``; default: the whole module.
         include: Regular expression; only axes whose name it finds are cut.
         exclude: Regular expression; axes whose name it finds are left alone.
-        widths: ``"global"`` lets heads and neurons of all layers compete for the budget by what
-            they lose for their cost, ``"uniform"`` keeps the same share everywhere.
-        floors: Least units of an axis by regular expression on its name; an int counts units, a
+        widths: ``"global"`` lets heads and neurons of all layers compete for the budget,
+            ``"uniform"`` keeps the same share everywhere. They compete by what is lost for the
+            cost that is saved.
+        floors: Least units of an axis by regular expression on its name. An int counts units, a
             float is a share of the axis as built.
         caps: Most units, likewise.
         pins: Exact units, likewise.
         floor: Smallest share of every axis that stays. With 0 whole sublayers may vanish.
         multiple: Neuron widths are multiples of this.
-        relevance: Which part of the layer above matters. ``"gradient"``: the part that the loss
-            listens to, taken from ordinary training steps; ``"readers"``: what the weights kept
-            above read; None: all of it alike.
-        relevance_steps: Training steps of an epoch to take gradients from, over all ranks.
-        selection: ``"conditional"`` (joint information, exact backward elimination) or ``"topk"``
-            (every unit alone, the literal reading of the paper's abstract).
+        relevance: Which part of the layer above matters: ``"gradient"`` (what the loss depends on),
+            ``"readers"`` (what the weights kept above use) or None (all of it alike). Gradients
+            are taken from ordinary training steps.
+        relevance_steps: Training steps to take gradients from. Those of an epoch, over all ranks.
+        selection: ``"conditional"`` (joint information) or ``"topk"`` (every unit alone). The first
+            is exact backward elimination, the second the literal reading of the paper's abstract.
         fold_in: Whether the readers' weights absorb the dropped units by least squares.
-        refit: Whether output projections are solved again, bottom-up, on what the cut model hears.
-        refit_positions: Validation positions to store for that, over all ranks; more are better.
-        positions: Samples to listen to on each axis in a validation run.
+        refit: Whether output projections are solved again on the inputs of the cut model.
+        refit_positions: Validation positions to store for that. Over all ranks; more are better.
+        positions: Samples to collect for each axis. In one validation run.
         latency_table: JSON file of measured latencies; measured and written if it is not there.
         latency_batch: Examples in the call that is timed.
         ramp: ``"cubic"``, ``"linear"`` or ``"one_shot"`` growth of the sparsity over the cuts.
@@ -155,6 +157,7 @@ class MutualInformationPruning(WidthPruning):
         on_drop: Literal["halve", "stop"] = "halve",
         best_of: BestOf = "final_size",
     ) -> None:
+        options = without_private(locals())
         between("floor", floor, 0, 1, closed=True)
         check_types(
             include=include,
@@ -208,6 +211,7 @@ class MutualInformationPruning(WidthPruning):
             best_of=best_of,
             budget=accuracy_budget(max_drop, monitor, mode, on_drop),
         )
+        self._options = options
         self._units, self._include, self._exclude = units, include, exclude
         self._ramp: Ramp = ramp
         self._cuts, self._first, self._last = cuts, first_epoch, last_epoch
@@ -237,7 +241,7 @@ class MutualInformationPruning(WidthPruning):
                 f"target_parameters={allowed}, but the module has {number(has)} as built: "
                 "nothing to cut. Ask for fewer."
             )
-        method.check(module, self._kept().axes, axes, widths)
+        method.check(module, self._kept().axes, axes, widths, writes=module.trainer.is_global_zero)
 
     @property
     def _goal(self) -> float:
@@ -272,6 +276,7 @@ class MutualInformationPruning(WidthPruning):
             heard,
             progress=min(1.0, goal / self._goal),
             kept=kept,
+            tables=self._run.tables,
         )
 
     @override

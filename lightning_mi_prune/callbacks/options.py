@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,9 +21,12 @@ __all__ = [
     "check_regex",
     "check_types",
     "check_units",
+    "without_private",
 ]
 
 _TEXT: tuple[type, ...] = (str, type(None))
+# What each rank may have as it likes: of these, only those of rank 0 are looked at.
+_PRIVATE = {"self", "__class__", "verbose", "latency_table"}
 _LEAST = {
     "seed": 0,
     "multiple": 1,
@@ -53,6 +57,19 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "on_drop": ("halve", "stop"),
     "best_of": get_args(BestOf),
 }
+
+
+def without_private(given: Mapping[str, object]) -> dict[str, object]:
+    """All arguments of a constructor that all ranks must share: those that decide on the result.
+
+    Args:
+        given: Its ``locals()``, before anything else is there.
+
+    Example:
+        >>> without_private({"self": 1, "__class__": 2, "seed": 3, "verbose": True})
+        {'seed': 3}
+    """
+    return {name: given[name] for name in given if name not in _PRIVATE}
 
 
 def between(name: str, value: float, low: float, high: float, *, closed: bool = False) -> None:

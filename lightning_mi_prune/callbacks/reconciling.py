@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from lightning_mi_prune.anatomy import Anatomy
 from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
+from lightning_mi_prune.callbacks.records import Trial
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.gradients import blank
+from lightning_mi_prune.incisions import shapes_at
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import GradientSums
+from lightning_mi_prune.states import fits, held
+from lightning_mi_prune.untrusted import described, reading
 
-__all__ = ["Asked", "reconcile", "watch_anew"]
+__all__ = ["Asked", "check_trial", "reconcile", "resumed", "watch_anew"]
+
+_REMEDY = "take another checkpoint, or resume without max_drop, which keeps the last cut"
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,105 @@ def reconcile(
         surprises.append(f"The budget was {run.aim or 'a sparsity'}; the schedule begins anew.")
     run.aim = aim
     return surprises + watch_anew(run, budget)
+
+
+def resumed(run: RunState, plan: Plan) -> dict[str, object]:
+    """What all ranks must have read from the same checkpoint, by name."""
+    return {
+        "the plan of the model": plan.digest(),
+        "the sparsity reached": run.reached,
+        "the epoch of the cut on probation": run.trial and run.trial.epoch,
+        "the epoch of the pending cut": run.pending and run.pending.epoch,
+    }
+
+
+def check_trial(
+    trial: Trial,
+    module: nn.Module,
+    anatomy: Anatomy,
+    current: Plan,
+    optimizers: Sequence[Optimizer],
+) -> None:
+    """Refuse, before the first batch, a snapshot that a rollback could not go back to.
+
+    Args:
+        trial: The cut on probation, as a checkpoint holds it.
+        module: The model.
+        anatomy: What it can lose, as built.
+        current: Plan it carries.
+        optimizers: All optimizers of the run, with their state.
+
+    Raises:
+        PruningError: If names, shapes or kinds of weights or of states are others.
+    """
+    with reading("The snapshot before the last cut", _REMEDY):
+        before = trial.plan
+        for name in set(before.sizes) & set(current.sizes):
+            if before.sizes[name] != current.sizes[name]:
+                sizes = f"{before.sizes[name]}, not {current.sizes[name]}"
+                raise ValueError(f"{described(name)} has size {sizes}")
+            if not set(current.kept[name]) <= set(before.kept[name]):
+                raise ValueError(f"{described(name)} has units now that it had not then")
+        changed = tuple(
+            f"{stack.name}."
+            for stack in anatomy.stacks
+            if before.kept.get(stack.name) != current.kept.get(stack.name)
+        )
+        _check_weights(trial, module, shapes_at(module, anatomy.standing(before), before), changed)
+        _check_optimizers(trial, module, optimizers, changed)
+
+
+def _check_weights(
+    trial: Trial, module: nn.Module, shapes: Mapping[str, list[int]], changed: tuple[str, ...]
+) -> None:
+    """Names below ``changed`` are others where layers went since; the rollback compares those."""
+    every = module.named_parameters(remove_duplicate=False)
+    cut = {id(p): shapes[name] for name, p in every if name in shapes}  # tied under any name
+    for name, parameter in module.named_parameters():
+        if name.startswith(changed):
+            continue
+        shape, saved = cut.get(id(parameter), list(parameter.shape)), trial.weights.get(name)
+        if saved is None or list(saved.shape) != shape:
+            found = "nothing" if saved is None else described(saved)
+            raise ValueError(f"{name!r} is {found}; expected shape {tuple(shape)}")
+        _check_alike(name, saved, parameter)
+    for name, buffer in module.named_buffers():  # their shapes may change as training goes on
+        if name in trial.weights and not name.startswith(changed):
+            _check_alike(name, trial.weights[name], buffer)
+
+
+def _check_alike(name: str, saved: Tensor, present: Tensor) -> None:
+    kinds = [
+        (t.layout, t.is_quantized, t.is_floating_point(), t.is_complex()) for t in (saved, present)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{name!r} is {described(saved)}; expected {described(present)}")
+
+
+def _check_optimizers(
+    trial: Trial, module: nn.Module, optimizers: Sequence[Optimizer], changed: tuple[str, ...]
+) -> None:
+    if len(trial.optimizers) != len(optimizers):
+        raise ValueError(f"it has {len(trial.optimizers)} optimizers, not {len(optimizers)}")
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for optimizer, states in zip(optimizers, trial.optimizers, strict=True):
+        kind = type(optimizer).__name__
+        # Those of torch keep everything of a parameter from its first step on.
+        whole = type(optimizer).__module__.startswith("torch.optim")
+        for _, _, parameter in held(optimizer):
+            name, present = names.get(id(parameter), ""), optimizer.state.get(parameter, {})
+            saved: Mapping[str, Any] = states.get(name, {})
+            if not saved or name.startswith(changed):
+                continue
+            for key, value in saved.items():
+                if not fits(key, value, trial.weights[name], present, parameter):
+                    what = f"{described(key)} of {name!r} is {described(value)}"
+                    now = described(present[key]) if key in present else "another kind"
+                    raise ValueError(f"{what}; {kind} keeps {now}")
+            if whole and present and set(saved) != set(present):
+                raise ValueError(
+                    f"the state of {name!r} has {sorted(saved)[:6]}; {kind} keeps {sorted(present)}"
+                )
 
 
 def watch_anew(run: RunState, budget: AccuracyBudget | None) -> list[str]:

@@ -22,11 +22,23 @@ from lightning_mi_prune.callbacks.records import (
     write_trial,
 )
 from lightning_mi_prune.callbacks.schedule import Schedule
-from lightning_mi_prune.callbacks.untrusted import number, whole
+from lightning_mi_prune.callbacks.tensors import check_tensors
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.latency import Device, LatencyTable
 from lightning_mi_prune.relevance import GradientSums
-from lightning_mi_prune.report import PruningReport
+from lightning_mi_prune.report import PruningReport, read_report
 from lightning_mi_prune.sample import Example, Heard, is_plain
+from lightning_mi_prune.untrusted import (
+    check_nesting,
+    described,
+    flag,
+    listed,
+    mapping,
+    number,
+    reading,
+    text,
+    whole,
+)
 
 __all__ = ["RunState"]
 
@@ -58,6 +70,7 @@ class RunState:
         every: Of each cluster of layers every so manieth goes; one more after a failure.
         compared: What was heard of the layers when the last cut of them was decided.
         stale: Whether no validation ran since the size changed: the logged metrics are older.
+        tables: Latencies that were measured in this process and are in no file; not saved.
     """
 
     fitted: Schedule = field(default_factory=Schedule)
@@ -78,6 +91,7 @@ class RunState:
     every: int = 1
     compared: Heard = field(default_factory=Heard)
     stale: bool = False
+    tables: dict[Device, LatencyTable] = field(default_factory=dict)
 
     def to_dict(self, report: PruningReport) -> dict[str, Any]:
         """Plain containers and tensors, which ``torch.load(weights_only=True)`` opens."""
@@ -111,13 +125,15 @@ class RunState:
         Raises:
             PruningError: If it is something else.
         """
-        if not isinstance(state, Mapping) or state.get("version") != _VERSION:
-            found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+        version = state.get("version") if isinstance(state, Mapping) else state
+        if type(version) is not int or version != _VERSION:
             raise PruningError(
-                f"The checkpoint holds a pruning run of version {found!r}; this package reads "
-                f"version {_VERSION}."
+                f"The checkpoint holds a pruning run of version {described(version)}; this package "
+                f"reads version {_VERSION}."
             )
-        try:
+        with reading("The pruning state of the checkpoint", "take another checkpoint"):
+            check_nesting(state)
+            check_tensors(state)
             return cls(
                 fitted=_read_schedule(state["fitted"]),
                 schedule=_read_schedule(state["schedule"]),
@@ -130,19 +146,14 @@ class RunState:
                 pending=_unless_none(read_pending, state["pending"]),
                 trial=_unless_none(read_trial, state["trial"]),
                 best=_unless_none(number, state["best"]),
-                aim=str(state["aim"]),
-                watched=str(state["watched"]),
-                examples={path: read_example(call) for path, call in state["examples"].items()},
-                seconds={str(name): number(s, 0) for name, s in state["seconds"].items()},
-                every=whole(state["every"]),
+                aim=text(state["aim"]),
+                watched=text(state["watched"]),
+                examples={p: read_example(call) for p, call in mapping(state["examples"]).items()},
+                seconds={name: number(s, 0) for name, s in mapping(state["seconds"]).items()},
+                every=whole(state["every"], low=1),
                 compared=read_heard(state["compared"]),
-                stale=bool(state["stale"]),
-            ), PruningReport.from_state(state["report"])
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise PruningError(
-                f"The pruning state of the checkpoint is damaged ({type(error).__name__}: "
-                f"{error}); take another checkpoint."
-            ) from error
+                stale=flag(state["stale"]),
+            ), read_report(state["report"])
 
 
 def _write_schedule(schedule: Schedule) -> dict[str, list[float]]:
@@ -154,8 +165,6 @@ def _unless_none(read: Callable[[Any], T], value: Any) -> T | None:
 
 
 def _read_schedule(state: Mapping[str, Any]) -> Schedule:
-    epochs = tuple(whole(epoch) for epoch in state["epochs"])
-    sparsities = tuple(number(s, 0, 1) for s in state["sparsities"])
-    if len(epochs) != len(sparsities):
-        raise ValueError(f"{len(epochs)} epochs and {len(sparsities)} sparsities")
+    epochs = tuple(whole(epoch) for epoch in listed(mapping(state)["epochs"]))
+    sparsities = tuple(number(s, 0, 1) for s in listed(state["sparsities"], len(epochs)))
     return Schedule(epochs, sparsities)

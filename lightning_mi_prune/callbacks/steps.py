@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.companions import BestOf, Patience, restart_comparison
+from lightning_mi_prune.callbacks.dry_run import DryRun
 from lightning_mi_prune.callbacks.records import Pending, Trial
 from lightning_mi_prune.callbacks.run import is_dev_run, run_length
 from lightning_mi_prune.callbacks.schedule import Schedule, fit_schedule, judging_epoch
@@ -22,14 +25,15 @@ from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.callbacks.telling import macs_of, tell_no_cut
 from lightning_mi_prune.callbacks.trial import begin_trial, take_back
 from lightning_mi_prune.checkpoints import PlanKeeper
-from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.dry_run import held_elsewhere
+from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.hooks import Ear
 from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.report import Cut, PruningReport, print_cut
 from lightning_mi_prune.sample import Heard, placed
 from lightning_mi_prune.selection import Selection
-from lightning_mi_prune.strategies import agree, decide_once, rewrap
+from lightning_mi_prune.strategies import agree, decide_once, rewrap, together
 from lightning_mi_prune.surgery import cancel, operate
 from lightning_mi_prune.wording import counted
 
@@ -66,13 +70,15 @@ class PruningSteps(pl.Callback, ABC):
         self._listener: Ear | None = None
         self._patience = Patience()
         self._run = RunState()
+        self._dry_run = DryRun()
         self._waits = False
         self._share = ""
+        self._options: dict[str, object] = {}  # that decide on the result, for ranks to compare
         self._first: int | None = None
         self._last: int | None = None
 
     @abstractmethod
-    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, object]:
         """Find what may go and check what can be known; returns what all ranks must agree on."""
 
     @abstractmethod
@@ -107,11 +113,34 @@ class PruningSteps(pl.Callback, ABC):
     def retry(self, trainer: pl.Trainer, trial: Trial, failed: float) -> str:
         """Say in the run what comes after a cut to ``failed`` was taken back; and in words."""
 
+    @abstractmethod
+    def trial_plan(self) -> Plan | None:
+        """A cut to try on a copy of the module before the first one; None where none is left."""
+
     def pull_back(
         self, trainer: pl.Trainer, module: pl.LightningModule, selection: Selection, heard: Heard
     ) -> Selection:
         """The selection with weights that make up for the cut; every rank comes by."""
         return selection
+
+    def warn_of_holders(
+        self, trainer: pl.Trainer, module: pl.LightningModule, cut: Sequence[nn.Parameter]
+    ) -> None:
+        """Name what would go on holding parameters that a cut replaces."""
+        others: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        strangers = {
+            type(c).__name__: c
+            for c in others
+            if not isinstance(c, PruningSteps) and not type(c).__module__.startswith("lightning.")
+        }
+        held = held_elsewhere({"": module, **strangers}, cut)
+        if held:
+            rank_zero_warn(
+                f"{', '.join(map(repr, held[:6]))} hold parameters that a cut replaces, and would "
+                "go on with the old ones. Read them from the module where they are used "
+                "(named_parameters), or collect them again in on_train_epoch_start.",
+                category=PruningWarning,
+            )
 
     def quiet(self) -> None:
         """Take down all hooks that are up."""
@@ -142,6 +171,7 @@ class PruningSteps(pl.Callback, ABC):
             self._reached(trainer, heard, goal)
             run.reached, run.felt = goal, None
             return
+        self._check_steps(trainer, module, selection.plan)
         started = time.perf_counter()
         heard.moments = {}  # as large as the model; what follows needs the room
         refitted = _on_cpu(self.pull_back(trainer, module, selection, heard))
@@ -152,6 +182,22 @@ class PruningSteps(pl.Callback, ABC):
         ranks = heard.ranks if heard.stacks and self._budget is not None else ()
         run.compared = Heard(stacks=heard.stacks, ranks=ranks)
         run.seconds["refitting"] = time.perf_counter() - started
+
+    def _check_steps(self, trainer: pl.Trainer, module: pl.LightningModule, plan: Plan) -> None:
+        """Try a cut that does more than the one before the first: it empties groups, or layers go.
+
+        Raises:
+            PruningError: If a step of the module cannot do without what the plan removes.
+        """
+        anatomy, current = self._kept().anatomy, self._kept().plan
+        stacks = {stack.name for stack in anatomy.stacks}
+        more = (n in stacks or not plan.width(n) for n in plan.sizes if current.width(n))
+        if any(more):
+            together(
+                trainer.strategy,
+                "a cut of a copy of the module",
+                lambda: self._dry_run.check(trainer, module, anatomy, current, plan),
+            )
 
     def _reached(self, trainer: pl.Trainer, heard: Heard, goal: float) -> None:
         """Say that no cut is needed for a goal."""

@@ -14,10 +14,9 @@ from lightning_mi_prune.callbacks.records import Pending
 from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.errors import PruningWarning
-from lightning_mi_prune.measure import count_macs
+from lightning_mi_prune.measure import macs_of_calls
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.report import Cut, PruningReport, axis_cuts
-from lightning_mi_prune.sample import Example, placed
 from lightning_mi_prune.sparing import StackCut
 
 __all__ = [
@@ -165,12 +164,8 @@ def macs_of(trainer: pl.Trainer, module: pl.LightningModule, run: RunState) -> i
         )
         return 0
     try:
-        calls = {
-            path: Example(*placed((call.args, call.kwargs), module.device))
-            for path, call in run.examples.items()
-        }
         with trainer.precision_plugin.forward_context():
-            return sum(count_macs(module.get_submodule(p), c) for p, c in calls.items())
+            return macs_of_calls(module, run.examples)
     except Exception as error:  # a number for the report is not worth a training run
         rank_zero_warn(f"MACs could not be counted and are reported as 0: {error}")
         return 0

@@ -18,13 +18,14 @@ from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
 from lightning_mi_prune.callbacks.base import PruningCallback
 from lightning_mi_prune.callbacks.companions import BestOf
 from lightning_mi_prune.callbacks.feeling import Feeling, is_scaled, pooled, write_felt
-from lightning_mi_prune.callbacks.reconciling import Asked, reconcile
+from lightning_mi_prune.callbacks.reconciling import Asked, reconcile, resumed
 from lightning_mi_prune.callbacks.records import Pending, Trial
 from lightning_mi_prune.callbacks.run import validation_batches, without_frozen
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.telling import begin_report, describe
 from lightning_mi_prune.checkpoints import Find
 from lightning_mi_prune.choosing import summary
+from lightning_mi_prune.dry_run import half_plan
 from lightning_mi_prune.families import find_axes, is_within, untouched
 from lightning_mi_prune.gradients import blank
 from lightning_mi_prune.hooks import Ear
@@ -35,7 +36,7 @@ from lightning_mi_prune.relevance import GradientSums, check_gradients
 from lightning_mi_prune.report import Cut
 from lightning_mi_prune.sample import Heard, placed, refreshed
 from lightning_mi_prune.states import check_optimizers
-from lightning_mi_prune.strategies import gather, pool, world_size
+from lightning_mi_prune.strategies import gather, pool, refuse_compiled, world_size
 from lightning_mi_prune.surgery import check
 
 __all__ = ["WidthPruning"]
@@ -93,22 +94,23 @@ class WidthPruning(PruningCallback):
         return partial(find_axes, within=self._within)
 
     @override
-    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, object]:
         keeper = self._kept()
         mine = [axis for axis in keeper.anatomy.axes if is_within(axis.name, self._within)]
         others = untouched(module, keeper.anatomy.axes, self._within)
         self._chosen = self.choose(without_frozen(module, mine), others)
         rank_zero_info(f"Pruning may cut {summary(self._chosen)}.")
         check(module, self._standing, keeper.plan)
+        tensors = {s.tensor for axis in self._standing for s in axis.slices}
+        refuse_compiled(module, {name.rpartition(".")[0] for name in tensors})
+        self.warn_of_holders(trainer, module, [module.get_parameter(name) for name in tensors])
         if not self._run.fitted.epochs:
             self.report = begin_report(module, keeper, self._chosen)
         self.check_state(trainer, module)
         present = {name: len(kept) for name, kept in keeper.plan.kept.items()}
         self.check(module, self._standing, present)
-        sizes = [(axis.name, axis.size) for axis in self._chosen]
-        sampling = (self._positions, self._calls, self._steps, self._seed)
-        options = (self._budget, self._best_of, sampling)
-        return f"{keeper.plan.digest()} {sizes} {options}"
+        sizes = {f"the size of {axis.name!r}": axis.size for axis in self._chosen}
+        return self._options | sizes | resumed(self._run, keeper.plan)
 
     @override
     def reconcile(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
@@ -117,6 +119,10 @@ class WidthPruning(PruningCallback):
         if trainer.global_rank and self._run.felt is not None:  # rank 0 goes on with all of it
             self._run.felt = blank(module, self._standing, self._kept().plan)
         return surprises
+
+    @override
+    def trial_plan(self) -> Plan | None:
+        return half_plan(self._standing, self._kept().plan) if self._standing else None
 
     @override
     def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> Listener:

@@ -17,6 +17,7 @@ __all__ = [
     "find_axes",
     "is_within",
     "linear_axis",
+    "plan_for",
     "present_plan",
     "register_family",
     "untouched",
@@ -94,9 +95,10 @@ def find_axes(module: nn.Module, within: str = "") -> list[WidthAxis]:
         family = next((f for f in _FAMILIES if f.matches(network)), None)
         if family is not None and (is_within(path, within) or is_within(within, path)):
             seen.append(path)
-            plan = _plan_of(network)
+            found = family.describe(network)
+            plan = plan_for(network, found)
             sizes = {} if plan is None else plan.sizes
-            axes += [a.prefixed(path) for a in as_built(family.describe(network), sizes)]
+            axes += [a.prefixed(path) for a in as_built(found, sizes)]
     axes = [axis for axis in axes if is_within(axis.name, within)]
     if not axes:
         raise PruningError(_unknown(root))
@@ -107,11 +109,38 @@ def present_plan(module: nn.Module, axes: Sequence[WidthAxis]) -> Plan:
     """The plan that ``module`` carries: full, unless a pruned network was loaded into it."""
     kept: dict[str, tuple[int, ...]] = {axis.name: tuple(range(axis.size)) for axis in axes}
     for path in {axis.network for axis in axes}:
-        plan = _plan_of(module.get_submodule(path))
+        mine = [axis for axis in axes if axis.network == path]
+        plan = plan_for(module.get_submodule(path), mine, path)
         if plan is not None:
             named = plan.prefixed(path)
             kept.update({name: k for name, k in named.kept.items() if name in kept})
     return Plan({axis.name: axis.size for axis in axes}, kept)
+
+
+def plan_for(network: nn.Module, axes: Sequence[WidthAxis], path: str = "") -> Plan | None:
+    """The plan recorded in the config of a network, named from that network.
+
+    The record may have been made on the encoder alone or on an encoder with a head: an encoder
+    reads its part of it, and a model with a head finds that of its encoder.
+
+    Args:
+        network: A network of a known family.
+        axes: Its axes.
+        path: Module path from which the axes are named.
+
+    Raises:
+        PruningError: If the record is not a plan.
+    """
+    plan = recorded_plan(network)
+    prefix = str(getattr(network, "base_model_prefix", ""))
+    names = {axis.name for axis in axes}
+    if plan is None or not prefix or names & set(plan.prefixed(path).sizes):
+        return plan
+    if isinstance(getattr(network, prefix, None), nn.Module):
+        other = plan.prefixed(prefix)
+    else:
+        other = plan.under(prefix)
+    return other if names & set(other.prefixed(path).sizes) else plan
 
 
 def is_within(path: str, top: str) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_mi_prune.axes import Count, Slice, WidthAxis
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.standins import linear_at
 
 __all__ = ["linear_axis"]
 
@@ -85,7 +86,7 @@ def linear_axis(
 
 def _linear(network: nn.Module, path: str, axis: str) -> nn.Linear:
     try:
-        layer = network.get_submodule(path)
+        layer = linear_at(network.get_submodule(path))
     except AttributeError as error:
         raise PruningError(
             f"Axis {axis!r} needs the layer {path!r}, which {type(network).__name__} does not have."

@@ -9,14 +9,18 @@ from torch import nn
 
 from lightning_mi_prune.axes import Count, Slice, WidthAxis
 from lightning_mi_prune.families.names import FamilyNames, LayerNames
+from lightning_mi_prune.standins import linear_at
 
 __all__ = ["module_at", "residual_axis", "state_readers"]
 
 
 def module_at(network: nn.Module, path: str | None) -> nn.Module | None:
-    """The module at a path, or None where a model of the family has none."""
+    """The module at a path, or None where a model of the family has none.
+
+    A linear layer that lost all its units is still one of the family.
+    """
     try:
-        return None if path is None else network.get_submodule(path)
+        return None if path is None else linear_at(network.get_submodule(path))
     except AttributeError:
         return None
 

@@ -78,7 +78,13 @@ def describe(network: nn.Module) -> list[WidthAxis]:
         axes += _layer_axes(network, layer, names, scope, level=2 * index, above=[*again, *later])
     axes = [replace(axis, above=(*axis.above, *state)) for axis in axes]
     head = names.heads.get(type(network).__name__.removeprefix(names.classes))
-    if head is not None and head.pooler is not None:
+    # With a head of the user's own above the pooler, its units are not known to be units.
+    plain = (
+        head is not None
+        and head.pooler is not None
+        and all(type(module_at(network, path)) is nn.Linear for path in head.pooler)
+    )
+    if head is not None and head.pooler is not None and plain:
         pooler = linear_axis(
             network,
             "pooler",

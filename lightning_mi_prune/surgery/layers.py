@@ -13,6 +13,7 @@ from lightning_mi_prune.containers import container_of
 from lightning_mi_prune.depth import DepthAxis, full_depth
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
+from lightning_mi_prune.standins import modules_of
 from lightning_mi_prune.surgery.configs import own_config
 
 __all__ = ["Spare", "arrange", "hollow", "shorten"]
@@ -154,7 +155,7 @@ def _tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _exchange(layer: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
     """Other parameters in place of all those of a layer; shared ones stay shared."""
     made: dict[int, nn.Parameter] = {}
-    for path, module in layer.named_modules():
+    for path, module in modules_of(layer):
         for name, old in module._parameters.items():
             if old is not None:
                 if id(old) not in made:
@@ -219,7 +220,8 @@ def _check(model: nn.Module, axis: DepthAxis, kept: Sequence[int], now: Plan) ->
     if len(container) != now.width(axis.name):
         raise PruningError(
             f"{axis.name!r} has {len(container)} layers; the plan expects "
-            f"{now.width(axis.name)}. The model was changed behind the plan."
+            f"{now.width(axis.name)}. The model was changed behind the plan: put a whole new "
+            "network there, with a config of its own, or load the weights the plan is of."
         )
     if not kept:
         raise PruningError(f"No layer of {axis.name!r} would stay; keep one or more.")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lightning_mi_prune.anatomy import Anatomy
+from lightning_mi_prune.axes import WidthAxis
 from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.incisions import owners
 from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.standins import modules_of
 from lightning_mi_prune.surgery.layers import Spare, arrange
 from lightning_mi_prune.surgery.units import Rewrite, apply, reshape, revert, undo
 from lightning_mi_prune.turns import TurnMaps
@@ -107,19 +109,34 @@ def recover(
 
 
 def remodel(
-    model: nn.Module, anatomy: Anatomy, plan: Plan, *, current: Plan, spare: Spare
-) -> Spare:
+    model: nn.Module,
+    anatomy: Anatomy,
+    plan: Plan,
+    *,
+    current: Plan,
+    spare: Spare,
+    only: Sequence[WidthAxis] | None = None,
+) -> Operation:
     """Give a model the layers and shapes of any plan, for weights that follow.
 
-    Returns:
-        The layers that left.
+    Args:
+        model: Module from which everything is named.
+        anatomy: What it can lose, as built.
+        plan: The plan.
+        current: Plan the model carries now.
+        spare: Layers that are gone, hollow or not.
+        only: The axes that change, at their places in the plan; default: all.
 
     Raises:
-        PruningError: If the plan and the model do not belong together.
+        PruningError: If the plan and the model do not belong together; the model is as it was.
     """
     removed = arrange(model, anatomy.stacks, plan, current=current, spare=spare)
-    reshape(model, anatomy.standing(plan), plan)
-    return removed
+    try:
+        rewrites = reshape(model, anatomy.standing(plan), plan, only)
+    except BaseException:
+        _put_back(model, anatomy, removed, plan, current)
+        raise
+    return Operation(current, plan, tuple(rewrites), removed)
 
 
 def cancel(model: nn.Module, anatomy: Anatomy, operation: Operation) -> Spare:
@@ -149,7 +166,7 @@ def _check_shared(model: nn.Module, anatomy: Anatomy, current: Plan, after: Plan
         for number in leaving if stack.name in after.sizes else ():
             homes = owners(model) if homes is None else homes
             layer = model.get_submodule(f"{stack.name}.{number}")
-            inside = set(map(id, layer.modules()))
+            inside = {id(module) for _, module in modules_of(layer)}
             top = f"{stack.name}.{number}"
             for path, module in model.named_modules(remove_duplicate=False):
                 if id(module) in inside and path != top and not path.startswith(f"{top}."):

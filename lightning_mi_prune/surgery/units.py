@@ -22,7 +22,15 @@ from lightning_mi_prune.incisions import (
     shapes_at,
 )
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
-from lightning_mi_prune.standins import KEPT_UNITS, is_ours, selecting, silent
+from lightning_mi_prune.standins import (
+    KEPT_UNITS,
+    is_ours,
+    linear_at,
+    parameters_of,
+    place_linears,
+    selecting,
+    silent,
+)
 from lightning_mi_prune.surgery.configs import own_config
 from lightning_mi_prune.turns import TurnMaps
 
@@ -94,7 +102,7 @@ def apply(
     rewrites = [_rewrite(i) for i in incisions(model, axes, now, places, folded or {}, turned)]
     _swap(model, rewrites)
     try:
-        _follow(model, axes, target)
+        _follow(model, axes, target, _touched(model, axes, target, [r.new for r in rewrites]))
     except BaseException:
         revert(model, axes, now, rewrites)
         raise
@@ -106,11 +114,24 @@ def check(model: nn.Module, axes: Sequence[WidthAxis], current: Plan) -> None:
     incisions(model, axes, current, {axis.name: () for axis in axes}, {})
 
 
-def reshape(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
+def reshape(
+    model: nn.Module, axes: Sequence[WidthAxis], plan: Plan, only: Sequence[WidthAxis] | None = None
+) -> list[Rewrite]:
     """Give every tensor the shape a plan asks for, growing or shrinking; values are not kept.
 
     For loading: weights of the right shape follow.
-    Raises PruningError if the plan lacks an axis, or has another size for it.
+
+    Args:
+        model: Module from which the axes are named.
+        axes: Axes of the plan.
+        plan: The plan.
+        only: The axes that change; default: all. Nothing else of the model is looked at.
+
+    Returns:
+        One record for each parameter that was replaced.
+
+    Raises:
+        PruningError: If the plan lacks an axis, or has another size for it.
     """
     odd = sorted(axis.name for axis in axes if plan.sizes.get(axis.name) != axis.size)
     if odd:
@@ -118,8 +139,9 @@ def reshape(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
             f"The stored plan was made for another model: axes {odd[:6]} or their sizes differ. "
             "Build the model with the configuration it was trained with."
         )
-    check_empty(model, axes, plan)
-    shapes = shapes_at(axes, plan)
+    mine = axes if only is None else only
+    check_empty(model, mine, plan)
+    shapes = shapes_at(model, mine, plan)
     parameters = {name: parameter_of(model, name) for name in shapes}
     changed = {id(p): (p, shapes[n]) for n, p in parameters.items() if list(p.shape) != shapes[n]}
     rewrites = [
@@ -127,7 +149,8 @@ def reshape(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
         for old, shape in changed.values()
     ]
     _swap(model, rewrites)
-    _follow(model, axes, plan)
+    _follow(model, axes, plan, mine)
+    return rewrites
 
 
 @torch.no_grad()
@@ -149,30 +172,41 @@ def undo(
         PruningError: If the values are not those of this model at this plan; it stays as it was.
     """
     check_empty(model, axes, plan)
-    old, every = dict(model.named_parameters()), model.named_parameters(remove_duplicate=False)
-    named = shapes_at(axes, plan)
-    shapes = {id(p): named[name] for name, p in every if name in named}  # tied ones under any name
-    for name, parameter in old.items():
+    every, named = parameters_of(model), shapes_at(model, axes, plan)
+    old = dict({id(p): (name, p) for name, p in reversed(every.items())}.values())
+    shapes = {id(p): named[n] for n, p in every.items() if n in named}  # tied ones by any name
+    for name, parameter in list(old.items()):
         shape = shapes.get(id(parameter), list(parameter.shape))
-        if name not in values or list(values[name].shape) != shape:
+        if 0 in shape and name not in values:  # without entries then and now
+            del old[name]
+        elif name not in values or list(values[name].shape) != shape:
             raise PruningError(
                 f"The snapshot has no {name!r} of shape {tuple(shape)}; expected one of this model."
+            )
+    for name, value in values.items():
+        if type(value) not in (Tensor, nn.Parameter) or value.is_meta or value.is_quantized:
+            raise PruningError(
+                f"The snapshot holds {name!r} as a {type(value).__name__} without plain values; "
+                "expected a dense tensor. Take another checkpoint."
             )
     rewrites = [
         Rewrite(p, nn.Parameter(values[n].to(p, copy=True), requires_grad=p.requires_grad), {})
         for n, p in old.items()
         if p.shape != values[n].shape
     ]
-    _swap(model, rewrites)
+    buffers = [
+        # A queue may have another length by now, and an expanded one takes no copy.
+        (module, name, values[saved].to(buffer, copy=True))
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and (saved := f"{path}.{name}" if path else name) in values
+    ]
+    _swap(model, rewrites)  # everything that can fail came before
     for name, parameter in model.named_parameters():
         parameter.copy_(values[name])
-    for path, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            saved = values.get(f"{path}.{name}" if path else name)
-            if buffer is not None and saved is not None:
-                # A queue may have another length by now, and an expanded one takes no copy.
-                module._buffers[name] = saved.to(buffer, copy=True)
-    _follow(model, axes, plan)
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer
+    _follow(model, axes, plan, _touched(model, axes, plan, [r.new for r in rewrites]))
     return rewrites
 
 
@@ -181,7 +215,7 @@ def revert(
 ) -> None:
     """Put the old parameters back where the new ones are, and the numbers of ``plan``."""
     _swap(model, [Rewrite(r.new, r.old, {}) for r in rewrites])
-    _follow(model, axes, plan)
+    _follow(model, axes, plan, _touched(model, axes, plan, [r.old for r in rewrites]))
 
 
 def _swap(model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
@@ -210,24 +244,48 @@ def _rewrite(incision: Incision) -> Rewrite:
     return Rewrite(old, new, incision.kept, incision.turned)
 
 
-def _follow(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None:
+def _follow(
+    model: nn.Module,
+    axes: Sequence[WidthAxis],
+    plan: Plan,
+    only: Sequence[WidthAxis] | None = None,
+) -> None:
     """Keep the numbers on modules and in configs true, and record the plan in the config."""
     widths = plan.widths
-    for axis in axes:
+    mine = axes if only is None else only
+    place_linears(model, dict.fromkeys(s.tensor.rpartition(".")[0] for a in mine for s in a.slices))
+    for axis in mine:
         for count in axis.counts:
             each = axis.entries_at(widths) if count.entries else 1
             value = widths[axis.name] * count.per_unit * each
-            module = model.get_submodule(count.module)
+            module = linear_at(model.get_submodule(count.module))
             setattr(module, count.attribute, (value,) if count.sequence else value)
         _stand_in(model, axis, plan.kept[axis.name])
-    for path in sorted({axis.network for axis in axes}):
+    for path in sorted({axis.network for axis in mine}):
         config = own_config(model, path)
         if config is None:
             continue
-        mine = [axis for axis in axes if axis.network == path]
-        for name, number in config_numbers(mine, plan).items():
+        inside = [axis for axis in axes if axis.network == path]
+        for name, number in config_numbers(inside, plan).items():
             setattr(config, name, number)
-        setattr(config, CONFIG_FIELD, _record(mine, plan).under(path).to_json())
+        record = _record(inside, plan).under(path)
+        if record.is_full:
+            vars(config).pop(CONFIG_FIELD, None)
+        else:
+            setattr(config, CONFIG_FIELD, record.to_json())
+
+
+def _touched(
+    model: nn.Module, axes: Sequence[WidthAxis], plan: Plan, changed: Sequence[nn.Parameter]
+) -> list[WidthAxis]:
+    """Axes that are cut at a plan, or that cut one of the parameters."""
+    ids = set(map(id, changed))
+    mine = {name for name, parameter in parameters_of(model).items() if id(parameter) in ids}
+    return [
+        axis
+        for axis in axes
+        if plan.width(axis.name) < axis.size or any(s.tensor in mine for s in axis.slices)
+    ]
 
 
 def _record(axes: Sequence[WidthAxis], plan: Plan) -> Plan:

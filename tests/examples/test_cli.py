@@ -18,7 +18,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 from examples.text_classification.__main__ import TextClassificationCLI
 from examples.text_classification.data import TextDataModule
 from examples.text_classification.model import TextClassifier
-from lightning_mi_prune import Plan, from_pretrained
+from lightning_mi_prune import Plan, from_pretrained, load_pruned
+from lightning_mi_prune.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -186,6 +187,20 @@ def test_layers_go_first_in_the_yaml_that_is_laid_over(config: Path) -> None:
 def test_options_of_the_callback_are_checked_on_the_command_line(config: Path) -> None:
     with pytest.raises(ValueError, match=r"sparsity=1.5; expected a number above 0 and below 1"):
         run("fit", "--config", str(config), "--trainer.callbacks.init_args.sparsity", "1.5")
+
+
+def test_the_demo_is_pruned_in_one_shot_by_the_command(config: Path) -> None:
+    """From its YAML, whose callbacks train; the class of the CLI links the number of classes."""
+    example = "examples.text_classification"
+    words = ["--config", str(config), "--model", f"{example}.model.TextClassifier"]
+    words += ["--data", f"{example}.data.TextDataModule", "--sparsity", "0.5"]
+    main([*words, "--cli", f"{example}.__main__.TextClassificationCLI"])
+    module = load_pruned(TextClassifier, "pruned.ckpt")
+    other = load_pruned(TextClassifier("tiny", 2), "pruned.ckpt")
+    whole = sum(p.numel() for p in TextClassifier("tiny", 2).parameters())
+    assert sum(p.numel() for p in module.parameters()) < whole
+    state = other.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
 
 
 def test_two_ranks_write_one_report(config):
