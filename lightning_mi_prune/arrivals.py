@@ -14,6 +14,7 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import Plan, Ranking
 from lightning_mi_prune.states import is_plain_tensor
 from lightning_mi_prune.untrusted import described
+from lightning_mi_prune.wording import counted
 
 __all__ = [
     "PLAN_KEY",
@@ -136,9 +137,9 @@ def check_weights(
         found = {key[len(stem) :].partition(".")[0] for key in state if key.startswith(stem)}
         if found and found != set(map(str, range(layers))):
             raise PruningError(
-                f"The plan of the checkpoint leaves {layers} layers of {stack.name!r}, but it "
-                f"holds weights of layers {sorted(found)}; expected 0 to {layers - 1}. Build the "
-                "model with the configuration it was trained with."
+                f"The plan of the checkpoint leaves {counted(layers, 'layer')} of {stack.name!r}, "
+                f"but it holds weights of layers {sorted(found)}; expected 0 to {layers - 1}. Build "
+                "the model with the configuration it was trained with."
             )
     present = dict(module.named_parameters(remove_duplicate=False))
     arriving = {id(p) for name, p in present.items() if name in state}
@@ -239,7 +240,9 @@ def _read(stored: Any) -> Plan:
             "damaged?"
         )
     if stored.numel() > _LARGEST_ENTRY:
-        raise PruningError(f"The entry {_NAME!r} holds {stored.numel()} bytes: not a plan.")
+        raise PruningError(
+            f"The entry {_NAME!r} holds {counted(stored.numel(), 'byte')}: not a plan."
+        )
     try:
         text = stored.detach().cpu().numpy().tobytes().decode()
     except UnicodeDecodeError as error:

@@ -100,10 +100,10 @@ def prune_module(
             calibrate, training batches (validation batches where there are none) give gradients.
         trainer: Evaluates and saves, on one device.
         checkpoint: Weights to start from, pruned or not.
-        output: Checkpoint to write. :func:`load_pruned` opens it.
+        output: Checkpoint to write. load_pruned opens it.
         evaluate: Loop of the trainer to run before and after: ``"validate"``, ``"test"`` or
             ``"none"``.
-        options: Any option of :class:`MutualInformationPruning` that is not about training.
+        options: Any option of MutualInformationPruning that is not about training.
 
     Raises:
         PruningError: If the module, the data or the files do not allow it; no file is written.

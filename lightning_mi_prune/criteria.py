@@ -19,6 +19,7 @@ from lightning_mi_prune.information import (
     shrinkage,
     unit_information,
 )
+from lightning_mi_prune.wording import counted, number
 
 __all__ = [
     "ActivationNorm",
@@ -103,8 +104,9 @@ class MutualInformation:
         covariance, cross, above = evidence.joint()
         if self.ridge == 0 and readouts >= entries:
             raise PruningError(
-                f"ridge=0 gives no ranking at {evidence.name!r}: its {entries} entries are "
-                f"determined by the {readouts} units above, so every score is infinite. Expected "
+                f"ridge=0 gives no ranking at {evidence.name!r}: "
+                f"{counted(readouts, 'unit')} above determine all of its "
+                f"{counted(entries, 'entry', 'entries')}, so every score is infinite. Expected "
                 "fewer units above than entries; set a ridge above 0, such as 0.01."
             )
         variance = above.diagonal().mean()
@@ -115,8 +117,9 @@ class MutualInformation:
         spread = float(scores.max() - scores.min())
         if len(scores) > 1 and 0 < float(scores.max()) >= 1e3 * spread:
             warnings.warn(
-                f"The units of {evidence.name!r} all score {float(scores.max()):.3g} nats: no "
-                "ranking. Use selection='conditional', or MutualInformation with a larger ridge.",
+                f"The units of {evidence.name!r} all score {number(float(scores.max()))} nats: "
+                "no ranking. Use selection='conditional', or MutualInformation with a larger "
+                "ridge.",
                 PruningWarning,
                 stacklevel=2,
             )

@@ -14,6 +14,7 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.standins import is_ours, linear_at, modules_of
 from lightning_mi_prune.turns import TurnMaps
+from lightning_mi_prune.wording import counted
 
 __all__ = [
     "Incision",
@@ -242,8 +243,8 @@ def check_empty(model: nn.Module, axes: Sequence[WidthAxis], plan: Plan) -> None
         width = plan.width(axis.name)
         if not width and not axis.may_vanish and not axis.silence:
             raise PruningError(
-                f"The plan keeps none of the {axis.size} units of axis {axis.name!r}, which cannot "
-                "be empty; expected at least one. Lower the sparsity, or exclude the axis."
+                f"The plan keeps none of {counted(axis.size, 'unit')} of axis {axis.name!r}, which "
+                "cannot be empty; expected at least one. Lower the sparsity, or exclude the axis."
             )
         places = [s.module for s in axis.silence if not width]
         places += [s.module for s in axis.selects if width < axis.size]

@@ -257,7 +257,7 @@ def check_left(
     may = [axis for axis in axes if may_vanish(axis) and axis.name not in told]
     if may and not any(widths[axis.name] for axis in may):
         raise PruningError(
-            f"{budget} leaves nothing: all units of all {len(may)} groups of "
+            f"{budget} leaves nothing: all units of {counted(len(may), 'group')} of "
             f"{sorted({axis.kind for axis in may})} would vanish. Ask for a larger model, or set "
             "floor (0.05 keeps a twentieth of each), or pins of 0 if that is what you want."
         )

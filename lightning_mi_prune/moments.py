@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.wording import counted
 
 __all__ = [
     "Moments",
@@ -117,7 +118,8 @@ class Moments(Metric):
         if packed.shape != (expected,) or packed.dtype != torch.float64:
             raise PruningError(
                 f"Sums of shape {tuple(packed.shape)} and type {packed.dtype}; expected "
-                f"({expected},) of float64 for {d} entries. They belong to another model."
+                f"({expected},) of float64 for {counted(d, 'entry', 'entries')}. They belong to "
+                "another model."
             )
         count, total, triangle = torch.split(packed, [1, d, expected - 1 - d])
         rows, columns = torch.triu_indices(d, d, device=packed.device)

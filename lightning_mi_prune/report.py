@@ -190,6 +190,7 @@ def read_report(state: object) -> PruningReport:
 
 def _read_cut(state: object) -> Cut:
     found = mapping(state, [f.name for f in fields(Cut)])
+    kept = found["information_kept"]
     return Cut(
         epoch=whole(found["epoch"]),
         sparsity=number(found["sparsity"]),
@@ -199,6 +200,7 @@ def _read_cut(state: object) -> Cut:
         axes=tuple(map(_read_axis, listed(found["axes"]))),
         seconds={name: number(value) for name, value in mapping(found["seconds"]).items()},
         stacks=tuple(map(StackCut.read, listed(found["stacks"]))),
+        information_kept=None if kept is None else number(kept, 0, 1),
     )
 
 

@@ -97,7 +97,7 @@ CASES = {
         build,
         ROWS,
         {"sparsity": None, "target_parameters": 3560},
-        "leaves nothing: all units of all 4 groups",
+        "leaves nothing: all units of 4 groups",
     ),
 }
 

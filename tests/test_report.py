@@ -3,12 +3,14 @@ from __future__ import annotations
 import io
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
 
+from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.families import find_axes
 from lightning_mi_prune.heatmap import heatmap, save_heatmap
 from lightning_mi_prune.listener import Example
@@ -59,6 +61,25 @@ def test_a_run_without_cuts_ends_as_it_began():
     body = PruningReport(parameters=5, prunable_parameters=4, macs=3).to_dict()
     assert body["before"] == body["after"]
     assert body["cuts"] == []
+
+
+def test_what_is_of_this_cut_and_what_of_all_of_them_are_told_apart():
+    """Shares of single axes are of one cut, beside them what all cuts so far have left."""
+    later = replace(CUT, epoch=2, information_kept=0.8372)
+    report = replace(REPORT, cuts=[CUT, later], undone=[later])
+    body = report.to_dict()
+    assert [cut["information_kept"] for cut in body["cuts"]] == [None, 0.8372]
+    assert PruningReport.from_state(json.loads(json.dumps(report.state_dict()))) == report
+    out = io.StringIO()
+    Console(file=out, width=150).print(cut_table(later, report))
+    text = " ".join(out.getvalue().split())
+    assert "kept by this cut" in text
+    assert "information kept of the model as built 83.7%" in text
+    for value in ("0.8", 1.5, -0.1, float("nan"), torch.zeros(2**20).expand(2**10, 2**20)):
+        broken = report.state_dict()
+        broken["cuts"][1]["information_kept"] = value
+        with pytest.raises(PruningError, match="report"):
+            PruningReport.from_state(broken)
 
 
 def test_the_table_names_axes_from_their_common_path():

@@ -15,6 +15,7 @@ from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
 from lightning_mi_prune.standins import modules_of
 from lightning_mi_prune.surgery.configs import own_config
+from lightning_mi_prune.wording import counted
 
 __all__ = ["Spare", "arrange", "hollow", "shorten"]
 
@@ -219,7 +220,7 @@ def _check(model: nn.Module, axis: DepthAxis, kept: Sequence[int], now: Plan) ->
     container = container_of(model, axis.name)
     if len(container) != now.width(axis.name):
         raise PruningError(
-            f"{axis.name!r} has {len(container)} layers; the plan expects "
+            f"{axis.name!r} has {counted(len(container), 'layer')}; the plan expects "
             f"{now.width(axis.name)}. The model was changed behind the plan: put a whole new "
             "network there, with a config of its own, or load the weights the plan is of."
         )
@@ -227,5 +228,6 @@ def _check(model: nn.Module, axis: DepthAxis, kept: Sequence[int], now: Plan) ->
         raise PruningError(f"No layer of {axis.name!r} would stay; keep one or more.")
     if tuple(kept[: axis.fixed]) != tuple(range(axis.fixed)):
         raise PruningError(
-            f"{axis.name!r} cannot lose its first {axis.fixed} layers: others use what they hold."
+            f"{axis.name!r} cannot lose its first {counted(axis.fixed, 'layer')}: others use what "
+            "is held there."
         )
