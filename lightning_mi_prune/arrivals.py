@@ -138,8 +138,8 @@ def check_weights(
         if found and found != set(map(str, range(layers))):
             raise PruningError(
                 f"The plan of the checkpoint leaves {counted(layers, 'layer')} of {stack.name!r}, "
-                f"but it holds weights of layers {sorted(found)}; expected 0 to {layers - 1}. Build "
-                "the model with the configuration it was trained with."
+                f"but it holds weights of layers {sorted(found)}; expected 0 to {layers - 1}. "
+                "Build the model with the configuration it was trained with."
             )
     present = dict(module.named_parameters(remove_duplicate=False))
     arriving = {id(p) for name, p in present.items() if name in state}
