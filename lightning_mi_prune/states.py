@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -82,6 +84,36 @@ def check_kind(optimizer: Optimizer) -> None:
                     f"{name} wraps {kind} (in {attribute!r}), whose state a cut would not reach: "
                     f"use {kind} directly."
                 )
+    follow = _followed(optimizer)
+    for attribute, value in vars(optimizer).items():
+        own = _own_tensor(value, follow)
+        if own is not None:
+            raise PruningError(
+                f"{name} keeps a tensor of shape {tuple(own.shape)} in its attribute "
+                f"{attribute!r}, where a cut would not reach it; expected all that belongs to "
+                "parameters in its state. Use AdamW, Adam, SGD, RMSprop or Adafactor."
+            )
+
+
+def _followed(optimizer: Optimizer) -> set[int]:
+    """Objects of an optimizer that go along with a cut, or hold nothing of parameters."""
+    groups = optimizer.param_groups
+    parts = (optimizer.state, optimizer.defaults, groups, *groups, *(g["params"] for g in groups))
+    return {id(part) for part in parts}
+
+
+def _own_tensor(value: Any, follow: set[int], depth: int = 5) -> Tensor | None:
+    """A parameter, or a tensor of several numbers, somewhere in plain containers."""
+    if isinstance(value, Tensor):
+        return value if isinstance(value, nn.Parameter) or value.numel() > 1 else None
+    inside: Iterable[Any] = ()
+    if depth and id(value) not in follow:
+        if isinstance(value, Mapping):
+            inside = chain(value.keys(), value.values())
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
+            inside = value
+    found = (_own_tensor(part, follow, depth - 1) for part in inside)
+    return next((tensor for tensor in found if tensor is not None), None)
 
 
 def held(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], int, nn.Parameter]]:

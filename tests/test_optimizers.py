@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import copy
 import io
 
@@ -329,6 +330,104 @@ def test_optimizers_around_another_are_refused():
             restore([outer], {}, {}, [{}])
     adam.itself = adam
     check_optimizers([adam], net.parameters())
+
+
+class Own(torch.optim.SGD):
+    """Keeps something in an attribute of its own, from its first step on."""
+
+    def keep(self, parameters):
+        raise NotImplementedError
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.mine = self.keep(self.param_groups[0]["params"])
+
+
+KEPT = {
+    "a tensor": lambda ps: torch.zeros_like(ps[0]),
+    "several flattened": lambda ps: torch.cat([p.detach().flatten() for p in ps]),
+    "a list": lambda ps: [p.detach().clone() for p in ps],
+    "by name": lambda ps: {"momentum": {i: (p.detach().clone(), 0.9) for i, p in enumerate(ps)}},
+    "by parameter": lambda ps: dict.fromkeys(ps, 0.9),
+    "the parameters": lambda ps: list(ps),
+    "a set of them": set,
+    "a history": lambda ps: collections.deque([[ps[0].grad]], maxlen=3),
+    "a small parameter": lambda ps: nn.Parameter(torch.zeros(())),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_tensors_in_attributes_of_its_own_are_refused_by_name(kept):
+    net, _ = network()
+    optimizer = type("Mine", (Own,), {"keep": lambda self, ps: KEPT[kept](ps)})(
+        net.parameters(), lr=0.1
+    )
+    check_optimizers([optimizer], net.parameters())  # there is nothing yet
+    step(net, optimizer, 0)
+    before = [id(p) for p in net.parameters()]
+    with pytest.raises(PruningError, match=r"Mine keeps .* in its attribute 'mine'") as refused:
+        check_optimizers([optimizer], net.parameters())
+    assert str(refused.value).count(". ") == 1
+    assert before == [id(p) for p in net.parameters()]
+
+
+def test_what_is_of_no_parameter_or_follows_a_cut_may_be_kept():
+    net, axis = network()
+
+    def keep(self, parameters):
+        loop = [1.0, "text", None]
+        loop.append(loop)
+        groups = self.param_groups
+        single = (torch.zeros(()), torch.ones(1), {"found_inf": torch.zeros(1, 1)})
+        return loop, single, groups, groups[0], groups[0]["params"], self.state, len, self.defaults
+
+    optimizer = type("Mine", (Own,), {"keep": keep})(net.parameters(), lr=0.1, momentum=0.9)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # replaces optimizer.step
+    step(net, optimizer, 0)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(1)
+    check_optimizers([optimizer], net.parameters())
+    optimizer.grad_scale = optimizer.found_inf = None
+    rebind([optimizer], apply(net, [axis], Plan({"hidden": 8}, {"hidden": (0, 3)})))
+    step(net, optimizer, 1)
+    check_optimizers([optimizer], net.parameters())
+
+
+SHIPPED = sorted(
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "Optimizer"])
+def test_every_optimizer_of_torch_goes_on_or_is_refused_by_name(name):
+    net = nn.Sequential(nn.Linear(5, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
+    net.double()
+    axis = linear_axis(net, "hidden", kind="ffn", producers=["0"], readers=["2"])
+    optimizer = getattr(torch.optim, name)(net.parameters(), lr=0.01)
+    if name == "LBFGS":
+        with pytest.raises(PruningError, match="LBFGS keeps a history"):
+            check_optimizers([optimizer], net.parameters())
+        return
+
+    def train(seed):
+        if name == "SparseAdam":
+            for parameter in net.parameters():
+                parameter.grad = torch.ones_like(parameter).to_sparse()
+            optimizer.step()
+        else:
+            step(net, optimizer, seed)
+
+    for seed in (0, 1):
+        check_optimizers([optimizer], net.parameters())
+        train(seed)
+    check_optimizers([optimizer], net.parameters())
+    rebind([optimizer], apply(net, [axis], Plan({"hidden": 8}, {"hidden": (0, 3, 4)})))
+    before = [p.detach().clone() for p in net.parameters()]
+    train(2)
+    check_optimizers([optimizer], net.parameters())
+    moved = zip(before, net.parameters(), strict=True)
+    assert all(not torch.equal(a, b) for a, b in moved)
 
 
 @pytest.fixture
