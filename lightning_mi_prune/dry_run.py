@@ -8,7 +8,6 @@ module once, on one batch, on a copy that was cut.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -124,14 +123,6 @@ def check_consumers(
         "of their group; leave the group out (exclude, or other units), or let that part follow "
         "the width of the network."
     )
-
-
-def call_step(step: Callable[..., Any], batch: Any, loader: int = 0) -> Any:
-    """Call a step as Lightning does: with the index of the batch, and of the loader, if it asks."""
-    parameters = list(inspect.signature(step).parameters.values())
-    many = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    return step(*(batch, 0, loader)[: 3 if many else min(3, len(named))])
 
 
 def half_plan(axes: Sequence[WidthAxis], current: Plan) -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,25 +16,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mi_prune.axes import WidthAxis, count_parameters
+from lightning_mi_prune.batch_norm import reestimate_batch_norm
 from lightning_mi_prune.budget import Budget, asked_budget, sparsity_of
 from lightning_mi_prune.checkpoints import PlanKeeper
 from lightning_mi_prune.choosing import choose_axes
 from lightning_mi_prune.dry_run import (
-    call_step,
     check_consumers,
     compiled_for,
     half_plan,
     held_elsewhere,
 )
 from lightning_mi_prune.errors import PruningError, PruningWarning
-from lightning_mi_prune.families import find_axes, is_within
+from lightning_mi_prune.families import find_axes, is_within, untouched
 from lightning_mi_prune.gradients import GradientListener
 from lightning_mi_prune.listener import Listener
+from lightning_mi_prune.measure import macs_of_calls
 from lightning_mi_prune.method import Method, pull_back
 from lightning_mi_prune.optimizers import rebind
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.relevance import GradientSums, check_gradients
-from lightning_mi_prune.sample import Heard, placed
+from lightning_mi_prune.sample import Heard, call_step, placed, run_batch
 from lightning_mi_prune.selection import Information
 from lightning_mi_prune.states import check_optimizers
 from lightning_mi_prune.still import still
@@ -59,6 +59,7 @@ class Pruned:
             layers that went before do not count.
         parameters: Parameters of the module before and after.
         prunable_parameters: Those of the axes that could be cut, before and after.
+        macs: Multiply-accumulates of one example, before and after.
         information: What each axis kept of its information with the layer above.
         seconds: Time spent ``listening``, feeling ``gradients``, ``scoring``, ``refitting``.
     """
@@ -67,6 +68,7 @@ class Pruned:
     sparsity: float
     parameters: tuple[int, int]
     prunable_parameters: tuple[int, int]
+    macs: tuple[int, int]
     information: Mapping[str, Information]
     seconds: Mapping[str, float]
 
@@ -90,6 +92,7 @@ def prune(
     positions: int = 16_384,
     relevance_steps: int = 64,
     training: Iterable[Any] | None = None,
+    batch_norm: bool = True,
     optimizers: Sequence[Optimizer] = (),
     seed: int = 0,
 ) -> Pruned:
@@ -121,6 +124,8 @@ def prune(
         positions: Samples to listen to on each axis.
         relevance_steps: Batches of the backward passes.
         training: Batches for them; default those of ``dataloader``.
+        batch_norm: Whether running statistics of BatchNorm are estimated anew, on as many batches,
+            after the cut.
         optimizers: Optimizers whose state is carried across the cut.
         seed: Seed of the draw of positions.
 
@@ -161,12 +166,13 @@ def prune(
     try:
         axes, plan = keeper.axes, keeper.plan
         mine = [axis for axis in axes if is_within(axis.name, module)]
-        chosen = choose_axes(mine, units=units, include=include, exclude=exclude)
+        others = untouched(model, axes, module)
+        chosen = choose_axes(mine, units=units, include=include, exclude=exclude, modules=others)
         check(model, chosen, plan)
         _check_surroundings(model, chosen, optimizers)
         before = {name: len(kept) for name, kept in plan.kept.items()}
         method.check(model, axes, chosen, before)
-        steps = {"forward": partial(_try_forward, forward or _validate, first)}
+        steps = {"forward": partial(_try_forward, forward or run_batch, first)}
         if method.relevance == "gradient":
             steps["loss"] = partial(_try_loss, loss or _train, first)
         with still(model):  # a function of the user may run the model that it knows by name
@@ -174,7 +180,7 @@ def prune(
         parameters = sum(p.numel() for p in model.parameters())
         seconds = dict.fromkeys(("listening", "gradients", "scoring", "refitting"), 0.0)
         with _timed(seconds, "listening"):
-            heard = _hear(model, chosen, dataloader, forward or _validate, method, positions, seed)
+            heard = _hear(model, chosen, dataloader, forward or run_batch, method, positions, seed)
         if method.relevance == "gradient":
             with _timed(seconds, "gradients"):
                 felt = GradientListener(model, chosen, steps=relevance_steps, plan=plan)
@@ -184,6 +190,7 @@ def prune(
             selection = method.decide(model, axes, chosen, plan, heard)
         if selection is None:
             raise PruningError(f"The module meets {asked} already: nothing to cut. Ask for less.")
+        macs = macs_of_calls(model, heard.examples)
         heard.moments = {}  # as large as the model; what follows needs the room
         with _timed(seconds, "refitting"):
             selection = pull_back(model, axes, plan, selection, method, heard)
@@ -194,6 +201,9 @@ def prune(
         except BaseException:
             revert(model, axes, plan, rewrites)
             raise
+        if batch_norm:
+            run = partial(_run_own, forward or run_batch)
+            reestimate_batch_norm(model, islice(dataloader, relevance_steps), run)
     except BaseException:
         if known is None:  # a refused model keeps no hooks of ours
             keeper.close()
@@ -205,6 +215,7 @@ def prune(
         sparsity=sparsity_of(chosen, after),
         parameters=(parameters, sum(p.numel() for p in model.parameters())),
         prunable_parameters=(count_parameters(chosen, before), count_parameters(chosen, after)),
+        macs=(macs, macs_of_calls(model, heard.examples)),
         information=selection.information,
         seconds=seconds,
     )
@@ -275,6 +286,10 @@ def _check_surroundings(
             PruningWarning,
             stacklevel=3,
         )
+
+
+def _run_own(forward: Forward, model: nn.Module, batch: Any) -> None:
+    forward(model, _own(batch, model))
 
 
 def _try_forward(forward: Forward, batch: Any, model: nn.Module) -> None:
@@ -373,53 +388,6 @@ def _checked(value: Any, *, skips: bool) -> Tensor | None:
             "loss(model, batch), with labels in the batches if the model makes its own loss."
         )
     return value
-
-
-def _validate(module: nn.Module, batch: Any) -> Any:
-    """Run a module on a batch, by the type of the batch."""
-    if hasattr(module, "training_step") and hasattr(module, "validation_step"):
-        step: Any = module.validation_step
-        return call_step(step, batch)
-    if isinstance(batch, Mapping):
-        return module(**batch)
-    if not isinstance(batch, (tuple, list)):
-        return module(batch)
-    _check_positions(module, batch)
-    return module(*batch)
-
-
-def _check_positions(module: nn.Module, batch: Sequence[Any]) -> None:
-    """Refuse values by position that would end up in another argument than they are meant for.
-
-    Raises:
-        PruningError: Naming the argument.
-    """
-    parameters = inspect.signature(module.forward).parameters.values()
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    names = [p.name for p in places]
-    many = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    name = type(module).__name__
-    remedy = "Give a dict that names the values, or forward=lambda model, batch: model(batch[0])."
-    if len(batch) > len(places) and not many:
-        raise PruningError(
-            f"A batch of {len(batch)} values does not fit {name}.forward({', '.join(names)}), "
-            f"which takes {len(places)}. {remedy}"
-        )
-    for argument, value in list(zip(names, batch, strict=False))[1:]:
-        # Every argument of a Hugging Face model is optional, in an order that data sets ignore.
-        if hasattr(module, "base_model_prefix") or ("mask" in argument and not _is_mask(value)):
-            raise PruningError(
-                f"A batch of {len(batch)} values would go to {name} by position, and one of them "
-                f"in as {argument!r}; expected values by name. {remedy}"
-            )
-
-
-def _is_mask(value: Any) -> bool:
-    """Whether a value can be a mask: booleans, zeros and ones, or numbers to be added to scores."""
-    if not isinstance(value, Tensor):
-        return value is None
-    additive = value.is_floating_point() and bool((value <= 0).all())
-    return value.dtype == torch.bool or additive or bool(((value == 0) | (value == 1)).all())
 
 
 def _train(module: nn.Module, batch: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mi_prune.errors import PruningError
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.sparing import Compared
@@ -18,6 +20,7 @@ from lightning_mi_prune.sparing import Compared
 __all__ = [
     "Example",
     "Heard",
+    "call_step",
     "copied",
     "evaluated",
     "full",
@@ -27,6 +30,7 @@ __all__ = [
     "refreshed",
     "rows_dim",
     "rows_of",
+    "run_batch",
     "taken",
 ]
 
@@ -253,3 +257,70 @@ def _autocast(module: nn.Module) -> str:
     if not torch.is_autocast_enabled(place):
         return ""
     return str(torch.get_autocast_dtype(place)).removeprefix("torch.")
+
+
+def call_step(step: Callable[..., Any], batch: Any, loader: int = 0) -> Any:
+    """Call a step as Lightning does: with the index of the batch, and of the loader, if it asks."""
+    parameters = list(inspect.signature(step).parameters.values())
+    many = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return step(*(batch, 0, loader)[: 3 if many else min(3, len(named))])
+
+
+def run_batch(module: nn.Module, batch: Any) -> Any:
+    """Run a module on a batch: ``validation_step`` of a LightningModule, else by its type.
+
+    Args:
+        module: The module.
+        batch: A mapping of arguments, a sequence of them, or the one argument.
+
+    Raises:
+        PruningError: If values by position would end up in another argument than they are for.
+
+    Example:
+        >>> run_batch(nn.Identity(), (3,)), run_batch(nn.Identity(), {"input": 4})
+        (3, 4)
+    """
+    if hasattr(module, "training_step") and hasattr(module, "validation_step"):
+        step: Any = module.validation_step
+        return call_step(step, batch)
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    if not isinstance(batch, (tuple, list)):
+        return module(batch)
+    _check_positions(module, batch)
+    return module(*batch)
+
+
+def _check_positions(module: nn.Module, batch: Sequence[Any]) -> None:
+    """Refuse values by position that would end up in another argument than they are meant for.
+
+    Raises:
+        PruningError: Naming the argument.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in places]
+    many = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    name = type(module).__name__
+    remedy = "Give a dict that names the values, or forward=lambda model, batch: model(batch[0])."
+    if len(batch) > len(places) and not many:
+        raise PruningError(
+            f"A batch of {len(batch)} values does not fit {name}.forward({', '.join(names)}), "
+            f"which takes {len(places)}. {remedy}"
+        )
+    for argument, value in list(zip(names, batch, strict=False))[1:]:
+        # Every argument of a Hugging Face model is optional, in an order that data sets ignore.
+        if hasattr(module, "base_model_prefix") or ("mask" in argument and not _is_mask(value)):
+            raise PruningError(
+                f"A batch of {len(batch)} values would go to {name} by position, and one of them "
+                f"in as {argument!r}; expected values by name. {remedy}"
+            )
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether a value can be a mask: booleans, zeros and ones, or numbers to be added to scores."""
+    if not isinstance(value, Tensor):
+        return value is None
+    additive = value.is_floating_point() and bool((value <= 0).all())
+    return value.dtype == torch.bool or additive or bool(((value == 0) | (value == 1)).all())

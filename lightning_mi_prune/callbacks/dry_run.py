@@ -16,9 +16,10 @@ from torch import nn
 from typing_extensions import Self
 
 from lightning_mi_prune.anatomy import Anatomy
-from lightning_mi_prune.dry_run import call_step, check_consumers
+from lightning_mi_prune.dry_run import check_consumers
 from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.plan import Plan
+from lightning_mi_prune.sample import call_step
 
 __all__ = ["DryRun"]
 

@@ -175,16 +175,6 @@ def untouched(module: nn.Module, axes: Sequence[WidthAxis], within: str = "") ->
     ]
 
 
-def _plan_of(network: nn.Module) -> Plan | None:
-    """The recorded plan; an encoder saved out of a model with a head reads its part of it."""
-    plan = recorded_plan(network)
-    prefix = str(getattr(network, "base_model_prefix", ""))
-    if plan is None or not prefix or hasattr(network, prefix):
-        return plan
-    part = plan.under(prefix)
-    return part if part.sizes else plan
-
-
 def _unknown(module: nn.Module) -> str:
     stranger = transformers.nearest_unknown(module) or module
     kind = getattr(getattr(stranger, "config", None), "model_type", None)

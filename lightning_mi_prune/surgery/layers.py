@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mi_prune.axes import below
+from lightning_mi_prune.batch_norm import has_running_statistics, reestimate_batch_norm
 from lightning_mi_prune.containers import container_of
 from lightning_mi_prune.depth import DepthAxis, full_depth
-from lightning_mi_prune.errors import PruningError
+from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
+from lightning_mi_prune.sample import run_batch
 from lightning_mi_prune.standins import modules_of
 from lightning_mi_prune.surgery.configs import own_config
 from lightning_mi_prune.wording import counted
@@ -24,7 +27,13 @@ Spare = Mapping[str, Mapping[int, nn.Module]]
 
 
 def shorten(
-    model: nn.Module, axes: Sequence[DepthAxis], plan: Plan, *, current: Plan | None = None
+    model: nn.Module,
+    axes: Sequence[DepthAxis],
+    plan: Plan,
+    *,
+    current: Plan | None = None,
+    batches: Iterable[Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] = run_batch,
 ) -> list[nn.Module]:
     """Remove layers of a model, so that an ordinary, shorter one is left.
 
@@ -38,6 +47,9 @@ def shorten(
         axes: Stacks of the plan.
         plan: Layers that stay, in the numbering of the model as built.
         current: Plan the model carries now; default: as built.
+        batches: Batches on which running statistics of BatchNorm are estimated anew; without any,
+            a model that has such statistics is warned about.
+        forward: Runs the model on a batch; default: by the type of the batch.
 
     Returns:
         The layers that are gone, bottom to top.
@@ -64,6 +76,15 @@ def shorten(
                 "number. Remove layers first, then units; or let one Trainer do both."
             )
     gone = arrange(model, axes, plan, current=now)
+    if batches is not None:
+        reestimate_batch_norm(model, batches, forward)
+    elif gone and has_running_statistics(model):
+        warnings.warn(
+            f"The BatchNorm statistics of this {type(model).__name__} are those of the longer "
+            "model; train it, or give batches to estimate them anew.",
+            PruningWarning,
+            stacklevel=2,
+        )
     return [layers[place] for layers in gone.values() for place in sorted(layers)]
 
 
