@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_mi_prune.errors import PruningWarning
 from lightning_mi_prune.still import still
 
 __all__ = ["has_running_statistics", "reestimate_batch_norm"]
+
+Statistics = dict[_BatchNorm, dict[str, Tensor]]
+_SINGLE = "more than 1 value per channel"  # how torch refuses to normalise by one row
 
 
 def has_running_statistics(model: nn.Module) -> bool:
@@ -31,7 +36,7 @@ def reestimate_batch_norm(
 
     Args:
         model: The model, cut; changed in place.
-        batches: Batches to estimate on.
+        batches: Batches to estimate on; those of a single row are left out.
         forward: Runs the model on a batch, ``forward(model, batch)``.
 
     Example:
@@ -45,12 +50,7 @@ def reestimate_batch_norm(
     if not layers:
         return
     momenta = {layer: layer.momentum for layer in layers}
-    before = {layer: {n: t.clone() for n, t in layer.named_buffers()} for layer in layers}
-
-    def put_back(layer: _BatchNorm) -> None:
-        for name, value in before[layer].items():
-            layer.get_buffer(name).copy_(value)
-
+    before = _statistics(layers)
     with still(model), torch.no_grad():
         try:
             for layer in layers:
@@ -58,17 +58,48 @@ def reestimate_batch_norm(
                 layer.momentum = None  # a cumulative average
                 layer.train()
             for batch in batches:
-                forward(model, batch)
+                _add(model, batch, forward, layers)
         except BaseException:
-            for layer in layers:
-                put_back(layer)
+            _put_back(before)
             raise
         finally:
             for layer in layers:
                 layer.momentum = momenta[layer]
-        for layer in layers:
-            if not layer.num_batches_tracked:  # it never ran
-                put_back(layer)
+        ran = [layer for layer in layers if layer.num_batches_tracked]
+        _put_back({layer: values for layer, values in before.items() if layer not in ran})
+    if not ran:
+        warnings.warn(
+            f"The BatchNorm statistics of this {type(model).__name__} stay as they were before the "
+            "cut: no batch ran through them with two rows or more. Give larger batches.",
+            PruningWarning,
+            stacklevel=2,
+        )
+
+
+def _add(
+    model: nn.Module,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any],
+    layers: list[_BatchNorm],
+) -> None:
+    """Run one batch; one that has no variance, as a last one of a single row, leaves no trace."""
+    before = _statistics(layers)
+    try:
+        forward(model, batch)
+    except ValueError as error:
+        if _SINGLE not in str(error):
+            raise
+        _put_back(before)
+
+
+def _statistics(layers: list[_BatchNorm]) -> Statistics:
+    return {layer: {n: t.clone() for n, t in layer.named_buffers()} for layer in layers}
+
+
+def _put_back(statistics: Statistics) -> None:
+    for layer, values in statistics.items():
+        for name, value in values.items():
+            layer.get_buffer(name).copy_(value)
 
 
 def _layers(model: nn.Module) -> list[_BatchNorm]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_mi_prune import DepthAxis, Plan, linear_axis, prune, register_family, shorten
 from lightning_mi_prune.batch_norm import reestimate_batch_norm
-from lightning_mi_prune.errors import PruningWarning
+from lightning_mi_prune.errors import PruningError, PruningWarning
 
 
 class Block(nn.Module):
@@ -87,6 +87,35 @@ def test_without_statistics_no_batch_is_run():
     assert not calls
 
 
+def test_a_last_batch_of_one_row_is_left_out():
+    """As a loader gives it where the rows do not divide; nothing can be told from it."""
+    several, one = trained(), trained()
+    reestimate_batch_norm(several, ROWS, lambda net, x: net(x))
+    reestimate_batch_norm(one, [*ROWS, ROWS[0][:1]], lambda net, x: net(x))
+    assert all(torch.equal(a, b) for a, b in zip(several.buffers(), one.buffers(), strict=True))
+    before = statistics(one)
+    with pytest.warns(PruningWarning, match="stay as they were before the cut"):
+        reestimate_batch_norm(one, [ROWS[0][:1]], lambda net, x: net(x))
+    assert all(torch.equal(value, before[name]) for name, value in statistics(one).items())
+    with pytest.raises(ValueError, match="of the user"):
+        reestimate_batch_norm(one, ROWS, raising(ValueError("of the user")))
+
+
+def raising(error):
+    def forward(net, batch):
+        raise error
+
+    return forward
+
+
+def test_a_synchronised_norm_without_other_ranks_is_one_of_them():
+    net, plain = nn.Sequential(nn.SyncBatchNorm(8)), nn.Sequential(nn.BatchNorm1d(8))
+    for made in (net, plain):
+        reestimate_batch_norm(made, ROWS, lambda net, x: net(x))
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), plain.buffers(), strict=True))
+    assert int(net[0].num_batches_tracked) == len(ROWS)
+
+
 def gap(net):
     """How far outputs by running statistics are from those by the statistics of the data."""
     by_batch = copy.deepcopy(net).eval()
@@ -105,6 +134,18 @@ def test_layers_that_go_without_training_take_their_statistics_along():
         shorten(stale, axes, plan)
     shorten(fresh, axes, plan, batches=ROWS)
     assert gap(fresh) < 0.5 * gap(stale)
+
+
+def test_layers_come_back_where_the_statistics_cannot_be_had():
+    plan, axes = Plan({"blocks": 3}, {"blocks": (0, 2)}), [DepthAxis("blocks", 3)]
+    net = trained()
+    blocks, before = list(net.blocks), {n: b.clone() for n, b in net.named_buffers()}
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        shorten(net, axes, plan, batches=[torch.ones(4, 7)])
+    with pytest.raises(PruningError, match="batches has none"):
+        shorten(net, axes, plan, batches=iter(()))
+    assert list(net.blocks) == blocks
+    assert all(torch.equal(b, before[n]) for n, b in net.named_buffers())
 
 
 def test_units_that_go_in_one_call_too():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from lightning_mi_prune.containers import container_of
 from lightning_mi_prune.depth import DepthAxis, full_depth
 from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
-from lightning_mi_prune.sample import run_batch
+from lightning_mi_prune.sample import placed, run_batch
 from lightning_mi_prune.standins import modules_of
 from lightning_mi_prune.surgery.configs import own_config
 from lightning_mi_prune.wording import counted
@@ -24,6 +26,8 @@ __all__ = ["Spare", "arrange", "hollow", "shorten"]
 
 Spare = Mapping[str, Mapping[int, nn.Module]]
 """Layers that are not in their stack now, by its name and their number as built."""
+
+_NOTHING = object()  # what an iterator without batches gives
 
 
 def shorten(
@@ -56,7 +60,8 @@ def shorten(
 
     Raises:
         PruningError: If the plan and the model do not belong together, no layer of a stack would
-            stay, one that others need would go, or units were cut and their record names layers.
+            stay, one that others need would go, units were cut and their record names layers, or
+            there are no batches in ``batches``.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -75,9 +80,20 @@ def shorten(
                 f"Units of {axis.name!r} were cut already, and their record names layers by "
                 "number. Remove layers first, then units; or let one Trainer do both."
             )
+    data = None if batches is None else iter(batches)
+    first = None if data is None else next(data, _NOTHING)
+    if first is _NOTHING:
+        raise PruningError(
+            "batches has none to estimate BatchNorm statistics on; expected one or more. Give a "
+            "list or a loader, not an iterator that is used up."
+        )
     gone = arrange(model, axes, plan, current=now)
-    if batches is not None:
-        reestimate_batch_norm(model, batches, forward)
+    if data is not None:
+        try:
+            reestimate_batch_norm(model, chain([first], data), partial(_run_there, forward))
+        except BaseException:  # what is gone would be lost
+            arrange(model, axes, now, current=plan, spare=gone)
+            raise
     elif gone and has_running_statistics(model):
         warnings.warn(
             f"The BatchNorm statistics of this {type(model).__name__} are those of the longer "
@@ -86,6 +102,11 @@ def shorten(
             stacklevel=2,
         )
     return [layers[place] for layers in gone.values() for place in sorted(layers)]
+
+
+def _run_there(forward: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any) -> None:
+    parameter = next(model.parameters(), None)
+    forward(model, batch if parameter is None else placed(batch, parameter.device))
 
 
 def arrange(
