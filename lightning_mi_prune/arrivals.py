@@ -239,9 +239,11 @@ def _read(stored: Any) -> Plan:
             "damaged?"
         )
     if stored.numel() > _LARGEST_ENTRY:
-        raise PruningError(f"The entry {_NAME!r} holds {stored.numel()} bytes: not a plan.")
+        raise PruningError(f"The entry {_NAME!r} holds {stored.numel()} bytes; expected a plan.")
     try:
         text = stored.detach().cpu().numpy().tobytes().decode()
     except UnicodeDecodeError as error:
-        raise PruningError(f"The entry {_NAME!r} of the checkpoint is damaged.") from error
+        raise PruningError(
+            f"The entry {_NAME!r} of the checkpoint is damaged; take another one."
+        ) from error
     return Plan.from_json(text)

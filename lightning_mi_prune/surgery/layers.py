@@ -248,5 +248,5 @@ def _check(model: nn.Module, axis: DepthAxis, kept: Sequence[int], now: Plan) ->
         raise PruningError(f"No layer of {axis.name!r} would stay; keep one or more.")
     if tuple(kept[: axis.fixed]) != tuple(range(axis.fixed)):
         raise PruningError(
-            f"{axis.name!r} cannot lose its first {axis.fixed} layers: others use what they hold."
+            f"{axis.name!r} cannot lose its first {axis.fixed} layers, because others use what they hold; keep them."
         )
