@@ -54,6 +54,8 @@ The method, one step a file::
     heatmap      DRAW     how alike layers are
     report       TELL     what happened
     still        HOLD     a module as it is while something runs it
+    batch_norm   AVERAGE  statistics of BatchNorm anew, after a cut without training
+    wording      WORD     numbers and names in messages
     oneshot      PRUNE    a trained module in one call
     callbacks    WHEN     all of it, inside Trainer.fit
     cli_config   READ     files of a LightningCLI, and the command line

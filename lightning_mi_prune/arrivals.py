@@ -241,10 +241,12 @@ def _read(stored: Any) -> Plan:
         )
     if stored.numel() > _LARGEST_ENTRY:
         raise PruningError(
-            f"The entry {_NAME!r} holds {counted(stored.numel(), 'byte')}: not a plan."
+            f"The entry {_NAME!r} holds {counted(stored.numel(), 'byte')}; expected a plan."
         )
     try:
         text = stored.detach().cpu().numpy().tobytes().decode()
     except UnicodeDecodeError as error:
-        raise PruningError(f"The entry {_NAME!r} of the checkpoint is damaged.") from error
+        raise PruningError(
+            f"The entry {_NAME!r} of the checkpoint is damaged; take another one."
+        ) from error
     return Plan.from_json(text)

@@ -41,7 +41,9 @@ def choose_axes(
         units = [kind for kind in ("ffn", "heads") if kind in kinds] or kinds
     for kind in units:
         if kind not in kinds:
-            raise PruningError(f"units names {kind!r}, but this model has only units={kinds}.")
+            raise PruningError(
+                f"units names {kind!r}, but this model has only units={kinds}; expected some of them."
+            )
     chosen = [axis for axis in axes if axis.kind in units]
     for option, expression in (("include", include), ("exclude", exclude)):
         if expression is not None:
@@ -78,7 +80,7 @@ def _found(
         pattern = re.compile(expression)
     except re.error as error:
         raise PruningError(
-            f"{option}={expression!r} is not a regular expression: {error}."
+            f"{option}={expression!r} is not a regular expression ({error}); expected one, such as 'ffn$'."
         ) from error
     found = [axis for axis in axes if pattern.search(axis.name)]
     namesakes = _namesakes(pattern, modules)

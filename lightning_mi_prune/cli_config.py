@@ -208,7 +208,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise PruningError(f"{path} is no valid YAML{where}: {problem}.") from error
+        raise PruningError(f"{path} is no valid YAML{where} ({problem}); correct it.") from error
     if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
         raise PruningError(
             f"{path} holds no names with values; expected the YAML of a LightningCLI, with model:, "

@@ -27,7 +27,10 @@ def container_of(model: nn.Module, stack: str) -> nn.ModuleList | nn.Sequential:
     try:
         container = model.get_submodule(stack)
     except AttributeError as error:
-        raise PruningError(f"{stack!r} is no module of {type(model).__name__}.") from error
+        children = [name for name, _ in model.named_children()]
+        raise PruningError(
+            f"{stack!r} is no module of {type(model).__name__}; expected a path below {children}."
+        ) from error
     if not isinstance(container, (nn.ModuleList, nn.Sequential)):
         raise PruningError(
             f"{stack!r} is a {type(container).__name__}; expected an nn.ModuleList or an "

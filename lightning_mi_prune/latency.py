@@ -195,7 +195,9 @@ class LatencyTable:
                 text = file.read(_LARGEST_TEXT + 1)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise PruningError(f"No latency table could be read from {path}: {reason}.") from error
+            raise PruningError(
+                f"No latency table could be read from {path} ({reason}); give another file."
+            ) from error
         try:
             return cls.from_json(text)
         except PruningError as error:

@@ -78,7 +78,9 @@ def load_pruned(
                 "LightningModule class or a module. Build the module and pass that."
             )
         if "weights_only" in kwargs:
-            raise PruningError("weights_only is always True here, so that no file can run code.")
+            raise PruningError(
+                "weights_only is always True here, so that no file can run code; leave it out."
+            )
         built: Module = _build(target, path, map_location=map_location, strict=strict, **kwargs)
         return built
     if not isinstance(target, nn.Module):

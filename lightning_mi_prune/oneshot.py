@@ -38,7 +38,7 @@ from lightning_mi_prune.relevance import GradientSums, check_gradients
 from lightning_mi_prune.sample import Heard, call_step, placed, run_batch
 from lightning_mi_prune.selection import Information
 from lightning_mi_prune.states import check_optimizers
-from lightning_mi_prune.still import still
+from lightning_mi_prune.still import random_state, still
 from lightning_mi_prune.surgery import apply, check, revert
 
 __all__ = ["Pruned", "prune"]
@@ -203,7 +203,7 @@ def prune(
             raise
         if batch_norm:
             run = partial(_run_own, forward or run_batch)
-            reestimate_batch_norm(model, islice(dataloader, relevance_steps), run)
+            reestimate_batch_norm(model, _first(dataloader, relevance_steps), run)
     except BaseException:
         if known is None:  # a refused model keeps no hooks of ours
             keeper.close()
@@ -253,7 +253,8 @@ def _check_input(model: nn.Module, batches: Iterable[Any]) -> Any:
             "generator) is used up by the first pass; expected a DataLoader or a list, which can "
             "be read again. Pass list(batches)."
         )
-    first = next(iter(batches), _NOTHING)
+    with random_state(model):  # a loader draws a seed
+        first = next(iter(batches), _NOTHING)
     if first is _NOTHING:
         raise PruningError(
             f"The {type(batches).__name__} gave no batches; expected a few thousand samples. Check "
@@ -286,6 +287,11 @@ def _check_surroundings(
             PruningWarning,
             stacklevel=3,
         )
+
+
+def _first(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    """Some batches; a loader draws its seed when the first one is asked for, not before."""
+    yield from islice(batches, count)
 
 
 def _run_own(forward: Forward, model: nn.Module, batch: Any) -> None:

@@ -53,7 +53,7 @@ class Ranking:
             )
         if not all(map(_is_count, self.order)) or len(set(self.order)) < len(self.order):
             raise PruningError(
-                "A ranking repeats a position, or holds one that is no whole number."
+                "A ranking repeats a position, or holds one that is no whole number; expected each once."
             )
         try:
             for value in (*self.loss, *self.nats):
@@ -112,7 +112,8 @@ class Plan:
         for name, ranking in self.rankings.items():
             if name not in self.sizes or not all(0 <= p < self.sizes[name] for p in ranking.order):
                 raise PruningError(
-                    f"The ranking of {described(name)} does not belong to this plan."
+                    f"The ranking of {described(name)} does not belong to this plan; expected "
+                    "positions of an axis that the plan names."
                 )
         known = {n: self.rankings[n] for n in names if n in self.rankings}
         object.__setattr__(self, "rankings", MappingProxyType(known))
@@ -291,7 +292,7 @@ def _check_axis(name: str, size: int, kept: tuple[int, ...]) -> None:
             f"Axis {described(name)} keeps position {described(bad)}; expected 0 to {size - 1}."
         )
     if any(a >= b for a, b in pairwise(kept)):
-        raise PruningError(f"Axis {described(name)}: kept positions must be strictly increasing.")
+        raise PruningError(f"Axis {described(name)} keeps positions out of order; sort them.")
 
 
 def recorded_plan(network: object) -> Plan | None:

@@ -79,7 +79,10 @@ class StackListener(Ear):
         modules = dict(model.named_modules(remove_duplicate=False))
         missing = [path for path in (*blocks, scope, network or "") if path not in modules]
         if missing:
-            raise PruningError(f"{missing} are no modules of {type(model).__name__}.")
+            raise PruningError(
+                f"{missing} are no modules of {type(model).__name__}; expected paths as "
+                "named_modules() has them."
+            )
         self._layers = [modules[path] for path in blocks]
         if len(set(map(id, self._layers))) < len(blocks):
             raise PruningError(

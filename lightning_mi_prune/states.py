@@ -81,7 +81,7 @@ def check_kind(optimizer: Optimizer) -> None:
             if isinstance(inner, Optimizer) and inner is not optimizer:
                 kind = type(inner).__name__
                 raise PruningError(
-                    f"{name} wraps {kind} (in {attribute!r}), whose state a cut would not reach: "
+                    f"{name} wraps {kind} (in {attribute!r}), whose state a cut would not reach; "
                     f"use {kind} directly."
                 )
     follow = _followed(optimizer)

@@ -205,7 +205,7 @@ def pool(strategy: Strategy, moments: Mapping[str, Sums]) -> None:
         part.copy_(moments[name].packed())
     summed = strategy.reduce(buffer, reduce_op="sum")
     if not isinstance(summed, torch.Tensor):
-        raise PruningError(f"{type(strategy).__name__} cannot add up sums over ranks.")
+        raise PruningError(f"{type(strategy).__name__} cannot add up sums over ranks; use DDP.")
     for name, part in zip(names, torch.split(summed, sizes), strict=True):
         moments[name].unpack(part.to(moments[name].packed().device))
 

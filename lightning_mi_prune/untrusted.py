@@ -224,7 +224,9 @@ version 1.
     try:
         body = json.loads(given, object_pairs_hook=_object, parse_constant=_no_constant)
     except RecursionError as error:
-        raise PruningError(f"{what} is not valid JSON (nested too deeply).") from error
+        raise PruningError(
+            f"{what} is not valid JSON (nested too deeply); was it edited?"
+        ) from error
     except ValueError as error:
         raise PruningError(f"{what} is not valid JSON ({error}); was it edited?") from error
     if not isinstance(body, dict):

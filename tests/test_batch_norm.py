@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_mi_prune import DepthAxis, Plan, linear_axis, prune, register_family, shorten
 from lightning_mi_prune.batch_norm import reestimate_batch_norm
@@ -146,6 +147,16 @@ def test_layers_come_back_where_the_statistics_cannot_be_had():
         shorten(net, axes, plan, batches=iter(()))
     assert list(net.blocks) == blocks
     assert all(torch.equal(b, before[n]) for n, b in net.named_buffers())
+
+
+def test_a_loader_that_shuffles_leaves_the_random_state_alone():
+    plan, axes = Plan({"blocks": 3}, {"blocks": (0, 2)}), [DepthAxis("blocks", 3)]
+    net, state = trained(), torch.get_rng_state()
+    loader = DataLoader(torch.cat(ROWS), batch_size=100, shuffle=True)
+    gone = shorten(net, axes, plan, batches=loader)
+    assert len(gone) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert int(net.blocks[0].norm.num_batches_tracked) == 8
 
 
 def test_units_that_go_in_one_call_too():

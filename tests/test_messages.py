@@ -35,20 +35,19 @@ def refusals():
 
 REMEDIES = (
     "expected",
+    "xpected ",
     "; ",
     ". ",
     "?",
-    ", so ",
-    "use ",
-    "reads ",
+    "measure it here",
+    "Delete the file",
 )
 
 
 @pytest.mark.parametrize("text", list(refusals()))
 def test_a_refusal_is_a_sentence_with_a_remedy(text):
     assert "\n" not in text
-    assert text[-1] in ".)*"
-    assert text[0].isupper() or text[0] in "*'[{(" or "=" in text.split()[0] or text[0] == "_"
+    assert text[-1] in ".)*?"
     assert any(remedy in text for remedy in REMEDIES), text
     assert ":class:" not in text
     assert "``" not in text

@@ -140,7 +140,8 @@ def check_regex(name: str, expression: str | None) -> None:
         re.compile(expression or "")
     except re.error as error:
         raise MisconfigurationException(
-            f"{name}={expression!r} is not a regular expression: {error}."
+            f"{name}={expression!r} is not a regular expression ({error}); expected one, such as "
+            "'ffn$'."
         ) from error
 
 
@@ -170,6 +171,7 @@ def accuracy_budget(
     between("max_drop", max_drop, 0, math.inf, closed=True)
     if monitor is None:
         raise MisconfigurationException(
-            f"max_drop={max_drop} needs monitor, the name of a metric that validation logs."
+            f"max_drop={max_drop} needs monitor; expected the name of a metric that validation "
+            "logs."
         )
     return AccuracyBudget(float(max_drop), monitor, mode, on_drop)

@@ -267,7 +267,9 @@ class PruningSteps(pl.Callback, ABC):
 
     def _kept(self) -> PlanKeeper:
         if self._keeper is None:
-            raise MisconfigurationException("The callback was not set up by a Trainer.")
+            raise MisconfigurationException(
+                "The callback was not set up by a Trainer; expected Trainer(callbacks=[...])."
+            )
         return self._keeper
 
     def _fit(self, length: float, goal: float, every: int, begin: int, **options: Any) -> Schedule:

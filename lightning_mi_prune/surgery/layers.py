@@ -19,6 +19,7 @@ from lightning_mi_prune.errors import PruningError, PruningWarning
 from lightning_mi_prune.plan import CONFIG_FIELD, Plan
 from lightning_mi_prune.sample import placed, run_batch
 from lightning_mi_prune.standins import modules_of
+from lightning_mi_prune.still import random_state
 from lightning_mi_prune.surgery.configs import own_config
 from lightning_mi_prune.wording import counted
 
@@ -80,8 +81,9 @@ def shorten(
                 f"Units of {axis.name!r} were cut already, and their record names layers by "
                 "number. Remove layers first, then units; or let one Trainer do both."
             )
-    data = None if batches is None else iter(batches)
-    first = None if data is None else next(data, _NOTHING)
+    with random_state(model):  # a loader draws a seed
+        data = None if batches is None else iter(batches)
+        first = None if data is None else next(data, _NOTHING)
     if first is _NOTHING:
         raise PruningError(
             "batches has none to estimate BatchNorm statistics on; expected one or more. Give a "
@@ -270,6 +272,6 @@ def _check(model: nn.Module, axis: DepthAxis, kept: Sequence[int], now: Plan) ->
         raise PruningError(f"No layer of {axis.name!r} would stay; keep one or more.")
     if tuple(kept[: axis.fixed]) != tuple(range(axis.fixed)):
         raise PruningError(
-            f"{axis.name!r} cannot lose its first {counted(axis.fixed, 'layer')}: others use what "
-            "is held there."
+            f"{axis.name!r} cannot lose its first {counted(axis.fixed, 'layer')}, because others "
+            "use what is held there; keep what comes first."
         )
