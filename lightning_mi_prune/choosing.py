@@ -42,7 +42,7 @@ def choose_axes(
     for kind in units:
         if kind not in kinds:
             raise PruningError(
-                f"units names {kind!r}, but this model has only units={kinds}; expected some of them."
+                f"units names {kind!r}, but this model has only units={kinds}; expected some."
             )
     chosen = [axis for axis in axes if axis.kind in units]
     for option, expression in (("include", include), ("exclude", exclude)):
@@ -80,7 +80,8 @@ def _found(
         pattern = re.compile(expression)
     except re.error as error:
         raise PruningError(
-            f"{option}={expression!r} is not a regular expression ({error}); expected one, such as 'ffn$'."
+            f"{option}={expression!r} is not a regular expression ({error}); expected one "
+            "such as 'ffn$'."
         ) from error
     found = [axis for axis in axes if pattern.search(axis.name)]
     namesakes = _namesakes(pattern, modules)

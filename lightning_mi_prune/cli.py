@@ -316,7 +316,7 @@ class _Reader(LightningCLI):
         try:
             return pl.Trainer(**options, **_ONE_DEVICE)
         except (TypeError, ValueError) as error:
-            raise PruningError(f"trainer: {error}") from error
+            raise PruningError(f"trainer: {error}; correct its options.") from error
 
     def _overrides(self) -> Iterator[tuple[str, str]]:
         """Options of the command line, without those of the trainer that mean nothing here."""

@@ -275,7 +275,8 @@ def _check_expression(option: str, expression: object) -> None:
         re.compile(expression)
     except re.error as error:
         raise PruningError(
-            f"{option}: {expression!r} is not a regular expression ({error}); expected one, such as 'ffn$'."
+            f"{option}: {expression!r} is not a regular expression ({error}); expected one "
+            "such as 'ffn$'."
         ) from error
 
 

@@ -53,7 +53,7 @@ class Ranking:
             )
         if not all(map(_is_count, self.order)) or len(set(self.order)) < len(self.order):
             raise PruningError(
-                "A ranking repeats a position, or holds one that is no whole number; expected each once."
+                "A ranking repeats a position, or holds one that is no whole number; expected each."
             )
         try:
             for value in (*self.loss, *self.nats):

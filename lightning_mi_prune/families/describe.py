@@ -89,8 +89,8 @@ def _linear(network: nn.Module, path: str, axis: str) -> nn.Linear:
         layer = linear_at(network.get_submodule(path))
     except AttributeError as error:
         raise PruningError(
-            f"Axis {axis!r} needs the layer {path!r}, which {type(network).__name__} does not have; "
-            "expected a path as named_modules() has it."
+            f"Axis {axis!r} needs the layer {path!r}, which {type(network).__name__} does not have"
+            "; expected a path as named_modules() has it."
         ) from error
     if type(layer) is not nn.Linear:
         raise PruningError(
