@@ -24,7 +24,7 @@ def choose_axes(
     """Narrow the axes by kind and by regular expressions searched in their names.
 
     An expression that is also the name of one of ``modules`` was perhaps meant for that module:
-    a PruningWarning then says what it finds instead.
+    a PruningWarning then names what it finds instead.
 
     Args:
         axes: All axes of a model.

@@ -16,7 +16,7 @@ __all__ = ["Ear", "Hooked"]
 
 
 class Hooked(ABC):
-    """What listens to a network through hooks of its own, until its ``with`` block ends.
+    """Hooks of its own on a network, which come off when its ``with`` block ends.
 
     Args:
         model: Module that is hooked, with everything in it.

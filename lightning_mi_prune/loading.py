@@ -173,7 +173,7 @@ def _build(
     except Exception as error:
         if "://" in str(path):
             raise
-        checkpoint = _open(path)  # if it is the file, this says what is wrong with it
+        checkpoint = _open(path)  # if the file is at fault, this raises what is wrong with it
         if "state_dict" not in checkpoint or "pytorch-lightning_version" not in checkpoint:
             raise PruningError(
                 f"{path} was not saved by a Trainer, so it cannot build a {cls.__name__}; build "
