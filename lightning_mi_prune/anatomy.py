@@ -51,6 +51,9 @@ class Anatomy:
         if twice:
             raise PruningError(f"{twice} name two things that can be lost; expected one of each.")
 
+    def __deepcopy__(self, memo: object) -> Anatomy:
+        return self  # nothing in it changes, and copies of a model hold it many times
+
     @classmethod
     def of(cls, parts: Iterable[WidthAxis | DepthAxis]) -> Anatomy:
         """Axes and stacks out of one list."""

@@ -120,6 +120,9 @@ class Plan:
         object.__setattr__(self, "sizes", MappingProxyType({n: self.sizes[n] for n in names}))
         object.__setattr__(self, "kept", MappingProxyType({n: tuple(self.kept[n]) for n in names}))
 
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self  # nothing in it changes, and copies of a model hold it many times
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan, (dict(self.sizes), dict(self.kept), dict(self.rankings))
 
