@@ -241,7 +241,8 @@ def _read(stored: Any) -> Plan:
         )
     if stored.numel() > _LARGEST_ENTRY:
         raise PruningError(
-            f"The entry {_NAME!r} holds {counted(stored.numel(), 'byte')}; expected a plan."
+            f"The entry {_NAME!r} holds {counted(stored.numel(), 'byte')}, so it is "
+            "not a plan; take another checkpoint."
         )
     try:
         text = stored.detach().cpu().numpy().tobytes().decode()

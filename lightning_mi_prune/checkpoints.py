@@ -203,8 +203,10 @@ class PlanKeeper:
         So a network that is taken out of its module, saved or copied by itself, knows its plan.
         """
         parts = self._anatomy.parts
-        networks = {part.network for part in parts} - {""}
-        for path in sorted((networks | {part.scope for part in parts}) - {""}):
+        # A stack that is called itself has its plan in what holds it: from inside it has no name.
+        nameless = {"", *(part.name for part in parts)}
+        networks = {part.network for part in parts} - nameless
+        for path in sorted((networks | {part.scope for part in parts}) - nameless):
             module = module_at(self.module, path)
             if module is None:
                 continue

@@ -31,7 +31,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.xla import XLAStrategy
 
 from lightning_mi_prune.states import check_optimizers
-from lightning_mi_prune.strategies import refuse_unsupported
+from lightning_mi_prune.strategies import refuse_compiled, refuse_unsupported
 from tests.boring import Classifier
 from tests.ranks import launch
 from tests.runs import OPTIMIZERS, POINTS, PRECISIONS, resumed_equals_straight
@@ -88,13 +88,13 @@ def _strategy(kind: type, **options: Any) -> Callable[[], None]:
     found = kind.__new__(kind)
     vars(found).update({"_start_method": "popen", **options})
     stub = SimpleNamespace(strategy=found, callbacks=[])
-    return lambda: refuse_unsupported(stub, Classifier())
+    return lambda: refuse_unsupported(stub)
 
 
 def _callback(make: Callable[[], Any]) -> Callable[[], None]:
     from tests.boring import trainer
 
-    return lambda: refuse_unsupported(trainer(make()), Classifier())
+    return lambda: refuse_unsupported(trainer(make()))
 
 
 def _optimizer(make: Callable[[Any], Any]) -> Callable[[], None]:
@@ -106,11 +106,9 @@ def _optimizer(make: Callable[[Any], Any]) -> Callable[[], None]:
 
 
 def _compiled() -> None:
-    from tests.boring import trainer
-
     module = Classifier()
     module.model = torch.compile(module.model)
-    refuse_unsupported(trainer(), module)
+    refuse_compiled(module, ["model._orig_mod.bert.encoder.layer.0.intermediate.dense"])
 
 
 class Wrapping(torch.optim.Optimizer):

@@ -321,7 +321,7 @@ def test_optimizers_around_another_are_refused():
     net, _ = network()
     adam = torch.optim.Adam(net.parameters())
     for outer in (Lookahead(adam), Chain(adam)):
-        message = rf"{type(outer).__name__} wraps Adam \(.*: use Adam directly\.$"
+        message = rf"{type(outer).__name__} wraps Adam \(.*; use Adam directly\.$"
         with pytest.raises(PruningError, match=message):
             check_optimizers([outer], net.parameters())
         with pytest.raises(PruningError, match=message):

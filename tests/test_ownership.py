@@ -277,10 +277,6 @@ def test_an_encoder_taken_out_of_its_network_opens(tmp_path, way):
     mine = {k for k in encoder.state_dict() if not is_plan(k)}
     torch.save({k: v for k, v in state.items() if k in mine or is_plan(k)}, tmp_path / "a.pt")
     plain = BertModel(CONFIGS["bert"]())
-    if way is stripped:  # the plan of the whole names what the encoder does not have
-        with pytest.raises(PruningError, match="made for another model"):
-            load_pruned(plain, tmp_path / "a.pt")
-        return
     again = load_pruned(plain, tmp_path / "a.pt").eval()
     ids = batch()
     with torch.no_grad():

@@ -320,7 +320,7 @@ def test_an_empty_stream_is_refused():
     axes = find_axes(model)
     before = copy.deepcopy(model.state_dict())
     empty = full_plan(axes).then(Plan({"bert.residual": 24}, {"bert.residual": ()}))
-    sentence = r"none of the 24 units of axis 'bert.residual', which cannot be empty"
+    sentence = r"none of 24 units of axis 'bert.residual', which cannot be empty"
     for change in (apply, reshape):
         with pytest.raises(PruningError, match=sentence):
             change(model, axes, empty)

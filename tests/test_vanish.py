@@ -226,7 +226,7 @@ def own_forward(model):
 @pytest.mark.parametrize(
     ("sabotage", "message"),
     [
-        (empty_pooler, r"none of the 24 units of axis 'pooler', which cannot be empty"),
+        (empty_pooler, r"none of 24 units of axis 'pooler', which cannot be empty"),
         (own_forward, r"'bert.encoder.layer.0.attention.self' has a forward of its own"),
     ],
 )
