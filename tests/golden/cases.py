@@ -403,7 +403,7 @@ def trained(folder: Path, **options: Any) -> Record:
 
 def run_record(run: Any, module: Any, watch: Any) -> Record:
     """What a finished run is compared by."""
-    parts = ("weights", "optimizers", "lr", "metrics")
+    parts = ("optimizers", "lr", "metrics")  # of every epoch; weights at the end
     epochs = [[epoch, *(d[key] for key in parts)] for epoch, d in sorted(watch.digests.items())]
     metrics = {k: float(v) for k, v in sorted(run.callback_metrics.items()) if k.startswith("val")}
     found = plan_record(watch.pruning.plan) | report_record(watch.pruning.report)
@@ -483,14 +483,14 @@ CRITERIA: dict[str, Any] = {
     "random": Random(3),
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "relevance of readers": {"method": {"relevance": READERS}, "gradients": False},
-    "readers, alone": {
+    "relevance of weights": {"method": {"relevance": READERS}, "gradients": False},
+    "weights above, alone": {
         "method": {"relevance": READERS, "criterion": MutualInformation(ALONE)},
         "gradients": False,
     },
     "no relevance": {"gradients": False},
     "uniform widths": {"method": {"widths": UNIFORM}},
-    "uniform widths, readers": {
+    "uniform widths, weights above": {
         "method": {"widths": UNIFORM, "relevance": READERS},
         "gradients": False,
     },
@@ -532,13 +532,13 @@ TRAINING: dict[str, dict[str, Any]] = {
     "two cuts": {},
     "three cuts": {"pruning": {"ramp": "cubic", "cuts": 3, "last_epoch": 3}, "max_epochs": 5},
     "all kinds": {"pruning": {"units": ALL}},
-    "relevance of readers": {"pruning": {"relevance": READERS}},
+    "relevance of weights": {"pruning": {"relevance": READERS}},
     "no relevance, uniform": {"pruning": {"relevance": None, "widths": UNIFORM}},
     "information alone": {"pruning": {"selection": ALONE, "refit": False}},
     "multiply-accumulates": {"pruning": {"sparsity": None, "target_macs": 70_000}},
     "information": {"pruning": {"sparsity": None, "keep_information": 0.8}},
     "few samples": {"pruning": {"positions": 300, "refit_positions": 200, "seed": 5}},
-    "limits": {
+    "bounds": {
         "pruning": {"floor": 0.25, "floors": {r"layer\.0\.": 0.5}, "caps": {FFN: 32}, "multiple": 4}
     },
     "sgd": {"optimizer": "sgd-momentum"},
