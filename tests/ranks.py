@@ -11,6 +11,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,21 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tests.models import build
 from tests.runs import fit
 
-__all__ = ["added", "grouped", "launch", "launch_nodes", "place", "recorded"]
+__all__ = ["added", "grouped", "imported", "launch", "launch_nodes", "place", "recorded"]
 
 LIMIT = 300.0  # seconds; a rank that runs for longer waits for another that never comes
 
 
+def imported() -> ForkServerContext:
+    """Starts processes off one that has done the imports, which cost far more than most tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.runs", "tests.models", "torch.distributed.run"])
+    return context
+
+
 def launch(world: int, function: Callable[..., Any], *args: Any) -> dict[int, Any]:
     """Run a function on every rank, as torchrun would; its results by rank."""
-    _preload()
+    imported()
     config = _config(world, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
     return elastic_launch(config, _quietly)(function, *args)
 
@@ -37,13 +45,11 @@ def launch_nodes(nodes: int, function: Callable[..., Any], *args: Any) -> list[i
 
     ``torchrun --nnodes`` builds the same configuration of its words.
     """
-    _preload()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    context = multiprocessing.get_context("forkserver")
     agents = [
-        context.Process(target=_agent, args=(node, nodes, endpoint, function, *args))
+        imported().Process(target=_agent, args=(node, nodes, endpoint, function, *args))
         for node in range(nodes)
     ]
     for agent in agents:
@@ -51,11 +57,6 @@ def launch_nodes(nodes: int, function: Callable[..., Any], *args: Any) -> list[i
     for agent in agents:
         agent.join()
     return [agent.exitcode for agent in agents]
-
-
-def _preload() -> None:
-    # Ranks are forked off a process that has done the imports, which cost far more than most tests.
-    multiprocessing.set_forkserver_preload(["tests.runs", "tests.models", "torch.distributed.run"])
 
 
 def _config(world: int, **options: Any) -> LaunchConfig:
