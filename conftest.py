@@ -17,11 +17,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The longest first, so that the workers end together.
 LONGEST = (
-    "test_matrix",
-    "test_crash",
-    "test_distributed",
     "test_layers",
+    "test_crash",
+    "test_matrix",
+    "test_distributed",
     "test_companions",
+    "test_callback",
+    "test_resume",
 )
 
 
