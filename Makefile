@@ -25,6 +25,9 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 EXAMPLE := examples/text_classification
 CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.yaml)
 
+# Else each of the processes that tests start compiles what it imports, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test benchmark benchmark-full benchmark-large costs matrix format clean
 .DEFAULT_GOAL := help
 
@@ -38,7 +41,7 @@ test: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 SHORT := runs/benchmark/short.json
 benchmark: $(VENV)/benchmark.stamp

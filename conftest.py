@@ -1,17 +1,56 @@
-"""For tests and doctests alike."""
+"""For tests and doctests alike.
+
+With ``--numprocesses`` one more process only schedules: what takes seconds to import is imported
+where it is used.
+"""
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
 
 import pytest
 
-from lightning_mi_prune import families
+# Two busy processes with two threads each are several times slower than with one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The longest first, so that the workers end together.
+LONGEST = (
+    "test_layers",
+    "test_crash",
+    "test_matrix",
+    "test_distributed",
+    "test_companions",
+    "test_callback",
+    "test_resume",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first; within a file nothing moves."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage; looking through it takes a fifth of the time of the runs."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _families_stay_as_they_were() -> Iterator[None]:
     """What a test registers would be asked about every network of the tests after it."""
+    from lightning_mi_prune import families
+
     before = list(families._FAMILIES)
     yield
     families._FAMILIES[:] = before

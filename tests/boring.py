@@ -41,7 +41,7 @@ class Classifier(pl.LightningModule):
         *,
         optimizer: Callable[..., Any] = torch.optim.AdamW,
         lr: float = 1e-3,
-        validation_rows: int = 512,
+        validation_rows: int = 256,
         family: str = "bert",
     ) -> None:
         super().__init__()

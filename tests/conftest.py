@@ -1,17 +1,17 @@
-"""One thread a process (two busy processes with two threads each are several times slower)."""
+"""For all tests: no network, a fixed seed, and a count of hooks."""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import pytest
-import torch
-from torch import nn
-
-torch.set_num_threads(1)
 
 
 def count_hooks(module: nn.Module) -> int:
@@ -21,4 +21,6 @@ def count_hooks(module: nn.Module) -> int:
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
+    import torch
+
     torch.manual_seed(0)

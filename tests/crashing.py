@@ -1,8 +1,8 @@
 """Runs that are ended in the middle of a step, and resumed; forked from one process.
 
-``python -m tests.crashing FOLDER`` goes through all :data:`CASES` and writes
-``FOLDER/results.json``; names of cases after the folder choose some. Importing takes seconds, so a
-fork stands for a fresh process: the parent imports and never trains.
+:func:`write_results` goes through all cases and writes ``results.json``; so does
+``python -m tests.crashing FOLDER``, where names of cases after the folder choose some. Importing
+takes seconds, so a fork stands for a fresh process: the parent imports and never trains.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,7 @@ HALF_CUT: dict[str, Case] = {
     ),
     "exception after a cut": Case(before(steps, "restart_comparison"), 2, 1, "both", "raise"),
 }
+EVERY = {**CASES, **HALF_CUT}
 
 
 class Scene(pl.Callback):
@@ -349,7 +350,8 @@ def torchrun(folder: Path, name: str, world: int) -> subprocess.Popen:
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--max-restarts=0"]
     command += ["-m", "tests.crashing", str(folder), name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, start_new_session=True)
+    root = Path(__file__).parents[1]
+    return subprocess.Popen(command, cwd=root, env=environment, start_new_session=True)
 
 
 def waited(process: subprocess.Popen) -> int | str:
@@ -449,18 +451,23 @@ def everything(folder: Path, cases: Mapping[str, Case]) -> dict[str, Any]:
     return {"straight": straight, "cases": found}
 
 
+def write_results(folder: Path, names: Sequence[str] = ()) -> None:
+    """All cases or those named, to a file that is there when they are over."""
+    cases = {name: case for name, case in EVERY.items() if name in names or not names}
+    draft = folder / "results.json.draft"
+    draft.write_text(json.dumps(everything(folder, cases)))
+    draft.replace(folder / "results.json")
+
+
 def main() -> None:
     """``FOLDER``: everything; ``FOLDER NAME...``: these cases; as a rank, the run of one."""
     folder, names = Path(sys.argv[1]), sys.argv[2:]
-    cases = {
-        name: case for name, case in {**CASES, **HALF_CUT}.items() if name in names or not names
-    }
-    if "RANK" in os.environ:
-        (case,) = cases.values()
-        options = {"saves": case.saves, "method": case.method}
-        run(folder, case, case.world, None, "not-ended", **options)
+    if "RANK" not in os.environ:
+        write_results(folder, names)
         return
-    (folder / "results.json").write_text(json.dumps(everything(folder, cases)))
+    case = EVERY[names[0]]
+    options = {"saves": case.saves, "method": case.method}
+    run(folder, case, case.world, None, "not-ended", **options)
 
 
 if __name__ == "__main__":

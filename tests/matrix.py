@@ -37,11 +37,12 @@ from tests.ranks import launch
 from tests.runs import OPTIMIZERS, POINTS, PRECISIONS, resumed_equals_straight
 
 PAGE = Path(__file__).parent.parent / "docs" / "matrix.md"
-EVERY = [(precision, optimizer) for precision in PRECISIONS for optimizer in OPTIMIZERS]
-EACH = [("32-true", optimizer) for optimizer in OPTIMIZERS] + [
+Row = tuple[str, str]  # precision and optimizer
+EVERY: list[Row] = [(precision, optimizer) for precision in PRECISIONS for optimizer in OPTIMIZERS]
+EACH: list[Row] = [("32-true", optimizer) for optimizer in OPTIMIZERS] + [
     (precision, "adamw") for precision in PRECISIONS if precision != "32-true"
 ]
-STRATEGIES: dict[str, tuple[int, list[tuple[str, str]]]] = {
+STRATEGIES: dict[str, tuple[int, list[Row]]] = {
     "one process": (1, EVERY),
     "ddp, 2 ranks": (2, EVERY),
     "ddp, 4 ranks": (4, [("32-true", "adamw")]),
@@ -49,29 +50,49 @@ STRATEGIES: dict[str, tuple[int, list[tuple[str, str]]]] = {
 # DDP sums its first step after a start in other buckets than later ones. The order of two summands
 # does not matter, of four it does; with this option it keeps its buckets.
 _DDP = {2: "ddp", 4: "ddp_find_unused_parameters_true"}
-Found = dict[tuple[str, str], dict[str, str]]
+Found = dict[Row, dict[str, str]]
 
 
-def compare(folder: Path, world: int, rows: Iterable[tuple[str, str]]) -> Found:
+def pairs(rows: list[Row], count: int = 2) -> dict[Row, list[str]]:
+    """Points for each row, so that all pairs are covered.
+
+    Over the rows of :data:`EVERY`, each precision and each optimizer meets each point: every pair
+    of values of the three is in some run, in a third of the time that all cells take.
+    """
+    names = list(POINTS)
+    precisions, optimizers = list(PRECISIONS), list(OPTIMIZERS)
+    found = {}
+    for precision, optimizer in rows:
+        first = count * precisions.index(precision) + optimizers.index(optimizer)
+        found[precision, optimizer] = [names[(first + k) % len(names)] for k in range(count)]
+    return found
+
+
+def compare(
+    folder: Path, world: int, rows: Iterable[Row], points: dict[Row, list[str]] | None = None
+) -> Found:
     """For every precision and optimizer, what differs at each point ("" if nothing)."""
     found = {}
     for precision, optimizer in rows:
+        wanted = POINTS if points is None else {n: POINTS[n] for n in points[precision, optimizer]}
         place = folder / f"{world} {precision} {optimizer}"
         place.mkdir(parents=True, exist_ok=True)
         strategy = {"strategy": _DDP[world], "devices": world} if world > 1 else {}
         found[precision, optimizer] = resumed_equals_straight(
-            place, precision=precision, optimizer=optimizer, **strategy
+            place, wanted, precision=precision, optimizer=optimizer, **strategy
         )
     return found
 
 
-def run(folder: Path, world: int, rows: list[tuple[str, str]]) -> Found:
+def run(
+    folder: Path, world: int, rows: list[Row], points: dict[Row, list[str]] | None = None
+) -> Found:
     """The same over ranks; what one of them sees to differ, differs."""
     if world == 1:
-        return compare(folder, 1, rows)
-    ranks = launch(world, compare, folder, world, rows)
+        return compare(folder, 1, rows, points)
+    ranks = launch(world, compare, folder, world, rows, points)
     return {
-        row: {p: "; ".join({r[row][p] for r in ranks.values()} - {""}) for p in POINTS}
+        row: {p: "; ".join({r[row][p] for r in ranks.values()} - {""}) for p in ranks[0][row]}
         for row in rows
     }
 

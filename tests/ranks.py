@@ -7,11 +7,11 @@ import gc
 import json
 import logging
 import multiprocessing
-import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,62 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tests.models import build
 from tests.runs import fit
 
-__all__ = ["added", "grouped", "launch", "place"]
+__all__ = ["added", "grouped", "imported", "launch", "launch_nodes", "place", "recorded"]
 
 LIMIT = 300.0  # seconds; a rank that runs for longer waits for another that never comes
 
 
+def imported() -> ForkServerContext:
+    """Starts processes off one that has done the imports, which cost far more than most tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.runs", "tests.models", "torch.distributed.run"])
+    return context
+
+
 def launch(world: int, function: Callable[..., Any], *args: Any) -> dict[int, Any]:
     """Run a function on every rank, as torchrun would; its results by rank."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    # Ranks are forked off a process that has done the imports, which cost far more than most tests.
-    multiprocessing.set_forkserver_preload(["tests.runs", "tests.models", "torch.distributed.run"])
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="forkserver",
-    )
+    imported()
+    config = _config(world, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
     return elastic_launch(config, _quietly)(function, *args)
+
+
+def launch_nodes(nodes: int, function: Callable[..., Any], *args: Any) -> list[int | None]:
+    """The same with an agent for each node and one rank each; exit codes of the agents.
+
+    ``torchrun --nnodes`` builds the same configuration of its words.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    agents = [
+        imported().Process(target=_agent, args=(node, nodes, endpoint, function, *args))
+        for node in range(nodes)
+    ]
+    for agent in agents:
+        agent.start()
+    for agent in agents:
+        agent.join()
+    return [agent.exitcode for agent in agents]
+
+
+def _config(world: int, **options: Any) -> LaunchConfig:
+    given = {"min_nodes": 1, "max_nodes": 1, "start_method": "forkserver", **options}
+    return LaunchConfig(nproc_per_node=world, max_restarts=0, monitor_interval=0.1, **given)
+
+
+def _agent(node: int, nodes: int, endpoint: str, function: Callable[..., Any], *args: Any) -> None:
+    # Its ranks limit themselves: a watching thread here would not outlive the fork.
+    config = _config(
+        1,
+        min_nodes=nodes,
+        max_nodes=nodes,
+        start_method="fork",  # this process has done the imports, and nothing else
+        run_id="none",
+        rdzv_backend="static",
+        rdzv_endpoint=endpoint,
+        rdzv_configs={"rank": node, "timeout": LIMIT},
+    )
+    elastic_launch(config, _quietly)(function, *args)
 
 
 def place() -> tuple[int, int]:
@@ -86,14 +121,11 @@ def _quietly(function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
-def main() -> None:
-    """``python -m tests.ranks FOLDER DEVICES NODES``: one run, a JSON file for each rank."""
-    folder, devices, nodes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    trainer, _, watch = _quietly(
-        partial(fit, folder, strategy="ddp", devices=devices, num_nodes=nodes)
-    )
+def recorded(folder: Path, devices: int, nodes: int) -> None:
+    """One run; a JSON file for each rank."""
+    trainer, _, watch = fit(folder, strategy="ddp", devices=devices, num_nodes=nodes)
     (folder / f"{trainer.global_rank}.json").write_text(json.dumps(watch.digests))
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # python -m tests.ranks FOLDER: two ranks of Lightning's own launcher
+    _quietly(recorded, Path(sys.argv[1]), 2, 1)

@@ -712,7 +712,7 @@ def test_a_batch_that_runs_the_encoder_twice_gets_one_share():
             if self._listener is not None:
                 counts.append(int(next(iter(self._listener.moments.values())).count))
 
-    trainer(Count(0.5, verbose=False, positions=800), max_epochs=2).fit(Twice())
+    trainer(Count(0.5, verbose=False, positions=800), max_epochs=2).fit(Twice(validation_rows=512))
     assert counts == [100 * (i + 1) for i in range(8)]
 
 

@@ -600,6 +600,14 @@ def logged(folder):
     return (folder / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """Weights of a run with pruning and nothing else."""
+    module = Module()
+    run(module)
+    return module.state_dict()
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -612,14 +620,13 @@ def logged(folder):
     ],
     ids=["summary", "rich-summary", "rich-bar", "lr", "device", "timer"],
 )
-def test_onlookers_change_nothing(make, tmp_path):
-    alone, beside = Module(), Module()
-    run(alone)
+def test_onlookers_change_nothing(alone, make, tmp_path):
+    beside = Module()
     common = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
     common["enable_progress_bar"] = make is RichProgressBar
     _, prune = run(beside, make(), first=make is RichProgressBar, **common)
     is_cut_and_clean(beside, prune)
-    one, two = alone.state_dict(), beside.state_dict()
+    one, two = alone, beside.state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert {"prune/parameters", "prune/sparsity", "prune/macs"} <= set(logged(tmp_path))
 

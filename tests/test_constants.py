@@ -14,6 +14,7 @@ from lightning_mi_prune.information import NOTHING, inverse, mean_variance
 from lightning_mi_prune.method import Method
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.refit import _norm_sums, _solve_norm
+from tests.covering import half
 from tests.models import build, inputs_of, outputs
 from tests.narrowed import lesson, loss
 
@@ -50,18 +51,18 @@ def test_what_never_changes_goes_at_no_loss(kind, size, refit):
     assert torch.allclose(outputs(model, inputs), before, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", sorted(PARTS))
+WAYS = [
+    (judge, relevance)
+    for judge in (MutualInformation(), MutualInformation("topk"), ActivationNorm(), Magnitude())
+    for relevance in ("gradient", "readers", None)
+] + [(Taylor(), "gradient")]  # which reads gradients
+
+
 @pytest.mark.parametrize(
-    ("judge", "relevance"),
-    [
-        (judge, relevance)
-        for judge in (MutualInformation(), MutualInformation("topk"), ActivationNorm(), Magnitude())
-        for relevance in ("gradient", "readers", None)
-    ]
-    + [(Taylor(), "gradient")],  # which reads gradients
+    ("kind", "way", "widths"), half(sorted(PARTS), WAYS, ["global", "uniform"])
 )
-@pytest.mark.parametrize("widths", ["global", "uniform"])
-def test_every_way_to_judge_takes_constants(kind, judge, relevance, widths):
+def test_every_way_to_judge_takes_constants(kind, way, widths):
+    judge, relevance = way
     model = constant(kind)
     method = Method(HALF, criterion=judge, relevance=relevance, widths=widths)
     done = prune(model, lesson("bert"), 0.4, loss=loss, method=method)
@@ -88,10 +89,10 @@ def test_other_axes_of_the_layer_may_be_cut_too(kind, units, relevance):
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", sorted(PARTS))
-@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
-@pytest.mark.parametrize("copies", [False, True])
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "size", "copies", "double"),
+    half(sorted(PARTS), [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7], [False, True], [False, True]),
+)
 def test_what_hardly_changes_is_no_harder(kind, size, copies, double):
     """Between what is heard and what is rounding there is no width at which a layer breaks."""
     model = build().double() if double else build()

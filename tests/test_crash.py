@@ -5,14 +5,20 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.crashing import CASES, HALF_CUT, Case, half_copied, half_written, straight_name
+from tests.crashing import (
+    CASES,
+    HALF_CUT,
+    Case,
+    half_copied,
+    half_written,
+    straight_name,
+    write_results,
+)
+from tests.ranks import imported
 from tests.runs import NOTHING
 
 BATCHES = 4  # of an epoch
@@ -38,10 +44,10 @@ def results(tmp_path_factory) -> dict[str, Any]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one worker of pytest-xdist does it for all
         if not found.exists():
-            command = [sys.executable, "-m", "tests.crashing", str(folder)]
-            root = Path(__file__).parents[1]
-            done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, done.stderr[-4000:]
+            process = imported().Process(target=write_results, args=(folder,))
+            process.start()
+            process.join(600)
+            assert process.exitcode == 0
     return json.loads(found.read_text())
 
 

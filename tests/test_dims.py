@@ -17,6 +17,7 @@ from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.ranking import rank_axes
 from lightning_mi_prune.sample import Example
 from lightning_mi_prune.surgery import apply
+from tests.covering import half
 from tests.models import (
     batch,
     build,
@@ -165,9 +166,14 @@ def test_heads_that_vanish_take_their_dimensions_along(dims):
     assert torch.isfinite(outputs(model, batch())).all()
 
 
-@pytest.mark.parametrize("first", [UNITS, ["dims"], ["heads"]])
-@pytest.mark.parametrize("second", [None, ["dims"], [*UNITS, "residual", "pooler"]])
-@pytest.mark.parametrize("widths", ["global", "uniform"])
+@pytest.mark.parametrize(
+    ("first", "second", "widths"),
+    half(
+        [UNITS, ["dims"], ["heads"]],
+        [None, ["dims"], [*UNITS, "residual", "pooler"]],
+        ["global", "uniform"],
+    ),
+)
 def test_kinds_may_change_from_cut_to_cut(first, second, widths, tmp_path):
     model = build()
     prune(model, lesson("bert"), 0.2, loss=loss, units=first)

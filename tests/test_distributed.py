@@ -25,7 +25,7 @@ from lightning_mi_prune.callbacks import mutual_information, widths
 from lightning_mi_prune.plan import Plan
 from lightning_mi_prune.strategies import _forget_shapes
 from tests.boring import Sentences, trainer
-from tests.ranks import launch
+from tests.ranks import launch, launch_nodes, recorded
 from tests.runs import Batches, Module, fit, sha
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
@@ -210,7 +210,6 @@ def two_ranks(folder):
 
     found = {
         "plain": seen(folder),
-        "again": seen(folder),
         "static": seen(folder, strategy=DDPStrategy(static_graph=True)),
         "views": seen(folder, strategy=DDPStrategy(gradient_as_bucket_view=True)),
         "unused": seen(folder, strategy=DDPStrategy(find_unused_parameters=True)),
@@ -220,7 +219,6 @@ def two_ranks(folder):
         "accumulated": seen(folder, accumulate_grad_batches=3),
         "uneven": seen(folder, module=Uneven),
         "padded": seen(folder, module=Padded),
-        "few": seen(folder, pruning={"positions": 600}),
         "inside heads": seen(folder, pruning=INSIDE),
         "with": collectives(folder, True),
         "without": collectives(folder, False),
@@ -306,7 +304,7 @@ def test_the_model_is_wrapped_once_for_each_cut_and_the_old_wrapper_is_gone(two,
 
 
 def test_options_of_the_wrapper_change_nothing(two):
-    for name in ("again", "static", "views", "unused"):
+    for name in ("static", "views", "unused"):
         assert two[0][name]["digests"] == two[0]["plain"]["digests"]
 
 
@@ -381,19 +379,6 @@ def test_an_error_where_it_is_decided_is_an_error_everywhere(two):
     assert two[0]["after"] == two[0]["plain"]["digests"]
 
 
-def run_script(folder, *command, nodes=1, devices=2):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
-        environment.pop(name, None)
-    return subprocess.Popen(
-        [sys.executable, *command, "-m", "tests.ranks", str(folder), str(devices), str(nodes)],
-        env=environment,
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
 def read(folder):
     return [
         {int(k): v for k, v in json.loads((folder / f"{rank}.json").read_text()).items()}
@@ -402,28 +387,24 @@ def read(folder):
 
 
 def test_lightnings_own_launcher_gives_the_same_run(two, tmp_path):
-    process = run_script(tmp_path)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output.decode()[-3000:]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ranks", str(tmp_path)],
+        env=environment,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     assert read(tmp_path) == [two[0]["plain"]["digests"]] * 2
 
 
 def test_torchrun_over_two_nodes_gives_the_same_run(two, tmp_path):
     """Two agents on one machine, one process each: what a cluster starts on two."""
-    port = 29000 + os.getpid() % 2000
-    agents = [
-        run_script(
-            tmp_path,
-            *("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
-            *(f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}"),
-            nodes=2,
-            devices=1,
-        )
-        for rank in (0, 1)
-    ]
-    for agent in agents:
-        output, _ = agent.communicate(timeout=240)
-        assert agent.returncode == 0, output.decode()[-3000:]
+    assert launch_nodes(2, recorded, tmp_path, 1, 2) == [0, 0]
     assert read(tmp_path) == [two[0]["plain"]["digests"]] * 2
 
 

@@ -392,13 +392,20 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("module", [Layerwise, ByLayer, Decayed])
-@pytest.mark.parametrize(
-    "layers", [{}, {**GATE, "cuts": 2, "last_epoch": 4}], ids=["accepted", "taken back"]
-)
-def test_groups_by_layer_resume_after_layers_went(tmp_path, module, layers):
-    options = {"layers": layers, "module": module, "max_epochs": 6}
-    found = resumed_equals_straight(tmp_path, RESUMED, **options)
+GROUPED = [Layerwise, ByLayer, Decayed]
+VERDICTS = {"accepted": {}, "taken back": {**GATE, "cuts": 2, "last_epoch": 4}}
+
+
+@pytest.mark.parametrize("number", range(3), ids=lambda number: GROUPED[number].__name__)
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_groups_by_layer_resume_after_layers_went(tmp_path, number, verdict):
+    """Every module meets every point, and every verdict does, in half of the runs."""
+    first, second, third = (list(RESUMED)[(number + k) % 3] for k in range(3))
+    names = (first, second) if verdict == "taken back" else (third,)
+    points = {name: RESUMED[name] for name in names}
+    options = {"layers": VERDICTS[verdict], "module": GROUPED[number], "max_epochs": 6}
+    found = resumed_equals_straight(tmp_path, points, **options)
+    assert list(found) == list(names)
     assert not any(found.values()), found
 
 

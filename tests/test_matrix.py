@@ -1,4 +1,4 @@
-"""The matrix of docs/matrix.md: all of it in one process, every value of it over two ranks."""
+"""The matrix of docs/matrix.md: all pairs of values in one process, each value over two ranks."""
 
 from __future__ import annotations
 
@@ -6,22 +6,35 @@ import re
 
 import pytest
 
-from tests.matrix import EACH, EVERY, PAGE, POINTS, REFUSED, STRATEGIES, compare, run, sentence
+from tests.matrix import EACH, EVERY, PAGE, REFUSED, STRATEGIES, compare, pairs, run, sentence
+from tests.runs import OPTIMIZERS, POINTS, PRECISIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
 
 
+POINTS_OF = pairs(EVERY)
+
+
 @pytest.mark.parametrize("row", EVERY, ids=" ".join)
 def test_a_resumed_run_equals_the_straight_one(tmp_path, row):
-    found = compare(tmp_path, 1, [row])[row]
-    assert set(found) == set(POINTS)
+    found = compare(tmp_path, 1, [row], POINTS_OF)[row]
+    assert list(found) == POINTS_OF[row]
     assert not any(found.values()), found
 
 
 def test_so_it_does_over_two_ranks(tmp_path):
-    found = run(tmp_path, 2, EACH)
+    found = run(tmp_path, 2, EACH, POINTS_OF)
     assert set(found) == set(EACH)
+    assert all(list(row) == POINTS_OF[name] for name, row in found.items())
     assert not any(cell for row in found.values() for cell in row.values()), found
+
+
+def test_every_pair_of_values_is_run():
+    """``make matrix`` runs every cell; the tests above every pair of values."""
+    met = {(value, point) for row in EVERY for value in row for point in POINTS_OF[row]}
+    assert met == {(value, point) for value in (*PRECISIONS, *OPTIMIZERS) for point in POINTS}
+    over_ranks = {value for row in EACH for value in (*row, *POINTS_OF[row])}
+    assert over_ranks == {*PRECISIONS, *OPTIMIZERS, *POINTS}
 
 
 @pytest.mark.parametrize("name", REFUSED)

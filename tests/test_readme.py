@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -20,22 +21,33 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-@pytest.mark.parametrize("number", range(1, len(BLOCKS)))
-def test_the_code_of_the_readme_runs(number):
-    """The first block speaks of the reader's own model; tests/test_callback.py runs its like."""
-    command = [sys.executable, "-W", "error", "-c", BLOCKS[number]]
+@pytest.fixture(scope="module")
+def printed():
+    """What each block prints; one process, where every warning is an error, runs them in turn."""
+    blocks = BLOCKS[1:]
+    run = "import sys\nfor block in sys.argv[1:]:\n    exec(block, {'__name__': '__main__'})\n"
+    command = [sys.executable, "-W", "error", "-c", f"{run}    print('@@')", *blocks]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "Linear(in_features=16, out_features=24" in done.stdout
+    *found, rest = done.stdout.split("@@\n")
+    assert (len(found), rest) == (len(blocks), "")
+    return found
 
 
-def test_the_code_of_the_page_on_layers_runs():
+@pytest.mark.parametrize("number", range(1, len(BLOCKS)))
+def test_the_code_of_the_readme_runs(printed, number):
+    """The first block speaks of the reader's own model; tests/test_callback.py runs its like."""
+    assert "Linear(in_features=16, out_features=24" in printed[number - 1]
+
+
+def test_the_code_of_the_page_on_layers_runs(monkeypatch, capsys):
     page = (ROOT / "docs/layers.md").read_text()
     *_, block = re.findall(r"```python\n(.*?)```", page, re.S)
-    command = [sys.executable, "-c", block]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("3 (")
+    program = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", program)  # as in a process of its own
+    monkeypatch.chdir(ROOT)
+    exec(block, vars(program))  # noqa: S102
+    assert capsys.readouterr().out.startswith("3 (")
 
 
 def test_the_numbers_of_the_page_on_layers_are_in_the_records():

@@ -1,10 +1,12 @@
 """The command line of the example, from a YAML to a folder that opens again."""
 
+import contextlib
 import csv
+import io
 import json
-import os
-import subprocess
+import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +17,20 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
+from examples.text_classification import __main__ as program
 from examples.text_classification.__main__ import TextClassificationCLI
 from examples.text_classification.data import TextDataModule
 from examples.text_classification.model import TextClassifier
-from lightning_mi_prune import Plan, from_pretrained, load_pruned
+from lightning_mi_prune import Plan, from_pretrained, load_pruned, measure
 from lightning_mi_prune.cli import main
+from lightning_mi_prune.measure import measure_latency
+from tests.ranks import launch
 
 ROOT = Path(__file__).parent.parent.parent
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
+
+SHORT = partial(measure_latency, seconds=0.02, rounds=1)
 
 
 @pytest.fixture
@@ -31,6 +38,7 @@ def config(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model and data in a folder of their own, and the demo's YAML pointed at them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["text_classification"])
+    monkeypatch.setattr(program, "measure_latency", SHORT)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of LightningCLI's own calls
     shape = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 40}
     network = BertForSequenceClassification(
@@ -203,19 +211,22 @@ def test_the_demo_is_pruned_in_one_shot_by_the_command(config: Path) -> None:
     assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
 
 
+def program_on_a_rank(folder: Path, *words: str) -> str:
+    """What the program prints on this rank, run as ``python -m`` runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(measure, "measure_latency", SHORT)
+        patch.setattr(sys, "argv", ["text_classification", *words])
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            runpy.run_module("examples.text_classification", run_name="__main__", alter_sys=True)
+    return printed.getvalue()
+
+
 def test_two_ranks_write_one_report(config):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    program = [sys.executable, "-m", "examples.text_classification", "fit"]
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--name", "pair"]
-    done = subprocess.run(
-        [*program, "--config", str(config), *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("The pruned model and report.json are in") == 1
+    printed = launch(2, program_on_a_rank, Path.cwd(), "fit", "--config", str(config), *options)
+    line = "The pruned model and report.json are in"
+    assert {rank: text.count(line) for rank, text in printed.items()} == {0: 1, 1: 0}
     report = json.loads(Path("runs/pair/report.json").read_text())
     assert report["after"]["parameters"] < report["before"]["parameters"]
     assert report["before"]["metrics"]
