@@ -4,7 +4,7 @@
     python -m benchmarks run recovery --tasks trec-6 --seeds 0 --sparsities 0.75 --steps 100
     python -m benchmarks run --quick recovery ablations --records runs/quick
     python -m benchmarks tables
-    python -m benchmarks tables comparison --records runs/quick
+    python -m benchmarks tables --only comparison --records runs/quick
     python -m benchmarks plots
 
 What has a record is not measured again, so a run that is stopped goes on where it was.
@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ from lightning_mi_prune import PruningWarning
 
 __all__ = ["main"]
 
-QUICK_FOLDER = Path("runs", "quick")
-
 
 def main(given: Sequence[str] | None = None) -> None:
     """Do what the command line asks for."""
@@ -42,42 +40,28 @@ def main(given: Sequence[str] | None = None) -> None:
     run = commands.add_parser("run", help="measure what has no record yet")
     run.add_argument("cases", nargs="+", choices=[*CASES], metavar="CASE")
     run.add_argument("--quick", action="store_true", help="the smallest settings, to try it")
-    run.add_argument("--missing", action="store_true", help="only print what has no record")
     for name, options in OPTIONS.items():
         takers = ", ".join(case.name for case in CASES.values() if name in case.options)
         run.add_argument(f"--{name}", help=f"of {takers}", **options)
-    tables = commands.add_parser(
-        "tables", help="write the tables of README and docs, or print some"
-    )
-    tables.add_argument("names", nargs="*", metavar="TABLE", help="only print these")
+    tables = commands.add_parser("tables", help="write the tables of README and docs")
+    tables.add_argument("--only", nargs="+", choices=[*TABLES], help="print these instead")
     tables.add_argument("--check", action="store_true", help="fail where a page would change")
-    plots = commands.add_parser("plots", help="draw the figures")
-    plots.add_argument("names", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)}")
+    plots = commands.add_parser("plots", help="draw figures")
+    plots.add_argument("--only", nargs="+", choices=FIGURES, default=SHOWN)
     plots.add_argument("--folder", type=Path, default=Path("docs", "figures"))
     for command in (run, tables, plots):
-        command.add_argument(
-            "--records", type=Path, help="folder of records; default: the project's"
-        )
+        command.add_argument("--records", type=Path, help="default: the project's own")
     asked = parser.parse_args(given)
     if asked.command == "run":
         _run(run, asked)
     elif asked.command == "tables":
-        _known(tables, asked.names, TABLES)
-        _tables(asked.names, asked.records or FOLDER, check=asked.check)
+        _tables(asked.only or (), asked.records or FOLDER, check=asked.check)
     elif asked.command == "plots":
-        _known(plots, asked.names, FIGURES)
-        for path in drawn(asked.names or SHOWN, asked.folder, asked.records or FOLDER):
+        for path in drawn(asked.only, asked.folder, asked.records or FOLDER):
             print(path)
     else:
         for case in CASES.values():
-            print(f"{case.name:16} {len(Store(case.file)):5} records  {case.question}")
-
-
-def _known(
-    parser: argparse.ArgumentParser, names: Iterable[str], expected: Collection[str]
-) -> None:
-    if unknown := set(names) - set(expected):
-        parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(expected)}")
+            print(f"{case.name:16} {len([*Store(case.file)]):5} records  {case.question}")
 
 
 def _run(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
@@ -85,24 +69,20 @@ def _run(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
     taken = {name for case in asked.cases for name in CASES[case].options}
     if unused := options.keys() - taken:
         parser.error(f"no case takes --{' --'.join(sorted(unused))}: {', '.join(asked.cases)}")
-    folder = asked.records or (QUICK_FOLDER if asked.quick else FOLDER)
+    folder = asked.records or (Path("runs", "quick") if asked.quick else FOLDER)
     _quiet()
     for name in asked.cases:
         store = Store(CASES[name].file, folder)
         for job in missing_jobs(CASES[name], options, folder, quick=asked.quick):
-            figures = [{}] if asked.missing else job.run()
-            for setting, found in zip(job.settings, figures or job.settings, strict=False):
+            for setting, found in zip(job.settings, job.run(), strict=True):
+                store.add(setting, job.seed, found)
                 print(f"{name}, seed {job.seed}: {_short(setting)} {_short(found)}", flush=True)
-                if not asked.missing:
-                    store.add(setting, job.seed, found)
 
 
 def _short(values: Any) -> str:
     """Settings or figures on one line, without lists and tables."""
     plain = {n: v for n, v in values.items() if isinstance(v, str | int | float)}
-    return json.dumps(
-        {n: float(f"{v:.4g}") if isinstance(v, float) else v for n, v in plain.items()}
-    )
+    return json.dumps({n: round(v, 4) if isinstance(v, float) else v for n, v in plain.items()})
 
 
 def _quiet() -> None:

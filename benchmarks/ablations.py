@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 from benchmarks.methods import DEFAULT, SETTINGS, Setting
 from benchmarks.records import Figures, Job, single
@@ -23,38 +22,33 @@ from benchmarks.tasks import SEEDS
 from lightning_mi_prune import Plan
 from lightning_mi_prune.axes import count_parameters, full_plan
 from lightning_mi_prune.costs import measure_macs
+from lightning_mi_prune.relevance import GradientSums
 from lightning_mi_prune.sample import Heard
 
-__all__ = ["Calibrations", "ablations", "measured"]
+__all__ = ["ablations"]
 
 
-class Calibrations:
-    """A dense model, and what was gathered of it: once for all settings that can share it.
+@lru_cache(maxsize=8)
+def _activations(task: str, seed: int, positions: int, stored: int, also: tuple[str, ...]) -> Heard:
+    subject, _ = opened(task, seed, calibrated=False)
+    known = subject.model, subject.of((*UNITS, *also)), subject.validation, seed
+    return calibrate_activations(*known, positions=positions, stored=stored)
 
-    Args:
-        plain: The model and its tests, not calibrated.
-    """
 
-    def __init__(self, plain: Subject) -> None:
-        self.plain = plain
-        self._activations: dict[Any, Heard] = {}
-        self._gradients: dict[Any, Any] = {}
+@lru_cache(maxsize=8)
+def _gradients(task: str, seed: int, steps: int, also: tuple[str, ...]) -> dict[str, GradientSums]:
+    subject, _ = opened(task, seed, calibrated=False)
+    known = subject.model, subject.of((*UNITS, *also)), subject.validation
+    return dict(calibrate_gradients(*known, steps=steps))
 
-    def subject(self, setting: Setting) -> Subject:
-        """The model with the calibration that a setting asks for."""
-        model, rows = self.plain.model, self.plain.validation
-        chosen = self.plain.of((*UNITS, *setting.also))
-        about = setting.positions, setting.stored, setting.also
-        if about not in self._activations:
-            sizes = {"positions": setting.positions, "stored": setting.stored}
-            found = calibrate_activations(model, chosen, rows, self.plain.seed, **sizes)
-            self._activations[about] = found
-        steps = setting.steps, setting.also
-        if steps not in self._gradients:
-            sums = calibrate_gradients(model, chosen, rows, steps=setting.steps)
-            self._gradients[steps] = dict(sums)
-        calibration = replace(self._activations[about], gradients=self._gradients[steps])
-        return replace(self.plain, chosen=chosen, calibration=calibration)
+
+def calibrated(task: str, seed: int, setting: Setting) -> Subject:
+    """The dense model with the calibration that a setting asks for; shared by settings."""
+    sizes, also = (setting.positions, setting.stored), setting.also
+    gradients = _gradients(task, seed, setting.steps, also)
+    calibration = replace(_activations(task, seed, *sizes, also), gradients=gradients)
+    subject, _ = opened(task, seed, calibrated=False)
+    return replace(subject, chosen=subject.of((*UNITS, *also)), calibration=calibration)
 
 
 def ablations(
@@ -68,36 +62,27 @@ def ablations(
     for task, seed in ((task, seed) for task in tasks for seed in seeds):
         for sparsity, setting in ((s, setting) for s in sparsities for setting in chosen):
             about = {"task": task, "seed": seed, "setting": setting.name, "sparsity": sparsity}
-            yield single(about, _measured, task, seed, setting, sparsity)
+            yield single(about, measured, task, seed, setting, sparsity)
 
 
-@lru_cache(maxsize=1)
-def calibrations_of(task: str, seed: int) -> Calibrations:
-    """The dense model of a task, with what its settings have gathered so far."""
-    return Calibrations(opened(task, seed, calibrated=False)[0])
-
-
-def _measured(task: str, seed: int, setting: Setting, sparsity: float) -> Figures:
-    return measured(calibrations_of(task, seed), setting, sparsity)
-
-
-def measured(calibrations: Calibrations, setting: Setting, sparsity: float) -> Figures:
+def measured(task: str, seed: int, setting: Setting, sparsity: float) -> Figures:
     """Prune a copy of the model and test it.
 
     Args:
-        calibrations: The dense model and what is known of it.
+        task: The task.
+        seed: Seed of the dense model.
         setting: How to prune.
         sparsity: Share of the parameters of neurons and heads that must go. Where other units are
             cut too, as many parameters go of all of them together; where MACs are counted, as many
             of them stay as the default leaves.
     """
-    subject = calibrations.subject(setting)
-    prunable = count_parameters(calibrations.plain.chosen)
+    subject = calibrated(task, seed, setting)
+    prunable = count_parameters(subject.of(UNITS))
     budget = sparsity * prunable / count_parameters(subject.chosen)
     work = measure_macs(subject.model, subject.axes, subject.calibration.examples)
     if setting.counted == "MACs":
         plain = replace(DEFAULT, reconstruction=False)
-        _, default = cut(calibrations.subject(DEFAULT), plain, sparsity)
+        _, default = cut(calibrated(task, seed, DEFAULT), plain, sparsity)
         budget = work.total(widths_of(default))
     started = time.process_time()
     model, plan = cut(subject, setting, budget)

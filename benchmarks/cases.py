@@ -45,7 +45,7 @@ class Case:
     @property
     def options(self) -> set[str]:
         """Names of the options that it takes."""
-        return {*inspect.signature(self.jobs).parameters} - {"folder"}
+        return {*inspect.signature(self.jobs).parameters} & OPTIONS.keys()
 
 
 ONE: dict[str, Any] = {"tasks": [QUICK], "seeds": [0]}
@@ -98,14 +98,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def missing_jobs(
     case: Case, given: Mapping[str, Any], folder: Path, *, quick: bool
 ) -> Iterator[Job]:
-    """The jobs of a case that have no record yet.
-
-    Args:
-        case: The case.
-        given: Options that were asked for; those that the case does not take are left out.
-        folder: Where the records are.
-        quick: Whether the other options are those of a try.
-    """
+    """The jobs of a case that have no record yet."""
     options = dict(case.quick) if quick else {}
     options |= {name: value for name, value in given.items() if name in case.options}
     if "folder" in inspect.signature(case.jobs).parameters:

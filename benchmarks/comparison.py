@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from benchmarks.methods import OURS, Name
 from benchmarks.records import Record
 
-__all__ = ["facts", "front", "lost", "mean_range", "name_of", "nats", "points", "row", "spread"]
+__all__ = ["facts", "front", "lost", "name_of", "nats", "points", "row", "spread"]
 __all__ += ["tables", "with_head"]
 
 CONFIDENCE = 0.95
@@ -34,17 +34,6 @@ MEASURES = {"points": (points, 2), "nats": (nats, 3)}  # with digits; more is be
 def name_of(record: Record) -> Name:
     """Method, widths and weights of a record."""
     return record["method"], record["widths"], record["weights"]
-
-
-def in_words(name: Name) -> str:
-    """A method with its widths and what happens to its weights.
-
-    Example:
-        >>> in_words(("taylor", "global", "reconstruction"))
-        '`taylor`, global, reconstruction'
-    """
-    method, widths, weights = name
-    return f"`{method}`, {widths}" + (f", {weights}" if weights != "none" else "")
 
 
 def after(steps: int) -> str:
@@ -80,22 +69,9 @@ def interval(gaps: Sequence[float]) -> tuple[float, float]:
 
 
 def spread(gaps: Sequence[float], digits: int = 2) -> str:
-    """Mean with its interval, where there are several.
-
-    Example:
-        >>> spread([1.0, 2.0, 3.0]), spread([0.25], 3)
-        ('+2.00 ± 2.48', '+0.250')
-    """
+    """Mean with its interval, where there are several."""
     mean, half = interval(gaps)
     return f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if len(gaps) > 1 else "")
-
-
-def mean_range(values: Sequence[float], digits: int) -> str:
-    """Mean, and the range where there are several."""
-    mean = f"{statistics.mean(values):+.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):+.{digits}f} .. {max(values):+.{digits}f})"
 
 
 def by_seed(
@@ -147,11 +123,6 @@ def aside(records: Sequence[Record], asked: float) -> str:
     return f" ({gone:.0%} gone)" if abs(gone - asked) > TOLERANCE else ""
 
 
-def where(tasks: Sequence[str]) -> str:
-    """One task, or how many a mean goes over."""
-    return tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
-
-
 def facts(records: Sequence[Record]) -> list[str]:
     """Tasks, seeds and dense controls, and what was measured on."""
     counts = sorted({record["steps"] for record in records})
@@ -159,26 +130,18 @@ def facts(records: Sequence[Record]) -> list[str]:
     for task in sorted({record["task"] for record in records}):
         same = [record for record in records if record["task"] == task]
         rows_, seeds = ({record[name] for record in same} for name in ("n_test", "seed"))
-        cells = [task, _listed(rows_), _listed(seeds)]
+        cells = [task, ", ".join(map(str, sorted(rows_))), ", ".join(map(str, sorted(seeds)))]
         for steps in counts:
             # A dense control belongs to a seed, however many records name it.
             dense = {r.seed: r["dense_accuracy"] for r in same if r["steps"] == steps}
             cells.append(f"{statistics.mean(dense.values()):.2%}" if dense else "")
         rows.append(row(cells))
-    models = _listed({record["model"] for record in records})
-    cpus = _listed({record.machine["cpu"] for record in records})
     head = ["task", "test rows", "seeds", *(f"dense, {after(steps)}" for steps in counts)]
+    models, cpus = {r["model"] for r in records}, {r.machine["cpu"] for r in records}
     means = "; ".join(", ".join(tasks) for tasks in averaged(records)) or "none yet"
-    return [
-        *with_head(head, rows),
-        "",
-        f"{len(records)} records; model: {models}; processors: {cpus}. Means go over tasks of one "
-        f"model with two seeds or more: {means}.",
-    ]
-
-
-def _listed(values: Iterable[object]) -> str:
-    return ", ".join(map(str, sorted(values, key=str)))
+    lead = f"{len(records)} records; model: {', '.join(sorted(models))}; processors: "
+    lead += f"{', '.join(sorted(cpus))}. Means go over tasks of one model with two seeds or more: "
+    return [*with_head(head, rows), "", f"{lead}{means}."]
 
 
 def table(records: Sequence[Record], tasks: Sequence[str], measure: str = "points") -> list[str]:
@@ -212,8 +175,9 @@ def tables(records: Sequence[Record], measure: str = "points") -> list[str]:
         same = [record for record in records if record["steps"] == steps]
         single = [[task] for task in sorted({record["task"] for record in same})]
         for chosen in [*averaged(same), *(single if measure == "points" else [])]:
-            title = "" if measure == "points" else f", {measure}"
-            lines += [f"### {after(steps).capitalize()}{title}, {where(chosen)}", ""]
+            title = after(steps).capitalize() + ("" if measure == "points" else f", {measure}")
+            where = chosen[0] if len(chosen) == 1 else f"mean of {len(chosen)} tasks"
+            lines += [f"### {title}, {where}", ""]
             lines += [*table(same, chosen, measure), ""]
     return lines[:-1]
 
@@ -238,17 +202,17 @@ def lost(records: Sequence[Record]) -> list[str]:
             mean, half = interval(gaps or [means[0] - means[1]])
             if mean < -ROUNDING or means[1] > means[0] + ROUNDING:
                 clear += mean + half < 0
+                method = f"`{name[0]}`, {', '.join(name[1:])}".removesuffix(", none")
                 masks = " (masks)" if any(record["masked"] for record in same) else ""
                 shown = cell(theirs, ours, 2) + aside(same, sparsity)
-                line = [after(steps), f"{sparsity:.0%}", task, in_words(name) + masks, shown]
+                line = [after(steps), f"{sparsity:.0%}", task, method + masks, shown]
                 found.append((mean, name, row([*line, f"{means[0]:+.2f}"])))
         rows += [line for *_, line in sorted(found)]
     head = ["steps", "gone", "task", "better than ours", "points; ours minus it", "ours"]
     lead = (
-        f"Another method, or another variant of this package, has the better mean in {len(rows)} of "
-        f"{cells} cells (method, task, sparsity, steps); in {clear} of them the {CONFIDENCE:.0%} "
-        "interval of the paired difference lies below zero (▼). So many comparisons put some "
-        "intervals there by chance."
+        f"Another method, or another variant of ours, has the better mean in {len(rows)} of {cells}"
+        f" cells (method, task, sparsity, steps); in {clear} of them the {CONFIDENCE:.0%} interval"
+        " of the paired difference lies below zero (▼). So many comparisons put some there by luck."
     )
     return [lead, "", *with_head(head, rows)]
 
@@ -287,7 +251,7 @@ def front(records: Sequence[Record]) -> list[str]:
             values = [gaps[name, steps, sparsity] for steps, sparsity in FRONT_COLUMNS]
             cells = [_front_cell(v, number) for v, number in zip(values, seeds, strict=True)]
             rows += [row([label, *cells])] if any(cells) else []
-        title = "TREC-6" if len(tasks) == 1 else where(tasks)
+        title = "TREC-6" if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
         head = [title, *(f"{after(n)}, {sparsity:.0%} gone" for n, sparsity in FRONT_COLUMNS)]
         lines += [*with_head(head, rows), ""]
     return lines[:-1]

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ from lightning_mi_prune.method import pull_back
 from lightning_mi_prune.moments import Moments
 from lightning_mi_prune.sample import Heard
 
-__all__ = ["SHAPES", "bert", "costs", "demo", "halved", "log_det_information", "noisy", "one_cut"]
+__all__ = ["SHAPES", "Run", "costs", "demo", "log_det_information", "noisy", "one_cut"]
 
 SHAPES = {
     "MiniLM-L6": {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536},
@@ -65,32 +64,9 @@ SHAPES = {
     "tiny": {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 48},
 }
 REAL = ("MiniLM-L6", "BERT-base")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much is measured.
-
-    Args:
-        batch: Sequences in a batch.
-        length: Positions in a sequence.
-        batches: Batches of validation, all of whose positions are samples.
-        timed_batches: Of these, how many are measured.
-        neurons: Neurons for which determinants are taken.
-        ridge: Noise on the layer above, the same for us and for the determinants.
-        repeats: Rounds.
-    """
-
-    batch: int = 32
-    length: int = 64
-    batches: int = 8
-    timed_batches: int = 2
-    neurons: int = 16
-    ridge: float = 1.0
-    repeats: int = 3
-
-
-QUICK = Settings(4, 32, batches=2, timed_batches=1, neurons=2, repeats=1)
+# Sequences in a batch, their length, batches; batches and neurons that are really measured.
+REAL_SIZES, TINY = (32, 64, 8, 2, 16), (4, 32, 2, 1, 2)
+RIDGE = 1.0  # noise on the layer above, the same for us and for the determinants
 
 
 def bert(shape: Mapping[str, int]) -> nn.Module:
@@ -101,58 +77,101 @@ def bert(shape: Mapping[str, int]) -> nn.Module:
     return model.eval()
 
 
-def halved(axes: Sequence[WidthAxis]) -> Plan:
-    """The plan that keeps the first half of every axis."""
-    sizes = {axis.name: axis.size for axis in axes}
-    return Plan(sizes, {name: tuple(range(size // 2)) for name, size in sizes.items()})
+class Run:
+    """A random model, batches of random tokens, and what a calibration on them finds.
+
+    Args:
+        shape: Of the model.
+        rows: Sequences in a batch.
+        length: Positions in a sequence.
+        batches: Batches of validation, of which the first ``timed`` are really run.
+        positions: How many of their positions are samples.
+        timed: None is all.
+    """
+
+    def __init__(
+        self,
+        shape: Mapping[str, int],
+        rows: int,
+        length: int,
+        batches: int,
+        positions: int,
+        timed: int | None = None,
+    ) -> None:
+        self.model, self.batches, self.positions = bert(shape), batches, positions
+        self.timed = batches if timed is None else timed
+        self.axes = choose_axes(find_axes(self.model))
+        self.ids = torch.randint(5, 1000, (rows, length))
+        self.weights, self.plan = dict(self.model.named_parameters()), full_plan(self.axes)
+        self.moments: dict[str, Moments] = {}
+        self.rankings: dict[str, Ranking] = {}
+        self.sizes = {axis.name: axis.size for axis in self.axes}
+
+    def validation(self) -> None:
+        """The batches without hooks."""
+        with torch.inference_mode():
+            for _ in range(self.timed):
+                self.model(self.ids)
+
+    def calibration(self) -> Cost:
+        """What hooks and sums take in a validation."""
+        listener = Listener(self.model, self.axes, positions=self.positions, batches=self.batches)
+        modules = [self.model.get_submodule(axis.readers[0]) for axis in self.axes]
+        cost = cost_of_hooks(modules, listener, self.validation)
+        self.moments = listener.moments
+        return cost
+
+    def order(self) -> None:
+        """The whole order of every axis, by conditional information."""
+        known = self.axes, self.moments, self.weights, self.plan
+        self.rankings = rank_axes(*known, relevance="readers")
+
+    def compensation(self) -> None:
+        """Weights that make up for half of the units."""
+        known = self.axes, self.moments, self.weights
+        widths = {name: size // 2 for name, size in self.sizes.items()}
+        select(*known, widths, self.plan, rankings=self.rankings)
+
+    def cut(self) -> None:
+        """Half of every axis goes, of a copy."""
+        plan = Plan(self.sizes, {n: tuple(range(size // 2)) for n, size in self.sizes.items()})
+        apply(copy.deepcopy(self.model), self.axes, plan)
 
 
 def costs(shapes: Sequence[str] = REAL, repeats: int = 3) -> Iterator[Job]:
     """Seconds and memory of calibration, scores and cuts beside other ways, all in turn."""
     for shape in shapes:
-        settings = replace(QUICK if shape == "tiny" else Settings(), repeats=repeats)
-        run = partial(in_fresh_process, parts_of, SHAPES[shape], settings)
-        yield single({"shape": shape}, lambda run=run, settings=settings: asdict(settings) | run())
+        yield single({"shape": shape}, in_fresh_process, parts_of, shape, repeats)
 
 
-def parts_of(shape: Mapping[str, int], settings: Settings) -> dict[str, Any]:
+def parts_of(shape: str, repeats: int) -> Figures:
     """Every part at one shape, in groups that take turns."""
-    torch.manual_seed(0)
-    model = bert(shape)
-    axes = choose_axes(find_axes(model))
-    layers = shape["num_hidden_layers"]
-    ids = torch.randint(5, 1000, (settings.batch, settings.length))
-    found: dict[str, Moments] = {}
-    rounds = partial(take_turns, repeats=settings.repeats)
-    parts = rounds(_sums(axes[: len(axes) // layers], layers, settings), warm=True)
-    parts |= rounds(_calibration(model, axes, ids, settings, found))
+    rows, length, batches, few_batches, few = TINY if shape == "tiny" else REAL_SIZES
+    layers = SHAPES[shape]["num_hidden_layers"]
+    run = Run(SHAPES[shape], rows, length, batches, batches * rows * length, few_batches)
+    rounds = partial(take_turns, repeats=repeats)
+    parts = rounds(
+        _sums(run.axes[: len(run.axes) // layers], rows * length, layers * batches), warm=True
+    )
+    part = partial(Part, timed=few_batches, of=batches, unit="batches")
+    parts |= rounds({"validation": part(run.validation), "calibration": part(run.calibration)})
     # As if the same batches had come again until all of them were there.
-    for moments in found.values():
-        moments.unpack(settings.batches // settings.timed_batches * moments.packed())
-    weights, plan = dict(model.named_parameters()), full_plan(axes)
-    known: dict[str, Any] = {"moments": found, "weights": weights, "kept": plan.kept}
-    sites = [gather(axis, **known, current=plan, axes=axes)[0] for axis in axes]
-    ffn = next(site for site in sites if site.entries == 1)
-    parts |= rounds(_scores(sites, ffn, layers, settings), warm=True)
-    del sites, ffn  # as large as the moments
-    rankings: dict[str, Ranking] = {}
-    widths = {axis.name: axis.size // 2 for axis in axes}
-
-    def order() -> None:
-        rankings.update(rank_axes(axes, found, weights, plan, relevance="readers"))
-
-    def compensate() -> None:
-        select(axes, found, weights, widths, plan, rankings=rankings)
-
-    parts |= rounds({"order": Part(order), "compensation": Part(compensate)})
-    found.clear()
-    parts |= rounds(_cutting(model, axes, ids, settings))
-    return {"parts": parts}
+    for moments in run.moments.values():
+        moments.unpack(batches // few_batches * moments.packed())
+    known: dict[str, Any] = {"moments": run.moments, "weights": run.weights, "kept": run.plan.kept}
+    sites = [gather(axis, **known, current=run.plan, axes=run.axes)[0] for axis in run.axes]
+    parts |= rounds(_scores(sites, layers, few), warm=True)
+    del sites  # as large as the moments
+    parts |= rounds({"order": Part(run.order), "compensation": Part(run.compensation)})
+    run.moments = {}
+    parts |= rounds(_cutting(run))
+    about = {"batch": rows, "length": length, "batches": batches, "repeats": repeats}
+    return about | {"parts": parts}
 
 
-def _sums(axes: Sequence[WidthAxis], layers: int, settings: Settings) -> dict[str, Part]:
+def _sums(axes: Sequence[WidthAxis], rows: int, of: int) -> dict[str, Part]:
     """Our sums of the inputs of one layer in a batch, and the plain products of matrices."""
-    rows, widths = settings.batch * settings.length, [axis.size * axis.entries for axis in axes]
+    widths = [axis.size * axis.entries for axis in axes]
     x = [torch.randn(rows, width) for width in widths]
     doubles = [each.double() for each in x]
     ours = [Moments(width) for width in widths]
@@ -166,54 +185,19 @@ def _sums(axes: Sequence[WidthAxis], layers: int, settings: Settings) -> dict[st
         for total, each in zip(plain, doubles, strict=True):
             total.addmm_(each.mT, each)
 
-    part = partial(Part, timed=1, of=layers * settings.batches, unit="layer_batches")
+    part = partial(Part, timed=1, of=of, unit="layer_batches")
     return {"sums": part(add_up), "product": part(multiply)}
 
 
-def _calibration(
-    model: nn.Module,
-    axes: Sequence[WidthAxis],
-    ids: Tensor,
-    settings: Settings,
-    found: dict[str, Moments],
-) -> dict[str, Part]:
-    """Some batches without hooks, and what the hooks take."""
-    modules = [model.get_submodule(axis.readers[0]) for axis in axes]
-    positions = settings.batches * ids.numel()
-
-    def validate() -> None:
-        with torch.inference_mode():
-            for _ in range(settings.timed_batches):
-                model(ids)
-
-    def calibrate() -> Cost:
-        listener = Listener(model, axes, positions=positions, batches=settings.batches)
-        cost = cost_of_hooks(modules, listener, validate)
-        found.update(listener.moments)
-        return cost
-
-    part = partial(Part, timed=settings.timed_batches, of=settings.batches, unit="batches")
-    return {"validation": part(validate), "calibration": part(calibrate)}
-
-
-def _scores(
-    sites: Sequence[Evidence], ffn: Evidence, layers: int, settings: Settings
-) -> dict[str, Part]:
-    """Each unit's information with the layer above: all of ours, a determinant for a few neurons.
-
-    Args:
-        sites: What is known of every axis.
-        ffn: What is known of the neurons of one layer.
-        layers: How many there are.
-        settings: How much is measured.
-    """
-    topk = MutualInformation("topk", ridge=settings.ridge)
-    joint = noisy(ffn, settings.ridge)
-    few, neurons = min(settings.neurons, ffn.units), layers * ffn.units
+def _scores(sites: Sequence[Evidence], layers: int, neurons: int) -> dict[str, Part]:
+    """Each unit's information with the layer above: all of ours, determinants for a few neurons."""
+    topk = MutualInformation("topk", ridge=RIDGE)
+    ffn = next(site for site in sites if site.entries == 1)
+    joint, few, of = noisy(ffn, RIDGE), min(neurons, ffn.units), layers * ffn.units
     return {
         "scores": Part(lambda: [topk.scores(site) for site in sites]),
         "scores_of_covariances": Part(lambda: unit_information(*joint), 1, layers, "layers"),
-        "log_det": Part(lambda: log_det_information(*joint, few), few, neurons, "neurons"),
+        "log_det": Part(lambda: log_det_information(*joint, few), few, of, "neurons"),
     }
 
 
@@ -223,26 +207,20 @@ def noisy(site: Evidence, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     return covariance, cross, above + site.noise(ridge) * torch.eye(len(above)).to(above)
 
 
-def _cutting(
-    model: nn.Module, axes: Sequence[WidthAxis], ids: Tensor, settings: Settings
-) -> dict[str, Part]:
+def _cutting(run: Run) -> dict[str, Part]:
     """Half of every layer goes, here and with torch-pruning's Taylor importance; both on a copy."""
-    plan = halved(axes)
-    batch = {"input_ids": ids, "labels": torch.zeros(len(ids), dtype=torch.long)}
+    batch = {"input_ids": run.ids, "labels": torch.zeros(len(run.ids), dtype=torch.long)}
     importance = torch_pruning().importance.GroupTaylorImportance()
 
     def gradients() -> None:
-        model.zero_grad(set_to_none=True)
-        model(**batch).loss.backward()
+        run.model.zero_grad(set_to_none=True)
+        run.model(**batch).loss.backward()
 
     def taylor() -> None:
-        pruned_by_library(model, axes, batch, 0.5, importance, together=False)
+        pruned_by_library(run.model, run.axes, batch, 0.5, importance, together=False)
 
-    return {
-        "cut": Part(lambda: apply(copy.deepcopy(model), axes, plan)),
-        "gradients": Part(gradients, 1, settings.batches, "batches"),
-        "taylor_step": Part(taylor),
-    }
+    gradient_part = Part(gradients, 1, run.batches, "batches")
+    return {"cut": Part(run.cut), "gradients": gradient_part, "taylor_step": Part(taylor)}
 
 
 # ------------------------------------------------------------------------- other ways, to be timed
@@ -310,23 +288,18 @@ def steps_of(shape: Mapping[str, int], positions: int) -> dict[str, float]:
                 model(ids)
 
     validate()  # the first pass is slower, which the calibration would seem to save
-    result = {"validation_s": timed(validate)}
+    validation = timed(validate)
     before = peak_memory()
     options = {"positions": positions, "batches": batches, "calls": method.refit_positions}
     with Listener(model, chosen, **options) as listener:
-        result["calibration_s"] = timed(validate) - result["validation_s"]
+        result = {"calibration_s": timed(validate) - validation}
     sums = [t for m in listener.moments.values() for t in vars(m).values() if isinstance(t, Tensor)]
     result["sums_mb"] = sum(t.nbytes for t in sums) / 1e6
     weights, plan = dict(model.named_parameters()), full_plan(axes)
     found = Heard(listener.moments, ranks=[listener.stored])
-    rankings: dict[str, Ranking] = {}
-
-    def rank(criterion: MutualInformation) -> None:
-        known = chosen, found.moments, weights, plan, criterion
-        rankings.update(rank_axes(*known, relevance="readers"))
-
-    for criterion in (MutualInformation("topk"), MutualInformation("conditional", ridge=1.0)):
-        result[f"order_{criterion.selection}_s"] = timed(partial(rank, criterion))
+    started = time.perf_counter()
+    rankings = rank_axes(chosen, found.moments, weights, plan, relevance="readers")
+    result["order_conditional_s"] = time.perf_counter() - started
     started = time.perf_counter()
     widths = allot(chosen, method.budget, costs=ParameterCosts(chosen), rankings=rankings)
     selection = select(chosen, found.moments, weights, widths, plan, rankings=rankings)
@@ -356,11 +329,7 @@ def _demo(seed: int) -> Figures:
     options = ["--seed_everything", str(seed), "--data.seed", str(seed), "--name", name]
     command = [sys.executable, "-m", "examples.text_classification", "fit", "--config", CONFIG]
     subprocess.run([*command, *options], check=True)  # noqa: S603
-    return demo_figures(json.loads(Path("runs", name, "report.json").read_text(encoding="utf-8")))
-
-
-def demo_figures(report: Mapping[str, Any]) -> dict[str, float]:
-    """What the README shows of a report."""
+    report = json.loads(Path("runs", name, "report.json").read_text(encoding="utf-8"))
     before, after = report["before"], report["after"]
     figures = {
         "dense accuracy, %": 100 * before["metrics"]["accuracy"],

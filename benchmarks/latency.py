@@ -41,13 +41,7 @@ def shape_of(task: str, kept: Kept) -> str:
 
 
 def shaped(config: Any, kept: Kept | None = None) -> nn.Module:
-    """A classifier with random weights and these widths.
-
-    Args:
-        config: Of the dense model; it is changed.
-        kept: Heads, neurons and dimensions of heads of every layer that is there, those that were
-            cut; None keeps all.
-    """
+    """A classifier with random weights, and these widths if some are given; changes the config."""
     if kept is not None:
         config.num_hidden_layers = len(kept["ffn"])
     model: nn.Module = AutoModelForSequenceClassification.from_config(config).eval()
@@ -68,14 +62,7 @@ def config_of(task: str, classes: int) -> Any:
 def timed(
     networks: Mapping[str, nn.Module], length: int, *, seconds: float, rounds: int
 ) -> dict[str, float]:
-    """Latency in ms of several models, in turn, for every batch size.
-
-    Args:
-        networks: The models, by what comes before the name of their latency.
-        length: Tokens of a text.
-        seconds: Time for each model and batch size.
-        rounds: How often they take turns.
-    """
+    """Latency in ms of several models, in turn, for every batch size."""
     found = {}
     for rows in BATCHES:
         inputs = token_ids(rows, length)
@@ -103,7 +90,7 @@ def latency(
         asked = not methods or found["method"] in methods
         if asked and found["task"] in tasks and found.seed in seeds:
             setting = {"task": found["task"], "kept": found["kept"]}
-            yield single(setting, _shape, found["task"], found["kept"], seconds, rounds)
+            yield single(setting, measured, found["task"], found["kept"], seconds, rounds)
 
 
 @cache
@@ -113,18 +100,21 @@ def facts(task: str) -> tuple[int, int]:
     return data.num_classes, typical_length([*data.test_dataloader()])
 
 
-def _shape(task: str, kept: Kept, seconds: float, rounds: int) -> Figures:
-    classes, length = facts(task)
+def measured(
+    task: str, kept: Kept, seconds: float, rounds: int, length: int = 0, compiled: bool = False
+) -> Figures:
+    """The dense model and a shape, in turn; 0 is the typical length of the task."""
+    classes, typical = facts(task)
+    length = length or typical
     networks = {"dense_": shaped(config_of(task, classes))}
     networks[""] = shaped(config_of(task, classes), kept)
-    figures = timed(networks, length, seconds=seconds, rounds=rounds)
-    return {"length": length} | figures | macs_of(networks, length)
-
-
-def macs_of(networks: Mapping[str, nn.Module], length: int) -> dict[str, int]:
-    """Multiply-accumulates of one text."""
-    example = Example((), token_ids(1, length))
-    return {f"{name}macs": count_macs(network, example) for name, network in networks.items()}
+    figures: dict[str, float] = {"length": length}
+    for name, network in networks.items():
+        figures[f"{name}macs"] = count_macs(network, Example((), token_ids(1, length)))
+    torch.compiler.reset()
+    for network in networks.values() if compiled else ():
+        network.compile(dynamic=False)
+    return figures | timed(networks, length, seconds=seconds, rounds=rounds)
 
 
 # ----------------------------------------------------------------------------- lengths and layouts
@@ -145,7 +135,6 @@ def lengths(
         LookupError: If no record of `recovery` has one of the shapes.
     """
     for task, length in ((task, length) for task in tasks for length in lengths):
-        settings = []
         for layout, sparsity in ((name, s) for name in LAYOUTS for s in sparsities):
             method, widths, weights = LAYOUTS[layout]
             about = {"task": task, "seed": 0, "steps": 0, "sparsity": sparsity}
@@ -155,32 +144,7 @@ def lengths(
                 raise LookupError(
                     f"no record of {about}: `python -m benchmarks run recovery` first"
                 )
+            kept = same[0]["kept"]
             setting = {"task": task, "length": length, "compiled": compiled, "layout": layout}
-            setting |= {"sparsity": sparsity, "cpu": cpu_name(), "kept": same[0]["kept"]}
-            settings.append(setting)
-        given = task, length, settings, compiled, seconds, rounds
-        yield Job(settings, 0, partial(_lengths, *given))
-
-
-def _lengths(
-    task: str,
-    length: int,
-    settings: Sequence[Mapping[str, Any]],
-    compiled: bool,
-    seconds: float,
-    rounds: int,
-) -> list[Figures]:
-    classes, _ = facts(task)
-    networks = {"dense_": shaped(config_of(task, classes))}
-    for index, setting in enumerate(settings):
-        networks[f"{index}_"] = shaped(config_of(task, classes), setting["kept"])
-    found: dict[str, float] = {**macs_of(networks, length)}
-    torch.compiler.reset()
-    for network in networks.values() if compiled else ():
-        network.compile(dynamic=False)
-    found |= timed(networks, length, seconds=seconds, rounds=rounds)
-    dense = {name: value for name, value in found.items() if name.startswith("dense_")}
-    return [
-        dense | {n.partition("_")[2]: v for n, v in found.items() if n.startswith(f"{index}_")}
-        for index in range(len(settings))
-    ]
+            setting |= {"sparsity": sparsity, "cpu": cpu_name(), "kept": kept}
+            yield single(setting, measured, task, kept, seconds, rounds, length, compiled)

@@ -61,11 +61,6 @@ def take_turns(
 ) -> dict[str, dict[str, Any]]:
     """Measure every part in turn, again and again, so that a slow minute hits all of them.
 
-    Args:
-        parts: Work by name.
-        repeats: Rounds.
-        warm: Whether a round that is not counted comes first.
-
     Returns:
         By name: ``wall_s``, ``cpu_s`` and ``peak_mb``, each with median, min and max, and of a
         part that was not measured whole ``timed_<unit>`` and ``<unit>``.
@@ -110,11 +105,6 @@ def cost_of_hooks(
     """Seconds that hooks take during some work, apart from the work itself.
 
     Hooks run in the order in which they were put on: one looks at the clocks before, one after.
-
-    Args:
-        modules: Where the hooks go.
-        hooks: Puts them on and takes them off.
-        work: Runs the modules.
     """
     spent = [0.0, 0.0]
 

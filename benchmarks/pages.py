@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import comparison
-from benchmarks.comparison import mean_range, nats, points, row, spread, with_head
+from benchmarks.comparison import nats, points, row, spread, with_head
 from benchmarks.latency import BATCHES
 from benchmarks.methods import DEFAULT, SETTINGS
 from benchmarks.records import FOLDER, Record, Store
@@ -25,10 +25,8 @@ from lightning_mi_prune import find_axes
 __all__ = ["PAGES", "TABLES", "filled", "rewritten", "table_lines"]
 
 ROOT = Path(__file__).parent.parent
-PAGES = (
-    "README.md",
-    *(f"docs/{n}.md" for n in ["ablations", "comparison", "cost", "distributed", "layers"]),
-)
+DOCS = ("ablations", "comparison", "cost", "distributed", "layers")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 Records = Sequence[Record]
 
 # -------------------------------------------------------------------------------------------- cost
@@ -50,12 +48,7 @@ PARTS = {
 
 
 def digits(value: float) -> str:
-    """Three digits, thousands apart.
-
-    Example:
-        >>> digits(12345.6), digits(0.01234), digits(0)
-        ('12,300', '0.0123', '0')
-    """
+    """Three digits, thousands apart."""
     if value == 0:
         return "0"
     if value >= 100:
@@ -64,21 +57,11 @@ def digits(value: float) -> str:
 
 
 def measured_on(records: Records) -> list[str]:
-    """What was measured on, and how often."""
-    machine, torch_version = records[0].machine, records[0].versions["torch"]
-    return [
-        f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, torch "
-        f"{torch_version}; median of {records[0]['repeats']}."
-    ]
-
-
-def processors(records: Records) -> str:
-    """Processors and threads of some records."""
-    cpus, threads = (
-        ", ".join(sorted({str(record.machine[name]) for record in records}))
-        for name in ("cpu", "threads")
-    )
-    return f"Processors: {cpus}; threads: {threads}."
+    """Processors, threads and versions, and how often something was measured."""
+    cpus = {f"{r.machine['cpu']}, threads: {r.machine['threads']}" for r in records}
+    versions = ", ".join({f"torch {r.versions['torch']}" for r in records})
+    repeats = {f"; median of {r['repeats']}" for r in records if r.get("repeats")}
+    return [f"{'; '.join(sorted(cpus))}, {versions}{''.join(repeats)}."]
 
 
 def cost_parts(records: Records) -> list[str]:
@@ -164,6 +147,16 @@ def demo(records: Records) -> list[str]:
 # ----------------------------------------------------------------------------------------- quality
 
 
+def _means(values: Sequence[float], places: int) -> str:
+    """Mean, and the range where there are several."""
+    ends = f"{min(values):+.{places}f} .. {max(values):+.{places}f}"
+    return f"{statistics.mean(values):+.{places}f}" + (f" ({ends})" if len(values) > 1 else "")
+
+
+def _medians(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
 def ablations(records: Records) -> list[str]:
     """A table for each task and sparsity: a row a setting."""
     lines: list[str] = []
@@ -185,9 +178,9 @@ def ablations(records: Records) -> list[str]:
             cells = [setting.name, str(len(found))]
             both = sorted(found.keys() & default.keys()) if setting != DEFAULT else []
             for sign, value, places in ((-1, nats, 3), (1, points, 2)):
-                cells.append(mean_range([sign * value(r) for r in found.values()], places))
+                cells.append(_means([sign * value(r) for r in found.values()], places))
                 gaps = [sign * (value(found[seed]) - value(default[seed])) for seed in both]
-                cells.append(mean_range(gaps, places) if gaps else "")
+                cells.append(_means(gaps, places) if gaps else "")
             work = statistics.mean(r["macs"] / r["dense_macs"] for r in found.values())
             seconds = statistics.mean(r["cpu_seconds"] for r in found.values())
             rows.append(row([*cells, f"{work:.0%}", f"{seconds:.0f}"]))
@@ -219,10 +212,6 @@ def distillation(records: Records) -> list[str]:
     return with_head(["task", "gone", "steps", "seeds", plain, *others], rows)
 
 
-def _median_range(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def layers(records: Records) -> list[str]:
     """Layers removed while a model is fine-tuned, beside the dense control of the same seed."""
     dense = {(r["task"], r.seed): r["accuracy"] for r in records if r["criterion"] == "none"}
@@ -237,8 +226,8 @@ def layers(records: Records) -> list[str]:
         gone = ("+".join(" ".join(map(str, cut)) for cut in r["removed"]) for r in found)
         cells = [task, str(-number), "" if control else f"`{criterion}`"]
         cells += ["" if control else str(epoch or "half-way"), "yes" if solved else ""]
-        cells += [str(len(found)), _median_range([100 * r["accuracy"] for r in found])]
-        cells += ["", ""] if control else [_median_range(gaps), "; ".join(gone)]
+        cells += [str(len(found)), _medians([100 * r["accuracy"] for r in found])]
+        cells += ["", ""] if control else [_medians(gaps), "; ".join(gone)]
         rows.append(row(cells))
     head = ["task", "layers", "removed by", "at epoch", "reconstructed", "seeds", "accuracy"]
     return with_head([*head, "minus dense", "removed"], rows)
@@ -252,7 +241,7 @@ def layers_one_shot(records: Records) -> list[str]:
         dense = [100 * r["dense_accuracy"] for r in same if r["reconstruction"]]
         gaps = [[points(r) for r in same if r["reconstruction"] == s] for s in (False, True)]
         cells = [task, str(-number), str(len(dense)), f"{statistics.median(dense):.2f}"]
-        rows.append(row([*cells, *map(_median_range, gaps)]))
+        rows.append(row([*cells, *map(_medians, gaps)]))
     return with_head(["task", "layers", "seeds", "dense", "removed", "reconstructed"], rows)
 
 
@@ -289,13 +278,10 @@ def lengths(records: Records) -> list[str]:
         rows = []
         for r in sorted((r for r in same if not r["compiled"]), key=place):
             cells = [str(r["length"]), f"{r['sparsity']:.0%}", r["layout"]]
-            cells += [
-                f"{r['dense_macs'] / r['macs']:.2f}x",
-                *(reached(r, size) for size in BATCHES),
-            ]
+            cells += [f"{r['dense_macs'] / r['macs']:.2f}x", *(reached(r, n) for n in BATCHES)]
             rows.append(row([*cells, compiled.get(place(r), "")]))
         head = ["tokens", "gone", "widths", "MACs", "batch 1", "batch 32", "batch 32, compiled"]
-        lines += [*with_head(head, rows), "", processors(same), ""]
+        lines += [*with_head(head, rows), "", *measured_on(same), ""]
     return lines[:-1]
 
 
@@ -341,9 +327,8 @@ def filled(text: str, folder: Path = FOLDER) -> str:
     def table(found: re.Match[str]) -> str:
         if found[1] not in TABLES:
             raise ValueError(f"table {found[1]!r}: expected one of {', '.join(TABLES)}")
-        return "\n".join(
-            [f"<!-- table: {found[1]} -->", "", *table_lines(found[1], folder), "", "<!--"]
-        )
+        lines = "\n".join(table_lines(found[1], folder))
+        return f"<!-- table: {found[1]} -->\n\n{lines}\n\n<!--"
 
     if text.count("<!-- table: ") != text.count("<!-- /table -->"):
         raise ValueError("expected a `<!-- /table -->` after each `<!-- table: NAME -->`")

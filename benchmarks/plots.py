@@ -63,12 +63,7 @@ def place_of(record: Record, shapes: Mapping[str, Record], view: str) -> float |
 
 
 def draw(records: Sequence[tuple[Record, float]], view: str) -> Figure:
-    """A panel a task, and one legend below all of them.
-
-    Args:
-        records: Those of one number of steps, with their places on the horizontal axis.
-        view: What accuracy is drawn against.
-    """
+    """A panel a task, and one legend below all of them."""
     tasks = sorted({record["task"] for record, _ in records})
     lines = -(-len(tasks) // 2)
     figure = Figure(figsize=(9.0, 2.6 * lines + 1.6), layout="constrained")
@@ -131,13 +126,7 @@ def _method(axes: Axes, name: Name, records: Sequence[tuple[Record, float]]) -> 
 
 
 def drawn(names: Sequence[str], target: Path, folder: Path = FOLDER) -> list[Path]:
-    """Draw figures by name; the same records give the same files.
-
-    Args:
-        names: Some of `FIGURES`.
-        target: Folder of the figures.
-        folder: Folder of the records.
-    """
+    """Draw figures by name; the same records give the same files."""
     shapes = {shape_of(r["task"], r["kept"]): r for r in Store("latency", folder)}
     paths = []
     for name in names:

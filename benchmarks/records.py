@@ -53,11 +53,6 @@ class Record:
         """The same; None where the record has no such field."""
         return self[name] if name in {*self.figures, *self.setting, "seed"} else None
 
-    @property
-    def key(self) -> str:
-        """What the record is about."""
-        return key_of(self.setting, self.seed)
-
 
 class Job(NamedTuple):
     """Something to measure: one record, or several that can only be measured together.
@@ -101,14 +96,11 @@ class Store:
         self._records: dict[str, Record] = {}
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
-                found = Record(case=case, **json.loads(line))
-                self._records[found.key] = found
+                found = Record(**json.loads(line))
+                self._records[key_of(found.setting, found.seed)] = found
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self._records.values())
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def has(self, setting: Mapping[str, Any], seed: int = 0) -> bool:
         """Whether there is a record of a setting and a seed."""
@@ -123,9 +115,8 @@ class Store:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
         new = Record(self.case, setting, seed, figures, machine, versions)
-        self._records[new.key] = new
-        body = {name: value for name, value in asdict(new).items() if name != "case"}
-        line = json.dumps(body, separators=(",", ":")) + "\n"
+        self._records[key_of(setting, seed)] = new
+        line = json.dumps(asdict(new), separators=(",", ":")) + "\n"
         self.folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:

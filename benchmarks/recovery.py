@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +40,7 @@ __all__ = ["CONTROL", "ENTRIES", "distillation", "losses", "one_shot", "recovery
 Entry = Variant | Rival
 CONTROL = Rival("dense", "uniform")
 ENTRIES: tuple[Entry, ...] = (*VARIANTS, *RIVALS)
+COMPARED = tuple(entry for entry in ENTRIES if isinstance(entry, Rival) or entry.compared)
 
 
 def recovery(
@@ -49,30 +49,9 @@ def recovery(
     sparsities: Sequence[float] = (0.5, 0.75, 0.9),
     methods: Sequence[str] = (),
     steps: Sequence[int] = (0, 100),
+    entries: Sequence[Entry] = COMPARED,
 ) -> Iterator[Job]:
     """Accuracy of every method, one shot (0 steps) and after training, beside a dense control."""
-    entries = [e for e in ENTRIES if isinstance(e, Rival) or e.compared]
-    yield from _jobs(tasks, seeds, sparsities, methods, steps, entries)
-
-
-def one_shot(
-    tasks: Sequence[str] = TASKS,
-    seeds: Sequence[int] = SEEDS,
-    sparsities: Sequence[float] = (0.75, 0.9),
-    methods: Sequence[str] = (),
-) -> Iterator[Job]:
-    """Accuracy of all variants of this package without a training step."""
-    yield from _jobs(tasks, seeds, sparsities, methods, [0], VARIANTS)
-
-
-def _jobs(
-    tasks: Sequence[str],
-    seeds: Sequence[int],
-    sparsities: Sequence[float],
-    methods: Sequence[str],
-    steps: Sequence[int],
-    entries: Sequence[Entry],
-) -> Iterator[Job]:
     asked: list[tuple[Entry, float]] = [(CONTROL, 0.0)]
     asked += [(e, s) for s in sparsities for e in entries if not methods or e.method in methods]
     for seed, task in ((seed, task) for seed in seeds for task in tasks):
@@ -83,6 +62,16 @@ def _jobs(
                 if count or isinstance(entry, Variant) or entry.gradual is None:
                     setting = about | {"sparsity": sparsity, "steps": count, "seed": seed}
                     yield single(setting, measured, task, seed, entry, sparsity, count)
+
+
+def one_shot(
+    tasks: Sequence[str] = TASKS,
+    seeds: Sequence[int] = SEEDS,
+    sparsities: Sequence[float] = (0.75, 0.9),
+    methods: Sequence[str] = (),
+) -> Iterator[Job]:
+    """Accuracy of all variants of this package without a training step."""
+    return recovery(tasks, seeds, sparsities, methods, (0,), VARIANTS)
 
 
 @cache
@@ -160,49 +149,37 @@ def trained(model: nn.Module, entry: Entry, sparsity: float, training: Training)
 TEMPERATURE = 2.0
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """The uncut model, as part of a loss.
+def teacher_loss(teacher: nn.Module, hidden: float, student: nn.Module, batch: Batch) -> Tensor:
+    """Half the loss of the labels, half that of a teacher's predictions, and that of its states.
 
     Args:
-        model: The model, in evaluation mode; only run.
+        teacher: The uncut model, in evaluation mode; only run.
         hidden: Weight of the distance of hidden states; 0 leaves them out.
+        student: The pruned model.
+        batch: With labels.
     """
-
-    model: nn.Module
-    hidden: float = 0.0
-
-    def __call__(self, student: nn.Module, batch: Batch) -> Tensor:
-        """Half the loss of the labels, half that of the predictions, and that of the states."""
-        states = self.hidden > 0
-        mine = student(**batch, output_hidden_states=states)
-        with torch.no_grad():
-            wanted = self.model(**batch, output_hidden_states=states)
-        loss: Tensor = (mine.loss + divergence(mine.logits, wanted.logits)) / 2
-        if states:
-            mask = batch["attention_mask"].bool()
-            pairs = [*zip(mine.hidden_states, wanted.hidden_states, strict=True)][1:]
-            apart = [distance(x[mask], y[mask]) for x, y in pairs]
-            loss = loss + self.hidden * torch.stack(apart).mean()
-        return loss
+    mine = student(**batch, output_hidden_states=hidden > 0)
+    with torch.no_grad():
+        wanted = teacher(**batch, output_hidden_states=hidden > 0)
+    loss: Tensor = (mine.loss + divergence(mine.logits, wanted.logits)) / 2
+    if hidden:
+        mask = batch["attention_mask"].bool()
+        pairs = [*zip(mine.hidden_states, wanted.hidden_states, strict=True)][1:]
+        loss = loss + hidden * torch.stack([distance(x[mask], y[mask]) for x, y in pairs]).mean()
+    return loss
 
 
-def divergence(logits: Tensor, wanted: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     """Divergence from the teacher's predictions, in nats times the square of the temperature.
-
-    Args:
-        logits: Of the student ``(rows, classes)``.
-        wanted: Those of the teacher.
-        temperature: What both are divided by first.
 
     Example:
         >>> same = torch.tensor([[1.0, 2.0]])
         >>> float(divergence(same, same))
         0.0
     """
-    mine, theirs = ((x / temperature).log_softmax(-1) for x in (logits, wanted))
+    mine, theirs = ((x / TEMPERATURE).log_softmax(-1) for x in (logits, wanted))
     apart = functional.kl_div(mine, theirs, reduction="batchmean", log_target=True)
-    return temperature**2 * apart
+    return TEMPERATURE**2 * apart
 
 
 def distance(states: Tensor, wanted: Tensor) -> Tensor:
@@ -219,8 +196,8 @@ def losses(teacher: nn.Module) -> dict[str, Loss]:
     """Labels alone, predictions of a teacher (Hinton et al. 2015), its states (Romero et al.)."""
     return {
         "labels": labels_loss,
-        "predictions": Teacher(teacher),
-        "predictions and states": Teacher(teacher, hidden=1.0),
+        "predictions": partial(teacher_loss, teacher, 0.0),
+        "predictions and states": partial(teacher_loss, teacher, 1.0),
     }
 
 

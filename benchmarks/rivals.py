@@ -8,12 +8,12 @@ with masks. One prunes during the training steps, one brings a model of its own.
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -99,35 +99,20 @@ SCORES_RATE = 0.01
 
 
 def share_pruned(progress: float, sparsity: float) -> float:
-    """Share that is masked at some point of the training, a cubic curve between two flat ends.
-
-    Example:
-        >>> [round(share_pruned(progress / 10, 0.8), 2) for progress in (0, 1, 4, 8, 10)]
-        [0.0, 0.0, 0.65, 0.8, 0.8]
-    """
+    """Share that is masked at some point of the training, a cubic curve between two flat ends."""
     there = min(1.0, max(0.0, (progress - DENSE) / (1 - DENSE - FINAL)))
     return sparsity * (1 - (1 - there) ** 3)
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """A mask of exactly this many of the largest scores, ties or not.
-
-    Example:
-        >>> top(torch.tensor([[0.5, 2.0], [1.0, 1.0]]), 2).sum()
-        tensor(2.)
-    """
+    """A mask of exactly this many of the largest scores, ties or not."""
     mask = torch.zeros_like(scores)
     mask.flatten()[scores.flatten().topk(count, sorted=False).indices] = 1
     return mask
 
 
 class Scored(nn.Module):
-    """A weight matrix times a mask of its units, through which gradients reach their scores.
-
-    Args:
-        units: Units whose inputs the columns of the weight are.
-        entries: Columns of one unit.
-    """
+    """A weight matrix times a mask of its units, through which gradients reach their scores."""
 
     mask: Tensor
 
@@ -212,15 +197,12 @@ def torch_pruning() -> Any:
         ModuleNotFoundError: If it is not installed; the message says how to install it.
     """
     try:
-        import torch_pruning as library
+        return importlib.import_module("torch_pruning")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "torch-pruning is not installed, and two rivals of the benchmark come from it; run "
-            "`pip install 'lightning-mi-prune[benchmark]'`, or leave them out with --methods",
-            name="torch_pruning",
+            "`pip install 'lightning-mi-prune[benchmark]'`, or leave them out with --methods"
         ) from error
-    package: ModuleType = library
-    return package
 
 
 def by_library(score: str, *, together: bool) -> Prune:
@@ -229,10 +211,6 @@ def by_library(score: str, *, together: bool) -> Prune:
     The same structures go as everywhere here, heads and neurons; the hidden size stays. As its
     example for BERT does, one ratio holds for neurons and heads; the ratio that reaches the asked
     share of parameters is searched for.
-
-    Args:
-        score: "magnitude" or "taylor".
-        together: Whether all layers compete, or each keeps the same share.
     """
 
     def cut(model: nn.Module, batches: Sequence[Batch], sparsity: float, seed: int) -> nn.Module:
@@ -282,16 +260,7 @@ def pruned_by_library(
     *,
     together: bool,
 ) -> nn.Module:
-    """A copy with this share of neurons and heads removed by the pruner of torch-pruning.
-
-    Args:
-        model: The dense model, with gradients where the importance needs them.
-        axes: Its neurons and heads.
-        batch: Inputs to trace the model with.
-        ratio: Share of the units.
-        importance: The package's importance.
-        together: Whether all layers compete.
-    """
+    """A copy with this share of neurons and heads removed by the pruner of torch-pruning."""
     cut = copy.deepcopy(model)
     for new, old in zip(cut.parameters(), model.parameters(), strict=True):
         new.grad = None if old.grad is None else old.grad.clone()

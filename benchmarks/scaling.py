@@ -8,11 +8,9 @@ every rank in ``2 (R - 1)`` steps.
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,12 +18,10 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from benchmarks.costs import bert, halved, log_det_information, noisy
-from benchmarks.measuring import Cost, Part, cost_of_hooks, in_fresh_process, take_turns
+from benchmarks.costs import SHAPES, Run, log_det_information, noisy
+from benchmarks.measuring import Part, in_fresh_process, take_turns
 from benchmarks.records import Figures, Job
-from lightning_mi_prune import Listener, MutualInformation, WidthAxis, apply, find_axes, rank_axes
-from lightning_mi_prune.axes import full_plan
-from lightning_mi_prune.choosing import choose_axes
+from lightning_mi_prune import MutualInformation, WidthAxis
 from lightning_mi_prune.evidence import Evidence
 from lightning_mi_prune.moments import Moments
 
@@ -39,43 +35,24 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What grows, and what stays meanwhile.
-
-    Args:
-        width: Neurons of a layer, four times its outputs.
-        depth: Layers.
-        positions: Positions that are samples, the whole of validation.
-        validation: Batches of validation, of which only ``samples`` positions are samples.
-        samples: Positions that are samples where they do not grow.
-        hidden: Hidden size of the model that is validated.
-        layers: Its depth where that does not grow.
-        batch: Sequences in a batch.
-        length: Positions in a sequence.
-        neurons: Neurons of a layer on which a determinant is taken.
-    """
-
-    width: tuple[int, ...] = (512, 1024, 2048, 4096)
-    depth: tuple[int, ...] = (2, 4, 8, 16)
-    positions: tuple[int, ...] = (2048, 4096, 8192, 16_384)
-    validation: tuple[int, ...] = (8, 16, 32, 64)
-    samples: int = 4096
-    hidden: int = 192
-    layers: int = 2
-    batch: int = 16
-    length: int = 32
-    neurons: int = 8
-
-
-QUICK = Settings((16, 32, 64), (1, 2), (128, 256), (2, 4), 128, 24, 1, 4, 16, 2)
-
-
+# Sizes of what grows: neurons of a layer (four times its outputs), layers, positions that are
+# samples, batches of validation.
+SIZES = {
+    "width": (512, 1024, 2048, 4096),
+    "depth": (2, 4, 8, 16),
+    "positions": (2048, 4096, 8192, 16_384),
+    "validation": (8, 16, 32, 64),
+}
+TINY = {"width": (16, 32, 64), "depth": (1, 2), "positions": (128, 256), "validation": (2, 4)}
+# What stays meanwhile, of all and of the tiny ones.
+FIXED = {"samples": 4096, "hidden": 192, "rows": 16, "length": 32, "neurons": 8}
+TINY_FIXED = {"samples": 128, "hidden": 24, "rows": 4, "length": 16, "neurons": 2}
+LAYERS = 2
 GROWS = {
-    "width": ("sums", "scores", "whole_order", "log_determinants"),
-    "depth": ("calibration", "whole_order", "cut"),
-    "positions": ("calibration", "whole_order"),
-    "validation": ("validation_itself", "calibration", "whole_order"),
+    "width": ("sums", "scores", "order", "log_determinants"),
+    "depth": ("calibration", "order", "cut"),
+    "positions": ("calibration", "order"),
+    "validation": ("validation", "calibration", "order"),
 }
 
 
@@ -83,12 +60,12 @@ def scaling(repeats: int = 3, tiny: bool = False) -> Iterator[Job]:
     """How the cost of a cut grows; every sweep in a process of its own, sizes in turn."""
     for grows, parts in GROWS.items():
         settings = [{"grows": grows, "part": part} for part in parts]
-        yield Job(settings, 0, partial(_sweep, grows, QUICK if tiny else Settings(), repeats))
+        yield Job(settings, 0, partial(_sweep, grows, tiny, repeats))
 
 
-def _sweep(grows: str, settings: Settings, repeats: int) -> list[Figures]:
-    costs = in_fresh_process(swept, grows, settings, repeats)
-    sizes, found = getattr(settings, grows), list[Figures]()
+def _sweep(grows: str, tiny: bool, repeats: int) -> list[Figures]:
+    costs = in_fresh_process(swept, grows, tiny, repeats)
+    sizes, found = (TINY if tiny else SIZES)[grows], list[Figures]()
     for part in GROWS[grows]:
         figures: dict[str, Any] = {"sizes": [*sizes], "repeats": repeats}
         for clock in ("cpu_s", "wall_s"):
@@ -99,111 +76,67 @@ def _sweep(grows: str, settings: Settings, repeats: int) -> list[Figures]:
     return found
 
 
-def swept(grows: str, settings: Settings, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
+def swept(grows: str, tiny: bool, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
     """Costs of every part at every size, by ``part@size``."""
     torch.manual_seed(0)
-    s = settings
+    fixed = TINY_FIXED if tiny else FIXED
+    samples, hidden, rows, length, neurons = fixed.values()
     parts: dict[str, Part] = {}
-    for size in getattr(settings, grows):
+    for size in (TINY if tiny else SIZES)[grows]:
         if grows == "width":
-            found = _wide(settings, size)
+            found = _wide(samples, size, neurons)
         else:
-            layers = size if grows == "depth" else s.layers
-            positions = size if grows == "positions" else s.samples
-            steps = size if grows == "validation" else positions // (s.batch * s.length)
-            run = _Run(s, layers, steps, positions)
+            layers = size if grows == "depth" else LAYERS
+            positions = size if grows == "positions" else samples
+            batches = size if grows == "validation" else positions // (rows * length)
+            shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden}
+            run = Run(shape | {"num_hidden_layers": layers}, rows, length, batches, positions)
             found = {name: Part(getattr(run, name)) for name in GROWS[grows]}
         parts |= {f"{name}@{size}": part for name, part in found.items()}
     return take_turns(parts, repeats, warm=True)
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """Slope of the least-squares line through logarithms.
-
-    Example:
-        >>> round(exponent([1, 2, 4], [3.0, 12.0, 48.0]), 6)
-        2.0
-    """
+    """Slope of the least-squares line through logarithms."""
     logs = [[math.log(max(value, 1e-9)) for value in values] for values in (sizes, seconds)]
     return statistics.linear_regression(*logs).slope
 
 
-def _wide(settings: Settings, width: int) -> dict[str, Part]:
+def _wide(samples: int, width: int, neurons: int) -> dict[str, Part]:
     """One layer: sums of the samples, scores, the whole order, and determinants."""
-    x = torch.randn(settings.samples, width)
+    x = torch.randn(samples, width)
     moments = Moments(width)
     moments.update(x)
-    samples = 10 * max(settings.samples, width)  # enough at every width: nothing is shrunk
     mean, covariance = moments.statistics()
+    enough = 10 * max(samples, width)  # at every width: nothing is shrunk
     covariance += torch.eye(width).to(covariance)
     readout = torch.randn(width // 4, width, dtype=torch.float64)
-    site = Evidence("ffn", 1, samples, mean, covariance, readout)
-    few = min(settings.neurons, width)
+    site = Evidence("ffn", 1, enough, mean, covariance, readout)
+    few = min(neurons, width)
     joint = noisy(site, 1.0)
     return {
         "sums": Part(lambda: moments.update(x)),
         "scores": Part(lambda: MutualInformation("topk").scores(site)),
-        "whole_order": Part(lambda: MutualInformation().rank([site], 0)),
+        "order": Part(lambda: MutualInformation().rank([site], 0)),
         "log_determinants": Part(lambda: log_det_information(*joint, few), few, width, "neurons"),
     }
 
 
-class _Run:
-    """A model of some depth, a validation of some length, and a cap on its samples."""
-
-    def __init__(self, settings: Settings, layers: int, batches: int, positions: int) -> None:
-        hidden = settings.hidden
-        shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden}
-        self.model = bert(shape | {"num_hidden_layers": layers})
-        self.batches, self.positions = batches, positions
-        self.axes = choose_axes(find_axes(self.model))
-        self.ids = torch.randint(5, 1000, (settings.batch, settings.length))
-        self.moments: dict[str, Moments] = {}
-
-    def validation_itself(self) -> None:
-        with torch.inference_mode():
-            for _ in range(self.batches):
-                self.model(self.ids)
-
-    def calibration(self) -> Cost:
-        listener = Listener(self.model, self.axes, positions=self.positions, batches=self.batches)
-        modules = [self.model.get_submodule(axis.readers[0]) for axis in self.axes]
-        cost = cost_of_hooks(modules, listener, self.validation_itself)
-        self.moments = listener.moments
-        return cost
-
-    def whole_order(self) -> None:
-        weights, plan = dict(self.model.named_parameters()), full_plan(self.axes)
-        rank_axes(self.axes, self.moments, weights, plan, relevance="readers")
-
-    def cut(self) -> None:
-        apply(copy.deepcopy(self.model), self.axes, halved(self.axes))
-
-
 # ----------------------------------------------------------------------------------- communication
 
-ENCODERS = {
-    "MiniLM-L6": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
-    "BERT-base": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072},
-    "BERT-large": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    },
+ENCODERS = {name: SHAPES[name] for name in ("MiniLM-L6", "BERT-base")} | {
+    "BERT-large": {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}
 }
 _BANDWIDTH = 25e9 / 8  # bytes a second of a 25 Gbit/s link
 _LATENCY = 20e-6  # seconds of one step of the ring
 
 
 def encoder(**shape: int) -> nn.Module:
-    """A random BERT encoder without pooler, with twelve heads where nothing else is asked for."""
-    model: nn.Module = BertModel(BertConfig(**shape), add_pooling_layer=False)
+    """A random BERT encoder without pooler, with twelve heads, or sixteen where they do not fit."""
+    heads = 16 if shape["hidden_size"] % 12 else 12
+    config = BertConfig(**shape, num_attention_heads=heads)
+    model: nn.Module = BertModel(config, add_pooling_layer=False)
     return model.eval()
-
-
-def _outputs(network: nn.Module, consumer: str) -> int:
-    return network.get_parameter(f"{consumer}.weight").shape[0]
 
 
 def reduced_bytes(axes: Sequence[WidthAxis], network: nn.Module, *, whole: bool = False) -> int:
@@ -213,7 +146,7 @@ def reduced_bytes(axes: Sequence[WidthAxis], network: nn.Module, *, whole: bool 
     """
     size = 0
     for axis in axes:
-        d, rows = axis.size * axis.entries, _outputs(network, axis.readers[0])
+        d, rows = axis.size * axis.entries, len(network.get_parameter(f"{axis.readers[0]}.weight"))
         squares = (n * n if whole else n * (n + 1) // 2 for n in (d, rows))
         size += 8 * (1 + d + 3 + axis.size + sum(squares))
     return size
@@ -224,7 +157,7 @@ def reconstruction_bytes(axes: Sequence[WidthAxis], network: nn.Module) -> int:
     size = 0
     for axis in axes:
         kept = axis.size * axis.entries // 2 + 1
-        size += 8 * kept * (kept + _outputs(network, axis.readers[0]))
+        size += 8 * kept * (kept + len(network.get_parameter(f"{axis.readers[0]}.weight")))
     for consumer in {name for axis in axes for name in axis.above}:
         rows, columns = network.get_parameter(f"{consumer}.weight").shape
         size += 8 * (columns + 1) * (columns + 1 + rows // 2)

@@ -51,16 +51,7 @@ def calibrate_activations(
     positions: int = POSITIONS,
     stored: int = STORED,
 ) -> Heard:
-    """Moments of activations and stored inputs, from one forward pass.
-
-    Args:
-        model: The model, in evaluation mode.
-        axes: What may be cut.
-        batches: Batches of the validation split.
-        seed: Seed of the draw of positions.
-        positions: Samples of each group.
-        stored: Positions whose inputs are stored for the reconstruction.
-    """
+    """Moments of so many activations and inputs stored at so many positions, from one pass."""
     listener = Listener(
         model, axes, positions=positions, batches=len(batches), seed=seed, calls=stored
     )
@@ -132,16 +123,7 @@ def examine(
     *,
     calibrated: bool = True,
 ) -> Subject:
-    """Calibrate on the validation split, and test the dense model.
-
-    Args:
-        task: Name of the task.
-        seed: Seed of the split and the model.
-        model: The dense model, in evaluation mode.
-        validation: Batches with labels, for the calibration.
-        test: Batches with labels, for the accuracy only.
-        calibrated: Whether to calibrate now; otherwise whoever needs it does.
-    """
+    """Calibrate on the validation split, and test the dense model."""
     axes = find_axes(model)
     calibration = Heard()
     if calibrated:
@@ -173,13 +155,7 @@ def score(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
 
 
 def cut(subject: Subject, way: Way, sparsity: float) -> tuple[nn.Module, Plan]:
-    """Prune a copy of the model one way; also returns what it kept.
-
-    Args:
-        subject: The dense model and its calibration.
-        way: How.
-        sparsity: Share of the prunable parameters that must go.
-    """
+    """Prune a copy of the model one way; also returns what it kept."""
     method, heard, axes = way.at(sparsity, subject.seed), subject.calibration, subject.axes
     model, plan = copy.deepcopy(subject.model), full_plan(axes)
     selection = method.decide(model, axes, subject.chosen, plan, heard, progress=1.0)

@@ -1,0 +1,1 @@
+"""Compares ways to choose what to prune, on fine-tuned text classifiers."""
