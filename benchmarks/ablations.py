@@ -16,7 +16,7 @@ from benchmarks.subjects import (
     calibrate_gradients,
     cut,
     opened,
-    tested,
+    quality_of,
 )
 from benchmarks.tasks import SEEDS
 from lightning_mi_prune import Plan
@@ -89,7 +89,7 @@ def measured(task: str, seed: int, setting: Setting, sparsity: float) -> Figures
     seconds = time.process_time() - started
     before, left = (sum(p.numel() for p in net.parameters()) for net in (subject.model, model))
     return {
-        **tested(subject, model),
+        **quality_of(subject, model),
         "reached": (before - left) / prunable,
         "macs": work.total(widths_of(plan)),
         "dense_macs": work.total(widths_of(full_plan(subject.axes))),

@@ -53,7 +53,7 @@ HALF: dict[str, Any] = ONE | {"sparsities": [0.5]}
 FAST: dict[str, Any] = {"seconds": 0.02, "rounds": 1}
 TINY: dict[str, Any] = {"shapes": ["tiny"], "repeats": 1}
 RIVALS = ["relevance-mi", "taylor", "movement-units"]
-PAIR = ["default", "residual, same MACs"]
+PAIR = ["default", "MACs"]
 CASES = {
     case.name: case
     for case in (

@@ -95,7 +95,7 @@ def trained(task: str, seed: int, variant: LayerVariant) -> Figures:
     return {
         "n_test": len(data.splits["test"]),
         "accuracy": float(trainer.test(module, data, verbose=False)[0]["test_accuracy"]),
-        "removed": [cut.stacks[0].removed for cut in cuts],
+        "removed": [[*cut.stacks[0].removed] for cut in cuts],
     }
 
 
@@ -141,7 +141,7 @@ def shortened(task: str, seed: int, layers: int, reconstruction: bool) -> Figure
     operate(model, anatomy, plan, current=anatomy.full, folded=selection.folded)
     accuracy, cross_entropy = score(model.eval(), subject.test)
     return {
-        "removed": cut.removed,
+        "removed": [*cut.removed],
         "n_test": sum(len(batch["labels"]) for batch in subject.test),
         "accuracy": accuracy,
         "dense_accuracy": subject.accuracy,

@@ -66,7 +66,8 @@ def draw(records: Sequence[tuple[Record, float]], view: str) -> Figure:
     """A panel a task, and one legend below all of them."""
     tasks = sorted({record["task"] for record, _ in records})
     lines = -(-len(tasks) // 2)
-    figure = Figure(figsize=(9.0, 2.6 * lines + 1.6), layout="constrained")
+    height = 2.6 * lines + 1.9
+    figure = Figure(figsize=(9.0, height))
     panels = [*figure.subplots(lines, 2, sharex=True, sharey=True, squeeze=False).flat]
     for axes in panels[len(tasks) :]:
         axes.set_visible(False)
@@ -80,11 +81,13 @@ def draw(records: Sequence[tuple[Record, float]], view: str) -> Figure:
         dense = {record.seed: record["dense_accuracy"] for record, _ in same}
         title = f"{task}: dense {statistics.mean(dense.values()):.1%}, seeds: {len(dense)}"
         axes.set_title(title, fontsize=9, loc="left")
-    figure.supxlabel(LABELS[view], fontsize=9)
-    figure.supylabel("points to the dense control", fontsize=9)
+    bottom, top = 1.9 / height, 1 - 0.3 / height
+    figure.subplots_adjust(0.08, bottom, 0.99, top, wspace=0.06, hspace=0.2)
+    figure.supxlabel(LABELS[view], fontsize=9, y=bottom - 0.55 / height)
+    figure.supylabel("points to the dense control", fontsize=9, y=(bottom + top) / 2)
     handles = {h.get_label(): h for axes in panels for h in axes.get_legend_handles_labels()[0]}
     figure.legend(
-        handles=[*handles.values()], loc="outside lower center", ncols=4, fontsize=8, frameon=False
+        handles=[*handles.values()], loc="lower center", ncols=3, fontsize=8, frameon=False
     )
     return figure
 

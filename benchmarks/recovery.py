@@ -19,7 +19,7 @@ from torch.nn import functional
 from benchmarks.methods import OURS, VARIANTS, Variant
 from benchmarks.records import Figures, Job, single
 from benchmarks.rivals import RIVALS, SCORES_RATE, Rival, layers_left
-from benchmarks.subjects import cut, opened, score, settle, size_of, tested
+from benchmarks.subjects import cut, opened, quality_of, score, settle, size_of
 from benchmarks.tasks import (
     RECIPES,
     SEEDS,
@@ -102,7 +102,7 @@ def measured(task: str, seed: int, entry: Entry, sparsity: float, steps: int) ->
     dense_accuracy, dense_cross_entropy = control_of(task, seed, steps)
     return {
         "model": RECIPES[task].model,
-        **tested(subject, model),
+        **quality_of(subject, model),
         "dense_accuracy": dense_accuracy,
         "dense_cross_entropy": dense_cross_entropy,
         **size_of(model, subject.chosen, dims),
@@ -219,6 +219,6 @@ def distillation(
 def taught(task: str, seed: int, sparsity: float, steps: int, name: str) -> Figures:
     """Train the pruned model with one of the losses and test it."""
     subject, _ = opened(task, seed)
-    before, _ = cut(subject, OURS, sparsity)
-    train(before, training_after(task, seed, steps), loss=losses(subject.model)[name])
-    return tested(subject, before)
+    model = copy.deepcopy(pruned(task, seed, OURS, sparsity)[0])
+    train(model, training_after(task, seed, steps), loss=losses(subject.model)[name])
+    return quality_of(subject, model)

@@ -24,7 +24,7 @@ from lightning_mi_prune.sample import Heard
 
 __all__ = ["EVERY_UNIT", "POSITIONS", "STEPS", "STORED", "UNITS", "Kept", "Subject", "Way"]
 __all__ += ["calibrate_activations", "calibrate_gradients", "cut", "examine", "opened", "score"]
-__all__ += ["settle", "size_of", "tested", "weight_names", "width_of", "zeros_of"]
+__all__ += ["quality_of", "settle", "size_of", "weight_names", "width_of", "zeros_of"]
 
 UNITS = ("ffn", "heads")
 EVERY_UNIT = (*UNITS, "dims")
@@ -166,7 +166,7 @@ def cut(subject: Subject, way: Way, sparsity: float) -> tuple[nn.Module, Plan]:
     return model, plan.then(selection.plan)
 
 
-def tested(subject: Subject, model: nn.Module) -> dict[str, Any]:
+def quality_of(subject: Subject, model: nn.Module) -> dict[str, Any]:
     """Accuracy and cross-entropy of a pruned model on the test split, beside the dense one."""
     accuracy, cross_entropy = score(model, subject.test)
     return {
