@@ -82,11 +82,9 @@ class Run:
 
     Args:
         shape: Of the model.
-        rows: Sequences in a batch.
-        length: Positions in a sequence.
-        batches: Batches of validation, of which the first ``timed`` are really run.
+        rows: Sequences of ``length`` positions in a batch.
+        batches: Batches of validation, of which the first ``timed`` are really run; None is all.
         positions: How many of their positions are samples.
-        timed: None is all.
     """
 
     def __init__(

@@ -35,9 +35,9 @@ LOOKS: dict[Name, tuple[str, str, str]] = {
     ("taylor", "global", "reconstruction"): ("Taylor, our widths and reconstruction", BLUE, "^"),
     ("activation-norm", "global", "reconstruction"): ("activation norm, the same", SKY, "^"),
     ("torch-pruning-taylor", "uniform", "none"): ("torch-pruning, Taylor", BLUE, "s"),
-    ("torch-pruning-taylor", "global", "none"): ("the same, global", BLUE, "D"),
+    ("torch-pruning-taylor", "global", "none"): ("torch-pruning, Taylor, global", BLUE, "D"),
     ("torch-pruning-magnitude", "uniform", "none"): ("torch-pruning, magnitude", GREEN, "s"),
-    ("torch-pruning-magnitude", "global", "none"): ("the same, global", GREEN, "D"),
+    ("torch-pruning-magnitude", "global", "none"): ("torch-pruning, magnitude, global", GREEN, "D"),
     ("magnitude-masks", "global", "none"): ("magnitude masks", GREEN, "X"),
     ("movement-units", "uniform", "none"): ("movement of units", BLACK, "P"),
     ("first-layers", "uniform", "none"): ("first layers", PURPLE, "p"),
@@ -86,9 +86,8 @@ def draw(records: Sequence[tuple[Record, float]], view: str) -> Figure:
     figure.supxlabel(LABELS[view], fontsize=9, y=bottom - 0.55 / height)
     figure.supylabel("points to the dense control", fontsize=9, y=(bottom + top) / 2)
     handles = {h.get_label(): h for axes in panels for h in axes.get_legend_handles_labels()[0]}
-    figure.legend(
-        handles=[*handles.values()], loc="lower center", ncols=3, fontsize=8, frameon=False
-    )
+    shown = [*handles.values()]
+    figure.legend(handles=shown, loc="lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
@@ -99,7 +98,9 @@ def _frame(axes: Axes, view: str, floor: float) -> None:
     axes.axhline(0, color="#444444", linewidth=0.9, zorder=1)
     axes.grid(color="#e6e6e6", linewidth=0.5, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_yticks([t for t in TICKS if t >= floor], [f"{t:+g}" for t in TICKS if t >= floor])
+    axes.set_yticks(
+        [t for t in TICKS if t >= floor], [f"{t:+g}" if t else "0" for t in TICKS if t >= floor]
+    )
     shown = "{:.0%}" if view == "size" else "{:g}"
     axes.set_xticks(XTICKS[view], [shown.format(tick) for tick in XTICKS[view]])
     axes.minorticks_off()

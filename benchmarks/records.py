@@ -118,11 +118,8 @@ class Store:
         self._records[key_of(setting, seed)] = new
         line = json.dumps(asdict(new), separators=(",", ":")) + "\n"
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(handle, line.encode())
-        finally:
-            os.close(handle)
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line.encode())
 
 
 def cpu_name() -> str:

@@ -17,7 +17,7 @@ from benchmarks.pages import TABLES, filled, rewritten, table_lines
 from benchmarks.plots import FIGURES, LOOKS, SHOWN, drawn
 from benchmarks.records import Record, Store
 from benchmarks.recovery import ENTRIES
-from tests.benchmarks.conftest import ROOT
+from tests.benchmarks.tiny import ROOT
 
 pytest.importorskip("scipy")  # for the intervals
 

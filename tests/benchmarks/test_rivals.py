@@ -27,7 +27,7 @@ from benchmarks.tasks import train, training_of
 from lightning_mi_prune import find_axes
 from lightning_mi_prune.axes import count_parameters
 from lightning_mi_prune.choosing import choose_axes
-from tests.benchmarks.conftest import Epochs, labelled
+from tests.benchmarks.tiny import Epochs, labelled
 from tests.models import batch, build, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
@@ -51,8 +51,8 @@ def test_a_rival_removes_what_was_asked(family: str, rival: Rival, sparsity: flo
     cut = settle(rival.prune(copy.deepcopy(dense), labelled(range(2)), sparsity, 0))
     size = size_of(cut, axes)
     layers = rival.method.endswith("-layers")
-    # One of four heads of a layer is 9 % of it; of two layers only one can go. torch-pruning leaves a
-    # layer whole that would lose every head.
+    # One of four heads of a layer is 9 % of it; of two layers only one can go. torch-pruning leaves
+    # a layer whole that would lose every head.
     coarse = 0.07 if rival.widths == "global" else 0.05
     assert size["reached"] == pytest.approx(0.5 if layers else sparsity, abs=coarse)
     assert outputs(cut, batch()).isfinite().all()
