@@ -16,7 +16,7 @@ from lightning_mi_prune.axes import full_plan
 from lightning_mi_prune.ranking import rank_axes
 from lightning_mi_prune.relevance import relevance_of
 from lightning_mi_prune.sample import Heard
-from tests.benchmarks.tiny import labelled
+from tests.benchmarks.tiny import labelled, opened, subject
 from tests.models import build
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")

@@ -25,7 +25,7 @@ from examples.text_classification import model as classifier
 from examples.text_classification import packaged
 from lightning_mi_prune import find_axes
 from lightning_mi_prune.choosing import choose_axes
-from tests.benchmarks.tiny import Epochs, labelled
+from tests.benchmarks.tiny import Epochs, labelled, opened, subject
 from tests.models import randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")

@@ -27,7 +27,7 @@ from benchmarks.tasks import train, training_of
 from lightning_mi_prune import find_axes
 from lightning_mi_prune.axes import count_parameters
 from lightning_mi_prune.choosing import choose_axes
-from tests.benchmarks.tiny import Epochs, labelled
+from tests.benchmarks.tiny import Epochs, labelled, opened, subject
 from tests.models import batch, build, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")

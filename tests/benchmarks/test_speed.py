@@ -11,6 +11,7 @@ from benchmarks.latency import shaped
 from benchmarks.subjects import size_of
 from lightning_mi_prune import find_axes
 from lightning_mi_prune.choosing import choose_axes
+from tests.benchmarks.tiny import opened, subject
 from tests.models import batch, build, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")

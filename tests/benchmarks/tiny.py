@@ -1,10 +1,17 @@
-"""What tests of the benchmarks run on: batches of a tiny random model."""
+"""A tiny random model in the place of every fine-tuned one.
 
+Test modules import the fixtures: a second conftest.py in a folder without a package clashes.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
-from tests.models import batch
+from benchmarks import ablations, layers, recovery
+from benchmarks.subjects import Subject, examine
+from tests.models import batch, build
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,3 +41,28 @@ class Epochs:
 class Data:
     def train_dataloader(self):
         return Epochs()
+
+
+@pytest.fixture(scope="session")
+def subject() -> Subject:
+    return examine("trec-6", 0, build(), labelled(range(12)), labelled(range(12, 14)))
+
+
+@pytest.fixture
+def opened(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
+    """The tasks and seeds that were opened; all of them are the tiny model."""
+    asked: list[tuple[str, int]] = []
+
+    def tiny(task: str, seed: int, *, calibrated: bool = True):
+        asked.append((task, seed))
+        return subject, Data()
+
+    caches = [recovery.training_after, recovery.control_of, recovery.pruned, layers.compared]
+    caches += [ablations._activations, ablations._gradients]
+    for module in (recovery, ablations, layers):
+        monkeypatch.setattr(module, "opened", tiny)
+    for cache in caches:
+        cache.cache_clear()
+    yield asked
+    for cache in caches:
+        cache.cache_clear()
