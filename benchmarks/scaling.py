@@ -1,263 +1,169 @@
-"""How the cost of a cut grows with width, depth, positions, length of validation, and ranks.
-
-    python -m benchmarks.scaling
+"""How the cost of a cut grows with width, depth, positions and validation; what ranks send.
 
 Random weights and data. Exponents are slopes of least-squares lines through the logarithms of size
-and median seconds; 0 is constant, 1 linear. Results go to ``benchmarks/results/scaling.json``;
-``--busy`` notes that other work ran. What ranks send is counted, not timed.
+and median seconds; 0 is constant, 1 linear. What ranks send is worked out, not timed: bytes follow
+from shapes, and times assume a ring all-reduce, which sends ``2 (R - 1) / R`` of a buffer from
+every rank in ``2 (R - 1)`` steps.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
-from benchmarks.communication import ranks
-from benchmarks.cost import SHAPES, build, halved
-from benchmarks.cost_tables import ranks_table, scaling_table
-from benchmarks.measuring import (
-    Cost,
-    Part,
-    cost_of_hooks,
-    in_fresh_process,
-    in_this_process,
-    machine,
-    options,
-    take_turns,
-    write,
-)
-from benchmarks.rival_costs import noisy
-from benchmarks.rival_scores import log_det_information
-from lightning_mi_prune import (
-    Listener,
-    MutualInformation,
-    apply,
-    find_axes,
-    rank_axes,
-)
-from lightning_mi_prune.axes import full_plan
-from lightning_mi_prune.choosing import choose_axes
+from benchmarks.costs import SHAPES, Run, log_det_information, noisy
+from benchmarks.measuring import Part, in_fresh_process, take_turns
+from benchmarks.records import Figures, Job
+from lightning_mi_prune import MutualInformation, WidthAxis
 from lightning_mi_prune.evidence import Evidence
 from lightning_mi_prune.moments import Moments
 
-__all__ = ["RESULTS", "Settings", "exponent", "main"]
-
-RESULTS = Path(__file__).parent / "results" / "scaling.json"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What grows, and what stays meanwhile.
-
-    Args:
-        widths: Neurons of a layer, four times its outputs.
-        depths: Layers.
-        positions: Positions that are heard, the whole of validation.
-        validation: Batches of validation, of which only ``heard`` positions are heard.
-        heard: Positions that are heard where they do not grow.
-        hidden: Width of the stream of the model that is validated.
-        layers: Its depth where that does not grow.
-        batch: Sequences in a batch.
-        length: Positions in a sequence.
-        neurons: Neurons of a layer on which a determinant is taken.
-        repeats: Rounds.
-        seed: Seed of the data; weights have seed 0.
-    """
-
-    widths: tuple[int, ...] = (512, 1024, 2048, 4096)
-    depths: tuple[int, ...] = (2, 4, 8, 16)
-    positions: tuple[int, ...] = (2048, 4096, 8192, 16_384)
-    validation: tuple[int, ...] = (8, 16, 32, 64)
-    heard: int = 4096
-    hidden: int = 192
-    layers: int = 2
-    batch: int = 16
-    length: int = 32
-    neurons: int = 8
-    repeats: int = 3
-    seed: int = 0
+__all__ = [
+    "ENCODERS",
+    "encoder",
+    "reconstruction_bytes",
+    "reduced_bytes",
+    "ring_seconds",
+    "scaling",
+]
 
 
-QUICK = Settings(
-    widths=(16, 32, 64),
-    depths=(1, 2),
-    positions=(128, 256),
-    validation=(2, 4),
-    heard=128,
-    hidden=24,
-    layers=1,
-    batch=4,
-    length=16,
-    neurons=2,
-    repeats=2,
-)
+# Sizes of what grows: neurons of a layer (four times its outputs), layers, positions that are
+# samples, batches of validation.
+SIZES = {
+    "width": (512, 1024, 2048, 4096),
+    "depth": (2, 4, 8, 16),
+    "positions": (2048, 4096, 8192, 16_384),
+    "validation": (8, 16, 32, 64),
+}
+TINY = {"width": (16, 32, 64), "depth": (1, 2), "positions": (128, 256), "validation": (2, 4)}
+# What stays meanwhile, of all and of the tiny ones.
+FIXED = {"samples": 4096, "hidden": 192, "rows": 16, "length": 32, "neurons": 8}
+TINY_FIXED = {"samples": 128, "hidden": 24, "rows": 4, "length": 16, "neurons": 2}
+LAYERS = 2
+GROWS = {
+    "width": ("sums", "scores", "order", "log_determinants"),
+    "depth": ("calibration", "order", "cut"),
+    "positions": ("calibration", "order"),
+    "validation": ("validation", "calibration", "order"),
+}
+
+
+def scaling(repeats: int = 3, tiny: bool = False) -> Iterator[Job]:
+    """How the cost of a cut grows; every sweep in a process of its own, sizes in turn."""
+    for grows, parts in GROWS.items():
+        settings = [{"grows": grows, "part": part} for part in parts]
+        yield Job(settings, 0, partial(_sweep, grows, tiny, repeats))
+
+
+def _sweep(grows: str, tiny: bool, repeats: int) -> list[Figures]:
+    costs = in_fresh_process(swept, grows, tiny, repeats)
+    sizes, found = (TINY if tiny else SIZES)[grows], list[Figures]()
+    for part in GROWS[grows]:
+        figures: dict[str, Any] = {"sizes": [*sizes], "repeats": repeats}
+        for clock in ("cpu_s", "wall_s"):
+            seconds = [costs[f"{part}@{size}"][clock]["median"] for size in sizes]
+            slope = round(exponent(sizes, seconds), 3)
+            figures |= {clock: seconds, f"{clock}_exponent": slope}
+        found.append(figures)
+    return found
+
+
+def swept(grows: str, tiny: bool, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Costs of every part at every size, by ``part@size``."""
+    torch.manual_seed(0)
+    fixed = TINY_FIXED if tiny else FIXED
+    samples, hidden, rows, length, neurons = fixed.values()
+    parts: dict[str, Part] = {}
+    for size in (TINY if tiny else SIZES)[grows]:
+        if grows == "width":
+            found = _wide(samples, size, neurons)
+        else:
+            layers = size if grows == "depth" else LAYERS
+            positions = size if grows == "positions" else samples
+            batches = size if grows == "validation" else positions // (rows * length)
+            shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden}
+            run = Run(shape | {"num_hidden_layers": layers}, rows, length, batches, positions)
+            found = {name: Part(getattr(run, name)) for name in GROWS[grows]}
+        parts |= {f"{name}@{size}": part for name, part in found.items()}
+    return take_turns(parts, repeats, warm=True)
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """Slope of the least-squares line through logarithms.
-
-    Example:
-        >>> round(exponent([1, 2, 4], [3.0, 12.0, 48.0]), 6)
-        2.0
-    """
+    """Slope of the least-squares line through logarithms."""
     logs = [[math.log(max(value, 1e-9)) for value in values] for values in (sizes, seconds)]
     return statistics.linear_regression(*logs).slope
 
 
-def sweep(
-    sizes: Sequence[int], parts: Callable[[int], dict[str, Part]], repeats: int
-) -> dict[str, Any]:
-    """Costs of every part at every size, and how they grow; sizes take turns as well."""
-    work = {(name, size): part for size in sizes for name, part in parts(size).items()}
-    costs = take_turns(
-        {f"{name}@{size}": p for (name, size), p in work.items()}, repeats, warm=True
-    )
-    found: dict[str, Any] = {}
-    for name in dict.fromkeys(name for name, _ in work):
-        series = [costs[f"{name}@{size}"] for size in sizes]
-        slopes = {
-            clock: round(exponent(sizes, [cost[clock]["median"] for cost in series]), 3)
-            for clock in ("cpu_s", "wall_s")
-        }
-        found[name] = {"exponent": slopes, "costs": series}
-    return {"sizes": list(sizes), "parts": found}
-
-
-def wide(settings: Settings, width: int) -> dict[str, Part]:
-    """One layer: sums of ``heard`` positions, scores, the whole order, and determinants."""
-    x = torch.randn(settings.heard, width)
+def _wide(samples: int, width: int, neurons: int) -> dict[str, Part]:
+    """One layer: sums of the samples, scores, the whole order, and determinants."""
+    x = torch.randn(samples, width)
     moments = Moments(width)
     moments.update(x)
-    samples = 10 * max(settings.heard, width)  # enough at every width: nothing is shrunk
     mean, covariance = moments.statistics()
+    enough = 10 * max(samples, width)  # at every width: nothing is shrunk
     covariance += torch.eye(width).to(covariance)
     readout = torch.randn(width // 4, width, dtype=torch.float64)
-    site = Evidence("ffn", 1, samples, mean, covariance, readout)
-    few = min(settings.neurons, width)
+    site = Evidence("ffn", 1, enough, mean, covariance, readout)
+    few = min(neurons, width)
     joint = noisy(site, 1.0)
     return {
         "sums": Part(lambda: moments.update(x)),
         "scores": Part(lambda: MutualInformation("topk").scores(site)),
-        "whole_order": Part(lambda: MutualInformation().rank([site], 0)),
+        "order": Part(lambda: MutualInformation().rank([site], 0)),
         "log_determinants": Part(lambda: log_det_information(*joint, few), few, width, "neurons"),
     }
 
 
-@dataclass
-class _Run:
-    """A model of some depth, a validation of some length, and a cap on what is heard of it."""
+# ----------------------------------------------------------------------------------- communication
 
-    settings: Settings
-    layers: int
-    batches: int
-    positions: int
-
-    def __post_init__(self) -> None:
-        self.model = stack(self.settings.hidden, self.layers)
-        self.axes = choose_axes(find_axes(self.model))
-        self.ids = torch.randint(5, 1000, (self.settings.batch, self.settings.length))
-        self.heard: dict[str, Moments] = {}
-        self.plan = full_plan(self.axes)
-
-    def validate(self) -> None:
-        """All batches."""
-        with torch.inference_mode():
-            for _ in range(self.batches):
-                self.model(self.ids)
-
-    def listen(self) -> Cost:
-        """All batches with hooks on; what the hooks take."""
-        listener = Listener(self.model, self.axes, positions=self.positions, batches=self.batches)
-        readers = [self.model.get_submodule(axis.readers[0]) for axis in self.axes]
-        cost = cost_of_hooks(readers, listener, self.validate)
-        self.heard = listener.moments
-        return cost
-
-    def order(self) -> None:
-        """Every axis to its last unit."""
-        weights = dict(self.model.named_parameters())
-        rank_axes(self.axes, self.heard, weights, self.plan, relevance="readers")
-
-    def cut(self) -> None:
-        """Half of every axis."""
-        apply(copy.deepcopy(self.model), self.axes, halved(self.axes))
+ENCODERS = {name: SHAPES[name] for name in ("MiniLM-L6", "BERT-base")} | {
+    "BERT-large": {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}
+}
+_BANDWIDTH = 25e9 / 8  # bytes a second of a 25 Gbit/s link
+_LATENCY = 20e-6  # seconds of one step of the ring
 
 
-def stack(hidden: int, layers: int) -> nn.Module:
-    """A random BERT with layers of the usual proportions."""
-    shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
-    return build(shape)
+def encoder(**shape: int) -> nn.Module:
+    """A random BERT encoder without pooler, with twelve heads, or sixteen where they do not fit."""
+    heads = 16 if shape["hidden_size"] % 12 else 12
+    config = BertConfig(**shape, num_attention_heads=heads)
+    model: nn.Module = BertModel(config, add_pooling_layer=False)
+    return model.eval()
 
 
-def deep(settings: Settings, layers: int) -> dict[str, Part]:
-    """A whole model: listening, the whole order, the cut."""
-    run = _Run(
-        settings, layers, settings.heard // (settings.batch * settings.length), settings.heard
-    )
-    return {
-        "listening": Part(run.listen),
-        "whole_order": Part(run.order),
-        "cut": Part(run.cut),
-    }
+def reduced_bytes(axes: Sequence[WidthAxis], network: nn.Module, *, whole: bool = False) -> int:
+    """Bytes of the two all-reduces before a choice: sums of activations, sums of gradients.
+
+    With `whole`, those of the sums on one rank: whole matrices, not the triangles that are sent.
+    """
+    size = 0
+    for axis in axes:
+        d, rows = axis.size * axis.entries, len(network.get_parameter(f"{axis.readers[0]}.weight"))
+        squares = (n * n if whole else n * (n + 1) // 2 for n in (d, rows))
+        size += 8 * (1 + d + 3 + axis.size + sum(squares))
+    return size
 
 
-def many(settings: Settings, positions: int) -> dict[str, Part]:
-    """All of a validation of so many positions is heard."""
-    batches = positions // (settings.batch * settings.length)
-    run = _Run(settings, settings.layers, batches, positions)
-    return {"listening": Part(run.listen), "whole_order": Part(run.order)}
+def reconstruction_bytes(axes: Sequence[WidthAxis], network: nn.Module) -> int:
+    """Bytes of the normal equations of all layers that are solved again, half of each axis kept."""
+    size = 0
+    for axis in axes:
+        kept = axis.size * axis.entries // 2 + 1
+        size += 8 * kept * (kept + len(network.get_parameter(f"{axis.readers[0]}.weight")))
+    for consumer in {name for axis in axes for name in axis.above}:
+        rows, columns = network.get_parameter(f"{consumer}.weight").shape
+        size += 8 * (columns + 1) * (columns + 1 + rows // 2)
+    return size
 
 
-def long(settings: Settings, batches: int) -> dict[str, Part]:
-    """A validation of so many batches, of which as much is heard as of any other."""
-    run = _Run(settings, settings.layers, batches, settings.heard)
-    return {
-        "validation_itself": Part(run.validate),
-        "listening": Part(run.listen),
-        "whole_order": Part(run.order),
-    }
-
-
-_SWEEPS = {"width": wide, "depth": deep, "positions": many, "validation": long}
-
-
-def grow(name: str, settings: Settings) -> dict[str, Any]:
-    """One sweep."""
-    torch.manual_seed(settings.seed)
-    sizes: dict[str, tuple[int, ...]] = {
-        "width": settings.widths,
-        "depth": settings.depths,
-        "positions": settings.positions,
-        "validation": settings.validation,
-    }
-    return sweep(sizes[name], partial(_SWEEPS[name], settings), settings.repeats)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every sweep in a process of its own, write the records, print the tables."""
-    asked = options(__doc__ or "", RESULTS).parse_args(arguments)
-    settings = QUICK if asked.quick else Settings()
-    settings = replace(settings, repeats=asked.repeats or settings.repeats)
-    call = in_this_process if asked.quick else in_fresh_process
-    sweeps = {name: call(grow, name, settings) for name in _SWEEPS}
-    body = {
-        "machine": machine(busy=asked.busy),
-        "settings": asdict(settings),
-        "sweeps": sweeps,
-        "ranks": [found for shape in SHAPES for found in ranks(shape)],
-    }
-    write(asked.results, body)
-    print("\n".join([*scaling_table(body), "", *ranks_table(body)]))
-
-
-if __name__ == "__main__":
-    main()
+def ring_seconds(size: int, ranks: int) -> float:
+    """Time of one all-reduce over a ring."""
+    return 2 * (ranks - 1) * (size / ranks / _BANDWIDTH + _LATENCY)

@@ -3,10 +3,6 @@
 import pytest
 from transformers import BertTokenizer
 
-from examples.benchmark.oneshot import Subject, examine
-from tests.examples.subjects import labelled
-from tests.models import build
-
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -16,8 +12,3 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=64)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="module")
-def subject() -> Subject:
-    return examine("trec-6", 0, build(), labelled(range(12)), labelled(range(12, 14)))

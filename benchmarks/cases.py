@@ -1,0 +1,109 @@
+"""The benchmarks by name, their options, and the smallest settings to try them with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import ablations, costs, latency, layers, recovery, scaling
+from benchmarks.methods import SETTINGS
+from benchmarks.records import Job, Store
+from benchmarks.tasks import QUICK, RECIPES
+
+__all__ = ["CASES", "OPTIONS", "Case", "missing_jobs"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A benchmark.
+
+    Args:
+        name: Its name, and that of its file of records.
+        jobs: What is to be measured; its arguments are the options of the case.
+        quick: Options to see that it runs.
+        writes: The file of records, where it shares that of another case.
+    """
+
+    name: str
+    jobs: Callable[..., Iterator[Job]]
+    quick: Mapping[str, Any]
+    writes: str = ""
+
+    @property
+    def file(self) -> str:
+        """The name of the file of its records."""
+        return self.writes or self.name
+
+    @property
+    def question(self) -> str:
+        """What it measures, in a line."""
+        return (inspect.getdoc(self.jobs) or "").splitlines()[0]
+
+    @property
+    def options(self) -> set[str]:
+        """Names of the options that it takes."""
+        return {*inspect.signature(self.jobs).parameters} & OPTIONS.keys()
+
+
+ONE: dict[str, Any] = {"tasks": [QUICK], "seeds": [0]}
+HALF: dict[str, Any] = ONE | {"sparsities": [0.5]}
+FAST: dict[str, Any] = {"seconds": 0.02, "rounds": 1}
+TINY: dict[str, Any] = {"shapes": ["tiny"], "repeats": 1}
+RIVALS = ["relevance-mi", "taylor", "movement-units"]
+PAIR = ["default", "MACs"]
+CASES = {
+    case.name: case
+    for case in (
+        Case("recovery", recovery.recovery, HALF | {"methods": RIVALS, "steps": [0, 2]}),
+        Case("one-shot", recovery.one_shot, HALF | {"methods": ["mi-topk"]}, writes="recovery"),
+        Case("distillation", recovery.distillation, HALF | {"steps": [2]}),
+        Case("ablations", ablations.ablations, HALF | {"settings": PAIR}),
+        Case("latency", latency.latency, ONE | FAST),
+        Case("lengths", latency.lengths, {"tasks": [QUICK], "sparsities": [0.5]} | FAST),
+        Case("layers", layers.layers, ONE | {"variants": 2}),
+        Case("layers-one-shot", layers.layers_one_shot, ONE | {"layers": [4]}),
+        Case("layers-speed", layers.layers_speed, FAST),
+        Case("costs", costs.costs, TINY),
+        Case("one-cut", costs.one_cut, TINY),
+        Case("scaling", scaling.scaling, {"repeats": 1, "tiny": True}),
+        Case("demo", costs.demo, {"seeds": [0]}),
+    )
+}
+
+
+_METHODS = [*dict.fromkeys(entry.method for entry in recovery.ENTRIES)]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "tasks": {"nargs": "+", "choices": [*RECIPES]},
+    "seeds": {"nargs": "+", "type": int},
+    "sparsities": {"nargs": "+", "type": float},
+    "methods": {"nargs": "+", "choices": _METHODS},
+    "settings": {"nargs": "+", "choices": [setting.name for setting in SETTINGS]},
+    "steps": {"nargs": "+", "type": int},
+    "lengths": {"nargs": "+", "type": int},
+    "layers": {"nargs": "+", "type": int},
+    "shapes": {"nargs": "+", "choices": [*costs.SHAPES]},
+    "variants": {"type": int},
+    "repeats": {"type": int},
+    "rounds": {"type": int},
+    "seconds": {"type": float},
+    "compiled": {"action": "store_true", "default": None},
+    "tiny": {"action": "store_true", "default": None},
+}
+"""All options of the cases, as the command line takes them."""
+
+
+def missing_jobs(
+    case: Case, given: Mapping[str, Any], folder: Path, *, quick: bool
+) -> Iterator[Job]:
+    """The jobs of a case that have no record yet."""
+    options = dict(case.quick) if quick else {}
+    options |= {name: value for name, value in given.items() if name in case.options}
+    if "folder" in inspect.signature(case.jobs).parameters:
+        options["folder"] = folder
+    store = Store(case.file, folder)
+    for job in case.jobs(**options):
+        if not all(store.has(setting, job.seed) for setting in job.settings):
+            yield job

@@ -1,0 +1,344 @@
+"""What calibration, scores and cuts cost, beside other ways to do the same.
+
+Weights and data are random: the time depends on shapes only. Every shape is measured in a process
+of its own. What grows linearly with the number of neurons or batches is measured on a few of them
+and extrapolated; the records say on how many.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from benchmarks.measuring import (
+    Cost,
+    Part,
+    cost_of_hooks,
+    in_fresh_process,
+    peak_memory,
+    spread,
+    take_turns,
+    timed,
+)
+from benchmarks.records import Figures, Job, single
+from benchmarks.rivals import pruned_by_library, torch_pruning
+from lightning_mi_prune import (
+    Budget,
+    Listener,
+    Method,
+    MutualInformation,
+    Plan,
+    Ranking,
+    WidthAxis,
+    apply,
+    find_axes,
+    rank_axes,
+    select,
+)
+from lightning_mi_prune.axes import full_plan
+from lightning_mi_prune.choosing import choose_axes
+from lightning_mi_prune.competition import allot
+from lightning_mi_prune.costs import ParameterCosts
+from lightning_mi_prune.evidence import Evidence, gather
+from lightning_mi_prune.information import diagonal_blocks, unit_information
+from lightning_mi_prune.method import pull_back
+from lightning_mi_prune.moments import Moments
+from lightning_mi_prune.sample import Heard
+
+__all__ = ["SHAPES", "Run", "costs", "demo", "log_det_information", "noisy", "one_cut"]
+
+SHAPES = {
+    "MiniLM-L6": {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536},
+    "BERT-base": {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072},
+    "tiny": {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 48},
+}
+REAL = ("MiniLM-L6", "BERT-base")
+# Sequences in a batch, their length, batches; batches and neurons that are really measured.
+REAL_SIZES, TINY = (32, 64, 8, 2, 16), (4, 32, 2, 1, 2)
+RIDGE = 1.0  # noise on the layer above, the same for us and for the determinants
+
+
+def bert(shape: Mapping[str, int]) -> nn.Module:
+    """A random BERT of the given shape, with twelve heads."""
+    torch.manual_seed(0)
+    config = BertConfig(**shape, num_attention_heads=12, vocab_size=1000)
+    model: nn.Module = BertForSequenceClassification(config)
+    return model.eval()
+
+
+class Run:
+    """A random model, batches of random tokens, and what a calibration on them finds.
+
+    Args:
+        shape: Of the model.
+        rows: Sequences of ``length`` positions in a batch.
+        batches: Batches of validation, of which the first ``timed`` are really run; None is all.
+        positions: How many of their positions are samples.
+    """
+
+    def __init__(
+        self,
+        shape: Mapping[str, int],
+        rows: int,
+        length: int,
+        batches: int,
+        positions: int,
+        timed: int | None = None,
+    ) -> None:
+        self.model, self.batches, self.positions = bert(shape), batches, positions
+        self.timed = batches if timed is None else timed
+        self.axes = choose_axes(find_axes(self.model))
+        self.ids = torch.randint(5, 1000, (rows, length))
+        self.weights, self.plan = dict(self.model.named_parameters()), full_plan(self.axes)
+        self.moments: dict[str, Moments] = {}
+        self.rankings: dict[str, Ranking] = {}
+        self.sizes = {axis.name: axis.size for axis in self.axes}
+
+    def validation(self) -> None:
+        """The batches without hooks."""
+        with torch.inference_mode():
+            for _ in range(self.timed):
+                self.model(self.ids)
+
+    def calibration(self) -> Cost:
+        """What hooks and sums take in a validation."""
+        listener = Listener(self.model, self.axes, positions=self.positions, batches=self.batches)
+        modules = [self.model.get_submodule(axis.readers[0]) for axis in self.axes]
+        cost = cost_of_hooks(modules, listener, self.validation)
+        self.moments = listener.moments
+        return cost
+
+    def order(self) -> None:
+        """The whole order of every axis, by conditional information."""
+        known = self.axes, self.moments, self.weights, self.plan
+        self.rankings = rank_axes(*known, relevance="readers")
+
+    def compensation(self) -> None:
+        """Weights that make up for half of the units."""
+        known = self.axes, self.moments, self.weights
+        widths = {name: size // 2 for name, size in self.sizes.items()}
+        select(*known, widths, self.plan, rankings=self.rankings)
+
+    def cut(self) -> None:
+        """Half of every axis goes, of a copy."""
+        plan = Plan(self.sizes, {n: tuple(range(size // 2)) for n, size in self.sizes.items()})
+        apply(copy.deepcopy(self.model), self.axes, plan)
+
+
+def costs(shapes: Sequence[str] = REAL, repeats: int = 3) -> Iterator[Job]:
+    """Seconds and memory of calibration, scores and cuts beside other ways, all in turn."""
+    for shape in shapes:
+        yield single({"shape": shape}, in_fresh_process, parts_of, shape, repeats)
+
+
+def parts_of(shape: str, repeats: int) -> Figures:
+    """Every part at one shape, in groups that take turns."""
+    rows, length, batches, few_batches, few = TINY if shape == "tiny" else REAL_SIZES
+    layers = SHAPES[shape]["num_hidden_layers"]
+    run = Run(SHAPES[shape], rows, length, batches, batches * rows * length, few_batches)
+    rounds = partial(take_turns, repeats=repeats)
+    parts = rounds(
+        _sums(run.axes[: len(run.axes) // layers], rows * length, layers * batches), warm=True
+    )
+    part = partial(Part, timed=few_batches, of=batches, unit="batches")
+    parts |= rounds({"validation": part(run.validation), "calibration": part(run.calibration)})
+    # As if the same batches had come again until all of them were there.
+    for moments in run.moments.values():
+        moments.unpack(batches // few_batches * moments.packed())
+    known: dict[str, Any] = {"moments": run.moments, "weights": run.weights, "kept": run.plan.kept}
+    sites = [gather(axis, **known, current=run.plan, axes=run.axes)[0] for axis in run.axes]
+    parts |= rounds(_scores(sites, layers, few), warm=True)
+    del sites  # as large as the moments
+    parts |= rounds({"order": Part(run.order), "compensation": Part(run.compensation)})
+    run.moments = {}
+    parts |= rounds(_cutting(run))
+    about = {"batch": rows, "length": length, "batches": batches, "repeats": repeats}
+    return about | {"parts": parts}
+
+
+def _sums(axes: Sequence[WidthAxis], rows: int, of: int) -> dict[str, Part]:
+    """Our sums of the inputs of one layer in a batch, and the plain products of matrices."""
+    widths = [axis.size * axis.entries for axis in axes]
+    x = [torch.randn(rows, width) for width in widths]
+    doubles = [each.double() for each in x]
+    ours = [Moments(width) for width in widths]
+    plain = [torch.zeros(width, width, dtype=torch.float64) for width in widths]
+
+    def add_up() -> None:
+        for moments, each in zip(ours, x, strict=True):
+            moments.update(each)
+
+    def multiply() -> None:
+        for total, each in zip(plain, doubles, strict=True):
+            total.addmm_(each.mT, each)
+
+    part = partial(Part, timed=1, of=of, unit="layer_batches")
+    return {"sums": part(add_up), "product": part(multiply)}
+
+
+def _scores(sites: Sequence[Evidence], layers: int, neurons: int) -> dict[str, Part]:
+    """Each unit's information with the layer above: all of ours, determinants for a few neurons."""
+    topk = MutualInformation("topk", ridge=RIDGE)
+    ffn = next(site for site in sites if site.entries == 1)
+    joint, few, of = noisy(ffn, RIDGE), min(neurons, ffn.units), layers * ffn.units
+    return {
+        "scores": Part(lambda: [topk.scores(site) for site in sites]),
+        "scores_of_covariances": Part(lambda: unit_information(*joint), 1, layers, "layers"),
+        "log_det": Part(lambda: log_det_information(*joint, few), few, of, "neurons"),
+    }
+
+
+def noisy(site: Evidence, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``(Sxx, Sxy, Syy)`` with the noise on the layer above that `MutualInformation` puts there."""
+    covariance, cross, above = site.joint()
+    return covariance, cross, above + site.noise(ridge) * torch.eye(len(above)).to(above)
+
+
+def _cutting(run: Run) -> dict[str, Part]:
+    """Half of every layer goes, here and with torch-pruning's Taylor importance; both on a copy."""
+    batch = {"input_ids": run.ids, "labels": torch.zeros(len(run.ids), dtype=torch.long)}
+    importance = torch_pruning().importance.GroupTaylorImportance()
+
+    def gradients() -> None:
+        run.model.zero_grad(set_to_none=True)
+        run.model(**batch).loss.backward()
+
+    def taylor() -> None:
+        pruned_by_library(run.model, run.axes, batch, 0.5, importance, together=False)
+
+    gradient_part = Part(gradients, 1, run.batches, "batches")
+    return {"cut": Part(run.cut), "gradients": gradient_part, "taylor_step": Part(taylor)}
+
+
+# ------------------------------------------------------------------------- other ways, to be timed
+
+
+def log_det_information(
+    sxx: Tensor, sxy: Tensor, syy: Tensor, units: int, entries: int = 1
+) -> Tensor:
+    """``I(x_i; Y) = 1/2 (ln|S_ii| + ln|S_yy| - ln|S_(i,y)|)``, unit after unit, in nats.
+
+    Both determinants with ``Y`` are taken anew for each unit, as the public re-implementation of
+    Fan et al. (2021) does.
+
+    Args:
+        sxx: Covariance of the entries ``(d, d)``.
+        sxy: With the layer above ``(d, m)``.
+        syy: Of the layer above ``(m, m)``.
+        units: How many units to score, from the first.
+        entries: Entries per unit.
+
+    Example:
+        >>> one = torch.ones(1, 1, dtype=torch.float64)
+        >>> log_det_information(one, 0.8 * one, one, units=1)
+        tensor([0.5108], dtype=torch.float64)
+    """
+    blocks = diagonal_blocks(sxx, entries)
+    scores = []
+    for unit in range(units):
+        rows = slice(unit * entries, (unit + 1) * entries)
+        left = torch.cat([blocks[unit], sxy[rows].mT])
+        joint = torch.cat([left, torch.cat([sxy[rows], syy])], dim=1)
+        parts = [torch.linalg.slogdet(matrix).logabsdet for matrix in (blocks[unit], syy, joint)]
+        scores.append((parts[0] + parts[1] - parts[2]) / 2)
+    return torch.stack(scores)
+
+
+# ---------------------------------------------------------------------------- one cut, step by step
+
+
+def one_cut(shapes: Sequence[str] = REAL, repeats: int = 3) -> Iterator[Job]:
+    """Seconds of every step of one cut, bytes of the sums, peak memory."""
+    for shape in shapes:
+        yield single({"shape": shape}, _one_cut, shape, repeats)
+
+
+def _one_cut(shape: str, repeats: int) -> Figures:
+    positions = 256 if shape == "tiny" else 16_384
+    runs = [in_fresh_process(steps_of, SHAPES[shape], positions) for _ in range(repeats)]
+    about: dict[str, Any] = {"repeats": repeats, "positions": positions}
+    return about | {key: spread([run[key] for run in runs]) for key in runs[0]}
+
+
+def steps_of(shape: Mapping[str, int], positions: int) -> dict[str, float]:
+    """One pass of the whole method at half of the parameters, positions in batches of 32 x 64."""
+    model = bert(shape)
+    axes = find_axes(model)
+    chosen = choose_axes(axes)
+    ids = torch.randint(5, 1000, (32, 64))
+    batches = -(-positions // ids.numel())
+    method = Method(Budget(sparsity=0.5))
+
+    def validate() -> None:
+        with torch.inference_mode():
+            for _ in range(batches):
+                model(ids)
+
+    validate()  # the first pass is slower, which the calibration would seem to save
+    validation = timed(validate)
+    before = peak_memory()
+    options = {"positions": positions, "batches": batches, "calls": method.refit_positions}
+    with Listener(model, chosen, **options) as listener:
+        result = {"calibration_s": timed(validate) - validation}
+    sums = [t for m in listener.moments.values() for t in vars(m).values() if isinstance(t, Tensor)]
+    result["sums_mb"] = sum(t.nbytes for t in sums) / 1e6
+    weights, plan = dict(model.named_parameters()), full_plan(axes)
+    found = Heard(listener.moments, ranks=[listener.stored])
+    started = time.perf_counter()
+    rankings = rank_axes(chosen, found.moments, weights, plan, relevance="readers")
+    result["order_conditional_s"] = time.perf_counter() - started
+    started = time.perf_counter()
+    widths = allot(chosen, method.budget, costs=ParameterCosts(chosen), rankings=rankings)
+    selection = select(chosen, found.moments, weights, widths, plan, rankings=rankings)
+    result["allocation_s"] = time.perf_counter() - started
+    found.moments = {}
+    listener.moments.clear()
+    started = time.perf_counter()
+    selection = pull_back(model, axes, plan, selection, method, found)
+    result["reconstruction_s"] = time.perf_counter() - started
+    result["cutting_s"] = timed(partial(apply, model, axes, selection.plan))
+    return result | {"peak_above_model_mb": (peak_memory() - before) / 1e6}
+
+
+# ---------------------------------------------------------------------------------------- the demo
+
+CONFIG = "examples/text_classification/demo.yaml"
+
+
+def demo(seeds: Sequence[int] = (0, 1, 2)) -> Iterator[Job]:
+    """The demo with several seeds: split, head and order of training change with them."""
+    for seed in seeds:
+        yield single({"config": CONFIG, "seed": seed}, _demo, seed)
+
+
+def _demo(seed: int) -> Figures:
+    name = f"demo-seed-{seed}"
+    options = ["--seed_everything", str(seed), "--data.seed", str(seed), "--name", name]
+    command = [sys.executable, "-m", "examples.text_classification", "fit", "--config", CONFIG]
+    subprocess.run([*command, *options], check=True)  # noqa: S603
+    report = json.loads(Path("runs", name, "report.json").read_text(encoding="utf-8"))
+    before, after = report["before"], report["after"]
+    figures = {
+        "dense accuracy, %": 100 * before["metrics"]["accuracy"],
+        "pruned accuracy, %": 100 * after["metrics"]["accuracy"],
+    }
+    figures["difference, points"] = figures["pruned accuracy, %"] - figures["dense accuracy, %"]
+    for dense, pruned in zip(before["latency_ms"], after["latency_ms"], strict=True):
+        name = f"encoder speed-up, batch {dense['batch_size']}"
+        figures[name] = dense["median"] / pruned["median"]
+    spent = sum(sum(cut["seconds"].values()) for cut in report["cuts"])
+    figures["pruning, % of the time of training"] = 100 * spent / after["fit_seconds"]
+    figures["training, seconds"] = after["fit_seconds"]
+    figures["dense training, seconds"] = before["fit_seconds"]
+    return figures

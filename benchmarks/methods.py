@@ -1,0 +1,181 @@
+"""The methods of this package that are compared, as data: variants, and settings for ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from benchmarks.subjects import EVERY_UNIT, POSITIONS, STEPS, STORED, UNITS
+from lightning_mi_prune import Budget, Method, MutualInformation
+from lightning_mi_prune.criteria import ActivationNorm, Criterion, Magnitude, Random, Taylor
+
+__all__ = ["DEFAULT", "OURS", "SETTINGS", "VARIANTS", "Name", "Setting", "Variant", "Weights"]
+
+Name = tuple[str, str, str]
+"""Method, widths and weights: what tells one way to prune from all others."""
+
+Widths = Literal["global", "uniform"]
+Weights = Literal["none", "compensation", "reconstruction"]
+RIDGE = MutualInformation().ridge
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to prune: what ranks, how widths are found, what happens to the weights that stay.
+
+    Args:
+        method: Name of the method.
+        widths: Whether layers compete for the budget or all keep the same share.
+        weights: Left alone, compensated by least squares, or also reconstructed from the bottom up.
+        units: Kinds of unit that may go.
+        compared: Whether it is among the methods that are compared by default.
+    """
+
+    method: str
+    widths: Widths
+    weights: Weights
+    units: tuple[str, ...] = UNITS
+    compared: bool = True
+
+    @property
+    def name(self) -> Name:
+        """What tells it from all others."""
+        return self.method, self.widths, self.weights
+
+    def at(self, sparsity: float, seed: int) -> Method:
+        """The package's method for one budget."""
+        return Method(
+            Budget(sparsity=sparsity),
+            criterion=CRITERIA[self.method](seed),
+            widths=self.widths,
+            relevance=None if self.method == "mi-topk" else "gradient",
+            fold_in=self.weights != "none",
+            refit=self.weights == "reconstruction",
+            refit_positions=STORED,
+        )
+
+
+CRITERIA: dict[str, Callable[[int], Criterion]] = {
+    "relevance-mi": lambda seed: MutualInformation(ridge=RIDGE),
+    "relevance-mi-dims": lambda seed: MutualInformation(ridge=RIDGE),
+    "mi-topk": lambda seed: MutualInformation(selection="topk", ridge=RIDGE),
+    "taylor": lambda seed: Taylor(),
+    "activation-norm": lambda seed: ActivationNorm(),
+    "magnitude": lambda seed: Magnitude(),
+    "random": lambda seed: Random(seed),
+}
+OURS = Variant("relevance-mi", "global", "reconstruction")
+VARIANTS: tuple[Variant, ...] = (
+    OURS,
+    Variant("relevance-mi-dims", "global", "reconstruction", units=EVERY_UNIT),
+    Variant("relevance-mi", "global", "compensation", compared=False),
+    Variant("relevance-mi", "uniform", "reconstruction", compared=False),
+    Variant("relevance-mi", "uniform", "compensation", compared=False),
+    Variant("mi-topk", "uniform", "none"),
+    Variant("mi-topk", "uniform", "reconstruction", compared=False),
+    # Other scores as they are, and with our widths and our reconstruction.
+    *(
+        variant
+        for method in ("taylor", "activation-norm", "magnitude", "random")
+        for variant in (
+            Variant(method, "uniform", "none"),
+            Variant(method, "uniform", "compensation", compared=False),
+            Variant(method, "uniform", "reconstruction", compared=False),
+            Variant(method, "global", "reconstruction"),
+        )
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The method with one thing changed, or a few that explain one.
+
+    Args:
+        name: Its name.
+        selection: Rule by which units are put in order.
+        ridge: Noise on the layer above, as a share of its mean variance.
+        relevance: What tells which part of the layer above matters.
+        widths: Whether layers compete for the budget or all keep the same share.
+        compensation: Whether weights that stay are compensated by least squares.
+        reconstruction: Whether layers are solved again on the inputs of the cut model.
+        reconstruction_ridge: Ridge of the reconstruction.
+        counted: What the budget counts; as many MACs stay as the default leaves.
+        also: Kinds of unit that may go beside neurons and heads.
+        positions: Samples of each group.
+        stored: Positions whose inputs are stored for the reconstruction.
+        steps: Batches whose gradients are taken.
+    """
+
+    name: str
+    selection: Literal["conditional", "topk"] = "conditional"
+    ridge: float = RIDGE
+    relevance: Literal["gradient", "readers"] | None = "gradient"
+    widths: Widths = "global"
+    compensation: bool = True
+    reconstruction: bool = True
+    reconstruction_ridge: float = 1e-2
+    counted: Literal["parameters", "MACs"] = "parameters"
+    also: tuple[str, ...] = ()
+    positions: int = POSITIONS
+    stored: int = STORED
+    steps: int = STEPS
+
+    @property
+    def changes(self) -> set[str]:
+        """Names of what is not as in the default."""
+        names = {field.name for field in fields(self)} - {"name"}
+        return {name for name in names if getattr(self, name) != getattr(DEFAULT, name)}
+
+    def at(self, sparsity: float, seed: int) -> Method:
+        """The package's method for one budget: a sparsity, or the MACs of one example."""
+        macs = self.counted == "MACs"
+        return Method(
+            Budget(target_macs=int(sparsity)) if macs else Budget(sparsity=sparsity),
+            criterion=MutualInformation(selection=self.selection, ridge=self.ridge),
+            widths=self.widths,
+            relevance=self.relevance,
+            fold_in=self.compensation,
+            refit=self.reconstruction,
+            refit_positions=STORED,
+            refit_ridge=self.reconstruction_ridge,
+        )
+
+
+DEFAULT = Setting("default")
+SETTINGS = (
+    DEFAULT,
+    Setting("no new weights", compensation=False, reconstruction=False),
+    Setting("compensation alone", reconstruction=False),
+    Setting("reconstruction alone", compensation=False),
+    Setting("top-k", selection="topk"),
+    Setting("top-k, compensation alone", selection="topk", reconstruction=False),
+    Setting("ridge 0.01", ridge=0.01),
+    Setting("ridge 0.1", ridge=0.1),
+    Setting("ridge 10", ridge=10.0),
+    Setting("ridge 1000", ridge=1000.0),
+    Setting("no relevance", relevance=None),
+    Setting("no relevance, uniform", relevance=None, widths="uniform"),
+    Setting("consumers", relevance="readers"),
+    Setting("8 batches of gradients", steps=8),
+    Setting("uniform", widths="uniform"),
+    Setting(
+        "literal reading",
+        selection="topk",
+        relevance=None,
+        widths="uniform",
+        compensation=False,
+        reconstruction=False,
+    ),
+    Setting("4,096 positions", positions=4096),
+    Setting("1,024 positions", positions=1024),
+    Setting("4,096 stored", stored=4096),
+    Setting("2,048 stored", stored=2048),
+    Setting("residual", also=("residual",)),
+    Setting("residual, same MACs", counted="MACs", also=("residual",)),
+    Setting("dimensions of heads", also=("dims",)),
+    Setting("MACs", counted="MACs"),
+    Setting("reconstruction ridge 0.0001", reconstruction_ridge=1e-4),
+    Setting("reconstruction ridge 1", reconstruction_ridge=1.0),
+)

@@ -1,0 +1,342 @@
+"""The tables of README and docs, by name, and the pages that show them.
+
+A page shows a table between ``<!-- table: NAME -->`` and ``<!-- /table -->``.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import comparison
+from benchmarks.comparison import nats, points, row, spread, with_head
+from benchmarks.latency import BATCHES
+from benchmarks.methods import DEFAULT, SETTINGS
+from benchmarks.records import FOLDER, Record, Store
+from benchmarks.scaling import ENCODERS, encoder, reconstruction_bytes, reduced_bytes, ring_seconds
+from lightning_mi_prune import find_axes
+
+__all__ = ["PAGES", "TABLES", "filled", "rewritten", "table_lines"]
+
+ROOT = Path(__file__).parent.parent
+DOCS = ("ablations", "comparison", "cost", "distributed", "layers")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
+Records = Sequence[Record]
+
+# -------------------------------------------------------------------------------------------- cost
+
+PARTS = {
+    "validation": "*validation itself, without us*",
+    "calibration": "**calibration**: hooks and sums",
+    "sums": "of which sums",
+    "product": "plain product `XᵀX`, float64",
+    "scores": "**scores** `I(xᵢ; Y)` from the sums",
+    "scores_of_covariances": "of which scores from covariances",
+    "log_det": "a log-determinant a neuron, covariances given",
+    "order": "**whole order** by conditional information, and its losses",
+    "compensation": "**compensation** for half of the units",
+    "cut": "**cut** (of a copy)",
+    "gradients": "gradients of as many batches",
+    "taylor_step": "torch-pruning: Taylor importance and cut (of a copy)",
+}
+
+
+def digits(value: float) -> str:
+    """Three digits, thousands apart."""
+    if value == 0:
+        return "0"
+    if value >= 100:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    return f"{value:.3g}" if value >= 0.001 else f"{value:.1g}"
+
+
+def measured_on(records: Records) -> list[str]:
+    """Processors, threads and versions, and how often something was measured."""
+    cpus = {f"{r.machine['cpu']}, threads: {r.machine['threads']}" for r in records}
+    versions = ", ".join({f"torch {r.versions['torch']}" for r in records})
+    repeats = {f"; median of {r['repeats']}" for r in records if r.get("repeats")}
+    return [f"{'; '.join(sorted(cpus))}, {versions}{''.join(repeats)}."]
+
+
+def cost_parts(records: Records) -> list[str]:
+    """Seconds and memory of every part, ours in bold; medians."""
+
+    def share(part: Mapping[str, Any]) -> str:
+        unit = next((key.removeprefix("timed_") for key in part if key.startswith("timed_")), None)
+        return (
+            f"{part[f'timed_{unit}']:,} of {part[unit]:,} {unit.replace('_', ' ')}"
+            if unit
+            else "all"
+        )
+
+    head = [f"{r['shape']}, {unit}" for r in records for unit in ("s", "CPU s", "peak MB")]
+    rows = []
+    for name, label in PARTS.items():
+        found = [record["parts"][name] for record in records]
+        keys = ("wall_s", "cpu_s", "peak_mb")
+        cells = [digits(part[key]["median"]) for part in found for key in keys]
+        rows.append(row([label, *cells, share(found[-1])]))
+    return [row(["", *head, "measured"]), "|---" + "|---:" * len(head) + "|---|", *rows]
+
+
+def growth(records: Records) -> list[str]:
+    """Exponents of growth, with the seconds they were fitted to."""
+    head = ["grows", "from .. to", "what", "CPU s", "exponent, CPU", "exponent, clock"]
+    rows = []
+    for r in records:
+        sizes, seconds = r["sizes"], r["cpu_s"]
+        cells = [r["grows"], f"{sizes[0]:,} .. {sizes[-1]:,}", r["part"].replace("_", " ")]
+        cells.append(f"{digits(seconds[0])} .. {digits(seconds[-1])}")
+        rows.append(
+            row([*cells, *(f"{r[f'{clock}_s_exponent']:.2f}" for clock in ("cpu", "wall"))])
+        )
+    return with_head(head, rows, 3)
+
+
+def communication(_: Records) -> list[str]:
+    """Bytes and seconds of a cut over many ranks, from shapes alone."""
+    head = [f"{name}, MB" for name in ("sums a rank", "before the choice", "reconstruction")]
+    head += ["gradients a step, MB", *(f"{number:,} ranks, s" for number in (8, 64, 1024))]
+    rows = []
+    for name, shape in ENCODERS.items():
+        with torch.device("meta"):
+            network = encoder(**shape)
+        axes = [axis for axis in find_axes(network) if axis.kind in ("ffn", "heads")]
+        before, solving = reduced_bytes(axes, network), reconstruction_bytes(axes, network)
+        gradients = 4 * sum(p.numel() for p in network.parameters())
+        sizes = [reduced_bytes(axes, network, whole=True), before, solving, gradients]
+        seconds = [ring_seconds(before, n) + ring_seconds(solving, n) for n in (8, 64, 1024)]
+        cells = [*(f"{size / 1e6:,.0f}" for size in sizes), *(f"{s:.2f}" for s in seconds)]
+        rows.append(row([name, *cells]))
+    return with_head(["shapes", *head], rows, len(head))
+
+
+def one_cut(records: Records) -> list[str]:
+    """Seconds and memory of one cut."""
+    columns = {
+        "calibration, s": ("calibration_s", ".1f"),
+        "order of all groups, s": ("order_conditional_s", ".1f"),
+        "allocation, s": ("allocation_s", ".1f"),
+        "reconstruction, s": ("reconstruction_s", ".1f"),
+        "sums, MB": ("sums_mb", ",.0f"),
+        "peak beside the model, MB": ("peak_above_model_mb", ",.0f"),
+    }
+    rows = [
+        row([r["shape"], *(format(r[key]["median"], form) for key, form in columns.values())])
+        for r in records
+    ]
+    return with_head(["shapes", *columns], rows)
+
+
+def demo(records: Records) -> list[str]:
+    """The demo, over its seeds."""
+    rows = []
+    for name in records[0].figures:
+        values = [record[name] for record in records]
+        found = statistics.median(values), min(values), max(values)
+        rows.append(row([name, *(f"{value:.2f}" for value in found)]))
+    return with_head(["", "median", "min", "max"], rows)
+
+
+# ----------------------------------------------------------------------------------------- quality
+
+
+def _means(values: Sequence[float], places: int) -> str:
+    """Mean, and the range where there are several."""
+    ends = f"{min(values):+.{places}f} .. {max(values):+.{places}f}"
+    return f"{statistics.mean(values):+.{places}f}" + (f" ({ends})" if len(values) > 1 else "")
+
+
+def _medians(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def ablations(records: Records) -> list[str]:
+    """A table for each task and sparsity: a row a setting."""
+    lines: list[str] = []
+    for task, sparsity in sorted({(r["task"], r["sparsity"]) for r in records}):
+        same = [r for r in records if (r["task"], r["sparsity"]) == (task, sparsity)]
+        dense = {r.seed: r for r in same}.values()
+        accuracy = statistics.mean(r["dense_accuracy"] for r in dense)
+        entropy = statistics.mean(r["dense_cross_entropy"] for r in dense)
+        lines += [
+            f"**{task}, {sparsity:.0%} gone**; dense {accuracy:.2%}, {entropy:.3f} nats; "
+            f"{same[0]['n_test']} test rows.",
+            "",
+        ]
+        default, rows = {r.seed: r for r in same if r["setting"] == DEFAULT.name}, []
+        for setting in SETTINGS:
+            found = {r.seed: r for r in same if r["setting"] == setting.name}
+            if not found:
+                continue
+            cells = [setting.name, str(len(found))]
+            both = sorted(found.keys() & default.keys()) if setting != DEFAULT else []
+            for sign, value, places in ((-1, nats, 3), (1, points, 2)):
+                cells.append(_means([sign * value(r) for r in found.values()], places))
+                gaps = [sign * (value(found[seed]) - value(default[seed])) for seed in both]
+                cells.append(_means(gaps, places) if gaps else "")
+            work = statistics.mean(r["macs"] / r["dense_macs"] for r in found.values())
+            seconds = statistics.mean(r["cpu_seconds"] for r in found.values())
+            rows.append(row([*cells, f"{work:.0%}", f"{seconds:.0f}"]))
+        head = ["setting", "seeds", "rise of cross-entropy", "to default", "accuracy", "to default"]
+        lines += [*with_head([*head, "MACs", "CPU s"], rows), ""]
+    return lines[:-1]
+
+
+def distillation(records: Records) -> list[str]:
+    """What a teacher changes, paired by seed."""
+    plain, *others = dict.fromkeys(record["taught_by"] for record in records)
+    rows = []
+    for place in sorted({(r["task"], r["sparsity"], r["steps"]) for r in records}):
+        found: dict[str, dict[int, Record]] = {name: {} for name in (plain, *others)}
+        for r in records:
+            if (r["task"], r["sparsity"], r["steps"]) == place:
+                found[r["taught_by"]][r.seed] = r
+        seeds = sorted(set.intersection(*map(set, found.values())))
+        if not seeds:
+            continue
+        mean = statistics.mean(found[plain][seed]["accuracy"] for seed in seeds)
+        cells = [place[0], f"{place[1]:.0%}", str(place[2]), str(len(seeds)), f"{mean:.2%}"]
+        for name in others:
+            pairs = [(found[name][seed], found[plain][seed]) for seed in seeds]
+            gaps = [100 * (mine["accuracy"] - other["accuracy"]) for mine, other in pairs]
+            rises = [mine["cross_entropy"] - other["cross_entropy"] for mine, other in pairs]
+            cells.append(f"{spread(gaps)}; {spread(rises, 3)}")
+        rows.append(row(cells))
+    return with_head(["task", "gone", "steps", "seeds", plain, *others], rows)
+
+
+def layers(records: Records) -> list[str]:
+    """Layers removed while a model is fine-tuned, beside the dense control of the same seed."""
+    dense = {(r["task"], r.seed): r["accuracy"] for r in records if r["criterion"] == "none"}
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for r in records:
+        about = r["task"], -r["layers"], r["criterion"], r["reconstruction"]
+        groups.setdefault((*about, r["first_epoch"] or 0), []).append(r)
+    rows = []
+    for (task, number, criterion, solved, epoch), found in sorted(groups.items()):
+        gaps = [100 * (r["accuracy"] - dense[task, r.seed]) for r in found]
+        control = criterion == "none"
+        gone = ("+".join(" ".join(map(str, cut)) for cut in r["removed"]) for r in found)
+        cells = [task, str(-number), "" if control else f"`{criterion}`"]
+        cells += ["" if control else str(epoch or "half-way"), "yes" if solved else ""]
+        cells += [str(len(found)), _medians([100 * r["accuracy"] for r in found])]
+        cells += ["", ""] if control else [_medians(gaps), "; ".join(gone)]
+        rows.append(row(cells))
+    head = ["task", "layers", "removed by", "at epoch", "reconstructed", "seeds", "accuracy"]
+    return with_head([*head, "minus dense", "removed"], rows)
+
+
+def layers_one_shot(records: Records) -> list[str]:
+    """Layers removed without a training step, with and without a reconstruction."""
+    rows = []
+    for task, number in sorted({(r["task"], -r["layers"]) for r in records}):
+        same = [r for r in records if (r["task"], r["layers"]) == (task, -number)]
+        dense = [100 * r["dense_accuracy"] for r in same if r["reconstruction"]]
+        gaps = [[points(r) for r in same if r["reconstruction"] == s] for s in (False, True)]
+        cells = [task, str(-number), str(len(dense)), f"{statistics.median(dense):.2f}"]
+        rows.append(row([*cells, *map(_medians, gaps)]))
+    return with_head(["task", "layers", "seeds", "dense", "removed", "reconstructed"], rows)
+
+
+# ------------------------------------------------------------------------------------------- speed
+
+
+def layers_speed(records: Records) -> list[str]:
+    """Latency by number of layers."""
+    (speed,) = records
+    rows = []
+    for size in BATCHES:
+        ms = {n: speed[f"{n}_ms_b{size}"] for n in (6, 4, 3)}
+        ratios = [f"{ms[6] / ms[n] / (6 / n):.2f}" for n in (4, 3)]
+        rows.append(row([f"batch {size}", *(f"{value:.1f}" for value in ms.values()), *ratios]))
+    head = f"encoder, {speed['length']} tokens, {speed.machine['threads']} threads"
+    names = [head, *(f"{n} layers, ms" for n in (6, 4, 3)), "speed-up by layer ratio, 4", "3"]
+    return with_head(names, rows)
+
+
+def lengths(records: Records) -> list[str]:
+    """Speed beside multiply-accumulates, for each length and layout, by processor."""
+
+    def reached(r: Record, size: int) -> str:
+        speed = r[f"dense_ms_b{size}"] / r[f"ms_b{size}"]
+        return f"{speed:.2f}x ({speed * r['macs'] / r['dense_macs']:.2f})"
+
+    def place(r: Record) -> tuple[Any, ...]:
+        return r["length"], r["layout"], r["sparsity"]
+
+    lines: list[str] = []
+    for cpu in sorted({record["cpu"] for record in records}):
+        same = [record for record in records if record["cpu"] == cpu]
+        compiled = {place(r): reached(r, BATCHES[-1]) for r in same if r["compiled"]}
+        rows = []
+        for r in sorted((r for r in same if not r["compiled"]), key=place):
+            cells = [str(r["length"]), f"{r['sparsity']:.0%}", r["layout"]]
+            cells += [f"{r['dense_macs'] / r['macs']:.2f}x", *(reached(r, n) for n in BATCHES)]
+            rows.append(row([*cells, compiled.get(place(r), "")]))
+        head = ["tokens", "gone", "widths", "MACs", "batch 1", "batch 32", "batch 32, compiled"]
+        lines += [*with_head(head, rows), "", *measured_on(same), ""]
+    return lines[:-1]
+
+
+# ------------------------------------------------------------------------------------------- pages
+
+TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
+    "comparison-short": ("recovery", comparison.front),
+    "comparison-facts": ("recovery", comparison.facts),
+    "comparison-lost": ("recovery", comparison.lost),
+    "comparison": ("recovery", comparison.tables),
+    "comparison-nats": ("recovery", partial(comparison.tables, measure="nats")),
+    "distillation": ("distillation", distillation),
+    "lengths": ("lengths", lengths),
+    "ablations": ("ablations", ablations),
+    "costs-machine": ("costs", measured_on),
+    "costs": ("costs", cost_parts),
+    "scaling-machine": ("scaling", measured_on),
+    "scaling": ("scaling", growth),
+    "communication": ("scaling", communication),
+    "one-cut": ("one-cut", one_cut),
+    "demo": ("demo", demo),
+    "layers": ("layers", layers),
+    "layers-one-shot": ("layers-one-shot", layers_one_shot),
+    "layers-speed": ("layers-speed", layers_speed),
+}
+"""The case whose records a table is made of, and what makes it."""
+
+
+def table_lines(name: str, folder: Path = FOLDER) -> list[str]:
+    """A table, from the records of its case."""
+    case, make = TABLES[name]
+    records = [*Store(case, folder)]
+    return make(records) if records else [f"No records yet: `python -m benchmarks run {case}`."]
+
+
+def filled(text: str, folder: Path = FOLDER) -> str:
+    """A page with its tables made anew.
+
+    Raises:
+        ValueError: If a table is not known, or not closed.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        if found[1] not in TABLES:
+            raise ValueError(f"table {found[1]!r}: expected one of {', '.join(TABLES)}")
+        lines = "\n".join(table_lines(found[1], folder))
+        return f"<!-- table: {found[1]} -->\n\n{lines}\n\n<!--"
+
+    if text.count("<!-- table: ") != text.count("<!-- /table -->"):
+        raise ValueError("expected a `<!-- /table -->` after each `<!-- table: NAME -->`")
+    return re.sub(r"<!-- table: (\S+) -->.*?<!--(?= /table -->)", table, text, flags=re.S)
+
+
+def rewritten(root: Path = ROOT, folder: Path = FOLDER) -> Iterator[tuple[Path, str, str]]:
+    """Every page with its text as it is, and as the records have it."""
+    for name in PAGES:
+        text = (root / name).read_text(encoding="utf-8")
+        yield root / name, text, filled(text, folder)

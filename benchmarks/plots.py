@@ -1,0 +1,145 @@
+"""Accuracy against size and speed: a figure a number of steps and view, a panel a task."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.comparison import name_of, points
+from benchmarks.latency import BATCHES, shape_of
+from benchmarks.methods import OURS, Name
+from benchmarks.records import FOLDER, Record, Store
+
+__all__ = ["FIGURES", "SHOWN", "drawn"]
+
+FLOORS = {0: -20.0, 100: -10.0}  # of the axis, in points: one shot, and after so many steps
+TICKS = (2, 1, 0.5, 0, -0.5, -1, -2, -5, -10, -20)
+APART = 0.014  # between methods that would hide each other, as a share of their place
+STYLE = {"font.size": 9.0, "svg.hashsalt": "benchmark", "axes.linewidth": 0.6}
+SHOWN = ("100-steps-size", "100-steps-speed-b32")  # by the docs; the others can be drawn
+
+# Colours of Okabe and Ito, which people with any colour vision can tell apart: what ranks. Markers:
+# what cuts. Methods without records in most tasks are not drawn.
+BLUE, SKY, GREEN, PURPLE, BLACK = "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#222222"
+LOOKS: dict[Name, tuple[str, str, str]] = {
+    OURS.name: ("ours", "#D55E00", "*"),
+    ("relevance-mi-dims", *OURS.name[1:]): ("ours, dimensions of heads too", "#D55E00", "v"),
+    ("taylor", "uniform", "none"): ("Taylor", BLUE, "o"),
+    ("activation-norm", "uniform", "none"): ("activation norm", SKY, "o"),
+    ("taylor", "global", "reconstruction"): ("Taylor, our widths and reconstruction", BLUE, "^"),
+    ("activation-norm", "global", "reconstruction"): ("activation norm, the same", SKY, "^"),
+    ("torch-pruning-taylor", "uniform", "none"): ("torch-pruning, Taylor", BLUE, "s"),
+    ("torch-pruning-taylor", "global", "none"): ("torch-pruning, Taylor, global", BLUE, "D"),
+    ("torch-pruning-magnitude", "uniform", "none"): ("torch-pruning, magnitude", GREEN, "s"),
+    ("torch-pruning-magnitude", "global", "none"): ("torch-pruning, magnitude, global", GREEN, "D"),
+    ("magnitude-masks", "global", "none"): ("magnitude masks", GREEN, "X"),
+    ("movement-units", "uniform", "none"): ("movement of units", BLACK, "P"),
+    ("first-layers", "uniform", "none"): ("first layers", PURPLE, "p"),
+    ("cka-layers", "uniform", "none"): ("layers by CKA", PURPLE, ">"),
+    ("small-dense", "uniform", "none"): ("small dense model", PURPLE, "d"),
+}
+
+
+LABELS = {"size": "prunable parameters that are left (methods moved apart)"}
+LABELS |= {f"speed-b{rows}": f"measured speed-up, batch of {rows}" for rows in BATCHES}
+XTICKS = {"size": (0.1, 0.25, 0.5)} | {
+    f"speed-b{rows}": (1, 1.5, 2, 3, 4, 6, 8) for rows in BATCHES
+}
+FIGURES = [f"{steps}-{view}" for steps in ("one-shot", "100-steps") for view in LABELS]
+
+
+def place_of(record: Record, shapes: Mapping[str, Record], view: str) -> float | None:
+    """Where a record is on the horizontal axis; None where that was not measured."""
+    if view == "size":
+        return float(1 - record["reached"])
+    shape, rows = shapes.get(shape_of(record["task"], record["kept"])), view.partition("-")[2]
+    return float(shape[f"dense_ms_{rows}"] / shape[f"ms_{rows}"]) if shape else None
+
+
+def draw(records: Sequence[tuple[Record, float]], view: str) -> Figure:
+    """A panel a task, and one legend below all of them."""
+    tasks = sorted({record["task"] for record, _ in records})
+    lines = -(-len(tasks) // 2)
+    height = 2.6 * lines + 1.9
+    figure = Figure(figsize=(9.0, height))
+    panels = [*figure.subplots(lines, 2, sharex=True, sharey=True, squeeze=False).flat]
+    for axes in panels[len(tasks) :]:
+        axes.set_visible(False)
+    names = [name for name in LOOKS if any(name_of(record) == name for record, _ in records)]
+    for task, axes in zip(tasks, panels, strict=False):
+        same = [(record, place) for record, place in records if record["task"] == task]
+        _frame(axes, view, FLOORS[records[0][0]["steps"]])
+        for index, name in enumerate(names):
+            moved = (1 + APART) ** (index - len(names) // 2) if view == "size" else 1.0
+            _method(axes, name, [(r, moved * x) for r, x in same if name_of(r) == name])
+        dense = {record.seed: record["dense_accuracy"] for record, _ in same}
+        title = f"{task}: dense {statistics.mean(dense.values()):.1%}, seeds: {len(dense)}"
+        axes.set_title(title, fontsize=9, loc="left")
+    bottom, top = 1.9 / height, 1 - 0.3 / height
+    figure.subplots_adjust(0.08, bottom, 0.99, top, wspace=0.06, hspace=0.2)
+    figure.supxlabel(LABELS[view], fontsize=9, y=bottom - 0.55 / height)
+    figure.supylabel("points to the dense control", fontsize=9, y=(bottom + top) / 2)
+    handles = {h.get_label(): h for axes in panels for h in axes.get_legend_handles_labels()[0]}
+    shown = [*handles.values()]
+    figure.legend(handles=shown, loc="lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def _frame(axes: Axes, view: str, floor: float) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("asinh", linear_width=1.0)
+    axes.set_ylim(floor, 2.0)
+    axes.axhline(0, color="#444444", linewidth=0.9, zorder=1)
+    axes.grid(color="#e6e6e6", linewidth=0.5, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_yticks(
+        [t for t in TICKS if t >= floor], [f"{t:+g}" if t else "0" for t in TICKS if t >= floor]
+    )
+    shown = "{:.0%}" if view == "size" else "{:g}"
+    axes.set_xticks(XTICKS[view], [shown.format(tick) for tick in XTICKS[view]])
+    axes.minorticks_off()
+
+
+def _method(axes: Axes, name: Name, records: Sequence[tuple[Record, float]]) -> None:
+    """Means over the seeds with their range; those below the axis stand at its edge."""
+    floor = axes.get_ylim()[0]
+    places, heights, down, up = [], [], [], []
+    for sparsity in sorted({record["sparsity"] for record, _ in records}):
+        same = [(points(r), place) for r, place in records if r["sparsity"] == sparsity]
+        gaps = [max(floor, gap) for gap, _ in same]
+        places.append(statistics.mean(place for _, place in same))
+        heights.append(max(floor, statistics.mean(gap for gap, _ in same)))
+        down.append(max(0.0, heights[-1] - min(gaps)))
+        up.append(max(0.0, max(gaps) - heights[-1]))
+    label, color, marker = LOOKS[name]
+    look: dict[str, Any] = {
+        "color": color,
+        "marker": marker,
+        "markersize": 10 if marker == "*" else 5,
+    }
+    look |= {"markeredgecolor": "white", "markeredgewidth": 0.5, "elinewidth": 0.8}
+    width = 2.0 if name == OURS.name else 0.6
+    spread = [down, up]
+    axes.errorbar(places, heights, yerr=spread, label=label, linewidth=width, clip_on=False, **look)
+
+
+def drawn(names: Sequence[str], target: Path, folder: Path = FOLDER) -> list[Path]:
+    """Draw figures by name; the same records give the same files."""
+    shapes = {shape_of(r["task"], r["kept"]): r for r in Store("latency", folder)}
+    paths = []
+    for name in names:
+        steps, view = (0 if name.startswith("one") else 100), name.split("-", 2)[2]
+        same = [r for r in Store("recovery", folder).find(steps=steps) if r["sparsity"]]
+        places = [(r, place_of(r, shapes, view)) for r in same if name_of(r) in LOOKS]
+        if found := [(r, place) for r, place in places if place is not None]:
+            target.mkdir(parents=True, exist_ok=True)
+            paths.append(target / f"{name}.svg")
+            with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+                draw(found, view).savefig(paths[-1], facecolor="white", metadata={"Date": None})
+    return paths

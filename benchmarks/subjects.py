@@ -1,0 +1,245 @@
+"""A dense model under test: its calibration, cuts of it, and what is left afterwards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import prune
+
+from benchmarks.tasks import Batch, finetuned
+from lightning_mi_prune import Listener, Method, Plan, WidthAxis, apply, find_axes
+from lightning_mi_prune.axes import count_parameters, full_plan
+from lightning_mi_prune.choosing import choose_axes
+from lightning_mi_prune.gradients import GradientListener
+from lightning_mi_prune.method import pull_back
+from lightning_mi_prune.relevance import GradientSums, check_gradients
+from lightning_mi_prune.sample import Heard
+
+__all__ = ["EVERY_UNIT", "POSITIONS", "STEPS", "STORED", "UNITS", "Kept", "Subject", "Way"]
+__all__ += ["calibrate_activations", "calibrate_gradients", "cut", "examine", "opened", "score"]
+__all__ += ["quality_of", "settle", "size_of", "weight_names", "width_of", "zeros_of"]
+
+UNITS = ("ffn", "heads")
+EVERY_UNIT = (*UNITS, "dims")
+# Samples of each group, positions whose inputs are stored for the reconstruction, and batches
+# whose gradients are taken.
+POSITIONS, STORED, STEPS = 40_000, 65_536, 64
+
+Kept = dict[str, list[int]]
+
+
+class Way(Protocol):
+    """A way to prune that this package has."""
+
+    def at(self, sparsity: float, seed: int) -> Method:
+        """The package's method for one budget."""
+
+
+def calibrate_activations(
+    model: nn.Module,
+    axes: Sequence[WidthAxis],
+    batches: Sequence[Batch],
+    seed: int,
+    *,
+    positions: int = POSITIONS,
+    stored: int = STORED,
+) -> Heard:
+    """Moments of so many activations and inputs stored at so many positions, from one pass."""
+    listener = Listener(
+        model, axes, positions=positions, batches=len(batches), seed=seed, calls=stored
+    )
+    with torch.no_grad(), listener:
+        for batch in batches:
+            listener.start_batch()
+            model(**batch)
+    listener.check()
+    return Heard(listener.moments, ranks=[listener.stored], examples=listener.calls(axes))
+
+
+def calibrate_gradients(
+    model: nn.Module, axes: Sequence[WidthAxis], batches: Sequence[Batch], *, steps: int = STEPS
+) -> Mapping[str, GradientSums]:
+    """Gradients of the loss on at most so many batches; no weight changes."""
+    listener = GradientListener(model, axes, steps=steps, batches=len(batches), taylor=True)
+    with listener:
+        for index, batch in enumerate(batches):
+            with listener.step(index):
+                model(**batch).loss.backward()
+            model.zero_grad(set_to_none=True)
+    check_gradients(listener.sums)
+    return listener.sums
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dense model with its calibration, the same for every method.
+
+    Args:
+        task: Name of the task.
+        seed: Seed of the split and the model.
+        model: The network, in evaluation mode; only run and copied.
+        axes: Everything in it that can be cut.
+        chosen: What is cut: by default neurons and heads.
+        calibration: Moments, stored inputs and gradients from the validation split.
+        validation: Batches of the validation split.
+        test: Batches of the test split.
+        accuracy: Accuracy on the test split.
+        cross_entropy: Mean cross-entropy on it, in nats.
+    """
+
+    task: str
+    seed: int
+    model: nn.Module
+    axes: Sequence[WidthAxis]
+    chosen: Sequence[WidthAxis]
+    calibration: Heard
+    validation: Sequence[Batch]
+    test: Sequence[Batch]
+    accuracy: float
+    cross_entropy: float
+
+    def of(self, units: Sequence[str]) -> list[WidthAxis]:
+        """The axes of some kinds of unit."""
+        return choose_axes(self.axes, units=units)
+
+    def cutting(self, units: Sequence[str]) -> Subject:
+        """The same, of which these kinds of unit are cut."""
+        return replace(self, chosen=self.of(units))
+
+
+def examine(
+    task: str,
+    seed: int,
+    model: nn.Module,
+    validation: Sequence[Batch],
+    test: Sequence[Batch],
+    *,
+    calibrated: bool = True,
+) -> Subject:
+    """Calibrate on the validation split, and test the dense model."""
+    axes = find_axes(model)
+    calibration = Heard()
+    if calibrated:
+        every = choose_axes(axes, units=EVERY_UNIT)
+        calibration = calibrate_activations(model, every, validation, seed)
+        calibration.gradients = calibrate_gradients(model, every, validation)
+    known = model, axes, choose_axes(axes, units=UNITS), calibration, validation, test
+    return Subject(task, seed, *known, *score(model, test))
+
+
+@lru_cache(maxsize=1)  # jobs of one model follow one another
+def opened(task: str, seed: int, *, calibrated: bool = True) -> tuple[Subject, Any]:
+    """The fine-tuned model of a task, calibrated or not, and its data."""
+    model, data = finetuned(task, seed)
+    rows, test = [*data.val_dataloader()], [*data.test_dataloader()]
+    return examine(task, seed, model, rows, test, calibrated=calibrated), data
+
+
+@torch.no_grad()
+def score(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
+    """Accuracy, and mean cross-entropy in nats."""
+    right, nats, rows = 0, 0.0, 0
+    for batch in batches:
+        logits, labels = model(**batch).logits.float(), batch["labels"]
+        right += int((logits.argmax(-1) == labels).sum())
+        nats += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        rows += len(labels)
+    return right / rows, nats / rows
+
+
+def cut(subject: Subject, way: Way, sparsity: float) -> tuple[nn.Module, Plan]:
+    """Prune a copy of the model one way; also returns what it kept."""
+    method, heard, axes = way.at(sparsity, subject.seed), subject.calibration, subject.axes
+    model, plan = copy.deepcopy(subject.model), full_plan(axes)
+    selection = method.decide(model, axes, subject.chosen, plan, heard, progress=1.0)
+    if selection is None:  # the model is as small already
+        return model, plan
+    selection = pull_back(model, axes, plan, selection, method, heard)
+    apply(model, axes, selection.plan, current=plan, folded=selection.folded)
+    return model, plan.then(selection.plan)
+
+
+def quality_of(subject: Subject, model: nn.Module) -> dict[str, Any]:
+    """Accuracy and cross-entropy of a pruned model on the test split, beside the dense one."""
+    accuracy, cross_entropy = score(model, subject.test)
+    return {
+        "n_test": sum(len(batch["labels"]) for batch in subject.test),
+        "accuracy": accuracy,
+        "dense_accuracy": subject.accuracy,
+        "cross_entropy": cross_entropy,
+        "dense_cross_entropy": subject.cross_entropy,
+    }
+
+
+def size_of(
+    model: nn.Module, axes: Sequence[WidthAxis], dims: Sequence[WidthAxis] = ()
+) -> dict[str, Any]:
+    """What is left of a model whose masks are settled, counted alike for every method.
+
+    Args:
+        model: The pruned model.
+        axes: Neurons and heads of the dense one.
+        dims: Dimensions of heads, where they may have gone.
+
+    Returns:
+        ``reached``, the share of the prunable parameters that is gone or zero; whether any are
+        ``masked``, so that nothing got smaller; the ``parameters`` that are left; the units that
+        are ``kept`` in every layer that is there, bottom to top, by kind of axis.
+    """
+    modules = dict(model.named_modules())
+    sizes = {}
+    for axis in dims:
+        (number,) = axis.counts
+        module = model.get_submodule(number.module)
+        sizes[axis.name] = int(getattr(module, number.attribute))
+    widths = {
+        axis.name: width_of(model, axis, axis.entries_at(sizes))
+        for axis in axes
+        if axis.readers[0] in modules
+    } | sizes
+    axes = [*axes, *dims]
+    kept: Kept = {}
+    for axis in sorted(axes, key=lambda axis: axis.level):
+        if axis.name in widths:
+            kept.setdefault(axis.kind, []).append(widths[axis.name])
+    # Layers are numbered anew when some are removed, so it is the top ones that have no width.
+    left = count_parameters(axes, {axis.name: widths.get(axis.name, 0) for axis in axes})
+    zeros = sum(zeros_of(model, name) for name in weight_names(axes))
+    reached = 1 - (left - zeros) / count_parameters(axes)
+    parameters = sum(parameter.numel() for parameter in model.parameters()) - zeros
+    return {"reached": reached, "masked": zeros > 0, "parameters": parameters, "kept": kept}
+
+
+def weight_names(axes: Sequence[WidthAxis]) -> list[str]:
+    """Names of the weight matrices that the units of these axes consist of."""
+    names = (s.tensor for axis in axes for s in axis.slices if s.tensor.endswith(".weight"))
+    return list(dict.fromkeys(names))
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """Make masks of `torch.nn.utils.prune` permanent: zeros in plain weights."""
+    for module in model.modules():
+        if hasattr(module, "weight_mask"):
+            prune.remove(module, "weight")  # type: ignore[no-untyped-call]
+    return model
+
+
+def width_of(model: nn.Module, axis: WidthAxis, entries: int) -> int:
+    """Units of an axis that are there, each of so many entries."""
+    return model.get_parameter(f"{axis.readers[0]}.weight").shape[1] // entries
+
+
+def zeros_of(model: nn.Module, name: str) -> int:
+    """Entries of a tensor that are exactly zero; none where there is no such tensor."""
+    try:
+        tensor = model.get_parameter(name)
+    except AttributeError:
+        return 0
+    return int(torch.count_nonzero(tensor == 0))

@@ -1,1 +1,0 @@
-"""Compares ways to choose what to prune, on fine-tuned text classifiers."""
