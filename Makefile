@@ -73,7 +73,7 @@ costs: $(VENV)/benchmark.stamp
 	$(TABLES)
 
 matrix: $(VENV)/dev.stamp
-	$(BIN)/python -m tests.matrix
+	$(BIN)/python -m tests.support.matrix
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix-only .

@@ -21,8 +21,8 @@ LONGEST = (
     "test_crash",
     "test_matrix",
     "test_distributed",
-    "test_companions",
-    "test_callback",
+    "test_monitors",
+    "test_unit_pruning",
     "test_resume",
 )
 
@@ -49,7 +49,7 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _families_stay_as_they_were() -> Iterator[None]:
     """What a test registers would be asked about every network of the tests after it."""
-    from lightning_mi_prune import families
+    from lightning_mi_prune.discovery import families
 
     before = list(families._FAMILIES)
     yield

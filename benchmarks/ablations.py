@@ -19,17 +19,19 @@ from benchmarks.subjects import (
     quality_of,
 )
 from benchmarks.tasks import SEEDS
-from lightning_mi_prune import Plan
-from lightning_mi_prune.axes import count_parameters, full_plan
-from lightning_mi_prune.costs import measure_macs
-from lightning_mi_prune.relevance import GradientSums
-from lightning_mi_prune.sample import Heard
+from lightning_mi_prune import PruningPlan
+from lightning_mi_prune.allocation.costs import measure_macs
+from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.calibration.gradients import GradientSums
+from lightning_mi_prune.discovery.groups import count_parameters, full_plan
 
 __all__ = ["ablations"]
 
 
 @lru_cache(maxsize=8)
-def _activations(task: str, seed: int, positions: int, stored: int, also: tuple[str, ...]) -> Heard:
+def _activations(
+    task: str, seed: int, positions: int, stored: int, also: tuple[str, ...]
+) -> CalibrationData:
     subject, _ = opened(task, seed, calibrated=False)
     known = subject.model, subject.of((*UNITS, *also)), subject.validation, seed
     return calibrate_activations(*known, positions=positions, stored=stored)
@@ -79,7 +81,7 @@ def measured(task: str, seed: int, setting: Setting, sparsity: float) -> Figures
     subject = calibrated(task, seed, setting)
     prunable = count_parameters(subject.of(UNITS))
     budget = sparsity * prunable / count_parameters(subject.chosen)
-    work = measure_macs(subject.model, subject.axes, subject.calibration.examples)
+    work = measure_macs(subject.model, subject.groups, subject.calibration.examples)
     if setting.counted == "MACs":
         plain = replace(DEFAULT, reconstruction=False)
         _, default = cut(calibrated(task, seed, DEFAULT), plain, sparsity)
@@ -92,11 +94,11 @@ def measured(task: str, seed: int, setting: Setting, sparsity: float) -> Figures
         **quality_of(subject, model),
         "reached": (before - left) / prunable,
         "macs": work.total(widths_of(plan)),
-        "dense_macs": work.total(widths_of(full_plan(subject.axes))),
+        "dense_macs": work.total(widths_of(full_plan(subject.groups))),
         "cpu_seconds": seconds,
     }
 
 
-def widths_of(plan: Plan) -> dict[str, int]:
-    """Units that a plan keeps, by axis name."""
+def widths_of(plan: PruningPlan) -> dict[str, int]:
+    """Units that a plan keeps, by group name."""
     return {name: plan.width(name) for name in plan.kept}

@@ -33,28 +33,21 @@ from benchmarks.measuring import (
 )
 from benchmarks.records import Figures, Job, single
 from benchmarks.rivals import pruned_by_library, torch_pruning
-from lightning_mi_prune import (
-    Budget,
-    Listener,
-    Method,
-    MutualInformation,
-    Plan,
-    Ranking,
-    WidthAxis,
-    apply,
-    find_axes,
-    rank_axes,
-    select,
-)
-from lightning_mi_prune.axes import full_plan
-from lightning_mi_prune.choosing import choose_axes
-from lightning_mi_prune.competition import allot
-from lightning_mi_prune.costs import ParameterCosts
-from lightning_mi_prune.evidence import Evidence, gather
-from lightning_mi_prune.information import diagonal_blocks, unit_information
-from lightning_mi_prune.method import pull_back
-from lightning_mi_prune.moments import Moments
-from lightning_mi_prune.sample import Heard
+from lightning_mi_prune import Budget, PruningPlan, apply_plan, find_groups
+from lightning_mi_prune.allocation.allocate import allocate
+from lightning_mi_prune.allocation.costs import ParameterCosts
+from lightning_mi_prune.calibration.activations import ActivationRecorder
+from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.calibration.moments import Moments
+from lightning_mi_prune.core.plan import Ranking
+from lightning_mi_prune.discovery.graph import choose_groups
+from lightning_mi_prune.discovery.groups import DependencyGroup, full_plan
+from lightning_mi_prune.importance.criteria import MutualInformation
+from lightning_mi_prune.importance.information import diagonal_blocks, unit_information
+from lightning_mi_prune.importance.ranking import rank_groups
+from lightning_mi_prune.importance.statistics import UnitStatistics, unit_statistics
+from lightning_mi_prune.pipeline import PruningMethod, reconstruct
+from lightning_mi_prune.reconstruction.compensation import select_units
 
 __all__ = ["SHAPES", "Run", "costs", "demo", "log_det_information", "noisy", "one_cut"]
 
@@ -98,12 +91,12 @@ class Run:
     ) -> None:
         self.model, self.batches, self.positions = bert(shape), batches, positions
         self.timed = batches if timed is None else timed
-        self.axes = choose_axes(find_axes(self.model))
+        self.groups = choose_groups(find_groups(self.model))
         self.ids = torch.randint(5, 1000, (rows, length))
-        self.weights, self.plan = dict(self.model.named_parameters()), full_plan(self.axes)
+        self.weights, self.plan = dict(self.model.named_parameters()), full_plan(self.groups)
         self.moments: dict[str, Moments] = {}
         self.rankings: dict[str, Ranking] = {}
-        self.sizes = {axis.name: axis.size for axis in self.axes}
+        self.sizes = {group.name: group.size for group in self.groups}
 
     def validation(self) -> None:
         """The batches without hooks."""
@@ -113,27 +106,31 @@ class Run:
 
     def calibration(self) -> Cost:
         """What hooks and sums take in a validation."""
-        listener = Listener(self.model, self.axes, positions=self.positions, batches=self.batches)
-        modules = [self.model.get_submodule(axis.readers[0]) for axis in self.axes]
-        cost = cost_of_hooks(modules, listener, self.validation)
-        self.moments = listener.moments
+        recorder = ActivationRecorder(
+            self.model, self.groups, positions=self.positions, batches=self.batches
+        )
+        modules = [self.model.get_submodule(group.consumers[0]) for group in self.groups]
+        cost = cost_of_hooks(modules, recorder, self.validation)
+        self.moments = recorder.moments
         return cost
 
     def order(self) -> None:
-        """The whole order of every axis, by conditional information."""
-        known = self.axes, self.moments, self.weights, self.plan
-        self.rankings = rank_axes(*known, relevance="readers")
+        """The whole order of every group, by conditional information."""
+        known = self.groups, self.moments, self.weights, self.plan
+        self.rankings = rank_groups(*known, relevance="weights")
 
     def compensation(self) -> None:
         """Weights that make up for half of the units."""
-        known = self.axes, self.moments, self.weights
+        known = self.groups, self.moments, self.weights
         widths = {name: size // 2 for name, size in self.sizes.items()}
-        select(*known, widths, self.plan, rankings=self.rankings)
+        select_units(*known, widths, self.plan, rankings=self.rankings)
 
     def cut(self) -> None:
-        """Half of every axis goes, of a copy."""
-        plan = Plan(self.sizes, {n: tuple(range(size // 2)) for n, size in self.sizes.items()})
-        apply(copy.deepcopy(self.model), self.axes, plan)
+        """Half of every group goes, of a copy."""
+        plan = PruningPlan(
+            self.sizes, {n: tuple(range(size // 2)) for n, size in self.sizes.items()}
+        )
+        apply_plan(copy.deepcopy(self.model), self.groups, plan)
 
 
 def costs(shapes: Sequence[str] = REAL, repeats: int = 3) -> Iterator[Job]:
@@ -149,7 +146,7 @@ def parts_of(shape: str, repeats: int) -> Figures:
     run = Run(SHAPES[shape], rows, length, batches, batches * rows * length, few_batches)
     rounds = partial(take_turns, repeats=repeats)
     parts = rounds(
-        _sums(run.axes[: len(run.axes) // layers], rows * length, layers * batches), warm=True
+        _sums(run.groups[: len(run.groups) // layers], rows * length, layers * batches), warm=True
     )
     part = partial(Part, timed=few_batches, of=batches, unit="batches")
     parts |= rounds({"validation": part(run.validation), "calibration": part(run.calibration)})
@@ -157,9 +154,12 @@ def parts_of(shape: str, repeats: int) -> Figures:
     for moments in run.moments.values():
         moments.unpack(batches // few_batches * moments.packed())
     known: dict[str, Any] = {"moments": run.moments, "weights": run.weights, "kept": run.plan.kept}
-    sites = [gather(axis, **known, current=run.plan, axes=run.axes)[0] for axis in run.axes]
-    parts |= rounds(_scores(sites, layers, few), warm=True)
-    del sites  # as large as the moments
+    consumer_sets = [
+        unit_statistics(group, **known, current=run.plan, groups=run.groups)[0]
+        for group in run.groups
+    ]
+    parts |= rounds(_scores(consumer_sets, layers, few), warm=True)
+    del consumer_sets  # as large as the moments
     parts |= rounds({"order": Part(run.order), "compensation": Part(run.compensation)})
     run.moments = {}
     parts |= rounds(_cutting(run))
@@ -167,15 +167,15 @@ def parts_of(shape: str, repeats: int) -> Figures:
     return about | {"parts": parts}
 
 
-def _sums(axes: Sequence[WidthAxis], rows: int, of: int) -> dict[str, Part]:
+def _sums(groups: Sequence[DependencyGroup], rows: int, of: int) -> dict[str, Part]:
     """Our sums of the inputs of one layer in a batch, and the plain products of matrices."""
-    widths = [axis.size * axis.entries for axis in axes]
+    widths = [group.size * group.entries for group in groups]
     x = [torch.randn(rows, width) for width in widths]
     doubles = [each.double() for each in x]
     ours = [Moments(width) for width in widths]
     plain = [torch.zeros(width, width, dtype=torch.float64) for width in widths]
 
-    def add_up() -> None:
+    def sum_tensor() -> None:
         for moments, each in zip(ours, x, strict=True):
             moments.update(each)
 
@@ -184,22 +184,22 @@ def _sums(axes: Sequence[WidthAxis], rows: int, of: int) -> dict[str, Part]:
             total.addmm_(each.mT, each)
 
     part = partial(Part, timed=1, of=of, unit="layer_batches")
-    return {"sums": part(add_up), "product": part(multiply)}
+    return {"sums": part(sum_tensor), "product": part(multiply)}
 
 
-def _scores(sites: Sequence[Evidence], layers: int, neurons: int) -> dict[str, Part]:
+def _scores(consumer_sets: Sequence[UnitStatistics], layers: int, neurons: int) -> dict[str, Part]:
     """Each unit's information with the layer above: all of ours, determinants for a few neurons."""
     topk = MutualInformation("topk", ridge=RIDGE)
-    ffn = next(site for site in sites if site.entries == 1)
+    ffn = next(site for site in consumer_sets if site.entries == 1)
     joint, few, of = noisy(ffn, RIDGE), min(neurons, ffn.units), layers * ffn.units
     return {
-        "scores": Part(lambda: [topk.scores(site) for site in sites]),
+        "scores": Part(lambda: [topk.scores(site) for site in consumer_sets]),
         "scores_of_covariances": Part(lambda: unit_information(*joint), 1, layers, "layers"),
         "log_det": Part(lambda: log_det_information(*joint, few), few, of, "neurons"),
     }
 
 
-def noisy(site: Evidence, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+def noisy(site: UnitStatistics, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """``(Sxx, Sxy, Syy)`` with the noise on the layer above that `MutualInformation` puts there."""
     covariance, cross, above = site.joint()
     return covariance, cross, above + site.noise(ridge) * torch.eye(len(above)).to(above)
@@ -215,7 +215,7 @@ def _cutting(run: Run) -> dict[str, Part]:
         run.model(**batch).loss.backward()
 
     def taylor() -> None:
-        pruned_by_library(run.model, run.axes, batch, 0.5, importance, together=False)
+        pruned_by_library(run.model, run.groups, batch, 0.5, importance, together=False)
 
     gradient_part = Part(gradients, 1, run.batches, "batches")
     return {"cut": Part(run.cut), "gradients": gradient_part, "taylor_step": Part(taylor)}
@@ -274,11 +274,11 @@ def _one_cut(shape: str, repeats: int) -> Figures:
 def steps_of(shape: Mapping[str, int], positions: int) -> dict[str, float]:
     """One pass of the whole method at half of the parameters, positions in batches of 32 x 64."""
     model = bert(shape)
-    axes = find_axes(model)
-    chosen = choose_axes(axes)
+    groups = find_groups(model)
+    chosen = choose_groups(groups)
     ids = torch.randint(5, 1000, (32, 64))
     batches = -(-positions // ids.numel())
-    method = Method(Budget(sparsity=0.5))
+    method = PruningMethod(Budget(sparsity=0.5))
 
     def validate() -> None:
         with torch.inference_mode():
@@ -288,26 +288,26 @@ def steps_of(shape: Mapping[str, int], positions: int) -> dict[str, float]:
     validate()  # the first pass is slower, which the calibration would seem to save
     validation = timed(validate)
     before = peak_memory()
-    options = {"positions": positions, "batches": batches, "calls": method.refit_positions}
-    with Listener(model, chosen, **options) as listener:
+    options = {"positions": positions, "batches": batches, "calls": method.reconstruction_positions}
+    with ActivationRecorder(model, chosen, **options) as recorder:
         result = {"calibration_s": timed(validate) - validation}
-    sums = [t for m in listener.moments.values() for t in vars(m).values() if isinstance(t, Tensor)]
+    sums = [t for m in recorder.moments.values() for t in vars(m).values() if isinstance(t, Tensor)]
     result["sums_mb"] = sum(t.nbytes for t in sums) / 1e6
-    weights, plan = dict(model.named_parameters()), full_plan(axes)
-    found = Heard(listener.moments, ranks=[listener.stored])
+    weights, plan = dict(model.named_parameters()), full_plan(groups)
+    found = CalibrationData(recorder.moments, ranks=[recorder.stored])
     started = time.perf_counter()
-    rankings = rank_axes(chosen, found.moments, weights, plan, relevance="readers")
+    rankings = rank_groups(chosen, found.moments, weights, plan, relevance="weights")
     result["order_conditional_s"] = time.perf_counter() - started
     started = time.perf_counter()
-    widths = allot(chosen, method.budget, costs=ParameterCosts(chosen), rankings=rankings)
-    selection = select(chosen, found.moments, weights, widths, plan, rankings=rankings)
+    widths = allocate(chosen, method.budget, costs=ParameterCosts(chosen), rankings=rankings)
+    selection = select_units(chosen, found.moments, weights, widths, plan, rankings=rankings)
     result["allocation_s"] = time.perf_counter() - started
     found.moments = {}
-    listener.moments.clear()
+    recorder.moments.clear()
     started = time.perf_counter()
-    selection = pull_back(model, axes, plan, selection, method, found)
+    selection = reconstruct(model, groups, plan, selection, method, found)
     result["reconstruction_s"] = time.perf_counter() - started
-    result["cutting_s"] = timed(partial(apply, model, axes, selection.plan))
+    result["cutting_s"] = timed(partial(apply_plan, model, groups, selection.plan))
     return result | {"peak_above_model_mb": (peak_memory() - before) / 1e6}
 
 

@@ -20,10 +20,10 @@ from benchmarks.records import Figures, Job, Store, cpu_name, single
 from benchmarks.subjects import Kept
 from benchmarks.tasks import RECIPES, SEEDS, TASKS, task_data, token_ids, typical_length
 from examples.text_classification.packaged import model_path
-from lightning_mi_prune import Plan, apply, find_axes
-from lightning_mi_prune.choosing import choose_axes
-from lightning_mi_prune.measure import count_macs, measure_latency
-from lightning_mi_prune.sample import Example
+from lightning_mi_prune import PruningPlan, apply_plan, find_groups
+from lightning_mi_prune.allocation.measuring import count_macs, measure_latency
+from lightning_mi_prune.calibration.calls import RecordedCall
+from lightning_mi_prune.discovery.graph import choose_groups
 
 __all__ = ["BATCHES", "latency", "lengths", "shape_of", "timed"]
 
@@ -46,11 +46,11 @@ def shaped(config: Any, kept: Kept | None = None) -> nn.Module:
         config.num_hidden_layers = len(kept["ffn"])
     model: nn.Module = AutoModelForSequenceClassification.from_config(config).eval()
     if kept is not None:
-        chosen = choose_axes(find_axes(model), units=[*kept])
-        axes = sorted(chosen, key=lambda axis: axis.level)
+        chosen = choose_groups(find_groups(model), units=[*kept])
+        groups = sorted(chosen, key=lambda group: group.level)
         widths = {kind: iter(values) for kind, values in kept.items()}
-        places = {axis.name: tuple(range(next(widths[axis.kind]))) for axis in axes}
-        apply(model, axes, Plan({axis.name: axis.size for axis in axes}, places))
+        places = {group.name: tuple(range(next(widths[group.kind]))) for group in groups}
+        apply_plan(model, groups, PruningPlan({group.name: group.size for group in groups}, places))
     return model
 
 
@@ -110,7 +110,7 @@ def measured(
     networks[""] = shaped(config_of(task, classes), kept)
     figures: dict[str, float] = {"length": length}
     for name, network in networks.items():
-        figures[f"{name}macs"] = count_macs(network, Example((), token_ids(1, length)))
+        figures[f"{name}macs"] = count_macs(network, RecordedCall((), token_ids(1, length)))
     torch.compiler.reset()
     for network in networks.values() if compiled else ():
         network.compile(dynamic=False)

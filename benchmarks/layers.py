@@ -15,14 +15,17 @@ from benchmarks.records import Figures, Job, single
 from benchmarks.subjects import opened, score
 from benchmarks.tasks import RECIPES, task_data, trainer_for
 from examples.text_classification.model import TextClassifier
-from lightning_mi_prune import CKALayerPruning, Plan, Thinning, find_stacks, shorten
-from lightning_mi_prune.anatomy import Anatomy
-from lightning_mi_prune.depth import DepthAxis
-from lightning_mi_prune.sample import Heard
-from lightning_mi_prune.selection import Selection
-from lightning_mi_prune.stacks import StackListeners
-from lightning_mi_prune.surgery import operate
-from lightning_mi_prune.takeover import take_over
+from lightning_mi_prune import CKALayerPruning, PruningPlan
+from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.calibration.layer_outputs import StackRecorder
+from lightning_mi_prune.discovery.families.stacks import find_stacks
+from lightning_mi_prune.discovery.graph import PruningGraph
+from lightning_mi_prune.discovery.groups import LayerStack
+from lightning_mi_prune.importance.layer_criteria import LayerSelector
+from lightning_mi_prune.reconstruction.compensation import Decision
+from lightning_mi_prune.reconstruction.removed_layers import compensate_removed_layers
+from lightning_mi_prune.surgery.layers import remove_layers
+from lightning_mi_prune.surgery.transaction import cut_model
 
 __all__ = ["VARIANTS", "layers", "layers_one_shot", "layers_speed"]
 
@@ -87,7 +90,7 @@ def trained(task: str, seed: int, variant: LayerVariant) -> Figures:
     if variant.criterion != "none":
         options: dict[str, Any] = {"criterion": variant.criterion, "cuts": 1, "seed": seed}
         options |= {"target_layers": variant.layers, "first_epoch": variant.first_epoch}
-        options["refit"] = variant.reconstruction
+        options["reconstruct"] = variant.reconstruction
         callbacks = [CKALayerPruning(None, verbose=False, **options)]
     trainer = trainer_for(EPOCHS.get(task, 2), callbacks)
     trainer.fit(module, data)
@@ -112,12 +115,12 @@ def layers_one_shot(
 
 
 @lru_cache(maxsize=1)
-def compared(task: str, seed: int) -> tuple[StackListeners, DepthAxis]:
+def compared(task: str, seed: int) -> tuple[StackRecorder, LayerStack]:
     """The layers of a fine-tuned model, compared on the validation split."""
     subject, _ = opened(task, seed, calibrated=False)
     (stack,) = find_stacks(subject.model)
     options = {"calls": POSITIONS, "batches": len(subject.validation), "positions": 256}
-    listeners = StackListeners(subject.model, [stack], seed=seed, **options)
+    listeners = StackRecorder(subject.model, [stack], seed=seed, **options)
     with torch.no_grad(), listeners:
         for batch in subject.validation:
             listeners.start_batch()
@@ -129,16 +132,22 @@ def shortened(task: str, seed: int, layers: int, reconstruction: bool) -> Figure
     """Test a fine-tuned model with so many layers."""
     subject, _ = opened(task, seed, calibrated=False)
     listeners, stack = compared(task, seed)
-    anatomy = Anatomy(stacks=(stack,))
-    similarity = listeners.compared(anatomy.full)[stack.name]
-    cut = Thinning(None, target=layers).choose(stack.name, similarity)
-    plan = anatomy.without(anatomy.full, {stack.name: cut.after})
-    selection = Selection(plan, {}, {})
+    graph = PruningGraph(stacks=(stack,))
+    similarity = listeners.compared(graph.full)[stack.name]
+    cut = LayerSelector(None, target=layers).choose(stack.name, similarity)
+    plan = graph.without(graph.full, {stack.name: cut.after})
+    selection = Decision(plan, {}, {})
     if reconstruction:
-        known = subject.model, anatomy, anatomy.full, selection, Heard(ranks=[listeners.stored])
-        selection = take_over(*known, positions=POSITIONS)
+        known = (
+            subject.model,
+            graph,
+            graph.full,
+            selection,
+            CalibrationData(ranks=[listeners.stored]),
+        )
+        selection = compensate_removed_layers(*known, positions=POSITIONS)
     model = copy.deepcopy(subject.model)
-    operate(model, anatomy, plan, current=anatomy.full, folded=selection.folded)
+    cut_model(model, graph, plan, current=graph.full, compensated=selection.compensated)
     accuracy, cross_entropy = score(model.eval(), subject.test)
     return {
         "removed": [*cut.removed],
@@ -161,5 +170,7 @@ def _latency(seconds: float, rounds: int) -> Figures:
         network = networks[f"{number}_"] = copy.deepcopy(encoder)
         stacks = find_stacks(network)
         kept = {stack.name: tuple(range(number)) for stack in stacks}
-        shorten(network, stacks, Plan({stack.name: stack.size for stack in stacks}, kept))
+        remove_layers(
+            network, stacks, PruningPlan({stack.name: stack.size for stack in stacks}, kept)
+        )
     return timed(networks, LENGTH, seconds=seconds, rounds=rounds)

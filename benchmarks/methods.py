@@ -7,8 +7,16 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from benchmarks.subjects import EVERY_UNIT, POSITIONS, STEPS, STORED, UNITS
-from lightning_mi_prune import Budget, Method, MutualInformation
-from lightning_mi_prune.criteria import ActivationNorm, Criterion, Magnitude, Random, Taylor
+from lightning_mi_prune import Budget
+from lightning_mi_prune.importance.criteria import (
+    ActivationNorm,
+    Criterion,
+    Magnitude,
+    MutualInformation,
+    Random,
+    Taylor,
+)
+from lightning_mi_prune.pipeline import PruningMethod
 
 __all__ = ["DEFAULT", "OURS", "SETTINGS", "VARIANTS", "Name", "Setting", "Variant", "Weights"]
 
@@ -43,16 +51,16 @@ class Variant:
         """What tells it from all others."""
         return self.method, self.widths, self.weights
 
-    def at(self, sparsity: float, seed: int) -> Method:
+    def at(self, sparsity: float, seed: int) -> PruningMethod:
         """The package's method for one budget."""
-        return Method(
+        return PruningMethod(
             Budget(sparsity=sparsity),
             criterion=CRITERIA[self.method](seed),
             widths=self.widths,
             relevance=None if self.method == "mi-topk" else "gradient",
-            fold_in=self.weights != "none",
-            refit=self.weights == "reconstruction",
-            refit_positions=STORED,
+            compensate=self.weights != "none",
+            reconstruct=self.weights == "reconstruction",
+            reconstruction_positions=STORED,
         )
 
 
@@ -111,7 +119,7 @@ class Setting:
     name: str
     selection: Literal["conditional", "topk"] = "conditional"
     ridge: float = RIDGE
-    relevance: Literal["gradient", "readers"] | None = "gradient"
+    relevance: Literal["gradient", "weights"] | None = "gradient"
     widths: Widths = "global"
     compensation: bool = True
     reconstruction: bool = True
@@ -128,18 +136,18 @@ class Setting:
         names = {field.name for field in fields(self)} - {"name"}
         return {name for name in names if getattr(self, name) != getattr(DEFAULT, name)}
 
-    def at(self, sparsity: float, seed: int) -> Method:
+    def at(self, sparsity: float, seed: int) -> PruningMethod:
         """The package's method for one budget: a sparsity, or the MACs of one example."""
         macs = self.counted == "MACs"
-        return Method(
+        return PruningMethod(
             Budget(target_macs=int(sparsity)) if macs else Budget(sparsity=sparsity),
             criterion=MutualInformation(selection=self.selection, ridge=self.ridge),
             widths=self.widths,
             relevance=self.relevance,
-            fold_in=self.compensation,
-            refit=self.reconstruction,
-            refit_positions=STORED,
-            refit_ridge=self.reconstruction_ridge,
+            compensate=self.compensation,
+            reconstruct=self.reconstruction,
+            reconstruction_positions=STORED,
+            reconstruction_ridge=self.reconstruction_ridge,
         )
 
 
@@ -157,7 +165,7 @@ SETTINGS = (
     Setting("ridge 1000", ridge=1000.0),
     Setting("no relevance", relevance=None),
     Setting("no relevance, uniform", relevance=None, widths="uniform"),
-    Setting("consumers", relevance="readers"),
+    Setting("consumers", relevance="weights"),
     Setting("8 batches of gradients", steps=8),
     Setting("uniform", widths="uniform"),
     Setting(
@@ -172,9 +180,9 @@ SETTINGS = (
     Setting("1,024 positions", positions=1024),
     Setting("4,096 stored", stored=4096),
     Setting("2,048 stored", stored=2048),
-    Setting("residual", also=("residual",)),
-    Setting("residual, same MACs", counted="MACs", also=("residual",)),
-    Setting("dimensions of heads", also=("dims",)),
+    Setting("hidden", also=("hidden",)),
+    Setting("residual, same MACs", counted="MACs", also=("hidden",)),
+    Setting("dimensions of heads", also=("head_dim",)),
     Setting("MACs", counted="MACs"),
     Setting("reconstruction ridge 0.0001", reconstruction_ridge=1e-4),
     Setting("reconstruction ridge 1", reconstruction_ridge=1.0),

@@ -20,7 +20,7 @@ from benchmarks.latency import BATCHES
 from benchmarks.methods import DEFAULT, SETTINGS
 from benchmarks.records import FOLDER, Record, Store
 from benchmarks.scaling import ENCODERS, encoder, reconstruction_bytes, reduced_bytes, ring_seconds
-from lightning_mi_prune import find_axes
+from lightning_mi_prune import find_groups
 
 __all__ = ["PAGES", "TABLES", "filled", "rewritten", "table_lines"]
 
@@ -107,10 +107,10 @@ def communication(_: Records) -> list[str]:
     for name, shape in ENCODERS.items():
         with torch.device("meta"):
             network = encoder(**shape)
-        axes = [axis for axis in find_axes(network) if axis.kind in ("ffn", "heads")]
-        before, solving = reduced_bytes(axes, network), reconstruction_bytes(axes, network)
+        groups = [group for group in find_groups(network) if group.kind in ("ffn", "heads")]
+        before, solving = reduced_bytes(groups, network), reconstruction_bytes(groups, network)
         gradients = 4 * sum(p.numel() for p in network.parameters())
-        sizes = [reduced_bytes(axes, network, whole=True), before, solving, gradients]
+        sizes = [reduced_bytes(groups, network, whole=True), before, solving, gradients]
         seconds = [ring_seconds(before, n) + ring_seconds(solving, n) for n in (8, 64, 1024)]
         cells = [*(f"{size / 1e6:,.0f}" for size in sizes), *(f"{s:.2f}" for s in seconds)]
         rows.append(row([name, *cells]))

@@ -33,7 +33,7 @@ from benchmarks.tasks import (
     train,
     training_of,
 )
-from lightning_mi_prune import find_stacks
+from lightning_mi_prune.discovery.families.stacks import find_stacks
 
 __all__ = ["CONTROL", "ENTRIES", "distillation", "losses", "one_shot", "recovery"]
 
@@ -95,7 +95,7 @@ def measured(task: str, seed: int, entry: Entry, sparsity: float, steps: int) ->
     subject, _ = opened(task, seed)
     before, pruning = pruned(task, seed, entry, sparsity)
     units = entry.units if isinstance(entry, Variant) else ()
-    dims = subject.of(("dims",)) if "dims" in units else ()
+    dims = subject.of(("head_dim",)) if "head_dim" in units else ()
     training, started = training_after(task, seed, steps), time.process_time()
     model = trained(copy.deepcopy(before), entry, sparsity, training)
     seconds = pruning + time.process_time() - started

@@ -23,14 +23,15 @@ from torch.nn.utils import parametrize, prune
 from benchmarks.methods import Name, Widths
 from benchmarks.subjects import size_of, weight_names, width_of
 from benchmarks.tasks import Batch
-from lightning_mi_prune import Plan, WidthAxis, apply, find_axes, find_stacks
-from lightning_mi_prune.axes import count_parameters
-from lightning_mi_prune.choosing import choose_axes
-from lightning_mi_prune.depth import full_depth
-from lightning_mi_prune.sparing import LayerCriterion, Thinning
-from lightning_mi_prune.stacks import StackListeners
-from lightning_mi_prune.standins import KEPT_UNITS, selecting
-from lightning_mi_prune.surgery import shorten
+from lightning_mi_prune import PruningPlan, apply_plan, find_groups
+from lightning_mi_prune.calibration.layer_outputs import StackRecorder
+from lightning_mi_prune.core.empty_linear import KEPT_UNITS
+from lightning_mi_prune.discovery.families.stacks import find_stacks
+from lightning_mi_prune.discovery.graph import choose_groups
+from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters, full_depth
+from lightning_mi_prune.importance.layer_criteria import LayerCriterion, LayerSelector
+from lightning_mi_prune.surgery.empty_modules import unit_argument_forward
+from lightning_mi_prune.surgery.layers import remove_layers
 
 __all__ = ["RIVALS", "SCORES_RATE", "Rival", "layers_left", "pruned_by_library", "torch_pruning"]
 
@@ -48,12 +49,12 @@ def magnitude_masks(
     It is what Lightning's ModelPruning does with `l1_unstructured` and global pruning. Masks save
     neither memory nor time in dense products. Biases count as prunable, but stay.
     """
-    axes = choose_axes(find_axes(model))
-    paths = [name.removesuffix(".weight") for name in weight_names(axes)]
+    groups = choose_groups(find_groups(model))
+    paths = [name.removesuffix(".weight") for name in weight_names(groups)]
     prune.global_unstructured(
         [(model.get_submodule(path), "weight") for path in paths],
         pruning_method=prune.L1Unstructured,
-        amount=round(sparsity * count_parameters(axes)),
+        amount=round(sparsity * count_parameters(groups)),
     )
     return model
 
@@ -77,16 +78,18 @@ def without_layers(criterion: LayerCriterion) -> Prune:
     @torch.no_grad()
     def cut(model: nn.Module, batches: Sequence[Batch], sparsity: float, seed: int) -> nn.Module:
         stacks = find_stacks(model)
-        with StackListeners(model, stacks) as listeners:
+        with StackRecorder(model, stacks) as listeners:
             for batch in batches:
                 listeners.start_batch()
                 model(**batch)
         compared, kept = listeners.compared(full_depth(stacks)), {}
         for stack in stacks:
             left = layers_left(stack.size, sparsity)
-            thinning = Thinning(None, target=left, criterion=criterion)
+            thinning = LayerSelector(None, target=left, criterion=criterion)
             kept[stack.name] = thinning.choose(stack.name, compared[stack.name]).after
-        shorten(model, stacks, Plan({stack.name: stack.size for stack in stacks}, kept))
+        remove_layers(
+            model, stacks, PruningPlan({stack.name: stack.size for stack in stacks}, kept)
+        )
         return model
 
     return cut
@@ -143,8 +146,10 @@ class Movement:
 
     def __init__(self, model: nn.Module, sparsity: float) -> None:
         self.model, self.sparsity = model, sparsity
-        self.axes = choose_axes(find_axes(model))
-        self.scored = {axis.readers[0]: Scored(axis.size, axis.entries) for axis in self.axes}
+        self.groups = choose_groups(find_groups(model))
+        self.scored = {
+            group.consumers[0]: Scored(group.size, group.entries) for group in self.groups
+        }
         for path, scored in self.scored.items():
             parametrize.register_parametrization(model.get_submodule(path), "weight", scored)
 
@@ -155,8 +160,8 @@ class Movement:
     @torch.no_grad()
     def before_step(self, progress: float) -> None:
         """Set all masks for a share of the steps that is done."""
-        for axis, width in widths_at(self.axes, share_pruned(progress, self.sparsity)).items():
-            scored = self.scored[axis.readers[0]]
+        for group, width in widths_at(self.groups, share_pruned(progress, self.sparsity)).items():
+            scored = self.scored[group.consumers[0]]
             scored.mask.copy_(top(scored.scores, width))
 
     @torch.no_grad()
@@ -165,22 +170,26 @@ class Movement:
         kept = {path: scored.mask.flatten().nonzero() for path, scored in self.scored.items()}
         for path in self.scored:
             parametrize.remove_parametrizations(self.model.get_submodule(path), "weight")
-        places = {a.name: tuple(kept[a.readers[0]].flatten().tolist()) for a in self.axes}
-        apply(self.model, self.axes, Plan({axis.name: axis.size for axis in self.axes}, places))
+        places = {a.name: tuple(kept[a.consumers[0]].flatten().tolist()) for a in self.groups}
+        apply_plan(
+            self.model,
+            self.groups,
+            PruningPlan({group.name: group.size for group in self.groups}, places),
+        )
         return self.model
 
 
-def widths_at(axes: Sequence[WidthAxis], share: float) -> dict[WidthAxis, int]:
+def widths_at(groups: Sequence[DependencyGroup], share: float) -> dict[DependencyGroup, int]:
     """Units that stay when a share of the parameters goes: that share of the heads of every layer.
 
     Of the neurons, as many stay as the rest allows.
     """
-    cost = {axis: count_parameters([axis]) // axis.size for axis in axes}
-    room = (1 - share) * sum(cost[axis] * axis.size for axis in axes)
-    widths = {a: max(1, round((1 - share) * a.size)) for a in axes if a.kind != "ffn"}
-    room -= sum(cost[axis] * width for axis, width in widths.items())
-    neurons = [axis for axis in axes if axis.kind == "ffn"]
-    left = room / sum(cost[axis] * axis.size for axis in neurons)
+    cost = {group: count_parameters([group]) // group.size for group in groups}
+    room = (1 - share) * sum(cost[group] * group.size for group in groups)
+    widths = {a: max(1, round((1 - share) * a.size)) for a in groups if a.kind != "ffn"}
+    room -= sum(cost[group] * width for group, width in widths.items())
+    neurons = [group for group in groups if group.kind == "ffn"]
+    left = room / sum(cost[group] * group.size for group in neurons)
     return widths | {a: min(a.size, max(1, int(left * a.size + 1e-6))) for a in neurons}
 
 
@@ -237,15 +246,15 @@ def _search(
     larger ratio can remove less. The search is by halves all the same, and the best of all that
     was tried is taken.
     """
-    axes = choose_axes(find_axes(model))
+    groups = choose_groups(find_groups(model))
 
     def at(step: int) -> nn.Module:
-        return pruned_by_library(model, axes, batch, step / GRID, importance, together=together)
+        return pruned_by_library(model, groups, batch, step / GRID, importance, together=together)
 
     low, high = max(1, round((sparsity - MARGIN) * GRID)), GRID - 1
     step, reached = min(high, max(low, round(sparsity * GRID))), dict[int, float]()
     while low <= high:
-        reached[step] = size_of(at(step), axes)["reached"]
+        reached[step] = size_of(at(step), groups)["reached"]
         low, high = (step + 1, high) if reached[step] < sparsity else (low, step - 1)
         step = (low + high) // 2
     return at(min(reached, key=lambda at: (reached[at] < sparsity, abs(reached[at] - sparsity))))
@@ -253,7 +262,7 @@ def _search(
 
 def pruned_by_library(
     model: nn.Module,
-    axes: Sequence[WidthAxis],
+    groups: Sequence[DependencyGroup],
     batch: Batch,
     ratio: float,
     importance: Any,
@@ -267,13 +276,15 @@ def pruned_by_library(
     heads: dict[nn.Module, int] = {}
     producers: set[nn.Module] = set()
     most = ratio
-    for axis in axes:
-        makers = {cut.get_submodule(s.tensor.rpartition(".")[0]) for s in axis.slices if s.dim == 0}
+    for group in groups:
+        makers = {
+            cut.get_submodule(s.tensor.rpartition(".")[0]) for s in group.tensors if s.dim == 0
+        }
         producers |= makers
-        if axis.kind == "heads":
-            heads |= dict.fromkeys(makers, axis.size)
+        if group.kind == "heads":
+            heads |= dict.fromkeys(makers, group.size)
             # The last head of a layer cannot go: the package would leave all of them.
-            most = min(most, 1 - 1 / axis.size - 1e-6)
+            most = min(most, 1 - 1 / group.size - 1e-6)
     # The hidden size stays: neither embeddings nor what writes into the residual stream is pruned.
     fixed = [
         module
@@ -282,7 +293,7 @@ def pruned_by_library(
     ]
     # MPNet has one table of position biases, a column a head, for all layers: the package would
     # keep every head for it. Without a gradient it is not seen, and is indexed below.
-    sharing = [axis for axis in axes if axis.selects]
+    sharing = [group for group in groups if group.selects]
     tables = [m.weight for m in fixed if isinstance(m, nn.Embedding)] if sharing else []
     for table in tables:
         table.requires_grad_(False)
@@ -305,33 +316,33 @@ def pruned_by_library(
             ignored_layers=fixed,
             output_transform=lambda output: output.logits.sum(),
         )
-        for group in pruner.step(interactive=True):
-            cuts = ((step.target.module, rows) for step, rows in group)
+        for subset in pruner.step(interactive=True):
+            cuts = ((step.target.module, rows) for step, rows in subset)
             gone |= {module: rows for module, rows in cuts if module in heads}
-            group.prune()
+            subset.prune()
     for table in tables:
         table.requires_grad_(True)
-    for axis in axes:
-        units = width_of(cut, axis, axis.entries)
-        for number in axis.counts:
-            each = number.per_unit * (axis.entries if number.entries else 1)
+    for group in groups:
+        units = width_of(cut, group, group.entries)
+        for number in group.counts:
+            each = number.per_unit * (group.entries if number.entries else 1)
             setattr(cut.get_submodule(number.module), number.attribute, units * each)
-    for axis in sharing:
-        _select_biases(cut, axis, gone)
+    for group in sharing:
+        _select_biases(cut, group, gone)
     return cut
 
 
 def _select_biases(
-    model: nn.Module, axis: WidthAxis, gone: Mapping[nn.Module, Sequence[int]]
+    model: nn.Module, group: DependencyGroup, gone: Mapping[nn.Module, Sequence[int]]
 ) -> None:
     """Let a layer that lost heads take the position biases of the others out of the table."""
-    maker = model.get_submodule(axis.slices[0].tensor.rpartition(".")[0])
-    lost = {row // axis.entries for row in gone.get(maker, ())}
-    kept = [unit for unit in range(axis.size) if unit not in lost]
-    for selects in axis.selects if lost else ():
+    maker = model.get_submodule(group.tensors[0].tensor.rpartition(".")[0])
+    lost = {row // group.entries for row in gone.get(maker, ())}
+    kept = [unit for unit in range(group.size) if unit not in lost]
+    for selects in group.selects if lost else ():
         module = model.get_submodule(selects.module)
         module.register_buffer(KEPT_UNITS, torch.tensor(kept), persistent=False)
-        module.__dict__["forward"] = partial(selecting, module, selects)
+        module.__dict__["forward"] = partial(unit_argument_forward, module, selects)
 
 
 # ---------------------------------------------------------------------------------------- registry

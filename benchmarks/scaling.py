@@ -21,9 +21,10 @@ from transformers import BertConfig, BertModel
 from benchmarks.costs import SHAPES, Run, log_det_information, noisy
 from benchmarks.measuring import Part, in_fresh_process, take_turns
 from benchmarks.records import Figures, Job
-from lightning_mi_prune import MutualInformation, WidthAxis
-from lightning_mi_prune.evidence import Evidence
-from lightning_mi_prune.moments import Moments
+from lightning_mi_prune.calibration.moments import Moments
+from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.importance.criteria import MutualInformation
+from lightning_mi_prune.importance.statistics import UnitStatistics
 
 __all__ = [
     "ENCODERS",
@@ -111,7 +112,7 @@ def _wide(samples: int, width: int, neurons: int) -> dict[str, Part]:
     enough = 10 * max(samples, width)  # at every width: nothing is shrunk
     covariance += torch.eye(width).to(covariance)
     readout = torch.randn(width // 4, width, dtype=torch.float64)
-    site = Evidence("ffn", 1, enough, mean, covariance, readout)
+    site = UnitStatistics("ffn", 1, enough, mean, covariance, readout)
     few = min(neurons, width)
     joint = noisy(site, 1.0)
     return {
@@ -139,26 +140,31 @@ def encoder(**shape: int) -> nn.Module:
     return model.eval()
 
 
-def reduced_bytes(axes: Sequence[WidthAxis], network: nn.Module, *, whole: bool = False) -> int:
+def reduced_bytes(
+    groups: Sequence[DependencyGroup], network: nn.Module, *, whole: bool = False
+) -> int:
     """Bytes of the two all-reduces before a choice: sums of activations, sums of gradients.
 
     With `whole`, those of the sums on one rank: whole matrices, not the triangles that are sent.
     """
     size = 0
-    for axis in axes:
-        d, rows = axis.size * axis.entries, len(network.get_parameter(f"{axis.readers[0]}.weight"))
+    for group in groups:
+        d, rows = (
+            group.size * group.entries,
+            len(network.get_parameter(f"{group.consumers[0]}.weight")),
+        )
         squares = (n * n if whole else n * (n + 1) // 2 for n in (d, rows))
-        size += 8 * (1 + d + 3 + axis.size + sum(squares))
+        size += 8 * (1 + d + 3 + group.size + sum(squares))
     return size
 
 
-def reconstruction_bytes(axes: Sequence[WidthAxis], network: nn.Module) -> int:
-    """Bytes of the normal equations of all layers that are solved again, half of each axis kept."""
+def reconstruction_bytes(groups: Sequence[DependencyGroup], network: nn.Module) -> int:
+    """Bytes of the normal equations of all layers that are solved again, half of each group kept."""
     size = 0
-    for axis in axes:
-        kept = axis.size * axis.entries // 2 + 1
-        size += 8 * kept * (kept + len(network.get_parameter(f"{axis.readers[0]}.weight")))
-    for consumer in {name for axis in axes for name in axis.above}:
+    for group in groups:
+        kept = group.size * group.entries // 2 + 1
+        size += 8 * kept * (kept + len(network.get_parameter(f"{group.consumers[0]}.weight")))
+    for consumer in {name for group in groups for name in group.above}:
         rows, columns = network.get_parameter(f"{consumer}.weight").shape
         size += 8 * (columns + 1) * (columns + 1 + rows // 2)
     return size

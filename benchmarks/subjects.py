@@ -14,20 +14,20 @@ from torch.nn import functional
 from torch.nn.utils import prune
 
 from benchmarks.tasks import Batch, finetuned
-from lightning_mi_prune import Listener, Method, Plan, WidthAxis, apply, find_axes
-from lightning_mi_prune.axes import count_parameters, full_plan
-from lightning_mi_prune.choosing import choose_axes
-from lightning_mi_prune.gradients import GradientListener
-from lightning_mi_prune.method import pull_back
-from lightning_mi_prune.relevance import GradientSums, check_gradients
-from lightning_mi_prune.sample import Heard
+from lightning_mi_prune import PruningPlan, apply_plan, find_groups
+from lightning_mi_prune.calibration.activations import ActivationRecorder
+from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.calibration.gradients import GradientRecorder, GradientSums, check_gradients
+from lightning_mi_prune.discovery.graph import choose_groups
+from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters, full_plan
+from lightning_mi_prune.pipeline import PruningMethod, reconstruct
 
 __all__ = ["EVERY_UNIT", "POSITIONS", "STEPS", "STORED", "UNITS", "Kept", "Subject", "Way"]
 __all__ += ["calibrate_activations", "calibrate_gradients", "cut", "examine", "opened", "score"]
 __all__ += ["quality_of", "settle", "size_of", "weight_names", "width_of", "zeros_of"]
 
 UNITS = ("ffn", "heads")
-EVERY_UNIT = (*UNITS, "dims")
+EVERY_UNIT = (*UNITS, "head_dim")
 # Samples of each group, positions whose inputs are stored for the reconstruction, and batches
 # whose gradients are taken.
 POSITIONS, STORED, STEPS = 40_000, 65_536, 64
@@ -38,43 +38,49 @@ Kept = dict[str, list[int]]
 class Way(Protocol):
     """A way to prune that this package has."""
 
-    def at(self, sparsity: float, seed: int) -> Method:
+    def at(self, sparsity: float, seed: int) -> PruningMethod:
         """The package's method for one budget."""
 
 
 def calibrate_activations(
     model: nn.Module,
-    axes: Sequence[WidthAxis],
+    groups: Sequence[DependencyGroup],
     batches: Sequence[Batch],
     seed: int,
     *,
     positions: int = POSITIONS,
     stored: int = STORED,
-) -> Heard:
+) -> CalibrationData:
     """Moments of so many activations and inputs stored at so many positions, from one pass."""
-    listener = Listener(
-        model, axes, positions=positions, batches=len(batches), seed=seed, calls=stored
+    recorder = ActivationRecorder(
+        model, groups, positions=positions, batches=len(batches), seed=seed, calls=stored
     )
-    with torch.no_grad(), listener:
+    with torch.no_grad(), recorder:
         for batch in batches:
-            listener.start_batch()
+            recorder.start_batch()
             model(**batch)
-    listener.check()
-    return Heard(listener.moments, ranks=[listener.stored], examples=listener.calls(axes))
+    recorder.check()
+    return CalibrationData(
+        recorder.moments, ranks=[recorder.stored], examples=recorder.calls(groups)
+    )
 
 
 def calibrate_gradients(
-    model: nn.Module, axes: Sequence[WidthAxis], batches: Sequence[Batch], *, steps: int = STEPS
+    model: nn.Module,
+    groups: Sequence[DependencyGroup],
+    batches: Sequence[Batch],
+    *,
+    steps: int = STEPS,
 ) -> Mapping[str, GradientSums]:
     """Gradients of the loss on at most so many batches; no weight changes."""
-    listener = GradientListener(model, axes, steps=steps, batches=len(batches), taylor=True)
-    with listener:
+    recorder = GradientRecorder(model, groups, steps=steps, batches=len(batches), taylor=True)
+    with recorder:
         for index, batch in enumerate(batches):
-            with listener.step(index):
+            with recorder.step(index):
                 model(**batch).loss.backward()
             model.zero_grad(set_to_none=True)
-    check_gradients(listener.sums)
-    return listener.sums
+    check_gradients(recorder.sums)
+    return recorder.sums
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Subject:
         task: Name of the task.
         seed: Seed of the split and the model.
         model: The network, in evaluation mode; only run and copied.
-        axes: Everything in it that can be cut.
+        groups: Everything in it that can be cut.
         chosen: What is cut: by default neurons and heads.
         calibration: Moments, stored inputs and gradients from the validation split.
         validation: Batches of the validation split.
@@ -97,17 +103,17 @@ class Subject:
     task: str
     seed: int
     model: nn.Module
-    axes: Sequence[WidthAxis]
-    chosen: Sequence[WidthAxis]
-    calibration: Heard
+    groups: Sequence[DependencyGroup]
+    chosen: Sequence[DependencyGroup]
+    calibration: CalibrationData
     validation: Sequence[Batch]
     test: Sequence[Batch]
     accuracy: float
     cross_entropy: float
 
-    def of(self, units: Sequence[str]) -> list[WidthAxis]:
-        """The axes of some kinds of unit."""
-        return choose_axes(self.axes, units=units)
+    def of(self, units: Sequence[str]) -> list[DependencyGroup]:
+        """The groups of some kinds of unit."""
+        return choose_groups(self.groups, units=units)
 
     def cutting(self, units: Sequence[str]) -> Subject:
         """The same, of which these kinds of unit are cut."""
@@ -124,13 +130,13 @@ def examine(
     calibrated: bool = True,
 ) -> Subject:
     """Calibrate on the validation split, and test the dense model."""
-    axes = find_axes(model)
-    calibration = Heard()
+    groups = find_groups(model)
+    calibration = CalibrationData()
     if calibrated:
-        every = choose_axes(axes, units=EVERY_UNIT)
+        every = choose_groups(groups, units=EVERY_UNIT)
         calibration = calibrate_activations(model, every, validation, seed)
         calibration.gradients = calibrate_gradients(model, every, validation)
-    known = model, axes, choose_axes(axes, units=UNITS), calibration, validation, test
+    known = model, groups, choose_groups(groups, units=UNITS), calibration, validation, test
     return Subject(task, seed, *known, *score(model, test))
 
 
@@ -154,15 +160,15 @@ def score(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
     return right / rows, nats / rows
 
 
-def cut(subject: Subject, way: Way, sparsity: float) -> tuple[nn.Module, Plan]:
+def cut(subject: Subject, way: Way, sparsity: float) -> tuple[nn.Module, PruningPlan]:
     """Prune a copy of the model one way; also returns what it kept."""
-    method, heard, axes = way.at(sparsity, subject.seed), subject.calibration, subject.axes
-    model, plan = copy.deepcopy(subject.model), full_plan(axes)
-    selection = method.decide(model, axes, subject.chosen, plan, heard, progress=1.0)
+    method, heard, groups = way.at(sparsity, subject.seed), subject.calibration, subject.groups
+    model, plan = copy.deepcopy(subject.model), full_plan(groups)
+    selection = method.decide(model, groups, subject.chosen, plan, heard, progress=1.0)
     if selection is None:  # the model is as small already
         return model, plan
-    selection = pull_back(model, axes, plan, selection, method, heard)
-    apply(model, axes, selection.plan, current=plan, folded=selection.folded)
+    selection = reconstruct(model, groups, plan, selection, method, heard)
+    apply_plan(model, groups, selection.plan, current=plan, compensated=selection.compensated)
     return model, plan.then(selection.plan)
 
 
@@ -179,47 +185,47 @@ def quality_of(subject: Subject, model: nn.Module) -> dict[str, Any]:
 
 
 def size_of(
-    model: nn.Module, axes: Sequence[WidthAxis], dims: Sequence[WidthAxis] = ()
+    model: nn.Module, groups: Sequence[DependencyGroup], dims: Sequence[DependencyGroup] = ()
 ) -> dict[str, Any]:
     """What is left of a model whose masks are settled, counted alike for every method.
 
     Args:
         model: The pruned model.
-        axes: Neurons and heads of the dense one.
+        groups: Neurons and heads of the dense one.
         dims: Dimensions of heads, where they may have gone.
 
     Returns:
         ``reached``, the share of the prunable parameters that is gone or zero; whether any are
         ``masked``, so that nothing got smaller; the ``parameters`` that are left; the units that
-        are ``kept`` in every layer that is there, bottom to top, by kind of axis.
+        are ``kept`` in every layer that is there, bottom to top, by kind of group.
     """
     modules = dict(model.named_modules())
     sizes = {}
-    for axis in dims:
-        (number,) = axis.counts
+    for group in dims:
+        (number,) = group.counts
         module = model.get_submodule(number.module)
-        sizes[axis.name] = int(getattr(module, number.attribute))
+        sizes[group.name] = int(getattr(module, number.attribute))
     widths = {
-        axis.name: width_of(model, axis, axis.entries_at(sizes))
-        for axis in axes
-        if axis.readers[0] in modules
+        group.name: width_of(model, group, group.entries_at(sizes))
+        for group in groups
+        if group.consumers[0] in modules
     } | sizes
-    axes = [*axes, *dims]
+    groups = [*groups, *dims]
     kept: Kept = {}
-    for axis in sorted(axes, key=lambda axis: axis.level):
-        if axis.name in widths:
-            kept.setdefault(axis.kind, []).append(widths[axis.name])
+    for group in sorted(groups, key=lambda group: group.level):
+        if group.name in widths:
+            kept.setdefault(group.kind, []).append(widths[group.name])
     # Layers are numbered anew when some are removed, so it is the top ones that have no width.
-    left = count_parameters(axes, {axis.name: widths.get(axis.name, 0) for axis in axes})
-    zeros = sum(zeros_of(model, name) for name in weight_names(axes))
-    reached = 1 - (left - zeros) / count_parameters(axes)
+    left = count_parameters(groups, {group.name: widths.get(group.name, 0) for group in groups})
+    zeros = sum(zeros_of(model, name) for name in weight_names(groups))
+    reached = 1 - (left - zeros) / count_parameters(groups)
     parameters = sum(parameter.numel() for parameter in model.parameters()) - zeros
     return {"reached": reached, "masked": zeros > 0, "parameters": parameters, "kept": kept}
 
 
-def weight_names(axes: Sequence[WidthAxis]) -> list[str]:
-    """Names of the weight matrices that the units of these axes consist of."""
-    names = (s.tensor for axis in axes for s in axis.slices if s.tensor.endswith(".weight"))
+def weight_names(groups: Sequence[DependencyGroup]) -> list[str]:
+    """Names of the weight matrices that the units of these groups consist of."""
+    names = (s.tensor for group in groups for s in group.tensors if s.tensor.endswith(".weight"))
     return list(dict.fromkeys(names))
 
 
@@ -231,9 +237,9 @@ def settle(model: nn.Module) -> nn.Module:
     return model
 
 
-def width_of(model: nn.Module, axis: WidthAxis, entries: int) -> int:
-    """Units of an axis that are there, each of so many entries."""
-    return model.get_parameter(f"{axis.readers[0]}.weight").shape[1] // entries
+def width_of(model: nn.Module, group: DependencyGroup, entries: int) -> int:
+    """Units of a group that are there, each of so many entries."""
+    return model.get_parameter(f"{group.consumers[0]}.weight").shape[1] // entries
 
 
 def zeros_of(model: nn.Module, name: str) -> int:

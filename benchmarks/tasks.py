@@ -23,7 +23,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from examples.text_classification.data import TextDataModule
 from examples.text_classification.model import TextClassifier
-from lightning_mi_prune import Plan, find_stacks, shorten
+from lightning_mi_prune import PruningPlan
+from lightning_mi_prune.discovery.families.stacks import find_stacks
+from lightning_mi_prune.surgery.layers import remove_layers
 
 __all__ = ["QUICK", "RECIPES", "SEEDS", "TASKS", "Batch", "Loss", "Training", "dense_record"]
 __all__ += ["finetuned", "labels_loss", "task_data", "token_ids", "train", "trainer_for"]
@@ -169,7 +171,7 @@ def _finetune(task: str, seed: int, data: TextDataModule, folder: Path, layers: 
     if layers is not None:
         stacks = find_stacks(module.network)
         kept = {stack.name: tuple(range(layers)) for stack in stacks}
-        shorten(module.network, stacks, Plan({s.name: s.size for s in stacks}, kept))
+        remove_layers(module.network, stacks, PruningPlan({s.name: s.size for s in stacks}, kept))
     trainer = trainer_for(recipe.epochs)
     processor = time.process_time()
     trainer.fit(module, data)

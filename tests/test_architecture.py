@@ -39,7 +39,8 @@ def test_lightning_is_known_where_a_trainer_is_held(path):
 
 
 @pytest.mark.parametrize(
-    "stem", ["axes", "plan", "budget", "limits", "competition", "latency", "milliseconds", "errors"]
+    "stem",
+    ["groups", "plan", "budget", "constraints", "competition", "latency", "milliseconds", "errors"],
 )
 def test_plain_data_knows_no_torch(stem):
     assert not {m for m in imports(PACKAGE / f"{stem}.py") if m.split(".")[0] == "torch"}

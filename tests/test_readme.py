@@ -27,7 +27,7 @@ def printed():
 
 @pytest.mark.parametrize("number", range(1, len(BLOCKS)))
 def test_the_code_of_the_readme_runs(printed, number):
-    """The first block speaks of the reader's own model; tests/test_callback.py runs its like."""
+    """The first block speaks of the consumer's own model; tests/callbacks/test_unit_pruning.py runs its like."""
     assert "Linear(in_features=16, out_features=24" in printed[number - 1]
 
 

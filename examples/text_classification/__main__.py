@@ -29,8 +29,8 @@ from examples.text_classification.data import TextDataModule
 from examples.text_classification.model import TextClassifier
 from examples.text_classification.packaged import DataError
 from lightning_mi_prune import PruningError
-from lightning_mi_prune.callbacks import PruningCallback
-from lightning_mi_prune.measure import measure_latency
+from lightning_mi_prune.allocation.measuring import measure_latency
+from lightning_mi_prune.callbacks.base import PruningCallback
 
 
 class TextClassificationCLI(LightningCLI):

@@ -216,7 +216,7 @@ def read_file(path: Path) -> Dataset:
         named = rows and all(isinstance(row, dict) and None not in row for row in rows)
         require(named, "expected one or more rows with the same named columns")
         return Dataset.from_list(rows)
-    except (ValueError, TypeError, csv.Error) as error:  # what all these readers raise
+    except (ValueError, TypeError, csv.Error) as error:  # what all these consumers raise
         raise DataError(f"{path} is not a good {path.suffix} file in UTF-8: {error}") from error
 
 

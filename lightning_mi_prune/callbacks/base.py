@@ -1,4 +1,4 @@
-"""WHEN     the order of a run: listen in validation, decide as it ends, cut as an epoch starts.
+"""The hooks of the Trainer, and which step of a run each of them takes.
 
 Every step is a function of another file.
 """
@@ -14,12 +14,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_mi_prune.callbacks.companions import without_best
-from lightning_mi_prune.callbacks.configuring import Footing
-from lightning_mi_prune.callbacks.dry_run import DryRun
-from lightning_mi_prune.callbacks.monitored import check_monitor
-from lightning_mi_prune.callbacks.reconciling import check_trial
-from lightning_mi_prune.callbacks.run import (
+from lightning_mi_prune.calibration.activations import Recorder
+from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.callbacks.distributed import agree, on_all_ranks, refuse_unsupported
+from lightning_mi_prune.callbacks.engine import PruningEngine, check_metric
+from lightning_mi_prune.callbacks.monitors import check_monitor, without_best
+from lightning_mi_prune.callbacks.resume import OptimizerPlan, check_snapshot
+from lightning_mi_prune.callbacks.schedule import Schedule
+from lightning_mi_prune.callbacks.sizes import macs_of, sizes_of
+from lightning_mi_prune.callbacks.state import RunState
+from lightning_mi_prune.callbacks.trainer import (
     is_dev_run,
     is_last_validation,
     padded_rows,
@@ -27,25 +31,20 @@ from lightning_mi_prune.callbacks.run import (
     run_length,
     validation_batches,
 )
-from lightning_mi_prune.callbacks.schedule import Schedule
-from lightning_mi_prune.callbacks.state import RunState
-from lightning_mi_prune.callbacks.steps import PruningSteps
-from lightning_mi_prune.callbacks.telling import macs_of, sizes_of
-from lightning_mi_prune.callbacks.trial import judge
-from lightning_mi_prune.checkpoints import Find, PlanKeeper
-from lightning_mi_prune.hooks import Ear
-from lightning_mi_prune.report import PruningReport
-from lightning_mi_prune.sample import Heard
-from lightning_mi_prune.strategies import agree, refuse_unsupported, together
-from lightning_mi_prune.wording import counted
+from lightning_mi_prune.callbacks.verification import DryRun
+from lightning_mi_prune.checkpoint.state_dict import Find, PlanTracker
+from lightning_mi_prune.core.errors import counted
+from lightning_mi_prune.reporting.report import PruningReport
 
-__all__ = ["PruningCallback"]
+__all__ = [
+    "PruningCallback",
+]
 
 
-class PruningCallback(PruningSteps):
+class PruningCallback(PruningEngine):
     """The run of a pruning method: which hook of the Trainer takes which step."""
 
-    _footing = Footing()  # setup makes one for each run
+    _footing = OptimizerPlan()  # setup makes one for each run
 
     @abstractmethod
     def finder(self) -> Find:
@@ -56,26 +55,26 @@ class PruningCallback(PruningSteps):
         """Let go of what does not fit the options a run resumes with; says what, in sentences."""
 
     @abstractmethod
-    def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> Ear:
+    def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> Recorder:
         """What hears the validation that comes now."""
 
     @abstractmethod
-    def hear(self, trainer: pl.Trainer, listener: Ear) -> Heard | None:
+    def hear(self, trainer: pl.Trainer, recorder: Recorder) -> CalibrationData | None:
         """What all ranks heard together; None, with a warning, where it was too little."""
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the plan travel with the module's state dict; refuse what cannot work."""
-        alike = [other for other in self._others(trainer) if other.turn == self.turn]
+        alike = [other for other in self._others(trainer) if other.order == self.order]
         if alike:
             raise MisconfigurationException(
                 f"{len(alike) + 1} {type(self).__name__} in one Trainer would each cut by a plan "
                 "of their own; expected one. Give one of them all there is to cut, or fit twice."
             )
-        self._keeper = PlanKeeper.of(pl_module, self.finder())
+        self._tracker = PlanTracker.of(pl_module, self.finder())
         if stage == "fit":
-            refuse_unsupported(trainer, layers=self.turn == 0)  # layers go first
-            self._run, self.report, self._footing = RunState(), PruningReport(), Footing()
+            refuse_unsupported(trainer, layers=self.order == 0)  # layers go first
+            self._run, self.report, self._footing = RunState(), PruningReport(), OptimizerPlan()
             self._dry_run = DryRun()
 
     @override
@@ -106,12 +105,12 @@ class PruningCallback(PruningSteps):
     ) -> None:
         """Let the optimizers be made as those of the checkpoint were."""
         if trainer.state.fn == "fit":
-            self._footing.load(pl_module, self._kept(), checkpoint)
+            self._footing.load(pl_module, self._tracked(), checkpoint)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the axes and check everything that can be known before the first batch."""
-        together(
+        """Find the groups and check everything that can be known before the first batch."""
+        on_all_ranks(
             trainer.strategy,
             "what to prune and how",
             lambda: self.prepare(trainer, pl_module),
@@ -121,9 +120,9 @@ class PruningCallback(PruningSteps):
         for surprise in self.reconcile(trainer, pl_module):
             rank_zero_warn(surprise)
         for other in self._others(trainer):  # one run, one report: that of the first turn
-            first, second = sorted((self, other), key=lambda callback: callback.turn)
+            first, second = sorted((self, other), key=lambda callback: callback.order)
             second.report = first.report
-        self._footing.begin(self._kept())
+        self._footing.begin(self._tracked())
 
     @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -135,14 +134,14 @@ class PruningCallback(PruningSteps):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fit the schedule into the run, now that its length is known."""
         if self._run.trial is not None:  # of a resumed run, whose optimizers have their state now
-            known = (self._run.trial, pl_module, self._kept().anatomy, self._kept().plan)
-            together(
+            known = (self._run.trial, pl_module, self._tracked().graph, self._tracked().plan)
+            on_all_ranks(
                 trainer.strategy,
                 "the snapshot before the last cut",
-                lambda: check_trial(*known, trainer.strategy.optimizers),
+                lambda: check_snapshot(*known, trainer.strategy.optimizers),
             )
         if is_dev_run(trainer):
-            rank_zero_info("fast_dev_run: listening to validation, but no cut is made.")
+            rank_zero_info("fast_dev_run: calibration to validation, but no cut is made.")
             self._run.schedule = Schedule((trainer.current_epoch + 1,), (1.0,))
             return
         heard = validation_batches(trainer) != 0
@@ -160,7 +159,7 @@ class PruningCallback(PruningSteps):
                 f"{counted(run_length(trainer), 'epoch')}: "
                 f"{type(self).__name__} has epochs {begin} to {math.ceil(self._end(trainer)) - 1}."
             )
-        fitted = together(
+        fitted = on_all_ranks(
             trainer.strategy,
             "the schedule of the cuts",
             lambda: self.schedule(self._end(trainer), every, begin),
@@ -177,7 +176,7 @@ class PruningCallback(PruningSteps):
             return
         self._close()
         self._run.heard = None
-        self._listener = self.listen(trainer, pl_module).__enter__()
+        self._recorder = self.listen(trainer, pl_module).__enter__()
 
     @override
     def on_validation_batch_start(
@@ -190,23 +189,23 @@ class PruningCallback(PruningSteps):
     ) -> None:
         """Try a cut on the first batch; give every batch its share of the positions."""
         self._try(trainer, pl_module, "validation_step", batch, dataloader_idx)
-        if self._listener is not None:
-            self._listener.start_batch(*padded_rows(trainer, batch_idx, dataloader_idx))
+        if self._recorder is not None:
+            self._recorder.start_batch(*padded_rows(trainer, batch_idx, dataloader_idx))
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge the last cut, add up what all ranks heard, and decide if the epoch is over."""
-        run, listener = self._run, self._close()
+        run, recorder = self._run, self._close()
         if self._budget is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            trial, best = judge(trainer, self._budget, run, self._end(trainer))
+            trial, best = check_metric(trainer, self._budget, run, self._end(trainer))
             # What layers were allowed to cost before is not charged to units.
             if trainer.current_epoch >= self._begin(trainer):
                 run.trial, run.best = trial, best
             if run.trial is None and run.pending is None:
                 run.compared.ranks = ()  # accepted: nothing will be chosen from these calls again
-        if listener is None or self._is_failed():
+        if recorder is None or self._is_failed():
             return
-        heard = self.hear(trainer, listener)
+        heard = self.hear(trainer, recorder)
         if heard is None:
             return
         run.heard, run.heard_at = heard, trainer.current_epoch
@@ -220,7 +219,7 @@ class PruningCallback(PruningSteps):
         """Decide what to cut at the start of the next epoch, if that is still open."""
         self._hold_patience(trainer)
         sizes = self.curves(pl_module)
-        if self._is_last_turn(trainer):
+        if self._is_last(trainer):
             sizes |= sizes_of(pl_module, self.report, self.sparsity(pl_module))
         for name, value in sizes.items():
             pl_module.log(
@@ -275,7 +274,7 @@ class PruningCallback(PruningSteps):
                 f"Training ended after {total - len(left)} of {counted(total, 'cut')} (the next "
                 f"was due at epoch {left[0]}); the model is larger than asked for."
             )
-        if self._best_of != "any_size" and self.report.cuts and self._is_last_turn(trainer):
+        if self._best_of != "any_size" and self.report.cuts and self._is_last(trainer):
             for metric in without_best(trainer):
                 rank_zero_warn(
                     f"ModelCheckpoint(monitor={metric!r}) saved no model of the final size, so it "
@@ -289,7 +288,7 @@ class PruningCallback(PruningSteps):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take the listening hooks down and let the companions go."""
+        """Take the calibration hooks down and let the companions go."""
         self.quiet()
         self._patience.release()
 
@@ -297,7 +296,7 @@ class PruningCallback(PruningSteps):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Take the listening hooks down and let the companions go."""
+        """Take the calibration hooks down and let the companions go."""
         self.quiet()
         self._patience.release()
         self._footing.abandon(pl_module)
@@ -315,18 +314,18 @@ class PruningCallback(PruningSteps):
         if trainer.state.fn != "fit" or self._dry_run.knows(step) or over:
             return
         self._dry_run.remember(step, batch, loader)
-        keeper, plan = self._kept(), self.trial_plan()
+        tracker, plan = self._tracked(), self.plan_to_verify()
         if plan is not None:
-            together(
+            on_all_ranks(
                 trainer.strategy,
                 f"a cut of a copy of the module, tried in {step}",
                 lambda: self._dry_run.check(
-                    trainer, module, keeper.anatomy, keeper.plan, plan, only=step
+                    trainer, module, tracker.graph, tracker.plan, plan, only=step
                 ),
             )
 
     def _hold_patience(self, trainer: pl.Trainer) -> None:
-        if not self._is_last_turn(trainer):
+        if not self._is_last(trainer):
             return
         held = trainer.state.fn == "fit" and self._best_of != "any_size"
         finished = all(callback._is_finished() for callback in (self, *self._others(trainer)))

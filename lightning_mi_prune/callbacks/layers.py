@@ -1,50 +1,68 @@
-"""Layers off stacks: what a callback that removes them compares, and who takes over."""
+"""CKALayerPruning: whole layers removed by CKA similarity (MPruner), as one callback."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_mi_prune.alignment import Kernel
-from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
+from lightning_mi_prune.calibration.activations import Recorder
+from lightning_mi_prune.calibration.calls import move_tensors, update_calls
+from lightning_mi_prune.calibration.data import CalibrationData, LayerComparison, nearest
+from lightning_mi_prune.calibration.layer_outputs import StackRecorder
+from lightning_mi_prune.calibration.layer_similarity import Kernel
 from lightning_mi_prune.callbacks.base import PruningCallback
-from lightning_mi_prune.callbacks.companions import BestOf
-from lightning_mi_prune.callbacks.reconciling import resumed, watch_anew
-from lightning_mi_prune.callbacks.records import Pending, Trial
-from lightning_mi_prune.callbacks.run import validation_batches, without_frozen
-from lightning_mi_prune.callbacks.schedule import Schedule
-from lightning_mi_prune.callbacks.telling import (
-    begin_layer_report,
-    describe_layers,
-    layer_parameters,
-    tell_no_cut,
+from lightning_mi_prune.callbacks.distributed import (
+    gather_ranks,
+    refuse_compiled,
+    sum_over_ranks,
+    sum_tensor,
+    world_size,
 )
-from lightning_mi_prune.checkpoints import Find
-from lightning_mi_prune.depth import DepthAxis
-from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.families import is_within
-from lightning_mi_prune.families.stacks import check_reached, find_parts
-from lightning_mi_prune.hooks import Ear
-from lightning_mi_prune.plan import Plan
-from lightning_mi_prune.report import Cut
-from lightning_mi_prune.sample import Heard, placed, refreshed
-from lightning_mi_prune.selection import Selection
-from lightning_mi_prune.sparing import Compared, StackCut, Thinning, nearest
-from lightning_mi_prune.stack import blocks_of
-from lightning_mi_prune.stacks import StackListeners
-from lightning_mi_prune.states import check_optimizers
-from lightning_mi_prune.strategies import add_up, gather, pool, refuse_compiled, world_size
-from lightning_mi_prune.takeover import take_over
-from lightning_mi_prune.wording import counted
+from lightning_mi_prune.callbacks.monitors import BestOf, MetricGuard
+from lightning_mi_prune.callbacks.options import (
+    accuracy_budget,
+    between,
+    check_choices,
+    check_counts,
+    check_order,
+    check_types,
+    without_private,
+)
+from lightning_mi_prune.callbacks.resume import resumed, watch_anew
+from lightning_mi_prune.callbacks.schedule import Schedule
+from lightning_mi_prune.callbacks.sizes import (
+    begin_layer_report,
+    layer_cut_record,
+    layer_parameters,
+    report_no_cut,
+)
+from lightning_mi_prune.callbacks.state import PendingCut, Snapshot
+from lightning_mi_prune.callbacks.trainer import validation_batches, without_frozen
+from lightning_mi_prune.checkpoint.state_dict import Find
+from lightning_mi_prune.core.errors import PruningError, counted
+from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.discovery.containers import blocks_of
+from lightning_mi_prune.discovery.families import is_within
+from lightning_mi_prune.discovery.families.stacks import check_reached, find_groups_and_stacks
+from lightning_mi_prune.discovery.groups import LayerStack
+from lightning_mi_prune.importance.layer_criteria import LayerCriterion, LayerSelector, StackCut
+from lightning_mi_prune.reconstruction.compensation import Decision
+from lightning_mi_prune.reconstruction.removed_layers import compensate_removed_layers
+from lightning_mi_prune.reporting.report import Cut
+from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 
-__all__ = ["LayerPruning"]
+__all__ = [
+    "CKALayerPruning",
+    "LayerPruning",
+]
 
 _SPARSEST = 3  # MPruner gives up when every third layer of a cluster is too much to lose
 
@@ -65,15 +83,15 @@ class LayerPruning(PruningCallback):
         last_epoch: Epoch of the last attempt, likewise.
         seed: Seed of the draw of positions.
         verbose: Whether each cut prints a table on rank zero.
-        best_of: What monitors may compare (:func:`companions.restart_comparison`).
+        best_of: What monitors may compare (:func:`monitors.restart_comparison`).
         budget: What a cut may cost before it is taken back; None keeps every cut.
     """
 
-    turn: ClassVar[int] = 0
+    order: ClassVar[int] = 0
 
     def __init__(
         self,
-        thinning: Thinning,
+        thinning: LayerSelector,
         *,
         kernel: Kernel,
         bandwidth: float,
@@ -87,23 +105,23 @@ class LayerPruning(PruningCallback):
         seed: int,
         verbose: bool,
         best_of: BestOf,
-        budget: AccuracyBudget | None,
+        budget: MetricGuard | None,
     ) -> None:
         super().__init__(module=module, seed=seed, verbose=verbose, best_of=best_of, budget=budget)
         self.thinning = thinning
         self._kernel, self._bandwidth, self._positions = kernel, bandwidth, positions
         self._calls, self._paths, self._cuts = calls, stacks, cuts
         self._first, self._last = first_epoch, last_epoch
-        self._stacks: list[DepthAxis] = []
+        self._stacks: list[LayerStack] = []
 
     @override
     def finder(self) -> Find:
-        return partial(find_parts, stacks=self._paths, within=self._within)
+        return partial(find_groups_and_stacks, stacks=self._paths, within=self._within)
 
     @override
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, object]:
-        keeper = self._kept()
-        stacks = keeper.anatomy.stacks
+        tracker = self._tracked()
+        stacks = tracker.graph.stacks
         if self._paths is None:  # one layer, as in a short decoder, is no stack to thin
             mine = [stack for stack in stacks if is_within(stack.name, self._within)]
             mine = [stack for stack in mine if stack.size > 1] or mine
@@ -115,7 +133,7 @@ class LayerPruning(PruningCallback):
         layers = [module.get_submodule(name) for name in self._names]
         self.warn_of_holders(trainer, module, [p for part in layers for p in part.parameters()])
         for stack in self._stacks:
-            if keeper.plan.width(stack.name) > 1 or stack.size < 2:
+            if tracker.plan.width(stack.name) > 1 or stack.size < 2:
                 blocks_of(module, stack.name)
             target = self.thinning.target or 1
             if target > stack.size:
@@ -124,22 +142,22 @@ class LayerPruning(PruningCallback):
                     f"{counted(stack.size, 'layer')} as built; expected no more."
                 )
         if not self._run.fitted.epochs:
-            self.report = begin_layer_report(module, keeper, self._names)
+            self.report = begin_layer_report(module, tracker, self._names)
         self.check_state(trainer, module)
         sizes = {f"the size of {stack.name!r}": stack.size for stack in self._stacks}
-        return self._options | sizes | resumed(self._run, keeper.plan)
+        return self._options | sizes | resumed(self._run, tracker.plan)
 
     @override
     def reconcile(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
         run, surprises = self._run, []
-        plan, names = self._kept().plan, set(self._names)
+        plan, names = self._tracked().plan, set(self._names)
         present = {name: plan.kept[name] for name in names if plan.width(name) > 1}
         if run.heard is not None and {n: c.layers for n, c in run.heard.stacks.items()} != present:
             run.heard = None
             surprises.append("What was heard was of other layers; a cut waits for validation.")
         elif run.heard is not None and self._stored and not any(run.heard.ranks):
             run.heard = None
-            surprises.append("Nothing was stored for a refit; a cut waits for validation.")
+            surprises.append("Nothing was stored for a reconstruct; a cut waits for validation.")
         if run.pending is not None and not (
             set(run.compared.stacks) <= names and self._would_choose(run.pending)
         ):
@@ -155,19 +173,19 @@ class LayerPruning(PruningCallback):
         return self._fit(length, 1.0, every, begin, ramp="linear", cuts=cuts, late=late)
 
     @override
-    def trial_plan(self) -> Plan | None:
-        keeper = self._kept()
+    def plan_to_verify(self) -> PruningPlan | None:
+        tracker = self._tracked()
         shorter = {
-            stack.name: keeper.plan.kept[stack.name][:-1]
+            stack.name: tracker.plan.kept[stack.name][:-1]
             for stack in self._stacks
-            if keeper.plan.width(stack.name) > max(1, stack.fixed)
+            if tracker.plan.width(stack.name) > max(1, stack.fixed)
         }
-        return keeper.anatomy.without(keeper.plan, shorter) if shorter else None
+        return tracker.graph.without(tracker.plan, shorter) if shorter else None
 
     @override
-    def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> StackListeners:
-        stacks = [stack for stack in self._stacks if self._kept().plan.width(stack.name) > 1]
-        return StackListeners(
+    def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> StackRecorder:
+        stacks = [stack for stack in self._stacks if self._tracked().plan.width(stack.name) > 1]
+        return StackRecorder(
             module,
             stacks,
             positions=self._positions,
@@ -179,30 +197,36 @@ class LayerPruning(PruningCallback):
         )
 
     @override
-    def hear(self, trainer: pl.Trainer, listener: Ear) -> Heard | None:
-        assert isinstance(listener, StackListeners)  # noqa: S101
-        self._run.examples = refreshed(self._run.examples, listener.examples)
-        self._run.seconds = {"listening": listener.seconds}
-        pool(trainer.strategy, listener.sums)
-        heard = Heard(stacks=listener.compared(self._kept().plan))
+    def hear(self, trainer: pl.Trainer, recorder: Recorder) -> CalibrationData | None:
+        assert isinstance(recorder, StackRecorder)  # noqa: S101
+        self._run.examples = update_calls(self._run.examples, recorder.examples)
+        self._run.seconds = {"calibration": recorder.seconds}
+        sum_over_ranks(trainer.strategy, recorder.sums)
+        heard = CalibrationData(stacks=recorder.compared(self._tracked().plan))
         if self._stored:
-            heard.ranks = gather(trainer.strategy, placed(listener.stored, torch.device("cpu")))
+            heard.ranks = gather_ranks(
+                trainer.strategy, move_tensors(recorder.stored, torch.device("cpu"))
+            )
         return heard
 
     @override
     def decide(
-        self, module: pl.LightningModule, heard: Heard, goal: float, kept: float
-    ) -> Selection | None:
+        self, module: pl.LightningModule, heard: CalibrationData, goal: float, kept: float
+    ) -> Decision | None:
         choices = self._choices(heard.stacks, goal)
         layers = {choice.name: choice.after for choice in choices if choice.removed}
-        keeper = self._kept()
-        return Selection(keeper.anatomy.without(keeper.plan, layers), {}, {}) if layers else None
+        tracker = self._tracked()
+        return Decision(tracker.graph.without(tracker.plan, layers), {}, {}) if layers else None
 
     @override
-    def pull_back(
-        self, trainer: pl.Trainer, module: pl.LightningModule, selection: Selection, heard: Heard
-    ) -> Selection:
-        keeper, strategy = self._kept(), trainer.strategy
+    def reconstruct(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        selection: Decision,
+        heard: CalibrationData,
+    ) -> Decision:
+        tracker, strategy = self._tracked(), trainer.strategy
         if not self._stored:
             if self._calls:
                 rank_zero_info(
@@ -210,14 +234,14 @@ class LayerPruning(PruningCallback):
                 )
             return selection
         try:
-            return take_over(
+            return compensate_removed_layers(
                 module,
-                keeper.anatomy,
-                keeper.plan,
+                tracker.graph,
+                tracker.plan,
                 selection,
                 heard,
                 positions=self._calls,
-                add=partial(add_up, strategy),
+                add=partial(sum_tensor, strategy),
                 rank=trainer.global_rank,
                 world=world_size(strategy),
             )
@@ -225,7 +249,7 @@ class LayerPruning(PruningCallback):
             rank_zero_warn(f"No layer takes over what the removed ones said: {error}")
             return selection
 
-    def _choices(self, stacks: Mapping[str, Compared], goal: float) -> tuple[StackCut, ...]:
+    def _choices(self, stacks: Mapping[str, LayerComparison], goal: float) -> tuple[StackCut, ...]:
         sizes = {stack.name: stack.size for stack in self._stacks}
         return tuple(
             self.thinning.choose(
@@ -236,15 +260,19 @@ class LayerPruning(PruningCallback):
 
     @override
     def describe(
-        self, trainer: pl.Trainer, module: pl.LightningModule, pending: Pending, before: Plan
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        pending: PendingCut,
+        before: PruningPlan,
     ) -> Cut:
         told = [c for c in self._choices(self._run.compared.stacks, pending.sparsity) if c.removed]
         built = self.report.prunable_parameters
-        return describe_layers(trainer, module, self._run, built, self._names, pending, told)
+        return layer_cut_record(trainer, module, self._run, built, self._names, pending, told)
 
     @override
     def curves(self, module: pl.LightningModule) -> dict[str, float]:
-        plan = self._kept().plan
+        plan = self._tracked().plan
         return {f"depth/{name}": plan.width(name) for name in self._names}
 
     @override
@@ -258,7 +286,7 @@ class LayerPruning(PruningCallback):
         check_optimizers(trainer.strategy.optimizers, parameters)
 
     @override
-    def retry(self, trainer: pl.Trainer, trial: Trial, failed: float) -> str:
+    def retry(self, trainer: pl.Trainer, trial: Snapshot, failed: float) -> str:
         run, epoch = self._run, trainer.current_epoch
         left, tried = run.schedule.left(failed), self._removed(failed)
         run.schedule, run.every = Schedule(), run.every + 1
@@ -274,7 +302,7 @@ class LayerPruning(PruningCallback):
         return f"one of {run.every} layers of a cluster now"
 
     @override
-    def _reached(self, trainer: pl.Trainer, heard: Heard, goal: float) -> None:
+    def _reached(self, trainer: pl.Trainer, heard: CalibrationData, goal: float) -> None:
         self._run.schedule = Schedule()
         near = [f"{nearest(c):.3f} in {name!r}" for name, c in heard.stacks.items()]
         met = (
@@ -282,13 +310,13 @@ class LayerPruning(PruningCallback):
             f"{', '.join(near) or '(none)'}, threshold={self.thinning.threshold}, "
             f"target_layers={self.thinning.target}."
         )
-        tell_no_cut(self.report, met, "Lower threshold, or set target_layers and threshold=None.")
+        report_no_cut(self.report, met, "Lower threshold, or set target_layers and threshold=None.")
 
     @override
     def _named(self, goal: float) -> str:
         return "fewer layers"
 
-    def _would_choose(self, pending: Pending) -> bool:
+    def _would_choose(self, pending: PendingCut) -> bool:
         """Whether the options of today lead to a cut that is decided."""
         kept = pending.selection.plan.kept
         choices = self._choices(self._run.compared.stacks, pending.sparsity)
@@ -305,3 +333,115 @@ class LayerPruning(PruningCallback):
     @property
     def _names(self) -> list[str]:
         return [stack.name for stack in self._stacks]
+
+
+class CKALayerPruning(LayerPruning):
+    """Take layers out of a model while it trains, where others say the same.
+
+    Validation compares all layers of a stack (centered kernel alignment). Neighbours that are alike
+    form clusters; the next epoch starts with all but the first of each taken out. The first takes
+    over what the others said, and training goes on. With ``max_drop`` a cut that costs too much
+    after its recovery is taken back exactly, and every second, then every third layer of a cluster
+    is tried instead.
+
+    Args:
+        threshold: Least CKA with the first layer of a cluster, above 0 and up to 1. None takes the
+            clusters that lose least on the way to ``target_layers``.
+        target_layers: Fewest layers that stay in every stack; None leaves it to the threshold.
+        criterion: ``"cka"``, or what people do instead, which needs ``target_layers``:
+            ``"angle"`` removes the layers that turn their input least (ShortGPT),
+            ``"angular_run"`` the run of layers that together turn it least (Gromov et al.),
+            ``"last"`` the top ones, ``"random"`` any.
+        kernel: ``"linear"`` or ``"rbf"``.
+        bandwidth: Width of the latter as a share of the median distance.
+        positions: Positions to compare in a batch of validation, at least 4.
+        reconstruct: Whether layers that stay take over what the removed ones above them said, by least
+            squares on stored inputs, before training goes on; in stacks of known Hugging Face
+            models but GPT-2.
+        reconstruction_positions: Positions of inputs to store for that, over all ranks.
+        stacks: Paths of the containers whose layers may go, such as ``"model.encoder.block"`` or
+            ``"backbone.layer3"``; default: those of the Hugging Face models in the module.
+        module: Path of the submodule to search for them; default: the whole module.
+        cuts: Most attempts; default: 1, and with ``max_drop`` what fits, at most 4.
+        first_epoch: Epoch that starts with the first cut, by Lightning's number
+            (``trainer.current_epoch``, which counts from 0); at least 1, because a validation
+            comes before it. Default: 1, and half-way for a single cut without ``max_drop``.
+        last_epoch: Epoch of the last attempt, by the same number; default: half-way.
+        max_drop: Largest loss of ``monitor``, in its own unit, that a cut may cost once it has
+            recovered, against the best value of the models before it. None keeps every cut.
+        monitor: Metric that ``max_drop`` watches, as validation logs it.
+        mode: ``"max"`` if more of it is better, ``"min"`` if less is.
+        seed: Seed of the draw of positions, and of ``"random"``.
+        verbose: As for MutualInformationPruning.
+        best_of: As for MutualInformationPruning.
+
+    Raises:
+        MisconfigurationException: If an option is outside its range, or two contradict each other.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> callback = CKALayerPruning(max_drop=0.01, monitor="val_acc")
+        >>> trainer = pl.Trainer(max_epochs=8, callbacks=[callback], logger=False)
+
+    See Also:
+        Hu et al., "MPruner", 2024 (arXiv 2408.13482). Beside MutualInformationPruning in
+        one Trainer, layers go in the first half of the run and units in the second.
+    """
+
+    def __init__(
+        self,
+        threshold: float | None = 0.98,
+        *,
+        target_layers: int | None = None,
+        criterion: LayerCriterion = "cka",
+        kernel: Kernel = "linear",
+        bandwidth: float = 1.0,
+        positions: int = 256,
+        reconstruct: bool = True,
+        reconstruction_positions: int = 16384,
+        stacks: list[str] | None = None,
+        module: str | None = None,
+        cuts: int | None = None,
+        first_epoch: int | None = None,
+        last_epoch: int | None = None,
+        max_drop: float | None = None,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        seed: int = 0,
+        verbose: bool = True,
+        best_of: BestOf = "final_size",
+    ) -> None:
+        options = without_private(locals())
+        check_types(module=module, verbose=verbose, reconstruct=reconstruct)
+        check_counts(seed=seed, cuts=cuts, first_epoch=first_epoch, last_epoch=last_epoch)
+        check_counts(positions=positions, least=4)
+        check_counts(reconstruction_positions=reconstruction_positions, least=1)
+        check_choices(kernel=kernel, best_of=best_of)
+        between("bandwidth", bandwidth, 0, 100)
+        check_order("linear", cuts, first_epoch, last_epoch)
+        if stacks is not None and (isinstance(stacks, str) or not stacks or module):
+            raise MisconfigurationException(
+                f"stacks={stacks!r}, module={module!r}; expected one of the two, stacks as a list "
+                "of paths such as ['model.encoder.layer']."
+            )
+        try:
+            thinning = LayerSelector(threshold, target_layers, criterion, seed)
+        except PruningError as error:
+            raise MisconfigurationException(str(error)) from error
+        super().__init__(
+            thinning,
+            kernel=kernel,
+            bandwidth=bandwidth,
+            positions=positions,
+            calls=reconstruction_positions if reconstruct else 0,
+            stacks=stacks,
+            module=module or "",
+            cuts=cuts,
+            first_epoch=first_epoch,
+            last_epoch=last_epoch,
+            seed=seed,
+            verbose=verbose,
+            best_of=best_of,
+            budget=accuracy_budget(max_drop, monitor, mode),
+        )
+        self._options = options

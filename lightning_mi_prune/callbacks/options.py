@@ -9,8 +9,7 @@ from typing import Literal, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_mi_prune.callbacks.accuracy import AccuracyBudget
-from lightning_mi_prune.callbacks.companions import BestOf
+from lightning_mi_prune.callbacks.monitors import BestOf, MetricGuard
 
 __all__ = [
     "accuracy_budget",
@@ -25,33 +24,43 @@ __all__ = [
 ]
 
 _TEXT: tuple[type, ...] = (str, type(None))
+
+
 # What each rank may have as it likes: of these, only those of rank 0 are looked at.
 _PRIVATE = {"self", "__class__", "verbose", "latency_table"}
+
+
 _LEAST = {
     "seed": 0,
     "multiple": 1,
     "positions": 2,
-    "refit_positions": 2,
+    "reconstruction_positions": 2,
     "relevance_steps": 1,
     "latency_batch": 1,
     "cuts": 1,
     "first_epoch": 1,
     "last_epoch": 1,
 }
+
+
 _EPOCHS = ": epochs count from 0, as trainer.current_epoch does, and validation precedes a cut"
+
+
 _TYPES: dict[str, tuple[type, ...]] = {
     "include": _TEXT,
     "exclude": _TEXT,
     "module": _TEXT,
     "monitor": _TEXT,
     "latency_table": _TEXT,
-    "fold_in": (bool,),
-    "refit": (bool,),
+    "compensate": (bool,),
+    "reconstruct": (bool,),
     "verbose": (bool,),
 }
+
+
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "widths": ("global", "uniform"),
-    "relevance": ("gradient", "readers", None),
+    "relevance": ("gradient", "weights", None),
     "kernel": ("linear", "rbf"),
     "mode": ("max", "min"),
     "on_drop": ("halve", "stop"),
@@ -158,7 +167,7 @@ def accuracy_budget(
     monitor: str | None,
     mode: Literal["max", "min"],
     on_drop: Literal["halve", "stop"] = "halve",
-) -> AccuracyBudget | None:
+) -> MetricGuard | None:
     """The accuracy budget that options ask for; refuses one that says too little, or too much."""
     check_choices(mode=mode, on_drop=on_drop)
     check_types(monitor=monitor)
@@ -174,4 +183,4 @@ def accuracy_budget(
             f"max_drop={max_drop} needs monitor; expected the name of a metric that validation "
             "logs."
         )
-    return AccuracyBudget(float(max_drop), monitor, mode, on_drop)
+    return MetricGuard(float(max_drop), monitor, mode, on_drop)

@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.wording import counted
+from lightning_mi_prune.core.errors import PruningError, counted
 
-__all__ = ["Ramp", "Schedule", "fit_schedule", "judging_epoch"]
+__all__ = [
+    "Ramp",
+    "Schedule",
+    "fit_schedule",
+    "judging_epoch",
+]
 
 Ramp = Literal["cubic", "linear", "one_shot"]
+
+
 _MOST_CUTS = 4  # automatic schedules; each cut wants an epoch to recover in
 
 

@@ -1,4 +1,4 @@
-"""Layers taken out of a stack, or put back: the others close up, and every number follows."""
+"""Remove layers from a stack, or put them back, with every number that follows."""
 
 from __future__ import annotations
 
@@ -11,32 +11,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mi_prune.axes import below
-from lightning_mi_prune.batch_norm import has_running_statistics, reestimate_batch_norm
-from lightning_mi_prune.containers import container_of
-from lightning_mi_prune.depth import DepthAxis, full_depth
-from lightning_mi_prune.errors import PruningError, PruningWarning
-from lightning_mi_prune.plan import CONFIG_FIELD, Plan
-from lightning_mi_prune.sample import placed, run_batch
-from lightning_mi_prune.standins import modules_of
-from lightning_mi_prune.still import random_state
-from lightning_mi_prune.surgery.configs import own_config
-from lightning_mi_prune.wording import counted
+from lightning_mi_prune.calibration.calls import move_tensors
+from lightning_mi_prune.core.empty_linear import modules_of
+from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted
+from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan
+from lightning_mi_prune.core.running import fixed_random_state, run_batch
+from lightning_mi_prune.discovery.containers import container_of
+from lightning_mi_prune.discovery.groups import LayerStack, full_depth, join_path
+from lightning_mi_prune.surgery.batch_norm import has_running_statistics, reestimate_batch_norm
+from lightning_mi_prune.surgery.units import own_config
 
-__all__ = ["Spare", "arrange", "hollow", "shorten"]
+__all__ = [
+    "Spare",
+    "arrange_layers",
+    "remove_layers",
+    "without_memory",
+]
 
 Spare = Mapping[str, Mapping[int, nn.Module]]
 """Layers that are not in their stack now, by its name and their number as built."""
 
+
 _NOTHING = object()  # what an iterator without batches gives
 
 
-def shorten(
+def remove_layers(
     model: nn.Module,
-    axes: Sequence[DepthAxis],
-    plan: Plan,
+    groups: Sequence[LayerStack],
+    plan: PruningPlan,
     *,
-    current: Plan | None = None,
+    current: PruningPlan | None = None,
     batches: Iterable[Any] | None = None,
     forward: Callable[[nn.Module, Any], Any] = run_batch,
 ) -> list[nn.Module]:
@@ -49,7 +53,7 @@ def shorten(
 
     Args:
         model: Module from which the stacks are named.
-        axes: Stacks of the plan.
+        groups: Stacks of the plan.
         plan: Layers that stay, in the numbering of the model as built.
         current: Plan the model carries now; default: as built.
         batches: Batches on which running statistics of BatchNorm are estimated anew; without any,
@@ -66,22 +70,22 @@ def shorten(
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> from lightning_mi_prune.families.stacks import find_stacks
+        >>> from lightning_mi_prune.discovery.families.stacks import find_stacks
         >>> model = BertModel(BertConfig(num_hidden_layers=3, hidden_size=24, vocab_size=50))
-        >>> plan = Plan({"encoder.layer": 3}, {"encoder.layer": (0, 2)})
-        >>> gone = shorten(model, find_stacks(model), plan)
+        >>> plan = PruningPlan({"encoder.layer": 3}, {"encoder.layer": (0, 2)})
+        >>> gone = remove_layers(model, find_stacks(model), plan)
         >>> len(gone), model.config.num_hidden_layers, len(model.encoder.layer)
         (1, 2, 2)
     """
-    now = full_depth(axes) if current is None else current
+    now = full_depth(groups) if current is None else current
     plan.positions_in(now)
-    for axis in axes:
-        if getattr(_config(model, axis.network), CONFIG_FIELD, None) is not None:
+    for group in groups:
+        if getattr(_config(model, group.network), CONFIG_FIELD, None) is not None:
             raise PruningError(
-                f"Units of {axis.name!r} were cut already, and their record names layers by "
+                f"Units of {group.name!r} were cut already, and their record names layers by "
                 "number. Remove layers first, then units; or let one Trainer do both."
             )
-    with random_state(model):  # a loader draws a seed
+    with fixed_random_state(model):  # a loader draws a seed
         data = None if batches is None else iter(batches)
         first = None if data is None else next(data, _NOTHING)
     if first is _NOTHING:
@@ -89,12 +93,12 @@ def shorten(
             "batches has none to estimate BatchNorm statistics on; expected one or more. Give a "
             "list or a loader, not an iterator that is used up."
         )
-    gone = arrange(model, axes, plan, current=now)
+    gone = arrange_layers(model, groups, plan, current=now)
     if data is not None:
         try:
             reestimate_batch_norm(model, chain([first], data), partial(_run_there, forward))
         except BaseException:  # what is gone would be lost
-            arrange(model, axes, now, current=plan, spare=gone)
+            arrange_layers(model, groups, now, current=plan, spare=gone)
             raise
     elif gone and has_running_statistics(model):
         warnings.warn(
@@ -108,15 +112,15 @@ def shorten(
 
 def _run_there(forward: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any) -> None:
     parameter = next(model.parameters(), None)
-    forward(model, batch if parameter is None else placed(batch, parameter.device))
+    forward(model, batch if parameter is None else move_tensors(batch, parameter.device))
 
 
-def arrange(
+def arrange_layers(
     model: nn.Module,
-    axes: Sequence[DepthAxis],
-    plan: Plan,
+    groups: Sequence[LayerStack],
+    plan: PruningPlan,
     *,
-    current: Plan,
+    current: PruningPlan,
     spare: Spare | None = None,
 ) -> dict[str, dict[int, nn.Module]]:
     """Give every stack the layers of a plan, out of those it has and the spare ones.
@@ -125,7 +129,7 @@ def arrange(
 
     Args:
         model: Module from which the stacks are named.
-        axes: Stacks; those the plan does not name stay.
+        groups: Stacks; those the plan does not name stay.
         plan: Layers to have, in the numbering of the model as built.
         current: Plan the model carries now.
         spare: Layers to put back, in the shape they shall have.
@@ -136,26 +140,26 @@ def arrange(
     Raises:
         PruningError: If the plan and the model do not belong together, or a layer is missing.
     """
-    mine = [axis for axis in axes if axis.name in plan.sizes]
-    stock = {axis.name: _stock(model, axis, plan, current, spare or {}) for axis in mine}
-    for path in sorted({axis.network for axis in mine}):
+    mine = [group for group in groups if group.name in plan.sizes]
+    stock = {group.name: _stock(model, group, plan, current, spare or {}) for group in mine}
+    for path in sorted({group.network for group in mine}):
         own_config(model, path)
     gone: dict[str, dict[int, nn.Module]] = {}
     changed: list[tuple[Any, str, Any]] = []
     try:
-        for axis in mine:
-            kept, layers = plan.kept[axis.name], stock[axis.name]
-            container = model.get_submodule(axis.name)
-            for holder, name, value in _numbers(model, axis, [layers[place] for place in kept]):
+        for group in mine:
+            kept, layers = plan.kept[group.name], stock[group.name]
+            container = model.get_submodule(group.name)
+            for holder, name, value in _numbers(model, group, [layers[place] for place in kept]):
                 changed.append((holder, name, getattr(holder, name)))
                 setattr(holder, name, value)
-            for holder, name, entries in _entries(model, axis, kept):
+            for holder, name, entries in _entries(model, group, kept):
                 changed.append((holder, name, getattr(holder, name)))
                 setattr(holder, name, entries)
             changed.append((container, "_modules", container._modules))
             container._modules = {str(new): layers[old] for new, old in enumerate(kept)}
-            left = [place for place in current.kept[axis.name] if place not in kept]
-            gone[axis.name] = {place: layers[place] for place in left}
+            left = [place for place in current.kept[group.name] if place not in kept]
+            gone[group.name] = {place: layers[place] for place in left}
     except BaseException:
         for holder, name, value in reversed(changed):
             setattr(holder, name, value)
@@ -163,7 +167,7 @@ def arrange(
     return {name: layers for name, layers in gone.items() if layers}
 
 
-def hollow(layer: nn.Module) -> nn.Module:
+def without_memory(layer: nn.Module) -> nn.Module:
     """The same layer without the memory of its parameters, kept to be filled one day."""
     _exchange(layer, lambda _, old: torch.empty_like(old, device="meta"))
     return layer
@@ -188,7 +192,7 @@ def _filled(layer: nn.Module, others: Sequence[nn.Module]) -> nn.Module:
     for path, module in layer.named_modules():
         for name, old in module._buffers.items():
             if old is not None:
-                module._buffers[name] = old.to(home, dtype(below(path, name), old))
+                module._buffers[name] = old.to(home, dtype(join_path(path, name), old))
     return layer
 
 
@@ -204,26 +208,26 @@ def _exchange(layer: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
         for name, old in module._parameters.items():
             if old is not None:
                 if id(old) not in made:
-                    new = make(below(path, name), old.detach())
+                    new = make(join_path(path, name), old.detach())
                     made[id(old)] = nn.Parameter(new, old.requires_grad)
                 module._parameters[name] = made[id(old)]
 
 
 def _stock(
-    model: nn.Module, axis: DepthAxis, plan: Plan, current: Plan, spare: Spare
+    model: nn.Module, group: LayerStack, plan: PruningPlan, current: PruningPlan, spare: Spare
 ) -> dict[int, nn.Module]:
     """Every layer that can be had, by its number as built; checked against both plans."""
-    kept = plan.kept[axis.name]
-    _check(model, axis, kept, current)
-    container = model.get_submodule(axis.name)
-    layers = dict(zip(current.kept[axis.name], container.children(), strict=True))
+    kept = plan.kept[group.name]
+    _check(model, group, kept, current)
+    container = model.get_submodule(group.name)
+    layers = dict(zip(current.kept[group.name], container.children(), strict=True))
     others = list(container.children())
     for place in kept:
         if place not in layers:
-            layer = spare.get(axis.name, {}).get(place)
+            layer = spare.get(group.name, {}).get(place)
             if layer is None:
                 raise PruningError(
-                    f"Layer {place} of {axis.name!r} is gone, and nothing is kept to bring it "
+                    f"Layer {place} of {group.name!r} is gone, and nothing is kept to bring it "
                     "back. Build the model anew with the configuration it was trained with."
                 )
             layers[place] = _filled(layer, others).train(container.training)
@@ -231,26 +235,26 @@ def _stock(
 
 
 def _numbers(
-    model: nn.Module, axis: DepthAxis, layers: Sequence[nn.Module]
+    model: nn.Module, group: LayerStack, layers: Sequence[nn.Module]
 ) -> Iterator[tuple[Any, str, Any]]:
     """Numbers that must say something else, as (holder, attribute, value)."""
-    for path, name in axis.fields:
+    for path, name in group.fields:
         if (config := _config(model, path)) is not None:
             yield config, name, len(layers)
     for new, layer in enumerate(layers):
         for module in layer.modules():
-            for name in axis.places:
+            for name in group.places:
                 if isinstance(module.__dict__.get(name), int):
                     yield module, name, new
 
 
 def _entries(
-    model: nn.Module, axis: DepthAxis, kept: Sequence[int]
+    model: nn.Module, group: LayerStack, kept: Sequence[int]
 ) -> Iterator[tuple[Any, str, Any]]:
     """Config fields with an entry for each layer, as (config, field, entries)."""
-    configs = {id(c): c for path, _ in axis.fields if (c := _config(model, path)) is not None}
+    configs = {id(c): c for path, _ in group.fields if (c := _config(model, path)) is not None}
     for config in configs.values():
-        for name, built in axis.lists:
+        for name, built in group.lists:
             entries = getattr(config, name, None)
             if isinstance(entries, (list, tuple)):
                 yield config, name, type(entries)(built[place] for place in kept)
@@ -260,18 +264,18 @@ def _config(model: nn.Module, path: str) -> Any:
     return getattr(model.get_submodule(path), "config", None)
 
 
-def _check(model: nn.Module, axis: DepthAxis, kept: Sequence[int], now: Plan) -> None:
-    container = container_of(model, axis.name)
-    if len(container) != now.width(axis.name):
+def _check(model: nn.Module, group: LayerStack, kept: Sequence[int], now: PruningPlan) -> None:
+    container = container_of(model, group.name)
+    if len(container) != now.width(group.name):
         raise PruningError(
-            f"{axis.name!r} has {counted(len(container), 'layer')}; the plan expects "
-            f"{now.width(axis.name)}. The model was changed behind the plan: put a whole new "
+            f"{group.name!r} has {counted(len(container), 'layer')}; the plan expects "
+            f"{now.width(group.name)}. The model was changed behind the plan: put a whole new "
             "network there, with a config of its own, or load the weights the plan is of."
         )
     if not kept:
-        raise PruningError(f"No layer of {axis.name!r} would stay; keep one or more.")
-    if tuple(kept[: axis.fixed]) != tuple(range(axis.fixed)):
+        raise PruningError(f"No layer of {group.name!r} would stay; keep one or more.")
+    if tuple(kept[: group.fixed]) != tuple(range(group.fixed)):
         raise PruningError(
-            f"{axis.name!r} cannot lose its first {counted(axis.fixed, 'layer')}, because others "
+            f"{group.name!r} cannot lose its first {counted(group.fixed, 'layer')}, because others "
             "use what is held there; keep what comes first."
         )

@@ -1,40 +1,75 @@
-"""Units cut off: apply(model, axes, plan) -> list[Rewrite]."""
+"""Cut units: apply_plan(model, groups, plan) swaps in smaller dense parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mi_prune.axes import WidthAxis, full_plan
-from lightning_mi_prune.errors import PruningError
-from lightning_mi_prune.incisions import (
-    Incision,
+from lightning_mi_prune.core.empty_linear import KEPT_UNITS, linear_at, parameters_of, place_linears
+from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan
+from lightning_mi_prune.discovery.groups import DependencyGroup, full_plan
+from lightning_mi_prune.surgery.empty_modules import (
+    forward_without_units,
+    is_ours,
+    unit_argument_forward,
+)
+from lightning_mi_prune.surgery.parameters import (
+    ParameterCut,
+    RotationMaps,
     check_empty,
     config_numbers,
-    incisions,
     owners,
+    parameter_cuts,
     parameter_of,
     shapes_at,
 )
-from lightning_mi_prune.plan import CONFIG_FIELD, Plan
-from lightning_mi_prune.standins import (
-    KEPT_UNITS,
-    is_ours,
-    linear_at,
-    parameters_of,
-    place_linears,
-    selecting,
-    silent,
-)
-from lightning_mi_prune.surgery.configs import own_config
-from lightning_mi_prune.turns import TurnMaps
 
-__all__ = ["Rewrite", "apply", "check", "reshape", "revert", "undo"]
+__all__ = [
+    "Rewrite",
+    "apply_plan",
+    "check_cuttable",
+    "own_config",
+    "reshape_tensors",
+    "restore_plan",
+    "revert_rewrites",
+]
+
+
+def own_config(model: nn.Module, path: str) -> Any:
+    """The config of a network, copied, so that no config the user holds is ever changed.
+
+    The copies take the place of the originals in the network and in the modules that hold it; what
+    a config shares with another (that of an encoder inside that of the whole) stays shared.
+
+    Args:
+        model: Module from which the network is named.
+        path: Path of the network.
+
+    Returns:
+        The copy, or None if the network has no config.
+    """
+    memo: dict[int, Any] = {}
+    for part in _holders(model, path):
+        config = getattr(part, "config", None)
+        if hasattr(config, "to_dict"):
+            setattr(part, "config", copy.deepcopy(config, memo))  # noqa: B010  # typed by torch
+    config = getattr(model.get_submodule(path), "config", None)
+    return config if hasattr(config, "to_dict") else None
+
+
+def _holders(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules that lead to a network, and all that are inside."""
+    parts = path.split(".") if path else []
+    for depth in range(len(parts)):
+        yield model.get_submodule(".".join(parts[:depth]))
+    yield from model.get_submodule(path).modules()
 
 
 class Rewrite(NamedTuple):
@@ -44,24 +79,24 @@ class Rewrite(NamedTuple):
         old: The parameter that was replaced.
         new: The parameter that took its place, everywhere it was used.
         kept: Surviving indices of every dimension that was cut.
-        turned: Maps ``(heads, size, size)`` to new coordinates, by dimension; what is kept is kept
-            of the turned parameter.
+        rotated: Maps ``(heads, size, size)`` to new coordinates, by dimension; what is kept is kept
+            of the rotated parameter.
     """
 
     old: nn.Parameter
     new: nn.Parameter
     kept: Mapping[int, Tensor]
-    turned: Mapping[int, Tensor] = MappingProxyType({})
+    rotated: Mapping[int, Tensor] = MappingProxyType({})
 
 
-def apply(
+def apply_plan(
     model: nn.Module,
-    axes: Sequence[WidthAxis],
-    plan: Plan,
+    groups: Sequence[DependencyGroup],
+    plan: PruningPlan,
     *,
-    current: Plan | None = None,
-    folded: Mapping[str, Tensor] | None = None,
-    turned: TurnMaps | None = None,
+    current: PruningPlan | None = None,
+    compensated: Mapping[str, Tensor] | None = None,
+    rotated: RotationMaps | None = None,
 ) -> list[Rewrite]:
     """Cut a model down to a plan: dense smaller parameters, true sizes, a config that knows.
 
@@ -69,25 +104,25 @@ def apply(
     device, dtype and ``requires_grad``; a shared parameter stays shared; gradients are dropped.
 
     Args:
-        model: Module from which the axes are named.
-        axes: Axes of the plan.
+        model: Module from which the groups are named.
+        groups: Groups of the plan.
         plan: Survivors, in original positions.
         current: Plan the model carries now; default: as built.
-        folded: New values of parameters in the shape the plan gives them, by tensor name
-            (:attr:`Selection.folded`).
-        turned: New coordinates of heads in which those values are (:attr:`Selection.turned`).
+        compensated: New values of parameters in the shape the plan gives them, by tensor name
+            (:attr:`Decision.compensated`).
+        rotated: New coordinates of heads in which those values are (:attr:`Decision.head_rotation`).
 
     Returns:
-        One record for each parameter that was replaced, to give to :func:`optimizers.rebind`.
+        One record for each parameter that was replaced, to give to :func:`optimizers.update_optimizers`.
 
     Raises:
         PruningError: If the plan and the model do not belong together.
 
     Example:
-        >>> from lightning_mi_prune.families import linear_axis
+        >>> from lightning_mi_prune.discovery.families.describe import linear_group
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> axis = linear_axis(net, "hidden", kind="ffn", producers=["0"], readers=["2"])
-        >>> rewrites = apply(net, [axis], Plan({"hidden": 4}, {"hidden": (0, 2)}))
+        >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
+        >>> rewrites = apply_plan(net, [group], PruningPlan({"hidden": 4}, {"hidden": (0, 2)}))
         >>> net
         Sequential(
           (0): Linear(in_features=3, out_features=2, bias=True)
@@ -95,51 +130,58 @@ def apply(
           (2): Linear(in_features=2, out_features=2, bias=True)
         )
     """
-    now = full_plan(axes) if current is None else current
+    now = full_plan(groups) if current is None else current
     places = plan.positions_in(now)
     target = now.then(plan)
-    check_empty(model, axes, target)
-    rewrites = [_rewrite(i) for i in incisions(model, axes, now, places, folded or {}, turned)]
+    check_empty(model, groups, target)
+    rewrites = [
+        _rewrite(i) for i in parameter_cuts(model, groups, now, places, compensated or {}, rotated)
+    ]
     _swap(model, rewrites)
     try:
-        _follow(model, axes, target, _touched(model, axes, target, [r.new for r in rewrites]))
+        _follow(model, groups, target, _touched(model, groups, target, [r.new for r in rewrites]))
     except BaseException:
-        revert(model, axes, now, rewrites)
+        revert_rewrites(model, groups, now, rewrites)
         raise
     return rewrites
 
 
-def check(model: nn.Module, axes: Sequence[WidthAxis], current: Plan) -> None:
-    """Refuse, as :func:`apply` would, a model that a cut of these axes would break."""
-    incisions(model, axes, current, {axis.name: () for axis in axes}, {})
+def check_cuttable(
+    model: nn.Module, groups: Sequence[DependencyGroup], current: PruningPlan
+) -> None:
+    """Refuse, as :func:`apply_plan` would, a model that a cut of these groups would break."""
+    parameter_cuts(model, groups, current, {group.name: () for group in groups}, {})
 
 
-def reshape(
-    model: nn.Module, axes: Sequence[WidthAxis], plan: Plan, only: Sequence[WidthAxis] | None = None
+def reshape_tensors(
+    model: nn.Module,
+    groups: Sequence[DependencyGroup],
+    plan: PruningPlan,
+    only: Sequence[DependencyGroup] | None = None,
 ) -> list[Rewrite]:
     """Give every tensor the shape a plan asks for, growing or shrinking; values are not kept.
 
     For loading: weights of the right shape follow.
 
     Args:
-        model: Module from which the axes are named.
-        axes: Axes of the plan.
+        model: Module from which the groups are named.
+        groups: Groups of the plan.
         plan: The plan.
-        only: The axes that change; default: all. Nothing else of the model is looked at.
+        only: The groups that change; default: all. Nothing else of the model is looked at.
 
     Returns:
         One record for each parameter that was replaced.
 
     Raises:
-        PruningError: If the plan lacks an axis, or has another size for it.
+        PruningError: If the plan lacks a group, or has another size for it.
     """
-    odd = sorted(axis.name for axis in axes if plan.sizes.get(axis.name) != axis.size)
+    odd = sorted(group.name for group in groups if plan.sizes.get(group.name) != group.size)
     if odd:
         raise PruningError(
-            f"The stored plan was made for another model: axes {odd[:6]} or their sizes differ. "
+            f"The stored plan was made for another model: groups {odd[:6]} or their sizes differ. "
             "Build the model with the configuration it was trained with."
         )
-    mine = axes if only is None else only
+    mine = groups if only is None else only
     check_empty(model, mine, plan)
     shapes = shapes_at(model, mine, plan)
     parameters = {name: parameter_of(model, name) for name in shapes}
@@ -149,19 +191,22 @@ def reshape(
         for old, shape in changed.values()
     ]
     _swap(model, rewrites)
-    _follow(model, axes, plan, mine)
+    _follow(model, groups, plan, mine)
     return rewrites
 
 
 @torch.no_grad()
-def undo(
-    model: nn.Module, axes: Sequence[WidthAxis], plan: Plan, values: Mapping[str, Tensor]
+def restore_plan(
+    model: nn.Module,
+    groups: Sequence[DependencyGroup],
+    plan: PruningPlan,
+    values: Mapping[str, Tensor],
 ) -> list[Rewrite]:
     """Give a model back the shape and the values it had at an earlier plan.
 
     Args:
-        model: Module from which the axes are named.
-        axes: All axes of the model.
+        model: Module from which the groups are named.
+        groups: All groups of the model.
         plan: The earlier plan.
         values: Parameters and buffers of that time, by name.
 
@@ -171,8 +216,8 @@ def undo(
     Raises:
         PruningError: If the values are not those of this model at this plan; it stays as it was.
     """
-    check_empty(model, axes, plan)
-    every, named = parameters_of(model), shapes_at(model, axes, plan)
+    check_empty(model, groups, plan)
+    every, named = parameters_of(model), shapes_at(model, groups, plan)
     old = dict({id(p): (name, p) for name, p in reversed(every.items())}.values())
     shapes = {id(p): named[n] for n, p in every.items() if n in named}  # tied ones by any name
     for name, parameter in list(old.items()):
@@ -206,16 +251,19 @@ def undo(
         parameter.copy_(values[name])
     for module, name, buffer in buffers:
         module._buffers[name] = buffer
-    _follow(model, axes, plan, _touched(model, axes, plan, [r.new for r in rewrites]))
+    _follow(model, groups, plan, _touched(model, groups, plan, [r.new for r in rewrites]))
     return rewrites
 
 
-def revert(
-    model: nn.Module, axes: Sequence[WidthAxis], plan: Plan, rewrites: Sequence[Rewrite]
+def revert_rewrites(
+    model: nn.Module,
+    groups: Sequence[DependencyGroup],
+    plan: PruningPlan,
+    rewrites: Sequence[Rewrite],
 ) -> None:
     """Put the old parameters back where the new ones are, and the numbers of ``plan``."""
     _swap(model, [Rewrite(r.new, r.old, {}) for r in rewrites])
-    _follow(model, axes, plan, _touched(model, axes, plan, [r.old for r in rewrites]))
+    _follow(model, groups, plan, _touched(model, groups, plan, [r.old for r in rewrites]))
 
 
 def _swap(model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
@@ -232,40 +280,42 @@ def _swap(model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
 
 
 @torch.no_grad()
-def _rewrite(incision: Incision) -> Rewrite:
+def _rewrite(incision: ParameterCut) -> Rewrite:
     old = incision.old
     values = old.detach()
-    if incision.folded is not None:
-        values = incision.folded.to(old)
+    if incision.compensated is not None:
+        values = incision.compensated.to(old)
     else:
         for dim, index in incision.kept.items():
             values = values.index_select(dim, index)
     new = nn.Parameter(values.clone(), requires_grad=old.requires_grad)
-    return Rewrite(old, new, incision.kept, incision.turned)
+    return Rewrite(old, new, incision.kept, incision.rotated)
 
 
 def _follow(
     model: nn.Module,
-    axes: Sequence[WidthAxis],
-    plan: Plan,
-    only: Sequence[WidthAxis] | None = None,
+    groups: Sequence[DependencyGroup],
+    plan: PruningPlan,
+    only: Sequence[DependencyGroup] | None = None,
 ) -> None:
     """Keep the numbers on modules and in configs true, and record the plan in the config."""
     widths = plan.widths
-    mine = axes if only is None else only
-    place_linears(model, dict.fromkeys(s.tensor.rpartition(".")[0] for a in mine for s in a.slices))
-    for axis in mine:
-        for count in axis.counts:
-            each = axis.entries_at(widths) if count.entries else 1
-            value = widths[axis.name] * count.per_unit * each
+    mine = groups if only is None else only
+    place_linears(
+        model, dict.fromkeys(s.tensor.rpartition(".")[0] for a in mine for s in a.tensors)
+    )
+    for group in mine:
+        for count in group.attributes:
+            each = group.entries_at(widths) if count.entries else 1
+            value = widths[group.name] * count.per_unit * each
             module = linear_at(model.get_submodule(count.module))
             setattr(module, count.attribute, (value,) if count.sequence else value)
-        _stand_in(model, axis, plan.kept[axis.name])
-    for path in sorted({axis.network for axis in mine}):
+        _stand_in(model, group, plan.kept[group.name])
+    for path in sorted({group.network for group in mine}):
         config = own_config(model, path)
         if config is None:
             continue
-        inside = [axis for axis in axes if axis.network == path]
+        inside = [group for group in groups if group.network == path]
         for name, number in config_numbers(inside, plan).items():
             setattr(config, name, number)
         record = _record(inside, plan).under(path)
@@ -276,41 +326,44 @@ def _follow(
 
 
 def _touched(
-    model: nn.Module, axes: Sequence[WidthAxis], plan: Plan, changed: Sequence[nn.Parameter]
-) -> list[WidthAxis]:
-    """Axes that are cut at a plan, or that cut one of the parameters."""
+    model: nn.Module,
+    groups: Sequence[DependencyGroup],
+    plan: PruningPlan,
+    changed: Sequence[nn.Parameter],
+) -> list[DependencyGroup]:
+    """Groups that are cut at a plan, or that cut one of the parameters."""
     ids = set(map(id, changed))
     mine = {name for name, parameter in parameters_of(model).items() if id(parameter) in ids}
     return [
-        axis
-        for axis in axes
-        if plan.width(axis.name) < axis.size or any(s.tensor in mine for s in axis.slices)
+        group
+        for group in groups
+        if plan.width(group.name) < group.size or any(s.tensor in mine for s in group.tensors)
     ]
 
 
-def _record(axes: Sequence[WidthAxis], plan: Plan) -> Plan:
+def _record(groups: Sequence[DependencyGroup], plan: PruningPlan) -> PruningPlan:
     """What a config says: whoever opens the folder finds only the layers that are there."""
-    names = {axis.here or axis.name: axis.name for axis in axes}
+    names = {group.here or group.name: group.name for group in groups}
     kept = {here: plan.kept[name] for here, name in names.items()}
-    return Plan({here: plan.sizes[name] for here, name in names.items()}, kept)
+    return PruningPlan({here: plan.sizes[name] for here, name in names.items()}, kept)
 
 
-def _stand_in(model: nn.Module, axis: WidthAxis, kept: Sequence[int]) -> None:
-    """Put the stand-ins of an axis in place, or take them away."""
-    for path in {s.module for s in axis.silence} | {s.module for s in axis.selects}:
+def _stand_in(model: nn.Module, group: DependencyGroup, kept: Sequence[int]) -> None:
+    """Put the stand-ins of a group in place, or take them away."""
+    for path in {s.module for s in group.empty_forward} | {s.module for s in group.selects}:
         module = model.get_submodule(path)
         if is_ours(module.__dict__.get("forward")):
             del module.__dict__["forward"]
         module._buffers.pop(KEPT_UNITS, None)
-    for selects in axis.selects if len(kept) < axis.size else ():
+    for selects in group.selects if len(kept) < group.size else ():
         module = model.get_submodule(selects.module)
         index = torch.tensor(kept, dtype=torch.long, device=_device(module))
         module.register_buffer(KEPT_UNITS, index, persistent=False)
-        module.__dict__["forward"] = partial(selecting, module, selects)
-    for silence in axis.silence if not kept else ():
-        module = model.get_submodule(silence.module)
-        inside = silence.prefixed(partial(_below, silence.module))
-        module.__dict__["forward"] = partial(silent, module, inside)
+        module.__dict__["forward"] = partial(unit_argument_forward, module, selects)
+    for empty_forward in group.empty_forward if not kept else ():
+        module = model.get_submodule(empty_forward.module)
+        inside = empty_forward.prefixed(partial(_below, empty_forward.module))
+        module.__dict__["forward"] = partial(forward_without_units, module, inside)
 
 
 def _below(top: str, path: str) -> str:

@@ -13,15 +13,17 @@ from benchmarks import costs, measuring, scaling
 from benchmarks.costs import log_det_information, noisy
 from benchmarks.measuring import Cost, Part, _quietly, cost_of_hooks, measured, take_turns
 from benchmarks.scaling import encoder, reconstruction_bytes
-from lightning_mi_prune import Budget, Listener, Method, MutualInformation, Plan
-from lightning_mi_prune.axes import full_plan
-from lightning_mi_prune.choosing import choose_axes
-from lightning_mi_prune.evidence import Evidence
-from lightning_mi_prune.families import find_axes
-from lightning_mi_prune.information import plugin_bias, unit_information
-from lightning_mi_prune.method import pull_back
-from lightning_mi_prune.sample import Heard
-from lightning_mi_prune.selection import Selection
+from lightning_mi_prune import Budget, PruningPlan
+from lightning_mi_prune.calibration.activations import ActivationRecorder
+from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.discovery.families import find_groups
+from lightning_mi_prune.discovery.graph import choose_groups
+from lightning_mi_prune.discovery.groups import full_plan
+from lightning_mi_prune.importance.criteria import MutualInformation
+from lightning_mi_prune.importance.information import plugin_bias, unit_information
+from lightning_mi_prune.importance.statistics import UnitStatistics
+from lightning_mi_prune.pipeline import PruningMethod, reconstruct
+from lightning_mi_prune.reconstruction.compensation import Decision
 
 CLOCKS = ("wall_s", "cpu_s", "peak_mb")
 
@@ -32,7 +34,7 @@ def site(units=12, entries=1, outputs=5, samples=400):
     x = torch.randn(samples, d, dtype=torch.float64) @ torch.randn(d, d, dtype=torch.float64)
     readout = torch.randn(outputs, d, dtype=torch.float64)
     covariance = x.T.cov(correction=0)
-    return x, Evidence("units", entries, samples, x.mean(0), covariance, readout)
+    return x, UnitStatistics("units", entries, samples, x.mean(0), covariance, readout)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1.0])
@@ -102,8 +104,8 @@ def test_hooks_are_timed_without_what_they_hang_on():
 
 def test_what_a_reconstruction_sends_is_what_was_worked_out_on_paper() -> None:
     network = encoder(num_hidden_layers=2, hidden_size=24, intermediate_size=96)
-    axes = choose_axes(find_axes(network))
-    with Listener(network, axes, positions=512, batches=1, calls=512) as listener:
+    groups = choose_groups(find_groups(network))
+    with ActivationRecorder(network, groups, positions=512, batches=1, calls=512) as recorder:
         network(torch.randint(5, 1000, (16, 32)))
     sizes: list[int] = []
 
@@ -111,13 +113,15 @@ def test_what_a_reconstruction_sends_is_what_was_worked_out_on_paper() -> None:
         sizes.append(sums.nbytes)
         return sums
 
-    plan = Plan({a.name: a.size for a in axes}, {a.name: range(a.size // 2) for a in axes})
-    found = Heard(listener.moments, ranks=[listener.stored])
-    method = Method(Budget(sparsity=0.5), refit_positions=512)
-    known = network, axes, full_plan(axes), Selection(plan, {}, {}), method, found
-    pull_back(*known, add)
+    plan = PruningPlan(
+        {a.name: a.size for a in groups}, {a.name: range(a.size // 2) for a in groups}
+    )
+    found = CalibrationData(recorder.moments, ranks=[recorder.stored])
+    method = PruningMethod(Budget(sparsity=0.5), reconstruction_positions=512)
+    known = network, groups, full_plan(groups), Decision(plan, {}, {}), method, found
+    reconstruct(*known, add)
     assert len(sizes) == 9  # six linear layers a layer; query, key and value of the lowest stay
-    assert sum(sizes) == reconstruction_bytes(axes, network)
+    assert sum(sizes) == reconstruction_bytes(groups, network)
 
 
 @pytest.fixture(autouse=True)

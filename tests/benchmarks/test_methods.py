@@ -12,14 +12,14 @@ from benchmarks.ablations import calibrated, measured
 from benchmarks.methods import DEFAULT, OURS, SETTINGS, VARIANTS, Setting
 from benchmarks.subjects import Subject, calibrate_gradients, cut, examine, quality_of, size_of
 from lightning_mi_prune import MutualInformationPruning
-from lightning_mi_prune.axes import full_plan
-from lightning_mi_prune.ranking import rank_axes
-from lightning_mi_prune.relevance import relevance_of
-from lightning_mi_prune.sample import Heard
+from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.calibration.gradients import relevance_of
+from lightning_mi_prune.discovery.groups import full_plan
+from lightning_mi_prune.importance.ranking import rank_groups
 from tests.benchmarks.tiny import labelled, opened, subject
-from tests.models import build
+from tests.support.models import build
 
-pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 NAMED = {setting.name: setting for setting in SETTINGS}
 
 
@@ -27,7 +27,7 @@ NAMED = {setting.name: setting for setting in SETTINGS}
 def test_every_variant_reaches_its_sparsity_and_leaves_the_dense_model(subject, variant) -> None:
     before = copy.deepcopy(subject.model.state_dict())
     model, plan = cut(subject.cutting(variant.units), variant, 0.75)
-    dims = subject.of(("dims",)) if "dims" in variant.units else ()
+    dims = subject.of(("head_dim",)) if "head_dim" in variant.units else ()
     figures = quality_of(subject, model) | size_of(model, subject.chosen, dims)
     assert figures["reached"] >= 0.75
     assert figures["n_test"] == 64
@@ -93,7 +93,7 @@ def test_a_setting_changes_one_thing_but_for_the_few_that_explain_one() -> None:
 def test_calibrations_are_shared_by_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     monkeypatch.setattr(
-        ablations, "calibrate_activations", lambda *a, **b: passes.append(1) or Heard()
+        ablations, "calibrate_activations", lambda *a, **b: passes.append(1) or CalibrationData()
     )
     monkeypatch.setattr(ablations, "calibrate_gradients", lambda *a, **b: passes.append(2) or {})
     for setting in SETTINGS:
@@ -115,20 +115,20 @@ def test_fewer_positions_are_used() -> None:
 
 @pytest.mark.usefixtures("opened")
 def test_with_gradients_top_down_and_bottom_up_are_one_order() -> None:
-    """Every axis is weighed against the dense model, whatever was kept above it."""
+    """Every group is weighed against the dense model, whatever was kept above it."""
     subject = calibrated("trec-6", 0, DEFAULT)
     known = subject.calibration.moments, dict(subject.model.named_parameters())
-    widths = {axis.name: axis.size // 4 for axis in subject.chosen}
+    widths = {group.name: group.size // 4 for group in subject.chosen}
 
     def orders(relevance, **given) -> list[tuple[int, ...]]:
-        plan = full_plan(subject.axes)
-        found = rank_axes(subject.chosen, *known, plan, relevance=relevance, **given)
-        return [found[axis.name].order for axis in subject.chosen]
+        plan = full_plan(subject.groups)
+        found = rank_groups(subject.chosen, *known, plan, relevance=relevance, **given)
+        return [found[group.name].order for group in subject.chosen]
 
     for relevance in (relevance_of(subject.calibration.gradients), None):
         assert orders(relevance, widths=widths) == orders(relevance)
     # The consumers that were kept above are others than all of them.
-    assert orders("readers", widths=widths) != orders("readers")
+    assert orders("weights", widths=widths) != orders("weights")
 
 
 @pytest.mark.usefixtures("opened")
@@ -150,4 +150,4 @@ def test_where_macs_are_counted_as_many_stay_as_the_default_leaves() -> None:
 
 def test_gradients_of_fewer_batches_are_spread(subject: Subject) -> None:
     found = calibrate_gradients(subject.model, subject.chosen, labelled(range(12)), steps=4)
-    assert {tuple(sums.counts.tolist()) for sums in found.values()} == {(4 * 32, 4, 0)}
+    assert {tuple(sums.attributes.tolist()) for sums in found.values()} == {(4 * 32, 4, 0)}

@@ -295,12 +295,12 @@ def test_figures_have_a_panel_a_task_and_clip_what_is_far_below() -> None:
         for each in [*seeds(MINE, -1.0, -2.0, -4.5, task=task), record(TAYLOR, -60.0, task=task)]
     ]
     figure = plots.draw(records, "size")
-    panels = [axes for axes in figure.axes if axes.get_visible()]
-    assert [axes.get_title(loc="left") for axes in panels] == [
+    panels = [groups for groups in figure.groups if groups.get_visible()]
+    assert [groups.get_title(loc="left") for groups in panels] == [
         f"{task}: dense 90.0%, seeds: 3" for task in "abc"
     ]
-    for axes in panels:
-        ours, taylor = axes.containers
+    for groups in panels:
+        ours, taylor = groups.containers
         assert ours.lines[0].get_ydata() == pytest.approx([-2.5])
         assert taylor.lines[0].get_ydata() == pytest.approx([plots.FLOORS[0]])
     assert comparison.points(records[0][0]) == pytest.approx(-1.0)

@@ -24,13 +24,13 @@ from benchmarks.rivals import (
 )
 from benchmarks.subjects import settle, size_of, weight_names
 from benchmarks.tasks import train, training_of
-from lightning_mi_prune import find_axes
-from lightning_mi_prune.axes import count_parameters
-from lightning_mi_prune.choosing import choose_axes
+from lightning_mi_prune import find_groups
+from lightning_mi_prune.discovery.graph import choose_groups
+from lightning_mi_prune.discovery.groups import count_parameters
 from tests.benchmarks.tiny import Epochs, labelled, opened, subject
-from tests.models import batch, build, outputs
+from tests.support.models import batch, build, outputs
 
-pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 
 
 def budget(steps: int = 6):
@@ -38,7 +38,7 @@ def budget(steps: int = 6):
 
 
 def axes_of(model: nn.Module):
-    return choose_axes(find_axes(model))
+    return choose_groups(find_groups(model))
 
 
 @pytest.mark.parametrize("rival", [r for r in RIVALS if r.prune], ids=lambda r: "-".join(r.name))
@@ -47,9 +47,9 @@ def test_a_rival_removes_what_was_asked(family: str, rival: Rival, sparsity: flo
     if rival.method.startswith("torch-pruning"):
         pytest.importorskip("torch_pruning")
     dense = build(family)
-    axes, prunable = axes_of(dense), count_parameters(axes_of(dense))
+    groups, prunable = axes_of(dense), count_parameters(axes_of(dense))
     cut = settle(rival.prune(copy.deepcopy(dense), labelled(range(2)), sparsity, 0))
-    size = size_of(cut, axes)
+    size = size_of(cut, groups)
     layers = rival.method.endswith("-layers")
     # One of four heads of a layer is 9 % of it; of two layers only one can go. torch-pruning leaves
     # a layer whole that would lose every head.
@@ -80,13 +80,13 @@ def test_what_torch_pruning_leaves_computes_the_same(family: str, lost: tuple[in
     with torch.no_grad():
         if family == "mpnet":
             model.mpnet.encoder.relative_attention_bias.weight.mul_(10)
-        for axis in axes_of(model):
-            units = lost if axis.kind == "heads" else range(axis.size // 2)
-            rows = [unit * axis.entries + n for unit in units for n in range(axis.entries)]
-            for s in axis.slices:
+        for group in axes_of(model):
+            units = lost if group.kind == "heads" else range(group.size // 2)
+            rows = [unit * group.entries + n for unit in units for n in range(group.entries)]
+            for s in group.tensors:
                 if s.dim == 0:
                     model.get_parameter(s.tensor)[rows] *= 1e-3
-            model.get_parameter(f"{axis.readers[0]}.weight")[:, rows] = 0
+            model.get_parameter(f"{group.consumers[0]}.weight")[:, rows] = 0
     before = outputs(model, batch())
     cut = by_library("magnitude", together=False)(model, labelled(range(1)), 0.5, 0)
     assert size_of(cut, axes_of(model))["kept"] == {"heads": [2, 2], "ffn": [20, 20]}
@@ -233,7 +233,7 @@ def test_scores_of_units_keep_the_best_of_them(subject) -> None:
             scored.scores.copy_(torch.arange(scored.scores.numel())[None])
     movement.before_step(1.0)
     model = movement.finish()
-    for axis, width in widths_at(movement.axes, 0.5).items():
-        name = f"{axis.readers[0]}.weight"
+    for group, width in widths_at(movement.groups, 0.5).items():
+        name = f"{group.consumers[0]}.weight"
         dense = subject.model.get_parameter(name)
-        assert torch.equal(model.get_parameter(name), dense[:, -width * axis.entries :])
+        assert torch.equal(model.get_parameter(name), dense[:, -width * group.entries :])

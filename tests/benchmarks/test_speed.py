@@ -9,12 +9,12 @@ import torch
 from benchmarks import latency, layers
 from benchmarks.latency import shaped
 from benchmarks.subjects import size_of
-from lightning_mi_prune import find_axes
-from lightning_mi_prune.choosing import choose_axes
+from lightning_mi_prune import find_groups
+from lightning_mi_prune.discovery.graph import choose_groups
 from tests.benchmarks.tiny import opened, subject
-from tests.models import batch, build, outputs
+from tests.support.models import batch, build, outputs
 
-pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 FAST = {"seconds": 0.01, "rounds": 1}
 
 
@@ -23,7 +23,7 @@ def test_shapes_are_built_anew(family: str) -> None:
     model = build(family)
     kept = {"heads": [3, 1], "ffn": [8, 2]}
     again = shaped(copy.deepcopy(model.config), kept)
-    assert size_of(again, choose_axes(find_axes(model)))["kept"] == kept
+    assert size_of(again, choose_groups(find_groups(model)))["kept"] == kept
     assert outputs(again, batch()).isfinite().all()
 
 
@@ -31,10 +31,10 @@ def test_shapes_with_fewer_layers_or_narrower_heads_are_built_anew() -> None:
     model = build()
     short = shaped(copy.deepcopy(model.config), {"heads": [4], "ffn": [40]})
     assert len(short.bert.encoder.layer) == 1
-    kept = {"heads": [3, 1], "ffn": [8, 2], "dims": [3, 2]}
-    again, axes = shaped(copy.deepcopy(model.config), kept), find_axes(model)
-    dims = choose_axes(axes, units=("dims",))
-    assert size_of(again, choose_axes(axes), dims)["kept"] == kept
+    kept = {"heads": [3, 1], "ffn": [8, 2], "head_dim": [3, 2]}
+    again, groups = shaped(copy.deepcopy(model.config), kept), find_groups(model)
+    dims = choose_groups(groups, units=("head_dim",))
+    assert size_of(again, choose_groups(groups), dims)["kept"] == kept
 
 
 def test_a_shape_is_timed_beside_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import ablations, layers, recovery
 from benchmarks.subjects import Subject, examine
-from tests.models import batch, build
+from tests.support.models import batch, build
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,14 +21,15 @@ from examples.text_classification import __main__ as program
 from examples.text_classification.__main__ import TextClassificationCLI
 from examples.text_classification.data import TextDataModule
 from examples.text_classification.model import TextClassifier
-from lightning_mi_prune import Plan, from_pretrained, load_pruned, measure
-from lightning_mi_prune.cli import main
-from lightning_mi_prune.measure import measure_latency
-from tests.ranks import launch
+from lightning_mi_prune import PruningPlan, from_pretrained, load_pruned
+from lightning_mi_prune.allocation import measuring as measure
+from lightning_mi_prune.allocation.measuring import measure_latency
+from lightning_mi_prune.cli.program import main
+from tests.support.ranks import launch
 
 ROOT = Path(__file__).parent.parent.parent
 
-pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.errors.PruningWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 
 SHORT = partial(measure_latency, seconds=0.02, rounds=1)
 
@@ -95,9 +96,9 @@ def test_fit_reports_and_its_results_open_again(config: Path) -> None:
     assert sum(cut["seconds"].values()) < report["after"]["fit_seconds"]
     assert cut["epoch"] == 1
     assert cut["sparsity"] >= 0.5
-    assert set(cut["seconds"]) == {"listening", "scoring", "refitting", "cutting"}
-    for axis in cut["axes"]:
-        assert set(axis) == {
+    assert set(cut["seconds"]) == {"calibration", "ranking", "reconstruction", "surgery"}
+    for group in cut["groups"]:
+        assert set(group) == {
             "name",
             "kind",
             "before",
@@ -113,9 +114,9 @@ def test_fit_reports_and_its_results_open_again(config: Path) -> None:
 
     saved = json.loads(Path("runs/demo/config.json").read_text())
     assert saved["label2id"] == {"a": 0, "b": 1}
-    plan = Plan.from_json(saved["pruning_plan"])
-    for axis in cut["axes"]:
-        assert plan.width(axis["name"].partition(".")[2]) == axis["after"]
+    plan = PruningPlan.from_json(saved["pruning_plan"])
+    for group in cut["groups"]:
+        assert plan.width(group["name"].partition(".")[2]) == group["after"]
     reloaded = from_pretrained(BertForSequenceClassification, "runs/demo")
     assert sum(p.numel() for p in reloaded.parameters()) == report["after"]["parameters"]
 

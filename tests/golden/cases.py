@@ -26,40 +26,35 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from torch import Tensor, nn
 
-from lightning_mi_prune import (
+from lightning_mi_prune import Budget, apply_plan, find_groups, linear_group, prune, register_family
+from lightning_mi_prune.allocation.constraints import Constraints
+from lightning_mi_prune.allocation.latency import LatencyCurve, LatencyTable
+from lightning_mi_prune.allocation.measuring import device_of
+from lightning_mi_prune.calibration.data import LayerComparison
+from lightning_mi_prune.checkpoint.validation import PLAN_KEY
+from lightning_mi_prune.importance.criteria import (
     ActivationNorm,
-    Budget,
-    Limits,
     Magnitude,
-    Method,
     MutualInformation,
     Random,
     Taylor,
-    Thinning,
-    apply,
-    find_axes,
-    linear_axis,
-    prune,
-    register_family,
 )
-from lightning_mi_prune.checkpoints import PLAN_KEY
-from lightning_mi_prune.clock import device_of
-from lightning_mi_prune.latency import LatencyCurve, LatencyTable
-from lightning_mi_prune.sparing import Compared
-from tests.boring import Classifier
-from tests.deep import Deep, Tolerant
-from tests.models import CONFIGS, PICTURES, batch, build, pictures
-from tests.ranks import launch
-from tests.runs import Module, Point, fit, sha
+from lightning_mi_prune.importance.layer_criteria import LayerSelector
+from lightning_mi_prune.pipeline import PruningMethod
+from tests.support.boring import Classifier
+from tests.support.models import CONFIGS, PICTURES, batch, build, pictures
+from tests.support.ranks import launch
+from tests.support.runs import Module, Point, fit, sha
+from tests.support.stacks import Deep, Tolerant
 
 # Kinds of unit, with which the names of groups end. Where the package renames one, its constant
 # changes, and the name on the right, under which it is recorded, does not. Random alone depends on
 # the whole name of a group: its seed does.
-FFN, HEADS, DIMS, POOLER, RESIDUAL = "ffn", "heads", "dims", "pooler", "residual"
+FFN, HEADS, DIMS, POOLER, RESIDUAL = "ffn", "heads", "head_dim", "pooler", "hidden"
 RECORDED = {FFN: "ffn", HEADS: "heads", DIMS: "dims", POOLER: "pooler", RESIDUAL: "residual"}
 
 # How the options of the package are written, in one place.
-GRADIENT, READERS = "gradient", "readers"
+GRADIENT, READERS = "gradient", "weights"
 ALONE, JOINT = "topk", "conditional"
 UNIFORM = "uniform"
 LAYER_CRITERIA = ("cka", "angle", "angular_run", "last", "random")
@@ -151,7 +146,7 @@ def _cut(cut: Any) -> list[Any]:
             a.information_nats,
             a.information_fraction,
         ]
-        for a in cut.axes
+        for a in cut.groups
     ]
     sizes = [cut.parameters, cut.prunable_parameters, cut.macs]
     stacks = [_stack(stack) for stack in cut.stacks]
@@ -191,7 +186,7 @@ def one_shot(
     """Prune a model in one call and record what came out."""
     if method is not None:
         start = budget if isinstance(budget, Budget) else Budget(sparsity=budget)
-        options["method"] = Method(start, **method)
+        options["method"] = PruningMethod(start, **method)
     done = prune(model, data, budget, optimizers=optimizers, **options)
     names = sorted(done.information, key=called)
     found = plan_record(done.plan) | {
@@ -234,7 +229,7 @@ def squares(model: nn.Module, inputs: Any) -> Tensor:
 
 def kinds_of(model: nn.Module) -> list[str]:
     """Every kind of unit of a model."""
-    return sorted({axis.kind for axis in find_axes(model)})
+    return sorted({group.kind for group in find_groups(model)})
 
 
 def family(kind: str, every: bool, _: Path) -> Record:
@@ -271,10 +266,10 @@ def bert(
 def milliseconds(folder: Path) -> Record:
     """A budget in milliseconds, by a table that is given: nothing is timed."""
     model = build()
-    groups = [axis for axis in find_axes(model) if axis.kind != DIMS]
+    groups = [group for group in find_groups(model) if group.kind != DIMS]
     curves = tuple(
-        LatencyCurve((axis.name,), (axis.size, axis.size // 2, 0), (0.0, 0.5 + i / 8, 2.0))
-        for i, axis in enumerate(groups)
+        LatencyCurve((group.name,), (group.size, group.size // 2, 0), (0.0, 0.5 + i / 8, 2.0))
+        for i, group in enumerate(groups)
     )
     path = folder / "table.json"
     LatencyTable(device_of(model), 1, 12, 10.0, curves).write(path)
@@ -304,7 +299,7 @@ def fresh(_: Path) -> Record:
     widths = {n: max(1, done.plan.width(n) // 2) for n in done.plan.rankings}
     further = {n: r.kept(widths[n]) for n, r in done.plan.rankings.items()}
     plan = replace(done.plan, kept={**done.plan.kept, **further})
-    apply(other, find_axes(other), plan)
+    apply_plan(other, find_groups(other), plan)
     return plan_record(plan) | weights_record(other)
 
 
@@ -328,11 +323,11 @@ def own_network(gradients: bool, _: Path) -> Record:
 
     @register_family(f"golden-normed-{gradients}", matches=lambda m: isinstance(m, Normed))
     def describe(net: nn.Module) -> list[Any]:
-        low = {"producers": ["up"], "readers": ["down"], "level": 0}
-        high = {"producers": ["mid"], "readers": ["one", "two"], "level": 1}
+        low = {"producers": ["up"], "consumers": ["down"], "level": 0}
+        high = {"producers": ["mid"], "consumers": ["one", "two"], "level": 1}
         return [
-            linear_axis(net, "low", kind=FFN, **low),
-            linear_axis(net, "high", kind=FFN, **high),
+            linear_group(net, "low", kind=FFN, **low),
+            linear_group(net, "high", kind=FFN, **high),
         ]
 
     generator = torch.Generator().manual_seed(1)
@@ -368,8 +363,8 @@ def torch_encoder(norm_first: bool, _: Path) -> Record:
         found = []
         for i, layer in enumerate(net.encoder.layers):
             path = f"encoder.layers.{i}"
-            ends = {"producers": [f"{path}.linear1"], "readers": [f"{path}.linear2"]}
-            group = linear_axis(net, f"ffn{i}", kind=FFN, level=i, **ends)
+            ends = {"producers": [f"{path}.linear1"], "consumers": [f"{path}.linear2"]}
+            group = linear_group(net, f"ffn{i}", kind=FFN, level=i, **ends)
             stream = f"{path}.norm2" if layer.norm_first else f"{path}.linear1"
             found.append(replace(group, skip=stream))
         return found
@@ -463,11 +458,13 @@ def thinned(criterion: str, target: int | None, _: Path) -> Record:
     points = 4 + (steps * torch.rand(9, 1, generator=generator)).cumsum(0)
     cosine = torch.nn.functional.cosine_similarity(points[:, None], points[None], dim=-1)
     alike, angles = cosine[1:, 1:], cosine.clamp(-1, 1).arccos() / math.pi
-    compared = Compared(tuple(range(8)), *(tuple(map(tuple, m.tolist())) for m in (alike, angles)))
+    compared = LayerComparison(
+        tuple(range(8)), *(tuple(map(tuple, m.tolist())) for m in (alike, angles))
+    )
     found = []
     for progress in (0.5, 1.0):
         for every in (1, 2):
-            how = Thinning(0.99 if target is None else None, target, criterion, seed=1)
+            how = LayerSelector(0.99 if target is None else None, target, criterion, seed=1)
             cut = how.choose("stack", compared, every=every, progress=progress)
             found.append([list(cut.after), list(map(list, cut.clusters)), cut.threshold, cut.every])
     return {"chosen": found}
@@ -494,13 +491,15 @@ METHODS: dict[str, dict[str, Any]] = {
         "method": {"widths": UNIFORM, "relevance": READERS},
         "gradients": False,
     },
-    "no compensation": {"method": {"fold_in": False}},
-    "no reconstruction": {"method": {"refit": False}},
-    "neither": {"method": {"refit": False, "fold_in": False}},
-    "reconstruction, ridge 0.5": {"method": {"refit_ridge": 0.5, "refit_positions": 300}},
+    "no compensation": {"method": {"compensate": False}},
+    "no reconstruction": {"method": {"reconstruct": False}},
+    "neither": {"method": {"reconstruct": False, "compensate": False}},
+    "reconstruction, ridge 0.5": {
+        "method": {"reconstruction_ridge": 0.5, "reconstruction_positions": 300}
+    },
     "floors, caps, pins": {
         "method": {
-            "limits": Limits(
+            "constraints": Constraints(
                 floors={r"layer\.0\.": 0.5}, caps={r"layer\.1\.": 0.5}, pins={f"0.*{HEADS}": 3}
             ),
             "multiple": 4,
@@ -508,11 +507,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "budget": 0.45,
     },
     "whole sublayers": {
-        "method": {"limits": Limits(pins={r"layer\.0\.": 0})},
+        "method": {"constraints": Constraints(pins={r"layer\.0\.": 0})},
         "budget": 0.6,
     },
     "dimensions of heads": {"units": [DIMS]},
-    "dimensions and neurons, no reconstruction": {"units": [DIMS, FFN], "method": {"refit": False}},
+    "dimensions and neurons, no reconstruction": {
+        "units": [DIMS, FFN],
+        "method": {"reconstruct": False},
+    },
     "dimensions and heads, uniform": {"units": [DIMS, HEADS], "method": {"widths": UNIFORM}},
     "hidden size": {"units": [RESIDUAL]},
     "pooler": {"units": [POOLER]},
@@ -534,10 +536,10 @@ TRAINING: dict[str, dict[str, Any]] = {
     "all kinds": {"pruning": {"units": ALL}},
     "relevance of weights": {"pruning": {"relevance": READERS}},
     "no relevance, uniform": {"pruning": {"relevance": None, "widths": UNIFORM}},
-    "information alone": {"pruning": {"selection": ALONE, "refit": False}},
+    "information alone": {"pruning": {"selection": ALONE, "reconstruct": False}},
     "multiply-accumulates": {"pruning": {"sparsity": None, "target_macs": 70_000}},
     "information": {"pruning": {"sparsity": None, "keep_information": 0.8}},
-    "few samples": {"pruning": {"positions": 300, "refit_positions": 200, "seed": 5}},
+    "few samples": {"pruning": {"positions": 300, "reconstruction_positions": 200, "seed": 5}},
     "bounds": {
         "pruning": {"floor": 0.25, "floors": {r"layer\.0\.": 0.5}, "caps": {FFN: 32}, "multiple": 4}
     },
@@ -550,7 +552,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 DEPTH: dict[str, dict[str, Any]] = {
     "layers by threshold": {"layers": {}},
     "layers by threshold, rbf": {"layers": {"kernel": "rbf", "threshold": 0.9}},
-    "layers, no reconstruction": {"layers": {"refit": False}},
+    "layers, no reconstruction": {"layers": {"reconstruct": False}},
     "layers, then units": {"layers": {}, "pruning": {"sparsity": 0.4}, "max_epochs": 6},
     "layers, rollback": {
         "layers": {"max_drop": 0.01, "monitor": "score"},

@@ -1,0 +1,340 @@
+"""Budget: how small the model must get."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from lightning_mi_prune.allocation.constraints import (
+    Bounds,
+    Constraints,
+    at_share,
+    by_choices,
+    never_empty,
+    shares_of,
+)
+from lightning_mi_prune.allocation.costs import Costs, ParameterCosts
+from lightning_mi_prune.core.errors import PruningError, counted, number
+from lightning_mi_prune.core.plan import Ranking
+from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
+
+__all__ = [
+    "NATS",
+    "Budget",
+    "budget_of",
+    "check_reach",
+    "left_to_lose",
+    "ranking_of",
+    "sparsity_of",
+    "uniform",
+    "uniform_informed",
+    "uniform_widths",
+]
+
+NATS = 1e-9  # information below this is rounding
+
+
+_SLACK = 1e-12
+
+
+_GRID = 10**6
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How small the model must get; exactly one of the five.
+
+    Args:
+        sparsity: Share of the prunable parameters to remove, against the model as built.
+        target_parameters: Parameters of the whole module after the last cut.
+        target_macs: Multiply-accumulates of one example after the last cut.
+        target_latency_ms: Milliseconds of one forward pass of the benchmarked call.
+        keep_information: Share of the information with the layers above, in nats and summed over
+            the groups, that stays.
+
+    Raises:
+        PruningError: If none or several are given, or a value is out of range.
+
+    Example:
+        >>> budget = Budget(target_macs=2_000_000)
+        >>> budget.kind, budget.amount, budget.measure
+        ('target_macs', 2000000, 'MACs')
+    """
+
+    sparsity: float | None = None
+    target_parameters: int | None = None
+    target_macs: int | None = None
+    target_latency_ms: float | None = None
+    keep_information: float | None = None
+
+    def __post_init__(self) -> None:
+        names = [f.name for f in fields(self)]
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(f"{name}={getattr(self, name)!r}" for name in given)
+            raise PruningError(
+                f"A budget of {found or 'nothing'}; expected exactly one of {', '.join(names)}."
+            )
+        name, value = given[0], getattr(self, given[0])
+        if name in ("sparsity", "keep_information"):
+            if not _is_number(value) or not 0 < value < 1:
+                raise PruningError(f"{name}={value!r}; expected a number above 0 and below 1.")
+        elif name == "target_latency_ms":
+            if not _is_number(value) or not 0 < value < math.inf:
+                raise PruningError(f"{name}={value!r}; expected milliseconds above 0.")
+        elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise PruningError(f"{name}={value!r}; expected a whole number from 1.")
+
+    @property
+    def kind(self) -> str:
+        """Name of the one that is given."""
+        return next(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+    @property
+    def amount(self) -> float:
+        """Its value."""
+        value: float = getattr(self, self.kind)
+        return value
+
+    @property
+    def measure(self) -> str:
+        """What costs must count for this budget: ``"parameters"``, ``"MACs"`` or ``"ms"``."""
+        return {"target_macs": "MACs", "target_latency_ms": "ms"}.get(self.kind, "parameters")
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.amount}"
+
+    def target(
+        self, groups: Sequence[DependencyGroup], costs: Costs, progress: float = 1.0
+    ) -> float:
+        """Cost that must not be exceeded, ``progress`` of the way from the model as built.
+
+        Args:
+            groups: What may shrink.
+            costs: What widths cost; must count :attr:`measure`.
+            progress: Share of the way, above 0 and up to 1.
+
+        Returns:
+            The cost, in the unit of ``costs``; infinite for ``keep_information``.
+
+        Raises:
+            PruningError: If the costs count something else, or ``progress`` is out of range.
+        """
+        if costs.measure != self.measure:
+            raise PruningError(
+                f"{self} counts {self.measure}, but the costs given count {costs.measure}; "
+                "give costs of the same kind."
+            )
+        if not _is_number(progress) or not 0 < progress <= 1:
+            raise PruningError(f"progress={progress!r}; expected a share above 0 and up to 1.")
+        built = costs.total({group.name: group.size for group in groups})
+        if self.kind == "keep_information":
+            return math.inf
+        if self.kind == "sparsity":
+            prunable = built - costs.total({group.name: 0 for group in groups})
+            return built - progress * self.amount * prunable
+        return built - progress * (built - self.amount)
+
+
+def budget_of(
+    sparsity: float | Budget | None = None,
+    target_parameters: int | None = None,
+    target_macs: int | None = None,
+    target_latency_ms: float | None = None,
+    keep_information: float | None = None,
+) -> Budget:
+    """The budget that options ask for: half of the prunable parameters go where none is given.
+
+    Raises:
+        PruningError: If several are given, or a value is out of range.
+
+    Example:
+        >>> budget_of().amount, budget_of(0.75).amount, budget_of(target_macs=1000).kind
+        (0.5, 0.75, 'target_macs')
+    """
+    targets = (target_parameters, target_macs, target_latency_ms, keep_information)
+    none = all(target is None for target in targets)
+    if isinstance(sparsity, Budget):
+        if none:
+            return sparsity
+        raise PruningError(
+            f"A budget of {sparsity} and another one beside it; expected one of the two."
+        )
+    return Budget(0.5 if sparsity is None and none else sparsity, *targets)
+
+
+def sparsity_of(groups: Sequence[DependencyGroup], widths: Mapping[str, int]) -> float:
+    """Share of the prunable parameters that is gone, against the model as built."""
+    return 1 - count_parameters(groups, widths) / count_parameters(groups)
+
+
+def check_reach(
+    groups: Sequence[DependencyGroup],
+    budget: Budget,
+    *,
+    costs: Costs,
+    widths: Literal["global", "uniform"] = "global",
+    current: Mapping[str, int] | None = None,
+    constraints: Constraints | None = None,
+    multiple: int = 8,
+    progress: float = 1.0,
+) -> None:
+    """Refuse a budget that no ranking could meet, before anything is heard or trained.
+
+    Raises:
+        PruningError: If the fewest units that may stay still cost too much; it names what is
+            reachable. Also if constraints match nothing or contradict each other.
+    """
+    bounds = (constraints or Constraints()).resolve(groups, current, multiple=multiple)
+    if widths == "uniform":
+        bounds = never_empty(groups, bounds, multiple)
+    target = budget.target(groups, costs, progress)
+    fewest = costs.total({name: least for name, (least, _) in bounds.items()})
+    built = costs.total({group.name: group.size for group in groups})
+    if fewest <= target + _SLACK * max(1.0, built):
+        return
+    if budget.kind == "sparsity":
+        prunable = built - costs.total({group.name: 0 for group in groups})
+        reach = (built - fewest) / prunable if prunable else 0.0
+        best = f"at most {int(reach * 1e4) / 1e4:.4f} of the prunable parameters can go"
+    else:
+        best = (
+            f"no fewer than {number(fewest)} {costs.measure} can be reached "
+            f"(as built: {number(built)})"
+        )
+    raise PruningError(
+        f"{budget} is out of reach: with the floors, pins and multiple={multiple} given, {best}. "
+        "Loosen the budget, the constraints or the multiple, or include more groups."
+    )
+
+
+def uniform_widths(
+    groups: Sequence[DependencyGroup],
+    sparsity: float,
+    *,
+    multiple: int = 8,
+    floor: float = 0.05,
+) -> dict[str, int]:
+    """Widths with the same share kept everywhere, that remove at least ``sparsity``.
+
+    Args:
+        groups: What may shrink.
+        sparsity: Share of the prunable parameters to remove, against the model as built.
+        multiple: Widths of groups with one entry a unit are multiples of this (where they were).
+        floor: Smallest share of a group that stays; at least one step always does.
+
+    Raises:
+        PruningError: If the floors do not let that much go.
+
+    Example:
+        >>> from lightning_mi_prune.discovery.groups import Slice
+        >>> ffn = DependencyGroup("ffn", "ffn", 64, 1, (Slice("w", 0, (64, 8)),), ("down",))
+        >>> uniform_widths([ffn], 0.5)
+        {'ffn': 32}
+    """
+    budget, constraints, costs = (
+        Budget(sparsity=sparsity),
+        Constraints(floor=floor),
+        ParameterCosts(groups),
+    )
+    check_reach(
+        groups, budget, costs=costs, widths="uniform", constraints=constraints, multiple=multiple
+    )
+    bounds = never_empty(groups, constraints.resolve(groups, multiple=multiple), multiple)
+    target = budget.target(groups, costs)
+    return uniform(groups, costs, target, bounds=bounds, multiple=multiple)
+
+
+def uniform(
+    groups: Sequence[DependencyGroup],
+    costs: Costs,
+    target: float,
+    *,
+    bounds: Bounds,
+    multiple: int = 8,
+) -> dict[str, int]:
+    """The largest widths with the same share kept everywhere that cost no more than ``target``.
+
+    Whole heads are few and neurons many: heads take the nearest whole number, and the neurons,
+    in steps of ``multiple``, make up the difference, so the budget is met as closely as it can be.
+
+    Args:
+        groups: What may shrink.
+        costs: What widths cost.
+        target: Cost that must not be exceeded; the fewest units must cost no more.
+        bounds: Fewest and most units of every group.
+        multiple: Widths of groups with one entry a unit are multiples of this.
+    """
+    fits = target + _SLACK * costs.total({group.name: group.size for group in groups})
+
+    def starts(gone: int) -> bool:
+        share = 1 - gone / _GRID
+        return costs.total({a.name: min(share * a.size, bounds[a.name][1]) for a in groups}) <= fits
+
+    kept = 1 - bisect_left(range(_GRID), True, key=starts) / _GRID
+    fine, coarse = by_choices(groups, multiple)
+    shares = shares_of(fine, bounds, multiple)
+    while True:
+        rough = at_share(coarse, kept, bounds, multiple)
+
+        def meets(share: float, rough: dict[str, int] = rough) -> bool:
+            return costs.total(rough | at_share(fine, share, bounds, multiple, down=True)) <= fits
+
+        place = bisect_left(shares, True, key=meets)
+        if place < len(shares) or not coarse or kept <= 0:
+            share = shares[min(place, len(shares) - 1)]
+            found = rough | at_share(fine, share, bounds, multiple, down=True)
+            return {group.name: found[group.name] for group in groups}
+        kept -= min(1 / group.size for group in coarse)
+
+
+def uniform_informed(
+    groups: Sequence[DependencyGroup],
+    rankings: Mapping[str, Ranking],
+    need: float,
+    bounds: Bounds,
+    multiple: int,
+) -> dict[str, int]:
+    """The same share of every group, the smallest that keeps the information."""
+    for group in groups:
+        ranking_of(group, rankings, bounds[group.name][1])
+
+    def spent(share: float) -> bool:
+        widths = at_share(groups, share, bounds, multiple)
+        return left_to_lose(groups, rankings, widths, need) < -NATS
+
+    shares = shares_of(groups, bounds, multiple)
+    place = max(0, bisect_left(shares, True, key=spent) - 1)
+    return at_share(groups, shares[place], bounds, multiple)
+
+
+def left_to_lose(
+    groups: Sequence[DependencyGroup],
+    rankings: Mapping[str, Ranking],
+    widths: Mapping[str, int],
+    need: float,
+) -> float:
+    """Nats that may still go so that the share ``need`` stays; negative if too many are gone."""
+    total = sum(ranking_of(group, rankings, 0).lost(0)[1] for group in groups)
+    lost = sum(rankings[group.name].lost(widths[group.name])[1] for group in groups)
+    return (1 - need) * total - lost
+
+
+def ranking_of(group: DependencyGroup, rankings: Mapping[str, Ranking], width: int) -> Ranking:
+    """The ranking of a group, if it covers ``width`` units; a PruningError otherwise."""
+    if group.name not in rankings:
+        raise PruningError(f"{group.name!r} has no ranking; rank every group that competes.")
+    ranking = rankings[group.name]
+    if len(ranking.order) < width:
+        raise PruningError(
+            f"The ranking of {group.name!r} covers {number(len(ranking.order))} of "
+            f"{counted(width, 'unit')}; expected all that are left. Rank the group again."
+        )
+    return ranking
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,318 @@
+"""Constraints: fewest and most units that every group may keep."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from lightning_mi_prune.core.errors import PruningError, counted, number
+from lightning_mi_prune.discovery.groups import DependencyGroup
+
+__all__ = [
+    "Bounds",
+    "Constraints",
+    "at_share",
+    "by_choices",
+    "check_left",
+    "may_be_empty",
+    "never_empty",
+    "shares_of",
+    "step_of",
+    "widths_between",
+]
+
+Bounds = Mapping[str, tuple[int, int]]
+
+
+_SLACK = 1e-9
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Floors, caps and pins of groups, by regular expressions searched in their names.
+
+    A whole number counts units; a ``float`` from 0.0 to 1.0 is a share of the group as built. Where
+    several expressions find a group, the highest floor and the lowest cap hold.
+
+    Args:
+        floors: Units that must stay; rounded up to whole steps.
+        caps: Units that may stay at most; rounded down to whole steps.
+        pins: Units that must stay exactly; not rounded, and stronger than ``floor``.
+        floor: Smallest share of every group that stays. A group that may vanish can lose all its
+            units where this is 0; the others always keep one step.
+
+    Raises:
+        PruningError: If a value is neither a number of units nor a share, or a key is no regular
+            expression.
+
+    Example:
+        >>> groups = [DependencyGroup(f"{i}.ffn", "ffn", 64, 1, (), ("down",)) for i in (0, 1)]
+        >>> Constraints(floors={"ffn": 0.5}, pins={"^1": 48}).resolve(groups)
+        {'0.ffn': (32, 64), '1.ffn': (48, 48)}
+    """
+
+    floors: Mapping[str, int | float] = field(default_factory=dict)
+    caps: Mapping[str, int | float] = field(default_factory=dict)
+    pins: Mapping[str, int | float] = field(default_factory=dict)
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.floor, (int, float)) and not isinstance(self.floor, bool)
+        if not number or not 0 <= self.floor < 1:
+            raise PruningError(f"floor={self.floor!r}; expected a share from 0 and below 1.")
+        for option in ("floors", "caps", "pins"):
+            values = getattr(self, option)
+            if not isinstance(values, Mapping):
+                raise PruningError(
+                    f"{option}={values!r:.60}; expected a mapping such as {{'ffn$': 0.25}}."
+                )
+            for expression, value in values.items():
+                _check_expression(option, expression)
+                _check_amount(option, expression, value)
+            object.__setattr__(self, option, MappingProxyType(dict(values)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Constraints, (dict(self.floors), dict(self.caps), dict(self.pins), self.floor)
+
+    def resolve(
+        self,
+        groups: Sequence[DependencyGroup],
+        current: Mapping[str, int] | None = None,
+        *,
+        multiple: int = 8,
+    ) -> dict[str, tuple[int, int]]:
+        """Fewest and most units of every group.
+
+        Args:
+            groups: What may shrink.
+            current: Units that each group has now (default: as built); nothing grows beyond them.
+            multiple: Widths of groups with one entry a unit are multiples of this.
+
+        Raises:
+            PruningError: If an expression finds no group, or constraints contradict each other, the group
+                or what it has left.
+        """
+        for option in ("floors", "caps", "pins"):
+            for expression in getattr(self, option):
+                if not any(re.search(expression, group.name) for group in groups):
+                    sample = [group.name for group in groups[:4]]
+                    raise PruningError(
+                        f"{option}: {expression!r} matches no group; the names look like {sample}."
+                    )
+        bounds = {}
+        for group in groups:
+            least, most = self._range(group, multiple)
+            now = group.size if current is None else current[group.name]
+            pin = self._pin(group, now)
+            if pin is not None:
+                _check_pin(group, pin, self._given("floors", group), self._given("caps", group))
+                least = most = pin
+            if most < group.size:
+                _check_empty(group, most)
+            bounds[group.name] = (min(least, now), min(most, now))
+        return bounds
+
+    def _given(self, option: str, group: DependencyGroup) -> list[tuple[str, int | float, float]]:
+        """Expressions that find the group, what they say, and that in units."""
+        found = []
+        for expression, value in getattr(self, option).items():
+            if not re.search(expression, group.name):
+                continue
+            units = value * group.size if isinstance(value, float) else value
+            if units > group.size and option != "caps":
+                noun = {"floors": "floor", "pins": "pinned width"}[option]
+                raise PruningError(
+                    f"{option}: {expression!r} asks for a {noun} of {counted(value, 'unit')}, "
+                    f"above the {number(group.size)} that {group.name!r} has as built; lower it."
+                )
+            found.append((expression, value, units))
+        return found
+
+    def _range(self, group: DependencyGroup, multiple: int) -> tuple[int, int]:
+        step = step_of(group, multiple)
+        floors = [self.floor * group.size, *(units for _, _, units in self._given("floors", group))]
+        least = min(group.size, step * math.ceil(max(floors) / step - _SLACK))
+        if least < step and not may_be_empty(group):
+            least = step
+        most = group.size
+        for expression, value, units in self._given("caps", group):
+            if units >= group.size:
+                continue
+            cap = step * math.floor(units / step + _SLACK)
+            if cap == 0 and units > 0:
+                raise PruningError(
+                    f"caps: {expression!r} leaves {group.name!r} {value}, less than one step of "
+                    f"{counted(step, 'unit')}. Raise the cap, lower multiple={multiple}, or say 0."
+                )
+            _check_empty(group, cap)
+            if least > cap:
+                raise PruningError(
+                    f"caps: {expression!r} lets {group.name!r} keep {counted(cap, 'unit')} at most, "
+                    f"below its floor of {least}; raise the cap or lower the floor."
+                )
+            most = min(most, cap)
+        return least, most
+
+    def _pin(self, group: DependencyGroup, now: int) -> int | None:
+        pins = self._given("pins", group)
+        if not pins:
+            return None
+        widths = {round(units) for _, _, units in pins}
+        if len(widths) > 1:
+            raise PruningError(
+                f"pins: {[e for e, _, _ in pins]} pin {group.name!r} to {sorted(widths)} units; "
+                "expected one number. Narrow one of the expressions."
+            )
+        (pin,) = widths
+        if pin > now:
+            raise PruningError(
+                f"pins: {pins[0][0]!r} pins {group.name!r} to {counted(pin, 'unit')}, above the "
+                f"{now} that earlier cuts left; pruned units do not come back. Lower the pin."
+            )
+        return pin
+
+
+def step_of(group: DependencyGroup, multiple: int) -> int:
+    """Units that leave a group together: ``multiple`` neurons or dimensions, or one head."""
+    return multiple if (group.entries == 1 or group.spread) and group.size > multiple else 1
+
+
+def widths_between(least: int, most: int, step: int) -> list[int]:
+    """Widths a group may take, from ``most`` down: multiples of ``step``, and both ends.
+
+    Example:
+        >>> widths_between(0, 20, 8)
+        [20, 16, 8, 0]
+    """
+    if least >= most:
+        return [most]
+    inner = range(step * (-(-most // step) - 1), least, -step)
+    return [most, *inner, least]
+
+
+def at_share(
+    groups: Sequence[DependencyGroup],
+    share: float,
+    bounds: Bounds,
+    multiple: int,
+    *,
+    down: bool = False,
+) -> dict[str, int]:
+    """Width of every group where ``share`` of it stays: the nearest in steps, or the next below."""
+    found = {}
+    for group in groups:
+        step, (least, most) = step_of(group, multiple), bounds[group.name]
+        steps = share * group.size / step
+        width = step * (math.floor(steps + 1e-9) if down else round(steps))
+        found[group.name] = max(least, min(most, group.size if down and share >= 1 else width))
+    return found
+
+
+def shares_of(groups: Sequence[DependencyGroup], bounds: Bounds, multiple: int) -> list[float]:
+    """Every share at which one of the groups changes its width, the largest first."""
+    found = {
+        width / group.size
+        for group in groups
+        for width in widths_between(*bounds[group.name], step_of(group, multiple))
+    }
+    return sorted(found, reverse=True)
+
+
+def never_empty(
+    groups: Sequence[DependencyGroup], bounds: Bounds, multiple: int
+) -> dict[str, tuple[int, int]]:
+    """The bounds, with one step at least on every group that has one to keep."""
+    found = {}
+    for group in groups:
+        least, most = bounds[group.name]
+        found[group.name] = (max(least, min(step_of(group, multiple), most)), most)
+    return found
+
+
+def by_choices(
+    groups: Sequence[DependencyGroup], multiple: int
+) -> tuple[list[DependencyGroup], list[DependencyGroup]]:
+    """Groups with the most widths to choose from, and the others."""
+    choices = {group.name: -(-group.size // step_of(group, multiple)) for group in groups}
+    fine = [group for group in groups if choices[group.name] == max(choices.values())]
+    return fine, [group for group in groups if group not in fine]
+
+
+def check_left(
+    groups: Sequence[DependencyGroup],
+    widths: Mapping[str, int],
+    told: Collection[str],
+    budget: object,
+) -> None:
+    """Refuse a budget that leaves nothing: a slip of the pen is likelier than such a wish.
+
+    Args:
+        groups: All groups of the model.
+        widths: Units that the budget leaves.
+        told: Groups that a pin or cap empties.
+        budget: The budget, for the error.
+
+    Raises:
+        PruningError: If all that may vanish would, without being told to.
+    """
+    may = [group for group in groups if may_be_empty(group) and group.name not in told]
+    if may and not any(widths[group.name] for group in may):
+        raise PruningError(
+            f"{budget} leaves nothing: all units of {counted(len(may), 'group')} of "
+            f"{sorted({group.kind for group in may})} would vanish. Ask for a larger model, or set "
+            "floor (0.05 keeps a twentieth of each), or pins of 0 if that is what you want."
+        )
+
+
+def may_be_empty(group: DependencyGroup) -> bool:
+    """Whether the group may lose all its units."""
+    return group.may_be_empty or bool(group.empty_forward)
+
+
+def _check_expression(option: str, expression: object) -> None:
+    if not isinstance(expression, str):
+        raise PruningError(f"{option}: {expression!r} is not text; expected a regular expression.")
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise PruningError(
+            f"{option}: {expression!r} is not a regular expression ({error}); expected one "
+            "such as 'ffn$'."
+        ) from error
+
+
+def _check_amount(option: str, expression: str, value: object) -> None:
+    share = isinstance(value, float) and math.isfinite(value) and 0 <= value <= 1
+    units = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not share and not units:
+        raise PruningError(
+            f"{option}: {expression!r} is {value!r}; expected a whole number of units, or a share "
+            "from 0.0 to 1.0."
+        )
+
+
+def _check_empty(group: DependencyGroup, units: int) -> None:
+    if units == 0 and not may_be_empty(group):
+        raise PruningError(
+            f"{group.name!r} cannot run without units, but a cap or pin of 0 would empty it; leave "
+            "it at least one."
+        )
+
+
+def _check_pin(
+    group: DependencyGroup,
+    pin: int,
+    floors: Sequence[tuple[str, int | float, float]],
+    caps: Sequence[tuple[str, int | float, float]],
+) -> None:
+    for noun, given in (("below its floor", floors), ("above its cap", caps)):
+        for expression, value, units in given:
+            if (pin < units - _SLACK) if given is floors else (pin > units + _SLACK):
+                raise PruningError(
+                    f"{group.name!r} is pinned to {counted(pin, 'unit')}, {noun} of {value} "
+                    f"({expression!r}); change one of them."
+                )

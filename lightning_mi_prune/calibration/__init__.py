@@ -1,0 +1,3 @@
+"""Collect activations, gradients and calls from data."""
+
+__all__: list[str] = []

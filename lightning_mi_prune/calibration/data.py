@@ -1,0 +1,67 @@
+"""CalibrationData: everything collected before a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lightning_mi_prune.calibration.calls import RecordedCall
+from lightning_mi_prune.calibration.gradients import GradientSums
+from lightning_mi_prune.calibration.moments import Moments
+from lightning_mi_prune.core.untrusted import listed, whole
+
+__all__ = [
+    "CalibrationData",
+    "LayerComparison",
+    "nearest",
+]
+
+
+@dataclass
+class CalibrationData:
+    """All that was heard before a cut.
+
+    Args:
+        moments: Sums of activations at each place, by key.
+        gradients: Sums of gradients of training steps, by key; None where nobody asked.
+        ranks: Inputs to run the cut model on, of each rank, by path of the network called.
+        examples: One call of each network, to count and to time its work.
+        stacks: How alike the layers of each stack are, by its name.
+    """
+
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    gradients: Mapping[str, GradientSums] | None = None
+    ranks: Sequence[Mapping[str, Sequence[RecordedCall]]] = ()
+    examples: Mapping[str, RecordedCall] = field(default_factory=dict)
+    stacks: Mapping[str, LayerComparison] = field(default_factory=dict)
+
+
+Matrix = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """How alike the layers of a stack were in one validation run.
+
+    Args:
+        layers: The layers, as numbered when built, bottom to top.
+        similarity: CKA of every pair ``(L, L)``.
+        angles: Mean angle between every pair of states ``(L + 1, L + 1)``, the input first.
+        fixed: Layers at the bottom that must stay: others use what they hold, or their output
+            has another shape than their input.
+    """
+
+    layers: tuple[int, ...]
+    similarity: Matrix
+    angles: Matrix
+    fixed: int = 0
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    return tuple(whole(layer) for layer in listed(value))
+
+
+def nearest(compared: LayerComparison) -> float:
+    """CKA of the two neighbours that are most alike."""
+    rows = enumerate(compared.similarity[:-1])
+    return max((row[place + 1] for place, row in rows), default=0.0)

@@ -1,0 +1,381 @@
+"""GradientRecorder: hooks that sum the loss gradients at the outputs of every group's consumers.
+
+``G = E[g g']``, with ``g`` the gradient of an example's loss at the output of a consumer, summed over
+its positions. The layer above is then seen as ``G^(1/2) z + noise``: a channel that is noisy where
+the loss does not listen, and ``1/2 tr(G Cov(z | kept))`` is the expected rise of the loss in nats.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_mi_prune.calibration.activations import ModuleHooks
+from lightning_mi_prune.calibration.calls import batch_size_of
+from lightning_mi_prune.calibration.padding import Padding
+from lightning_mi_prune.core.errors import PruningError, counted
+from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.discovery.groups import DependencyGroup
+
+__all__ = [
+    "GradientRecorder",
+    "GradientSums",
+    "Relevance",
+    "check_gradients",
+    "empty_sums",
+    "relevance_of",
+    "relevance_of_weights",
+]
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """What matters at one place, and how much.
+
+    Args:
+        matrix: ``G (m, m)`` over the outputs of the consumer or, where several layers read the same
+            units, ``G (d, d)`` over the units themselves, which all of them hand down.
+        inside: Whether the matrix is over the units.
+        taylor: First-order change of the loss without each unit ``(units,)``, if it was gathered.
+    """
+
+    matrix: Tensor
+    inside: bool = False
+    taylor: Tensor | None = None
+
+
+class GradientSums:
+    """Sums over a bounded sample of training steps at one place, in float64.
+
+    Sums of fixed shape: ranks are reduced by addition.
+
+    Args:
+        dimension: Outputs of the consumer, or entries of the units where several layers read them.
+        units: Units of the group.
+        inside: Whether the gradients are those of the units.
+    """
+
+    def __init__(self, dimension: int, units: int, *, inside: bool = False) -> None:
+        self.dimension, self.units, self.inside = dimension, units, inside
+        self.matrix = torch.zeros(dimension, dimension, dtype=torch.float64)
+        self.taylor = torch.zeros(units, dtype=torch.float64)
+        # Examples heard, steps heard, steps left out because a gradient was not finite.
+        self.counts = torch.zeros(3, dtype=torch.float64)
+
+    @property
+    def packed_size(self) -> int:
+        """Length of :meth:`packed`."""
+        return 3 + self.units + self.dimension * (self.dimension + 1) // 2
+
+    def packed(self) -> Tensor:
+        """All sums as one vector; of the symmetric matrix one triangle."""
+        rows, columns = torch.triu_indices(self.dimension, self.dimension)
+        return torch.cat([self.counts, self.taylor, self.matrix[rows, columns]])
+
+    def unpack(self, packed: Tensor) -> GradientSums:
+        """Take over sums that :meth:`packed` wrote.
+
+        Raises:
+            PruningError: If the vector is not of this shape.
+
+        Example:
+            >>> sums = GradientSums(2, 1)
+            >>> sums.matrix += 3.0
+            >>> GradientSums(2, 1).unpack(sums.packed()).matrix
+            tensor([[3., 3.],
+                    [3., 3.]], dtype=torch.float64)
+        """
+        if packed.shape != (self.packed_size,) or packed.dtype != torch.float64:
+            raise PruningError(
+                f"Sums of gradients of shape {tuple(packed.shape)} and type {packed.dtype}; "
+                f"expected ({self.packed_size},) of float64. They belong to another model."
+            )
+        counts, taylor, triangle = torch.split(
+            packed.cpu(), [3, self.units, self.packed_size - 3 - self.units]
+        )
+        rows, columns = torch.triu_indices(self.dimension, self.dimension)
+        self.matrix = torch.zeros(self.dimension, self.dimension, dtype=torch.float64)
+        self.matrix[rows, columns] = triangle
+        self.matrix[columns, rows] = triangle
+        self.counts, self.taylor = counts.clone(), taylor.clone()
+        return self
+
+
+def check_gradients(sums: Mapping[str, GradientSums], *, scaled: bool = False) -> None:
+    """Refuse sums that say nothing, or nothing that can be trusted.
+
+    Args:
+        sums: What was gathered, by key.
+        scaled: Whether a gradient scaler ran: it looks for the largest scale without overflow, so
+            some steps are expected to be left out.
+
+    Raises:
+        PruningError: If no training step was heard, gradients were not finite, or none arrived.
+    """
+    for key, found in sums.items():
+        _, steps, skipped = (int(n) for n in found.counts)
+        if skipped and not (scaled and steps):
+            raise PruningError(
+                f"NaN or infinite gradients at {key!r} in {skipped} of "
+                f"{counted(steps + skipped, 'training step')}. Expected finite ones; lower the "
+                "learning rate, clip gradients, or use relevance='weights', which needs none."
+            )
+        if not steps:
+            raise PruningError(
+                f"relevance='gradient' asks for training steps, but none were heard at {key!r}. "
+                "Expected at least one backward pass through the network before a cut; train "
+                "first, or use relevance='weights', which needs none."
+            )
+        if found.dimension and not found.matrix.any():
+            raise PruningError(
+                f"No gradient reached {key!r} in {counted(steps, 'training step')}, so nothing "
+                "above it matters to the loss. Exclude the group, or use relevance='weights'."
+            )
+
+
+def relevance_of(sums: Mapping[str, GradientSums]) -> dict[str, Relevance]:
+    """``G`` for one example, by key.
+
+    Example:
+        >>> sums = GradientSums(1, 1)
+        >>> sums.matrix += 6.0
+        >>> sums.counts += 2.0
+        >>> relevance_of({"ffn": sums})["ffn"].matrix
+        tensor([[3.]], dtype=torch.float64)
+    """
+    found = {}
+    for key, each in sums.items():
+        examples = each.counts[0].clamp_min(1)
+        taylor = (each.taylor / examples).sqrt()
+        found[key] = Relevance(each.matrix / examples, each.inside, taylor)
+    return found
+
+
+def relevance_of_weights(
+    group: DependencyGroup, weights: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]
+) -> dict[str, Relevance]:
+    """``G = sum W'W`` over the kept rows of every projection above: no gradients needed.
+
+    Args:
+        group: The group to weigh the consumers of.
+        weights: Parameters of the model as it stands, by qualified name.
+        rows: Rows that are kept of each tensor above; None or missing keeps all.
+    """
+    found = {}
+    if group.above and not group.consumer_sets:
+        total: Tensor | None = None
+        for consumer in group.above:
+            weight = weights[f"{consumer}.weight"].detach().double()
+            kept = rows.get(f"{consumer}.weight")
+            weight = weight if kept is None else weight[kept.to(weight.device)]
+            total = weight.mT @ weight if total is None else total + weight.mT @ weight
+        if total is not None:
+            found[group.name] = Relevance(total)
+    return found
+
+
+class GradientRecorder(ModuleHooks):
+    """Hooks the consumers of every group and sums the gradients at their outputs, step by step.
+
+    The gradients are those that ordinary training computes: of scaled losses, of losses divided for
+    accumulation, of several losses in one step, through activation checkpoints. Where a step was
+    scaled, say so, and gradients of different steps weigh the same. A step with a gradient that is
+    not finite is left out at every place.
+
+    Args:
+        model: Module that holds the groups.
+        groups: What to feel.
+        steps: Steps to hear.
+        batches: Steps there will be; they are heard evenly spread. None hears the first ones.
+        taylor: Whether to gather first-order changes too, for the criterion of that name.
+        plan: Plan that the model carries (default: as built).
+
+    Example:
+        >>> from lightning_mi_prune.discovery.families.describe import linear_group
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
+        >>> with GradientRecorder(net, [group]) as felt:
+        ...     with felt.step(0):
+        ...         net(torch.randn(5, 3)).square().mean().backward()
+        >>> [int(n) for n in felt.sums["hidden"].counts]
+        [5, 1, 0]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[DependencyGroup],
+        *,
+        steps: int = 64,
+        batches: int | None = None,
+        taylor: bool = False,
+        plan: PruningPlan | None = None,
+    ) -> None:
+        super().__init__(model)
+        self.sums = empty_sums(model, groups, plan)
+        self._readers = [
+            (key, consumer, group.scope or group.network)
+            for group in groups
+            for key, consumers in group.places.items()
+            for consumer in consumers
+        ]
+        self._steps, self._taylor = steps, taylor
+        self._padding = Padding()
+        self._stride = 1 if batches is None else max(1, batches // steps)
+        self._networks = sorted({group.scope or group.network for group in groups})
+        self._staged: dict[str, list[Tensor]] = {}
+        self._rows: Counter[tuple[str, bool]] = Counter()
+        self._last: dict[str, int] = {}
+        self._hearing = False
+
+    def _attach(self) -> Iterator[RemovableHandle]:
+        for path in self._networks:
+            module, hook = self._model.get_submodule(path), partial(self._count, path)
+            yield module.register_forward_pre_hook(hook, with_kwargs=True)
+        yield from self._padding.attach(self._model)
+        for key, consumer, path in self._readers:
+            module, feel = self._model.get_submodule(consumer), self._on_reader(key, path)
+            yield module.register_forward_hook(feel, with_kwargs=True)
+
+    @contextmanager
+    def step(self, index: int, *, scale: float = 1.0) -> Iterator[None]:
+        """The block in which one training step runs: :meth:`begin` and :meth:`end`."""
+        self.begin(index)
+        yield
+        self.end(scale=scale)
+
+    def begin(self, index: int) -> None:
+        """A training step begins.
+
+        Args:
+            index: Index of the step within its epoch.
+        """
+        self._drop()
+        turn, rest = divmod(index, self._stride)
+        self._hearing = turn < self._steps and rest == self._stride - 1
+
+    def end(self, *, scale: float = 1.0) -> None:
+        """A training step is over: add what was felt to the sums, if all of it is finite.
+
+        Args:
+            scale: What one example's loss was multiplied with times the number of examples of the
+                step: the scale of a gradient scaler over the number of accumulated batches.
+        """
+        staged, self._hearing = self._staged, False
+        if staged:
+            values = [t for parts in staged.values() for t in parts]
+            finite = bool(torch.stack([t.sum() for t in values]).isfinite().all())
+            examples = self._examples()
+            weight = (examples / scale) ** 2
+            for key, sums in self.sums.items():
+                if not finite:
+                    sums.counts[2] += 1
+                    continue
+                sums.counts += torch.tensor([examples, 1.0, 0.0], dtype=torch.float64)
+                if key in staged:
+                    matrix, taylor = (t.to("cpu", torch.float64) for t in staged[key])
+                    sums.matrix += matrix * weight
+                    sums.taylor += taylor * weight
+        self._drop()
+
+    def _drop(self) -> None:
+        self._staged, self._rows, self._hearing = {}, Counter(), False
+        self._last.clear()
+        self._padding.clear()
+
+    def _count(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._hearing and torch.is_grad_enabled():
+            self._last[path] = batch_size_of((*args, *kwargs.values())) or 0
+            self._rows[path, _is_again()] += self._last[path]
+
+    def _count_positions_first(self, path: str, x: Tensor) -> None:
+        """Correct the count of a call whose inputs have positions first, as they turn out to."""
+        positions, rows = x.shape[:2]
+        if self._last.get(path) == positions:
+            self._rows[path, _is_again()] += rows - positions
+            self._last[path] = rows
+
+    def _examples(self) -> int:
+        """Examples of the step; each goes through every network, and may do so once more."""
+        return max(
+            (self._rows[path, False] or self._rows[path, True] for path in self._networks),
+            default=0,
+        )
+
+    def _on_reader(self, key: str, path: str) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor | None:
+            if not self._hearing or not torch.is_grad_enabled():
+                return None
+            if not output.requires_grad:
+                # Everything below is frozen, but what is above still says what matters here. Of
+                # a copy: a leaf that needs gradients takes no operation in place.
+                if not output.is_floating_point():
+                    return None
+                output = output.detach().requires_grad_().clone()
+            x = (args[0] if args else kwargs["input"]).detach()
+            weight: Any = module.weight
+            swapped = self._padding.positions_first(x)
+            if swapped:
+                self._count_positions_first(path, x)
+            feel = partial(self._feel, key, x, weight.detach(), swapped)
+            output.register_hook(feel)  # type: ignore[no-untyped-call]
+            return output
+
+        return hook
+
+    def _feel(self, key: str, x: Tensor, weight: Tensor, swapped: bool, grad: Tensor) -> None:
+        if not self._hearing:
+            return
+        if swapped:
+            x, grad = x.transpose(0, 1), grad.transpose(0, 1)
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            sums = self.sums[key]
+            g = grad.detach().flatten(0, -2).float()
+            down = g @ weight.float() if self._taylor or sums.inside else g
+            heard = down if sums.inside else g
+            if key not in self._staged:
+                # Of a given type: precision plugins change what torch makes by itself.
+                self._staged[key] = [
+                    g.new_zeros(sums.dimension, sums.dimension),
+                    g.new_zeros(sums.units),
+                ]
+            matrix, taylor = self._staged[key]
+            matrix.addmm_(heard.mT, heard)
+            if self._taylor:
+                change = (x.reshape(down.shape).float() * down).view(x.shape[0], -1, x.shape[-1])
+                entries = x.shape[-1] // max(1, sums.units)
+                change = change.sum(1).view(x.shape[0], sums.units, entries).sum(2)
+                taylor += change.square().sum(0)
+
+
+def _is_again() -> bool:
+    """Whether a forward pass runs inside a backward one: an activation checkpoint."""
+    return bool(torch._C._current_graph_task_id() >= 0)
+
+
+def empty_sums(
+    model: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan | None = None
+) -> dict[str, GradientSums]:
+    """Empty sums for every place, in the shape the model has now, at a plan (default: as built)."""
+    widths = {} if plan is None else plan.widths
+    sums: dict[str, GradientSums] = {}
+    for group in groups:
+        for key, consumers in group.places.items():
+            rows, columns = model.get_parameter(f"{consumers[0]}.weight").shape
+            # What several layers read, unless it is what they make that is asked for.
+            inside = (bool(group.consumer_sets) or len(consumers) > 1) and group.rotation is None
+            units = 1 if group.rotation is not None else columns // group.entries_at(widths)
+            sums[key] = GradientSums(columns if inside else rows, units, inside=inside)
+    return sums

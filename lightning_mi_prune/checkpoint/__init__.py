@@ -1,0 +1,3 @@
+"""Store and open pruned models."""
+
+__all__: list[str] = []

@@ -1,0 +1,437 @@
+"""from_pretrained: open Hugging Face folders of pruned models."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from json import JSONDecodeError
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_mi_prune.checkpoint.loading import passing_for
+from lightning_mi_prune.core.empty_linear import KEPT_UNITS, empty_linears
+from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan, recorded_plan
+from lightning_mi_prune.discovery.families import find_groups, plan_for, present_plan
+from lightning_mi_prune.discovery.families.transformers import MODEL_TYPES
+from lightning_mi_prune.discovery.groups import DependencyGroup, full_plan
+from lightning_mi_prune.surgery.parameters import config_numbers, shapes_at
+from lightning_mi_prune.surgery.units import reshape_tensors
+
+__all__ = [
+    "from_pretrained",
+]
+
+_HUB = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+# While it opens a folder, transformers replaces methods of its classes; two threads at once leave
+# them replaced, and no model of the process would have tied weights any more.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """``cls.from_pretrained`` that also opens folders saved from a pruned model.
+
+    A pruned Hugging Face model is saved with its own ``save_pretrained``; its config carries the
+    plan. transformers builds the model and loads the weights; in between, the model gets the shape
+    that the plan gives it. So all options of ``cls.from_pretrained`` mean what they always mean:
+    ``dtype``, ``device_map``, ``config``, ``num_labels``, ``output_loading_info``, arguments of
+    the model. A head or pooler that is not in the folder is new, with transformers' own warning.
+
+    Args:
+        cls: A model class or Auto class of transformers.
+        name_or_path: Folder or hub name.
+        args: Passed on.
+        kwargs: Passed on.
+
+    Raises:
+        PruningError: If the plan, the config and the weights do not belong together, or a file is
+            damaged. Errors of transformers about missing files or options pass through.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import AutoModel, BertConfig, BertModel
+        >>> from lightning_mi_prune import PruningPlan
+        >>> from lightning_mi_prune import apply
+        >>> sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
+        >>> sizes |= {"num_attention_heads": 2, "intermediate_size": 6}
+        >>> net = BertModel(BertConfig(**sizes))
+        >>> groups, name = find_groups(net), "encoder.layer.0.ffn"
+        >>> rewrites = apply(net, groups, full_plan(groups).then(PruningPlan({name: 6}, {name: (0, 3)})))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     net.save_pretrained(folder)
+        ...     again = from_pretrained(AutoModel, folder, dtype="auto")
+        >>> again.encoder.layer[0].intermediate.dense
+        Linear(in_features=8, out_features=2, bias=True)
+    """
+    plan = _plan_to_open(name_or_path, kwargs)
+    with _ONE_AT_A_TIME:
+        if plan is None or plan.is_full:
+            return cls.from_pretrained(name_or_path, *args, **kwargs)
+        return _open(cls, name_or_path, args, kwargs)
+
+
+def _open(
+    cls: Any, name_or_path: str | Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    concrete = _concrete(cls, name_or_path, kwargs)
+    cuts: list[_Cut] = []
+
+    def build(config: Any, *inputs: Any, **options: Any) -> Any:
+        network, cut = _shaped(concrete, name_or_path, config, *inputs, **options)
+        cuts.append(cut)
+        return network
+
+    # All load_errors are wanted at once, with their names: what may be ignored is decided below.
+    wanted = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        network, found = passing_for(concrete, build).from_pretrained(name_or_path, *args, **wanted)
+    except Exception as error:
+        if _is_clear(error):
+            raise
+        raise _damage(error, cls, name_or_path) from error
+    forgiving = bool(kwargs.get("ignore_mismatched_sizes"))
+    _fill_shared(network, found["missing_keys"])
+    _check_arrived(network, cuts[-1], found, name_or_path, forgiving)
+    cuts[-1].fill()
+    return (network, found) if kwargs.get("output_loading_info") else network
+
+
+def _is_clear(error: Exception) -> bool:
+    """Whether an error says what is wrong, as those of transformers do."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return error.errno is None and not isinstance(error, FileNotFoundError)
+    if isinstance(error, TypeError):
+        return "keyword argument" in text or "positional argument" in text
+    if isinstance(error, (JSONDecodeError, UnicodeDecodeError)) or "StreamReader" in text:
+        return False
+    return isinstance(error, (ValueError, RuntimeError, ImportError))
+
+
+def _damage(error: Exception, cls: Any, source: str | Path) -> PruningError:
+    return PruningError(
+        f"{source} cannot be opened as {cls.__name__} ({type(error).__name__}: "
+        f"{' '.join(str(error).split())}); expected what save_pretrained wrote. Is a file damaged "
+        "or not complete? Copy or save the folder again."
+    )
+
+
+def _plan_to_open(source: str | Path, kwargs: Mapping[str, Any]) -> PruningPlan | None:
+    """The plan with which a folder must be opened, or None.
+
+    Raises:
+        PruningError: If a config that was given has another one than the folder.
+    """
+    given = kwargs.get("config")
+    stored = None if source is None else _read(_fields(source, kwargs))
+    if given is None:
+        return stored
+    mine = _read(vars(given) if hasattr(given, "to_dict") else _fields(given, kwargs))
+    if stored is not None and not stored.is_full and stored != mine:
+        other = "no plan" if mine is None else "another plan"
+        raise PruningError(
+            f"{source} holds a pruned model, but the config that was given has {other}; expected "
+            "the plan of the folder. Make the config from the folder, "
+            f"AutoConfig.from_pretrained({str(source)!r}, ...), or leave it out."
+        )
+    return mine
+
+
+def _fields(source: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the config file of a folder says; nothing if there is none."""
+    from transformers import PreTrainedConfig
+
+    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
+    except OSError:
+        return {}  # an adapter, or nothing at all: transformers knows what to do or to answer
+    if not isinstance(fields, Mapping):
+        raise PruningError(
+            f"The config.json of {source} is a {type(fields).__name__}; expected an object with "
+            "fields. Copy or save the folder again."
+        )
+    return fields
+
+
+def _read(fields: Mapping[str, Any]) -> PruningPlan | None:
+    record = {CONFIG_FIELD: fields.get(CONFIG_FIELD)}
+    return recorded_plan(SimpleNamespace(config=SimpleNamespace(**record)))
+
+
+def _concrete(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> Any:
+    """The model class that opens the folder; an Auto class is asked for it.
+
+    Raises:
+        PruningError: If the folder holds another type of model than the class is for.
+    """
+    from transformers import AutoConfig
+
+    given: Any = kwargs.get("config")
+    if hasattr(cls, "from_config"):
+        trust = {n: kwargs[n] for n in ("trust_remote_code", "code_revision") if n in kwargs}
+        hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+        try:
+            config = copy.deepcopy(given)
+            if not hasattr(given, "to_dict"):
+                config = AutoConfig.from_pretrained(given or source, **hub, **trust)
+            with torch.device("meta"):
+                return type(cls.from_config(config, **trust))
+        except Exception as error:
+            if _is_clear(error):
+                raise
+            raise _damage(error, cls, source) from error
+    fields = given.to_dict() if hasattr(given, "to_dict") else _fields(given or source, kwargs)
+    held, wanted = fields.get("model_type"), getattr(cls, "config_class", None)
+    if wanted is not None and held and wanted.model_type and held != wanted.model_type:
+        raise PruningError(
+            f"{source} holds a model of type {held!r}, saved from {fields.get('architectures')}; "
+            f"{cls.__name__} is for the type {wanted.model_type!r}. Open it with that class, or "
+            "an Auto class."
+        )
+    return cls
+
+
+def _shaped(
+    build: Callable[..., Any], source: str | Path, config: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, _Cut]:
+    """Build a network in the shape that the plan in its config gives it; nothing is loaded yet.
+
+    Args:
+        build: The class of the network.
+        source: The folder, for messages.
+        config: A config that nobody else holds.
+        args: Passed on.
+        kwargs: Passed on.
+    """
+    network = build(config, *args, **kwargs)
+    groups = find_groups(network)
+    built = _check_numbers(network, groups, present_plan(network, groups), source)
+    if any(getattr(config, name) != number for name, number in built.items()):
+        # A part that the folder does not have is cut like the others when it is built like them.
+        for name, number in built.items():
+            setattr(config, name, number)
+        network = build(config, *args, **kwargs)
+        groups = find_groups(network)
+    plan = present_plan(network, groups)
+    _check_built(network, groups, plan, source)
+    reshape_tensors(network, groups, plan)
+    # The state dict of a module with a tracker has its plan too; it is no stranger to this model.
+    known = getattr(network, "_keys_to_ignore_on_load_unexpected", None)
+    network._keys_to_ignore_on_load_unexpected = {*(known or ()), r"lightning_mi_prune\.plan"}
+    return network, _Cut(network, groups, plan)
+
+
+def _check_built(
+    network: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan, source: str | Path
+) -> None:
+    """Refuse a plan that does not belong to what the class builds."""
+    wanted = plan_for(network, groups) or plan
+    names, kind, base = {group.name for group in groups}, type(network).__name__, _base(network)
+    encoder = [name for name in wanted.sizes if name.startswith(base)]
+    # Units of another head than this class has are of no concern.
+    for name in encoder or wanted.sizes:
+        if name not in names and wanted.width(name) < wanted.sizes[name]:
+            raise PruningError(
+                f"The plan of {source} cuts {name!r}, which {kind} does not have; expected one of "
+                f"{sorted(names)[:6]}. Open it with the class and the number of layers it was "
+                "saved from."
+            )
+    for group in groups:
+        size = group.size * group.entries
+        for s in group.tensors:
+            found = network.get_parameter(s.tensor).shape[s.dim]
+            if found != size:
+                raise PruningError(
+                    f"{kind} builds {s.tensor!r} with {found} entries along dimension {s.dim}; "
+                    f"expected {size}, from which the plan of {source} cuts. Was config.json "
+                    "edited, or a size passed? Leave the sizes as saved."
+                )
+
+
+def _base(network: nn.Module) -> str:
+    """What the names of tensors of the encoder begin with."""
+    prefix = str(getattr(network, "base_model_prefix", ""))
+    return f"{prefix}." if isinstance(getattr(network, prefix, None), nn.Module) else ""
+
+
+def _check_numbers(
+    network: Any, groups: Sequence[DependencyGroup], plan: PruningPlan, source: str | Path
+) -> dict[str, int]:
+    """Refuse a config that says other numbers than a cut writes, or than the model had as built.
+
+    Returns:
+        The numbers as built.
+    """
+    config = network.config
+    encoder = [_plain(group, config) for group in groups if group.kind != "pooler"]
+    built = config_numbers(encoder, full_plan(encoder))
+    right = [config_numbers(encoder, plan), config_numbers(groups, plan), built]
+    said = {name: getattr(config, name, None) for name in built}
+    ties = {group.tie for group in encoder}
+    # Heads and what they are tied to are right together or wrong together.
+    tied = {
+        name
+        for group in encoder
+        if group.config is not None and (group.tie is not None or group.config in ties)
+        for name in (group.config, *group.twins)
+    }
+    for subset in (tied, *({name} for name in built if name not in tied)):
+        if all(any(said[n] != (built | numbers)[n] for n in subset) for numbers in right):
+            expected = built | right[0]
+            wrong = {n: said[n] for n in sorted(subset) if said[n] != expected[n]}
+            expected = {n: expected[n] for n in wrong}
+            raise PruningError(
+                f"The config of {source} says {wrong}; expected {expected} from its plan. Was "
+                "config.json edited, or a size passed? Leave the sizes as saved."
+            )
+    return built
+
+
+def _plain(group: DependencyGroup, config: Any) -> DependencyGroup:
+    """The group of the stream as an encoder without a head has it: its width is in the config."""
+    names = MODEL_TYPES.get(str(getattr(config, "model_type", None)))
+    if group.kind != "hidden" or group.config is not None or names is None:
+        return group
+    width = getattr(config, names.hidden, None)
+    twins = tuple(name for name in names.twins if getattr(config, name, None) == width)
+    return replace(group, config=names.hidden, twins=twins)
+
+
+def _check_arrived(
+    network: Any, cut: _Cut, found: Mapping[str, Any], source: str | Path, forgiving: bool
+) -> None:
+    """Refuse weights that lack what the plan cuts, or have it in another shape.
+
+    Raises:
+        PruningError: If there are such weights, or others of another shape that may not be ignored.
+    """
+    missing = sorted(name for name in found["missing_keys"] if cut.needs(name, found))
+    if missing:
+        raise PruningError(
+            f"{source} lacks {missing[:6]}, which its plan cuts; expected all weights of a "
+            f"{type(network).__name__} but its head. {_saved_from(network)}"
+        )
+    names = MODEL_TYPES.get(str(getattr(network.config, "model_type", None)))
+    between = None if names is None else names.projection
+    strange = [name for name in found["unexpected_keys"] if between in name.split(".")]
+    if strange:  # encoders have it unless embeddings and stream are of one width, as after a cut
+        raise PruningError(
+            f"{source} holds {sorted(strange)}, but its config says that the embeddings are as "
+            f"wide as the hidden states, where a {type(network).__name__} has none; expected "
+            "embedding_size and hidden_size as the model was built with. Edit the config."
+        )
+    odd = sorted(found["mismatched_keys"], key=lambda item: str(item[0]))
+    bad = [item for item in odd if cut.refuses(*item)]
+    if bad or (odd and not forgiving):
+        name, shape, expected = (bad or odd)[0]
+        reason = "its plan" if bad else f"this {type(network).__name__}"
+        remedy = "" if bad else " Or start it anew: ignore_mismatched_sizes=True."
+        raise PruningError(
+            f"{name!r} has shape {tuple(shape)} in {source}; expected {tuple(expected)} from "
+            f"{reason}. {_saved_from(network)}{remedy}"
+        )
+
+
+@torch.no_grad()
+def _fill_shared(network: nn.Module, missing: set[str]) -> None:
+    """Fill what is in the weights under the name of what it was shared with.
+
+    transformers saves a shared tensor once. But what is shared in a model whose embeddings were
+    resized is not always shared when it is built, and would be new.
+    """
+    ties = getattr(network, "_tied_weights_keys", None)
+    for name, source in ties.items() if isinstance(ties, Mapping) else ():
+        if name not in missing or source in missing:
+            continue
+        if _others(network, name) <= missing:
+            continue  # the whole part is new
+        target, value = network.get_parameter(name), network.get_parameter(source)
+        if target.shape == value.shape and not target.is_meta and not value.is_meta:
+            target.copy_(value)
+            missing.discard(name)
+
+
+def _others(network: nn.Module, name: str) -> set[str]:
+    """The other tensors of the module that holds a tensor."""
+    owner = name.rpartition(".")[0]
+    inside = (n for n, _ in network.get_submodule(owner).named_parameters())
+    return {f"{owner}.{n}" if owner else n for n in inside} - {name}
+
+
+def _saved_from(network: Any) -> str:
+    saved = getattr(network.config, "architectures", None)
+    return f"Open it with the class it was saved from, {saved}, and its sizes; or save it again."
+
+
+class _Cut:
+    """What a plan cuts of a network, and what of it must be in the weights."""
+
+    def __init__(
+        self, network: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan
+    ) -> None:
+        self.network, self.groups, self.plan = network, groups, plan
+        narrowed = [group for group in groups if plan.width(group.name) < group.size]
+        self.shapes = shapes_at(network, groups, plan)
+        self.dims: dict[str, set[int]] = {}
+        self.kinds: dict[str, set[str]] = {}
+        for group in narrowed:
+            for s in group.tensors:
+                self.dims.setdefault(s.tensor, set()).add(s.dim)
+                self.kinds.setdefault(s.tensor, set()).add(group.kind)
+        self.base = _base(network)
+
+    def needs(self, name: str, found: Mapping[str, Any]) -> bool:
+        """Whether a tensor that is missing may not be new.
+
+        Behind the layers a model has parts that others do not have: a pooler, a head. Such a part
+        is cut with the stream; it is new if nothing of it is there.
+        """
+        if name not in self.dims or 0 in self.shapes[name]:
+            return False
+        if self.kinds[name] != {"hidden"}:
+            return True
+        if name.startswith(self.base) and "pooler" not in name.split("."):
+            return True
+        return not _others(self.network, name) <= set(found["missing_keys"])
+
+    def refuses(self, name: str, shape: Sequence[int], expected: Sequence[int]) -> bool:
+        """Whether a tensor of another shape is one that the plan cuts, along what it cuts."""
+        if name not in self.dims:
+            return False
+        if self.kinds[name] - {"hidden", "pooler"} or len(shape) != len(expected):
+            return True
+        return any(shape[dim] != expected[dim] for dim in self.dims[name])
+
+    def fill(self) -> None:
+        """Give memory and values to what a cut adds and no file holds: it was built without."""
+        for group in self.groups:
+            kept = self.plan.kept[group.name]
+            for selects in group.selects if len(kept) < group.size else ():
+                buffers = self.network.get_submodule(selects.module)._buffers
+                old = buffers.get(KEPT_UNITS)
+                if old is not None:
+                    buffers[KEPT_UNITS] = torch.tensor(kept, dtype=old.dtype, device=old.device)
+        real = (p.device for p in self.network.parameters() if not p.is_meta)
+        home = next(real, torch.device("cpu"))
+        for linear in empty_linears(self.network).values():
+            for name, p in linear._parameters.items():
+                if p is not None and p.is_meta and not p.numel():
+                    empty = torch.empty_like(p, device=home)
+                    linear._parameters[name] = nn.Parameter(empty, p.requires_grad)

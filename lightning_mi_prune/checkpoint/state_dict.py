@@ -1,0 +1,364 @@
+"""The plan travels in the state dict and is applied before weights load."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_mi_prune.checkpoint.validation import (
+    PLAN_KEY,
+    changed_groups,
+    check_weights,
+    is_group_uncut,
+    is_uncut,
+    load_errors,
+    named_from,
+    plan_in_state,
+)
+from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.discovery.families import find_groups, is_within, present_plan
+from lightning_mi_prune.discovery.families.residual import module_at
+from lightning_mi_prune.discovery.families.stacks import find_stacks, stack_at
+from lightning_mi_prune.discovery.graph import PruningGraph
+from lightning_mi_prune.discovery.groups import DependencyGroup, LayerStack, as_built, full_plan
+from lightning_mi_prune.surgery.layers import Spare, without_memory
+from lightning_mi_prune.surgery.transaction import cancel_cut, reshape_model
+
+__all__ = [
+    "PlanTracker",
+]
+
+_ATTRIBUTE = "_lightning_mi_prune_keeper"
+
+
+Find = Callable[[nn.Module], Sequence[DependencyGroup | LayerStack]]
+
+
+class PlanTracker:
+    """Writes the plan of a module into its state dict, and replays it before weights load.
+
+    The plan is one uint8 tensor of JSON under one reserved key, so it survives
+    ``save_weights_only=True`` and loads with ``weights_only=True``.
+
+    Args:
+        module: Root of the state dict (the LightningModule).
+        find: Finds the groups of the module; called when they are first needed.
+
+    Example:
+        >>> from lightning_mi_prune.discovery.families.describe import linear_group
+        >>> from lightning_mi_prune.surgery.units import reshape
+        >>> def build():
+        ...     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        ...     group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
+        ...     return net, PlanTracker(net, lambda module: [group])
+        >>> net, tracker = build()
+        >>> _ = reshape(net, tracker.groups, PruningPlan({"hidden": 4}, {"hidden": (1, 2)}))
+        >>> tracker.plan = PruningPlan({"hidden": 4}, {"hidden": (1, 2)})
+        >>> fresh, _ = build()
+        >>> fresh.load_state_dict(net.state_dict())
+        <All keys matched successfully>
+        >>> fresh[0].out_features
+        2
+    """
+
+    def __init__(self, module: nn.Module, find: Find = find_groups) -> None:
+        self.module = module
+        self._finders: list[Find] = [find]
+        self._all_finders: list[Find] = [find]
+        self._graph = PruningGraph()
+        self._plan: PruningPlan | None = None
+        self._spare: dict[str, dict[int, nn.Module]] = {}
+        self._below: dict[str, PlanTracker] = {}
+        self._shared: dict[str, PruningPlan | None] = {}
+        self._inside = ""
+        # torch marks these hooks with an attribute, which bound methods do not take.
+        self._handles = [
+            module.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
+                partial(PlanTracker._write, self)
+            ),
+            module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+                partial(PlanTracker._replay, self)
+            ),
+        ]
+        module.__dict__[_ATTRIBUTE] = self
+
+    @classmethod
+    def of(cls, module: nn.Module, find: Find = find_groups) -> PlanTracker:
+        """The one tracker of a module, made if there is none; it stays with copies of the module.
+
+        It takes in what keepers of parts of the module know, and forgets networks that were
+        replaced by others: what they can lose is found anew.
+        """
+        tracker = cls.held_by(module)
+        if tracker is None:
+            tracker = cls(module, find)
+        elif find not in tracker._all_finders:
+            tracker._finders.append(find)
+            tracker._all_finders.append(find)
+        tracker._forget_replaced()
+        for path, part in module.named_modules():
+            inner = cls.held_by(part)
+            if inner is not None and inner is not tracker and path not in tracker._below:
+                tracker._inherit(path, inner)
+        return tracker
+
+    @staticmethod
+    def held_by(module: nn.Module) -> PlanTracker | None:
+        """The tracker of a module, or None."""
+        tracker = module.__dict__.get(_ATTRIBUTE)
+        return tracker if isinstance(tracker, PlanTracker) else None
+
+    @property
+    def graph(self) -> PruningGraph:
+        """All that the module can lose, as built."""
+        while self._finders:
+            self._learn(self._finders[0](self.module))
+            self._finders.pop(0)
+            self._share()
+        return self._graph
+
+    @property
+    def plan(self) -> PruningPlan:
+        """The plan the module carries now."""
+        graph = self.graph
+        if self._plan is None:
+            self._plan = graph.full.joined(present_plan(self.module, graph.groups))
+            self._share()
+        for path, inner in self._below.items():  # weights may have been loaded into a part
+            if inner._plan is not None and inner._plan is not self._shared.get(path):
+                self._plan = self._plan.joined(inner._plan.prefixed(path))
+                self._shared[path] = inner._plan
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: PruningPlan) -> None:
+        self._plan = plan
+        self._share()
+
+    @property
+    def groups(self) -> list[DependencyGroup]:
+        """Groups of the layers that are there, at the paths they have now."""
+        graph = self.graph
+        return graph.standing(self.plan) if graph.stacks else list(graph.groups)
+
+    @property
+    def spare(self) -> Spare:
+        """Layers that are gone, without their memory."""
+        return self._spare
+
+    def store(self, removed: Spare) -> None:
+        """Keep layers that left, without their memory, to have them where one must come back."""
+        for name, layers in removed.items():
+            mine = self._spare.setdefault(name, {})
+            mine |= {place: without_memory(layer) for place, layer in layers.items()}
+        self._share()
+
+    def close(self) -> None:
+        """Take the hooks of this tracker and of those it made down; the module is ordinary again."""
+        for handle in self._handles:
+            handle.remove()
+        self.module.__dict__.pop(_ATTRIBUTE, None)
+        for inner in self._below.values():
+            if PlanTracker.held_by(inner.module) is inner:
+                inner.close()
+
+    def _learn(self, parts: Sequence[DependencyGroup | LayerStack]) -> None:
+        """Take in parts that were found on the module as it stands."""
+        groups = [part for part in parts if isinstance(part, DependencyGroup)]
+        stacks = tuple(part for part in parts if isinstance(part, LayerStack))
+        sizes = {} if self._plan is None else self._plan.sizes
+        groups = as_built(groups, {group.here: sizes[group.name] for group in self._standing()})
+        present = present_plan(self.module, groups)
+        built = groups
+        if self._plan is not None:
+            built = self._graph.restated(groups, self._plan)
+            names = {new.name: old.name for new, old in zip(built, groups, strict=True)}
+            now = PruningPlan(
+                {name: present.sizes[old] for name, old in names.items()},
+                {name: present.kept[old] for name, old in names.items()},
+            )
+            self._plan = now.joined(PruningGraph(stacks=stacks).full).joined(self._plan)
+        self._graph = self._graph.joined(PruningGraph(tuple(built), stacks))
+
+    def _standing(self) -> list[DependencyGroup]:
+        return [] if self._plan is None else self._graph.standing(self._plan)
+
+    def _inherit(self, path: str, inner: PlanTracker) -> None:
+        """Take in what the tracker of a part knows; it stays, and both are kept alike."""
+        plan = inner.plan.prefixed(path)
+        own = PruningPlan({}, {}) if self._plan is None else self._plan
+        self._plan = own.joined(plan)
+        self._graph = inner.graph.prefixed(path).joined(self._graph)
+        self._spare |= {f"{path}.{name}": s for name, s in inner._spare.items()}
+        self._below[path], self._shared[path] = inner, inner._plan
+        _ = self.plan  # now, while the shapes are those of the inherited plan
+
+    def _share(self) -> None:
+        """Let keepers of all networks, and of encoders in them, know what this one knows.
+
+        So a network that is taken out of its module, saved or copied by itself, knows its plan.
+        """
+        parts = self._graph.parts
+        # A stack that is called itself has its plan in what holds it: from inside it has no name.
+        nameless = {"", *(part.name for part in parts)}
+        networks = {part.network for part in parts} - nameless
+        for path in sorted((networks | {part.scope for part in parts}) - nameless):
+            module = module_at(self.module, path)
+            if module is None:
+                continue
+            inner = PlanTracker.held_by(module)
+            if inner is None:
+                inner = PlanTracker(module)
+                if path not in networks:
+                    outer = max((n for n in networks if is_within(path, n)), key=len, default="")
+                    inner._inside = type(self.module.get_submodule(outer)).__name__
+            self._below[path] = inner
+            inner._finders.clear()
+            inner._graph = self._graph.under(path)
+            dot = f"{path}."
+            inner._spare = {n[len(dot) :]: s for n, s in self._spare.items() if n.startswith(dot)}
+            if self._plan is not None:
+                inner._plan = self._shared[path] = self._plan.under(path)
+        for path, inner in self._below.items():
+            deeper = {p: k for p, k in self._below.items() if p.startswith(f"{path}.")}
+            inner._below = {p[len(path) + 1 :]: tracker for p, tracker in deeper.items()}
+            inner._shared = {p: tracker._plan for p, tracker in inner._below.items()}
+
+    def _forget_replaced(self) -> None:
+        """Forget networks in whose place others stand now."""
+        for path, inner in list(self._below.items()):
+            module = module_at(self.module, path)
+            if module is not None and PlanTracker.held_by(module) is inner:
+                continue
+            del self._below[path]
+            self._shared.pop(path, None)
+            top = next((p for p in self._below if is_within(path, p)), path)
+
+            def stays(name: str, top: str = top) -> bool:
+                return not is_within(name, top)
+
+            self._graph = PruningGraph.of(p for p in self._graph.parts if stays(p.name))
+            self._spare = {name: s for name, s in self._spare.items() if stays(name)}
+            if self._plan is not None:
+                self._plan = self._plan.only(filter(stays, self._plan.sizes))
+            self._finders = list(self._all_finders)
+
+    def _write(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        if self._plan is None:
+            return
+        mine = self._plan.only(
+            n for n in self._plan.sizes if not any(is_within(n, path) for path in self._below)
+        )
+        if not mine.is_full:
+            text = mine.to_json().encode()
+            state[prefix + PLAN_KEY] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+    def _replay(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, **__: Any
+    ) -> None:
+        stored = plan_in_state(state, prefix)
+        if stored is None and self._plan is None:
+            return
+        arriving = named_from("", state, prefix)
+        if stored is not None:
+            graph = self._graph_for(stored)
+            plan, current = self._completed(stored, graph, arriving)
+            check_weights(module, graph, plan, current, arriving)
+        elif is_uncut(self.graph, self.plan, arriving):
+            graph, current = self.graph, self.plan
+            plan = graph.full
+        else:
+            return  # weights for the present shape, or a part without the cut tensors
+        if _told(plan) != _told(current):
+            self._remodel(graph, plan, current, arriving)
+        self._graph, self._plan = graph, plan
+        self._share()
+
+    def _remodel(
+        self,
+        graph: PruningGraph,
+        plan: PruningPlan,
+        current: PruningPlan,
+        arriving: Mapping[str, Any],
+    ) -> None:
+        """Give the module the shape of a plan, unless torch would refuse the weights then."""
+        if self._inside:
+            raise PruningError(
+                f"The weights have another plan than this {type(self.module).__name__}, which is "
+                f"part of a {self._inside} that would not follow. Load the weights of the whole."
+            )
+        changed = changed_groups(graph, plan, current)
+        done = reshape_model(
+            self.module, graph, plan, current=current, spare=self._spare, only=changed
+        )
+        why = load_errors(self.module, arriving, strict=_is_strict())
+        if why:
+            self.store(cancel_cut(self.module, graph, done))
+            raise PruningError(
+                f"The weights do not fit this {type(self.module).__name__}, which stays as it was. "
+                f"{why} Build the model with the configuration it was trained with."
+            )
+        self.store(done.removed)
+
+    def _graph_for(self, stored: PruningPlan) -> PruningGraph:
+        """What is known, and what is found in the whole module if the plan names more."""
+        unknown: PruningError | None = None
+        try:
+            graph = self.graph
+        except PruningError as error:  # a model of no known family may still have lost layers
+            graph, unknown = self._graph, error
+        for find in (find_groups, find_stacks):
+            names = {part.name for part in graph.parts}
+            if not set(stored.sizes) <= names:
+                with contextlib.suppress(PruningError):  # no family knows it: said below
+                    found: Sequence[DependencyGroup | LayerStack] = find(self.module)
+                    graph = graph.joined(PruningGraph.of(found))
+        sizes = {part.name: part.size for part in graph.parts}
+        for name in sorted(set(stored.sizes) - set(sizes)):
+            stack = stack_at(self.module, name)
+            if stack is not None:
+                graph, sizes[name] = graph.joined(PruningGraph.of([stack])), stack.size
+        if unknown is not None and not set(stored.sizes) <= set(sizes):
+            raise unknown
+        self._finders.clear()
+        for name, size in stored.sizes.items():
+            if sizes.get(name) != size:
+                here = f"has {sizes[name]}" if name in sizes else "is missing"
+                raise PruningError(
+                    f"The stored plan was made for another model: group {name!r} of size {size} "
+                    f"{here} here. Build the model with the configuration it was trained with."
+                )
+        return graph
+
+    def _completed(
+        self, stored: PruningPlan, graph: PruningGraph, state: Mapping[str, Any]
+    ) -> tuple[PruningPlan, PruningPlan]:
+        """The stored plan over all groups, and the present one.
+
+        A group that the stored one does not name is as built, or stays as it is.
+        """
+        now = graph.full.joined(present_plan(self.module, graph.groups))
+        if self._plan is not None:
+            now = now.joined(self.plan)
+        grown = [group for group in graph.groups if is_group_uncut(group, state)]
+        return now.joined(full_plan(grown)).joined(stored), now
+
+
+def _is_strict() -> bool:
+    """Whether the ``load_state_dict`` under way is strict, which torch does not tell its hooks."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
+        frame = frame.f_back
+    return frame is not None and bool(frame.f_locals.get("strict"))
+
+
+def _told(plan: PruningPlan) -> dict[str, tuple[int, ...]]:
+    """What a plan removes."""
+    return {name: kept for name, kept in plan.kept.items() if len(kept) < plan.sizes[name]}

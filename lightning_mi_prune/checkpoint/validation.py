@@ -1,0 +1,264 @@
+"""The plan in a state dict, and whether its weights fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mi_prune.core.errors import PruningError, counted
+from lightning_mi_prune.core.plan import PruningPlan, Ranking
+from lightning_mi_prune.core.untrusted import described
+from lightning_mi_prune.discovery.graph import PruningGraph
+from lightning_mi_prune.discovery.groups import DependencyGroup, join_path
+from lightning_mi_prune.surgery.optimizer_state import is_plain_tensor
+
+__all__ = [
+    "PLAN_KEY",
+    "changed_groups",
+    "check_weights",
+    "is_group_uncut",
+    "is_plan",
+    "is_uncut",
+    "load_errors",
+    "named_from",
+    "plan_in_state",
+]
+
+_NAME = "lightning_mi_prune.core.plan"
+
+
+# A model without a tracker can only show the key, so the key says what to do.
+PLAN_KEY = (
+    f"{_NAME} (this checkpoint is pruned: open it with lightning_mi_prune.load_pruned, "
+    "or with its callback in the Trainer)"
+)
+
+
+_LARGEST_ENTRY = 64 * 2**20
+
+
+_SHOWN = 6  # names in an error
+
+
+def is_plan(key: str) -> bool:
+    """Whether an entry of a state dict is a plan; savers may have changed the prose of its key."""
+    return _NAME in key
+
+
+def plan_in_state(state: dict[str, Any], prefix: str) -> PruningPlan | None:
+    """The plan in a state dict, put together from those of all networks, and taken out of it.
+
+    Raises:
+        PruningError: If an entry is no plan, or two entries contradict each other.
+    """
+    sizes: dict[str, int] = {}
+    kept: dict[str, tuple[int, ...]] = {}
+    rankings: dict[str, Ranking] = {}
+    # Found by its first words: the rest of the key is prose, and may be put better one day.
+    keys = [key for key in state if key.startswith(prefix) and _NAME in key]
+    for key in keys:
+        path = key[len(prefix) : key.index(_NAME, len(prefix))].removesuffix(".")
+        plan = _read(state[key]).prefixed(path)
+        for name, size in plan.sizes.items():
+            if sizes.get(name, size) != size or kept.get(name, plan.kept[name]) != plan.kept[name]:
+                raise PruningError(
+                    f"The checkpoint holds two plans that differ in group {name!r}; expected one. "
+                    "Save the state dict again."
+                )
+            sizes[name], kept[name] = size, plan.kept[name]
+        rankings |= plan.rankings
+    for key in keys:
+        state.pop(key)
+    return PruningPlan(sizes, kept, rankings) if keys else None
+
+
+def named_from(path: str, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries of a state dict below a prefix, named from a module that holds them at a path."""
+    return {
+        join_path(path, key[len(prefix) :]): value
+        for key, value in state.items()
+        if key.startswith(prefix)
+    }
+
+
+def is_group_uncut(group: DependencyGroup, state: Mapping[str, Any]) -> bool:
+    """Whether weights hold all tensors of a group at the width it was built with."""
+    tensors = ((state.get(s.tensor), s.dim, s.shape) for s in group.tensors)
+    return all(
+        isinstance(t, Tensor) and t.ndim == len(shape) and t.shape[dim] == shape[dim]
+        for t, dim, shape in tensors
+    )
+
+
+def is_uncut(graph: PruningGraph, current: PruningPlan, state: Mapping[str, Any]) -> bool:
+    """Whether weights without a plan hold, as built, all that the module has lost.
+
+    Args:
+        graph: What the module can lose.
+        current: Plan it carries.
+        state: Weights that arrive, named from it.
+    """
+    lost = {name for name, size in current.sizes.items() if current.width(name) < size}
+    tops = [f"{s.name}.{s.size - 1}." for s in graph.stacks if s.name in lost]
+    return (
+        bool(lost)
+        and all(any(key.startswith(top) for key in state) for top in tops)
+        and all(is_group_uncut(group, state) for group in graph.groups if group.name in lost)
+    )
+
+
+def changed_groups(
+    graph: PruningGraph, plan: PruningPlan, current: PruningPlan
+) -> list[DependencyGroup]:
+    """Groups whose units, or places, are others at a plan than at the present one."""
+    moved = tuple(f"{s.name}." for s in graph.stacks if plan.kept[s.name] != current.kept[s.name])
+    return [
+        group
+        for group in graph.standing(plan)
+        if plan.kept[group.name] != current.kept[group.name] or group.name.startswith(moved)
+    ]
+
+
+def check_weights(
+    module: nn.Module,
+    graph: PruningGraph,
+    plan: PruningPlan,
+    current: PruningPlan,
+    state: Mapping[str, Any],
+) -> None:
+    """Refuse weights without the tensors that a plan cuts, or with others than it says.
+
+    What is not cut is checked by torch, as in any other module.
+
+    Args:
+        module: The module as it stands.
+        graph: What it can lose, as built.
+        plan: Plan that arrives.
+        current: Plan the module carries.
+        state: What arrives, named from the module.
+
+    Raises:
+        PruningError: Naming the tensor, before anything is changed.
+    """
+    for stack in graph.stacks:
+        stem, layers = f"{stack.name}.", plan.width(stack.name)
+        found = {key[len(stem) :].partition(".")[0] for key in state if key.startswith(stem)}
+        if found and found != set(map(str, range(layers))):
+            raise PruningError(
+                f"The plan of the checkpoint leaves {counted(layers, 'layer')} of {stack.name!r}, "
+                f"but it holds weights of layers {sorted(found)}; expected 0 to {layers - 1}. "
+                "Build the model with the configuration it was trained with."
+            )
+    present = dict(module.named_parameters(remove_duplicate=False))
+    arriving = {id(p) for name, p in present.items() if name in state}
+    moved = any(plan.kept[s.name] != current.kept[s.name] for s in graph.stacks)
+    lengths: dict[str, dict[int, int]] = {}
+    for group in changed_groups(graph, plan, current):
+        for s in group.tensors:
+            each = group.entries_at(plan.widths)
+            lengths.setdefault(s.tensor, {})[s.dim] = plan.width(group.name) * each
+    built = {s.tensor: s.shape for a in graph.standing(plan) for s in a.tensors}
+    for name, expected in lengths.items():
+        tensor, whole = state.get(name), present[name].shape if name in present else built[name]
+        if isinstance(tensor, Tensor):
+            fits = tensor.ndim == len(built[name])
+            if not fits or any(tensor.shape[dim] != n for dim, n in expected.items()):
+                shape = tuple(expected.get(dim, length) for dim, length in enumerate(whole))
+                raise PruningError(
+                    f"{name!r} has shape {tuple(tensor.shape)} in the checkpoint; expected {shape} "
+                    "from its plan and this model. Build the model with the configuration it was "
+                    "trained with."
+                )
+        elif 0 not in expected.values() and (moved or id(present.get(name)) not in arriving):
+            raise PruningError(
+                f"The checkpoint has a plan that cuts {name!r}, but not this tensor; expected all "
+                "weights of pruned layers. Save the whole state dict."
+            )
+
+
+def load_errors(module: nn.Module, state: Mapping[str, Any], *, strict: bool) -> str:
+    """Why torch would refuse weights for a module as it stands; "" if it would not.
+
+    Modules with ways of their own to load, by hooks or by overriding torch's, are left out.
+
+    Args:
+        module: The module.
+        state: What arrives, named from it.
+        strict: Whether keys must match too.
+    """
+    wanted: dict[str, Tensor] = {}
+    lenient: list[str] = []
+    for path, part in module.named_modules(remove_duplicate=False):
+        dot = f"{path}." if path else ""
+        if _loads_by_itself(part):
+            lenient.append(dot)
+        wanted |= {dot + n: p for n, p in part._parameters.items() if p is not None}
+        wanted |= {
+            dot + name: buffer
+            for name, buffer in part._buffers.items()
+            if buffer is not None and name not in part._non_persistent_buffers_set
+        }
+
+    def plain(name: str) -> bool:
+        return not name.startswith(tuple(lenient))
+
+    missing = [name for name in wanted if strict and name not in state and plain(name)]
+    strange = [name for name in state if strict and name not in wanted and plain(name)]
+    others = [
+        f"{name} {tuple(value.shape)} for {tuple(wanted[name].shape)}"
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+        and name in wanted
+        and plain(name)
+        and not nn.parameter.is_lazy(wanted[name])
+        and value.shape != wanted[name].shape
+        and (value.shape, wanted[name].ndim) != ((1,), 0)  # of the oldest checkpoints
+    ]
+    found = {"Missing key(s)": missing, "Unexpected key(s)": strange, "Other shapes": others}
+    return " ".join(
+        f"{what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}."
+        for what, names in found.items()
+        if names
+    )
+
+
+def _loads_by_itself(part: nn.Module) -> bool:
+    kind = type(part)
+    hooks = part._load_state_dict_pre_hooks.values()
+    ours = f"{__name__.rpartition('.')[0]}.state_dict"
+    foreign = [hook for hook in hooks if _origin(hook) != ours]
+    return (
+        kind._load_from_state_dict is not nn.Module._load_from_state_dict
+        or kind.get_extra_state is not nn.Module.get_extra_state
+        or bool(foreign)
+    )
+
+
+def _origin(hook: Any) -> str | None:
+    """The package file a hook was written in."""
+    inner = getattr(hook, "hook", hook)  # torch wraps hooks that want the module
+    return getattr(getattr(inner, "func", inner), "__module__", None)
+
+
+def _read(stored: Any) -> PruningPlan:
+    whole = isinstance(stored, Tensor) and is_plain_tensor(stored) and not stored.is_meta
+    if not whole or stored.dtype != torch.uint8 or stored.ndim != 1:
+        raise PruningError(
+            f"The entry {_NAME!r} of the checkpoint is not a plan but {described(stored)}; is it "
+            "damaged?"
+        )
+    if stored.numel() > _LARGEST_ENTRY:
+        raise PruningError(
+            f"The entry {_NAME!r} holds {counted(stored.numel(), 'byte')}, so it is "
+            "not a plan; take another checkpoint."
+        )
+    try:
+        text = stored.detach().cpu().numpy().tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise PruningError(
+            f"The entry {_NAME!r} of the checkpoint is damaged; take another one."
+        ) from error
+    return PruningPlan.from_json(text)

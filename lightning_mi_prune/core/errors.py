@@ -1,0 +1,105 @@
+"""The error and the warning of the package, and how numbers and names are written in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+__all__ = [
+    "PruningError",
+    "PruningWarning",
+    "counted",
+    "number",
+    "shortened",
+]
+
+
+class PruningError(RuntimeError):
+    """A request that cannot be carried out; raised before a model, an optimizer or a file changes.
+
+    Example:
+        >>> from lightning_mi_prune import Plan
+        >>> from lightning_mi_prune import PruningError
+        >>> try:
+        ...     Plan(sizes={"ffn": 4}, kept={"ffn": (7,)})
+        ... except PruningError as error:
+        ...     print(error)
+        Group 'ffn' keeps position 7; expected 0 to 3.
+    """
+
+
+class PruningWarning(UserWarning):
+    """Something that works but is worth a look: few samples, copies kept, no ranking."""
+
+
+_DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+_HERE = "\0"  # stands for a number of a path
+
+
+def number(value: float) -> str:
+    """A number as people write it: whole with separators, else with four digits that count.
+
+    Example:
+        >>> number(2090950), number(2090950.0), number(1.75), number(0.00123456)
+        ('2,090,950', '2,090,950', '1.75', '0.001235')
+    """
+    whole = float(value).is_integer() or abs(value) >= 1000
+    return f"{value:,.0f}" if whole else f"{value:.4g}"
+
+
+def counted(value: float, noun: str, plural: str | None = None) -> str:
+    """A number with its noun, in the singular where it is one.
+
+    Args:
+        value: The number.
+        noun: The noun in the singular.
+        plural: Its plural; default with an "s".
+
+    Example:
+        >>> counted(1, "epoch"), counted(1.5, "epoch"), counted(2000, "group", "groups")
+        ('1 epoch', '1.5 epochs', '2,000 groups')
+    """
+    return f"{number(value)} {noun if value == 1 else plural or noun + 's'}"
+
+
+def shortened(names: Iterable[str], most: int = 4) -> str:
+    """Paths in few words: those that differ by one number are told together.
+
+    Args:
+        names: The paths.
+        most: How many to tell before the rest is only counted.
+
+    Example:
+        >>> shortened(["net.layer.0.ffn", "net.layer.1.ffn", "net.layer.3.ffn", "net.pooler"])
+        'net.layer.{0,1,3}.ffn, net.pooler'
+        >>> shortened([f"layer.{i}.ffn" for i in range(12)])
+        'layer.{0..11}.ffn'
+    """
+    alike: dict[str, list[tuple[int, ...]]] = {}
+    for name in names:
+        places = tuple(int(digits) for digits in _DIGITS.findall(name))
+        alike.setdefault(_DIGITS.sub(_HERE, name), []).append(places)
+    found = [text for shape, places in alike.items() for text in _told(shape, sorted(places))]
+    rest = len(found) - most
+    return ", ".join(found[:most]) + (f" and {number(rest)} more" if rest > 0 else "")
+
+
+def _told(shape: str, places: list[tuple[int, ...]]) -> list[str]:
+    """One text where a single number differs, else one for each."""
+    differ = [i for i, column in enumerate(zip(*places, strict=True)) if len(set(column)) > 1]
+    if len(differ) > 1:
+        return [_filled(shape, [str(n) for n in numbers]) for numbers in places]
+    texts = [str(n) for n in places[0]]
+    for i in differ:
+        numbers = sorted({row[i] for row in places})
+        run = len(numbers) > 3 and numbers == list(range(numbers[0], numbers[-1] + 1))
+        inside = f"{numbers[0]}..{numbers[-1]}" if run else ",".join(map(str, numbers))
+        texts[i] = f"{{{inside}}}"
+    return [_filled(shape, texts)]
+
+
+def _filled(shape: str, texts: list[str]) -> str:
+    parts = shape.split(_HERE)
+    return parts[0] + "".join(t + rest for t, rest in zip(texts, parts[1:], strict=True))

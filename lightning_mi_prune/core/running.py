@@ -1,0 +1,192 @@
+"""Run a user's module on a batch, and leave no trace of it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_mi_prune.core.errors import PruningError
+
+__all__ = [
+    "call_step",
+    "copy_networks",
+    "evaluating",
+    "fixed_random_state",
+    "run_batch",
+    "undisturbed",
+]
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients; mode flags are put back."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def copy_networks(
+    root: nn.Module, networks: Collection[str], shared: Mapping[int, Any] | None = None
+) -> nn.Module:
+    """A module that holds copies of the networks at their paths, and nothing else.
+
+    Args:
+        root: Module from which the networks are named.
+        networks: Their paths.
+        shared: Objects that are not copied, by ``id``.
+    """
+    memo: dict[int, Any] = dict(shared or {})  # one memo: what networks share stays shared
+    for name in ("_trainer", "_fabric"):  # of a LightningModule; neither can be copied, nor need be
+        held = getattr(root, name, None)
+        memo |= {} if held is None else {id(held): held}
+    for module in (m for path in networks for m in root.get_submodule(path).modules()):
+        for name in _HOOKS:  # of others; what they hold need not be copied, nor can it always
+            memo |= {id(hook): hook for hook in getattr(module, name).values()}
+    if "" in networks:
+        return copy.deepcopy(root, memo).eval()
+    shell = nn.Module()
+    for path in sorted(networks):
+        node, (*parents, last) = shell, path.split(".")
+        for parent in parents:
+            if parent not in node._modules:
+                node.add_module(parent, nn.Module())
+            node = node.get_submodule(parent)
+        node.add_module(last, copy.deepcopy(root.get_submodule(path), memo))
+    return shell.eval()
+
+
+def call_step(step: Callable[..., Any], batch: Any, loader: int = 0) -> Any:
+    """Call a step as Lightning does: with the index of the batch, and of the loader, if it asks."""
+    parameters = list(inspect.signature(step).parameters.values())
+    many = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return step(*(batch, 0, loader)[: 3 if many else min(3, len(named))])
+
+
+def run_batch(module: nn.Module, batch: Any) -> Any:
+    """Run a module on a batch: ``validation_step`` of a LightningModule, else by its type.
+
+    Args:
+        module: The module.
+        batch: A mapping of arguments, a sequence of them, or the one argument.
+
+    Raises:
+        PruningError: If values by position would end up in another argument than they are for.
+
+    Example:
+        >>> run_batch(nn.Identity(), (3,)), run_batch(nn.Identity(), {"input": 4})
+        (3, 4)
+    """
+    if hasattr(module, "training_step") and hasattr(module, "validation_step"):
+        step: Any = module.validation_step
+        return call_step(step, batch)
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    if not isinstance(batch, (tuple, list)):
+        return module(batch)
+    _check_positions(module, batch)
+    return module(*batch)
+
+
+def _check_positions(module: nn.Module, batch: Sequence[Any]) -> None:
+    """Refuse values by position that would end up in another argument than they are meant for.
+
+    Raises:
+        PruningError: Naming the argument.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in places]
+    many = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    name = type(module).__name__
+    remedy = "Give a dict that names the values, or forward=lambda model, batch: model(batch[0])."
+    if len(batch) > len(places) and not many:
+        raise PruningError(
+            f"A batch of {len(batch)} values does not fit {name}.forward({', '.join(names)}), "
+            f"which takes {len(places)}. {remedy}"
+        )
+    for argument, value in list(zip(names, batch, strict=False))[1:]:
+        # Every argument of a Hugging Face model is optional, in an order that data sets ignore.
+        if hasattr(module, "base_model_prefix") or ("mask" in argument and not _is_mask(value)):
+            raise PruningError(
+                f"A batch of {len(batch)} values would go to {name} by position, and one of them "
+                f"in as {argument!r}; expected values by name. {remedy}"
+            )
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether a value can be a mask: booleans, zeros and ones, or numbers to be added to scores."""
+    if not isinstance(value, Tensor):
+        return value is None
+    additive = value.is_floating_point() and bool((value <= 0).all())
+    return value.dtype == torch.bool or additive or bool(((value == 0) | (value == 1)).all())
+
+
+@contextmanager
+def fixed_random_state(module: nn.Module) -> Iterator[None]:
+    """Put the random states of Python, numpy and torch back, on the devices of a module too."""
+    numpy = sys.modules.get("numpy")  # a state that nobody can have used needs no care
+    devices = {p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"}
+    python, array = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(array)
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, gradients and metrics of its own, nothing logged; all is put back."""
+    modes = {part: part.training for part in module.modules()}
+    gradients = {p: p.grad for p in module.parameters()}
+    metrics = [part for part in module.modules() if isinstance(part, Metric)]
+    states = [_state_of(metric) for metric in metrics]
+    own = dict(module.__dict__)
+    quiet = [name for name in ("log", "log_dict") if hasattr(module, name)]
+    module.eval()
+    module.__dict__.update(dict.fromkeys(quiet, _ignore))  # there is no loop to log to
+    try:
+        with fixed_random_state(module):  # data loaders draw a seed
+            yield
+    finally:
+        for name in quiet:
+            module.__dict__.pop(name)
+            module.__dict__ |= {name: own[name]} if name in own else {}
+        for part, mode in modes.items():
+            part.training = mode
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for metric, state in zip(metrics, states, strict=True):
+            vars(metric).update(state)
+
+
+def _state_of(metric: Metric) -> dict[str, Any]:
+    """Everything an update of a metric changes, in place too."""
+    states = {
+        name: value.clone() if isinstance(value, Tensor) else list(value)
+        for name, value in metric.metric_state.items()
+    }
+    return states | {name: getattr(metric, name) for name in ("_update_count", "_computed")}
+
+
+def _ignore(*_: object, **__: object) -> None:
+    """Stands in for ``self.log``."""

@@ -1,0 +1,71 @@
+"""Containers whose layers run one after another."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_mi_prune.core.errors import PruningError, counted
+
+__all__ = [
+    "blocks_of",
+    "container_of",
+]
+
+
+def container_of(model: nn.Module, stack: str) -> nn.ModuleList | nn.Sequential:
+    """The container of a stack, whose layers close up when one goes.
+
+    Args:
+        model: Module from which the stack is named.
+        stack: Path of the container.
+
+    Raises:
+        PruningError: If the path is no ``nn.ModuleList`` or ``nn.Sequential`` of numbered layers,
+            or one of them is there twice.
+
+    Example:
+        >>> len(container_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ""))
+        2
+    """
+    try:
+        container = model.get_submodule(stack)
+    except AttributeError as error:
+        children = [name for name, _ in model.named_children()]
+        raise PruningError(
+            f"{stack!r} is no module of {type(model).__name__}; expected a path below {children}."
+        ) from error
+    if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+        raise PruningError(
+            f"{stack!r} is a {type(container).__name__}; expected an nn.ModuleList or an "
+            "nn.Sequential whose layers run one after another."
+        )
+    names = list(container._modules)
+    if names != [str(place) for place in range(len(names))]:
+        raise PruningError(
+            f"The layers of {stack!r} are named {names[:4]}; expected numbers from 0, which close "
+            "up when one goes. Build the container from a plain list."
+        )
+    if len(set(map(id, container))) < len(container):
+        raise PruningError(f"Layers of {stack!r} are one and the same; none can go by itself.")
+    return container
+
+
+def blocks_of(model: nn.Module, stack: str) -> list[str]:
+    """Paths of the layers of a container, bottom to top.
+
+    Raises:
+        PruningError: If the path is no container of two layers or more of one class
+            (:func:`containers.container_of`).
+
+    Example:
+        >>> blocks_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "")
+        ['0', '1']
+    """
+    container = container_of(model, stack)
+    kinds = sorted({type(layer).__name__ for layer in container})
+    if len(kinds) != 1 or len(container) < 2:
+        raise PruningError(
+            f"{stack!r} holds {counted(len(container), 'layer')} of {kinds}; expected two or more, "
+            "all of one class."
+        )
+    return [f"{stack}.{place}" if stack else str(place) for place in range(len(container))]

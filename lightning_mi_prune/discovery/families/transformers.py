@@ -1,0 +1,237 @@
+"""Hugging Face encoders: their groups, read off one table of names a family, no tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.discovery.families.describe import linear_group
+from lightning_mi_prune.discovery.families.names import FamilyNames, LayerNames
+from lightning_mi_prune.discovery.families.residual import hidden_group, module_at, state_readers
+from lightning_mi_prune.discovery.families.text import TEXT
+from lightning_mi_prune.discovery.families.vision import VISION
+from lightning_mi_prune.discovery.groups import (
+    DependencyGroup,
+    EmptyForward,
+    RotatableProjections,
+    SizeAttribute,
+    UnitArgument,
+)
+
+__all__ = [
+    "MODEL_TYPES",
+    "describe",
+    "matches",
+    "nearest_unknown",
+]
+
+MODEL_TYPES: dict[str, FamilyNames] = {**TEXT, **VISION}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer, where it stands, and the item of the stack it belongs to."""
+
+    path: str
+    module: nn.Module
+    item: int
+
+
+def _model_type(module: nn.Module) -> str | None:
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    return kind if isinstance(kind, str) and hasattr(module, "base_model_prefix") else None
+
+
+def _base(network: nn.Module) -> tuple[str, nn.Module]:
+    prefix = str(getattr(network, "base_model_prefix", ""))
+    inner = getattr(network, prefix, None)
+    return (prefix, inner) if isinstance(inner, nn.Module) else ("", network)
+
+
+def matches(module: nn.Module) -> bool:
+    """Whether the module is a Hugging Face model of a known family, with or without a head."""
+    kind = _model_type(module)
+    if kind not in MODEL_TYPES:
+        return False
+    return module_at(_base(module)[1], MODEL_TYPES[kind].stack[0]) is not None
+
+
+def nearest_unknown(module: nn.Module) -> nn.Module | None:
+    """The first Hugging Face model inside that no table describes."""
+    strangers = (m for m in module.modules() if _model_type(m) is not None and not matches(m))
+    return next(strangers, None)
+
+
+def describe(network: nn.Module) -> list[DependencyGroup]:
+    """Groups of one network: neurons, heads, their dimensions, the head's units, the stream.
+
+    Raises:
+        PruningError: If a layer is not a plain ``nn.Linear`` or its widths disagree.
+    """
+    scope, base = _base(network)
+    names = MODEL_TYPES[str(_model_type(network))]
+    prefix = f"{scope}." if scope else ""
+    if getattr(network.config, "chunk_size_feed_forward", 0):
+        raise PruningError(
+            f"{type(network).__name__} cuts its sequences into chunks, where padding cannot be "
+            "told from text. Set config.chunk_size_feed_forward=0 when the model is built."
+        )
+    layers = _layers(base, prefix, names.stack)
+    residual = hidden_group(network, prefix, names, [(one.path, one.module) for one in layers])
+    state = state_readers(network, prefix, names)
+    groups: list[DependencyGroup] = []
+    for index, layer in enumerate(layers):
+        again = [one for one in layers if names.repeats and one.item == layer.item]
+        later = [one for one in layers[index + 1 :] if one not in again]
+        groups += _layer_groups(
+            network, layer, names, scope, level=2 * index, above=[*again, *later]
+        )
+    groups = [replace(group, above=(*group.above, *state)) for group in groups]
+    head = names.heads.get(type(network).__name__.removeprefix(names.classes))
+    # With a head of the user's own above the pooler, its units are not known to be units.
+    plain = (
+        head is not None
+        and head.pooler is not None
+        and all(type(module_at(network, path)) is nn.Linear for path in head.pooler)
+    )
+    if head is not None and head.pooler is not None and plain:
+        pooler = linear_group(
+            network,
+            "pooler",
+            kind="pooler",
+            producers=head.pooler[:1],
+            consumers=head.pooler[1:],
+            scope=scope,
+            level=2 * len(groups),
+        )
+        # The config has one number for these units and for those of the stream.
+        groups.append(replace(pooler, tie=names.hidden))
+    return groups if residual is None else [*groups, residual]
+
+
+def _layers(base: nn.Module, prefix: str, stack: tuple[str, ...]) -> list[_Layer]:
+    """The layers in the order they run; one that stands twice is there once."""
+    found: list[_Layer] = []
+    seen: set[int] = set()
+    for item, part in base.get_submodule(stack[0])._modules.items():
+        path = f"{prefix}{stack[0]}.{item}"
+        inner = {path: part}
+        for name in stack[1:]:
+            inside = module_at(part, name) if part is not None else None
+            inner = {f"{path}.{name}.{i}": m for i, m in inside._modules.items()} if inside else {}
+        for where, layer in inner.items():
+            if layer is not None and id(layer) not in seen:
+                seen.add(id(layer))
+                found.append(_Layer(where, layer, int(item)))
+    return found
+
+
+def _layer_groups(
+    network: nn.Module,
+    layer: _Layer,
+    names: FamilyNames,
+    scope: str,
+    *,
+    level: int,
+    above: Sequence[_Layer],
+) -> list[DependencyGroup]:
+    parts, path = names.layer, layer.path
+    attention = layer.module.get_submodule(parts.attention)
+    entries = int(getattr(attention, parts.head_size))
+    attributes = [SizeAttribute(f"{path}.{parts.attention}", parts.heads)]
+    if parts.width is not None:
+        attributes.append(SizeAttribute(f"{path}.{parts.attention}", parts.width, entries=True))
+    producers = [f"{path}.{part}" for part in _projections(layer.module, parts)]
+    heads = linear_group(
+        network,
+        f"{path}.heads",
+        kind="heads",
+        producers=producers,
+        consumers=[f"{path}.{parts.out}"],
+        entries=entries,
+        attributes=attributes,
+        scope=scope,
+        config=names.head_count,
+        level=level,
+    )
+    ffn = linear_group(
+        network,
+        f"{path}.ffn",
+        kind="ffn",
+        producers=[f"{path}.{parts.ffn_in}"],
+        consumers=[f"{path}.{parts.ffn_out}"],
+        scope=scope,
+        config=names.ffn_width,
+        level=level + 1,
+    )
+    # Attention that keeps what it has seen would lose count of the positions without its heads.
+    may_be_empty = not getattr(network.config, "is_decoder", False)
+    inside = parts.out.startswith(f"{parts.attention}.")
+    empty_forward = EmptyForward(
+        module=f"{path}.{parts.attention}",
+        projections=tuple(producers),
+        consumer=f"{path}.{parts.out}" if inside else None,
+        dropout=None if parts.dropout is None else f"{path}.{parts.dropout}",
+        norm=None if parts.norm is None else f"{path}.{parts.norm}",
+    )
+    selects = (
+        () if parts.selects is None else (UnitArgument(f"{path}.{parts.attention}", parts.selects),)
+    )
+    free = names.head_size is not None and hasattr(network.config, names.head_size)
+    beyond = [
+        f"{one.path}.{part}"
+        for one in above
+        for part in (parts.query, parts.key, parts.value, parts.ffn_in)
+    ]
+    heads = replace(
+        heads,
+        skip=f"{path}.{parts.skips[0]}",
+        above=tuple(dict.fromkeys([f"{path}.{parts.ffn_in}", *beyond])),
+        empty_forward=(empty_forward,) if may_be_empty else (),
+        may_be_empty=may_be_empty,
+        selects=selects,
+        tie=None if free or names.head_count is None else names.hidden,
+    )
+    ffn = replace(
+        ffn, skip=f"{path}.{parts.skips[1]}", above=tuple(beyond), may_be_empty=may_be_empty
+    )
+    # ALBERT's one layer is rotated once for all its calls, which no one set of sums can tell.
+    if not parts.turns:
+        return [heads, ffn]
+    heads = replace(heads, crossed=f"{path}.head_dim")
+    return [heads, _dims(heads, layer, parts), ffn]
+
+
+def _dims(heads: DependencyGroup, layer: _Layer, parts: LayerNames) -> DependencyGroup:
+    """The dimensions of all heads of a layer: a group across that of the heads."""
+    path = layer.path
+    turn = RotatableProjections(
+        query=f"{path}.{parts.query}",
+        key=f"{path}.{parts.key}",
+        value=f"{path}.{parts.value}",
+        consumer=f"{path}.{parts.out}",
+        rescaled=parts.rescales,
+    )
+    return DependencyGroup(
+        name=heads.crossed,
+        kind="head_dim",
+        size=heads.entries,
+        entries=heads.size,
+        tensors=heads.tensors,
+        consumers=(turn.query, turn.key, turn.consumer),
+        consumer_sets=((turn.query,), (turn.key,), (turn.consumer,)),
+        attributes=(SizeAttribute(f"{path}.{parts.attention}", parts.head_size),),
+        scope=heads.scope,
+        level=heads.level,
+        crossed=heads.name,
+        spread=True,
+        rotation=turn,
+    )
+
+
+def _projections(layer: nn.Module, parts: LayerNames) -> list[str]:
+    extra = [part for part in parts.positions if module_at(layer, part) is not None]
+    return [parts.query, parts.key, parts.value, *extra]

@@ -1,0 +1,284 @@
+"""PruningGraph: all groups and stacks of a model as built, and the choice of those to prune."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted, shortened
+from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.discovery.groups import DependencyGroup, LayerStack
+
+__all__ = [
+    "PruningGraph",
+    "choose_groups",
+    "summarize_groups",
+]
+
+
+@dataclass(frozen=True)
+class PruningGraph:
+    """What a model can lose, units and layers, in the numbering it was built with.
+
+    When a layer goes, those above it move down: their groups keep their names, but their tensors
+    and modules stand at other paths. The units of a layer that is gone are gone.
+
+    Args:
+        groups: Groups of units.
+        stacks: Stacks of layers.
+
+    Raises:
+        PruningError: If two of them have the same name.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> from lightning_mi_prune.discovery.families import find_groups
+        >>> from lightning_mi_prune.discovery.families.stacks import find_stacks
+        >>> net = BertModel(BertConfig(num_hidden_layers=3, hidden_size=24, vocab_size=50))
+        >>> graph = PruningGraph(tuple(find_groups(net)), tuple(find_stacks(net)))
+        >>> plan = graph.without(graph.full, {"encoder.layer": (0, 2)})
+        >>> top = next(a for a in graph.standing(plan) if a.name == "encoder.layer.2.ffn")
+        >>> top.consumers
+        ('encoder.layer.1.output.dense',)
+        >>> plan.kept["encoder.layer.1.ffn"]
+        ()
+    """
+
+    groups: tuple[DependencyGroup, ...] = ()
+    stacks: tuple[LayerStack, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [part.name for part in self.parts]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise PruningError(f"{twice} name two things that can be lost; expected one of each.")
+
+    def __deepcopy__(self, memo: object) -> PruningGraph:
+        return self  # nothing in it changes, and copies of a model hold it many times
+
+    @classmethod
+    def of(cls, parts: Iterable[DependencyGroup | LayerStack]) -> PruningGraph:
+        """Groups and stacks out of one list."""
+        found = list(parts)
+        return cls(
+            tuple(part for part in found if isinstance(part, DependencyGroup)),
+            tuple(part for part in found if isinstance(part, LayerStack)),
+        )
+
+    @property
+    def parts(self) -> tuple[DependencyGroup | LayerStack, ...]:
+        """Groups and stacks in one list."""
+        return self.groups + self.stacks
+
+    @cached_property
+    def full(self) -> PruningPlan:
+        """The plan that keeps everything."""
+        return PruningPlan.full({part.name: part.size for part in self.parts})
+
+    def standing(self, plan: PruningPlan) -> list[DependencyGroup]:
+        """The groups of the layers that are there at a plan, at the paths they then have."""
+        path = self._paths(plan)
+        found = [group.moved(path) for group in self.groups]
+        return [
+            group
+            for group, built in zip(found, self.groups, strict=True)
+            if group.consumers or not built.consumers
+        ]
+
+    def restated(self, groups: list[DependencyGroup], plan: PruningPlan) -> list[DependencyGroup]:
+        """Groups that were found on a model at a plan, as they were named when it was built."""
+        path = self._paths(plan, back=True)
+        names = [path(group.name) or group.name for group in groups]
+        return [
+            replace(
+                group.moved(path), name=name, here="", crossed=path(group.crossed) or group.crossed
+            )
+            for group, name in zip(groups, names, strict=True)
+        ]
+
+    def without(self, plan: PruningPlan, layers: Mapping[str, tuple[int, ...]]) -> PruningPlan:
+        """A plan that keeps only the given layers of stacks, and no unit of the others.
+
+        Args:
+            plan: Plan to start from.
+            layers: Layers that stay, as numbered when built, by name of the stack.
+
+        Raises:
+            PruningError: If a stack is not known, or a layer is gone already.
+        """
+        sizes = {stack.name: stack.size for stack in self.stacks if stack.name in layers}
+        later = plan.then(PruningPlan(sizes, {name: layers[name] for name in sizes}))
+        there = {group.name for group in self.standing(later)}
+        gone = {group.name: () for group in self.groups if group.name not in there}
+        return PruningPlan(later.sizes, {**later.kept, **gone}, later.rankings)
+
+    def joined(self, other: PruningGraph) -> PruningGraph:
+        """Both in one; what both name is that of this one."""
+        names = {part.name for part in self.parts}
+        return PruningGraph(
+            self.groups + tuple(group for group in other.groups if group.name not in names),
+            self.stacks + tuple(stack for stack in other.stacks if stack.name not in names),
+        )
+
+    def prefixed(self, prefix: str) -> PruningGraph:
+        """The same, named from a module that holds this one at ``prefix``."""
+        return PruningGraph(
+            tuple(group.prefixed(prefix) for group in self.groups),
+            tuple(stack.prefixed(prefix) for stack in self.stacks),
+        )
+
+    def under(self, prefix: str) -> PruningGraph:
+        """What lies below a module path, named from there."""
+
+        def path(name: str) -> str | None:
+            return name[len(prefix) + 1 :] if name.startswith(f"{prefix}.") else None
+
+        def certain(name: str) -> str:
+            return path(name) or ""
+
+        groups = [group for group in self.groups if group.name.startswith(f"{prefix}.")]
+        stacks = [stack for stack in self.stacks if stack.name.startswith(f"{prefix}.")]
+        return PruningGraph(
+            tuple(
+                replace(a.moved(path), name=certain(a.name), here="", crossed=certain(a.crossed))
+                for a in groups
+            ),
+            tuple(
+                replace(
+                    stack,
+                    name=certain(stack.name),
+                    fields=tuple(
+                        (certain(module), name)
+                        for module, name in stack.fields
+                        if module == prefix or module.startswith(f"{prefix}.")
+                    ),
+                    network=certain(stack.network),
+                    scope=certain(stack.scope),
+                )
+                for stack in stacks
+            ),
+        )
+
+    def _paths(self, plan: PruningPlan, *, back: bool = False) -> Callable[[str], str | None]:
+        """Present paths by those as built (or back); None where the layer is not there."""
+        moves: dict[str, dict[str, str]] = {}
+        for stack in self.stacks:
+            kept = plan.kept.get(stack.name, tuple(range(stack.size)))
+            if len(kept) < stack.size:
+                pairs = [(str(old), str(new)) for new, old in enumerate(kept)]
+                moves[f"{stack.name}."] = {b: a for a, b in pairs} if back else dict(pairs)
+
+        def path(name: str) -> str | None:
+            for stem, places in moves.items():
+                if name.startswith(stem):
+                    layer, dot, rest = name[len(stem) :].partition(".")
+                    return f"{stem}{places[layer]}{dot}{rest}" if layer in places else None
+            return name
+
+        return path
+
+
+def choose_groups(
+    groups: Sequence[DependencyGroup],
+    *,
+    units: Sequence[str] | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    modules: Sequence[str] = (),
+) -> list[DependencyGroup]:
+    """Narrow the groups by kind and by regular expressions searched in their names.
+
+    An expression that is also the name of one of ``modules`` was perhaps meant for that module:
+    a PruningWarning then names what it finds instead.
+
+    Args:
+        groups: All groups of a model.
+        units: Kinds to keep; None keeps neurons and heads, or every kind where there are neither.
+        include: Only groups whose name this finds.
+        exclude: No groups whose name this finds.
+        modules: Paths of modules without any group (:func:`families.untouched`).
+
+    Raises:
+        PruningError: If a kind or an expression matches no group, is not valid, or nothing is left.
+    """
+    kinds = sorted({group.kind for group in groups})
+    if units is None:
+        units = [kind for kind in ("ffn", "heads") if kind in kinds] or kinds
+    for kind in units:
+        if kind not in kinds:
+            raise PruningError(
+                f"units names {kind!r}, but this model has only units={kinds}; expected some."
+            )
+    chosen = [group for group in groups if group.kind in units]
+    for option, expression in (("include", include), ("exclude", exclude)):
+        if expression is not None:
+            found = _found(chosen, option, expression, modules)
+            chosen = [group for group in chosen if (group in found) == (option == "include")]
+    if not chosen:
+        raise PruningError(
+            f"Nothing is left to prune: units={list(units)}, include={include!r} and "
+            f"exclude={exclude!r} leave no group of {len(groups)}; loosen one of them."
+        )
+    return chosen
+
+
+def summarize_groups(groups: Sequence[DependencyGroup]) -> str:
+    """How many groups of which kind, and where.
+
+    Example:
+        >>> groups = [DependencyGroup(f"net.{i}.ffn", "ffn", 8, 1, (), ("down",)) for i in (0, 1)]
+        >>> summarize_groups([*groups, DependencyGroup("net.0.heads", "heads", 4, 8, (), ("out",))])
+        "3 groups: 2 of kind 'ffn' (net.{0,1}.ffn), 1 of kind 'heads' (net.0.heads)"
+    """
+    parts = []
+    for kind in dict.fromkeys(group.kind for group in groups):
+        names = [group.name for group in groups if group.kind == kind]
+        parts.append(f"{len(names)} of kind {kind!r} ({shortened(names)})")
+    return f"{counted(len(groups), 'group')}: {', '.join(parts)}"
+
+
+def _found(
+    groups: Sequence[DependencyGroup], option: str, expression: str, modules: Sequence[str]
+) -> list[DependencyGroup]:
+    """The groups that an expression finds; it says which module of the same name it does not."""
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise PruningError(
+            f"{option}={expression!r} is not a regular expression ({error}); expected one "
+            "such as 'ffn$'."
+        ) from error
+    found = [group for group in groups if pattern.search(group.name)]
+    namesakes = _namesakes(pattern, modules)
+    paths = shortened(map(repr, namesakes), most=3)
+    if not found:
+        sample = [group.name for group in groups[:4]]
+        mention = f" No group belongs to the module {paths}; describe its units (register_family)."
+        raise PruningError(
+            f"{option}={expression!r} matches no group; the names look like {sample}."
+            f"{mention if namesakes else ''}"
+        )
+    if namesakes:
+        describe = "describe its units with register_family, or "
+        warnings.warn(
+            f"{option}={expression!r} finds {summarize_groups(found)}. No group belongs to the module "
+            f"{paths}, which stays as it is: {describe if option == 'include' else ''}write an "
+            f"expression that finds groups only, such as '{found[0].kind}$'.",
+            PruningWarning,
+            stacklevel=4,
+        )
+    return found
+
+
+def _namesakes(pattern: re.Pattern[str], modules: Sequence[str]) -> list[str]:
+    """The topmost modules whose path, or its last part, is all that an expression asks for."""
+    top: list[str] = []
+    for path in modules:
+        below = any(path.startswith(f"{other}.") for other in top)
+        names = {path, path.rpartition(".")[2]}  # numbers are places, which name nothing
+        if not below and any(pattern.fullmatch(n) for n in names if not n.isdigit()):
+            top.append(path)
+    return top

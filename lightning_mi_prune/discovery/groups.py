@@ -1,0 +1,418 @@
+"""DependencyGroup and LayerStack: what can be pruned, as names and sizes (plain data, no torch)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mi_prune.core.plan import PruningPlan
+
+__all__ = [
+    "DependencyGroup",
+    "EmptyForward",
+    "LayerStack",
+    "PrunableDim",
+    "RotatableProjections",
+    "SizeAttribute",
+    "UnitArgument",
+    "as_built",
+    "count_parameters",
+    "entry_positions",
+    "full_depth",
+    "full_plan",
+    "join_path",
+]
+
+
+@dataclass(frozen=True)
+class PrunableDim:
+    """One dimension of one tensor that shrinks with a group.
+
+    Args:
+        tensor: Qualified parameter name, ``"encoder.layer.0.output.dense.weight"``.
+        dim: Dimension that is cut.
+        shape: Shape of the tensor as built.
+    """
+
+    tensor: str
+    dim: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SizeAttribute:
+    """A number on a module that must follow the group: ``module.attribute = units * per_unit``.
+
+    Args:
+        module: Path of the module.
+        attribute: Attribute that holds the number.
+        per_unit: Amount for each unit.
+        entries: Whether it counts entries: each unit then brings as many as it has.
+        sequence: Whether the attribute is a tuple of this one number (``normalized_shape``).
+    """
+
+    module: str
+    attribute: str
+    per_unit: int = 1
+    sequence: bool = False
+    entries: bool = False
+
+
+@dataclass(frozen=True)
+class EmptyForward:
+    """A module whose ``forward`` cannot run without units, and what it then says: nothing.
+
+    While the group is empty, ``forward`` returns the sum of what ``projections`` make of its input
+    (a tensor without entries, through which gradients still pass), read by ``consumer`` if the module
+    holds that too; the residual stream carries on.
+
+    Args:
+        module: Path of the module.
+        projections: Paths of the linear modules that make the units.
+        consumer: Path of the linear module that reads them, where the module calls it itself.
+        dropout: Path of what the module then drops out with, if it does.
+        norm: Path of the normalisation of output plus input, where the module holds that too.
+        pair: Whether ``forward`` returns a pair of output and attention weights (None then).
+    """
+
+    module: str
+    projections: tuple[str, ...]
+    consumer: str | None = None
+    dropout: str | None = None
+    norm: str | None = None
+    pair: bool = True
+
+    def prefixed(self, path: Callable[[str], str]) -> EmptyForward:
+        """The same, with every module path mapped by ``path``."""
+        return replace(
+            self,
+            module=path(self.module),
+            projections=tuple(path(p) for p in self.projections),
+            consumer=None if self.consumer is None else path(self.consumer),
+            dropout=None if self.dropout is None else path(self.dropout),
+            norm=None if self.norm is None else path(self.norm),
+        )
+
+
+@dataclass(frozen=True)
+class UnitArgument:
+    """An argument of a module's ``forward`` that brings something for every unit as built.
+
+    It is made once for all layers, so it cannot shrink with one of them: the module takes the
+    entries of its own units out of it.
+
+    Args:
+        module: Path of the module.
+        argument: Name of the argument.
+        dim: Dimension of the argument that counts the units.
+    """
+
+    module: str
+    argument: str
+    dim: int = 1
+
+
+@dataclass(frozen=True)
+class RotatableProjections:
+    """Projections of attention heads whose dimensions can be rotated without a change of the output.
+
+    Only products of queries with keys are seen, and only what ``consumer`` makes of the values: every
+    head may be given other coordinates, in which its dimensions come in the order of their use.
+
+    Args:
+        query: Path of the projection of the queries.
+        key: Path of the projection of the keys.
+        value: Path of the projection of the values.
+        consumer: Path of the linear module that reads the heads.
+        rescaled: Whether attention divides by the root of the size that a head has now, not of the
+            one it was built with: the queries then make up for it.
+    """
+
+    query: str
+    key: str
+    value: str
+    consumer: str
+    rescaled: bool = False
+
+    def prefixed(self, path: Callable[[str], str]) -> RotatableProjections:
+        """The same, with every path mapped by ``path``."""
+        return replace(
+            self,
+            query=path(self.query),
+            key=path(self.key),
+            value=path(self.value),
+            consumer=path(self.consumer),
+        )
+
+
+@dataclass(frozen=True)
+class DependencyGroup:
+    """Units of one kind at one place, and every tensor that must shrink with them.
+
+    Args:
+        name: Path of the group, ``"encoder.layer.0.ffn"``.
+        kind: ``"ffn"``, ``"heads"``, ``"head_dim"`` (dimensions of all heads of a layer),
+            ``"pooler"`` or ``"hidden"``; free for other families.
+        size: Number of units as built (neurons or heads).
+        entries: Scalars per unit (1 for a neuron, the head size for a head).
+        tensors: The tensors cut together.
+        consumers: Linear modules that read the units: their input is listened to, their output is
+            the layer above, their weight takes the fold-in.
+        consumer_sets: The consumers in groups that read the same input; empty means one group of all. The
+            residual stream has a site wherever it is read.
+        skip: Module whose input is the residual stream that is added to the consumer's output.
+        above: Linear modules above that read the consumer's output, through norms and skips.
+        norms: Normalisations over the units of the group.
+        empty_forward: What stands in where a module cannot run without units; such a group and one with
+            ``may_be_empty`` may lose all of them.
+        may_be_empty: Whether the group may lose all its units.
+        selects: Arguments out of which a module takes what belongs to its units.
+        attributes: Numbers on modules that follow the group.
+        network: Path of the network the group belongs to.
+        scope: Path of the module whose ``forward`` receives ``attention_mask``.
+        config: Field of the network's config that holds the width when it is the same everywhere.
+        tie: Config field that must equal ``units * entries`` for an ordinary config: transformers
+            derive the head size from the hidden size and the number of heads.
+        twins: Further config fields that hold the same number as ``config``.
+        level: Height in the network; the sweep runs from the highest level down.
+        crossed: Group that cuts the same dimensions of tensors: every unit of the one has an entry
+            for each unit of the other, as heads and their dimensions do.
+        spread: Whether the entries of a unit lie apart, one in each unit of ``crossed``.
+        rotation: What must be rotated before units can go: they are the directions of a head.
+        here: Its name where layers below are gone; the name itself unless layers went.
+    """
+
+    name: str
+    kind: str
+    size: int
+    entries: int
+    tensors: tuple[PrunableDim, ...]
+    consumers: tuple[str, ...]
+    attributes: tuple[SizeAttribute, ...] = ()
+    network: str = ""
+    scope: str = ""
+    config: str | None = None
+    level: int = 0
+    consumer_sets: tuple[tuple[str, ...], ...] = ()
+    skip: str | None = None
+    above: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    empty_forward: tuple[EmptyForward, ...] = ()
+    may_be_empty: bool = False
+    selects: tuple[UnitArgument, ...] = ()
+    tie: str | None = None
+    twins: tuple[str, ...] = ()
+    crossed: str = ""
+    spread: bool = False
+    rotation: RotatableProjections | None = None
+    here: str = ""
+
+    @property
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """Where the group is listened to: the consumers of each site, by the key of its sums."""
+        if not self.consumer_sets:
+            return {self.name: self.consumers}
+        return {f"{self.name}@{consumers[0]}": consumers for consumers in self.consumer_sets}
+
+    @property
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """Those of the places where linear layers read the units."""
+        if self.rotation is None:
+            return self.places
+        return {f"{self.name}@{self.rotation.consumer}": (self.rotation.consumer,)}
+
+    def prefixed(self, prefix: str) -> DependencyGroup:
+        """The same group, named from a module that holds this network at ``prefix``."""
+        path = partial(join_path, prefix)
+        crossed = path(self.crossed) if self.crossed else ""
+        return replace(self.moved(path), name=path(self.name), crossed=crossed)
+
+    def entries_at(self, widths: Mapping[str, int]) -> int:
+        """Entries per unit at the given widths: what is gone of ``crossed`` has none.
+
+        Example:
+            >>> heads = DependencyGroup("heads", "heads", 12, 32, (), ("o",), crossed="head_dim")
+            >>> heads.entries_at({"heads": 6, "head_dim": 8}), heads.entries_at({"heads": 6})
+            (8, 32)
+        """
+        return widths.get(self.crossed, self.entries)
+
+    def moved(self, path: Callable[[str], str | None]) -> DependencyGroup:
+        """The same group where its modules stand at other paths; those without one are left out.
+
+        Args:
+            path: The present path of a module or tensor by the one it was built at, or None.
+        """
+
+        def paths(names: Sequence[str]) -> tuple[str, ...]:
+            return tuple(p for name in names if (p := path(name)) is not None)
+
+        def certain(name: str) -> str:
+            return path(name) or ""
+
+        return replace(
+            self,
+            here=path(self.here or self.name) or "",
+            tensors=tuple(replace(s, tensor=p) for s in self.tensors if (p := path(s.tensor))),
+            consumers=paths(self.consumers),
+            consumer_sets=tuple(site for group in self.consumer_sets if (site := paths(group))),
+            skip=None if self.skip is None else path(self.skip),
+            above=paths(self.above),
+            norms=paths(self.norms),
+            empty_forward=tuple(
+                s.prefixed(certain) for s in self.empty_forward if path(s.module) is not None
+            ),
+            selects=tuple(
+                replace(s, module=p) for s in self.selects if (p := path(s.module)) is not None
+            ),
+            attributes=tuple(
+                replace(c, module=p) for c in self.attributes if (p := path(c.module)) is not None
+            ),
+            network=certain(self.network),
+            scope=certain(self.scope),
+            rotation=self.rotation.prefixed(certain) if self.rotation else None,
+        )
+
+
+def join_path(prefix: str, path: str) -> str:
+    """A path named from a module that holds, at ``prefix``, the one it is named from now."""
+    return ".".join(filter(None, (prefix, path)))
+
+
+def full_plan(groups: Sequence[DependencyGroup]) -> PruningPlan:
+    """The plan that keeps every unit of every group."""
+    return PruningPlan.full({group.name: group.size for group in groups})
+
+
+def as_built(groups: Sequence[DependencyGroup], sizes: Mapping[str, int]) -> list[DependencyGroup]:
+    """Groups found on an already cut model, restated with the sizes they were built with."""
+    built = {group.name: sizes.get(group.name, group.size) for group in groups}
+    grown = {
+        (s.tensor, s.dim): built[group.name] * group.entries_at(built)
+        for group in groups
+        for s in group.tensors
+    }
+
+    def shape(s: PrunableDim) -> tuple[int, ...]:
+        return tuple(grown.get((s.tensor, d), n) for d, n in enumerate(s.shape))
+
+    return [
+        replace(
+            group,
+            size=built[group.name],
+            entries=group.entries_at(built),
+            tensors=tuple(replace(s, shape=shape(s)) for s in group.tensors),
+        )
+        for group in groups
+    ]
+
+
+def count_parameters(
+    groups: Sequence[DependencyGroup], widths: Mapping[str, int] | None = None
+) -> int:
+    """Parameters of all tensors that the groups cut, at the given widths (default: as built).
+
+    A tensor cut along two groups counts once, with both dimensions shrunk.
+
+    Example:
+        >>> ffn = DependencyGroup(
+        ...     "ffn", "ffn", size=8, entries=1, consumers=("down",),
+        ...     tensors=(PrunableDim("up.weight", 0, (8, 4)), PrunableDim("down.weight", 1, (4, 8))),
+        ... )
+        >>> count_parameters([ffn]), count_parameters([ffn], {"ffn": 2})
+        (64, 16)
+    """
+    shapes: dict[str, list[int]] = {}
+    at = {group.name: group.size if widths is None else widths[group.name] for group in groups}
+    for group in groups:
+        for s in group.tensors:
+            shape = shapes.setdefault(s.tensor, list(s.shape))
+            shape[s.dim] = at[group.name] * group.entries_at(at)
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """A stack of layers, and every number that must follow when it gets shorter.
+
+    Args:
+        name: Path of the container, ``"bert.encoder.layer"``; layers are its items.
+        size: Number of layers as built.
+        fixed: Layers at the bottom that must stay, since others use what they hold.
+        fields: Config fields that count the layers, each with the path of the module whose config
+            it is.
+        lists: Config fields with an entry for each layer, and those entries as built.
+        places: Attributes by which modules in a layer know its place (those of KV caches).
+        adds: What a layer adds to the stream, in order: the output projection and the module whose
+            input is the stream it is added to, both seen from the layer; empty if not known.
+        closing: The normalisation of that sum which ends a layer, seen from it; "" without one.
+        network: Path of the network the stack belongs to.
+        scope: Path of the module whose ``forward`` receives ``attention_mask``.
+    """
+
+    name: str
+    size: int
+    fixed: int = 0
+    fields: tuple[tuple[str, str], ...] = ()
+    lists: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    places: tuple[str, ...] = ("layer_idx",)
+    adds: tuple[tuple[str, str], ...] = ()
+    closing: str = ""
+    network: str = ""
+    scope: str = ""
+
+    @property
+    def kind(self) -> str:
+        """``"depth"``."""
+        return "depth"
+
+    def prefixed(self, prefix: str) -> LayerStack:
+        """The same stack, named from a module that holds this network at ``prefix``."""
+        path = partial(join_path, prefix)
+        return replace(
+            self,
+            name=path(self.name),
+            fields=tuple((path(module), name) for module, name in self.fields),
+            network=path(self.network),
+            scope=path(self.scope),
+        )
+
+
+def full_depth(groups: Sequence[LayerStack]) -> PruningPlan:
+    """The plan that keeps every layer of every stack.
+
+    Example:
+        >>> full_depth([LayerStack("encoder.layer", 3)]).kept["encoder.layer"]
+        (0, 1, 2)
+    """
+    return PruningPlan.full({group.name: group.size for group in groups})
+
+
+def entry_positions(
+    group: DependencyGroup, kept: Mapping[str, Sequence[int]], widths: Mapping[str, int]
+) -> Tensor:
+    """Where the entries of a group that survive stand now, in the order of the tensor.
+
+    Args:
+        group: The group; what survives of a group that it crosses is looked at too.
+        kept: Survivors of each group that is cut, as positions in the present model.
+        widths: Present width of every group.
+
+    Example:
+        >>> heads = DependencyGroup("heads", "heads", 2, 3, (), ("o",), crossed="head_dim")
+        >>> entry_positions(heads, {"heads": (1,), "head_dim": (0, 1)}, {"heads": 2, "head_dim": 3})
+        tensor([3, 4])
+    """
+    across = group.entries_at(widths)
+    mine = kept.get(group.name, range(widths[group.name]))
+    others = kept.get(group.crossed, range(across)) if group.crossed in widths else range(across)
+    outer, inner = (others, mine) if group.spread else (mine, others)
+    stride = widths[group.name] if group.spread else across
+    rows = torch.tensor([*outer], dtype=torch.long)[:, None] * stride
+    return (rows + torch.tensor([*inner], dtype=torch.long)).flatten()

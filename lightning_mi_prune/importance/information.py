@@ -1,0 +1,193 @@
+"""Gaussian mutual information in nats, shrinkage and regression: pure functions on tensors.
+
+Notation: ``x`` are the units of a layer ``(d,)``, ``y`` the kept units of the layer above ``(m,)``,
+``N`` samples; ``sxx (d, d)``, ``syy (m, m)``, ``sxy (d, m)`` are covariances. A unit may have
+several entries (an attention head): then consecutive entries belong together.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "cholesky",
+    "conditional_covariance",
+    "diagonal_blocks",
+    "inverse",
+    "joint_information",
+    "log_det_blocks",
+    "mean_variance",
+    "plugin_bias",
+    "regression",
+    "shrink",
+    "shrinkage",
+    "unit_information",
+]
+
+# Units are observed through noise of this share of their variance, so that exact duplicates and
+# dead units leave every matrix invertible; float64 keeps ten digits beyond it.
+JITTER = 1e-6
+
+
+# Where all units of a layer are constant: small enough to say nothing, and large enough that its
+# inverse and a share of it are still ordinary numbers of float64.
+NOTHING = 1e-150
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Lower Cholesky factor, with the type that torch leaves out."""
+    factor: Tensor = torch.linalg.cholesky(matrix)
+    return factor
+
+
+def log_det_blocks(blocks: Tensor) -> Tensor:
+    """Log-determinants of ``(n, g, g)`` positive definite blocks."""
+    if blocks.shape[-1] == 1:
+        return blocks.flatten().log()
+    return 2 * cholesky(blocks).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def diagonal_blocks(matrix: Tensor, entries: int) -> Tensor:
+    """Diagonal ``(n, g, g)`` blocks of a ``(n g, n g)`` matrix."""
+    n = matrix.shape[0] // entries
+    return matrix.view(n, entries, n, entries).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+
+
+def mean_variance(covariance: Tensor) -> Tensor:
+    """Mean variance of the entries, in float64; above 0 even where all of them are constant.
+
+    Example:
+        >>> mean_variance(torch.zeros(2, 2, dtype=torch.float64)) > 0
+        tensor(True)
+    """
+    return covariance.diagonal().mean().clamp_min(NOTHING)
+
+
+def inverse(matrix: Tensor, jitter: float = JITTER) -> Tensor:
+    """Inverse of a covariance whose entries are observed through a little noise.
+
+    Args:
+        matrix: Covariance ``(d, d)``.
+        jitter: Noise variance as a share of each entry's own variance (of the mean variance where
+            the entry is constant).
+    """
+    variance = matrix.diagonal()
+    mean = mean_variance(matrix)
+    noise = torch.where(variance > JITTER * mean, variance, mean) * jitter
+    return torch.cholesky_inverse(cholesky(matrix + torch.diag(noise)))
+
+
+def conditional_covariance(sxx: Tensor, sxy: Tensor, syy: Tensor) -> Tensor:
+    """``Cov(x | y) = sxx - sxy syy^-1 syx``, shape ``(d, d)``; one Cholesky of ``syy``."""
+    half: Tensor = torch.linalg.solve_triangular(cholesky(syy), sxy.mT, upper=False)
+    return sxx - half.mT @ half
+
+
+def joint_information(sxx: Tensor, sxy: Tensor, syy: Tensor) -> Tensor:
+    """``I(X; Y) = 1/2 ln(|sxx| / |Cov(x | y)|)`` of jointly Gaussian vectors, in nats.
+
+    Example:
+        >>> one = torch.ones(1, 1, dtype=torch.float64)
+        >>> round(joint_information(one, 0.8 * one, one).item(), 6)
+        0.510826
+    """
+    given = conditional_covariance(sxx, sxy, syy)
+    return (log_det_blocks(sxx[None]) - log_det_blocks(given[None]))[0] / 2
+
+
+def unit_information(sxx: Tensor, sxy: Tensor, syy: Tensor, entries: int = 1) -> Tensor:
+    """Information of every single unit with the whole kept set, in nats, shape ``(d / entries,)``.
+
+    ``I(x_i; Y) = -1/2 ln(1 - R_i^2)``; for a group of entries ``1/2 ln(|S_gg| / |B_gg|)`` with
+    ``B = Cov(x | y)``. One Cholesky of ``syy`` scores the whole layer. A constant unit scores 0.
+
+    Example:
+        >>> sxx = torch.eye(2, dtype=torch.float64)
+        >>> sxy = torch.tensor([[0.8], [0.0]], dtype=torch.float64)
+        >>> unit_information(sxx, sxy, torch.ones(1, 1, dtype=torch.float64))
+        tensor([0.5108, 0.0000], dtype=torch.float64)
+    """
+    half = torch.linalg.solve_triangular(cholesky(syy), sxy.mT, upper=False)  # (m, d)
+    if entries == 1:
+        variance = sxx.diagonal()
+        explained = half.square().sum(0)
+        share = torch.where(variance > 0, explained / variance.clamp_min(1e-300), 0.0)
+        return -torch.log1p(-share.clamp(max=1 - 1e-12)) / 2
+    blocks = diagonal_blocks(sxx, entries)
+    halves = half.view(half.shape[0], -1, entries).permute(1, 2, 0)  # (n, g, m)
+    noise = JITTER * blocks.diagonal(dim1=-2, dim2=-1).clamp_min(1e-200)
+    blocks = blocks + torch.diag_embed(noise)
+    return (log_det_blocks(blocks) - log_det_blocks(blocks - halves @ halves.mT)) / 2
+
+
+def plugin_bias(samples: int, dimension: float, entries: int = 1) -> float:
+    """Expected plug-in estimate of a unit's ``I(x_i; Y)`` when there is none, in nats.
+
+    ``1/2 [psi((N-1)/2) - psi((N-1-m)/2)]`` for one entry, the same for every unit of a layer and
+    for every true value, because the log-determinant of a Wishart matrix only shifts; a group
+    adds one such term an entry, with one sample less each. With a ridge on the target, pass its
+    effective dimension ``tr(syy (syy + ridge)^-1)``.
+
+    Example:
+        >>> round(plugin_bias(samples=100, dimension=10), 4)
+        0.0538
+    """
+    if samples - entries <= dimension:
+        return math.inf
+    upper = (samples - 1 - torch.arange(entries, dtype=torch.float64)) / 2
+    return float((torch.digamma(upper) - torch.digamma(upper - dimension / 2)).sum()) / 2
+
+
+def shrink(covariance: Tensor, samples: int) -> Tensor:
+    """Pull correlations towards 0 as far as so many samples ask for.
+
+    Oracle-approximating shrinkage (Chen et al. 2010, eq. 23) on the scale of correlations: next to
+    nothing with many samples an entry, and still invertible with fewer samples than entries.
+
+    Args:
+        covariance: Plug-in covariance ``(d, d)``.
+        samples: Samples behind it.
+
+    Example:
+        >>> few = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+        >>> shrink(few, 10_000)[0, 1] > 0.499, shrink(few, 4)[0, 1] < 0.3
+        (tensor(True), tensor(True))
+    """
+    share = shrinkage(covariance, samples)
+    return (1 - share) * covariance + share * torch.diag(covariance.diagonal())
+
+
+def shrinkage(covariance: Tensor, samples: int) -> Tensor:
+    """How far :func:`shrink` pulls correlations towards 0: a share from 0 to 1."""
+    size = covariance.shape[0]
+    variance = covariance.diagonal()
+    scale = torch.where(variance > 0, variance, 1.0).rsqrt()
+    squares = (covariance * scale[:, None] * scale[None, :]).square().sum()
+    trace = (variance > 0).sum()
+    spread = (samples + 1 - 2 / size) * (squares - trace.square() / size)
+    wanted = (1 - 2 / size) * squares + trace.square()
+    share = torch.where(spread > wanted, wanted / spread, 1.0) if size > 1 else torch.tensor(0.0)
+    return share.to(covariance)
+
+
+def regression(covariance: Tensor, kept: Tensor, dropped: Tensor, samples: int) -> Tensor:
+    """Least-squares coefficients of the dropped entries on the kept ones, ``(dropped, kept)``.
+
+    ``M = S_DK S_KK^-1``, each row scaled by the share of its ``R^2`` that is expected to hold on
+    fresh samples (Stein's formula, Darlington 1968), so that fitted noise is not used: exact
+    relations stay exact, and with no more samples than kept entries only the means are left.
+    """
+    skk, skd = covariance[kept][:, kept], covariance[kept][:, dropped]
+    freedom = samples - len(kept) - 2
+    if freedom <= 0 or not len(dropped):
+        return torch.zeros_like(skd.mT)
+    noise = JITTER * mean_variance(skk) * torch.eye(len(kept), dtype=skk.dtype, device=skk.device)
+    plain = torch.cholesky_solve(skd, cholesky(skk + noise)).mT
+    total = covariance.diagonal()[dropped].clamp_min(NOTHING)
+    explained = ((plain * skd.mT).sum(1) / total).clamp(1e-12, 1.0)
+    loss = (samples - 1) / (freedom + 1) * (samples - 2) / freedom * (samples + 1) / samples
+    lasting = 1 - (1 - explained) * loss
+    return plain * (lasting / explained).clamp_min(0)[:, None]

@@ -1,0 +1,3 @@
+"""Reports, tables and plots of cuts."""
+
+__all__: list[str] = []

@@ -1,0 +1,77 @@
+"""CKA matrix of a stack as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from lightning_mi_prune.core.errors import counted
+from lightning_mi_prune.importance.layer_criteria import StackCut
+
+__all__ = [
+    "heatmap",
+    "save_heatmap",
+]
+
+_DARK = 0.55  # below this share of the scale, black numbers cannot be read
+
+
+def heatmap(cut: StackCut) -> Figure:
+    """The CKA matrix of a stack, bottom layer first; clusters are framed, removed layers crossed.
+
+    Args:
+        cut: What was decided about the stack.
+
+    Returns:
+        A matplotlib figure that belongs to no window.
+
+    Example:
+        >>> alike = ((1.0, 0.99), (0.99, 1.0))
+        >>> cut = StackCut("layers", (0, 1), (0,), alike, ((0, 1),), "cka", 0.98)
+        >>> [text.get_text() for text in heatmap(cut).axes[0].texts]
+        ['1.00', '0.99', '0.99', '1.00']
+    """
+    count = len(cut.before)
+    side = max(3.6, 0.55 * count + 1.6)
+    figure = Figure(figsize=(side + 1.0, side), layout="constrained")
+    axes = figure.add_subplot()
+    lowest = min(min(row) for row in cut.similarity)
+    image = axes.imshow(cut.similarity, cmap="viridis", vmin=min(0.0, lowest), vmax=1.0)
+    figure.colorbar(image, ax=axes, label="CKA", shrink=0.85)
+    if count <= 16:
+        for i, row in enumerate(cut.similarity):
+            for j, value in enumerate(row):
+                color = "black" if value > _DARK else "white"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+    place = {layer: i for i, layer in enumerate(cut.before)}
+    for cluster in cut.clusters:
+        start, size = place[cluster[0]] - 0.5, len(cluster)
+        frame = Rectangle((start, start), size, size, fill=False, edgecolor="red", linewidth=2.5)
+        axes.add_patch(frame)
+        frame.set_clip_on(False)
+    names = [f"{layer} ✕" if layer in cut.removed else str(layer) for layer in cut.before]
+    axes.set_xticks(range(count), names)
+    axes.set_yticks(range(count), names)
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        if label.get_text().endswith("✕"):
+            label.set_color("red")
+    axes.set_xlabel("layer, as built (✕ removed)")
+    decided = f"CKA ≥ {cut.threshold:.4f}" if cut.criterion == "cka" else cut.criterion
+    axes.set_title(
+        f"{cut.name}\n{count} → {counted(len(cut.after), 'layer')}, {decided}", fontsize=10
+    )
+    return figure
+
+
+def save_heatmap(cut: StackCut, path: str | Path) -> None:
+    """Write the picture; the ending of the path says in which format.
+
+    Args:
+        cut: What was decided about the stack.
+        path: ``.png``, ``.svg`` or ``.pdf``; folders are made.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    heatmap(cut).savefig(target, dpi=120)

@@ -1,0 +1,233 @@
+"""PruningReport: what was cut, when, and what it cost."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lightning_mi_prune.core.files import check_writable, write_whole
+from lightning_mi_prune.core.untrusted import (
+    check_nesting,
+    listed,
+    mapping,
+    number,
+    reading,
+    text,
+    whole,
+)
+from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.importance.layer_criteria import StackCut
+from lightning_mi_prune.reconstruction.compensation import GroupInformation
+from lightning_mi_prune.reporting.plots import save_heatmap
+
+__all__ = [
+    "Cut",
+    "GroupCut",
+    "PruningReport",
+    "group_cuts",
+    "read_report",
+]
+
+_SIZES = ("parameters", "prunable_parameters", "macs")
+
+
+_MOST = 2**63
+
+
+@dataclass(frozen=True)
+class GroupCut:
+    """One group in one cut; its information is that of this cut, not of all cuts so far.
+
+    Args:
+        name: Path of the group.
+        kind: Kind of unit.
+        before: Units before the cut.
+        after: Units after it.
+        information_nats: Information with what is kept above that is left after this cut, in nats.
+        information_fraction: The same as a share of what there was just before this cut.
+    """
+
+    name: str
+    kind: str
+    before: int
+    after: int
+    information_nats: float
+    information_fraction: float
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One cut: sizes of the whole model after it, every group, and the time it took.
+
+    Args:
+        epoch: Epoch that started with the smaller model (``trainer.current_epoch``, from 0).
+        sparsity: Share of the prunable parameters gone, against the model as built.
+        parameters: Parameters of the whole module.
+        prunable_parameters: Parameters of the tensors that the groups cut.
+        macs: Multiply-accumulates of the network for one example of validation.
+        groups: What happened to each group.
+        seconds: Time spent in ``calibration``, ``scoring`` and ``cutting``.
+        stacks: What happened to stacks of layers; ``sparsity`` and ``prunable_parameters`` are then
+            those of their layers.
+        information_kept: Share of the information with the layers above, in nats and summed over
+            all groups, that this cut and all before it left of the model as built (of a run that
+            begins with a cut model: of that one). What ``keep_information`` counts; it never
+            rises. None where layers went.
+    """
+
+    epoch: int
+    sparsity: float
+    parameters: int
+    prunable_parameters: int
+    macs: int
+    groups: tuple[GroupCut, ...]
+    seconds: Mapping[str, float]
+    stacks: tuple[StackCut, ...] = ()
+    information_kept: float | None = None
+
+
+@dataclass
+class PruningReport:
+    """All cuts of a run, beside the model as it was built.
+
+    Args:
+        parameters: Parameters of the whole module as built, before any cut of any run.
+        prunable_parameters: Those the groups can cut, as built.
+        macs: Multiply-accumulates of the networks for one example, before the first cut of this
+            run (0 until something was heard).
+        cuts: The cuts, in order.
+        start: Sizes at the start of this run, where an earlier one had cut already.
+        undone: Cuts that cost more than ``max_drop`` and were taken back.
+    """
+
+    parameters: int = 0
+    prunable_parameters: int = 0
+    macs: int = 0
+    cuts: list[Cut] = field(default_factory=list)
+    start: Mapping[str, int] = field(default_factory=dict)
+    undone: list[Cut] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as plain containers for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> PruningReport:
+        """The report that :meth:`state_dict` was taken of.
+
+        Raises:
+            PruningError: If it is something else.
+
+        Example:
+            >>> report = PruningReport(parameters=10, start={"parameters": 8})
+            >>> PruningReport.from_state(report.state_dict()) == report
+            True
+        """
+        with reading("The report", "take another one"):
+            check_nesting(state)
+            return read_report(state)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for JSON: ``before``, ``after`` and ``cuts``."""
+        before = {name: getattr(self, name) for name in _SIZES}
+        after = before | dict(self.start)
+        if self.cuts:
+            after = {name: getattr(self.cuts[-1], name) for name in _SIZES}
+            if self.cuts[0].stacks:  # shares count what the first callback may remove
+                last = [cut for cut in self.cuts if cut.stacks][-1]
+                since = last.parameters - self.cuts[-1].parameters
+                after["prunable_parameters"] = last.prunable_parameters - since
+        return {
+            "before": before,
+            "after": after,
+            "cuts": [asdict(cut) for cut in self.cuts],
+            "undone": [asdict(cut) for cut in self.undone],
+        }
+
+    def write(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
+        """Write ``report.json``, and a picture beside it for every stack that lost layers.
+
+        Args:
+            path: The JSON file.
+            extra: Further entries; those of ``before`` and ``after`` are merged.
+
+        Raises:
+            PruningError: If the file cannot be written.
+        """
+        body, target = self.to_dict(), Path(path)
+        check_writable(target, "The report")  # before the pictures
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for name in ("cuts", "undone"):
+            for cut, told in zip(getattr(self, name), body[name], strict=True):
+                for stack, entry in zip(cut.stacks, told["stacks"], strict=True):
+                    # Names of modules may hold what a file name cannot.
+                    plain = re.sub(r"[^\w.-]", "_", stack.name)[:100]
+                    entry["picture"] = f"layers-{cut.epoch}-{plain}.png"
+                    save_heatmap(stack, target.with_name(entry["picture"]))
+        for key, value in (extra or {}).items():
+            if isinstance(value, Mapping) and key in ("before", "after"):
+                body[key] |= dict(value)
+            else:
+                body[key] = value
+        write_whole(target, json.dumps(body, indent=2) + "\n", "The report")
+
+
+def read_report(state: object) -> PruningReport:
+    """As :meth:`PruningReport.from_state`, for a part of a file; raises a plain exception."""
+    found = mapping(state, [f.name for f in fields(PruningReport)])
+    sizes = {name: whole(found[name], _MOST) for name in _SIZES}
+    start = {name: whole(size, _MOST) for name, size in mapping(found["start"]).items()}
+    cuts, undone = (list(map(_read_cut, listed(found[n]))) for n in ("cuts", "undone"))
+    return PruningReport(**sizes, cuts=cuts, start=start, undone=undone)
+
+
+def _read_cut(state: object) -> Cut:
+    found = mapping(state, [f.name for f in fields(Cut)])
+    kept = found["information_kept"]
+    return Cut(
+        epoch=whole(found["epoch"]),
+        sparsity=number(found["sparsity"]),
+        parameters=whole(found["parameters"], _MOST),
+        prunable_parameters=whole(found["prunable_parameters"], _MOST),
+        macs=whole(found["macs"], _MOST),
+        groups=tuple(map(_read_group, listed(found["groups"]))),
+        seconds={name: number(value) for name, value in mapping(found["seconds"]).items()},
+        stacks=tuple(map(StackCut.read, listed(found["stacks"]))),
+        information_kept=None if kept is None else number(kept, 0, 1),
+    )
+
+
+def _read_group(state: object) -> GroupCut:
+    found = mapping(state, [f.name for f in fields(GroupCut)])
+    return GroupCut(
+        name=text(found["name"]),
+        kind=text(found["kind"]),
+        before=whole(found["before"]),
+        after=whole(found["after"]),
+        information_nats=number(found["information_nats"]),
+        information_fraction=number(found["information_fraction"]),
+    )
+
+
+def group_cuts(
+    groups: Sequence[DependencyGroup],
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    information: Mapping[str, GroupInformation],
+) -> tuple[GroupCut, ...]:
+    """One record for each group, from the bottom of the network up."""
+    return tuple(
+        GroupCut(
+            name=group.name,
+            kind=group.kind,
+            before=before[group.name],
+            after=after[group.name],
+            information_nats=information[group.name].kept,
+            information_fraction=information[group.name].fraction,
+        )
+        for group in sorted(groups, key=lambda group: group.level)
+    )

@@ -1,0 +1,294 @@
+"""Carry optimizer state across a cut: same optimizer object, smaller state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.untrusted import described
+from lightning_mi_prune.surgery.optimizer_state import (
+    NAMES,
+    as_given,
+    check_kind,
+    check_optimizers,
+    cut_state,
+    is_state_known,
+    parameters_in,
+    plain_state,
+    readable,
+    renumbered,
+    state_fits,
+)
+from lightning_mi_prune.surgery.units import Rewrite
+
+__all__ = [
+    "groups_of",
+    "restore_state",
+    "snapshot_state",
+    "update_optimizers",
+]
+
+
+def update_optimizers(
+    optimizers: Iterable[Optimizer],
+    rewrites: Sequence[Rewrite],
+    lost: Iterable[nn.Parameter] = (),
+    names: Mapping[int, str] | None = None,
+) -> None:
+    """Point optimizers at the cut parameters and keep the state of what survived.
+
+    The optimizer objects, their groups, their order and their hyperparameters stay, so learning
+    rate schedules and gradient scalers that hold them go on. State tensors of the parameter's old
+    shape (Adam's moments, SGD's momentum) and their row and column means (Adafactor) are
+    index-selected; scalars (the step) are kept. Where heads were rotated, so is their state
+    (:func:`optimizer_state.cut_state`). Parameters that left with their layers, and those that are left
+    without entries, leave their groups, which may be empty afterwards: many optimizers, and the
+    largest norm of gradients, cannot do with a tensor of no entries.
+
+    Args:
+        optimizers: All optimizers of the run.
+        rewrites: What :func:`surgery.apply_plan` returned.
+        lost: Parameters that left with their layers.
+        names: Qualified name of each parameter that is left by its ``id``: where layers went,
+            ``param_names`` of groups follow it.
+
+    Raises:
+        PruningError: If an optimizer keeps state that cannot be cut; nothing is changed then.
+
+    Example:
+        >>> from lightning_mi_prune.discovery.families.describe import linear_group
+        >>> from lightning_mi_prune.core.plan import Plan
+        >>> from lightning_mi_prune.surgery.units import apply
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> import torch
+        >>> adam = torch.optim.Adam(net.parameters())
+        >>> net(torch.ones(1, 3)).sum().backward(); adam.step()
+        >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
+        >>> update_optimizers([adam], apply(net, [group], Plan({"hidden": 4}, {"hidden": (0, 2)})))
+        >>> adam.state[net[0].weight]["exp_avg"].shape
+        torch.Size([2, 3])
+    """
+    all_optimizers = list(optimizers)
+    check_optimizers(all_optimizers, (rewrite.old for rewrite in rewrites))
+    gone = {id(parameter) for parameter in lost}
+    gone |= {id(rewrite.new) for rewrite in rewrites if not rewrite.new.numel()}
+    by_old = {id(rewrite.old): rewrite for rewrite in rewrites}
+    moves = []  # everything that can fail comes before the first change
+    for optimizer in all_optimizers:
+        for group, place, parameter in parameters_in(optimizer):
+            if (rewrite := by_old.get(id(parameter))) is not None:
+                state = optimizer.state.get(parameter)
+                carried = state and cut_state(
+                    state, rewrite.old.shape, rewrite.kept, rewrite.rotated
+                )
+                moves.append((optimizer, group["params"], place, rewrite, carried))
+    for optimizer, parameters, place, rewrite, carried in moves:
+        parameters[place] = rewrite.new
+        if optimizer.state.pop(rewrite.old, None) is not None:
+            optimizer.state[rewrite.new] = carried
+    for optimizer in all_optimizers if gone else ():
+        for group in optimizer.param_groups:
+            for parameter in (p for p in group["params"] if id(p) in gone):
+                optimizer.state.pop(parameter, None)
+            stay = [id(p) not in gone for p in group["params"]]
+            group["params"][:] = compress(group["params"], stay)
+            if NAMES in group:
+                group[NAMES] = list(compress(group[NAMES], stay))
+    _rename(all_optimizers, names or {})
+
+
+def groups_of(optimizers: Iterable[Optimizer], names: Mapping[int, str]) -> list[list[list[str]]]:
+    """Which parameters every group of every optimizer holds, by name and in order ("" without)."""
+    return [
+        [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
+
+
+def snapshot_state(
+    optimizers: Iterable[Optimizer], names: Mapping[int, str]
+) -> list[dict[str, dict[str, Any]]]:
+    """Copy the state of every named parameter to the CPU, to undo a cut later.
+
+    Args:
+        optimizers: All optimizers of the run.
+        names: Qualified name of each parameter by its ``id``; parameters without are skipped.
+
+    Returns:
+        For each optimizer the state by parameter name, empty before a first step: tensors and
+        plain numbers only, fit for ``torch.load(weights_only=True)``.
+
+    Raises:
+        PruningError: As :func:`check_optimizers` raises it for these parameters.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Linear(3, 2)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        >>> net(torch.ones(1, 3)).sum().backward(); sgd.step()
+        >>> snapshot_state([sgd], {id(p): name for name, p in net.named_parameters()})[0]["bias"]
+        {'momentum_buffer': tensor([1., 1.])}
+    """
+    all_optimizers = list(optimizers)
+    named = [[p for _, _, p in parameters_in(o) if id(p) in names] for o in all_optimizers]
+    check_optimizers(all_optimizers, (p for parameters in named for p in parameters))
+    return [
+        {
+            names[id(p)]: {k: plain_state(v) for k, v in optimizer.state.get(p, {}).items()}
+            for p in parameters
+        }
+        for optimizer, parameters in zip(all_optimizers, named, strict=True)
+    ]
+
+
+def restore_state(
+    optimizers: Iterable[Optimizer],
+    replaced: Mapping[int, nn.Parameter],
+    names: Mapping[int, str],
+    states: Sequence[Mapping[str, Mapping[str, Any]]],
+    groups: Sequence[Sequence[Sequence[str]]] = (),
+    returned: Mapping[str, nn.Parameter] | None = None,
+) -> None:
+    """Point optimizers at parameters that grew back, with the state they had at a snapshot.
+
+    Hyperparameters stay as they are now. A parameter that is not in the snapshot keeps its present
+    state, unless it was replaced and the state does not fit: then it starts afresh.
+
+    Args:
+        optimizers: All optimizers of the run, in the order of the snapshot.
+        replaced: New parameters by the ``id`` of the old ones.
+        names: Qualified name of each new parameter by its ``id``.
+        states: What :func:`snapshot_state` returned; it is not trusted.
+        groups: What :func:`groups_of` returned then; only needed where parameters return.
+        returned: Parameters of layers that came back, by name; they take their old places.
+
+    Raises:
+        PruningError: If the snapshot does not fit; nothing is changed then.
+
+    Example:
+        >>> import torch
+        >>> small, large = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2))
+        >>> sgd = torch.optim.SGD([small], lr=0.1, momentum=0.9)
+        >>> states = [{"weight": {"momentum_buffer": torch.tensor([3.0, 4.0])}}]
+        >>> restore_state([sgd], {id(small): large}, {id(large): "weight"}, states)
+        >>> sgd.state[sgd.param_groups[0]["params"][0]]
+        {'momentum_buffer': tensor([3., 4.])}
+    """
+    all_optimizers = list(optimizers)
+    count = len(states) if readable(states) else 0
+    if count != len(all_optimizers):
+        raise PruningError(
+            f"The snapshot holds {count} readable optimizer states; expected "
+            f"{len(all_optimizers)}. Configure the optimizers the run had when it was taken."
+        )
+    back = dict(returned or {})
+    _check_groups(all_optimizers, groups if back else None)
+    # All state is built before the first parameter moves: a failure changes nothing.
+    planned, joining = [], []
+    for number, (optimizer, saved) in enumerate(zip(all_optimizers, states, strict=True)):
+        check_kind(optimizer)
+        if back:
+            joining += _joining(optimizer, groups[number], saved, back)
+        for group, place, old in parameters_in(optimizer):
+            new = replaced.get(id(old), old)
+            name, present = names.get(id(new)), optimizer.state.get(old, {})
+            if name is not None and name in saved:
+                what = f"{type(optimizer).__name__} and {name!r}"
+                state = _revived(what, saved[name], group, present, old, new)
+            else:
+                stays = new is old or all(
+                    is_state_known(k, v, new.shape) for k, v in present.items()
+                )
+                state = dict(present) if stays else {}
+            planned.append((optimizer, group, place, old, new, state))
+    for optimizer, group, place, old, new, state in planned:
+        group["params"][place] = new
+        optimizer.state.pop(old, None)
+        if state:
+            optimizer.state[new] = state
+    known_as = dict(names) | {id(parameter): name for name, parameter in back.items()}
+    _rename(all_optimizers, known_as)
+    for optimizer, group, below, new, state in joining:
+        here = [known_as.get(id(p)) for p in group["params"]]
+        place = here.index(below) + 1 if below in here else 0
+        if NAMES in group:
+            name = as_given(optimizer, known_as[id(new)], known_as)
+            group[NAMES] = [*group[NAMES][:place], name, *group[NAMES][place:]]
+        group["params"].insert(place, new)
+        if state:
+            optimizer.state[new] = state
+
+
+def _joining(
+    optimizer: Optimizer,
+    groups: Sequence[Sequence[str]],
+    saved: Mapping[str, Mapping[str, Any]],
+    back: Mapping[str, nn.Parameter],
+) -> list[tuple[Optimizer, dict[str, Any], str | None, nn.Parameter, dict[str, Any]]]:
+    """What comes back to each group: after which name, which parameter, with which state."""
+    found = []
+    for group, wanted in zip(optimizer.param_groups, groups, strict=True):
+        below: str | None = None
+        for name in wanted:
+            if name in back:
+                what = f"{type(optimizer).__name__} and {name!r}"
+                state = _revived(what, saved.get(name, {}), group, {}, back[name], back[name])
+                found.append((optimizer, group, below, back[name], state))
+            below = name or below
+    return found
+
+
+def _rename(optimizers: Iterable[Optimizer], names: Mapping[int, str]) -> None:
+    """Let the names that optimizers keep follow those of the parameters."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups if names else ():
+            if NAMES in group:
+                pairs = zip(group["params"], group[NAMES], strict=False)
+                group[NAMES] = [renumbered(own, names.get(id(p), own)) for p, own in pairs]
+
+
+def _check_groups(
+    optimizers: Sequence[Optimizer], groups: Sequence[Sequence[Sequence[str]]] | None
+) -> None:
+    """Layers that come back must know the groups they come back to."""
+    held_now = [len(optimizer.param_groups) for optimizer in optimizers]
+    then = held_now if groups is None else [len(found) for found in groups]
+    if held_now != then:
+        raise PruningError(
+            f"The optimizers have {held_now} groups of parameters; the snapshot was taken with "
+            f"{then}. Configure the groups the run had when it was taken."
+        )
+
+
+def _revived(
+    what: str,
+    saved: Mapping[str, Any],
+    group: Mapping[str, Any],
+    present: Mapping[str, Any],
+    old: Tensor,
+    new: Tensor,
+) -> dict[str, Any]:
+    """Saved state, checked, copied to where the optimizer wants it."""
+    state = {}
+    for key, value in saved.items():
+        before = present.get(key)
+        if not state_fits(key, value, new, present, old):
+            raise PruningError(
+                f"The snapshot of {what} holds {key!r} ({described(value)}), which does not fit "
+                f"a parameter of shape {tuple(new.shape)}. Take one of this model and optimizer."
+            )
+        if isinstance(value, Tensor):
+            # As torch's load_state_dict has it, unless the optimizer shows where it wants scalars.
+            on_cpu = key == "step" and not (group.get("fused") or group.get("capturable"))
+            on_cpu = before.device.type == "cpu" if isinstance(before, Tensor) else on_cpu
+            home = "cpu" if on_cpu and value.ndim == 0 else new.device
+            # A run may resume in another precision than it was saved in.
+            kind = before.dtype if isinstance(before, Tensor) else value.dtype
+            value = value.detach().to(home, kind, copy=True)
+        state[key] = value
+    return state

@@ -1,0 +1,318 @@
+"""Try a cut on a copy of the whole module before the module changes.
+
+A group holds every tensor of a network that must shrink with its units. What a user built around
+the network (a head, a penalty, a metric) is in no group: it is found by running the steps of the
+module once, on one batch, on a copy that was cut.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.running import copy_networks, fixed_random_state
+from lightning_mi_prune.discovery.graph import PruningGraph
+from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.surgery.transaction import cut_model
+
+__all__ = [
+    "Failure",
+    "check_consumers",
+    "compiled_for",
+    "copy_module",
+    "half_plan",
+    "held_elsewhere",
+]
+
+Step = Callable[[nn.Module], Any]
+
+
+_DEPTH = 3  # of containers in containers
+
+
+_MOST_LOOKED_AT = 100_000  # a data set in memory holds no parameters
+
+
+_LIBRARIES = ("builtins", "lightning", "pytorch_lightning", "torch", "torchmetrics", "transformers")
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+_TORCH = frozenset(vars(nn.Module()))  # attributes of every module, which torch copies itself
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A step that could not run.
+
+    Args:
+        step: Name of the step.
+        module: Path of the innermost module that was running; "" if none was.
+        kind: Class of that module.
+        error: What it raised, in a line.
+    """
+
+    step: str
+    module: str
+    kind: str
+    error: str
+
+    def __str__(self) -> str:
+        where = f"{self.module!r} ({self.kind}) in {self.step}" if self.module else self.step
+        return f"{where}: {self.error}"
+
+
+def check_consumers(
+    module: nn.Module,
+    graph: PruningGraph,
+    current: PruningPlan,
+    plan: PruningPlan,
+    steps: Mapping[str, Step],
+    *,
+    prepare: Callable[[nn.Module], None] = lambda _: None,
+) -> str:
+    """Run the steps of a module on a copy that was cut, and refuse a cut that breaks one of them.
+
+    Nothing of the module changes, nor the random state.
+
+    Args:
+        module: The whole module; it is only copied.
+        graph: What it can lose, as built.
+        current: Plan it carries.
+        plan: Plan to try.
+        steps: What to run, by name: functions of the module.
+        prepare: Called with every copy, to keep its steps from reaching anything but the copy.
+
+    Returns:
+        Why a step could not be tried, where it does not run on an uncut copy either; "" otherwise.
+
+    Raises:
+        PruningError: Naming the group, and the module or step that cannot do without its units.
+    """
+
+    def attempt(tried: PruningPlan | None) -> Failure | None:
+        whole = copy_module(module)
+        if tried is not None:
+            cut_model(whole, graph, tried, current=current)
+        prepare(whole)
+        for name, step in steps.items():
+            failure = _failure_of(whole, name, step)
+            if failure is not None:
+                return failure
+        return None
+
+    with fixed_random_state(module):
+        failure = attempt(plan)
+        if failure is None:
+            return ""
+        plain = attempt(None)
+        if plain is not None:
+            return str(plain)
+        parts = _parts(graph, current, plan)
+        culprit = next(
+            ((name, f) for name, part in parts if (f := attempt(part)) is not None),
+            ("", failure),
+        )
+    name, failure = culprit
+    what = repr(name) if name else " and ".join(repr(each) for each, _ in parts[:2])
+    raise PruningError(
+        f"A cut of {what} would break {failure}. Expected that whatever reads the units is part "
+        "of their group; leave the group out (exclude, or other units), or let that part follow "
+        "the width of the network."
+    )
+
+
+def half_plan(groups: Sequence[DependencyGroup], current: PruningPlan) -> PruningPlan:
+    """The plan that keeps the first half of what every group has left.
+
+    Example:
+        >>> group = DependencyGroup("ffn", "ffn", 6, 1, (), ("down",))
+        >>> half_plan([group], PruningPlan({"ffn": 6}, {"ffn": (0, 2, 3, 5)})).kept["ffn"]
+        (0, 2)
+    """
+    kept = {a.name: current.kept[a.name][: -(-current.width(a.name) // 2)] for a in groups}
+    return PruningPlan({group.name: group.size for group in groups}, kept)
+
+
+def compiled_for(module: nn.Module, cut: Iterable[str]) -> str | None:
+    """Path of a compiled module that holds some of what is cut; None if there is none.
+
+    Args:
+        module: The module.
+        cut: Paths of the modules that a cut changes.
+    """
+    paths = list(cut)
+    for name, part in module.named_modules():
+        compiled = hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None)
+        if compiled and any(not name or f"{path}.".startswith(f"{name}.") for path in paths):
+            return name or type(part).__name__
+    return None
+
+
+def held_elsewhere(owners: Mapping[str, Any], parameters: Iterable[nn.Parameter]) -> list[str]:
+    """Attributes that hold some parameters beside the modules they belong to.
+
+    Lists, dictionaries and objects of the user go on holding the old parameters after a cut.
+
+    Args:
+        owners: Objects whose attributes are looked through, by the name they are reported under;
+            for a module, those of all its submodules.
+        parameters: Parameters that a cut replaces.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> net.penalized = {"all": [net.weight]}
+        >>> held_elsewhere({"": net}, [net.weight])
+        ['penalized']
+    """
+    wanted, left = {id(p) for p in parameters}, _MOST_LOOKED_AT
+    found = []
+
+    def holds(value: Any, depth: int) -> bool:
+        nonlocal left
+        left -= 1
+        if isinstance(value, Tensor):
+            return id(value) in wanted
+        if depth < 0 or left < 0 or isinstance(value, (nn.Module, str, bytes, int, float)):
+            return False
+        if isinstance(value, Optimizer):
+            inner: Iterable[Any] = [group["params"] for group in value.param_groups]
+        elif isinstance(value, Mapping):
+            inner = list(value.values())
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
+            inner = list(value)
+        elif _is_of_a_user(value):
+            inner = list(vars(value).values())
+        else:
+            return False
+        return any(holds(each, depth - 1) for each in inner)
+
+    for name, owner in owners.items():
+        parts = owner.named_modules() if isinstance(owner, nn.Module) else [("", owner)]
+        for path, part in parts:
+            for attribute, value in vars(part).items():
+                if attribute not in _TORCH and attribute[:1] != "_" and holds(value, _DEPTH):
+                    found.append(".".join(filter(None, (name, path, attribute))))
+    return found
+
+
+def _is_of_a_user(value: Any) -> bool:
+    """Whether an object is of a class that no library of ours keeps parameters in."""
+    library = type(value).__module__.partition(".")[0] in _LIBRARIES
+    return hasattr(value, "__dict__") and not library and not isinstance(value, type)
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """A deep copy of a module, in the modes it is in, with the hooks of others but not with ours.
+
+    Attributes that cannot be copied (open files, locks, tensors in the middle of a graph) are
+    shared with the original.
+
+    Raises:
+        PruningError: If the module cannot be copied even so.
+    """
+    try:
+        whole = copy_networks(module, {""})
+    except Exception:  # whatever an attribute of the user raises
+        memo = {id(value): value for value in _uncopyable(module)}
+        try:
+            whole = copy_networks(module, {""}, memo)
+        except Exception as error:
+            raise PruningError(
+                f"{type(module).__name__} cannot be copied ({_line(error)}), so no cut can be "
+                "tried first; expected a module that copy.deepcopy takes."
+            ) from error
+    pairs = list(zip(module.modules(), whole.modules(), strict=True))
+    mine = {id(old): new for old, new in pairs}
+    for old, new in pairs:
+        new.training = old.training
+        for name in _HOOKS:
+            hooks = getattr(new, name)
+            for key, hook in list(hooks.items()):
+                if str(getattr(hook, "__module__", "")).startswith("lightning_mi_prune."):
+                    del hooks[key]
+                elif isinstance(hook, MethodType) and id(hook.__self__) in mine:
+                    hooks[key] = MethodType(hook.__func__, mine[id(hook.__self__)])
+    return whole
+
+
+def _uncopyable(module: nn.Module) -> Iterator[Any]:
+    """Attributes of modules that ``copy.deepcopy`` refuses."""
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name in _TORCH or isinstance(value, nn.Module):
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception:  # whatever it raises
+                yield value
+
+
+def _failure_of(whole: nn.Module, name: str, step: Step) -> Failure | None:
+    """Why a step cannot run on a copy; None if it can."""
+    with _running(whole) as stack:
+        try:
+            step(whole)
+        except PruningError:  # not of the cut, but of what the step was given
+            raise
+        except Exception as error:  # the error of anybody's code
+            path = stack[-1] if stack else ""
+            kind = type(whole.get_submodule(path)).__name__ if path else ""
+            return Failure(name, path, kind, _line(error))
+    return None
+
+
+@contextmanager
+def _running(module: nn.Module) -> Iterator[list[str]]:
+    """Paths of the modules that are running, outermost first; those that failed stay."""
+    stack: list[str] = []
+    handles = []
+
+    def enter(path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            stack.append(path)
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    try:
+        for path, part in module.named_modules():
+            if path:
+                handles.append(part.register_forward_pre_hook(enter(path)))
+                handles.append(part.register_forward_hook(leave))
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _parts(
+    graph: PruningGraph, current: PruningPlan, plan: PruningPlan
+) -> list[tuple[str, PruningPlan]]:
+    """The plan, one group at a time, the largest kinds of cut first."""
+    kinds = {part.name: part.kind for part in graph.parts}
+    there = {group.name for group in graph.standing(current.then(plan))}
+    there |= {stack.name for stack in graph.stacks}
+    cut = [n for n in plan.sizes if plan.kept[n] != current.kept[n] and n in there]
+    order = sorted(cut, key=lambda name: (kinds[name] != "hidden", kinds[name], name))
+    return [(name, plan.only([name])) for name in order]
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (
+        f"{type(error).__name__}: {lines[0].rstrip('.')}"[:300] if lines else type(error).__name__
+    )

@@ -1,0 +1,371 @@
+"""Gradients of training steps: what is summed, whatever training does to get them."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from lightning_mi_prune import MutualInformationPruning, PruningError, find_groups
+from lightning_mi_prune.allocation.budget import Budget
+from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.calibration.gradients import (
+    GradientRecorder,
+    check_gradients,
+    empty_sums,
+    relevance_of,
+)
+from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.discovery.families.describe import linear_group
+from lightning_mi_prune.discovery.graph import choose_groups
+from lightning_mi_prune.pipeline import PruningMethod
+from tests.conftest import count_hooks
+from tests.support.boring import Classifier, Sentences, trainer
+from tests.support.models import batch, build
+from tests.support.runs import PRECISIONS
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
+
+
+def plain():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 1))
+    return net, [linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])]
+
+
+def felt(net, groups, loss, steps=1, *, scale=1.0, **options):
+    """Sums of gradients over some steps, each of which runs ``loss(step)`` backward."""
+    hooks = count_hooks(net)
+    with GradientRecorder(net, groups, **options) as recorder:
+        for step in range(steps):
+            with recorder.step(step, scale=scale):
+                loss(step).backward()
+    assert count_hooks(net) == hooks
+    return recorder.sums
+
+
+def same(one, two, tolerance=1e-5):
+    assert one.keys() == two.keys()
+    for key in one:
+        assert torch.equal(one[key].counts, two[key].counts), key
+        for name in ("matrix", "taylor"):
+            a, b = getattr(one[key], name), getattr(two[key], name)
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
+
+
+def texts(step, rows=6):
+    return {**batch(rows, seed=step), "labels": torch.arange(rows) % 3}
+
+
+def bert(**options):
+    """A network without dropout, its groups, and the loss of a step."""
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = build("bert", **none).train()
+    groups = choose_groups(find_groups(model))
+    return model, groups, lambda step: model(**texts(step)).loss
+
+
+@pytest.mark.parametrize("positions", [(), (5,)])
+def test_sums_are_those_computed_by_hand(positions):
+    net, groups = plain()
+    batches = [torch.randn(rows, *positions, 3) for rows in (4, 6)]
+
+    def loss_of(said):
+        return functional.mse_loss(said, torch.ones(*said.shape[:-1], 1).to(said))
+
+    sums = felt(net, groups, lambda i: loss_of(net(batches[i])), 2, taylor=True)["hidden"]
+    net.double()
+    matrix, taylor = torch.zeros(2, 2).double(), torch.zeros(4).double()
+    for x in batches:
+        hidden = net[:2](x.double())
+        z = net[2](hidden)
+        (g,) = torch.autograd.grad(
+            loss_of(net[3:](z)) * len(x), z
+        )  # an example's loss is not divided
+        rows = g.reshape(len(x), -1, 2)
+        matrix += torch.einsum("epi,epj->ij", rows, rows)
+        change = (hidden.reshape(len(x), -1, 4) * (rows @ net[2].weight)).sum(1)
+        taylor += change.square().sum(0)
+    torch.testing.assert_close(sums.matrix, matrix.detach(), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(sums.taylor, taylor.detach(), rtol=1e-5, atol=1e-8)
+    assert sums.attributes.tolist() == [10, 2, 0]
+    relevance = relevance_of({"hidden": sums})["hidden"]
+    torch.testing.assert_close(relevance.matrix, matrix.detach() / 10, rtol=1e-5, atol=1e-8)
+
+
+def test_heads_and_neurons_feel_at_the_outputs_of_their_readers():
+    model, groups, loss = bert()
+    sums = felt(model, groups, loss)
+    for group in groups:
+        outputs = []
+        handle = model.get_submodule(group.consumers[0]).register_forward_hook(
+            lambda *args, outputs=outputs: outputs.append(args[-1])
+        )
+        (g,) = torch.autograd.grad(loss(0) * 6, outputs)
+        handle.remove()
+        g = g.reshape(-1, g.shape[-1]).double()
+        torch.testing.assert_close(sums[group.name].matrix, g.mT @ g, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1 / 4, 2.0**12, 3.0])
+def test_neither_accumulation_nor_a_loss_scale_changes_the_sums(scale):
+    """A step whose loss was divided or scaled says so."""
+    model, groups, loss = bert()
+    scaled = felt(model, groups, lambda step: loss(step) * scale, 2, scale=scale)
+    same(scaled, felt(model, groups, loss, 2))
+
+
+def test_steps_of_different_scale_weigh_the_same():
+    model, groups, loss = bert()
+    with GradientRecorder(model, groups) as recorder:
+        for step, scale in enumerate((2.0**10, 2.0**9)):
+            with recorder.step(step, scale=scale):
+                (loss(step) * scale).backward()
+    same(recorder.sums, felt(model, groups, loss, 2))
+
+
+def test_a_step_that_is_not_finite_is_left_out_everywhere_and_then_refused():
+    net, groups = plain()
+    groups.append(linear_group(net, "upper", kind="ffn", producers=["2"], consumers=["4"]))
+    x, seen = torch.randn(4, 3), []
+    net[3].register_forward_hook(lambda *args: seen.append(args[-1]))
+
+    def loss(step):
+        said = net(x)
+        # Only what is below the upper consumer becomes infinite.
+        return (said + (math.inf if step == 1 else 0.0) * seen.pop()[:, :1]).sum()
+
+    sums = felt(net, groups, loss, 3)
+    assert {tuple(s.attributes.tolist()) for s in sums.values()} == {(8, 2, 1)}
+    assert all(s.matrix.isfinite().all() for s in sums.values())
+    with pytest.raises(PruningError, match="NaN or infinite gradients at 'hidden' in 1 of 3"):
+        check_gradients(sums)
+    check_gradients(sums, scaled=True)  # a scaler looks for the largest scale without overflow
+    sums = felt(net, groups, lambda _: loss(1), 2)
+    with pytest.raises(PruningError, match=r"in 2 of 2 training steps.*relevance='weights'"):
+        check_gradients(sums, scaled=True)
+
+
+def test_without_training_steps_or_gradients_there_is_no_relevance():
+    model, groups, loss = bert()
+    with pytest.raises(PruningError, match="asks for training steps, but none were heard at"):
+        check_gradients(empty_sums(model, groups))
+    method, full = (
+        PruningMethod(Budget(sparsity=0.5)),
+        PruningPlan.full({a.name: a.size for a in groups}),
+    )
+    with pytest.raises(PruningError, match=r"asks for training steps, but none were heard\. Train"):
+        method.decide(model, groups, groups, full, CalibrationData({}))
+    sums = felt(model, groups, lambda step: loss(step) * 0.0)
+    with pytest.raises(PruningError, match=r"No gradient reached .* in 1 training step"):
+        check_gradients(sums)
+
+
+@pytest.mark.parametrize(
+    ("steps", "batches", "heard"),
+    [
+        (2, 8, [3, 7]),
+        (3, 8, [1, 3, 5]),
+        (8, 8, [*range(8)]),
+        (99, 8, [*range(8)]),
+        (2, None, [0, 1]),
+    ],
+)
+def test_the_steps_that_are_heard_are_spread_evenly(steps, batches, heard):
+    net, groups = plain()
+    found = []
+    with GradientRecorder(net, groups, steps=steps, batches=batches) as recorder:
+        for index in range(8):
+            before = float(recorder.sums["hidden"].counts[1])
+            with recorder.step(index):
+                net(torch.randn(4, 3)).sum().backward()
+            found += [index] * int(recorder.sums["hidden"].counts[1] - before)
+    assert found == heard
+
+
+def test_nothing_is_felt_outside_of_a_step_or_of_one_that_broke_off():
+    net, groups = plain()
+    with GradientRecorder(net, groups) as recorder:
+        net(torch.randn(4, 3)).sum().backward()
+        recorder.begin(0)
+        with torch.no_grad():
+            net(torch.randn(4, 3))
+        net(torch.randn(4, 3)).sum().backward()
+        recorder.begin(1)  # the first step failed
+        recorder.end()
+    assert not any(s.counts.any() or s.matrix.any() for s in recorder.sums.values())
+
+
+def saving(forward, reentrant, *args, **kwargs):
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("whole", [True, False], ids=["network", "layers"])
+def test_activation_checkpoints_change_nothing(reentrant, whole):
+    model, groups, loss = bert()
+    wanted = felt(model, groups, loss, 2, taylor=True)
+    if not whole:
+        for layer in model.bert.encoder.layer:
+            layer.forward = partial(saving, layer.forward, reentrant)
+        same(felt(model, groups, loss, 2, taylor=True), wanted)
+        return
+
+    def within(step):
+        given, needs = texts(step), torch.zeros(1, requires_grad=True)
+        return checkpoint(lambda _: model(**given).loss, needs, use_reentrant=reentrant)
+
+    same(felt(model, groups, within, 2, taylor=True), wanted)
+
+
+def test_a_frozen_bottom_half_feels_what_is_above_it():
+    model, groups, loss = bert()
+    wanted = felt(model, groups, loss)
+    model.zero_grad()
+    model.bert.embeddings.requires_grad_(False)
+    model.bert.encoder.layer[0].requires_grad_(False)
+    same(felt(model, groups, loss), wanted)
+    for name, parameter in model.named_parameters():
+        frozen = "embeddings" in name or "layer.0" in name
+        assert (parameter.grad is None) == frozen, name
+
+
+def test_operations_in_place_on_what_a_frozen_reader_says_still_work():
+    net, groups = plain()
+    net[3] = nn.ReLU(inplace=True)
+    x = torch.randn(4, 3)
+    wanted = felt(net, groups, lambda _: net(x).sum())
+    net[:3].requires_grad_(False)
+    same(felt(net, groups, lambda _: net(x).sum()), wanted)
+
+
+def test_every_network_counts_the_same_examples():
+    pair = nn.ModuleDict({"a": build("bert"), "b": build("distilbert", seed=1)})
+    sums = felt(pair, choose_groups(find_groups(pair)), lambda step: sum(
+        pair[name](**texts(step)).loss for name in pair
+    ))  # fmt: skip
+    alone = felt(
+        pair["a"], choose_groups(find_groups(pair["a"])), lambda s: pair["a"](**texts(s)).loss
+    )
+    same(
+        {f"a.{key}": s for key, s in alone.items()}, {k: s for k, s in sums.items() if k[0] == "a"}
+    )
+
+
+class Still(Classifier):
+    """Learns nothing, so that every run sees the same gradients."""
+
+    def __init__(self, **options):
+        super().__init__(optimizer=lambda p, lr: torch.optim.SGD(p, lr=0.0), validation_rows=256)
+        self.options = options
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(Sentences(64), batch_size=16)
+
+
+class Manual(Still):
+    """Two optimizers and two losses, by hand."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        halves = self.model.bert.parameters(), self.model.classifier.parameters()
+        return [torch.optim.SGD(half, lr=0.0) for half in halves]
+
+
+class Checkpointing(Still):
+    def loss(self, batch):
+        if not self.training:
+            return super().loss(batch)
+        needs = torch.zeros(1, requires_grad=True)
+        return checkpoint(lambda _: self.model(**batch).loss, needs, **self.options)
+
+
+class Half(Still):
+    def __init__(self):
+        super().__init__()
+        self.model.bert.embeddings.requires_grad_(False)
+        self.model.bert.encoder.layer[0].requires_grad_(False)
+
+
+def felt_by_callback(module, **options):
+    """What the first cut of a run was decided from."""
+    found = []
+
+    class Recorder(MutualInformationPruning):
+        def decide(self, module, heard, *rest):
+            found.append(heard.gradients)
+            return super().decide(module, heard, *rest)
+
+    trainer(Recorder(0.5, verbose=False), max_epochs=2, **options).fit(module)
+    assert count_hooks(module) == 0
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def ordinary():
+    torch.manual_seed(0)
+    found = felt_by_callback(Still())
+    assert {tuple(s.attributes.tolist()) for s in found.values()} == {(64, 4, 0)}
+    return found
+
+
+RUNS = {
+    "accumulation": (Still, {"accumulate_grad_batches": 3}, 1e-5),
+    "clipping": (Still, {"gradient_clip_val": 1e-3}, 1e-5),
+    "bf16-mixed": (Still, {"precision": "bf16-mixed"}, 0.1),
+    "two optimizers by hand": (Manual, {}, 1e-5),
+    "two optimizers by hand, bf16-mixed": (Manual, {"precision": "bf16-mixed"}, 0.1),
+    "checkpoints": (lambda: Checkpointing(use_reentrant=False), {}, 1e-5),
+    "checkpoints, reentrant": (lambda: Checkpointing(use_reentrant=True), {}, 1e-5),
+    "frozen bottom half": (Half, {}, 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_however_a_run_trains_the_same_is_felt(ordinary, name):
+    make, options, tolerance = RUNS[name]
+    same(felt_by_callback(make(), **options), ordinary, tolerance)
+
+
+@pytest.mark.parametrize("module", [Still, Manual])
+def test_a_gradient_scaler_changes_nothing(ordinary, module):
+    """Half precision rounds; the scale of 65536, squared, would show."""
+    same(felt_by_callback(module(), **PRECISIONS["16-mixed"]()), ordinary, 0.02)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_sums_have_their_own_precision(precision):
+    found = felt_by_callback(Manual(), precision=precision)
+    assert all(s.matrix.dtype == torch.float64 and s.matrix.any() for s in found.values())
+
+
+def test_a_run_with_no_use_for_gradients_takes_none():
+    taken = []
+
+    class Watching(Still):
+        def training_step(self, batch, index):
+            if self is self.trainer.strategy.lightning_module:  # no copy of it
+                taken.append(count_hooks(self))
+            return super().training_step(batch, index)
+
+    callback = MutualInformationPruning(0.5, relevance="weights", verbose=False)
+    trainer(callback, max_epochs=2).fit(Watching())
+    assert set(taken) == {0}
+    taken.clear()
+    trainer(MutualInformationPruning(0.5, verbose=False), max_epochs=3).fit(Watching())
+    assert min(taken[:4]) > 0
+    assert set(taken[4:]) == {0}  # no further cut follows

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+
+from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.discovery.graph import choose_groups
+from lightning_mi_prune.discovery.groups import (
+    DependencyGroup,
+    PrunableDim,
+    as_built,
+    count_parameters,
+)
+
+
+def group(name, kind="ffn", size=8, entries=1, tensors=()):
+    return DependencyGroup(name, kind, size, entries, tensors, ("down",))
+
+
+def test_a_tensor_cut_along_two_axes_counts_once():
+    square = (PrunableDim("w", 0, (6, 4)),), (PrunableDim("w", 1, (6, 4)),)
+    groups = [
+        group("rows", size=6, tensors=square[0]),
+        group("columns", size=2, entries=2, tensors=square[1]),
+    ]
+    assert count_parameters(groups) == 24
+    assert count_parameters(groups, {"rows": 3, "columns": 1}) == 3 * 2
+
+
+def test_axes_of_a_cut_model_are_restated_as_built():
+    cut = group(
+        "a", size=3, entries=2, tensors=(PrunableDim("w", 0, (6, 4)), PrunableDim("v", 1, (5, 6)))
+    )
+    (built,) = as_built([cut], {"a": 7})
+    assert built.size == 7
+    assert [s.shape for s in built.tensors] == [(14, 4), (5, 14)]
+
+
+def test_prefix_reaches_every_name():
+    moved = group("a", tensors=(PrunableDim("w", 0, (8,)),)).prefixed("net")
+    assert (moved.name, moved.tensors[0].tensor, moved.consumers) == (
+        "net.a",
+        "net.w",
+        ("net.down",),
+    )
+    assert (moved.network, moved.scope) == ("net", "net")
+
+
+AXES = [group("layer.0.ffn"), group("layer.1.ffn"), group("layer.0.heads", "heads")]
+
+
+def test_by_itself_neurons_and_heads_are_chosen_or_whatever_there_is():
+    assert choose_groups(AXES) == AXES
+    assert choose_groups([group("a"), group("b", "pooler")]) == [group("a")]
+    assert choose_groups([group("b", "channels")]) == [group("b", "channels")]
+
+
+def test_choose_by_kind_and_name():
+    def names(**options):
+        return [a.name for a in choose_groups(AXES, **options)]
+
+    assert names(units=["ffn"]) == ["layer.0.ffn", "layer.1.ffn"]
+    assert names(units=["ffn", "heads"], include=r"layer\.0") == ["layer.0.ffn", "layer.0.heads"]
+    assert names(units=["ffn", "heads"], exclude="heads$") == ["layer.0.ffn", "layer.1.ffn"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"units": ["pooler"]}, r"'pooler'.*only units=\['ffn', 'heads'\]"),
+        ({"units": ["ffn"], "include": "decoder"}, "matches no group; the names look like"),
+        ({"units": ["ffn"], "exclude": "decoder"}, "matches no group"),
+        ({"units": ["ffn"], "include": "("}, "not a regular expression"),
+        ({"units": ["ffn"], "exclude": "ffn"}, "Nothing is left to prune"),
+    ],
+)
+def test_choices_that_leave_nothing_or_match_nothing(options, message):
+    with pytest.raises(PruningError, match=message):
+        choose_groups(AXES, **options)

@@ -1,0 +1,203 @@
+"""Layers whose units never change, or hardly: they go first, and what they added stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mi_prune import prune
+from lightning_mi_prune.allocation.budget import Budget
+from lightning_mi_prune.calibration.moments import Moments
+from lightning_mi_prune.importance.criteria import (
+    ActivationNorm,
+    Magnitude,
+    MutualInformation,
+    Taylor,
+)
+from lightning_mi_prune.importance.elimination import eliminate
+from lightning_mi_prune.importance.information import NOTHING, inverse, mean_variance
+from lightning_mi_prune.pipeline import PruningMethod
+from lightning_mi_prune.reconstruction.least_squares import _norm_sums, _solve_norm
+from tests.support.covering import half
+from tests.support.head_dims import lesson, loss
+from tests.support.models import build, inputs_of, outputs
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
+F64 = torch.float64
+HALF = Budget(sparsity=0.5)  # prune brings its own
+LAYER = "bert.encoder.layer.0."
+PARTS = {"heads": "attention.self.value", "ffn": "intermediate.dense"}
+
+
+def constant(kind, size=1.0):
+    """A model of which one layer says the same whatever it hears: only its bias is left."""
+    model = build()
+    with torch.no_grad():
+        layer = model.get_submodule(LAYER + PARTS[kind])
+        layer.weight.zero_()
+        layer.bias.copy_(torch.randn(layer.bias.shape, generator=torch.manual_seed(3)) * size)
+    return model
+
+
+@pytest.mark.parametrize("kind", sorted(PARTS))
+@pytest.mark.parametrize("size", [1e-4, 1.0, 30.0])
+@pytest.mark.parametrize("reconstruct", [False, True])
+def test_what_never_changes_goes_at_no_loss(kind, size, reconstruct):
+    """All of it, also where no unit of the group says anything."""
+    model, inputs = constant(kind, size), inputs_of("sequence")
+    before = outputs(model, inputs)
+    method = PruningMethod(HALF, relevance="gradient", reconstruct=reconstruct)
+    done = prune(
+        model, lesson("bert"), 0.95, loss=loss, method=method, units=[kind], include=LAYER + kind
+    )
+    assert done.plan.width(LAYER + kind) < 4
+    assert done.information[LAYER + kind].fraction == pytest.approx(1)
+    assert torch.allclose(outputs(model, inputs), before, atol=1e-5)
+
+
+WAYS = [
+    (judge, relevance)
+    for judge in (MutualInformation(), MutualInformation("topk"), ActivationNorm(), Magnitude())
+    for relevance in ("gradient", "weights", None)
+] + [(Taylor(), "gradient")]  # which reads gradients
+
+
+@pytest.mark.parametrize(
+    ("kind", "way", "widths"), half(sorted(PARTS), WAYS, ["global", "uniform"])
+)
+def test_every_way_to_judge_takes_constants(kind, way, widths):
+    judge, relevance = way
+    model = constant(kind)
+    method = PruningMethod(HALF, criterion=judge, relevance=relevance, widths=widths)
+    done = prune(model, lesson("bert"), 0.4, loss=loss, method=method)
+    assert done.sparsity >= 0.4
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", sorted(PARTS))
+@pytest.mark.parametrize(
+    ("units", "relevance"),
+    [
+        (["hidden"], "weights"),
+        (["ffn", "heads", "hidden"], "weights"),
+        (["head_dim"], "gradient"),
+        (["ffn", "heads", "head_dim"], "gradient"),
+    ],
+)
+def test_other_axes_of_the_layer_may_be_cut_too(kind, units, relevance):
+    model = constant(kind)
+    done = prune(
+        model,
+        lesson("bert"),
+        0.3,
+        loss=loss,
+        method=PruningMethod(HALF, relevance=relevance),
+        units=units,
+    )
+    assert done.sparsity >= 0.3
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "copies", "double"),
+    half(sorted(PARTS), [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7], [False, True], [False, True]),
+)
+def test_what_hardly_changes_is_no_harder(kind, size, copies, double):
+    """Between what is heard and what is rounding there is no width at which a layer breaks."""
+    model = build().double() if double else build()
+    layer = model.get_submodule(LAYER + PARTS[kind])
+    with torch.no_grad():
+        layer.weight.mul_(size)
+        layer.bias.copy_(torch.randn(layer.bias.shape, generator=torch.manual_seed(3)))
+        if copies:
+            layer.weight[1::2] = layer.weight[::2]
+            layer.bias[1::2] = layer.bias[::2]
+    inputs = inputs_of("sequence")
+    before = outputs(model, inputs)
+    method = PruningMethod(HALF, relevance="gradient")
+    prune(model, lesson("bert"), 0.4, loss=loss, method=method, units=[kind], include=LAYER + kind)
+    assert torch.allclose(outputs(model, inputs), before, atol=50 * size)
+
+
+def test_no_nats_hang_on_the_scale_of_the_loss():
+    """Nothing can be told of a layer that never changes, however much the loss would listen."""
+    lost = []
+    for scale in (1.0, 1e6):
+        done = prune(
+            constant("ffn"),
+            lesson("bert"),
+            0.3,
+            loss=lambda model, inputs, scale=scale: scale * loss(model, inputs),
+            method=PruningMethod(HALF, relevance="gradient"),
+            units=["ffn"],
+        )
+        lost.append([done.plan.rankings[f"bert.encoder.layer.{i}.ffn"].nats[-1] for i in (0, 1)])
+        assert lost[-1][0] == 0 < lost[-1][1]
+    assert lost[0][1] == pytest.approx(lost[1][1], rel=1e-6)
+
+
+@pytest.mark.parametrize("mean", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("count", [1_000, 200_000])
+def test_rounding_of_a_large_mean_is_no_variance(mean, count):
+    """A third cannot be written down: its square and the mean square differ by rounding."""
+    x = torch.randn(count, 3, generator=torch.manual_seed(0), dtype=F64)
+    x[:, 0] = mean / 3
+    moments = Moments(3)
+    for part in x.split(count // 13):
+        moments.update(part)
+    _, covariance = moments.settled()
+    assert torch.equal(covariance[0], torch.zeros(3, dtype=F64))
+    assert torch.equal(covariance[:, 0], torch.zeros(3, dtype=F64))
+    assert torch.allclose(covariance[1:, 1:], x[:, 1:].mT.cov(correction=0), atol=1e-9)
+
+
+def test_a_small_change_about_a_large_mean_is_heard():
+    """What single precision can tell from none counts, a hundred of its steps and less."""
+    x = 1.0 + 1e-5 * torch.randn(1_000, 1, generator=torch.manual_seed(0))
+    moments = Moments(1)
+    moments.update(x)
+    assert moments.settled()[1].item() == pytest.approx(1e-10, rel=0.1)
+
+
+def test_nothing_can_be_inverted_and_counted():
+    zero = torch.zeros(4, 4, dtype=F64)
+    precision = inverse(zero)
+    assert torch.isfinite(precision).all()
+    posterior = precision + 1e6 * torch.ones(4, 4, dtype=F64)
+    for entries in (1, 2):
+        assert eliminate(precision, posterior, keep=0, entries=entries).costs == (0.0,) * (
+            4 // entries
+        )
+    assert mean_variance(zero) == NOTHING
+    assert mean_variance(torch.eye(2, dtype=F64)) == 1
+
+
+@pytest.mark.parametrize("entries", [1, 2])
+@pytest.mark.parametrize("scale", [1e-150, 1e-30, 1e30])
+def test_elimination_does_not_see_the_scale(entries, scale):
+    """Rounding grows with the numbers: what is left of a forgotten unit must not break the rest."""
+    size = 300 * entries  # flushed once before forgotten units are left out
+    a = torch.randn(size, 2 * size, generator=torch.manual_seed(0), dtype=F64)
+    precision = torch.linalg.inv(a @ a.mT / size)
+    b = torch.randn(5, size, generator=torch.manual_seed(1), dtype=F64)
+    posterior = precision + b.mT @ b
+    plain = eliminate(precision, posterior, keep=0, entries=entries)
+    other = eliminate(precision / scale, posterior / scale, keep=0, entries=entries)
+    assert other.order == plain.order
+    assert other.costs == pytest.approx(plain.costs, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("changing", [False, True])
+def test_entries_of_a_norm_that_never_change_keep_their_gains(changing):
+    """Also beside one that hardly changes: what is rounding depends on the entry's own mean."""
+    norm = nn.LayerNorm(3)
+    plain = torch.full((50_000, 3), 1 / 3)
+    plain[:, 1] = 1_000 / 3
+    if changing:
+        plain[:, 0] = 1e-3 * torch.randn(50_000, generator=torch.manual_seed(0))
+    found = _solve_norm(norm, _norm_sums(plain, plain * 2 + 1))
+    gains = torch.tensor([2.0 if changing else 1.0, 1.0, 1.0])
+    assert torch.allclose(found["weight"], gains, atol=1e-3)
+    middle = plain.double().mean(0)
+    assert torch.allclose(found["bias"], (2 * middle + 1 - gains * middle).float(), rtol=1e-4)

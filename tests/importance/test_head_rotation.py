@@ -1,0 +1,248 @@
+"""Dimensions of heads: rotated with no change of the output, cut at no loss, and carried."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_mi_prune import from_pretrained, load_pruned, prune
+from lightning_mi_prune.allocation.budget import Budget
+from lightning_mi_prune.allocation.constraints import Constraints
+from lightning_mi_prune.allocation.costs import ParameterCosts, measure_macs
+from lightning_mi_prune.allocation.measuring import count_macs
+from lightning_mi_prune.calibration.calls import RecordedCall
+from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.discovery.families import find_groups
+from lightning_mi_prune.discovery.groups import as_built, count_parameters, full_plan
+from lightning_mi_prune.importance.ranking import rank_groups
+from lightning_mi_prune.pipeline import PruningMethod
+from lightning_mi_prune.surgery.units import apply_plan
+from tests.support.covering import half
+from tests.support.head_dims import FAMILIES, UNITS, known, lesson, loss, narrow, tiny, turns
+from tests.support.models import (
+    batch,
+    build,
+    masked_copy,
+    outputs,
+    random_plan,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
+every = pytest.mark.parametrize("family", FAMILIES)
+
+
+@every
+def test_a_turn_changes_no_output(family):
+    model, inputs = tiny(family)
+    before = outputs(model, inputs)
+    for _, turn, _ in turns(model, family):
+        weights = dict(model.named_parameters())
+        new = turn.weights(weights)
+        assert any(not torch.equal(new[name], weights[name]) for name in new)
+        for name, value in new.items():
+            weights[name].data.copy_(value)
+    assert torch.allclose(outputs(model, inputs), before, atol=1e-4)
+
+
+def test_the_directions_are_those_of_a_balanced_system():
+    """Both Gramians are diagonal and fall; values are rotated by a rotation."""
+    ((group, turn, values), *_) = turns(build())
+    seen = turn.of(values, range(group.entries), group.size)
+    eye = torch.eye(group.size, dtype=torch.float64).expand_as(turn.value)
+    assert torch.allclose(turn.value @ turn.value.mT, eye, atol=1e-9)
+    assert torch.allclose(turn.query @ turn.key.mT, eye, atol=1e-6)
+    # By what remains unexplained: the first d of the best basis beat those of any other.
+    for size in (1, 3):
+        block = slice(0, group.size)
+        covariance = seen.covariance[block, block]
+        read = seen.readout[:, block]
+
+        def left(basis, covariance=covariance, read=read):
+            both = torch.linalg.inv(basis @ covariance @ basis.mT)
+            rest = covariance - covariance @ basis.mT @ both @ basis @ covariance
+            return float((read @ rest @ read.mT).trace())
+
+        best = left(torch.eye(group.size, dtype=torch.float64)[:size])
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(50):
+            other = torch.randn(size, group.size, generator=generator, dtype=torch.float64)
+            assert best <= left(other) + 1e-12
+
+
+@every
+@pytest.mark.parametrize("dims", [2, 3])
+def test_what_heads_never_used_goes_without_a_trace(family, dims):
+    model, inputs = tiny(family)
+    groups = find_groups(model)
+    narrow(model, groups, 2)
+    before = outputs(model, inputs)
+    method = PruningMethod(
+        Budget(0.5), constraints=Constraints(pins={r"\.head_dim$": dims}), reconstruct=False
+    )
+    mine = [group for group in groups if group.kind == "head_dim"]
+    widths = {group.name: dims for group in mine}
+    share = 1 - count_parameters(mine, widths) / count_parameters(mine)
+    done = prune(model, lesson(family), 0.999 * share, loss=loss, method=method, units=["head_dim"])
+    assert {done.plan.width(a.name) for a in groups if a.kind == "head_dim"} == {dims}
+    assert torch.allclose(outputs(model, inputs), before, atol=2e-3)
+
+
+@every
+def test_a_cut_model_computes_what_the_masked_model_computes(family):
+    model, inputs = tiny(family)
+    groups = find_groups(model)
+    plan = random_plan(groups, dims=True)
+    masked = masked_copy(model, groups, plan)
+    apply_plan(model, groups, plan)
+    assert torch.allclose(outputs(model, inputs), outputs(masked, inputs), atol=1e-5)
+    for group in groups:
+        if group.rotation is not None:
+            width = plan.width(group.name) * plan.width(group.crossed)
+            assert model.get_submodule(group.rotation.query).out_features == width
+            assert model.get_submodule(group.rotation.consumer).in_features == width
+
+
+@every
+def test_dimensions_then_heads_are_both_at_once(family):
+    twice, once = tiny(family)[0], tiny(family)[0]
+    groups = find_groups(twice)
+    plan = random_plan(groups, dims=True)
+    first = PruningPlan(
+        plan.sizes,
+        {a.name: plan.kept[a.name] if a.kind == "head_dim" else (*range(a.size),) for a in groups},
+    )
+    apply_plan(twice, groups, first)
+    apply_plan(twice, groups, plan, current=first)
+    apply_plan(once, groups, plan)
+    for a, b in zip(twice.parameters(), once.parameters(), strict=True):
+        assert torch.equal(a, b)
+    again = as_built(find_groups(once), plan.sizes)
+    assert [(a.name, a.size, a.entries, a.tensors) for a in again] == [
+        (a.name, a.size, a.entries, a.tensors) for a in groups
+    ]
+
+
+@every
+def test_one_call_meets_its_budget_and_what_is_saved_opens_again(family, tmp_path):
+    model, inputs = tiny(family)
+    whole = count_parameters([a for a in find_groups(model) if a.kind in UNITS])
+    done = prune(model, lesson(family), 0.6, loss=loss, units=UNITS)
+    assert done.prunable_parameters[0] == whole
+    assert 0.6 <= done.sparsity < 0.75
+    assert any(
+        done.plan.width(n) < s for n, s in done.plan.sizes.items() if n.endswith(".head_dim")
+    )
+    assert done.prunable_parameters[1] == sum(p.numel() for p in model.parameters()) - (
+        done.parameters[0] - whole
+    )
+    model.save_pretrained(tmp_path)
+    back = from_pretrained(type(model), tmp_path)
+    assert torch.equal(outputs(back, inputs), outputs(model, inputs))
+    state = model.state_dict()
+    fresh = tiny(family, seed=1)[0]
+    torch.save(state, tmp_path / "state.pt")
+    load_pruned(fresh, tmp_path / "state.pt")
+    assert torch.equal(outputs(fresh, inputs), outputs(model, inputs))
+
+
+@every
+def test_a_second_call_goes_on_from_the_first(family):
+    model, inputs = tiny(family)
+    first = prune(model, lesson(family), 0.4, loss=loss, units=UNITS)
+    done = prune(model, lesson(family), 0.7, loss=loss, units=UNITS)
+    assert 0.7 <= done.sparsity < 0.85
+    for name, kept in done.plan.kept.items():
+        assert set(kept) <= set(first.plan.kept[name])
+    assert torch.isfinite(outputs(model, inputs)).all()
+
+
+@pytest.mark.parametrize("dims", [0, 5])
+def test_heads_that_vanish_take_their_dimensions_along(dims):
+    """Nothing is lost with dimensions that no head has, in this cut and in the next."""
+    model = build()
+    pins = {r"layer\.0\.heads": 0} | ({r"layer\.0\.head_dim": dims} if dims else {})
+    method = PruningMethod(Budget(0.5), constraints=Constraints(pins=pins))
+    done = prune(model, lesson("bert"), 0.6, loss=loss, units=UNITS, method=method)
+    assert done.plan.width("bert.encoder.layer.0.heads") == 0
+    assert set(done.plan.rankings["bert.encoder.layer.0.head_dim"].loss) == {0.0}
+    done = prune(model, lesson("bert"), 0.8, loss=loss, units=UNITS)
+    assert done.sparsity >= 0.8
+    assert torch.isfinite(outputs(model, batch())).all()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "widths"),
+    half(
+        [UNITS, ["head_dim"], ["heads"]],
+        [None, ["head_dim"], [*UNITS, "hidden", "pooler"]],
+        ["global", "uniform"],
+    ),
+)
+def test_kinds_may_change_from_cut_to_cut(first, second, widths, tmp_path):
+    model = build()
+    prune(model, lesson("bert"), 0.2, loss=loss, units=first)
+    method = PruningMethod(Budget(0.5), widths=widths)
+    done = prune(model, lesson("bert"), 0.4, loss=loss, units=second, method=method)
+    assert done.sparsity >= 0.4
+    model.save_pretrained(tmp_path)
+    back = from_pretrained(type(model), tmp_path)
+    assert torch.equal(outputs(back, batch()), outputs(model, batch()))
+
+
+def test_costs_are_those_of_the_cut_model():
+    model = build()
+    groups = find_groups(model)
+    plan = random_plan(groups, dims=True)
+    calls = {"": RecordedCall((), batch(1))}
+    macs = measure_macs(model, groups, calls)
+    parameters = ParameterCosts(
+        groups, sum(p.numel() for p in model.parameters()) - count_parameters(groups)
+    )
+    apply_plan(model, groups, plan)
+    assert parameters.total(plan.widths) == sum(p.numel() for p in model.parameters())
+    assert macs.total(plan.widths) == count_macs(model, calls[""])
+    cut = measure_macs(model, groups, calls, plan.widths)
+    assert cut.total(plan.widths) == macs.total(plan.widths)
+    assert cut.total(full_plan(groups).widths) == macs.total(full_plan(groups).widths)
+
+
+def test_rankings_end_with_all_the_loss_and_all_the_information():
+    """Without the last dimension the values say nothing: as much as without the last head."""
+    model = build()
+    groups = find_groups(model)
+    weights = dict(model.named_parameters())
+    moments, relevance = known(model, groups)
+    chosen = [group for group in groups if group.kind in ("heads", "head_dim")]
+    found = rank_groups(chosen, moments, weights, full_plan(groups), relevance=relevance)
+    for group, turn, _ in turns(model):
+        dims, heads = found[group.name], found[group.crossed]
+        assert dims.order == tuple(reversed(range(group.size)))
+        assert list(dims.loss) == sorted(dims.loss)
+        assert list(dims.nats) == sorted(dims.nats)
+        silent = float(turn.scores.sum())
+        assert dims.loss[-1] - silent == pytest.approx(heads.loss[-1], rel=1e-3)
+        assert dims.nats[-1] > heads.nats[-1]
+
+
+def test_heads_are_judged_by_the_dimensions_that_stay():
+    """A head that only speaks in what goes has nothing to lose."""
+    model = build()
+    groups = find_groups(model)
+    group = next(group for group in groups if group.kind == "head_dim")
+    weights = dict(model.named_parameters())
+    moments, relevance = known(model, groups)
+    said = (moments, weights, full_plan(groups))
+    pair = [a for a in groups if a.name in (group.name, group.crossed)]
+    alone = rank_groups(pair, *said, relevance=relevance)
+    beside = rank_groups(
+        pair, *said, relevance=relevance, beside={group.name: (0,), group.crossed: (0, 2)}
+    )
+    assert beside[group.crossed].loss[-1] < alone[group.crossed].loss[-1]
+    assert beside[group.name].loss[-1] < alone[group.name].loss[-1]
+    same = rank_groups(
+        pair,
+        *said,
+        relevance=relevance,
+        beside={group.name: (*range(group.size),), group.crossed: (*range(group.entries),)},
+    )
+    assert same == alone

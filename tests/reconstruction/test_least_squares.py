@@ -1,0 +1,449 @@
+"""The cut model is pulled back to the dense one: exactly where it can be, never away from it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_mi_prune
+from lightning_mi_prune.allocation.budget import Budget
+from lightning_mi_prune.allocation.costs import measure_macs
+from lightning_mi_prune.calibration.activations import ActivationRecorder
+from lightning_mi_prune.calibration.calls import (
+    RecordedCall,
+    in_weight_precision,
+    merge_calls,
+    trim_padding,
+)
+from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.running import evaluating
+from lightning_mi_prune.discovery.families import find_groups
+from lightning_mi_prune.discovery.families.describe import linear_group
+from lightning_mi_prune.discovery.groups import full_plan
+from lightning_mi_prune.pipeline import PruningMethod, reconstruct
+from lightning_mi_prune.reconstruction.compensation import Decision, select_units
+from lightning_mi_prune.reconstruction.least_squares import (
+    _norm_sums,
+    _solve_norm,
+    reconstruct_network,
+)
+from lightning_mi_prune.reconstruction.targets import (
+    ReconstructedLayer,
+    Targets,
+    layers_to_reconstruct,
+)
+from lightning_mi_prune.surgery.units import apply_plan
+from tests.support.models import (
+    CONFIGS,
+    PICTURES,
+    batch,
+    build,
+    duplicate,
+    inputs_of,
+    outputs,
+    pictures,
+    random_plan,
+)
+from tests.support.ranks import added, grouped, launch, place
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
+FAMILIES = [(family, "sequence") for family in CONFIGS] + [(f, "image") for f in PICTURES]
+METHOD = PruningMethod(Budget(sparsity=0.5), reconstruction_ridge=1e-6)
+
+
+def many(head):
+    return pictures(96) if head == "image" else batch(160)
+
+
+def call_of(inputs):
+    return RecordedCall((), dict(inputs), inputs.get("attention_mask"))
+
+
+def valid_positions(inputs):
+    return CalibrationData({}, ranks=[{"": [call_of(inputs)]}])
+
+
+def cut_by(model, groups, plan, compensated=None):
+    cut = copy.deepcopy(model)
+    apply_plan(cut, groups, plan, compensated=compensated or {})
+    return cut
+
+
+@pytest.mark.parametrize(("family", "head"), FAMILIES)
+def test_nothing_cut_is_nothing_changed(family, head):
+    model = build(family, head)
+    groups = find_groups(model)
+    keep = Decision(full_plan(groups), {}, {})
+    assert layers_to_reconstruct(groups, full_plan(groups), keep.plan) == []
+    assert (
+        reconstruct(model, groups, full_plan(groups), keep, METHOD, valid_positions(many(head)))
+        is keep
+    )
+
+
+@pytest.mark.parametrize(("family", "head"), FAMILIES)
+def test_solving_an_uncut_model_again_leaves_its_outputs(family, head):
+    model, inputs = build(family, head), many(head)
+    groups = find_groups(model)
+    found = layers_to_reconstruct(
+        groups, full_plan(groups), random_plan(groups)
+    )  # as if all of it had been cut
+    found = [type(r)(r.layer, r.skip, None, r.spare) for r in found]
+    call = call_of(inputs)
+    new = reconstruct_network(copy.deepcopy(model), found, "", Targets(model, found, "", call))
+    before = outputs(model, inputs_of(head))
+    with torch.no_grad():
+        for name, value in new.items():
+            model.get_parameter(name).copy_(value)
+    assert torch.allclose(outputs(model, inputs_of(head)), before, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "head"), FAMILIES)
+def test_duplicates_come_back_through_several_layers(family, head):
+    """Without fold-in every layer is off by half of its units; reconstruct finds all of it again."""
+    model = build(family, head)
+    groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
+    every = find_groups(model)
+    for group in groups:
+        for unit in range(0, group.size, 2):
+            duplicate(model, group, unit, unit + 1)
+    kept = {
+        a.name: tuple(range(0, a.size, 2)) if a in groups else tuple(range(a.size)) for a in every
+    }
+    selection = Decision(PruningPlan({a.name: a.size for a in every}, kept), {}, {})
+    wanted = outputs(model, inputs_of(head))
+    plain = outputs(cut_by(model, every, selection.plan), inputs_of(head))
+    method = PruningMethod(Budget(sparsity=0.5), reconstruction_ridge=1e-9)
+    found = reconstruct(
+        model, every, full_plan(every), selection, method, valid_positions(many(head))
+    )
+    back = outputs(cut_by(model, every, found.plan, found.compensated), inputs_of(head))
+    assert (plain - wanted).abs().max() > 1e-2
+    if family == "albert":  # a shared layer stays as folding in left it
+        assert set(found.compensated) == {"albert.pooler.weight", "albert.pooler.bias"}
+    else:
+        assert torch.allclose(back, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("family", "head"), [f for f in FAMILIES if f[0] != "albert"])
+def test_a_refitted_model_is_nearer_to_the_dense_one(family, head, residual):
+    model = build(family, head, seed=3)
+    groups = find_groups(model)
+    plan = random_plan(groups, 0.75, residual=residual)
+    plan = PruningPlan(
+        plan.sizes,
+        {**plan.kept, **{a.name: tuple(range(a.size)) for a in groups if a.kind == "pooler"}},
+    )
+    selection = Decision(plan, {}, {})
+    inputs = many(head)
+    call = call_of(inputs)
+    found = layers_to_reconstruct(groups, full_plan(groups), plan)
+    assert bool([r for r in found if r.skip is None and not r.spare]) == residual  # the norms
+    kept = reconstruct(model, groups, full_plan(groups), selection, METHOD, valid_positions(inputs))
+    assert set(kept.compensated) >= {f"{r.layer}.weight" for r in found if r.skip is not None}
+    plain, fitted = (
+        cut_by(model, groups, plan, compensated) for compensated in ({}, kept.compensated)
+    )
+    last = [r for r in found if r.skip is not None][-1]
+    wanted = Targets(model, found, "", call).take(last.layer)
+    errors = []
+    for cut in (plain, fitted):
+        own = [type(last)(last.layer, last.skip, None)]
+        said = Targets(cut, own, "", call).take(last.layer)
+        errors.append(float((said - wanted).square().mean()))
+    assert errors[1] < errors[0]
+    assert model.config.to_dict() == build(family, head, seed=3).config.to_dict()
+
+
+@pytest.mark.parametrize("room", [1, 500_000])
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_a_few_targets_at_a_time_are_the_same_targets(family, room):
+    model, inputs = build(family), many("sequence")
+    groups, call, runs = find_groups(model), call_of(inputs), []
+    found = layers_to_reconstruct(groups, full_plan(groups), random_plan(groups, residual=True))
+    layers = [r.layer for r in found]
+    ran = []
+    handles = [
+        model.get_submodule(n).register_forward_hook(lambda *_, n=n: ran.append(n)) for n in layers
+    ]
+    outputs(model, inputs)
+    for handle in handles:
+        handle.remove()
+    whole, parts = (Targets(model, found, "", call, room=n) for n in (2**30, room))
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    held = []
+    for layer in ran:
+        one, other = whole.take(layer), parts.take(layer)
+        assert (one is None) == (other is None) == (ran.count(layer) > 1)
+        assert one is None or torch.equal(one, other)
+        held.append(sum(t.nbytes for t in parts._held.values()))
+    assert max(held) <= room
+    if family == "bert":  # one run holds all of it, one a layer, or some layers each
+        assert len(runs) == 1 + len(ran) if room == 1 else 2 < len(runs) < 1 + len(ran)
+
+
+def test_the_stream_is_pulled_back_with_its_skip():
+    """What the skip already lost is part of what an output projection makes up for."""
+    model, _inputs = build(), many("sequence")
+    groups = find_groups(model)
+    low = next(a for a in groups if a.kind == "ffn")
+    kept = {a.name: tuple(range(a.size)) for a in groups} | {low.name: (0, 1, 2, 3)}
+    plan = PruningPlan({a.name: a.size for a in groups}, kept)
+    found = layers_to_reconstruct(groups, full_plan(groups), plan)
+    layers = [r.layer for r in found if r.skip]
+    assert low.consumers[0] in layers
+    assert len(layers) == 3
+    assert not any("layer.0.attention" in layer for layer in layers)  # below the cut
+
+
+def test_a_sample_smaller_than_its_unknowns_is_refused_and_readers_are_spared():
+    model = build()
+    groups = find_groups(model)
+    selection = Decision(random_plan(groups, 0.5), {}, {})
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(PruningError, match=r"Only .* positions? to reconstruct .* raise refit_pos"):
+        reconstruct(
+            model, groups, full_plan(groups), selection, METHOD, valid_positions(batch(1, 8))
+        )
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    few = valid_positions(batch(16))  # more than 24 positions, but only 16 pooled ones
+    found = reconstruct(model, groups, full_plan(groups), selection, METHOD, few)
+    assert "bert.pooler.dense.weight" not in found.compensated
+
+
+def test_mode_hooks_gradients_and_random_state_stay():
+    model = build().train()
+    groups = find_groups(model)
+    state = torch.get_rng_state()
+    selection = Decision(random_plan(groups, 0.5), {}, {})
+    found = reconstruct(
+        model, groups, full_plan(groups), selection, METHOD, valid_positions(batch(128))
+    )
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(t.requires_grad for t in found.compensated.values())
+
+
+def solve_on_a_rank(rows):
+    """One rank of two, or the only one: reconstruct on its share of the calls."""
+    rank, world = place()
+    model = build()
+    groups = find_groups(model)
+    inputs = batch(64)
+    parts = [{k: v[r] for k, v in inputs.items()} for r in rows]
+    ranks = [{"": [call_of(p)]} if len(p["input_ids"]) else {} for p in parts]
+    selection = Decision(random_plan(groups, 0.5), {}, {})
+    heard = CalibrationData({}, ranks=ranks)
+    method = PruningMethod(Budget(sparsity=0.5))
+    found = reconstruct(
+        model, groups, full_plan(groups), selection, method, heard, added, rank, world
+    )
+    return {name: value.tolist() for name, value in found.compensated.items()}
+
+
+def test_two_ranks_solve_what_one_does():
+    """Also where one rank heard nothing and only keeps the other company."""
+    alone = solve_on_a_rank([slice(0, 64)])
+    shares = [(slice(0, 40), slice(40, 64)), (slice(0, 64), slice(0, 0))]
+    found = launch(2, grouped, solve_on_a_rank, shares)
+    assert found[0] == found[1]
+    for both in found[0]:
+        assert set(both) == set(alone)
+        for name, value in alone.items():
+            assert torch.allclose(torch.tensor(both[name]), torch.tensor(value), atol=1e-4), name
+
+
+def test_calls_of_different_length_become_one():
+    calls = [call_of(batch(4, length, seed=length)) for length in (6, 9)]
+    call = merge_calls(calls, 10_000)
+    assert call.rows == 8
+    assert call.kwargs["input_ids"].shape == (8, 9)
+    assert int(call.mask.sum()) == sum(int(c.mask.sum()) for c in calls)
+    assert merge_calls(calls, 18).rows == 2
+    some = merge_calls([call_of(batch(6, 8))], 3 * 8).kwargs["input_ids"]
+    assert torch.equal(some, batch(6, 8)["input_ids"][[2, 5, 0, 3]])  # spread, short ones first
+    short = merge_calls([call_of({k: v[:3] for k, v in batch(6, 8).items()})], 3 * 8)
+    assert short.mask.shape == (3, int(short.mask.sum(1).max()))  # without padding of all
+    assert merge_calls([], 10) is None
+    bare = [RecordedCall((torch.ones(3, n),), {}) for n in (4, 5, 4)]
+    assert merge_calls(bare, 100).rows == 6  # nothing tells padding apart, so one length only
+
+
+def test_padding_at_the_end_of_all_goes_and_nothing_else():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+    ids = torch.tensor([[7, 8, 0, 0], [9, 0, 0, 0]])
+    states, deep = torch.ones(2, 3, 4), {"inside": [ids, torch.ones(2)]}
+    call = trim_padding(
+        RecordedCall((ids, deep), {"mask": mask, "labels": torch.tensor([1, 0])}, mask)
+    )
+    assert call.mask.tolist() == [[1, 1], [1, 0]]
+    assert call.args[0].tolist() == call.args[1]["inside"][0].tolist() == [[7, 8], [9, 0]]
+    assert call.kwargs["labels"].tolist() == [1, 0]
+    for values in ((ids.flip(1),), (ids, states), (ids, torch.arange(4)[None]), (ids.float(),)):
+        whole = RecordedCall(values, {"mask": mask}, mask)
+        assert trim_padding(whole) is whole  # something else has that length, or speaks there
+    for odd in (mask.flip(1), torch.zeros(2, 4), mask[:, None], None):
+        whole = RecordedCall((ids,), {}, odd)
+        assert trim_padding(whole) is whole
+
+
+def test_targets_of_padded_texts_are_those_of_each_text_alone():
+    model, inputs = build(), batch(12, 24)
+    inputs["attention_mask"][:, 5:] = 0
+    inputs["input_ids"][:, 5:] = 0
+    lengths = []
+    model.bert.embeddings.register_forward_hook(lambda *call: lengths.append(call[2].shape[1]))
+    reading = ReconstructedLayer("bert.encoder.layer.1.output.dense", None, None)
+    said = Targets(model, [reading], "", call_of(inputs)).take(reading.layer)
+    assert max(lengths) <= 5
+    alone = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(12)]
+    parts = [Targets(model, [reading], "", call_of(one)).take(reading.layer) for one in alone]
+    assert torch.allclose(torch.cat(parts), said, atol=1e-5)
+
+
+def test_listening_stores_calls_in_their_bounds():
+    model = build()
+    groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
+    with ActivationRecorder(model, groups, batches=4, calls=100) as heard, torch.no_grad():
+        for seed in range(4):
+            heard.start_batch(32, padded=2)
+            model(**batch(seed=seed))
+    stored = heard.stored[""]
+    assert len(stored) == 4
+    assert 60 <= sum(int(call.mask.sum()) for call in stored) <= 112  # some 8 a row, whole rows
+
+
+@pytest.mark.parametrize("batches", [40, None])
+def test_pictures_are_stored_within_the_bound_however_many_batches_there_are(batches):
+    model = build("vit", "image")
+    groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
+    with ActivationRecorder(model, groups, batches=batches, calls=200) as heard, torch.no_grad():
+        for _ in range(40):
+            heard.start_batch()
+            model(**pictures(4))
+    (calls,) = heard.stored.values()
+    each = (model.config.image_size // model.config.patch_size) ** 2 + 1
+    assert 200 - 4 * each < sum(call.rows for call in calls) * each <= 200
+    with ActivationRecorder(model, groups, batches=40, calls=2) as few, torch.no_grad():
+        for _ in range(40):
+            few.start_batch()
+            model(**pictures(4))
+    assert [call.rows for calls in few.stored.values() for call in calls] == [1]
+
+
+@pytest.fixture(params=[100, 96])
+def pieces(request, monkeypatch):
+    """Everything that is done in pieces, in many."""
+    for module in (
+        lightning_mi_prune.calibration.calls,
+        lightning_mi_prune.reconstruction.least_squares,
+    ):
+        monkeypatch.setattr(module, "_PIECE", request.param)
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize(("family", "head"), FAMILIES)
+def test_pieces_give_what_the_whole_gives(family, head, monkeypatch):
+    """Also of what has no examples in its first dimension: DeBERTa's table of distances."""
+    model, inputs = build(family, head), many(head)
+    groups = find_groups(model)
+    plan = random_plan(groups, 0.75, residual=True)
+    method = PruningMethod(Budget(sparsity=0.5))
+    args = (
+        model,
+        groups,
+        full_plan(groups),
+        Decision(plan, {}, {}),
+        method,
+        valid_positions(inputs),
+    )
+    parts = reconstruct(*args).compensated
+    monkeypatch.setattr(lightning_mi_prune.calibration.calls, "_PIECE", 10**6)
+    monkeypatch.setattr(lightning_mi_prune.reconstruction.least_squares, "_PIECE", 10**6)
+    whole = reconstruct(*args).compensated
+    assert parts.keys() == whole.keys()
+    for name, value in whole.items():
+        assert torch.allclose(parts[name], value, atol=1e-4), name
+
+
+def test_room_holds_however_padding_is_spread():
+    model = build()
+    groups = find_groups(model)
+    inputs = batch(400, 12)
+    inputs["attention_mask"][:40, 2:] = 0  # the first piece is nearly empty
+    call, room = call_of(inputs), 1_000_000
+    found = layers_to_reconstruct(groups, full_plan(groups), random_plan(groups))
+    targets = Targets(model, found, "", call, room=room)
+    targets.take("bert.encoder.layer.0.attention.output.dense")
+    held = sum(t.nbytes for t in targets._held.values())
+    assert 0 < held <= room
+
+
+def test_what_autocast_made_coarse_runs_again_in_full():
+    class Fed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.net = (
+                nn.Linear(5, 6),
+                nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)),
+            )
+
+        def forward(self, x):
+            return self.net(self.stem(x))
+
+    model = Fed()
+    group = linear_group(model.net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
+    group = replace(group.prefixed("net"), skip=None)
+    coarse, heard = (
+        torch.autocast("cpu", torch.bfloat16),
+        ActivationRecorder(model, [group], calls=64),
+    )
+    with torch.no_grad(), coarse, heard:
+        model(torch.randn(64, 5))
+    ((path, (call,)),) = heard.stored.items()
+    assert call.args[0].dtype == torch.bfloat16
+    network = model.get_submodule(path)
+    call = in_weight_precision(call, network)
+    with evaluating(network):
+        network(*call.args, **call.kwargs)
+    assert measure_macs(model, [group], heard.calls([group])).total({}) == 6 * 16 + 16 * 3
+
+
+def test_fold_in_then_refit_beats_fold_in_on_data_that_was_not_heard():
+    model = build(seed=5)
+    groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
+    with ActivationRecorder(model, groups, calls=4000) as heard, torch.no_grad():
+        model(**batch(300))
+    widths = {a.name: a.size // 2 for a in groups}
+    plan, weights = full_plan(groups), dict(model.named_parameters())
+    compensated = select_units(groups, heard.moments, weights, widths, plan)
+    method = PruningMethod(Budget(sparsity=0.5))
+    fitted = reconstruct(
+        model, groups, plan, compensated, method, CalibrationData({}, ranks=[heard.stored])
+    )
+    fresh = batch(200, seed=9)
+    wanted = outputs(model, fresh)
+    errors = [
+        float(
+            (outputs(cut_by(model, groups, s.plan, s.compensated), fresh) - wanted).square().mean()
+        )
+        for s in (compensated, fitted)
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_a_norm_whose_entry_never_changes_keeps_its_gain():
+    norm = nn.LayerNorm(3)
+    plain = torch.randn(50, 3)
+    plain[:, 1] = 0.5
+    found = _solve_norm(norm, _norm_sums(plain, plain * 2 + 1))
+    assert torch.allclose(found["weight"], torch.tensor([2.0, 1.0, 2.0]), atol=1e-4)
+    assert torch.allclose(found["bias"], torch.tensor([1.0, 1.5, 1.0]), atol=1e-4)

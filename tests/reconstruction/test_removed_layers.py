@@ -1,0 +1,245 @@
+"""Layers that stay say what removed ones said: closer to the dense model, exact where it can be."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mi_prune.calibration.calls import RecordedCall
+from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.running import evaluating
+from lightning_mi_prune.discovery.families import find_groups
+from lightning_mi_prune.discovery.families.stacks import find_stacks
+from lightning_mi_prune.discovery.graph import PruningGraph
+from lightning_mi_prune.reconstruction.compensation import Decision
+from lightning_mi_prune.reconstruction.layerwise import valid_positions
+from lightning_mi_prune.reconstruction.removed_layers import (
+    compensate_removed_layers,
+    replacements_for,
+)
+from lightning_mi_prune.surgery.transaction import cut_model
+from tests.support.models import batch, build, pictures
+from tests.support.ranks import added, grouped, launch, place
+from tests.support.stacks import deep_bert
+from tests.surgery.test_removed_layers_surgery import BOTH, DECODERS, ENCODERS, made
+
+STACK = "bert.encoder.layer"
+
+
+def call_of(inputs):
+    return RecordedCall((), dict(inputs), inputs.get("attention_mask"))
+
+
+def body(model):
+    units = find_groups(model) if type(model).__name__.startswith(("Bert", "ViT")) else ()
+    return PruningGraph(tuple(units), tuple(find_stacks(model)))
+
+
+def without(graph, *gone, current=None):
+    """A plan in which no stack has these layers."""
+    now = graph.full if current is None else current
+    layers = {s.name: tuple(i for i in now.kept[s.name] if i not in gone) for s in graph.stacks}
+    return graph.without(now, layers)
+
+
+def shorter(model, graph, plan, call, *, take=True, current=None, **options):
+    """A copy without the layers, and the selection it was made from."""
+    now = graph.full if current is None else current
+    selection = Decision(plan, {}, {})
+    if take:
+        heard = CalibrationData(ranks=[{"": [call]}])
+        selection = compensate_removed_layers(
+            model, graph, now, selection, heard, positions=10**5, **options
+        )
+    cut = copy.deepcopy(model)
+    cut_model(cut, graph, plan, current=now, compensated=selection.compensated)
+    return cut, selection
+
+
+def states(model, stack, call):
+    """What the last layer of a stack hands on."""
+    found = []
+    layer = model.get_submodule(stack)[-1]
+    hook = layer.register_forward_hook(
+        lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with evaluating(model):
+        model(*call.args, **call.kwargs)
+    hook.remove()
+    return valid_positions(found[0], call.mask)
+
+
+def random_numbers(model):
+    """Norms and biases that differ from layer to layer, and projections that matter."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * noise.to(parameter))
+            elif "embed" not in name:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+    return model.eval()
+
+
+def known(kind):
+    if kind in DECODERS or kind in BOTH:
+        inputs = {k: v for k, v in batch(48).items() if k != "token_type_ids"}
+        labels = inputs["input_ids"].clone() if kind in DECODERS else batch(48, 9)["input_ids"]
+        return random_numbers(made(kind)), call_of({**inputs, "labels": labels})
+    model = build(kind, "image" if kind in ("vit", "deit") else "sequence")
+    inputs = pictures(64) if kind in ("vit", "deit") else batch(48)
+    inputs = {k: v for k, v in inputs.items() if k != "token_type_ids" or kind == "bert"}
+    return random_numbers(model), call_of(inputs)
+
+
+@pytest.mark.parametrize(
+    "kind", [f for f, _ in ENCODERS] + [k for k in (*DECODERS, *BOTH) if k != "gpt2"]
+)
+def test_every_family_comes_closer_to_what_it_said(kind):
+    model, call = known(kind)
+    graph = body(model)
+    stacks = [s for s in graph.stacks if s.size > 1]
+    plan = without(graph, 1)
+    plain, _ = shorter(model, graph, plan, call, take=False)
+    cut, selection = shorter(model, graph, plan, call)
+    assert selection.compensated
+    for stack in stacks:
+        dense = states(model, stack.name, call)
+        far, near = (float((states(m, stack.name, call) - dense).norm()) for m in (plain, cut))
+        assert near < 0.9 * far, (stack.name, near, far)
+
+
+def test_a_constant_that_layers_added_is_taken_over_to_the_last_digit():
+    model = random_numbers(build("vit", "image"))
+    graph = body(model)
+    (stack,) = graph.stacks
+    with torch.no_grad():
+        for projection, _ in stack.adds:
+            model.get_submodule(f"{stack.name}.1.{projection}").weight.zero_()
+    call = call_of(pictures(64))
+    plan = without(graph, 1)
+    plain, _ = shorter(model, graph, plan, call, take=False)
+    cut, _ = shorter(model, graph, plan, call)
+    dense = states(model, stack.name, call)
+    assert float((states(plain, stack.name, call) - dense).abs().max()) > 0.1
+    assert torch.allclose(states(cut, stack.name, call), dense, atol=1e-4)
+
+
+def test_layers_that_hand_on_what_they_get_leave_no_change():
+    model = deep_bert().eval()
+    graph = body(model)
+    call = call_of(batch(64))
+    cut, selection = shorter(model, graph, without(graph, 2, 3), call)
+    dense = states(model, STACK, call)
+    assert torch.allclose(states(cut, STACK, call), dense, atol=1e-3)
+    assert {name.split(".")[3] for name in selection.compensated} == {"1", "2", "3"}
+
+
+def test_the_model_is_only_run():
+    model = deep_bert()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    ids, state = [id(p) for p in model.parameters()], torch.get_rng_state()
+    graph = body(model)
+    _, selection = shorter(model, graph, without(graph, 1, 4), call_of(batch(64)))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert [id(p) for p in model.parameters()] == ids
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(t.requires_grad for t in selection.compensated.values())
+
+
+def test_who_takes_over_from_whom():
+    graph = body(deep_bert())
+    found = replacements_for(graph, graph.full, without(graph, 1, 2, 5))
+    ends = [(r.layer, r.spoken.layer) for r in found.readings if ".attention" not in r.layer]
+    path = "{}.{}.output.dense"
+    assert ends == [
+        (path.format(STACK, new), path.format(STACK, old)) for new, old in enumerate((2, 3, 5))
+    ]
+    inner = [(r.layer, r.spoken.layer) for r in found.readings if ".attention" in r.layer]
+    path = "{}.{}.attention.output.dense"
+    assert inner == [
+        (path.format(STACK, new), path.format(STACK, old)) for new, old in ((1, 3), (2, 4))
+    ]
+    norm = "{}.{}.output.LayerNorm"
+    assert found.norms == {
+        norm.format(STACK, new): norm.format(STACK, old) for new, old in ((0, 2), (2, 5))
+    }
+    # Layers at the bottom leave no heir; those above say again what they said.
+    found = replacements_for(graph, graph.full, without(graph, 0, 1))
+    assert not found.norms
+    assert [r.spoken.layer.split(".")[3] for r in found.readings] == list("22334455")
+
+
+def test_paths_of_a_second_cut_are_those_of_today():
+    model, call = deep_bert(copies=()).eval(), call_of(batch(64))
+    graph = body(model)
+    first = without(graph, 1)
+    short, _ = shorter(model, graph, first, call)
+    dense = states(short, STACK, call)
+    plan = without(graph, 3, current=first)
+    plain, _ = shorter(short, graph, plan, call, take=False, current=first)
+    cut, selection = shorter(short, graph, plan, call, current=first)
+    assert len(cut.bert.encoder.layer) == 4
+    assert f"{STACK}.1.output.dense.weight" in selection.compensated
+    far, near = (float((states(m, STACK, call) - dense).norm()) for m in (plain, cut))
+    assert near < 0.9 * far
+
+
+def test_projections_that_are_not_known_stay():
+    model = made("gpt2")
+    graph = PruningGraph(stacks=tuple(find_stacks(model)))
+    call = call_of({"input_ids": batch(8)["input_ids"]})
+    _, selection = shorter(model, graph, without(graph, 1), call)
+    assert not selection.compensated
+
+
+def test_what_is_no_linear_module_is_named():
+    model = deep_bert()
+    model.bert.encoder.layer[0].output.dense = nn.Sequential(nn.Linear(40, 24))
+    graph = PruningGraph(stacks=tuple(find_stacks(model)))
+    with pytest.raises(PruningError, match=r"layer\.0\.output\.dense' is a Sequential; expected"):
+        shorter(model, graph, without(graph, 1), call_of(batch(8)))
+
+
+def test_calls_that_never_reach_the_layers_are_named():
+    model = deep_bert()
+    graph = body(model)
+    heard = CalibrationData(ranks=[{"classifier": [RecordedCall((torch.ones(50, 24),), {})]}])
+    selection = Decision(without(graph, 1), {}, {})
+    with pytest.raises(PruningError, match=r"No stored input reaches .*layer\.0\.output\.dense"):
+        compensate_removed_layers(model, graph, graph.full, selection, heard, positions=100)
+
+
+def solve_on_a_rank(rows):
+    """One rank of two, or the only one: take over on its share of the calls."""
+    rank, world = place()
+    model = deep_bert(copies=()).eval()
+    graph = body(model)
+    inputs = batch(64)
+    parts = [{k: v[r] for k, v in inputs.items()} for r in rows]
+    heard = CalibrationData(
+        ranks=[{"": [call_of(p)]} if len(p["input_ids"]) else {} for p in parts]
+    )
+    selection = Decision(without(graph, 1, 4), {}, {})
+    options = {"positions": 10**5, "add": added, "rank": rank, "world": world}
+    found = compensate_removed_layers(model, graph, graph.full, selection, heard, **options)
+    return {name: value.tolist() for name, value in found.compensated.items()}
+
+
+def test_two_ranks_take_over_what_one_does():
+    """Also where one rank heard nothing and only keeps the other company."""
+    alone = solve_on_a_rank([slice(0, 64)])
+    shares = [(slice(0, 40), slice(40, 64)), (slice(0, 64), slice(0, 0))]
+    found = launch(2, grouped, solve_on_a_rank, shares)
+    assert found[0] == found[1]
+    for both in found[0]:
+        assert set(both) == set(alone)
+        for name, value in alone.items():
+            assert torch.allclose(torch.tensor(both[name]), torch.tensor(value), atol=1e-3), name

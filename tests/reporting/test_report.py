@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import io
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from lightning_mi_prune.allocation.measuring import count_macs, measure_latency
+from lightning_mi_prune.calibration.calls import RecordedCall
+from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.discovery.families import find_groups
+from lightning_mi_prune.importance.layer_criteria import StackCut
+from lightning_mi_prune.reporting.plots import heatmap, save_heatmap
+from lightning_mi_prune.reporting.report import Cut, GroupCut, PruningReport
+from lightning_mi_prune.reporting.tables import cut_table
+from lightning_mi_prune.surgery.units import apply_plan
+from tests.support.models import batch, build, random_plan
+
+CUT = Cut(
+    epoch=1,
+    sparsity=0.5,
+    parameters=60,
+    prunable_parameters=40,
+    macs=600,
+    groups=(
+        GroupCut("net.layer.0.heads", "heads", 4, 4, 2.0, 1.0),
+        GroupCut("net.layer.0.ffn", "ffn", 40, 20, 3.0, 0.9),
+    ),
+    seconds={"calibration": 1.0, "ranking": 2.0, "surgery": 0.1},
+)
+REPORT = PruningReport(parameters=100, prunable_parameters=80, macs=1000, cuts=[CUT])
+
+
+def test_a_report_is_json_with_before_after_and_cuts(tmp_path):
+    path = tmp_path / "deep" / "report.json"
+    REPORT.write(path, {"before": {"metrics": {"accuracy": 0.9}}, "epochs": 4})
+    body = json.loads(path.read_text())
+    assert body["before"] == {
+        "parameters": 100,
+        "prunable_parameters": 80,
+        "macs": 1000,
+        "metrics": {"accuracy": 0.9},
+    }
+    assert body["after"] == {"parameters": 60, "prunable_parameters": 40, "macs": 600}
+    assert body["epochs"] == 4
+    assert body["cuts"][0]["groups"][1] == {
+        "name": "net.layer.0.ffn",
+        "kind": "ffn",
+        "before": 40,
+        "after": 20,
+        "information_nats": 3.0,
+        "information_fraction": 0.9,
+    }
+
+
+def test_a_run_without_cuts_ends_as_it_began():
+    body = PruningReport(parameters=5, prunable_parameters=4, macs=3).to_dict()
+    assert body["before"] == body["after"]
+    assert body["cuts"] == []
+
+
+def test_what_is_of_this_cut_and_what_of_all_of_them_are_told_apart():
+    """Shares of single groups are of one cut, beside them what all cuts so far have left."""
+    later = replace(CUT, epoch=2, information_kept=0.8372)
+    report = replace(REPORT, cuts=[CUT, later], undone=[later])
+    body = report.to_dict()
+    assert [cut["information_kept"] for cut in body["cuts"]] == [None, 0.8372]
+    assert PruningReport.from_state(json.loads(json.dumps(report.state_dict()))) == report
+    out = io.StringIO()
+    Console(file=out, width=150).print(cut_table(later, report))
+    text = " ".join(out.getvalue().split())
+    assert "kept by this cut" in text
+    assert "information kept of the model as built 83.7%" in text
+    for value in ("0.8", 1.5, -0.1, float("nan"), torch.zeros(2**20).expand(2**10, 2**20)):
+        broken = report.state_dict()
+        broken["cuts"][1]["information_kept"] = value
+        with pytest.raises(PruningError, match="report"):
+            PruningReport.from_state(broken)
+
+
+def test_the_table_names_axes_from_their_common_path():
+    out = io.StringIO()
+    Console(file=out, width=120).print(cut_table(CUT, REPORT))
+    text = " ".join(out.getvalue().split())
+    assert "50.0% of the prunable parameters of net.layer.0 are gone" in text
+    assert text.index("ffn") < text.index("heads")
+    assert "100 -> 60" in text
+
+
+def test_macs_are_what_the_shapes_say():
+    model, inputs = build(), batch(1)
+    expected = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            once = "pooler" in name or "classifier" in name
+            expected += module.weight.numel() * (1 if once else 12)
+    expected += 2 * 2 * 12 * 12 * 24  # two layers, scores and mixture
+    assert count_macs(model, RecordedCall((), inputs)) == expected
+
+
+def test_counting_leaves_modes_gradients_and_random_state_alone():
+    model = build()
+    model.train()
+    model.bert.encoder.layer[0].eval()
+    modes = [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    groups = find_groups(model)
+    before = count_macs(model, RecordedCall((), batch(1)))
+    apply_plan(model, groups, random_plan(groups))
+    assert count_macs(model, RecordedCall((), batch(1))) < 0.7 * before
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_latency_takes_turns():
+    order = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: (order.append("b"), time.sleep(0.002))}
+    result = measure_latency(calls, seconds=0.05, rounds=3)
+    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert turns == ["a", "b"] * 4  # once each to warm up, then three rounds
+    assert result["b"] >= 2
+
+
+def stack_cut(criterion="cka"):
+    alike = ((1.0, 0.99, -0.05), (0.99, 1.0, 0.4), (-0.05, 0.4, 1.0))
+    return StackCut("net.layer", (0, 2, 5), (0, 5), alike, ((0, 2), (5,)), criterion, 0.98)
+
+
+@pytest.mark.parametrize("criterion", ["cka", "last"])
+def test_the_heat_map_frames_clusters_and_crosses_what_went(criterion, tmp_path):
+    (groups, *_) = heatmap(stack_cut(criterion)).groups
+    assert [t.get_text() for t in groups.get_xticklabels()] == ["0", "2 ✕", "5"]
+    frames = [(p.get_x(), p.get_width()) for p in groups.patches]
+    assert frames == [(-0.5, 2), (1.5, 1)]
+    assert len(groups.texts) == 9
+    assert ("0.9800" if criterion == "cka" else "last") in groups.get_title()
+    save_heatmap(stack_cut(criterion), tmp_path / "new" / "map.svg")
+    assert "<svg" in (tmp_path / "new" / "map.svg").read_text()
+
+
+def test_a_report_of_layers_can_be_read_again_and_has_a_picture(tmp_path):
+    cut = Cut(1, 1 / 3, 20, 8, 6, (), {"calibration": 0.1}, (stack_cut(),))
+    report = PruningReport(30, 12, 9, cuts=[cut], undone=[cut])
+    assert PruningReport.from_state(report.state_dict()) == report
+    text = json.dumps(report.state_dict())
+    assert PruningReport.from_state(json.loads(text)) == report
+    report.write(tmp_path / "report.json")
+    told = json.loads((tmp_path / "report.json").read_text())
+    (stack,) = told["cuts"][0]["stacks"]
+    assert (tmp_path / stack["picture"]).exists()
+    assert StackCut.read({k: v for k, v in stack.items() if k != "picture"}) == stack_cut()
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(cut_table(cut, report))
+    text = console.export_text()
+    for part in ("net.layer", "0 2 | 5", "CKA >= 0.9800", "33.3%"):
+        assert part in text

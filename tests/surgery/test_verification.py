@@ -1,0 +1,388 @@
+"""Whatever a user built around a network is found before the first cut: on a copy, on one batch."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from dataclasses import dataclass
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from lightning_mi_prune import CKALayerPruning, MutualInformationPruning, prune
+from lightning_mi_prune.core.errors import PruningError, PruningWarning
+from lightning_mi_prune.surgery.verification import copy_module, held_elsewhere
+from tests.support.boring import Classifier, Data, Sentences, trainer
+from tests.support.models import CONFIGS, batch, build, randomize
+
+
+def encoder(family="bert"):
+    network = AutoModel.from_config(CONFIGS[family]())
+    randomize(network)
+    return network
+
+
+class Own(pl.LightningModule):
+    """An encoder under a head of the user's own."""
+
+    def __init__(self, family="bert"):
+        super().__init__()
+        self.network, self.head = encoder(family), nn.Linear(24, 3)
+        self.steps = 0
+
+    def features(self, batch):
+        mine = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        return self.network(**mine).last_hidden_state[:, 0]
+
+    def loss(self, batch):
+        return nn.functional.cross_entropy(self.head(self.features(batch)), batch["labels"])
+
+    def training_step(self, batch, index):
+        self.steps += 1
+        return self.loss(batch)
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", self.loss(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+class Functional(Own):
+    """Reads the hidden size in a product of its own."""
+
+    def __init__(self, family="bert"):
+        super().__init__(family)
+        self.matrix, self.head = nn.Parameter(torch.randn(24, 3)), nn.Identity()
+
+    def features(self, batch):
+        return super().features(batch) @ self.matrix
+
+
+class OnlyInTraining(Own):
+    def validation_step(self, batch, index):
+        self.log("val_loss", self.features(batch).mean())
+
+
+def residual(**options):
+    units = ["ffn", "heads", "hidden"]
+    return MutualInformationPruning(0.5, units=units, widths="uniform", verbose=False, **options)
+
+
+def fitted(module, *callbacks, **options):
+    run = trainer(*callbacks, **{"max_epochs": 2, **options})
+    run.fit(module, Data())
+    return run
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+@pytest.mark.parametrize(
+    ("make", "where"),
+    [
+        *[
+            (lambda f=f: Own(f), r"'head' \(Linear\) in (validation|training)_step")
+            for f in CONFIGS
+        ],
+        (Functional, r"break (validation|training)_step: RuntimeError"),
+        (OnlyInTraining, r"'head' \(Linear\) in training_step"),
+    ],
+)
+def test_a_consumer_outside_the_groups_is_refused_before_anything_changes(make, where, sanity):
+    module = make()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(PruningError, match=where) as refusal:
+        fitted(module, residual(), num_sanity_val_steps=sanity)
+    assert "'network.hidden'" in str(refusal.value)
+    assert "Expected" in str(refusal.value)
+    assert module.steps == 0
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert not hasattr(module.network.config, "pruning_plan")
+
+
+def test_what_the_groups_hold_themselves_is_not_refused():
+    module = Own()
+    fitted(module, MutualInformationPruning(0.5, verbose=False))
+    assert module.steps > 0
+    assert module.network.config.hidden_size == 24
+
+
+class Towers(pl.LightningModule):
+    """Two encoders whose outputs are compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.document = encoder(), encoder("roberta")
+
+    def training_step(self, batch, index):
+        mine = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        a, b = (net(**mine).last_hidden_state[:, 0] for net in (self.query, self.document))
+        return (1 - nn.functional.cosine_similarity(a, b)).mean()
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", self.training_step(batch, index))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+def test_two_towers_agree_or_are_refused():
+    fitted(Towers(), MutualInformationPruning(0.5, verbose=False))
+    with pytest.raises(PruningError, match=r"'query.hidden' would break validation_step"):
+        fitted(Towers(), residual(include=r"^query"))
+
+
+# Nothing of the run is reached from the copy
+
+
+class Watched(Classifier):
+    """Has all that a careless copy would share: metrics, lists, random numbers, a logger."""
+
+    def __init__(self):
+        super().__init__()
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=3)
+        self.norm, self.seen, self.draws = nn.BatchNorm1d(3), [], []
+        self.lock = threading.Lock()
+
+    def training_step(self, batch, index):
+        labels = batch.pop("labels")
+        self.draws.append((random.random(), float(np.random.rand()), float(torch.rand(()))))  # noqa: S311
+        logits = self.norm(self.model(**batch).logits)
+        self.accuracy(logits, labels)
+        self.log("train_accuracy", self.accuracy)
+        if self.logger is not None:
+            self.logger.log_metrics({"by_hand": float(index)}, step=self.global_step)
+        return nn.functional.cross_entropy(logits, labels)
+
+    def validation_step(self, batch, index):
+        self.seen.append(index)
+        self.log("val_loss", self.loss(batch))
+
+
+class FirstEpoch(pl.Callback):
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.current_epoch == 0:
+            states = (random.getstate(), np.random.get_state()[1].tolist())
+            self.found = (states, torch.get_rng_state().tolist(), list(module.draws))
+            self.found += (list(module.seen), module.accuracy.metric_state["tp"].tolist())
+            self.weights = copy.deepcopy(module.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:.*num_workers")
+def test_the_dry_run_leaves_no_trace(tmp_path):
+    found = []
+    for number, callbacks in enumerate([[], [MutualInformationPruning(0.5, verbose=False)]]):
+        pl.seed_everything(1, verbose=False)
+        module, first = Watched(), FirstEpoch()
+        logger = CSVLogger(tmp_path, version=number)
+        fitted(module, first, *callbacks, logger=logger, log_every_n_steps=1)
+        rows = (tmp_path / "lightning_logs" / f"version_{number}" / "metrics.csv").read_text()
+        assert rows.count("\n") > 8
+        found.append((first.found, first.weights, rows.splitlines()[1:5]))
+    (plain, weights, _), (mine, mine_weights, _) = found
+    assert mine == plain
+    assert all(torch.equal(mine_weights[name], value) for name, value in weights.items())
+
+
+class Manual(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        assert optimizer.param_groups[0]["lr"] > 0
+        self.toggle_optimizer(optimizer)
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.clip_gradients(optimizer, 1.0, "norm")
+        optimizer.step()
+        schedule.step()
+        self.untoggle_optimizer(optimizer)
+
+
+class Penalized(Classifier):
+    """Needs gradients inside of the step."""
+
+    def training_step(self, batch, index):
+        loss = self.loss(batch)
+        (gradient,) = torch.autograd.grad(loss, [self.model.classifier.weight], create_graph=True)
+        self.last = loss  # in the middle of a graph: it cannot be copied
+        return loss + gradient.square().sum()
+
+
+class OneArgument(Classifier):
+    def training_step(self, batch):
+        return self.loss(batch)
+
+    def validation_step(self, batch, index, dataloader_idx=0):
+        self.log("val_loss", self.loss(batch))
+
+
+@dataclass
+class Rows:
+    input_ids: Tensor
+    labels: Tensor
+
+
+class Collated(Classifier):
+    def loss(self, batch):
+        return self.model(input_ids=batch.input_ids, labels=batch.labels).loss
+
+    def train_dataloader(self):
+        def collate(rows):
+            return Rows(*(torch.stack([r[k] for r in rows]) for k in ("input_ids", "labels")))
+
+        return torch.utils.data.DataLoader(Sentences(64), batch_size=16, collate_fn=collate)
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize("make", [Manual, Penalized, OneArgument, Collated])
+def test_modules_of_all_kinds_are_not_refused(make):
+    module = make()
+    run = trainer(MutualInformationPruning(0.5, verbose=False, positions=512), max_epochs=2)
+    run.fit(module)
+    assert not run.interrupted
+
+
+class Singular(Classifier):
+    """Its step knows the one object it may run on."""
+
+    def setup(self, stage):
+        self.me = id(self)
+
+    def training_step(self, batch, index):
+        if id(self) != self.me:
+            raise ValueError("not me")
+        return super().training_step(batch, index)
+
+
+def test_a_step_that_runs_on_no_copy_is_told_of_and_goes_on():
+    with pytest.warns(PruningWarning, match=r"could not be tried.*training_step.*not me"):
+        fitted(Singular(), MutualInformationPruning(0.5, verbose=False))
+
+
+class Attentive(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.model = build("bert", attn_implementation="eager")
+
+    def validation_step(self, batch, index):
+        seen = self.model(**batch, output_attentions=True)
+        self.log("val_loss", seen.attentions[1].mean())
+
+
+def test_a_cut_that_empties_a_group_is_tried_too():
+    module = Attentive()
+    fitted(module, MutualInformationPruning(0.4, floor=0.25, verbose=False))
+    module = Attentive()
+    before = {name: p.shape for name, p in module.named_parameters()}
+    with pytest.raises(PruningError, match=r"'model.bert.encoder.layer.0.heads' would break vali"):
+        fitted(module, MutualInformationPruning(0.5, pins={"layer.0.heads": 0}, verbose=False))
+    assert {name: p.shape for name, p in module.named_parameters()} == before
+
+
+class Deepest(Classifier):
+    def validation_step(self, batch, index):
+        seen = self.model(**batch, output_hidden_states=True)
+        self.log("val_loss", seen.hidden_states[2].mean())
+
+
+def test_a_reader_of_a_layer_that_may_go_is_refused():
+    module = Deepest()
+    callback = CKALayerPruning(threshold=None, target_layers=1, verbose=False)
+    with pytest.raises(PruningError, match=r"'model.bert.encoder.layer' would break validation"):
+        fitted(module, callback)
+    assert len(module.model.bert.encoder.layer) == 2
+
+
+# Without a Trainer
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network, self.head = encoder(), nn.Linear(24, 3)
+
+    def forward(self, input_ids, attention_mask):
+        mine = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.head(self.network(**mine).last_hidden_state[:, 0])
+
+
+def squares(model, inputs):
+    return model(**inputs).square().mean()
+
+
+def test_one_call_tries_the_cut_first():
+    model, rows = Wrapped(), [batch(64, seed=seed) for seed in range(4)]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PruningError, match=r"'network.hidden' would break 'head' \(Linear\)"):
+        prune(model, rows, 0.5, loss=squares, units=["hidden"])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not model._state_dict_hooks
+    prune(model, rows, 0.5, loss=squares)
+
+
+# Copies
+
+
+class ModuleHooks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.calls = nn.Linear(2, 2), []
+        self.inner.register_forward_hook(self.note)
+
+    def note(self, *_):
+        self.calls.append(1)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_hooks_of_a_copy_reach_the_copy_only():
+    model = ModuleHooks().train()
+    model.graph = (model.inner.weight * 2,)  # cannot be copied
+    model.inner.eval()
+    other = copy_module(model)
+    assert [m.training for m in other.modules()] == [m.training for m in model.modules()]
+    other(torch.ones(1, 2))
+    assert (model.calls, other.calls) == ([], [1])
+
+
+class Penalty:
+    def __init__(self, parameters):
+        self.kept = {"all": [*parameters]}
+
+
+def test_holders_of_parameters_are_found_by_name():
+    net, other = build(), nn.Linear(2, 2)
+    cut = [net.bert.encoder.layer[0].intermediate.dense.weight]
+    root = nn.ModuleDict({"net": net, "other": other})
+    net.bert.weights = list(net.bert.parameters())
+    root.penalty, root.own = Penalty(net.parameters()), torch.optim.SGD(net.parameters(), 0.1)
+    root.harmless, other.mine = Penalty(other.parameters()), [other.weight]
+    found = held_elsewhere({"": root, "Watch": Penalty(cut)}, cut)
+    assert set(found) == {"penalty", "own", "net.bert.weights", "Watch.kept"}
+
+
+class Sparse(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.weights = [p for n, p in self.named_parameters() if "intermediate" in n]
+
+
+def test_holders_are_warned_about_before_the_cut():
+    with pytest.warns(PruningWarning, match=r"'weights' hold parameters that a cut replaces"):
+        fitted(Sparse(), MutualInformationPruning(0.5, verbose=False))
+    net = build()
+    net.weights = list(net.parameters())
+    rows = [batch(64, seed=seed) for seed in range(4)]
+    with pytest.warns(PruningWarning, match="'weights' hold parameters"):
+        prune(net, rows, 0.5, loss=lambda net, x: net(**x).logits.square().mean())

@@ -1,0 +1,287 @@
+"""One call, no Trainer: prune()."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+from lightning_mi_prune import PruningError, load_pruned, prune
+from lightning_mi_prune import pipeline as method
+from lightning_mi_prune.allocation.budget import Budget
+from lightning_mi_prune.allocation.constraints import Constraints
+from lightning_mi_prune.allocation.measuring import count_macs, measure_table
+from lightning_mi_prune.calibration.calls import RecordedCall
+from lightning_mi_prune.discovery.families import register_family
+from lightning_mi_prune.discovery.families.describe import linear_group
+from lightning_mi_prune.importance.criteria import MutualInformation
+from lightning_mi_prune.pipeline import PruningMethod
+from tests.support.boring import Classifier, Sentences
+from tests.support.models import batch, build, outputs, pictures
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
+
+
+@pytest.fixture(autouse=True)
+def _short_measurements(monkeypatch):
+    monkeypatch.setattr(method, "measure_table", partial(measure_table, seconds=0.005))
+
+
+def batches(count=6):
+    return [batch(64, seed=i) for i in range(count)]
+
+
+def labelled(count=6):
+    return [{**b, "labels": b["input_ids"][:, 1] % 3} for b in batches(count)]
+
+
+def loss(model, inputs):
+    return model(**inputs).loss
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model, before):
+    after = model.state_dict()
+    return after.keys() == before.keys() and all(
+        torch.equal(after[n], t) for n, t in before.items()
+    )
+
+
+@pytest.mark.parametrize("selection", ["conditional", "topk"])
+def test_a_stream_is_ranked_though_some_that_read_it_are_gone(selection):
+    """With the consumers kept above, a sublayer that vanished has no say and does no harm."""
+    model = build()
+    method = PruningMethod(
+        Budget(sparsity=0.7),
+        criterion=MutualInformation(selection),
+        relevance="weights",
+        constraints=Constraints(pins={r"layer\.0\.(ffn|heads)": 0}),
+        reconstruct=False,
+    )
+    rows = [batch(seed=seed) for seed in range(12)]
+    done = prune(model, rows, 0.7, method=method, units=["ffn", "heads", "hidden"])
+    gone = [name for name in done.plan.kept if "layer.0." in name and not name.endswith("head_dim")]
+    assert {len(done.plan.kept[name]) for name in gone} == {0}
+    assert done.plan.width("bert.hidden") > 0
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("widths", ["global", "uniform"])
+@pytest.mark.parametrize("relevance", ["gradient", "weights", None])
+def test_one_call_makes_a_network_smaller(widths, relevance):
+    net = build()
+    state = torch.get_rng_state()
+    how = PruningMethod(Budget(sparsity=0.5), widths=widths, relevance=relevance)
+    done = prune(net, labelled(), 0.5, loss=loss, method=how)
+    assert 0.5 <= done.sparsity < 0.6
+    assert done.parameters[1] == sum(p.numel() for p in net.parameters()) < done.parameters[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in net.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert net.config.pruning_plan == done.plan.bare().to_json()
+    assert outputs(net, batch()).isfinite().all()
+
+
+def test_the_plan_travels_and_keeps_the_order():
+    net = build()
+    done = prune(net, batches(), 0.5)
+    units = {name for name in done.plan.sizes if name.endswith(("ffn", "heads"))}
+    assert set(done.plan.rankings) == units
+    again = load_pruned_from(net)
+    assert torch.equal(outputs(again, batch()), outputs(net, batch()))
+    name = next(n for n in done.plan.rankings if n.endswith("ffn"))
+    assert done.plan.rankings[name].kept(done.plan.width(name)) == done.plan.kept[name]
+
+
+def load_pruned_from(net):
+    import tempfile
+
+    with tempfile.NamedTemporaryFile() as file:
+        torch.save(net.state_dict(), file.name)
+        return load_pruned(build(seed=7), file.name)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(target_parameters=7000),
+        Budget(target_macs=60_000),
+        Budget(keep_information=0.8),
+        Budget(target_latency_ms=1e6),
+    ],
+    ids=lambda budget: budget.kind,
+)
+def test_every_budget_is_met(budget):
+    net = build()
+    before = copy.deepcopy(net)
+    inputs = {name: t[:1] for name, t in batch().items()}
+    if budget.kind == "target_latency_ms":  # as built it is met already
+        with pytest.raises(PruningError, match=r"meets target_latency_ms=.* already"):
+            prune(net, batches(), budget)
+        assert same(net, before.state_dict())
+        return
+    done = prune(net, batches(), budget)
+    assert done.parameters[1] < done.parameters[0]
+    if budget.kind == "target_parameters":
+        assert done.parameters[1] <= 7000
+    elif budget.kind == "target_macs":
+        assert (
+            count_macs(net, RecordedCall((), inputs))
+            <= 60_000
+            < count_macs(before, RecordedCall((), inputs))
+        )
+    else:
+        total = sum(r.nats[-1] for r in done.plan.rankings.values())
+        lost = sum(r.lost(done.plan.width(n))[1] for n, r in done.plan.rankings.items())
+        assert 0.2 >= lost / total > 0.1
+
+
+def test_the_width_of_the_stream_goes_down_to_the_word_embeddings():
+    net = build()
+    how = PruningMethod(
+        Budget(sparsity=0.4), constraints=Constraints(pins={"hidden": 16, "heads": 2})
+    )
+    done = prune(net, labelled(), 0.4, loss=loss, method=how, units=["ffn", "heads", "hidden"])
+    assert done.plan.width("bert.hidden") == 16
+    assert net.bert.embeddings.word_embeddings.weight.shape == (64, 16)
+    assert net.bert.encoder.layer[0].attention.output.LayerNorm.normalized_shape == (16,)
+    assert net(**batch()).logits.isfinite().all()
+
+
+def test_vision_models_and_plain_tuples_of_inputs():
+    net = build("vit", "image")
+    data = [(pictures(32)["pixel_values"],) for _ in range(4)]
+    assert prune(net, data, 0.5).sparsity >= 0.5
+
+
+def test_a_lightning_module_brings_its_own_steps():
+    module = Classifier(validation_rows=256)
+    module.train()
+    loader = DataLoader(Sentences(256, seed=1), batch_size=64)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module.loss(next(iter(loader))).backward()
+    optimizer.step()
+    gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    done = prune(module, loader, 0.5, training=module.train_dataloader(), optimizers=[optimizer])
+    assert done.sparsity >= 0.5
+    assert module.training
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:  # of tensors that were not cut
+            assert torch.equal(parameter.grad, gradients[name])
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.parameters()}
+    module.loss(next(iter(loader))).backward()
+    optimizer.step()
+
+
+def test_metrics_and_what_the_user_hung_on_the_module_stay():
+    module = Classifier(validation_rows=256)
+    module.metric = MeanMetric()
+    module.metric.update(torch.tensor(2.0))
+    step = module.validation_step
+    module.validation_step = lambda batch, index: (step(batch, index), module.metric.update(40.0))
+    module.log = mine = lambda *a, **k: None
+    loader = DataLoader(Sentences(256, seed=1), batch_size=64, shuffle=True)
+    state = torch.get_rng_state()
+    prune(module, loader, 0.5)
+    assert float(module.metric.compute()) == 2.0
+    assert module.log is mine
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_parameters_of_the_whole_module_count_what_others_cut_before():
+    net = build()
+    prune(net, batches(), 0.3, units=["hidden"])
+    left = sum(p.numel() for p in net.parameters())
+    target = int(0.8 * left)
+    prune(net, batches(), Budget(target_parameters=target))
+    assert sum(p.numel() for p in net.parameters()) <= target
+
+
+def test_two_layers_may_read_the_same_units():
+    net = nn.Module()
+    net.a, net.b, net.c = nn.Linear(6, 16), nn.Linear(16, 4), nn.Linear(16, 3)
+    net.forward = lambda x: torch.cat([net.b(net.a(x).relu()), net.c(net.a(x).relu())], dim=-1)
+
+    @register_family("two-consumers", matches=lambda module: module is net)
+    def describe(module):
+        return [linear_group(module, "h", kind="ffn", producers=["a"], consumers=["b", "c"])]
+
+    data = [torch.randn(300, 6) for _ in range(3)]
+    done = prune(net, data, 0.5, loss=lambda m, x: m(x).square().mean())
+    assert done.plan.width("h") == net.a.out_features == 8
+
+
+def nan_loss(model, inputs):
+    return model(**inputs).loss * float("nan")
+
+
+def by_hand(model, inputs):
+    return cross_entropy(
+        model(**{k: v for k, v in inputs.items() if k != "labels"}).logits, inputs["labels"]
+    )
+
+
+REFUSED = {
+    "no loss": (
+        {"method": PruningMethod(Budget(sparsity=0.5))},
+        "asks for training steps, but there is no loss",
+    ),
+    "nan gradients": ({"loss": nan_loss}, "NaN or infinite gradients at"),
+    "no steps": ({"loss": by_hand, "training": []}, "none were heard at"),
+    "out of reach": (
+        {"sparsity": Budget(target_parameters=100)},
+        "target_parameters=100 is out of reach",
+    ),
+    "all of it": ({"sparsity": 1.0}, "sparsity=1.0; expected a number above 0 and below 1"),
+    "nothing": ({"include": "nowhere"}, "include='nowhere' matches no group"),
+    "pin": (
+        {
+            "method": PruningMethod(
+                Budget(sparsity=0.5), relevance=None, constraints=Constraints(pins={"ffn": 41})
+            )
+        },
+        "41",
+    ),
+    "small": ({"dataloader": [batch(2, 6)]}, "Only .* at .* but scoring against"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_and_nothing_changes(case):
+    options, message = REFUSED[case]
+    net = build()
+    before = snapshot(net)
+    arguments = {"dataloader": labelled(3), "sparsity": 0.5, **options}
+    with pytest.raises(PruningError, match=message):
+        prune(net, **arguments)
+    assert same(net, before)
+    assert not hasattr(net.config, "pruning_plan")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_a_latency_table_of_another_device_is_refused(tmp_path):
+    net, path = build(), tmp_path / "table.json"
+    fast = PruningMethod(Budget(target_latency_ms=1e6), relevance=None, latency_table=str(path))
+    with pytest.raises(PruningError, match="already"):
+        prune(net, batches(), fast.budget, method=fast)
+    assert path.exists()
+    other = (
+        path.read_text()
+        .replace('"type": "cpu"', '"type": "cuda"')
+        .replace('"type":"cpu"', '"type":"cuda"')
+    )
+    path.write_text(other)
+    before = snapshot(net)
+    with pytest.raises(PruningError, match="cuda"):
+        prune(net, batches(), Budget(target_latency_ms=1.0), method=fast)
+    assert same(net, before)
