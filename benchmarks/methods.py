@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from benchmarks.subjects import EVERY_UNIT, POSITIONS, STEPS, STORED, UNITS
-from lightning_mi_prune import Budget
+from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.importance.criteria import (
     ActivationNorm,
     Criterion,

@@ -20,11 +20,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_mi_prune.allocation.budget import Budget
     from lightning_mi_prune.callbacks.layers import CKALayerPruning
     from lightning_mi_prune.callbacks.units import MutualInformationPruning
     from lightning_mi_prune.checkpoint.loading import load_pruned
     from lightning_mi_prune.checkpoint.pretrained import from_pretrained
+    from lightning_mi_prune.core import options
     from lightning_mi_prune.core.errors import PruningError, PruningWarning
     from lightning_mi_prune.core.plan import PruningPlan
     from lightning_mi_prune.discovery.families import find_groups, register_family
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget",
     "CKALayerPruning",
     "MutualInformationPruning",
     "PruneResult",
@@ -49,12 +48,12 @@ __all__ = [
     "from_pretrained",
     "linear_group",
     "load_pruned",
+    "options",
     "prune",
     "register_family",
 ]
 
 _HOME = {
-    "Budget": "allocation.budget",
     "CKALayerPruning": "callbacks.layers",
     "MutualInformationPruning": "callbacks.units",
     "PruneResult": "pipeline",
@@ -67,6 +66,7 @@ _HOME = {
     "from_pretrained": "checkpoint.pretrained",
     "linear_group": "discovery.families.describe",
     "load_pruned": "checkpoint.loading",
+    "options": "core.options",
     "prune": "pipeline",
     "register_family": "discovery.families",
 }
@@ -75,7 +75,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    home = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    value = home if name == "options" else getattr(home, name)
     globals()[name] = value
     return value
 
