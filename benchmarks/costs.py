@@ -33,8 +33,9 @@ from benchmarks.measuring import (
 )
 from benchmarks.records import Figures, Job, single
 from benchmarks.rivals import pruned_by_library, torch_pruning
-from lightning_mi_prune import Budget, PruningPlan, apply_plan, find_groups
+from lightning_mi_prune import PruningPlan, apply_plan, find_groups
 from lightning_mi_prune.allocation.allocate import allocate
+from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.allocation.costs import ParameterCosts
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.data import CalibrationData

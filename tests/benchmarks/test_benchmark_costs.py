@@ -13,7 +13,8 @@ from benchmarks import costs, measuring, scaling
 from benchmarks.costs import log_det_information, noisy
 from benchmarks.measuring import Cost, Part, _quietly, cost_of_hooks, measured, take_turns
 from benchmarks.scaling import encoder, reconstruction_bytes
-from lightning_mi_prune import Budget, PruningPlan
+from lightning_mi_prune import PruningPlan
+from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.discovery.families import find_groups

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForTokenClassification
 
-from lightning_mi_prune import Budget, MutualInformationPruning, prune
+from lightning_mi_prune import MutualInformationPruning, prune
+from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.allocation.constraints import Constraints
 from lightning_mi_prune.callbacks.monitors import logged_in_code
 from lightning_mi_prune.core.errors import PruningError

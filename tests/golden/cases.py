@@ -26,7 +26,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from torch import Tensor, nn
 
-from lightning_mi_prune import Budget, apply_plan, find_groups, linear_group, prune, register_family
+from lightning_mi_prune import apply_plan, find_groups, linear_group, prune, register_family
+from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.allocation.constraints import Constraints
 from lightning_mi_prune.allocation.latency import LatencyCurve, LatencyTable
 from lightning_mi_prune.allocation.measuring import device_of

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_mi_prune import Budget, CKALayerPruning, MutualInformationPruning
+from lightning_mi_prune import CKALayerPruning, MutualInformationPruning
+from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.allocation.constraints import Constraints
 from lightning_mi_prune.core.empty_linear import EmptyLinear
 from lightning_mi_prune.core.plan import PruningPlan
