@@ -7,10 +7,10 @@ import torch
 
 from lightning_mi_prune import from_pretrained, load_pruned, prune
 from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.constraints import Constraints
 from lightning_mi_prune.allocation.costs import ParameterCosts, measure_macs
 from lightning_mi_prune.allocation.measuring import count_macs
 from lightning_mi_prune.calibration.calls import RecordedCall
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.groups import as_built, count_parameters, full_plan
