@@ -136,7 +136,9 @@ class PruningMethod:
                 heads may go where nothing tells which, or the file of latencies is of another
                 device or cannot be written.
         """
-        check_rotations(module, chosen, relevance=self.relevance, budget=self.budget)
+        check_rotations(
+            module, chosen, relevance=self.relevance, keep_information=self.budget.keep_information
+        )
         if self.budget.measure == "parameters":
             check_reach(
                 chosen,
@@ -188,7 +190,7 @@ class PruningMethod:
         if self.budget.measure == "MACs":
             return measure_macs(module, groups, examples, current)
         index = torch.zeros(self.latency_batch, dtype=torch.long)
-        calls = {path: call.some(index) for path, call in examples.items()}
+        calls = {path: call.select(index) for path, call in examples.items()}
 
         # Dimensions of heads take time to time: only where they may go, or some have gone.
         may = {group.name for group in chosen}
@@ -265,8 +267,8 @@ class PruningMethod:
         for _ in range(_SWEEPS if crossed else 0):
             if rankings is not None:
                 known = rankings
-                beside = {a.name: known[a.name].kept(widths[a.name]) for a in crossed}
-                rankings = {**known, **rank(crossed, beside=beside)}
+                crossed_kept = {a.name: known[a.name].kept(widths[a.name]) for a in crossed}
+                rankings = {**known, **rank(crossed, crossed_kept=crossed_kept)}
                 widths = share(rankings=rankings)
         widths = {name: min(width, mine[name]) for name, width in widths.items()}
         if widths == mine:

@@ -137,7 +137,7 @@ class GradientCollection:
 def copies(felt: Mapping[str, GradientSums]) -> dict[str, GradientSums]:
     """The same sums once more."""
     return {
-        key: GradientSums(s.dimension, s.units, inside=s.inside).unpack(s.packed())
+        key: GradientSums(s.dimension, s.units, over_units=s.over_units).unpack(s.packed())
         for key, s in felt.items()
     }
 
