@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_mi_prune.allocation.measuring import count_macs, measure_latency
+from lightning_mi_prune.allocation.macs import count_macs
+from lightning_mi_prune.allocation.measuring import measure_latency
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.discovery.families import find_groups
