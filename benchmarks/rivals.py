@@ -293,7 +293,7 @@ def pruned_by_library(
     ]
     # MPNet has one table of position biases, a column a head, for all layers: the package would
     # keep every head for it. Without a gradient it is not seen, and is indexed below.
-    sharing = [group for group in groups if group.selects]
+    sharing = [group for group in groups if group.unit_arguments]
     tables = [m.weight for m in fixed if isinstance(m, nn.Embedding)] if sharing else []
     for table in tables:
         table.requires_grad_(False)
@@ -324,7 +324,7 @@ def pruned_by_library(
         table.requires_grad_(True)
     for group in groups:
         units = width_of(cut, group, group.entries)
-        for number in group.counts:
+        for number in group.attributes:
             each = number.per_unit * (group.entries if number.entries else 1)
             setattr(cut.get_submodule(number.module), number.attribute, units * each)
     for group in sharing:
@@ -339,7 +339,7 @@ def _select_biases(
     maker = model.get_submodule(group.tensors[0].tensor.rpartition(".")[0])
     lost = {row // group.entries for row in gone.get(maker, ())}
     kept = [unit for unit in range(group.size) if unit not in lost]
-    for selects in group.selects if lost else ():
+    for selects in group.unit_arguments if lost else ():
         module = model.get_submodule(selects.module)
         module.register_buffer(KEPT_UNITS, torch.tensor(kept), persistent=False)
         module.__dict__["forward"] = partial(unit_argument_forward, module, selects)
