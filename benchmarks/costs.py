@@ -32,7 +32,7 @@ from benchmarks.measuring import (
     timed,
 )
 from benchmarks.records import Figures, Job, single
-from benchmarks.rivals import pruned_by_library, torch_pruning
+from benchmarks.baselines import pruned_by_library, torch_pruning
 from lightning_mi_prune import PruningPlan, apply_plan, find_groups
 from lightning_mi_prune.allocation.allocate import allocate
 from lightning_mi_prune.allocation.budget import Budget
