@@ -1,8 +1,8 @@
-"""What a user would pick instead, each as published, with one signature.
+"""Published methods to compare with, all with one signature.
 
-A baseline takes a dense model (which it may change: give it a copy), batches with labels to rank on,
-the share of the prunable parameters that must go, and a seed. It returns the model, smaller or
-with masks. One prunes during the training steps, one brings a model of its own.
+A baseline takes a dense model (which it may change: pass a copy), batches with labels for its
+scores, the share of the prunable parameters to remove, and a seed. It returns the model, smaller or
+with masks. One prunes during the training steps; one is a smaller model, fine-tuned by itself.
 """
 
 from __future__ import annotations

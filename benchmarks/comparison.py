@@ -212,7 +212,7 @@ def lost(records: Sequence[Record]) -> list[str]:
     lead = (
         f"Another method, or another variant of ours, has the better mean in {len(rows)} of {cells}"
         f" cells (method, task, sparsity, steps); in {clear} of them the {CONFIDENCE:.0%} interval"
-        " of the paired difference lies below zero (▼). Of so many comparisons some do so by chance."
+        " of the paired difference lies below zero (▼). With so many cells, some do by chance."
     )
     return [lead, "", *with_head(head, rows)]
 

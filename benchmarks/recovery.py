@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.baselines import BASELINES, SCORES_RATE, Baseline, layers_left
 from benchmarks.methods import OURS, VARIANTS, Variant
 from benchmarks.records import Figures, Job, single
-from benchmarks.baselines import BASELINES, SCORES_RATE, Baseline, layers_left
 from benchmarks.subjects import cut, opened, quality_of, score, settle, size_of
 from benchmarks.tasks import (
     RECIPES,

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 
 from benchmarks.baselines import (
     BASELINES,
-    Movement,
     Baseline,
+    Movement,
     Scored,
     by_library,
     layers_left,
