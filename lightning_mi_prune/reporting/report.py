@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,7 @@ def _read_group(state: object) -> GroupCut:
 
 def _plain(kind: type[Any], found: Mapping[str, Any]) -> dict[str, Any]:
     """The texts and numbers of a record, each of the type of its field."""
+    read: dict[Any, Callable[[Any], Any]]
     read = {"str": text, "int": lambda value: whole(value, _MOST), "float": number}
     return {f.name: read[f.type](found[f.name]) for f in fields(kind) if f.type in read}
 
