@@ -184,7 +184,7 @@ class PruningGraph:
 def choose_groups(
     groups: Sequence[DependencyGroup],
     *,
-    units: Sequence[str] | None = None,
+    kinds: Sequence[str] | None = None,
     include: str | None = None,
     exclude: str | None = None,
     modules: Sequence[str] = (),
@@ -196,7 +196,7 @@ def choose_groups(
 
     Args:
         groups: All groups of a model.
-        units: Kinds to keep; None keeps neurons and heads, or every kind where there are neither.
+        kinds: Kinds to keep; None keeps neurons and heads, or every kind where there are neither.
         include: Only groups whose name this finds.
         exclude: No groups whose name this finds.
         modules: Paths of modules without any group (:func:`families.untouched`).
@@ -204,22 +204,22 @@ def choose_groups(
     Raises:
         PruningError: If a kind or an expression matches no group, is not valid, or nothing is left.
     """
-    kinds = sorted({group.kind for group in groups})
-    if units is None:
-        units = [kind for kind in ("ffn", "heads") if kind in kinds] or kinds
-    for kind in units:
-        if kind not in kinds:
+    present = sorted({group.kind for group in groups})
+    if kinds is None:
+        kinds = [kind for kind in ("ffn", "heads") if kind in present] or present
+    for kind in kinds:
+        if kind not in present:
             raise PruningError(
-                f"units names {kind!r}, but this model has only units={kinds}; expected some."
+                f"kinds names {kind!r}, but this model has only kinds={present}; expected some."
             )
-    chosen = [group for group in groups if group.kind in units]
+    chosen = [group for group in groups if group.kind in kinds]
     for option, expression in (("include", include), ("exclude", exclude)):
         if expression is not None:
             found = _found(chosen, option, expression, modules)
             chosen = [group for group in chosen if (group in found) == (option == "include")]
     if not chosen:
         raise PruningError(
-            f"Nothing is left to prune: units={list(units)}, include={include!r} and "
+            f"Nothing is left to prune: kinds={list(kinds)}, include={include!r} and "
             f"exclude={exclude!r} leave no group of {len(groups)}; loosen one of them."
         )
     return chosen

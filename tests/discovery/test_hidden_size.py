@@ -113,7 +113,7 @@ def test_the_stream_is_described_whole(family, head):
     assert len(group.places) == len(group.consumer_sets)
     assert group.level == min(a.level for a in groups) == -1
     assert group.name not in {a.name for a in choose_groups(groups)}
-    assert [a.name for a in choose_groups(groups, units=["hidden"])] == [group.name]
+    assert [a.name for a in choose_groups(groups, kinds=["hidden"])] == [group.name]
     for norm in group.norms:
         assert isinstance(model.get_submodule(norm), nn.LayerNorm)
     # A tied decoder is counted once.
@@ -414,8 +414,8 @@ def test_heads_that_no_table_describes_have_no_such_group():
     ):
         kinds = {group.kind for group in find_groups(model)}
         assert kinds - {"head_dim"} == {"ffn", "heads"}
-        with pytest.raises(PruningError, match=r"units names 'hidden', but this model has only"):
-            choose_groups(find_groups(model), units=["hidden"])
+        with pytest.raises(PruningError, match=r"kinds names 'hidden', but this model has only"):
+            choose_groups(find_groups(model), kinds=["hidden"])
 
 
 def test_a_strange_embedding_leaves_the_other_axes_alone():
