@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_mi_prune.allocation.allocate import allocate
 from lightning_mi_prune.allocation.budget import Budget, budget_of, check_reach, sparsity_of
-from lightning_mi_prune.allocation.constraints import check_left
+from lightning_mi_prune.allocation.constraints import check_left, resolve_bounds
 from lightning_mi_prune.allocation.costs import Costs, ParameterCosts, measure_macs
 from lightning_mi_prune.allocation.latency import Device, LatencyCosts, LatencyTable
 from lightning_mi_prune.allocation.measuring import (
@@ -58,7 +58,7 @@ from lightning_mi_prune.core.running import copy_networks, run_batch, undisturbe
 from lightning_mi_prune.discovery.families import find_groups, is_within, untouched
 from lightning_mi_prune.discovery.graph import choose_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
-from lightning_mi_prune.importance.criteria import Criterion, criterion_of
+from lightning_mi_prune.importance.criteria import Criterion, MutualInformation, criterion_of
 from lightning_mi_prune.importance.head_rotation import check_rotations
 from lightning_mi_prune.importance.ranking import RelevanceSource, rank_groups
 from lightning_mi_prune.reconstruction.compensation import Decision, GroupInformation, select_units
@@ -143,7 +143,12 @@ def check(
             cannot be written.
     """
     budget, constraints = options.budget, options.constraints
-    check_rotations(module, chosen, relevance=options.importance.relevance, budget=budget)
+    check_rotations(
+        module,
+        chosen,
+        relevance=options.importance.relevance,
+        keep_information=budget.keep_information,
+    )
     now = {group.name: current[group.name] for group in chosen}
     if budget.measure == "parameters":
         check_reach(
@@ -199,7 +204,7 @@ def costs_of(
     if budget.measure == "MACs":
         return measure_macs(module, groups, examples, current)
     index = torch.zeros(options.latency.batch, dtype=torch.long)
-    calls = {path: call.some(index) for path, call in examples.items()}
+    calls = {path: call.select(index) for path, call in examples.items()}
 
     # Dimensions of heads take long to measure: only where they may go, or some have gone.
     may = {group.name for group in chosen}
@@ -275,8 +280,8 @@ def decide(
     crossed = [group for group in chosen if group.crossed in mine]
     for _ in range(_SWEEPS if crossed else 0):
         if rankings is not None:
-            beside = {g.name: rankings[g.name].kept(widths[g.name]) for g in crossed}
-            rankings = {**rankings, **rank(crossed, beside=beside)}
+            crossed_kept = {g.name: rankings[g.name].kept(widths[g.name]) for g in crossed}
+            rankings = {**rankings, **rank(crossed, crossed_kept=crossed_kept)}
             widths = share(rankings=rankings)
     widths = {name: min(width, mine[name]) for name, width in widths.items()}
     if widths == mine:
@@ -296,6 +301,7 @@ def decide(
         relevance=relevance,
         rankings=rankings,
         compensate=options.reconstruction.method != "none",
+        ridge=(criterion if isinstance(criterion, MutualInformation) else MutualInformation()).ridge,
     )
 
 

@@ -137,7 +137,7 @@ class GradientCollection:
 def copies(felt: Mapping[str, GradientSums]) -> dict[str, GradientSums]:
     """The same sums once more."""
     return {
-        key: GradientSums(s.dimension, s.units, inside=s.inside).unpack(s.packed())
+        key: GradientSums(s.dimension, s.units, over_units=s.over_units).unpack(s.packed())
         for key, s in felt.items()
     }
 
@@ -661,7 +661,7 @@ class MutualInformationPruning(UnitPruning):
             selection,
             self.method.reconstruction,
             heard,
-            partial(sum_tensor, strategy),
-            trainer.global_rank,
-            world_size(strategy),
+            add=partial(sum_tensor, strategy),
+            rank=trainer.global_rank,
+            world=world_size(strategy),
         )

@@ -45,7 +45,7 @@ def test_a_turn_changes_no_output(family):
 def test_the_directions_are_those_of_a_balanced_system():
     """Both Gramians are diagonal and fall; values are rotated by a rotation."""
     ((group, turn, values), *_) = turns(build())
-    seen = turn.of(values, range(group.entries), group.size)
+    seen = turn.select(values, range(group.entries), group.size)
     eye = torch.eye(group.size, dtype=torch.float64).expand_as(turn.value)
     assert torch.allclose(turn.value @ turn.value.mT, eye, atol=1e-9)
     assert torch.allclose(turn.query @ turn.key.mT, eye, atol=1e-6)
@@ -234,7 +234,7 @@ def test_heads_are_judged_by_the_dimensions_that_stay():
     pair = [a for a in groups if a.name in (group.name, group.crossed)]
     alone = rank_groups(pair, *said, relevance=relevance)
     beside = rank_groups(
-        pair, *said, relevance=relevance, beside={group.name: (0,), group.crossed: (0, 2)}
+        pair, *said, relevance=relevance, crossed_kept={group.name: (0,), group.crossed: (0, 2)}
     )
     assert beside[group.crossed].loss[-1] < alone[group.crossed].loss[-1]
     assert beside[group.name].loss[-1] < alone[group.name].loss[-1]
@@ -242,6 +242,6 @@ def test_heads_are_judged_by_the_dimensions_that_stay():
         pair,
         *said,
         relevance=relevance,
-        beside={group.name: (*range(group.size),), group.crossed: (*range(group.entries),)},
+        crossed_kept={group.name: (*range(group.size),), group.crossed: (*range(group.entries),)},
     )
     assert same == alone
