@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lightning_mi_prune
-from lightning_mi_prune.allocation.costs import measure_macs
+from lightning_mi_prune.allocation.macs import measure_macs
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.calls import (
     RecordedCall,
