@@ -46,7 +46,7 @@ def shaped(config: Any, kept: Kept | None = None) -> nn.Module:
         config.num_hidden_layers = len(kept["ffn"])
     model: nn.Module = AutoModelForSequenceClassification.from_config(config).eval()
     if kept is not None:
-        chosen = choose_groups(find_groups(model), units=[*kept])
+        chosen = choose_groups(find_groups(model), kinds=[*kept])
         groups = sorted(chosen, key=lambda group: group.level)
         widths = {kind: iter(values) for kind, values in kept.items()}
         places = {group.name: tuple(range(next(widths[group.kind]))) for group in groups}
