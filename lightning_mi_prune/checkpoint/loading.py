@@ -321,8 +321,8 @@ def _misfit(
             f"The weights in {path} look pruned ({name!r} has shape {shape}; this {cls.__name__} "
             f"has {expected}), but the file holds no plan, so it is not known which units "
             "they are; expected a file with the plan. Save the module that was pruned with "
-            "torch.save(module.state_dict(), path) or trainer.save_checkpoint(path), or its network "
-            "with save_pretrained. Or build it with the sizes of the file."
+            "torch.save(module.state_dict(), path) or trainer.save_checkpoint(path), or its "
+            "network with save_pretrained. Or build it with the sizes of the file."
         )
     return PruningError(
         f"The weights in {path} do not fit this {cls.__name__}. Build it with the configuration "
@@ -378,7 +378,7 @@ def _open(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
                 "Do not open it; get the file from a source you trust."
             ) from error
         raise PruningError(
-            f"{path} holds a {blocked[1]}, which is not opened by default because it could run code. "
+            f"{path} holds a {blocked[1]}, which is not opened by default: it could run code. "
             "If you trust the file, allow it before: torch.serialization.add_safe_globals("
             f"[{blocked[1]}]). Or save only module.state_dict() and pass a module to load_pruned. "
             "save_hyperparameters(ignore=...) keeps it out of checkpoints."
