@@ -26,6 +26,7 @@ __all__ = [
     "read_file",
     "read_words",
     "refuse_misspelt",
+    "refuse_unknown",
     "section_of",
 ]
 
@@ -137,12 +138,7 @@ def read_words(words: Sequence[str], options: Collection[str]) -> Request:
             if base not in outside:
                 unknown.append(name)
     if unknown and "cli" not in request.classes and not request.help:
-        field_of = [option for option in options if option.endswith(f".{unknown[0]}")]
-        close = next(iter(field_of), None) or _closest(
-            unknown[0], [*options, *outside, "cli", "config"]
-        )
-        hint = f"did you mean --{close}?" if close else "see --help."
-        raise PruningError(f"--{unknown[0]} is no option; {hint}")
+        refuse_unknown(unknown[0], [*options, *outside, "cli", "config"], "--")
     return request
 
 
@@ -250,22 +246,38 @@ def imported(path: str, option: str) -> Any:
     return found
 
 
-def refuse_misspelt(keys: Iterable[str], options: Collection[str], prefix: str = "") -> None:
-    """Refuse keys of a file that look like an option, but are none.
+def refuse_unknown(name: str, options: Collection[str], dashes: str = "") -> None:
+    """Refuse a name that is no option.
 
     Example:
-        >>> refuse_misspelt(["ckpt_path", "sparsty"], ["sparsity"])
+        >>> refuse_unknown("floors", ["sparsity", "constraints.floors"], "--")
+        Traceback (most recent call last):
+        lightning_mi_prune.core.errors.PruningError: --floors is no option; did you mean \
+--constraints.floors?
+    """
+    if name not in options:
+        fields = [option for option in options if option.endswith(f".{name}")]
+        close = next(iter(fields), None) or _closest(name, options)
+        hint = f"did you mean {dashes}{close}?" if close else "see --help."
+        raise PruningError(f"{dashes}{name} is no option; {hint}")
+
+
+def refuse_misspelt(key: str, options: Collection[str], prefix: str = "") -> None:
+    """Refuse a key of a file that looks like an option, but is none.
+
+    Example:
+        >>> refuse_misspelt("ckpt_path", ["sparsity"])
+        >>> refuse_misspelt("sparsty", ["sparsity"])
         Traceback (most recent call last):
         lightning_mi_prune.core.errors.PruningError: 'sparsty' in the file is no option; did you \
 mean 'sparsity'? If it belongs to your own LightningCLI, name that with --cli mypackage.MyCLI.
     """
-    for key in keys:
-        close = _closest(key, options)
-        if close:
-            raise PruningError(
-                f"{prefix + key!r} in the file is no option; did you mean {prefix + close!r}? If "
-                "it belongs to your own LightningCLI, name that with --cli mypackage.MyCLI."
-            )
+    close = _closest(key, options)
+    if close:
+        raise PruningError(
+            f"{prefix + key!r} in the file is no option; did you mean {prefix + close!r}? If it "
+            "belongs to your own LightningCLI, name that with --cli mypackage.MyCLI."
+        )
 
 
 def _closest(name: str, options: Iterable[str]) -> str | None:
@@ -317,6 +329,7 @@ links it with --cli mypackage.MyCLI.'
     text = "; ".join(line.rstrip(".") for line in lines).replace(":;", ":")
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
     text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
+    text = text.replace("a Sequence", "a list").replace("a Mapping", "a mapping")
     text = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", text)
     text = re.sub(r"\ba int\b", "an int", text)
     text = re.sub(r"(: |; |\. )(Expected|Given|Problem|Got|Not)\b", _lower, text)

@@ -16,7 +16,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
 
 from lightning_mi_prune.allocation.budget import budget_of
-from lightning_mi_prune.cli.config import one_sentence
+from lightning_mi_prune.cli.config import one_sentence, refuse_unknown
 from lightning_mi_prune.core import options as records
 from lightning_mi_prune.core.errors import PruningError
 
@@ -115,11 +115,18 @@ def values_of(
     parser = ArgumentParser(exit_on_error=False)
     for option in options:
         parser.add_argument(f"--{option.name}", type=option.kind, default=option.default)
-    names = {option.name.partition(".")[0] for option in options}
+    names = {option.name for option in options}
+    tops = {name.partition(".")[0] for name in names}
     try:
         found = parser.get_defaults()
         for section in sections:
-            given = {name: value for name, value in section.items() if name in names}
+            given = {name: value for name, value in section.items() if name in tops}
+            for name in given.keys() - names:  # a record
+                if not isinstance(given[name], dict):
+                    value = repr(given[name])[:60]
+                    raise PruningError(f"{name}={value}; expected names with values.")
+                for key in given[name]:
+                    refuse_unknown(f"{name}.{key}", names)
             found = parser.parse_object(given, found)
         found = parser.parse_args([f"--{name}={value}" for name, value in words], found)
     except ArgumentError as error:

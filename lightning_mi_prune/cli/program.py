@@ -390,7 +390,7 @@ class _Builder(LightningCLI):
             elif key in known:
                 prepared[key] = value
             elif key not in _NAMES:
-                refuse_misspelt([key], (*_NAMES, "model", "data", "trainer", "seed_everything"))
+                refuse_misspelt(key, (*_NAMES, "model", "data", "trainer", "seed_everything"))
                 self.ignored.append(key)
         self.ignored += stages
         return prepared
@@ -404,7 +404,7 @@ class _Builder(LightningCLI):
                 kept[key] = value
                 continue
             if key not in defaults:
-                refuse_misspelt([key], _TRAINER, "trainer.")
+                refuse_misspelt(key, _TRAINER, "trainer.")
             elif "cli" in self.request.classes and key not in _OBJECTS and _is_number(value):
                 kept[key] = value  # what may be linked to the model or the data
             if value is not None and value not in (defaults.get(key), _ONE_DEVICE.get(key)):
@@ -500,5 +500,5 @@ def _print_result(
     rows = [(name, f"{old:,}", f"{new:,}") for name, (old, new) in sizes.items()]
     rows += [(name, f"{before[name]:.4f}", f"{value:.4f}") for name, value in after.items()]
     title = f"{result.sparsity:.1%} of the prunable parameters are gone"
-    caption = f"The pruned checkpoint is {path}; open it with load_pruned."
-    print_table(Table(title, ("", "before", "after"), rows, ("",), caption))
+    print_table(Table(title, ("", "before", "after"), rows, ("",)))
+    sys.stdout.write(f"The pruned checkpoint is {path}; open it with load_pruned.\n")

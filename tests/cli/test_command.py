@@ -449,14 +449,18 @@ BODIES = {
     "no model": ({"trainer": TRAINER}, r"There is no model"),
     "no data": ({**NAMED, "data": None}, r"Net has no val_dataloader.*--data mypackage.MyData"),
     "misspelt": ({**NAMED, "sparsty": 0.6}, r"'sparsty' in the file.*'sparsity'.*--cli"),
-    "misspelt beside stages": ({"fit": {**NAMED, "widhts": None}}, r"'widhts'.*'widths'"),
-    "misspelt field": ({**NAMED, "constraints": {"flors": {}}}, r"constraints.flors"),
+    "misspelt beside stages": ({"fit": {**NAMED, "inclde": None}}, r"'inclde'.*'include'"),
+    "misspelt field": (
+        {**NAMED, "constraints": {"flors": {}}},
+        r"constraints.flors is no option; did you mean constraints.floors\?",
+    ),
     "trainer": ({**NAMED, "trainer": {"acelerator": "cpu"}}, r"'trainer.acelerator'"),
     "trainer is a list": ({**NAMED, "trainer": [1]}, r"trainer=\[1\]"),
     "stage is a list": ({"fit": [1]}, r"fit=\[1\]; expected names"),
     "range": ({**NAMED, "sparsity": 60}, r"sparsity=60.*above 0 and below 1"),
     "type": ({**NAMED, "sparsity": "lots"}, r"sparsity: expected a float; given value: lots"),
-    "map": ({**NAMED, "constraints": {"floors": 3}}, r"floors: expected a .*dict.*3"),
+    "map": ({**NAMED, "constraints": {"floors": 3}}, r"floors: expected a mapping.*3"),
+    "record": ({**NAMED, "constraints": 3}, r"constraints=3; expected names with values"),
     "model": ({**NAMED, "model": 3}, r"model=3; expected names with values, or a class path"),
     "class": ({**NAMED, "model": {"class_path": 3}}, r"model.class_path=3"),
     "path": ({**NAMED, "model": "nix.Net"}, r"'nix.Net': there is no module 'nix'"),
@@ -530,7 +534,7 @@ def test_help_is_short_plain_and_complete(capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", columns)
         main(["--help"])
         text = capsys.readouterr().out
-        assert len(text.splitlines()) < 85
+        assert len(text.splitlines()) < 90
         assert max(map(len, text.splitlines())) <= 100
         assert not re.search(r":\w+:`|``|\bNone\b", text)
         for name in (*(option.name for option in OPTIONS), "config", "model", "data", "cli"):
