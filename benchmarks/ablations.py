@@ -1,4 +1,4 @@
-"""What each part of the method is worth: one thing changed at a time, without a training step."""
+"""Ablations: one part of the method changed at a time, without a training step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _gradients(task: str, seed: int, steps: int, also: tuple[str, ...]) -> dict[
 
 
 def calibrated(task: str, seed: int, setting: Setting) -> Subject:
-    """The dense model with the calibration that a setting asks for; shared by settings."""
+    """The dense model with the calibration of a setting; settings share what they can."""
     sizes, also = (setting.positions, setting.stored), setting.also
     gradients = _gradients(task, seed, setting.steps, also)
     calibration = replace(_activations(task, seed, *sizes, also), gradients=gradients)
@@ -74,9 +74,9 @@ def measured(task: str, seed: int, setting: Setting, sparsity: float) -> Figures
         task: The task.
         seed: Seed of the dense model.
         setting: How to prune.
-        sparsity: Share of the parameters of neurons and heads that must go. Where other units are
-            cut too, as many parameters go of all of them together; where MACs are counted, as many
-            of them stay as the default leaves.
+        sparsity: Share of the parameters of neurons and heads to remove. Where other units are cut
+            too, as many parameters of all of them together; where MACs are counted, as many MACs
+            stay as with the default.
     """
     subject = calibrated(task, seed, setting)
     prunable = count_parameters(subject.of(UNITS))

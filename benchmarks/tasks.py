@@ -1,6 +1,6 @@
 """The tasks: their data, the dense classifiers fine-tuned on them, and training after a cut.
 
-A fine-tuned model goes to ``runs/benchmark/dense/<task>-<seed>/`` and is trained only once.
+A fine-tuned model is stored in ``runs/benchmark/dense/<task>-<seed>/`` and is trained only once.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ RECIPES = {
     # To see that a benchmark runs; its numbers mean nothing.
     QUICK: Recipe(1e-4, 1, 0.3, 0.2, max_length=32, limit=800, dataset="trec-6"),
 }
-# The tasks that are measured by default, of the one model that means go over.
+# Measured by default: tasks of one model, so that means over them are possible.
 TASKS = ("trec-6", "movie-snippets", "tweets-3", "20-newsgroups")
 
 
