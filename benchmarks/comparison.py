@@ -8,8 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from benchmarks.methods import OURS, Name
 from benchmarks.records import Record
 
-__all__ = ["facts", "front", "lost", "name_of", "nats", "points", "row", "spread"]
-__all__ += ["tables", "with_head"]
+__all__ = [
+    "facts",
+    "front",
+    "lost",
+    "name_of",
+    "nats",
+    "points",
+    "row",
+    "spread",
+    "tables",
+    "with_head",
+]
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-9  # points by which sums of the same accuracies may differ

@@ -27,7 +27,7 @@ from lightning_mi_prune.reconstruction.removed_layers import compensate_removed_
 from lightning_mi_prune.surgery.layers import remove_layers
 from lightning_mi_prune.surgery.transaction import cut_model
 
-__all__ = ["VARIANTS", "layers", "layers_one_shot", "layers_speed"]
+__all__ = ["layers", "layers_one_shot", "layers_speed"]
 
 POSITIONS = 16_384  # of the inputs that the callback stores, by default
 # With and without layers removed: more epochs than the dense models of the other benchmarks had.

@@ -35,7 +35,7 @@ from benchmarks.tasks import (
 )
 from lightning_mi_prune.discovery.families.stacks import find_stacks
 
-__all__ = ["CONTROL", "ENTRIES", "distillation", "losses", "one_shot", "recovery"]
+__all__ = ["ENTRIES", "distillation", "one_shot", "recovery"]
 
 Entry = Variant | Baseline
 CONTROL = Baseline("dense", "uniform")

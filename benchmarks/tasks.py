@@ -27,9 +27,24 @@ from lightning_mi_prune import PruningPlan
 from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.surgery.layers import remove_layers
 
-__all__ = ["QUICK", "RECIPES", "SEEDS", "TASKS", "Batch", "Loss", "Training", "dense_record"]
-__all__ += ["finetuned", "labels_loss", "task_data", "token_ids", "train", "trainer_for"]
-__all__ += ["training_of", "typical_length"]
+__all__ = [
+    "QUICK",
+    "RECIPES",
+    "SEEDS",
+    "TASKS",
+    "Batch",
+    "Loss",
+    "Training",
+    "dense_record",
+    "finetuned",
+    "labels_loss",
+    "task_data",
+    "token_ids",
+    "train",
+    "trainer_for",
+    "training_of",
+    "typical_length",
+]
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
