@@ -36,16 +36,15 @@ INSIDE = {"units": ["ffn", "heads", "head_dim"]}
 
 OPTIONS = {  # of rank 0 and of rank 1
     "sparsity": (0.4, 0.5),
-    "units": (["heads"], ["ffn"]),
-    "multiple": (4, 2),
-    "floors": ({"ffn": 4}, {"ffn": 8}),
-    "compensate": (True, False),
-    "selection": ("conditional", "topk"),
+    "kinds": (["heads"], ["ffn"]),
+    "constraints.multiple": (4, 2),
+    "constraints.floors": ({"ffn": 4}, {"ffn": 8}),
+    "reconstruction.method": ("compensation", "none"),
+    "importance.selection": ("conditional", "topk"),
     "seed": (0, 1),
-    "relevance": ("weights", None),
-    "reconstruct": (False, True),
-    "positions": (600, 601),
-    "cuts": (1, 2),
+    "importance.relevance": ("weights", None),
+    "calibration.positions": (600, 601),
+    "schedule.cuts": (1, 2),
 }
 
 
@@ -226,7 +225,10 @@ def two_ranks(folder):
         "empty": failing(folder, module=Empty),
         "budget": failing(folder, pruning={"max_drop": 0.5, "monitor": "val_acc"} if rank else {}),
         "metric": failing(folder, module=Lonely, pruning={"max_drop": 0.5, "monitor": "lonely"}),
-        **{name: failing(folder, pruning={name: values[rank]}) for name, values in OPTIONS.items()},
+        **{
+            name: failing(folder, pruning={name.rpartition(".")[2]: v[rank]})
+            for name, v in OPTIONS.items()
+        },
     }
     found["epoch"] = late(folder) if rank else failing(folder)
     original, MutualInformationPruning.decide = MutualInformationPruning.decide, broken

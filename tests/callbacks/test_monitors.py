@@ -48,6 +48,7 @@ from lightning_mi_prune.callbacks.trainer import run_length
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import build
+from tests.support.pruning import pruning_units, records
 from tests.support.runs import PRECISIONS, Batches, Module, fit
 
 pytestmark = [
@@ -67,7 +68,7 @@ BUILT = size(Module().state_dict())  # the runs below cut it at epochs 1 and 2 o
 
 def quiet(sparsity: float = 0.5, **options):
     defaults = {"multiple": 2, "ramp": "linear", "verbose": False}
-    return MutualInformationPruning(sparsity, **{**defaults, **options})
+    return pruning_units(sparsity, **{**defaults, **options})
 
 
 class Graded(Module):
@@ -673,11 +674,14 @@ def test_profilers_look_on(profiler, tmp_path):
     is_cut_and_clean(module, prune, [1])
 
 
+QUIET = {"sparsity": 0.5, "multiple": 2, "ramp": "linear", "verbose": False}
+
+
 class Count(MutualInformationPruning):
     """Notes how much each cut heard, and when."""
 
     def __init__(self, **options):
-        super().__init__(0.5, multiple=2, ramp="linear", verbose=False, **options)
+        super().__init__(**records(MutualInformationPruning, {**QUIET, **options}))
         self.attributes = []
 
     def decide(self, module, heard, *rest):

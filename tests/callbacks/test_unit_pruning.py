@@ -24,12 +24,13 @@ from lightning_mi_prune.allocation.latency import Device, LatencyTable
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import CONFIGS
+from tests.support.pruning import made, pruning_units, records
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 
 
 def quiet(sparsity: float | None = 0.5, **options):
-    return MutualInformationPruning(sparsity, verbose=False, **options)
+    return pruning_units(sparsity, verbose=False, **options)
 
 
 def even(sparsity: float = 0.5, **options):
@@ -41,7 +42,7 @@ class Recorder(MutualInformationPruning):
     """Notes what each decision was made from."""
 
     def __init__(self, *args, **options):
-        super().__init__(*args, verbose=False, **options)
+        super().__init__(*args, verbose=False, **records(MutualInformationPruning, options))
         self.attributes, self.felt, self.rows = [], [], []
 
     def decide(self, module, heard, *rest):
@@ -526,7 +527,7 @@ BAD_RUNS = [
     (fit_with(options={"include": "decoder"}), "include='decoder' matches no group"),
     (fit_with(options={"exclude": "decoder"}), "exclude='decoder' matches no group"),
     (fit_with(options={"exclude": "model"}), "Nothing is left to prune"),
-    (fit_with(options={"units": ["neurons"]}), "units names 'neurons'"),
+    (fit_with(options={"kinds": ["neurons"]}), "units names 'neurons'"),
     (fit_with(lambda: Classifier(validation_rows=2)), "Only .* at .* but scoring against"),
     (fit_with(NotANumber), "NaN or infinite activations at 'model.bert.encoder.layer.1.ffn'"),
     (fit_with(Silent), "Nothing was heard at"),
@@ -601,13 +602,12 @@ def test_a_refused_cut_leaves_model_and_optimizer_as_they_were(sabotage):
         ({"seed": None}, "seed=None; expected a whole number"),
         ({"seed": -1}, "seed=-1"),
         ({"positions": None}, "positions=None"),
-        ({"include": 3}, "include=3; expected str or None"),
-        ({"module": 3}, "module=3; expected str or None"),
-        ({"compensate": "yes"}, "compensate='yes'; expected bool"),
+        ({"include": 3}, "include=3; expected text or None"),
+        ({"module": 3}, "module=3; expected text or None"),
         ({"include": "("}, r"include='\(' is not a regular expression"),
         ({"exclude": "["}, r"exclude='\[' is not a regular expression"),
-        ({"units": []}, r"units=\[\]"),
-        ({"units": "ffn"}, "units='ffn'; expected a list"),
+        ({"kinds": []}, r"kinds=\[\]"),
+        ({"kinds": "ffn"}, "kinds='ffn'; expected a list"),
         (
             {"sparsity": 0.5, "target_macs": 10_000},
             "budget of sparsity=0.5 and target_macs=10000; expected exactly one of sparsity, ",
@@ -622,14 +622,14 @@ def test_a_refused_cut_leaves_model_and_optimizer_as_they_were(sabotage):
         ({"keep_information": 1}, "keep_information=1; expected a number above 0 and below 1"),
         ({"widths": "free"}, r"widths='free'; expected one of \('global', 'uniform'\)"),
         ({"relevance": "labels"}, "relevance='labels'; expected one of .*'gradient', 'weights'"),
-        ({"relevance_steps": 0}, "relevance_steps=0; expected a whole number of at least 1"),
-        ({"reconstruct": None}, "reconstruct=None; expected bool"),
+        ({"gradient_steps": 0}, "gradient_steps=0; expected a whole number of at least 1"),
+        ({"method": None}, "method=None; expected one of .*'layerwise', 'compensation'"),
         (
             {"reconstruction_positions": 1},
-            "reconstruction_positions=1; expected a whole number of at least 2",
+            "positions=1; expected a whole number of at least 2",
         ),
-        ({"latency_batch": 0}, "latency_batch=0; expected a whole number of at least 1"),
-        ({"latency_table": 3}, "latency_table=3; expected str or None"),
+        ({"latency_batch": 0}, "batch=0; expected a whole number of at least 1"),
+        ({"latency_table": 3}, "table=3; expected the path of a JSON file, or None"),
         ({"floors": {"(": 0.5}}, r"floors: '\(' is not a regular expression"),
         ({"caps": {3: 0.5}}, "caps: 3 is not text; expected a regular expression"),
         ({"floors": {"ffn": 1.5}}, "floors: 'ffn' is 1.5; expected a whole number of units, or a"),
@@ -641,8 +641,8 @@ def test_a_refused_cut_leaves_model_and_optimizer_as_they_were(sabotage):
     ids=str,
 )
 def test_options_are_checked_when_they_are_given(options, message):
-    with pytest.raises(MisconfigurationException, match=message):
-        MutualInformationPruning(**options)
+    with pytest.raises((MisconfigurationException, PruningError), match=message):
+        pruning_units(**options)
 
 
 def test_a_cut_that_never_came_is_said():
@@ -715,7 +715,9 @@ def test_a_batch_that_runs_the_encoder_twice_gets_one_share():
             if self._recorder is not None:
                 counts.append(int(next(iter(self._recorder.moments.values())).count))
 
-    trainer(Count(0.5, verbose=False, positions=800), max_epochs=2).fit(Twice(validation_rows=512))
+    trainer(made(Count, 0.5, verbose=False, positions=800), max_epochs=2).fit(
+        Twice(validation_rows=512)
+    )
     assert counts == [100 * (i + 1) for i in range(8)]
 
 
