@@ -88,12 +88,13 @@ def trained(task: str, seed: int, variant: LayerVariant) -> Figures:
     module.network.float()
     callbacks: list[CKALayerPruning] = []
     if variant.criterion != "none":
+        criterion: Any = variant.criterion
         method: Any = "layerwise" if variant.reconstruction else "none"
         callbacks = [
             CKALayerPruning(
                 None,
                 target_layers=variant.layers,
-                criterion=variant.criterion,
+                criterion=criterion,
                 reconstruction=options.Reconstruction(method=method),
                 schedule=options.Schedule(cuts=1, first_epoch=variant.first_epoch),
                 seed=seed,

@@ -202,7 +202,7 @@ def size_of(
     modules = dict(model.named_modules())
     sizes = {}
     for group in dims:
-        (number,) = group.counts
+        (number,) = group.attributes
         module = model.get_submodule(number.module)
         sizes[group.name] = int(getattr(module, number.attribute))
     widths = {

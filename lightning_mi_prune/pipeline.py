@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_mi_prune.allocation.allocate import allocate
 from lightning_mi_prune.allocation.budget import Budget, budget_of, check_reach, sparsity_of
-from lightning_mi_prune.allocation.constraints import Constraints, check_left
+from lightning_mi_prune.allocation.constraints import check_left, resolve_bounds
 from lightning_mi_prune.allocation.costs import Costs, ParameterCosts, measure_macs
 from lightning_mi_prune.allocation.latency import Device, LatencyCosts, LatencyTable
 from lightning_mi_prune.allocation.measuring import (
@@ -40,6 +40,7 @@ from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.empty_linear import parameters_of
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.files import check_writable
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.core.running import (
     call_step,
@@ -93,8 +94,7 @@ class PruningMethod:
         reconstruct: Whether output projections are solved again on what the cut model really hears.
         reconstruction_positions: Positions of inputs that are stored for that.
         reconstruction_ridge: Pull towards the weights that folding in left, as a share of the mean variance.
-        constraints: Floors, caps and pins.
-        multiple: Neuron widths are multiples of this.
+        constraints: Floors, caps and pins, and the step of widths.
         latency_table: File of measured latencies (JSON), measured and written if it is not there;
             a path that cannot be written to is refused before anything is measured.
         latency_batch: Examples in the call that is timed.
@@ -109,7 +109,6 @@ class PruningMethod:
     reconstruction_positions: int = 16384
     reconstruction_ridge: float = 1e-2
     constraints: Constraints = field(default_factory=Constraints)
-    multiple: int = 8
     latency_table: str | None = None
     latency_batch: int = 1
 
@@ -137,7 +136,9 @@ class PruningMethod:
                 heads may go where nothing tells which, or the file of latencies is of another
                 device or cannot be written.
         """
-        check_rotations(module, chosen, relevance=self.relevance, budget=self.budget)
+        check_rotations(
+            module, chosen, relevance=self.relevance, keep_information=self.budget.keep_information
+        )
         if self.budget.measure == "parameters":
             check_reach(
                 chosen,
@@ -146,11 +147,10 @@ class PruningMethod:
                 widths=self.widths,
                 current={group.name: current[group.name] for group in chosen},
                 constraints=self.constraints,
-                multiple=self.multiple,
             )
         else:
             now = {group.name: current[group.name] for group in chosen}
-            self.constraints.resolve(chosen, now, multiple=self.multiple)
+            resolve_bounds(self.constraints, chosen, now)
             if self.budget.measure == "ms" and self.latency_table is not None and writes:
                 _check_table(self.latency_table, device_of(module))
 
@@ -190,7 +190,7 @@ class PruningMethod:
         if self.budget.measure == "MACs":
             return measure_macs(module, groups, examples, current)
         index = torch.zeros(self.latency_batch, dtype=torch.long)
-        calls = {path: call.some(index) for path, call in examples.items()}
+        calls = {path: call.select(index) for path, call in examples.items()}
 
         # Dimensions of heads take time to time: only where they may go, or some have gone.
         may = {group.name for group in chosen}
@@ -199,7 +199,7 @@ class PruningMethod:
         ]
 
         def measure() -> LatencyTable:
-            return measure_table(module, timed, calls, multiple=self.multiple)
+            return measure_table(module, timed, calls, multiple=self.constraints.multiple)
 
         table = cached_table(self.latency_table, measure, device_of(module, calls), tables)
         return LatencyCosts(table, timed, held=current)
@@ -253,7 +253,6 @@ class PruningMethod:
             widths=self.widths,
             current=mine,
             constraints=self.constraints,
-            multiple=self.multiple,
             progress=progress,
             kept=kept,
         )
@@ -268,13 +267,13 @@ class PruningMethod:
         for _ in range(_SWEEPS if crossed else 0):
             if rankings is not None:
                 known = rankings
-                beside = {a.name: known[a.name].kept(widths[a.name]) for a in crossed}
-                rankings = {**known, **rank(crossed, beside=beside)}
+                crossed_kept = {a.name: known[a.name].kept(widths[a.name]) for a in crossed}
+                rankings = {**known, **rank(crossed, crossed_kept=crossed_kept)}
                 widths = share(rankings=rankings)
         widths = {name: min(width, mine[name]) for name, width in widths.items()}
         if widths == mine:
             return None
-        bounds = self.constraints.resolve(chosen, mine, multiple=self.multiple)
+        bounds = resolve_bounds(self.constraints, chosen, mine)
         told = {name for name, (_, most) in bounds.items() if not most}
         check_left(groups, {**now, **widths}, told, self.budget)
         if rankings is None:  # of all, so that what is lost can be set beside what there was

@@ -114,9 +114,9 @@ class ParameterCosts(_TensorCosts):
         held: Present widths of groups that a caller does not name (default: as built).
 
     Example:
-        >>> from lightning_mi_prune.discovery.groups import Slice
-        >>> rows = DependencyGroup("rows", "ffn", 6, 1, (Slice("w", 0, (6, 4)),), ("down",))
-        >>> columns = DependencyGroup("columns", "ffn", 4, 1, (Slice("w", 1, (6, 4)),), ("down",))
+        >>> from lightning_mi_prune.discovery.groups import PrunableDim
+        >>> rows = DependencyGroup("rows", "ffn", 6, 1, (PrunableDim("w", 0, (6, 4)),), ("down",))
+        >>> columns = DependencyGroup("columns", "ffn", 4, 1, (PrunableDim("w", 1, (6, 4)),), ("down",))
         >>> costs = ParameterCosts([rows, columns], fixed=10)
         >>> costs.total({"rows": 6, "columns": 4})
         34.0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_mi_prune.calibration.padding import unnested
+from lightning_mi_prune.calibration.padding import padded_encoders
 from lightning_mi_prune.core.running import evaluating
 
 __all__ = [
@@ -108,7 +108,7 @@ def counting(network: nn.Module) -> Iterator[MacCounter]:
         after = ExitStack()
         with (
             evaluating(network),
-            unnested(network),
+            padded_encoders(network),
             _ONE_BY_ONE,
             after,
             MacCounter(after) as counter,

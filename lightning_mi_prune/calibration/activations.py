@@ -184,7 +184,7 @@ class ActivationRecorder(Recorder):
         waiting = self._waiting[key]
         if waiting:
             with torch.no_grad():
-                self._moments[key].hear(waiting[0] if len(waiting) == 1 else torch.cat(waiting))
+                self._moments[key].update(waiting[0] if len(waiting) == 1 else torch.cat(waiting))
             waiting.clear()
 
     def start_batch(self, rows: int | None = None, padded: int = 0) -> None:

@@ -63,7 +63,7 @@ class RecordedCall:
         rows, positions = self.mask.shape
         return positions if first.shape[:2] == (positions, rows) and positions != rows else None
 
-    def some(self, index: Tensor) -> RecordedCall:
+    def select(self, index: Tensor) -> RecordedCall:
         """Some examples of the call, copied."""
         values = (self.args, self.kwargs, self.mask)
         args, kwargs, mask = select_examples(values, self.rows, index, self.positions)
@@ -182,7 +182,7 @@ def first_call(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None
 ) -> RecordedCall:
     """The first example of a call that a module just received, copied."""
-    first = RecordedCall(args, dict(kwargs), mask).some(torch.zeros(1, dtype=torch.long))
+    first = RecordedCall(args, dict(kwargs), mask).select(torch.zeros(1, dtype=torch.long))
     return replace(first, autocast=_autocast(module))
 
 
@@ -243,7 +243,7 @@ class StoredCalls:
             wanted = max(1, wanted)  # less than one example of each batch would be none for ever
         if wanted:
             index = torch.randperm(real, generator=self._generator)[:wanted].sort().values
-            self.stored.setdefault(path, []).append(call.some(index))
+            self.stored.setdefault(path, []).append(call.select(index))
         self._owed[path], self._room[path] = owed - wanted * each, room - wanted * each
 
 
@@ -292,11 +292,11 @@ def merge_calls(calls: Sequence[RecordedCall], most: int) -> RecordedCall | None
     rows, each = call.rows, sum(_lengths(call)) / call.rows
     if rows * each > most:
         spread = torch.linspace(0, rows - 1, max(1, int(most / each))).round().long()
-        call = call.some(spread)
+        call = call.select(spread)
     if call.mask is None or call.mask.ndim != 2:
         return call
     order = call.mask.sum(1).argsort(stable=True)
-    return trim_padding(call.some(order))
+    return trim_padding(call.select(order))
 
 
 def split_call(call: RecordedCall) -> list[RecordedCall]:
@@ -308,7 +308,7 @@ def split_call(call: RecordedCall) -> list[RecordedCall]:
     if len(sizes) == 1:
         return [trim_padding(call)]
     parts = torch.split(torch.arange(call.rows), sizes)
-    return [trim_padding(call.some(rows)) for rows in parts]
+    return [trim_padding(call.select(rows)) for rows in parts]
 
 
 def _lengths(call: RecordedCall) -> list[int]:
@@ -316,7 +316,7 @@ def _lengths(call: RecordedCall) -> list[int]:
     padded = positions_of(call)
     if call.mask is None or call.mask.ndim != 2:
         return [padded] * call.rows
-    shortest = trim_padding(call.some(call.mask.sum(1).argmin()[None]))
+    shortest = trim_padding(call.select(call.mask.sum(1).argmin()[None]))
     if shortest.mask is None or shortest.mask.shape[1] == call.mask.shape[1]:
         return [padded] * call.rows
     ends = call.mask.bool() * torch.arange(1, call.mask.shape[1] + 1).to(call.mask.device)

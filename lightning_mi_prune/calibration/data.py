@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.calibration.gradients import GradientSums
 from lightning_mi_prune.calibration.moments import Moments
-from lightning_mi_prune.core.untrusted import listed, whole
 
 __all__ = [
     "CalibrationData",
     "LayerComparison",
-    "nearest",
+    "Matrix",
 ]
 
 
@@ -56,12 +55,8 @@ class LayerComparison:
     angles: Matrix
     fixed: int = 0
 
-
-def _layers(value: object) -> tuple[int, ...]:
-    return tuple(whole(layer) for layer in listed(value))
-
-
-def nearest(compared: LayerComparison) -> float:
-    """CKA of the two neighbours that are most alike."""
-    rows = enumerate(compared.similarity[:-1])
-    return max((row[place + 1] for place, row in rows), default=0.0)
+    @property
+    def largest_neighbor_cka(self) -> float:
+        """CKA of the two neighboring layers that are most alike; 0 without a pair."""
+        rows = enumerate(self.similarity[:-1])
+        return max((row[place + 1] for place, row in rows), default=0.0)

@@ -43,12 +43,12 @@ class Relevance:
     Args:
         matrix: ``G (m, m)`` over the outputs of the consumer or, where several layers read the same
             units, ``G (d, d)`` over the units themselves, which all of them hand down.
-        inside: Whether the matrix is over the units.
+        over_units: Whether the matrix is over the units.
         taylor: First-order change of the loss without each unit ``(units,)``, if it was gathered.
     """
 
     matrix: Tensor
-    inside: bool = False
+    over_units: bool = False
     taylor: Tensor | None = None
 
 
@@ -60,11 +60,11 @@ class GradientSums:
     Args:
         dimension: Outputs of the consumer, or entries of the units where several layers read them.
         units: Units of the group.
-        inside: Whether the gradients are those of the units.
+        over_units: Whether the gradients are those of the units.
     """
 
-    def __init__(self, dimension: int, units: int, *, inside: bool = False) -> None:
-        self.dimension, self.units, self.inside = dimension, units, inside
+    def __init__(self, dimension: int, units: int, *, over_units: bool = False) -> None:
+        self.dimension, self.units, self.over_units = dimension, units, over_units
         self.matrix = torch.zeros(dimension, dimension, dtype=torch.float64)
         self.taylor = torch.zeros(units, dtype=torch.float64)
         # Examples heard, steps heard, steps left out because a gradient was not finite.
@@ -155,7 +155,7 @@ def relevance_of(sums: Mapping[str, GradientSums]) -> dict[str, Relevance]:
     for key, each in sums.items():
         examples = each.counts[0].clamp_min(1)
         taylor = (each.taylor / examples).sqrt()
-        found[key] = Relevance(each.matrix / examples, each.inside, taylor)
+        found[key] = Relevance(each.matrix / examples, each.over_units, taylor)
     return found
 
 
@@ -329,13 +329,15 @@ class GradientRecorder(ModuleHooks):
             swapped = self._padding.positions_first(x)
             if swapped:
                 self._count_positions_first(path, x)
-            feel = partial(self._feel, key, x, weight.detach(), swapped)
+            feel = partial(self._add_gradient, key, x, weight.detach(), swapped)
             output.register_hook(feel)  # type: ignore[no-untyped-call]
             return output
 
         return hook
 
-    def _feel(self, key: str, x: Tensor, weight: Tensor, swapped: bool, grad: Tensor) -> None:
+    def _add_gradient(
+        self, key: str, x: Tensor, weight: Tensor, swapped: bool, grad: Tensor
+    ) -> None:
         if not self._hearing:
             return
         if swapped:
@@ -343,8 +345,8 @@ class GradientRecorder(ModuleHooks):
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             sums = self.sums[key]
             g = grad.detach().flatten(0, -2).float()
-            down = g @ weight.float() if self._taylor or sums.inside else g
-            heard = down if sums.inside else g
+            down = g @ weight.float() if self._taylor or sums.over_units else g
+            heard = down if sums.over_units else g
             if key not in self._staged:
                 # Of a given type: precision plugins change what torch makes by itself.
                 self._staged[key] = [
@@ -377,5 +379,5 @@ def empty_sums(
             # What several layers read, unless it is what they make that is asked for.
             inside = (bool(group.consumer_sets) or len(consumers) > 1) and group.rotation is None
             units = 1 if group.rotation is not None else columns // group.entries_at(widths)
-            sums[key] = GradientSums(columns if inside else rows, units, inside=inside)
+            sums[key] = GradientSums(columns if inside else rows, units, over_units=inside)
     return sums

@@ -18,8 +18,8 @@ __all__ = [
     "add_outer",
     "check_moments",
     "mirror",
-    "rounding",
-    "settle",
+    "rounding_variance",
+    "stabilize",
 ]
 
 
@@ -109,22 +109,17 @@ class Moments(Metric):
         self.add_state("outer", zeros.sum(), dist_reduce_fx="sum")
 
     def update(self, x: Tensor) -> None:
-        """Add samples ``x (n, d)``."""
+        """Add samples ``x (n, d)`` where they are; on the CPU if their device has no float64."""
+        home = torch.device("cpu") if x.device.type == "mps" else x.device
         # Validation runs in inference mode and maybe autocast; sums stay ordinary float64 tensors.
         with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.float64)
+            self.to(home)
+            x = x.to(home).to(torch.float64)
             if self.outer.ndim == 0:
                 self.outer = torch.zeros(self.dimension, self.dimension).to(x)
             self.count += x.shape[0]
             self.total += x.sum(0)
             add_outer(self.outer, x)
-
-    def hear(self, x: Tensor) -> None:
-        """Add samples where they are; sums live on the CPU if their device has no float64."""
-        home = torch.device("cpu") if x.device.type == "mps" else x.device
-        with torch.inference_mode(False):  # moved in inference mode, sums could not be added to
-            self.to(home)
-        self.update(x.to(home))
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Mean ``(d,)`` and covariance ``(d, d)`` (divided by ``N``)."""
@@ -177,10 +172,10 @@ class Moments(Metric):
         mean = self.total / self.count
         return mean, mirror((self.outer / self.count).addr_(mean, mean, alpha=-1))
 
-    def settled(self) -> tuple[Tensor, Tensor]:
-        """The same, with a covariance that can be inverted (:func:`settle`)."""
+    def stabilized(self) -> tuple[Tensor, Tensor]:
+        """The same, with a covariance that can be inverted (:func:`stabilize`)."""
         mean, covariance = self.statistics()
-        return mean, settle(covariance, mean, self.count)
+        return mean, stabilize(covariance, mean, self.count)
 
 
 def add_outer(sums: Tensor, x: Tensor) -> None:
@@ -209,7 +204,7 @@ def mirror(sums: Tensor) -> Tensor:
     return sums
 
 
-def settle(covariance: Tensor, mean: Tensor, count: Tensor) -> Tensor:
+def stabilize(covariance: Tensor, mean: Tensor, count: Tensor) -> Tensor:
     """Make a covariance that is the difference of two sums fit to be inverted, in place.
 
     Entries that never change, up to rounding, get no variance at all. All others are observed
@@ -223,24 +218,24 @@ def settle(covariance: Tensor, mean: Tensor, count: Tensor) -> Tensor:
 
     Example:
         >>> nearly = torch.tensor([[-1e-14, 0.0], [0.0, 1.0]], dtype=torch.float64)
-        >>> settle(nearly, torch.ones(2, dtype=torch.float64), torch.tensor(100))
+        >>> stabilize(nearly, torch.ones(2, dtype=torch.float64), torch.tensor(100))
         tensor([[0.0000, 0.0000],
                 [0.0000, 1.0000]], dtype=torch.float64)
     """
-    noise = rounding(mean, count) * len(mean) ** 0.5
+    noise = rounding_variance(mean, count) * len(mean) ** 0.5
     constant = covariance.diagonal() <= noise
     covariance.diagonal().add_(noise)
     return covariance.masked_fill_(constant[:, None] | constant, 0.0)
 
 
-def rounding(mean: Tensor, count: Tensor) -> Tensor:
+def rounding_variance(mean: Tensor, count: Tensor) -> Tensor:
     """Variance of each entry that says nothing: what single precision and sums in double round.
 
     Sums of ``count`` squares of one size round in the same way each time, so that their error
     grows with the count.
 
     Example:
-        >>> rounding(torch.tensor([1.0, 10.0]), torch.tensor(1_000))
+        >>> rounding_variance(torch.tensor([1.0, 10.0]), torch.tensor(1_000))
         tensor([1.0000e-12, 1.0000e-10])
     """
     return (count * 2.0**-53).clamp_min(_SINGLE) * mean.square()

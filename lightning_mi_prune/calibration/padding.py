@@ -20,7 +20,7 @@ __all__ = [
     "attention_mask_of",
     "complete",
     "pad_nested",
-    "unnested",
+    "padded_encoders",
 ]
 
 # What torch's own modules call their input, and the mask of its padding.
@@ -252,7 +252,7 @@ def pad_nested(model: nn.Module) -> Iterator[RemovableHandle]:
 
 
 @contextmanager
-def unnested(model: nn.Module) -> Iterator[None]:
+def padded_encoders(model: nn.Module) -> Iterator[None]:
     """Hooks of :func:`pad_nested`, for as long as the block lasts."""
     handles: list[RemovableHandle] = []
     try:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_mi_prune.calibration.activations import Recorder
 from lightning_mi_prune.calibration.calls import move_tensors, update_calls
-from lightning_mi_prune.calibration.data import CalibrationData, LayerComparison, nearest
+from lightning_mi_prune.calibration.data import CalibrationData, LayerComparison
 from lightning_mi_prune.calibration.layer_outputs import StackRecorder
 from lightning_mi_prune.calibration.layer_similarity import Kernel
 from lightning_mi_prune.callbacks.base import PruningCallback, as_misconfiguration, checked_options
@@ -296,7 +296,7 @@ class LayerPruning(PruningCallback):
     @override
     def _reached(self, trainer: pl.Trainer, heard: CalibrationData, goal: float) -> None:
         self._run.schedule = Schedule()
-        near = [f"{nearest(c):.3f} in {name!r}" for name, c in heard.stacks.items()]
+        near = [f"{c.largest_neighbor_cka:.3f} in {name!r}" for name, c in heard.stacks.items()]
         met = (
             f"No layer is left to remove: the most alike neighbours have CKA "
             f"{', '.join(near) or '(none)'}, threshold={self.thinning.threshold}, "

@@ -358,4 +358,4 @@ def watch_anew(run: RunState, budget: MetricGuard | None) -> list[str]:
 
 
 def _shapes(sums: Mapping[str, GradientSums]) -> dict[str, tuple[int, int, bool]]:
-    return {key: (s.dimension, s.units, s.inside) for key, s in sums.items()}
+    return {key: (s.dimension, s.units, s.over_units) for key, s in sums.items()}

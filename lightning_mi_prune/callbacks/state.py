@@ -152,19 +152,19 @@ def read_calibration(state: Mapping[str, Any]) -> CalibrationData:
 
 def write_gradients(sums: Mapping[str, GradientSums]) -> dict[str, Any]:
     """Sums of gradients by key."""
-    return {n: (s.dimension, s.units, s.inside, s.packed()) for n, s in sums.items()}
+    return {n: (s.dimension, s.units, s.over_units, s.packed()) for n, s in sums.items()}
 
 
 def read_gradients(state: Mapping[str, Any]) -> dict[str, GradientSums]:
     """What :func:`write_gradients` wrote; raises a plain exception for anything else."""
     found = {}
     for name, entry in mapping(state).items():
-        dimension, units, inside, packed = listed(entry, 4)
+        dimension, units, over_units, packed = listed(entry, 4)
         sums = tensor(packed)
         if sums.numel() < whole(dimension, _LARGEST) ** 2 // 2 + whole(units, _LARGEST):
             raise ValueError(f"{sums.numel()} sums of gradients for {dimension} outputs")
         check_finite({name: sums})
-        found[name] = GradientSums(dimension, units, inside=flag(inside)).unpack(sums)
+        found[name] = GradientSums(dimension, units, over_units=flag(over_units)).unpack(sums)
     return found
 
 

@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mi_prune.allocation.budget import Budget, budget_of, sparsity_of
-from lightning_mi_prune.allocation.constraints import Constraints
 from lightning_mi_prune.calibration.activations import ActivationRecorder, Recorder
 from lightning_mi_prune.calibration.calls import move_tensors, update_calls
 from lightning_mi_prune.calibration.data import CalibrationData
@@ -133,7 +132,7 @@ class GradientCollection:
 def copies(felt: Mapping[str, GradientSums]) -> dict[str, GradientSums]:
     """The same sums once more."""
     return {
-        key: GradientSums(s.dimension, s.units, inside=s.inside).unpack(s.packed())
+        key: GradientSums(s.dimension, s.units, over_units=s.over_units).unpack(s.packed())
         for key, s in felt.items()
     }
 
@@ -498,10 +497,7 @@ class MutualInformationPruning(UnitPruning):
             compensate=reconstruction.method != "none",
             reconstruct=reconstruction.method == "layerwise",
             reconstruction_positions=reconstruction.positions,
-            constraints=Constraints(
-                constraints.floors, constraints.caps, constraints.pins, constraints.floor
-            ),
-            multiple=constraints.multiple,
+            constraints=constraints,
             latency_table=latency.table,
             latency_batch=latency.batch,
         )

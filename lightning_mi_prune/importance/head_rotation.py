@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.calibration.gradients import Relevance
 from lightning_mi_prune.calibration.moments import Moments
 from lightning_mi_prune.core.errors import PruningError
@@ -73,7 +72,7 @@ class HeadRotation:
             if name in given
         }
 
-    def seen(self, evidence: UnitStatistics) -> UnitStatistics:
+    def rotate(self, evidence: UnitStatistics) -> UnitStatistics:
         """What is known of the values, in the new coordinates."""
         both = rotate_along(rotate_along(evidence.covariance, 0, self.value), 1, self.value)
         return replace(
@@ -84,15 +83,15 @@ class HeadRotation:
             weight=rotate_along(evidence.weight, 1, self.value),
         )
 
-    def of(self, evidence: UnitStatistics, heads: Sequence[int], size: int) -> UnitStatistics:
+    def select(self, evidence: UnitStatistics, heads: Sequence[int], size: int) -> UnitStatistics:
         """What is known, in the new coordinates, of some heads and their first dimensions."""
         place = self._places(evidence)[list(heads), :size]
-        return replace(_taken(self.seen(evidence), place.flatten()), entries=size)
+        return replace(_taken(self.rotate(evidence), place.flatten()), entries=size)
 
-    def apart(self, evidence: UnitStatistics, heads: Sequence[int]) -> UnitStatistics:
+    def by_dimension(self, evidence: UnitStatistics, heads: Sequence[int]) -> UnitStatistics:
         """The same by dimension: the first of these heads, then the second."""
         place = self._places(evidence)[list(heads)]
-        return replace(_taken(self.seen(evidence), place.mT.flatten()), entries=len(heads))
+        return replace(_taken(self.rotate(evidence), place.mT.flatten()), entries=len(heads))
 
     def _places(self, evidence: UnitStatistics) -> Tensor:
         return torch.arange(len(evidence.mean), device=evidence.mean.device).view(
@@ -168,7 +167,7 @@ def check_rotations(
     chosen: Sequence[DependencyGroup],
     *,
     relevance: str | None,
-    budget: Budget,
+    keep_information: float | None,
 ) -> None:
     """Refuse dimensions of heads where nothing tells which matter.
 
@@ -176,7 +175,7 @@ def check_rotations(
         module: The model as it stands.
         chosen: The groups that may shrink.
         relevance: What tells which part of the layer above matters.
-        budget: How small the model must get.
+        keep_information: Share of the information that the budget keeps, if it is such a budget.
 
     Raises:
         PruningError: If dimensions may go without gradients, beside heads for a share of the
@@ -189,9 +188,9 @@ def check_rotations(
             "dimensions of a head matter. Use relevance='gradient', or leave 'head_dim' out of units."
         )
     crossed = [group.name for group in chosen if group.crossed in turns and group.rotation is None]
-    if crossed and budget.kind == "keep_information":
+    if crossed and keep_information is not None:
         raise PruningError(
-            f"{budget} cannot be shared by {crossed[0]!r} and their dimensions: both lose the same "
+            f"keep_information={keep_information} cannot be shared by {crossed[0]!r} and their dimensions: both lose the same "
             "information. Leave 'heads' or 'head_dim' out of units, or use sparsity or target_macs."
         )
     for group in (group for group in chosen if group.name in turns):
@@ -258,7 +257,7 @@ def _second(
     path: str, group: DependencyGroup, moments: Mapping[str, Moments], weights: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Second moments of what a projection says, about zero and about its mean."""
-    mean, covariance = moments[f"{group.name}@{path}"].settled()
+    mean, covariance = moments[f"{group.name}@{path}"].stabilized()
     weight = weights[f"{path}.weight"].detach().to(covariance)
     said, middle = weight @ covariance @ weight.mT, weight @ mean
     bias = weights.get(f"{path}.bias")

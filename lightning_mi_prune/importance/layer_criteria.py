@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from lightning_mi_prune.calibration.data import LayerComparison, Matrix, _layers
+from lightning_mi_prune.calibration.data import LayerComparison, Matrix
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.untrusted import listed, mapping, number, text, whole
 
@@ -200,6 +200,10 @@ def random_layers(layers: int, count: int, seed: int = 0) -> tuple[int, ...]:
     """
     check_count(count, layers)
     return tuple(sorted(random.Random(seed).sample(range(layers), count)))  # noqa: S311
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    return tuple(whole(layer) for layer in listed(value))
 
 
 def check_count(count: int, layers: int) -> None:

@@ -48,7 +48,7 @@ def rank_groups(
     *,
     relevance: RelevanceSource = None,
     widths: Mapping[str, int] | None = None,
-    beside: Mapping[str, tuple[int, ...]] | None = None,
+    crossed_kept: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Ranking]:
     """Put the units of every group in the order in which they may go, once for all budgets.
 
@@ -65,7 +65,7 @@ def rank_groups(
             (:func:`gradients.relevance_of`), ``"weights"`` for the weights that are kept above,
             or None for all of it alike.
         widths: Units expected to stay on each group, for what is kept above others; default all.
-        beside: Units expected to stay on groups that are crossed by others, in positions of the
+        crossed_kept: Units expected to stay on groups that are crossed by others, in positions of the
             model as built: heads are judged by the dimensions that stay, dimensions by the heads.
 
     Returns:
@@ -81,7 +81,7 @@ def rank_groups(
         known = _weigh(group, weights, kept, current, groups, relevance)
         consumer_sets = unit_statistics(group, moments, weights, kept, current, groups, known)
         now = current.kept[group.name]
-        across = (beside or {}).get(group.crossed)
+        across = (crossed_kept or {}).get(group.crossed)
         if group.rotation is not None:
             heads = _places(across, current.kept.get(group.crossed), group.entries)
             order, loss, nats = _silent(len(now))
@@ -95,7 +95,7 @@ def rank_groups(
                 (dims,) = (other for other in groups if other.name == group.crossed)
                 values = replace(consumer_sets[0], entries=len(now))
                 new = head_rotation(dims, values, moments, weights, known)
-                consumer_sets = [new.of(e, range(len(now)), len(across)) for e in consumer_sets]
+                consumer_sets = [new.select(e, range(len(now)), len(across)) for e in consumer_sets]
             order, costs = _whole(judge, consumer_sets)
             loss, nats = loss_curve(consumer_sets, order), [*accumulate(costs)]
         found[group.name] = Ranking(
@@ -165,7 +165,7 @@ def _directions(
     new: HeadRotation, evidence: UnitStatistics, heads: Sequence[int], ridge: float
 ) -> tuple[list[int], list[float], list[float]]:
     """Order of the principal directions of heads, the loss and the nats as they go: last first."""
-    apart = new.apart(evidence, heads)
+    apart = new.by_dimension(evidence, heads)
     order = [*reversed(range(new.value.shape[-1]))]
     noise = apart.noise(ridge) or 1.0  # where nothing changes above, nothing is told
     scores = new.scores[list(heads)].sum(0).flip(0).clamp_min(0)

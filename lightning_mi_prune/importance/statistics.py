@@ -121,14 +121,14 @@ def unit_statistics(
     for key, consumers in group.reads.items():
         if int(moments[key].count) == 0:
             raise PruningError(f"Nothing was heard at {key!r}; run validation first.")
-        mean, covariance = moments[key].settled()
+        mean, covariance = moments[key].stabilized()
         known = None if relevance is None else relevance.get(key)
         weight, above = _read(consumers, weights, kept, current, groups, covariance)
         readout = weight
         if known is not None:
             matrix = known.matrix.to(covariance)
-            factor = _factor(matrix if known.inside else matrix[above][:, above])
-            readout = factor if known.inside else factor @ weight
+            factor = _factor(matrix if known.over_units else matrix[above][:, above])
+            readout = factor if known.over_units else factor @ weight
         found.append(
             UnitStatistics(
                 name=group.name,

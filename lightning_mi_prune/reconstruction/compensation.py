@@ -145,7 +145,7 @@ def select_units(
             new = _turn(group, moments, weights, kept, current, groups, relevance)
             anew |= new.weights(weights)
             maps |= {name: dims for name, dims in new.maps.items() if name in weights}
-            weights, consumer_sets = {**weights, **anew}, [new.seen(e) for e in consumer_sets]
+            weights, consumer_sets = {**weights, **anew}, [new.rotate(e) for e in consumer_sets]
         stay = kept_entries(group, kept, current)
         splits = [_split(evidence, stay) for evidence in consumer_sets]
         parts = [_information(e, *s, ridge) for e, s in zip(consumer_sets, splits, strict=True)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision
-from lightning_mi_prune.calibration.padding import Padding, unnested
+from lightning_mi_prune.calibration.padding import Padding, padded_encoders
 from lightning_mi_prune.core.running import evaluating
 
 __all__ = [
@@ -133,7 +133,11 @@ def run_layerwise(
         with contextlib.suppress(_EnoughError):
             network(*call.args, **call.kwargs)
 
-    with _hooked(model, found, hold, change, padding), unnested(network), evaluating(network):
+    with (
+        _hooked(model, found, hold, change, padding),
+        padded_encoders(network),
+        evaluating(network),
+    ):
         voices = {greenlet(speak): call for call in calls}
         silent |= {voice: {spot.layer for spot in found} for voice in voices}
         try:

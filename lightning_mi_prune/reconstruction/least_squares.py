@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_mi_prune.calibration.calls import RecordedCall, merge_calls, move_tensors
-from lightning_mi_prune.calibration.moments import add_outer, mirror, rounding, settle
+from lightning_mi_prune.calibration.moments import add_outer, mirror, rounding_variance, stabilize
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.discovery.families import is_within
 from lightning_mi_prune.importance.information import mean_variance
@@ -241,7 +241,7 @@ def _solve(
     first = 0 if isinstance(bias, Tensor) else 1
     if first == 0:  # centred: the bias takes what the means ask for
         mean, shift = outer[0, 1:] / count, cross[0] / count
-        outer = settle(outer[1:, 1:] / count - torch.outer(mean, mean), mean, count)
+        outer = stabilize(outer[1:, 1:] / count - torch.outer(mean, mean), mean, count)
         cross = cross[1:] / count - torch.outer(mean, shift)
         cross[outer.diagonal() == 0] = 0.0  # constants say nothing but the bias
     else:
@@ -269,7 +269,7 @@ def _solve_norm(layer: nn.LayerNorm, sums: Tensor) -> dict[str, Tensor]:
     _, mean_x, mean_y, square, product = sums / count
     variance = square - mean_x**2
     # An entry that never changes says nothing of its gain.
-    silent = (variance <= rounding(mean_x, count)) | (variance <= 1e-8 * variance.mean())
+    silent = (variance <= rounding_variance(mean_x, count)) | (variance <= 1e-8 * variance.mean())
     gain = (product - mean_x * mean_y) / torch.where(silent, 1.0, variance)
     gain = torch.where(silent, _double(layer.weight), gain)
     new = {"weight": gain.to(layer.weight)}

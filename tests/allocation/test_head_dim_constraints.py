@@ -16,6 +16,7 @@ from lightning_mi_prune.allocation.latency import LatencyCosts
 from lightning_mi_prune.allocation.measuring import measure_table
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.stacks import find_stacks
@@ -50,7 +51,7 @@ def test_milliseconds_are_shared_by_heads_and_their_dimensions(tmp_path):
     table = measure_table(model, groups, {"": call}, clock=ruler, multiple=1)
     table.write(path)
     budget = Budget(target_latency_ms=0.6 * table.dense_ms)
-    method = PruningMethod(budget, relevance="gradient", latency_table=str(path), multiple=1)
+    method = PruningMethod(budget, latency_table=str(path), constraints=Constraints(multiple=1))
     for attempt in (0.6, 0.4):  # in two cuts
         budget = Budget(target_latency_ms=attempt * table.dense_ms)
         done = prune(model, lesson("bert"), budget, loss=loss, units=UNITS, method=method)
@@ -69,7 +70,9 @@ def test_a_table_without_dimensions_of_heads_is_refused(tmp_path):
     measure_table(model, groups, {"": call}, kinds=["ffn", "heads"], clock=ruler).write(path)
     budget = Budget(target_latency_ms=0.5)
     method = PruningMethod(budget, relevance="gradient", latency_table=str(path))
-    with pytest.raises(PruningError, match=r"does not know .*dims' of 6 units.*Measure it again"):
+    with pytest.raises(
+        PruningError, match=r"does not know .*head_dim' of 6 units.*Measure it again"
+    ):
         prune(model, lesson("bert"), budget, loss=loss, units=UNITS, method=method)
 
 

@@ -93,7 +93,7 @@ def test_sums_are_those_computed_by_hand(positions):
         taylor += change.square().sum(0)
     torch.testing.assert_close(sums.matrix, matrix.detach(), rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(sums.taylor, taylor.detach(), rtol=1e-5, atol=1e-8)
-    assert sums.attributes.tolist() == [10, 2, 0]
+    assert sums.counts.tolist() == [10, 2, 0]
     relevance = relevance_of({"hidden": sums})["hidden"]
     torch.testing.assert_close(relevance.matrix, matrix.detach() / 10, rtol=1e-5, atol=1e-8)
 
@@ -141,7 +141,7 @@ def test_a_step_that_is_not_finite_is_left_out_everywhere_and_then_refused():
         return (said + (math.inf if step == 1 else 0.0) * seen.pop()[:, :1]).sum()
 
     sums = felt(net, groups, loss, 3)
-    assert {tuple(s.attributes.tolist()) for s in sums.values()} == {(8, 2, 1)}
+    assert {tuple(s.counts.tolist()) for s in sums.values()} == {(8, 2, 1)}
     assert all(s.matrix.isfinite().all() for s in sums.values())
     with pytest.raises(PruningError, match="NaN or infinite gradients at 'hidden' in 1 of 3"):
         check_gradients(sums)
@@ -320,7 +320,7 @@ def felt_by_callback(module, **options):
 def ordinary():
     torch.manual_seed(0)
     found = felt_by_callback(Still())
-    assert {tuple(s.attributes.tolist()) for s in found.values()} == {(64, 4, 0)}
+    assert {tuple(s.counts.tolist()) for s in found.values()} == {(64, 4, 0)}
     return found
 
 

@@ -230,7 +230,7 @@ POINTS = {
     [
         {"layers": {}, "module": Deep, "max_epochs": 6},
         {"layers": {**GATE, "cuts": 3, "last_epoch": 5}, "module": Tolerant, "max_epochs": 8},
-        {"layers": {}, "pruning": {"relevance_steps": 8}, "module": Deep, "max_epochs": 8},
+        {"layers": {}, "pruning": {"gradient_steps": 8}, "module": Deep, "max_epochs": 8},
         {"layers": {}, "module": Deep, "val_check_interval": 2, "max_epochs": 6},
     ],
     ids=["accepted", "taken back", "units too", "two validations"],
@@ -681,7 +681,7 @@ def test_runs_that_cannot_lose_layers_are_refused_and_nothing_changes(
     build, options, message, monkeypatch
 ):
     module, cuts = build(), []
-    where = "lightning_mi_prune.surgery.transaction.operate"
+    where = "lightning_mi_prune.callbacks.engine.cut_model"
     monkeypatch.setattr(where, lambda *a, **k: cuts.append(a))
     run = trainer(pruning_layers(**QUIET, **options), max_epochs=6, num_sanity_val_steps=0)
     with pytest.raises((MisconfigurationException, PruningError), match=message):
@@ -804,7 +804,7 @@ class Charged(Scored):
 
 def test_what_layers_may_cost_is_not_charged_to_units(tmp_path):
     layers = {"max_drop": 0.1, "monitor": "score", "cuts": 1}
-    units = {"sparsity": 0.7, "max_drop": 0.02, "monitor": "score", "relevance_steps": 8}
+    units = {"sparsity": 0.7, "max_drop": 0.02, "monitor": "score", "gradient_steps": 8}
     _, _, watch = fit(tmp_path, layers=layers, pruning=units, module=Charged, max_epochs=16)
     assert watch.pruning.report.undone == []
     assert watch.pruning.report.cuts[-1].sparsity >= 0.7
@@ -825,14 +825,14 @@ def renumbered(weights, stay):
     return found
 
 
-@pytest.mark.parametrize("reconstruct", [True, False])
-def test_only_what_takes_over_gets_other_values(tmp_path, reconstruct):
+@pytest.mark.parametrize("method", ["layerwise", "none"])
+def test_only_what_takes_over_gets_other_values(tmp_path, method):
     states = States()
     options = {
         "threshold": None,
         "target_layers": 4,
         "criterion": "last",
-        "reconstruct": reconstruct,
+        "method": method,
     }
     fit(tmp_path, layers=options, module=Deep, callbacks=[states], max_epochs=2)
     before, after = (renumbered(x, (0, 1, 2, 3)) for x in (states.ends[0][0], states.starts[1][0]))
@@ -844,7 +844,7 @@ def test_only_what_takes_over_gets_other_values(tmp_path, reconstruct):
     assert changed <= taken
     assert (
         {f"{top}.dense.{part}" for part in ("weight", "bias")} <= changed
-        if reconstruct
+        if method == "layerwise"
         else not changed
     )
     assert states.starts[1][2] == [[list(after)]]  # still in the optimizer

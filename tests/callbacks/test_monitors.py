@@ -682,10 +682,10 @@ class Count(MutualInformationPruning):
 
     def __init__(self, **options):
         super().__init__(**records(MutualInformationPruning, {**QUIET, **options}))
-        self.attributes = []
+        self.counts = []
 
     def decide(self, module, heard, *rest):
-        self.attributes.append({int(m.count) for m in heard.moments.values()})
+        self.counts.append({int(m.count) for m in heard.moments.values()})
         return super().decide(module, heard, *rest)
 
 
@@ -725,7 +725,7 @@ def test_all_of_several_loaders_are_heard(mode, validation):
     module, prune = ManyLoaders(mode=mode, validation=validation), Count()
     run(module, prune=prune)
     is_cut_and_clean(module, prune)
-    assert prune.attributes == [{(96 + 64 + 10) * 12}] * 2
+    assert prune.counts == [{(96 + 64 + 10) * 12}] * 2
 
 
 @pytest.mark.parametrize(
@@ -753,7 +753,7 @@ def test_cuts_come_at_the_right_epoch_after_one_whole_validation(options, epochs
     module, prune = Plain(), Count()
     run(module, prune=prune, **options)
     is_cut_and_clean(module, prune, epochs)
-    assert prune.attributes == [{128 * 12}] * len(epochs)
+    assert prune.counts == [{128 * 12}] * len(epochs)
 
 
 def test_a_run_resumed_where_validation_is_rare_goes_on(tmp_path):

@@ -20,10 +20,11 @@ from lightning_mi_prune import (
     PruningError,
     PruningWarning,
 )
-from lightning_mi_prune.allocation.constraints import Constraints
+from lightning_mi_prune.allocation.constraints import resolve_bounds
 from lightning_mi_prune.callbacks.monitors import MetricGuard
 from lightning_mi_prune.cli.program import prune_module
 from lightning_mi_prune.core.errors import counted, number, shortened
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.discovery.families import find_groups, untouched
 from lightning_mi_prune.discovery.graph import choose_groups, summarize_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup
@@ -139,7 +140,7 @@ def test_no_message_is_in_powers_of_ten_or_counts_one_as_many():
     groups = [DependencyGroup("a", "heads", 4, 8, (), ("down",))]
     for constraints in ({"pins": {"a": 1}, "floors": {"a": 2}}, {"caps": {"a": 0.1}}):
         with pytest.raises(PruningError) as refused:
-            Constraints(**constraints).resolve(groups)
+            resolve_bounds(Constraints(**constraints), groups)
         assert not re.search(r"\b1 \w+s\b|e\+\d", str(refused.value)), refused.value
     with pytest.raises(MisconfigurationException, match=r"lasts 1 epoch; "):
         trainer(quiet(), max_epochs=1).fit(Classifier())

@@ -146,7 +146,7 @@ def test_rounding_of_a_large_mean_is_no_variance(mean, count):
     moments = Moments(3)
     for part in x.split(count // 13):
         moments.update(part)
-    _, covariance = moments.settled()
+    _, covariance = moments.stabilized()
     assert torch.equal(covariance[0], torch.zeros(3, dtype=F64))
     assert torch.equal(covariance[:, 0], torch.zeros(3, dtype=F64))
     assert torch.allclose(covariance[1:, 1:], x[:, 1:].mT.cov(correction=0), atol=1e-9)
@@ -157,7 +157,7 @@ def test_a_small_change_about_a_large_mean_is_heard():
     x = 1.0 + 1e-5 * torch.randn(1_000, 1, generator=torch.manual_seed(0))
     moments = Moments(1)
     moments.update(x)
-    assert moments.settled()[1].item() == pytest.approx(1e-10, rel=0.1)
+    assert moments.stabilized()[1].item() == pytest.approx(1e-10, rel=0.1)
 
 
 def test_nothing_can_be_inverted_and_counted():

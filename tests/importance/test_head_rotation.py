@@ -7,10 +7,10 @@ import torch
 
 from lightning_mi_prune import from_pretrained, load_pruned, prune
 from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.constraints import Constraints
 from lightning_mi_prune.allocation.costs import ParameterCosts, measure_macs
 from lightning_mi_prune.allocation.measuring import count_macs
 from lightning_mi_prune.calibration.calls import RecordedCall
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.groups import as_built, count_parameters, full_plan
@@ -47,7 +47,7 @@ def test_a_turn_changes_no_output(family):
 def test_the_directions_are_those_of_a_balanced_system():
     """Both Gramians are diagonal and fall; values are rotated by a rotation."""
     ((group, turn, values), *_) = turns(build())
-    seen = turn.of(values, range(group.entries), group.size)
+    seen = turn.select(values, range(group.entries), group.size)
     eye = torch.eye(group.size, dtype=torch.float64).expand_as(turn.value)
     assert torch.allclose(turn.value @ turn.value.mT, eye, atol=1e-9)
     assert torch.allclose(turn.query @ turn.key.mT, eye, atol=1e-6)
@@ -235,7 +235,7 @@ def test_heads_are_judged_by_the_dimensions_that_stay():
     pair = [a for a in groups if a.name in (group.name, group.crossed)]
     alone = rank_groups(pair, *said, relevance=relevance)
     beside = rank_groups(
-        pair, *said, relevance=relevance, beside={group.name: (0,), group.crossed: (0, 2)}
+        pair, *said, relevance=relevance, crossed_kept={group.name: (0,), group.crossed: (0, 2)}
     )
     assert beside[group.crossed].loss[-1] < alone[group.crossed].loss[-1]
     assert beside[group.name].loss[-1] < alone[group.name].loss[-1]
@@ -243,6 +243,6 @@ def test_heads_are_judged_by_the_dimensions_that_stay():
         pair,
         *said,
         relevance=relevance,
-        beside={group.name: (*range(group.size),), group.crossed: (*range(group.entries),)},
+        crossed_kept={group.name: (*range(group.size),), group.crossed: (*range(group.entries),)},
     )
     assert same == alone

@@ -266,7 +266,7 @@ def test_evidence_of_a_stream_has_one_site_wherever_it_is_read():
     )
     assert len(consumer_sets) == len(stream.consumer_sets) == 2 * 2 + 1
     assert all(len(site.mean) == stream.size for site in consumer_sets)
-    whole = Relevance(torch.eye(stream.size, dtype=torch.float64), inside=True)
+    whole = Relevance(torch.eye(stream.size, dtype=torch.float64), over_units=True)
     seen = unit_statistics(
         stream,
         heard.moments,

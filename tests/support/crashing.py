@@ -118,10 +118,10 @@ class Case:
     method: dict[str, Any] = field(default_factory=dict)
 
 
-HEAR = before(recorder.Moments, "hear")
+HEAR = before(recorder.Moments, "update")
 BATCH = before(base.PruningCallback, "on_validation_batch_start")
-FEEL = before(gradients.GradientRecorder, "_feel")
-JUDGE = before(ranking, "gather")
+FEEL = before(gradients.GradientRecorder, "_add_gradient")
+JUDGE = before(ranking, "unit_statistics")
 REFIT = before(reconstruct, "_solve")
 CUT = before(steps.PruningEngine, "_cut")
 SWAP = before(torch.nn.Module, "register_parameter")

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.constraints import Constraints
 from lightning_mi_prune.core.empty_linear import EmptyLinear
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.groups import full_plan
