@@ -27,7 +27,7 @@ def test_the_report_tells_of_dimensions(tmp_path):
     assert any(group.after < group.before for group in cut.groups if group.kind == "head_dim")
     for group in find_groups(module):
         if group.kind == "head_dim":
-            attention = module.get_submodule(group.counts[0].module)
+            attention = module.get_submodule(group.attributes[0].module)
             assert attention.attention_head_size == prune_callback.plan.width(group.name)
 
 

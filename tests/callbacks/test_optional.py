@@ -136,7 +136,7 @@ def test_only_networks_that_lose_layers_are_copied(monkeypatch):
         seen.extend(networks)
         return copy.deepcopy(root)
 
-    monkeypatch.setattr(takeover, "copied", copied)
+    monkeypatch.setattr(takeover, "copy_networks", copied)
     inputs = batch(64)
     heard = CalibrationData(
         ranks=[{"student": [RecordedCall((), inputs, inputs["attention_mask"])]}]

@@ -114,7 +114,7 @@ def test_a_cut_that_is_taken_back_is_named_by_its_budget(caplog):
 
 
 def test_a_goal_that_a_cut_of_the_run_has_met_is_no_warning(recwarn):
-    _, callback, _ = fit(8, relevance="weights", sparsity=0.5, multiple=40, cuts=4, units=["ffn"])
+    _, callback, _ = fit(8, relevance="weights", sparsity=0.5, multiple=40, cuts=4, kinds=["ffn"])
     assert 0 < len(callback.report.cuts) < 4  # steps of 40 neurons are coarser than four goals
     assert not [w for w in recwarn if "Nothing was cut" in str(w.message)]
 
@@ -122,7 +122,7 @@ def test_a_goal_that_a_cut_of_the_run_has_met_is_no_warning(recwarn):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "deberta-v2", "albert", "mpnet"])
 def test_the_width_of_the_stream_shrinks_with_its_optimizer(family, tmp_path):
     units = ["ffn", "heads", "hidden"]
-    module, callback, run = fit(family=family, sparsity=0.5, units=units, pins={"hidden": 16})
+    module, callback, run = fit(family=family, sparsity=0.5, kinds=units, pins={"hidden": 16})
     stream = next(a for a in callback.report.cuts[-1].groups if a.kind == "hidden")
     assert stream.after == 16 < stream.before
     held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}

@@ -339,7 +339,7 @@ def test_only_what_was_asked_for_is_cut():
             return self.pair["a"](**batch).loss + self.pair["b"](**batch).loss
 
     module = Pair()
-    trainer(even(0.5, module="pair.b", units=["ffn", "heads", "pooler"]), max_epochs=2).fit(module)
+    trainer(even(0.5, module="pair.b", kinds=["ffn", "heads", "pooler"]), max_epochs=2).fit(module)
     assert widths(module.pair["a"], "ffn") == [40, 40]
     assert widths(module.pair["b"], "ffn") == [16, 16]
     assert widths(module.pair["b"], "pooler") == [16]
