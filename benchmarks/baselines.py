@@ -300,7 +300,7 @@ def pruned_by_library(
     ]
     # MPNet has one table of position biases, a column a head, for all layers: the package would
     # keep every head for it. Without a gradient it is not seen, and is indexed below.
-    sharing = [group for group in groups if group.selects]
+    sharing = [group for group in groups if group.unit_arguments]
     tables = [m.weight for m in fixed if isinstance(m, nn.Embedding)] if sharing else []
     for table in tables:
         table.requires_grad_(False)
@@ -346,7 +346,7 @@ def _select_biases(
     maker = model.get_submodule(group.tensors[0].tensor.rpartition(".")[0])
     lost = {row // group.entries for row in gone.get(maker, ())}
     kept = [unit for unit in range(group.size) if unit not in lost]
-    for selects in group.selects if lost else ():
+    for selects in group.unit_arguments if lost else ():
         module = model.get_submodule(selects.module)
         module.register_buffer(KEPT_UNITS, torch.tensor(kept), persistent=False)
         module.__dict__["forward"] = partial(unit_argument_forward, module, selects)
