@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -46,15 +46,8 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
 from lightning_mi_prune.discovery.graph import choose_groups, summarize_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
-from lightning_mi_prune.importance.criteria import (
-    ActivationNorm,
-    Criterion,
-    Magnitude,
-    MutualInformation,
-    Random,
-    Taylor,
-)
-from lightning_mi_prune.pipeline import PruningMethod, reconstruct
+from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
+from lightning_mi_prune.pipeline import check as check_options
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import Cut
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
@@ -163,18 +156,6 @@ def store_gradients(
     """
     if felt is not None and state is not None and world_size(trainer.strategy) > 1:
         state["felt"] = write_gradients(pooled(trainer, felt))
-
-
-def criterion_of(importance: options.Importance, seed: int) -> Criterion:
-    """The criterion that options name."""
-    known: dict[str, Callable[[], Criterion]] = {
-        "mutual_information": lambda: MutualInformation(importance.selection),
-        "taylor": Taylor,
-        "activation_norm": ActivationNorm,
-        "magnitude": Magnitude,
-        "random": lambda: Random(seed),
-    }
-    return known[importance.criterion]()
 
 
 class UnitPruning(PruningCallback):
@@ -487,20 +468,10 @@ class MutualInformationPruning(UnitPruning):
         given = checked_options(MutualInformationPruning, locals())
         targets = (target_parameters, target_macs, target_latency_ms, keep_information)
         with as_misconfiguration():
-            options.check_choice("widths", widths, ("global", "uniform"))
             budget = budget_of(sparsity, *targets)
-        self.method = PruningMethod(
-            budget=budget,
-            criterion=criterion_of(importance, seed),
-            widths=widths,
-            relevance=importance.relevance,
-            compensate=reconstruction.method != "none",
-            reconstruct=reconstruction.method == "layerwise",
-            reconstruction_positions=reconstruction.positions,
-            constraints=constraints,
-            latency_table=latency.table,
-            latency_batch=latency.batch,
-        )
+            self.method = PipelineOptions(
+                budget, widths, importance, constraints, latency, reconstruction, seed=seed
+            )
         super().__init__(
             module=module or "",
             positions=calibration.positions,
@@ -545,8 +516,13 @@ class MutualInformationPruning(UnitPruning):
                 f"target_parameters={allowed}, but the module has {number(has)} as built: "
                 "nothing to cut. Ask for fewer."
             )
-        method.check(
-            module, self._tracked().groups, groups, widths, writes=module.trainer.is_global_zero
+        check_options(
+            method,
+            module,
+            self._tracked().groups,
+            groups,
+            widths,
+            writes=module.trainer.is_global_zero,
         )
 
     @property
@@ -574,7 +550,8 @@ class MutualInformationPruning(UnitPruning):
             goal = self.left_to_reach(goal)
         if goal <= 0:
             return None
-        return self.method.decide(
+        return decide(
+            self.method,
             module,
             tracker.groups,
             self._standing,
@@ -599,9 +576,9 @@ class MutualInformationPruning(UnitPruning):
             tracker.groups,
             tracker.plan,
             selection,
-            self.method,
+            self.method.reconstruction,
             heard,
-            partial(sum_tensor, strategy),
-            trainer.global_rank,
-            world_size(strategy),
+            add=partial(sum_tensor, strategy),
+            rank=trainer.global_rank,
+            world=world_size(strategy),
         )
