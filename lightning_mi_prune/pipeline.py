@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_mi_prune.allocation.allocate import allocate
 from lightning_mi_prune.allocation.budget import Budget, budget_of, check_reach, sparsity_of
-from lightning_mi_prune.allocation.constraints import Constraints, check_left
+from lightning_mi_prune.allocation.constraints import check_left, resolve_bounds
 from lightning_mi_prune.allocation.costs import Costs, ParameterCosts, measure_macs
 from lightning_mi_prune.allocation.latency import Device, LatencyCosts, LatencyTable
 from lightning_mi_prune.allocation.measuring import (
@@ -40,6 +40,7 @@ from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.empty_linear import parameters_of
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.files import check_writable
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.core.running import (
     call_step,
@@ -48,7 +49,7 @@ from lightning_mi_prune.core.running import (
     run_batch,
     undisturbed,
 )
-from lightning_mi_prune.discovery.families import find_groups, is_within, untouched
+from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
 from lightning_mi_prune.discovery.graph import choose_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation
@@ -62,10 +63,10 @@ from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import update_optimizers
 from lightning_mi_prune.surgery.units import apply_plan, check_cuttable, revert_rewrites
 from lightning_mi_prune.surgery.verification import (
-    check_consumers,
-    compiled_for,
+    compiled_part,
     half_plan,
     held_elsewhere,
+    verify_cut,
 )
 
 __all__ = [
@@ -93,8 +94,7 @@ class PruningMethod:
         reconstruct: Whether output projections are solved again on what the cut model really hears.
         reconstruction_positions: Positions of inputs that are stored for that.
         reconstruction_ridge: Pull towards the weights that folding in left, as a share of the mean variance.
-        constraints: Floors, caps and pins.
-        multiple: Neuron widths are multiples of this.
+        constraints: Floors, caps and pins, and the step of widths.
         latency_table: File of measured latencies (JSON), measured and written if it is not there;
             a path that cannot be written to is refused before anything is measured.
         latency_batch: Examples in the call that is timed.
@@ -109,7 +109,6 @@ class PruningMethod:
     reconstruction_positions: int = 16384
     reconstruction_ridge: float = 1e-2
     constraints: Constraints = field(default_factory=Constraints)
-    multiple: int = 8
     latency_table: str | None = None
     latency_batch: int = 1
 
@@ -148,11 +147,10 @@ class PruningMethod:
                 widths=self.widths,
                 current={group.name: current[group.name] for group in chosen},
                 constraints=self.constraints,
-                multiple=self.multiple,
             )
         else:
             now = {group.name: current[group.name] for group in chosen}
-            self.constraints.resolve(chosen, now, multiple=self.multiple)
+            resolve_bounds(self.constraints, chosen, now)
             if self.budget.measure == "ms" and self.latency_table is not None and writes:
                 _check_table(self.latency_table, device_of(module))
 
@@ -201,7 +199,7 @@ class PruningMethod:
         ]
 
         def measure() -> LatencyTable:
-            return measure_table(module, timed, calls, multiple=self.multiple)
+            return measure_table(module, timed, calls, multiple=self.constraints.multiple)
 
         table = cached_table(self.latency_table, measure, device_of(module, calls), tables)
         return LatencyCosts(table, timed, held=current)
@@ -255,7 +253,6 @@ class PruningMethod:
             widths=self.widths,
             current=mine,
             constraints=self.constraints,
-            multiple=self.multiple,
             progress=progress,
             kept=kept,
         )
@@ -266,7 +263,7 @@ class PruningMethod:
         if rankings is not None and relevance == "weights":  # of which only some are kept above
             rankings = rank(widths=widths)
             widths = share(rankings=rankings)
-        crossed = [group for group in chosen if group.crossed in mine]
+        crossed = [group for group in chosen if group.product_with in mine]
         for _ in range(_SWEEPS if crossed else 0):
             if rankings is not None:
                 known = rankings
@@ -276,7 +273,7 @@ class PruningMethod:
         widths = {name: min(width, mine[name]) for name, width in widths.items()}
         if widths == mine:
             return None
-        bounds = self.constraints.resolve(chosen, mine, multiple=self.multiple)
+        bounds = resolve_bounds(self.constraints, chosen, mine)
         told = {name for name, (_, most) in bounds.items() if not most}
         check_left(groups, {**now, **widths}, told, self.budget)
         if rankings is None:  # of all, so that what is lost can be set beside what there was
@@ -492,8 +489,8 @@ def prune(
     try:
         groups, plan = tracker.groups, tracker.plan
         mine = [group for group in groups if is_within(group.name, module)]
-        others = untouched(model, groups, module)
-        chosen = choose_groups(mine, units=units, include=include, exclude=exclude, modules=others)
+        others = modules_without_groups(model, groups, module)
+        chosen = choose_groups(mine, kinds=units, include=include, exclude=exclude, modules=others)
         check_cuttable(model, chosen, plan)
         _check_surroundings(model, chosen, optimizers)
         before = {name: len(kept) for name, kept in plan.kept.items()}
@@ -502,7 +499,7 @@ def prune(
         if method.relevance == "gradient":
             steps["loss"] = partial(_try_loss, loss or _train, first)
         with undisturbed(model):  # a function of the user may run the model that it knows by name
-            check_consumers(model, tracker.graph, plan, half_plan(chosen, plan), steps)
+            verify_cut(model, tracker.graph, plan, half_plan(chosen, plan), steps)
         parameters = sum(p.numel() for p in model.parameters())
         seconds = dict.fromkeys(("calibration", "gradients", "ranking", "reconstruction"), 0.0)
         with _timed(seconds, "calibration"):
@@ -601,7 +598,7 @@ def _check_surroundings(
     """
     tensors = {s.tensor: model.get_parameter(s.tensor) for a in chosen for s in a.tensors}
     check_optimizers(optimizers, tensors.values())
-    compiled = compiled_for(model, {name.rpartition(".")[0] for name in tensors})
+    compiled = compiled_part(model, {name.rpartition(".")[0] for name in tensors})
     if compiled is not None:
         raise PruningError(
             f"{compiled!r} is compiled for the uncut shape; expected a plain module. Prune first, "

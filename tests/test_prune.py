@@ -15,9 +15,9 @@ from torchmetrics import MeanMetric
 from lightning_mi_prune import PruningError, load_pruned, prune
 from lightning_mi_prune import pipeline as method
 from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.constraints import Constraints
 from lightning_mi_prune.allocation.measuring import count_macs, measure_table
 from lightning_mi_prune.calibration.calls import RecordedCall
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.discovery.families import register_family
 from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.importance.criteria import MutualInformation

@@ -20,13 +20,14 @@ from lightning_mi_prune.allocation.budget import (
 )
 from lightning_mi_prune.allocation.constraints import (
     Bounds,
-    Constraints,
     never_empty,
+    resolve_bounds,
     step_of,
     widths_between,
 )
 from lightning_mi_prune.allocation.costs import Costs
 from lightning_mi_prune.core.errors import PruningError, number
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import Ranking
 from lightning_mi_prune.discovery.groups import DependencyGroup
 
@@ -47,7 +48,6 @@ def allocate(
     rankings: Mapping[str, Ranking] | None = None,
     current: Mapping[str, int] | None = None,
     constraints: Constraints | None = None,
-    multiple: int = 8,
     progress: float = 1.0,
     kept: float = 1.0,
 ) -> dict[str, int]:
@@ -61,8 +61,7 @@ def allocate(
         rankings: What each group loses with every unit; needed for ``"global"`` and for
             ``keep_information``.
         current: Present width of each group (default: as built).
-        constraints: Floors, caps and pins.
-        multiple: Widths of groups with one entry a unit are multiples of this.
+        constraints: Floors, caps and pins, and the step of widths.
         progress: How far to go from the model as built to the budget, above 0 and up to 1.
         kept: Share of the information that earlier cuts left, where the rankings begin after them.
 
@@ -70,10 +69,10 @@ def allocate(
         PruningError: If the budget is out of reach (with what is), or what it needs is missing.
 
     Example:
-        >>> from lightning_mi_prune.discovery.groups import Slice
+        >>> from lightning_mi_prune.discovery.groups import PrunableDim
         >>> from lightning_mi_prune.allocation.costs import ParameterCosts
         >>> groups = [
-        ...     DependencyGroup(name, "heads", 2, 4, (Slice(name, 0, (8, 8)),), ("down",))
+        ...     DependencyGroup(name, "heads", 2, 4, (PrunableDim(name, 0, (8, 8)),), ("down",))
         ...     for name in ("loud", "quiet")
         ... ]
         >>> losses = {"loud": (4.0, 8.0), "quiet": (1.0, 3.0)}
@@ -83,9 +82,10 @@ def allocate(
     """
     if widths not in ("global", "uniform"):
         raise PruningError(f"widths={widths!r}; expected 'global' or 'uniform'.")
-    rules = Constraints() if constraints is None else constraints
+    constraints = Constraints() if constraints is None else constraints
+    multiple = constraints.multiple
     now = {group.name: group.size for group in groups} if current is None else current
-    bounds = rules.resolve(groups, now, multiple=multiple)
+    bounds = resolve_bounds(constraints, groups, now)
     if widths == "uniform":
         bounds = never_empty(groups, bounds, multiple)
     target = budget.target(groups, costs, progress)
@@ -95,8 +95,7 @@ def allocate(
         costs=costs,
         widths=widths,
         current=now,
-        constraints=rules,
-        multiple=multiple,
+        constraints=constraints,
         progress=progress,
     )
     need = None

@@ -10,14 +10,15 @@ from typing import Literal
 
 from lightning_mi_prune.allocation.constraints import (
     Bounds,
-    Constraints,
     at_share,
     by_choices,
     never_empty,
+    resolve_bounds,
     shares_of,
 )
-from lightning_mi_prune.allocation.costs import Costs, ParameterCosts
+from lightning_mi_prune.allocation.costs import Costs
 from lightning_mi_prune.core.errors import PruningError, counted, number
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import Ranking
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
 
@@ -31,7 +32,6 @@ __all__ = [
     "sparsity_of",
     "uniform",
     "uniform_informed",
-    "uniform_widths",
 ]
 
 NATS = 1e-9  # information below this is rounding
@@ -179,7 +179,6 @@ def check_reach(
     widths: Literal["global", "uniform"] = "global",
     current: Mapping[str, int] | None = None,
     constraints: Constraints | None = None,
-    multiple: int = 8,
     progress: float = 1.0,
 ) -> None:
     """Refuse a budget that no ranking could meet, before anything is heard or trained.
@@ -188,9 +187,10 @@ def check_reach(
         PruningError: If the fewest units that may stay still cost too much; it names what is
             reachable. Also if constraints match nothing or contradict each other.
     """
-    bounds = (constraints or Constraints()).resolve(groups, current, multiple=multiple)
+    constraints = Constraints() if constraints is None else constraints
+    bounds = resolve_bounds(constraints, groups, current)
     if widths == "uniform":
-        bounds = never_empty(groups, bounds, multiple)
+        bounds = never_empty(groups, bounds, constraints.multiple)
     target = budget.target(groups, costs, progress)
     fewest = costs.total({name: least for name, (least, _) in bounds.items()})
     built = costs.total({group.name: group.size for group in groups})
@@ -206,46 +206,9 @@ def check_reach(
             f"(as built: {number(built)})"
         )
     raise PruningError(
-        f"{budget} is out of reach: with the floors, pins and multiple={multiple} given, {best}. "
-        "Loosen the budget, the constraints or the multiple, or include more groups."
+        f"{budget} is out of reach: with the floors, pins and multiple={constraints.multiple} "
+        f"given, {best}. Loosen the budget or the constraints, or include more groups."
     )
-
-
-def uniform_widths(
-    groups: Sequence[DependencyGroup],
-    sparsity: float,
-    *,
-    multiple: int = 8,
-    floor: float = 0.05,
-) -> dict[str, int]:
-    """Widths with the same share kept everywhere, that remove at least ``sparsity``.
-
-    Args:
-        groups: What may shrink.
-        sparsity: Share of the prunable parameters to remove, against the model as built.
-        multiple: Widths of groups with one entry a unit are multiples of this (where they were).
-        floor: Smallest share of a group that stays; at least one step always does.
-
-    Raises:
-        PruningError: If the floors do not let that much go.
-
-    Example:
-        >>> from lightning_mi_prune.discovery.groups import Slice
-        >>> ffn = DependencyGroup("ffn", "ffn", 64, 1, (Slice("w", 0, (64, 8)),), ("down",))
-        >>> uniform_widths([ffn], 0.5)
-        {'ffn': 32}
-    """
-    budget, constraints, costs = (
-        Budget(sparsity=sparsity),
-        Constraints(floor=floor),
-        ParameterCosts(groups),
-    )
-    check_reach(
-        groups, budget, costs=costs, widths="uniform", constraints=constraints, multiple=multiple
-    )
-    bounds = never_empty(groups, constraints.resolve(groups, multiple=multiple), multiple)
-    target = budget.target(groups, costs)
-    return uniform(groups, costs, target, bounds=bounds, multiple=multiple)
 
 
 def uniform(

@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
 
 from lightning_mi_prune.core.errors import PruningError, counted, number
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.discovery.groups import DependencyGroup
 
 __all__ = [
     "Bounds",
-    "Constraints",
     "at_share",
     "by_choices",
     "check_left",
     "may_be_empty",
     "never_empty",
+    "resolve_bounds",
     "shares_of",
     "step_of",
     "widths_between",
@@ -31,154 +29,51 @@ Bounds = Mapping[str, tuple[int, int]]
 _SLACK = 1e-9
 
 
-@dataclass(frozen=True)
-class Constraints:
-    """Floors, caps and pins of groups, by regular expressions searched in their names.
-
-    A whole number counts units; a ``float`` from 0.0 to 1.0 is a share of the group as built. Where
-    several expressions find a group, the highest floor and the lowest cap hold.
+def resolve_bounds(
+    constraints: Constraints,
+    groups: Sequence[DependencyGroup],
+    current: Mapping[str, int] | None = None,
+) -> dict[str, tuple[int, int]]:
+    """Fewest and most units of every group.
 
     Args:
-        floors: Units that must stay; rounded up to whole steps.
-        caps: Units that may stay at most; rounded down to whole steps.
-        pins: Units that must stay exactly; not rounded, and stronger than ``floor``.
-        floor: Smallest share of every group that stays. A group that may vanish can lose all its
-            units where this is 0; the others always keep one step.
+        constraints: Floors, caps, pins and the step of widths.
+        groups: What may shrink.
+        current: Units that each group has now (default: as built); nothing grows beyond them.
 
     Raises:
-        PruningError: If a value is neither a number of units nor a share, or a key is no regular
-            expression.
+        PruningError: If an expression matches no group, or constraints contradict each other, the
+            group or the units it has left.
 
     Example:
         >>> groups = [DependencyGroup(f"{i}.ffn", "ffn", 64, 1, (), ("down",)) for i in (0, 1)]
-        >>> Constraints(floors={"ffn": 0.5}, pins={"^1": 48}).resolve(groups)
+        >>> resolve_bounds(Constraints(floors={"ffn": 0.5}, pins={"^1": 48}), groups)
         {'0.ffn': (32, 64), '1.ffn': (48, 48)}
     """
-
-    floors: Mapping[str, int | float] = field(default_factory=dict)
-    caps: Mapping[str, int | float] = field(default_factory=dict)
-    pins: Mapping[str, int | float] = field(default_factory=dict)
-    floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        number = isinstance(self.floor, (int, float)) and not isinstance(self.floor, bool)
-        if not number or not 0 <= self.floor < 1:
-            raise PruningError(f"floor={self.floor!r}; expected a share from 0 and below 1.")
-        for option in ("floors", "caps", "pins"):
-            values = getattr(self, option)
-            if not isinstance(values, Mapping):
+    for option in ("floors", "caps", "pins"):
+        for expression in getattr(constraints, option):
+            if not any(re.search(expression, group.name) for group in groups):
+                sample = [group.name for group in groups[:4]]
                 raise PruningError(
-                    f"{option}={values!r:.60}; expected a mapping such as {{'ffn$': 0.25}}."
+                    f"{option}: {expression!r} matches no group; the names look like {sample}."
                 )
-            for expression, value in values.items():
-                _check_expression(option, expression)
-                _check_amount(option, expression, value)
-            object.__setattr__(self, option, MappingProxyType(dict(values)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Constraints, (dict(self.floors), dict(self.caps), dict(self.pins), self.floor)
-
-    def resolve(
-        self,
-        groups: Sequence[DependencyGroup],
-        current: Mapping[str, int] | None = None,
-        *,
-        multiple: int = 8,
-    ) -> dict[str, tuple[int, int]]:
-        """Fewest and most units of every group.
-
-        Args:
-            groups: What may shrink.
-            current: Units that each group has now (default: as built); nothing grows beyond them.
-            multiple: Widths of groups with one entry a unit are multiples of this.
-
-        Raises:
-            PruningError: If an expression finds no group, or constraints contradict each other, the group
-                or what it has left.
-        """
-        for option in ("floors", "caps", "pins"):
-            for expression in getattr(self, option):
-                if not any(re.search(expression, group.name) for group in groups):
-                    sample = [group.name for group in groups[:4]]
-                    raise PruningError(
-                        f"{option}: {expression!r} matches no group; the names look like {sample}."
-                    )
-        bounds = {}
-        for group in groups:
-            least, most = self._range(group, multiple)
-            now = group.size if current is None else current[group.name]
-            pin = self._pin(group, now)
-            if pin is not None:
-                _check_pin(group, pin, self._given("floors", group), self._given("caps", group))
-                least = most = pin
-            if most < group.size:
-                _check_empty(group, most)
-            bounds[group.name] = (min(least, now), min(most, now))
-        return bounds
-
-    def _given(self, option: str, group: DependencyGroup) -> list[tuple[str, int | float, float]]:
-        """Expressions that find the group, what they say, and that in units."""
-        found = []
-        for expression, value in getattr(self, option).items():
-            if not re.search(expression, group.name):
-                continue
-            units = value * group.size if isinstance(value, float) else value
-            if units > group.size and option != "caps":
-                noun = {"floors": "floor", "pins": "pinned width"}[option]
-                raise PruningError(
-                    f"{option}: {expression!r} asks for a {noun} of {counted(value, 'unit')}, "
-                    f"above the {number(group.size)} that {group.name!r} has as built; lower it."
-                )
-            found.append((expression, value, units))
-        return found
-
-    def _range(self, group: DependencyGroup, multiple: int) -> tuple[int, int]:
-        step = step_of(group, multiple)
-        floors = [self.floor * group.size, *(units for _, _, units in self._given("floors", group))]
-        least = min(group.size, step * math.ceil(max(floors) / step - _SLACK))
-        if least < step and not may_be_empty(group):
-            least = step
-        most = group.size
-        for expression, value, units in self._given("caps", group):
-            if units >= group.size:
-                continue
-            cap = step * math.floor(units / step + _SLACK)
-            if cap == 0 and units > 0:
-                raise PruningError(
-                    f"caps: {expression!r} leaves {group.name!r} {value}, less than one step of "
-                    f"{counted(step, 'unit')}. Raise the cap, lower multiple={multiple}, or say 0."
-                )
-            _check_empty(group, cap)
-            if least > cap:
-                raise PruningError(
-                    f"caps: {expression!r} lets {group.name!r} keep {counted(cap, 'unit')} at most, "
-                    f"below its floor of {least}; raise the cap or lower the floor."
-                )
-            most = min(most, cap)
-        return least, most
-
-    def _pin(self, group: DependencyGroup, now: int) -> int | None:
-        pins = self._given("pins", group)
-        if not pins:
-            return None
-        widths = {round(units) for _, _, units in pins}
-        if len(widths) > 1:
-            raise PruningError(
-                f"pins: {[e for e, _, _ in pins]} pin {group.name!r} to {sorted(widths)} units; "
-                "expected one number. Narrow one of the expressions."
-            )
-        (pin,) = widths
-        if pin > now:
-            raise PruningError(
-                f"pins: {pins[0][0]!r} pins {group.name!r} to {counted(pin, 'unit')}, above the "
-                f"{now} that earlier cuts left; pruned units do not come back. Lower the pin."
-            )
-        return pin
+    bounds = {}
+    for group in groups:
+        now = group.size if current is None else current[group.name]
+        least, most = _range(constraints, group)
+        pin = _pin(constraints, group, now)
+        if pin is not None:
+            _check_pin(constraints, group, pin)
+            least = most = pin
+        if most < group.size:
+            _check_empty(group, most)
+        bounds[group.name] = (min(least, now), min(most, now))
+    return bounds
 
 
 def step_of(group: DependencyGroup, multiple: int) -> int:
     """Units that leave a group together: ``multiple`` neurons or dimensions, or one head."""
-    return multiple if (group.entries == 1 or group.spread) and group.size > multiple else 1
+    return multiple if (group.entries == 1 or group.strided) and group.size > multiple else 1
 
 
 def widths_between(least: int, most: int, step: int) -> list[int]:
@@ -273,26 +168,81 @@ def may_be_empty(group: DependencyGroup) -> bool:
     return group.may_be_empty or bool(group.empty_forward)
 
 
-def _check_expression(option: str, expression: object) -> None:
-    if not isinstance(expression, str):
-        raise PruningError(f"{option}: {expression!r} is not text; expected a regular expression.")
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise PruningError(
-            f"{option}: {expression!r} is not a regular expression ({error}); expected one "
-            "such as 'ffn$'."
-        ) from error
+def _matching(
+    constraints: Constraints, option: str, group: DependencyGroup
+) -> list[tuple[str, int | float, float]]:
+    """Expressions that match the group, their values, and these in units."""
+    found = []
+    for expression, value in getattr(constraints, option).items():
+        if not re.search(expression, group.name):
+            continue
+        units = value * group.size if isinstance(value, float) else value
+        if units > group.size and option != "caps":
+            noun = {"floors": "floor", "pins": "pinned width"}[option]
+            raise PruningError(
+                f"{option}: {expression!r} asks for a {noun} of {counted(value, 'unit')}, "
+                f"above the {number(group.size)} that {group.name!r} has as built; lower it."
+            )
+        found.append((expression, value, units))
+    return found
 
 
-def _check_amount(option: str, expression: str, value: object) -> None:
-    share = isinstance(value, float) and math.isfinite(value) and 0 <= value <= 1
-    units = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    if not share and not units:
+def _range(constraints: Constraints, group: DependencyGroup) -> tuple[int, int]:
+    """Fewest and most units, pins aside."""
+    step = step_of(group, constraints.multiple)
+    floors = [units for _, _, units in _matching(constraints, "floors", group)]
+    floor = max([constraints.floor * group.size, *floors])
+    least = min(group.size, step * math.ceil(floor / step - _SLACK))
+    if least < step and not may_be_empty(group):
+        least = step
+    most = group.size
+    for expression, value, units in _matching(constraints, "caps", group):
+        if units >= group.size:
+            continue
+        cap = step * math.floor(units / step + _SLACK)
+        if cap == 0 and units > 0:
+            raise PruningError(
+                f"caps: {expression!r} leaves {group.name!r} {value}, less than one step of "
+                f"{counted(step, 'unit')}. Raise the cap, lower multiple={constraints.multiple}, "
+                "or set it to 0."
+            )
+        _check_empty(group, cap)
+        if least > cap:
+            raise PruningError(
+                f"caps: {expression!r} lets {group.name!r} keep {counted(cap, 'unit')} at most, "
+                f"below its floor of {least}; raise the cap or lower the floor."
+            )
+        most = min(most, cap)
+    return least, most
+
+
+def _pin(constraints: Constraints, group: DependencyGroup, now: int) -> int | None:
+    pins = _matching(constraints, "pins", group)
+    if not pins:
+        return None
+    widths = {round(units) for _, _, units in pins}
+    if len(widths) > 1:
         raise PruningError(
-            f"{option}: {expression!r} is {value!r}; expected a whole number of units, or a share "
-            "from 0.0 to 1.0."
+            f"pins: {[e for e, _, _ in pins]} pin {group.name!r} to {sorted(widths)} units; "
+            "expected one number. Narrow one of the expressions."
         )
+    (pin,) = widths
+    if pin > now:
+        raise PruningError(
+            f"pins: {pins[0][0]!r} pins {group.name!r} to {counted(pin, 'unit')}, above the "
+            f"{now} that earlier cuts left; pruned units do not come back. Lower the pin."
+        )
+    return pin
+
+
+def _check_pin(constraints: Constraints, group: DependencyGroup, pin: int) -> None:
+    for option, noun in (("floors", "below its floor"), ("caps", "above its cap")):
+        for expression, value, units in _matching(constraints, option, group):
+            if (pin < units - _SLACK) if option == "floors" else (pin > units + _SLACK):
+                raise PruningError(
+                    f"{group.name!r} is pinned to {counted(pin, 'unit')}, {noun} of {value} "
+                    f"({expression!r}); change one of them."
+                )
 
 
 def _check_empty(group: DependencyGroup, units: int) -> None:
@@ -301,18 +251,3 @@ def _check_empty(group: DependencyGroup, units: int) -> None:
             f"{group.name!r} cannot run without units, but a cap or pin of 0 would empty it; leave "
             "it at least one."
         )
-
-
-def _check_pin(
-    group: DependencyGroup,
-    pin: int,
-    floors: Sequence[tuple[str, int | float, float]],
-    caps: Sequence[tuple[str, int | float, float]],
-) -> None:
-    for noun, given in (("below its floor", floors), ("above its cap", caps)):
-        for expression, value, units in given:
-            if (pin < units - _SLACK) if given is floors else (pin > units + _SLACK):
-                raise PruningError(
-                    f"{group.name!r} is pinned to {counted(pin, 'unit')}, {noun} of {value} "
-                    f"({expression!r}); change one of them."
-                )

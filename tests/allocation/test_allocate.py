@@ -8,12 +8,14 @@ import pytest
 
 from lightning_mi_prune.allocation.allocate import allocate, allocate_by_loss
 from lightning_mi_prune.allocation.budget import Budget, sparsity_of
-from lightning_mi_prune.allocation.constraints import Constraints
 from lightning_mi_prune.allocation.costs import MacCosts, ParameterCosts
 from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import Ranking
 from lightning_mi_prune.discovery.groups import DependencyGroup, PrunableDim
 from tests.allocation.test_budget import encoder
+
+SINGLE = Constraints(multiple=1)
 
 
 def group(name, size, entries=1, columns=4, **options):
@@ -70,7 +72,7 @@ def test_convex_losses_of_equal_units_are_cut_as_well_as_can_be(seed):
     rankings, costs = ranked(groups, seed), ParameterCosts(groups)
     budget = Budget(sparsity=draw.uniform(0.1, 0.95))
     target = budget.target(groups, costs)
-    widths = allocate(groups, budget, costs=costs, rankings=rankings, multiple=1)
+    widths = allocate(groups, budget, costs=costs, rankings=rankings, constraints=SINGLE)
     assert costs.total(widths) <= target
     assert lost(rankings, widths) == pytest.approx(optimum(groups, rankings, costs, target))
 
@@ -86,7 +88,7 @@ def test_other_losses_and_units_are_cut_nearly_as_well(convex):
         rankings, costs = ranked(groups, seed, convex=convex), ParameterCosts(groups)
         budget = Budget(sparsity=draw.uniform(0.2, 0.8))
         target = budget.target(groups, costs)
-        widths = allocate(groups, budget, costs=costs, rankings=rankings, multiple=1)
+        widths = allocate(groups, budget, costs=costs, rankings=rankings, constraints=SINGLE)
         assert costs.total(widths) <= target
         ratios.append(lost(rankings, widths) / optimum(groups, rankings, costs, target))
     assert min(ratios) >= 1 - 1e-9
@@ -97,15 +99,10 @@ def test_other_losses_and_units_are_cut_nearly_as_well(convex):
 def test_a_whole_sublayer_goes_when_half_of_it_is_no_cheaper():
     groups = [group("a", 4, may_be_empty=True), group("b", 4, may_be_empty=True)]
     rankings = {"a": ranking([2.0, 0, 0, 0]), "b": ranking([1.0, 1.0, 1.0, 1.0])}
-    widths = allocate(
-        groups, Budget(sparsity=0.5), costs=ParameterCosts(groups), rankings=rankings, multiple=1
-    )
-    assert widths == {"a": 0, "b": 4}
+    options = {"costs": ParameterCosts(groups), "rankings": rankings, "constraints": SINGLE}
+    assert allocate(groups, Budget(sparsity=0.5), **options) == {"a": 0, "b": 4}
     rankings["a"] = ranking([5.0, 0, 0, 0])
-    widths = allocate(
-        groups, Budget(sparsity=0.5), costs=ParameterCosts(groups), rankings=rankings, multiple=1
-    )
-    assert widths == {"a": 4, "b": 0}
+    assert allocate(groups, Budget(sparsity=0.5), **options) == {"a": 4, "b": 0}
 
 
 def test_only_axes_that_may_vanish_do():
@@ -127,7 +124,7 @@ def test_the_last_jump_is_no_longer_than_it_must_be_and_steps_come_back():
 
     def found(parameters):
         budget = Budget(target_parameters=parameters)
-        return allocate(groups, budget, costs=costs, rankings=rankings, multiple=1)
+        return allocate(groups, budget, costs=costs, rankings=rankings, constraints=SINGLE)
 
     assert found(180) == {"big": 4, "small": 5}
     # All of "big" loses less for its cost than the fifth small unit, and one of it is enough.
@@ -262,7 +259,7 @@ def test_limits_hold(mode):
 def test_rankings_of_the_model_as_built_serve_a_later_cut():
     groups = [group("a", 4), group("b", 4)]
     rankings = {"a": ranking([0.0, 0.0, 3.0, 3.0]), "b": ranking([1.0, 1.0, 1.0, 5.0])}
-    options = {"costs": ParameterCosts(groups), "rankings": rankings, "multiple": 1}
+    options = {"costs": ParameterCosts(groups), "rankings": rankings, "constraints": SINGLE}
     budget = Budget(sparsity=0.5)
     assert allocate(groups, budget, current={"a": 2, "b": 4}, **options) == {"a": 2, "b": 2}
     assert allocate(groups, budget, **options) == {"a": 2, "b": 2}

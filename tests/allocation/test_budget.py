@@ -1,23 +1,21 @@
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
 
+from lightning_mi_prune.allocation.allocate import allocate
 from lightning_mi_prune.allocation.budget import (
     Budget,
     check_reach,
     sparsity_of,
     uniform,
-    uniform_widths,
 )
-from lightning_mi_prune.allocation.constraints import Constraints
 from lightning_mi_prune.allocation.costs import MacCosts, ParameterCosts
 from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.discovery.groups import (
     DependencyGroup,
-    EmptyForward,
     PrunableDim,
     count_parameters,
 )
@@ -59,6 +57,13 @@ def encoder(layers=6, hidden=384, neurons=1536, heads=12):
     return groups
 
 
+def uniform_widths(groups, sparsity, floor=0.05):
+    constraints, costs = Constraints(floor=floor), ParameterCosts(groups)
+    return allocate(
+        groups, Budget(sparsity), costs=costs, widths="uniform", constraints=constraints
+    )
+
+
 def test_half_is_exactly_half():
     widths = uniform_widths(encoder(), 0.5)
     assert {widths["0.heads"], widths["5.heads"]} == {6}
@@ -90,12 +95,6 @@ def test_floors_hold():
 def test_an_impossible_budget_names_what_is_possible():
     with pytest.raises(PruningError, match=r"sparsity=0.97 is out of reach.*0\.9\d+"):
         uniform_widths(encoder(), 0.97)
-
-
-def tall(**options):
-    return DependencyGroup(
-        "tall", "ffn", 100, 1, (PrunableDim("t", 0, (100, 4)),), ("down",), **options
-    )
 
 
 def test_a_budget_says_what_it_counts():
@@ -172,65 +171,3 @@ def test_uniform_widths_meet_any_cost_closely():
     widths = uniform(groups, macs, target, bounds=full)
     assert 0.395 * macs.total({}) < macs.total(widths) <= target
     assert len({w for name, w in widths.items() if "ffn" in name}) == 1
-
-
-def test_limits_speak_of_units_or_shares():
-    groups = encoder(2, 16, 64, 4)
-    constraints = Constraints(
-        floors={"ffn": 0.3, r"^0\.ffn": 30},
-        caps={"ffn": 60, "heads": 0.8},
-        pins={r"1\.heads": 2},
-        floor=0.1,
-    )
-    assert constraints.resolve(groups) == {
-        "0.heads": (1, 3),
-        "0.ffn": (32, 56),
-        "1.heads": (2, 2),
-        "1.ffn": (24, 56),
-    }
-    now = {"0.heads": 2, "0.ffn": 24, "1.heads": 2, "1.ffn": 64}
-    assert constraints.resolve(groups, now)["0.ffn"] == (24, 24)
-    assert constraints.resolve(groups, now)["0.heads"] == (1, 2)
-    assert copy.deepcopy(constraints) == constraints
-
-
-def test_an_axis_that_may_vanish_has_no_floor_of_its_own():
-    empty, kept = tall(may_be_empty=True), tall()
-    silent = tall(empty_forward=(EmptyForward("attention", ("query",)),))
-    assert Constraints().resolve([empty]) == Constraints().resolve([silent]) == {"tall": (0, 100)}
-    assert Constraints().resolve([kept]) == {"tall": (8, 100)}
-    assert Constraints(floor=0.05).resolve([empty]) == {"tall": (8, 100)}
-    assert Constraints(pins={"tall": 0}).resolve([empty]) == {"tall": (0, 0)}
-    assert Constraints(caps={"tall": 0}, floors={"tall": 0}).resolve([empty]) == {"tall": (0, 0)}
-    assert Constraints(pins={"tall": 5}, floor=0.5).resolve([kept]) == {"tall": (5, 5)}
-    assert Constraints(pins={"tall": 1.0}).resolve([kept]) == {"tall": (100, 100)}
-
-
-@pytest.mark.parametrize(
-    ("options", "now", "message"),
-    [
-        ({"floors": {"short": 5}}, 100, r"floors: 'short' matches no group; the names look like"),
-        ({"caps": {"(": 5}}, 100, "caps: '\\(' is not a regular expression"),
-        ({"caps": {5: 5}}, 100, "caps: 5 is not text"),
-        ({"pins": 5}, 100, "pins=5; expected a mapping"),
-        ({"pins": {"tall": 101}}, 100, "a pinned width of 101 units, above the 100"),
-        ({"floors": {"tall": 101}}, 100, "a floor of 101 units, above the 100"),
-        ({"pins": {"tall": 64}}, 40, "pins 'tall' to 64 units, above the 40 that earlier cuts"),
-        ({"floors": {"tall": 64}, "caps": {"ta": 50}}, 100, "keep 48 units at most, below its fl"),
-        ({"pins": {"tall": 64}, "caps": {"ta": 50}}, 100, "pinned to 64 units, above its cap of"),
-        ({"pins": {"tall": 64}, "floors": {"ta": 0.7}}, 100, "64 units, below its floor of 0.7"),
-        ({"pins": {"tall": 64, "ta": 32}}, 100, r"pin 'tall' to \[32, 64\] units; expected one"),
-        ({"pins": {"tall": 0}}, 100, "'tall' cannot run without units"),
-        ({"caps": {"tall": 0.0}}, 100, "'tall' cannot run without units"),
-        ({"caps": {"tall": 5}}, 100, "less than one step of 8 units"),
-        ({"floors": {"tall": True}}, 100, "'tall' is True; expected a whole number of units"),
-        ({"floors": {"tall": 1.5}}, 100, "'tall' is 1.5; expected"),
-        ({"floors": {"tall": -1}}, 100, "'tall' is -1; expected"),
-        ({"floors": {"tall": "half"}}, 100, "'tall' is 'half'; expected"),
-        ({"floor": 1.0}, 100, "floor=1.0; expected a share from 0 and below 1"),
-        ({"floor": False}, 100, "floor=False"),
-    ],
-)
-def test_limits_that_contradict_or_match_nothing(options, now, message):
-    with pytest.raises(PruningError, match=message):
-        Constraints(**options).resolve([tall()], {"tall": now})

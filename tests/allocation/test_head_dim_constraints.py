@@ -16,6 +16,7 @@ from lightning_mi_prune.allocation.latency import LatencyCosts
 from lightning_mi_prune.allocation.measuring import measure_table
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.stacks import find_stacks
@@ -50,7 +51,7 @@ def test_milliseconds_are_shared_by_heads_and_their_dimensions(tmp_path):
     table = measure_table(model, groups, {"": call}, clock=ruler, multiple=1)
     table.write(path)
     budget = Budget(target_latency_ms=0.6 * table.dense_ms)
-    method = PruningMethod(budget, relevance="gradient", latency_table=str(path), multiple=1)
+    method = PruningMethod(budget, latency_table=str(path), constraints=Constraints(multiple=1))
     for attempt in (0.6, 0.4):  # in two cuts
         budget = Budget(target_latency_ms=attempt * table.dense_ms)
         done = prune(model, lesson("bert"), budget, loss=loss, units=UNITS, method=method)
@@ -69,7 +70,9 @@ def test_a_table_without_dimensions_of_heads_is_refused(tmp_path):
     measure_table(model, groups, {"": call}, kinds=["ffn", "heads"], clock=ruler).write(path)
     budget = Budget(target_latency_ms=0.5)
     method = PruningMethod(budget, relevance="gradient", latency_table=str(path))
-    with pytest.raises(PruningError, match=r"does not know .*dims' of 6 units.*Measure it again"):
+    with pytest.raises(
+        PruningError, match=r"does not know .*head_dim' of 6 units.*Measure it again"
+    ):
         prune(model, lesson("bert"), budget, loss=loss, units=UNITS, method=method)
 
 
@@ -157,12 +160,12 @@ def test_axes_described_after_a_layer_went_cross_their_own_layer():
     model = BertForSequenceClassification(BertConfig(**{**SMALL, "num_hidden_layers": 3}))
     tracker = PlanTracker.of(model, find_stacks)
     (stack,) = tracker.graph.stacks
-    plan = tracker.graph.without(tracker.plan, {stack.name: (0, 2)})
+    plan = tracker.graph.keep_layers(tracker.plan, {stack.name: (0, 2)})
     done = cut_model(model, tracker.graph, plan, current=tracker.plan)
     tracker.plan = done.after
     tracker.store(done.removed)
     groups = {group.name: group for group in PlanTracker.of(model, find_groups).groups}
-    crossing = {name: group.crossed for name, group in groups.items() if group.crossed}
+    crossing = {name: group.product_with for name, group in groups.items() if group.product_with}
     assert {name.rpartition(".")[0] for name in crossing} >= {f"{stack.name}.2"}
     for name, crossed in crossing.items():
         assert name.rpartition(".")[0] == crossed.rpartition(".")[0]
@@ -170,9 +173,9 @@ def test_axes_described_after_a_layer_went_cross_their_own_layer():
 
 def test_axes_keep_what_crosses_them_wherever_they_stand():
     net = nn.ModuleDict({"inner": build()})
-    pairs = {group.name: group.crossed for group in find_groups(net) if group.crossed}
+    pairs = {group.name: group.product_with for group in find_groups(net) if group.product_with}
     assert pairs
     assert all(pairs[other] == name for name, other in pairs.items())
     group = next(group for group in find_groups(net) if group.rotation is not None)
     assert net.get_submodule(group.rotation.query).out_features == group.size * group.entries
-    assert replace(group, rotation=None).reads == group.places
+    assert replace(group, rotation=None).unit_inputs == group.inputs

@@ -13,9 +13,9 @@ from transformers import AutoModelForTokenClassification
 
 from lightning_mi_prune import MutualInformationPruning, prune
 from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.constraints import Constraints
 from lightning_mi_prune.callbacks.monitors import logged_in_code
 from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.discovery.families import register_family
 from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.pipeline import PruningMethod

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from lightning_mi_prune import apply_plan, find_groups, linear_group, prune, register_family
 from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.constraints import Constraints
 from lightning_mi_prune.allocation.latency import LatencyCurve, LatencyTable
 from lightning_mi_prune.allocation.measuring import device_of
 from lightning_mi_prune.calibration.data import LayerComparison
 from lightning_mi_prune.checkpoint.validation import PLAN_KEY
+from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.importance.criteria import (
     ActivationNorm,
     Magnitude,
@@ -367,7 +367,7 @@ def torch_encoder(norm_first: bool, _: Path) -> Record:
             ends = {"producers": [f"{path}.linear1"], "consumers": [f"{path}.linear2"]}
             group = linear_group(net, f"ffn{i}", kind=FFN, level=i, **ends)
             stream = f"{path}.norm2" if layer.norm_first else f"{path}.linear1"
-            found.append(replace(group, skip=stream))
+            found.append(replace(group, residual=stream))
         return found
 
     data = []
@@ -501,9 +501,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "floors, caps, pins": {
         "method": {
             "constraints": Constraints(
-                floors={r"layer\.0\.": 0.5}, caps={r"layer\.1\.": 0.5}, pins={f"0.*{HEADS}": 3}
+                floors={r"layer\.0\.": 0.5},
+                caps={r"layer\.1\.": 0.5},
+                pins={f"0.*{HEADS}": 3},
+                multiple=4,
             ),
-            "multiple": 4,
         },
         "budget": 0.45,
     },
