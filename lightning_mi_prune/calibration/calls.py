@@ -262,8 +262,8 @@ def merge_calls(calls: Sequence[RecordedCall], most: int) -> RecordedCall | None
 
     Example:
         >>> def call(length):
-        ...     mask = torch.ones(2, length)
-        ...     return RecordedCall((), {"ids": torch.ones(2, length), "attention_mask": mask}, mask)
+        ...     ids = mask = torch.ones(2, length)
+        ...     return RecordedCall((), {"ids": ids, "attention_mask": mask}, mask)
         >>> merge_calls([call(3), call(5)], 1000).kwargs["attention_mask"].sum(1)
         tensor([3., 3., 5., 5.])
     """

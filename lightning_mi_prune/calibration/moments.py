@@ -172,8 +172,8 @@ def check_packed(packed: Tensor, size: int, what: str) -> None:
     """
     if packed.shape != (size,) or packed.dtype != torch.float64:
         raise PruningError(
-            f"The sums of {what} have shape {tuple(packed.shape)} and type {packed.dtype}; expected "
-            f"({size},) and float64. They belong to another model: calibrate this one again."
+            f"The sums of {what} are {tuple(packed.shape)} of {packed.dtype}; expected ({size},) "
+            "of float64. They belong to another model: calibrate this one again."
         )
 
 
