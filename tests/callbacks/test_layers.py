@@ -851,7 +851,7 @@ def test_only_what_takes_over_gets_other_values(tmp_path, method):
 
 
 def test_too_little_to_learn_from_is_said_and_layers_go_all_the_same(tmp_path):
-    with pytest.warns(UserWarning, match=r"No layer takes over .* raise reconstruction_positions"):
+    with pytest.warns(UserWarning, match=r"No layer takes over .* raise the positions"):
         _, module, _ = fit(
             tmp_path, layers={"reconstruction_positions": 2}, module=Deep, max_epochs=2
         )
