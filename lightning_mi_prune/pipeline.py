@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,6 +36,7 @@ from lightning_mi_prune.calibration.collect import (
     try_loss,
 )
 from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.calibration.datasets import batches_of
 from lightning_mi_prune.calibration.gradients import relevance_of
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.empty_linear import parameters_of
@@ -360,14 +361,14 @@ class PruneResult:
     """What one call of :func:`prune` did.
 
     Args:
-        plan: Survivors of every group, with the order in which the others went.
+        plan: Units of every group that stay, with the order in which the others went.
         sparsity: Share of the prunable parameters that is gone, against the model as built; whole
             layers that went before do not count.
         parameters: Parameters of the module before and after.
         prunable_parameters: Those of the groups that could be cut, before and after.
         macs: Multiply-accumulates of one example, before and after.
         information: What each group kept of its information with the layer above.
-
+        seconds: Time spent on ``calibration``, ``gradients``, ``ranking`` and ``reconstruction``.
     """
 
     plan: PruningPlan
@@ -381,7 +382,7 @@ class PruneResult:
 
 def prune(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Any,
     sparsity: float | Budget | None = None,
     *,
     target_parameters: int | None = None,
@@ -400,7 +401,8 @@ def prune(
     constraints: Constraints | None = None,
     latency: Latency | None = None,
     reconstruction: Reconstruction | None = None,
-    training: Iterable[Any] | None = None,
+    training: Any = None,
+    batch_size: int = 32,
     batch_norm: bool = True,
     optimizers: Sequence[Optimizer] = (),
     seed: int = 0,
@@ -413,7 +415,8 @@ def prune(
     Args:
         model: The module, trained.
         data: Calibration data: batches the module would be validated on, which can be read more
-            than once; a few thousand positions are enough.
+            than once; or a ``datasets.Dataset`` of tokenized rows, its folder or its name. A few
+            thousand positions are enough.
         sparsity: Share of the prunable parameters to remove. Default 0.5, unless one of the four
             budgets below is given.
         target_parameters: Instead: parameters of the whole module.
@@ -436,7 +439,8 @@ def prune(
         constraints: Fewest and most units of groups.
         latency: How milliseconds are measured.
         reconstruction: How weights that stay make up for what was removed.
-        training: Batches for the loss; default ``data``.
+        training: Batches for the loss, or a data set likewise; default ``data``.
+        batch_size: Rows of a batch of a data set; batches that are given stay as they are.
         batch_norm: Whether running statistics of BatchNorm are estimated again after the cut.
         optimizers: Optimizers whose state is carried across the cut.
         seed: Seed of the draw of positions, and of the criterion ``"random"``.
@@ -472,6 +476,9 @@ def prune(
     with_gradients = importance.relevance == "gradient"
     if with_gradients:
         _check_loss(model, loss)
+    data = batches_of(data, batch_size=batch_size, seed=seed)
+    if training is not None:
+        training = batches_of(training, batch_size=batch_size, seed=seed)
     first = check_input(model, data)
     known = PlanTracker.held_by(model)
     tracker = PlanTracker.of(model, partial(find_groups, within=module))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import partial
 
+import datasets
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.allocation.macs import count_macs
 from lightning_mi_prune.allocation.measuring import measure_table
 from lightning_mi_prune.calibration.calls import RecordedCall
+from lightning_mi_prune.calibration.datasets import batches_of
 from lightning_mi_prune.core.options import Constraints, Importance, Latency, Reconstruction
 from lightning_mi_prune.discovery.families import register_family
 from lightning_mi_prune.discovery.families.describe import linear_group
@@ -232,7 +234,7 @@ REFUSED = {
         "asks for training steps, but there is no loss",
     ),
     "nan gradients": ({"loss": nan_loss}, "NaN or infinite gradients at"),
-    "no steps": ({"loss": by_hand, "training": []}, "none were heard at"),
+    "no steps": ({"loss": by_hand, "training": []}, "there were none at"),
     "out of reach": (
         {"sparsity": Budget(target_parameters=100)},
         "target_parameters=100 is out of reach",
@@ -252,7 +254,7 @@ def test_what_cannot_work_is_refused_and_nothing_changes(case):
     options, message = REFUSED[case]
     net = build()
     before = snapshot(net)
-    arguments = {"dataloader": labelled(3), "sparsity": 0.5, **options}
+    arguments = {"data": labelled(3), "sparsity": 0.5, **options}
     with pytest.raises(PruningError, match=message):
         prune(net, **arguments)
     assert same(net, before)
@@ -276,3 +278,26 @@ def test_a_latency_table_of_another_device_is_refused(tmp_path):
     with pytest.raises(PruningError, match="cuda"):
         prune(net, batches(), Budget(target_latency_ms=1.0), **fast)
     assert same(net, before)
+
+
+def test_a_data_set_is_calibration_data(tmp_path):
+    """A Dataset, its folder, and its rows as batches of the same order prune alike."""
+    rows = datasets.Dataset.from_dict(
+        {
+            "input_ids": [row.tolist() for row in batch(64, seed=3)["input_ids"]],
+            "label": [i % 2 for i in range(64)],
+        }
+    )
+    rows.save_to_disk(tmp_path / "rows")
+    found = []
+    for data in (rows, str(tmp_path / "rows"), list(batches_of(rows, batch_size=16))):
+        net = build()
+        given = {"input_ids"}
+
+        def forward(model, inputs, given=given):
+            return model(**{k: v for k, v in inputs.items() if k in given})
+
+        result = prune(net, data, 0.5, forward=forward, batch_size=16)
+        found.append(result.plan)
+    assert found[0] == found[1] == found[2]
+    assert found[0].width("bert.encoder.layer.0.ffn") < 40

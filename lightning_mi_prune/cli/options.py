@@ -162,8 +162,8 @@ def help_text(
             "Arguments of the classes: --model.NAME VALUE, --data.NAME VALUE. Trainer, as in "
             f"Lightning: --trainer.NAME VALUE with {', '.join(trainer)}. Defaults are in "
             "[brackets]. Options can also be in the file; those of the command line override it. "
-            "Values are YAML: --kinds '[ffn, heads]', --constraints.floors '{ffn$: 0.25}'. An error "
-            "ends with exit code 2."
+            "Values are YAML: --kinds '[ffn, heads]', --constraints.floors '{ffn$: 0.25}'. An "
+            "error ends with exit code 2."
         ),
         formatter_class=partial(argparse.HelpFormatter, max_help_position=33, width=width),
         add_help=False,

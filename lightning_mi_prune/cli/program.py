@@ -105,18 +105,17 @@ def prune_module(
 
     Args:
         model: The module; gradients are those of its ``training_step``, ``validation_step`` runs.
-        data: Its DataModule, or a data set as for
-            :func:`~lightning_mi_prune.calibration.datasets.batches_of`; None where the module has
-            dataloaders of its own. Activations are collected on validation batches, gradients on
-            training batches, or on validation batches where there are no others.
+        data: Its DataModule, or a data set of the datasets package (its folder or name); None where
+            the module has dataloaders of its own. Activations are collected on validation batches,
+            gradients on training batches, or on validation batches where there are no others.
         trainer: Evaluates and saves, on one device.
         checkpoint: Weights to start from, pruned or not.
         output: Checkpoint to write. load_pruned opens it.
         evaluate: Loop of the trainer to run before and after: ``"validate"``, ``"test"`` or
             ``"none"``.
         batch_size: Rows of a batch, where data is a data set.
-        options: Any option of :func:`~lightning_mi_prune.pipeline.prune` that is in
-            ``lightning-mi-prune --help``.
+        options: Options of ``prune``, but those that are objects: loss, forward, training,
+            optimizers.
 
     Raises:
         PruningError: If the module, the data, the options or the files do not allow it; no file is
