@@ -3,8 +3,6 @@
 python examples/own_network.py
 """
 
-from collections.abc import Iterator
-
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
@@ -62,11 +60,10 @@ class Classifier(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=2e-3)
 
 
-def loaders(rows: int = 4096) -> Iterator[DataLoader[tuple[Tensor, ...]]]:
+def loader(rows: int = 4096) -> DataLoader[tuple[Tensor, ...]]:
     """Points in 32 dimensions; the class is the largest of their first four numbers."""
-    for shuffle in (True, False):
-        x = torch.randn(rows, 32)
-        yield DataLoader(TensorDataset(x, x[:, :4].argmax(-1)), batch_size=128, shuffle=shuffle)
+    x = torch.randn(rows, 32)
+    return DataLoader(TensorDataset(x, x[:, :4].argmax(-1)), batch_size=128)
 
 
 if __name__ == "__main__":
@@ -75,6 +72,6 @@ if __name__ == "__main__":
     trainer = pl.Trainer(
         max_epochs=4, callbacks=[pruning], logger=False, enable_checkpointing=False
     )
-    trainer.fit(module, *loaders())
+    trainer.fit(module, loader(), loader())
     print(f"Neurons left in each block: {[layer.out_features for layer in module.network.up]}")
     print(f"Accuracy: {float(trainer.callback_metrics['val_accuracy']):.1%}")
