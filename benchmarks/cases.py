@@ -52,12 +52,12 @@ ONE: dict[str, Any] = {"tasks": [QUICK], "seeds": [0]}
 HALF: dict[str, Any] = ONE | {"sparsities": [0.5]}
 FAST: dict[str, Any] = {"seconds": 0.02, "rounds": 1}
 TINY: dict[str, Any] = {"shapes": ["tiny"], "repeats": 1}
-RIVALS = ["relevance-mi", "taylor", "movement-units"]
+BASELINES = ["relevance-mi", "taylor", "movement-units"]
 PAIR = ["default", "MACs"]
 CASES = {
     case.name: case
     for case in (
-        Case("recovery", recovery.recovery, HALF | {"methods": RIVALS, "steps": [0, 2]}),
+        Case("recovery", recovery.recovery, HALF | {"methods": BASELINES, "steps": [0, 2]}),
         Case("one-shot", recovery.one_shot, HALF | {"methods": ["mi-topk"]}, writes="recovery"),
         Case("distillation", recovery.distillation, HALF | {"steps": [2]}),
         Case("ablations", ablations.ablations, HALF | {"settings": PAIR}),

@@ -13,9 +13,9 @@ __all__ += ["tables", "with_head"]
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-9  # points by which sums of the same accuracies may differ
-TOLERANCE = 0.02  # of the share that went, before a table shows it
+TOLERANCE = 0.02  # by which the removed share may differ before a table shows it
 MINE = OURS.name
-INSIDE: Name = ("relevance-mi-dims", *MINE[1:])
+INSIDE: Name = ("relevance-mi-head-dim", *MINE[1:])
 
 
 def points(record: Record) -> float:
@@ -118,9 +118,9 @@ def cell(theirs: Mapping[int, float], ours: Mapping[int, float] | None, digits: 
 
 
 def aside(records: Sequence[Record], asked: float) -> str:
-    """What really went, where it is not what was asked: whole layers are coarse."""
-    gone = statistics.mean(record["reached"] for record in records)
-    return f" ({gone:.0%} gone)" if abs(gone - asked) > TOLERANCE else ""
+    """The share that was removed, where it is not the asked one: whole layers are coarse."""
+    removed = statistics.mean(record["reached"] for record in records)
+    return f" ({removed:.0%} removed)" if abs(removed - asked) > TOLERANCE else ""
 
 
 def facts(records: Sequence[Record]) -> list[str]:
@@ -164,7 +164,7 @@ def table(records: Sequence[Record], tasks: Sequence[str], measure: str = "point
         if seeds := max(map(len, values.values())):
             average = statistics.mean(v for found in values.values() for v in found.values())
             rows.append((-average, row([*name, str(seeds), *cells])))
-    head = ["method", "widths", "weights", "seeds", *(f"{s:.0%} gone" for s in sparsities)]
+    head = ["method", "widths", "weights", "seeds", *(f"{s:.0%} sparsity" for s in sparsities)]
     return with_head(head, [line for _, line in sorted(rows)])
 
 
@@ -208,11 +208,11 @@ def lost(records: Sequence[Record]) -> list[str]:
                 line = [after(steps), f"{sparsity:.0%}", task, method + masks, shown]
                 found.append((mean, name, row([*line, f"{means[0]:+.2f}"])))
         rows += [line for *_, line in sorted(found)]
-    head = ["steps", "gone", "task", "better than ours", "points; ours minus it", "ours"]
+    head = ["steps", "sparsity", "task", "better than ours", "points; ours minus it", "ours"]
     lead = (
         f"Another method, or another variant of ours, has the better mean in {len(rows)} of {cells}"
         f" cells (method, task, sparsity, steps); in {clear} of them the {CONFIDENCE:.0%} interval"
-        " of the paired difference lies below zero (▼). So many comparisons put some there by luck."
+        " of the paired difference lies below zero (▼). With so many cells, some do by chance."
     )
     return [lead, "", *with_head(head, rows)]
 
@@ -222,13 +222,13 @@ def lost(records: Sequence[Record]) -> list[str]:
 FRONT_COLUMNS = ((0, 0.75), (0, 0.9), (100, 0.5), (100, 0.75), (100, 0.9))
 FRONT_ROWS: dict[Name, str] = {
     MINE: "**ours**",
-    INSIDE: "**ours**, dimensions of heads too",
+    INSIDE: "**ours**, head dimensions too",
     ("taylor", "global", "reconstruction"): "Taylor, our widths and reconstruction",
     ("activation-norm", "global", "reconstruction"): "activation norm, the same",
     ("torch-pruning-taylor", "uniform", "none"): "torch-pruning, Taylor",
     ("activation-norm", "uniform", "none"): "activation norm",
-    ("movement-units", "uniform", "none"): "movement of heads and neurons",
-    ("magnitude-masks", "global", "none"): "magnitude masks (no faster)",
+    ("movement-units", "uniform", "none"): "movement pruning of heads and neurons",
+    ("magnitude-masks", "global", "none"): "magnitude masks (not faster)",
     ("torch-pruning-magnitude", "uniform", "none"): "torch-pruning, magnitude",
     ("small-dense", "uniform", "none"): "fewer layers, fine-tuned from the start",
     ("cka-layers", "uniform", "none"): "layers by CKA",
@@ -252,7 +252,7 @@ def front(records: Sequence[Record]) -> list[str]:
             cells = [_front_cell(v, number) for v, number in zip(values, seeds, strict=True)]
             rows += [row([label, *cells])] if any(cells) else []
         title = "TREC-6" if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
-        head = [title, *(f"{after(n)}, {sparsity:.0%} gone" for n, sparsity in FRONT_COLUMNS)]
+        head = [title, *(f"{after(n)}, {sparsity:.0%} sparsity" for n, sparsity in FRONT_COLUMNS)]
         lines += [*with_head(head, rows), ""]
     return lines[:-1]
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.baselines import pruned_by_library, torch_pruning
 from benchmarks.measuring import (
     Cost,
     Part,
@@ -32,7 +33,6 @@ from benchmarks.measuring import (
     timed,
 )
 from benchmarks.records import Figures, Job, single
-from benchmarks.rivals import pruned_by_library, torch_pruning
 from lightning_mi_prune import PruningPlan, apply_plan, find_groups
 from lightning_mi_prune.allocation.allocate import allocate
 from lightning_mi_prune.allocation.budget import Budget

@@ -1,4 +1,4 @@
-"""What pruning does to speed: latency by shape, by length and layout.
+"""What pruning does to speed: latency by shape, by length and widths.
 
 To be run on a machine that does nothing else. Latency depends on shapes, not on weights, so models
 are built with random ones and no classifier is needed. Models take turns with the dense one.
@@ -28,8 +28,8 @@ from lightning_mi_prune.discovery.graph import choose_groups
 __all__ = ["BATCHES", "latency", "lengths", "shape_of", "timed"]
 
 BATCHES = (1, 32)
-# Whose shape stands for a layout, of a record without training.
-LAYOUTS = {
+# Records (without training) whose shapes are timed.
+WIDTHS = {
     "ours": ("relevance-mi", "global", "reconstruction"),
     "uniform": ("taylor", "uniform", "none"),
 }
@@ -46,7 +46,7 @@ def shaped(config: Any, kept: Kept | None = None) -> nn.Module:
         config.num_hidden_layers = len(kept["ffn"])
     model: nn.Module = AutoModelForSequenceClassification.from_config(config).eval()
     if kept is not None:
-        chosen = choose_groups(find_groups(model), units=[*kept])
+        chosen = choose_groups(find_groups(model), kinds=[*kept])
         groups = sorted(chosen, key=lambda group: group.level)
         widths = {kind: iter(values) for kind, values in kept.items()}
         places = {group.name: tuple(range(next(widths[group.kind]))) for group in groups}
@@ -117,7 +117,7 @@ def measured(
     return figures | timed(networks, length, seconds=seconds, rounds=rounds)
 
 
-# ----------------------------------------------------------------------------- lengths and layouts
+# ------------------------------------------------------------------------------ lengths and widths
 
 
 def lengths(
@@ -135,8 +135,8 @@ def lengths(
         LookupError: If no record of `recovery` has one of the shapes.
     """
     for task, length in ((task, length) for task in tasks for length in lengths):
-        for layout, sparsity in ((name, s) for name in LAYOUTS for s in sparsities):
-            method, widths, weights = LAYOUTS[layout]
+        for name, sparsity in ((name, s) for name in WIDTHS for s in sparsities):
+            method, widths, weights = WIDTHS[name]
             about = {"task": task, "seed": 0, "steps": 0, "sparsity": sparsity}
             about |= {"method": method, "widths": widths, "weights": weights}
             same = Store("recovery", folder).find(**about)
@@ -145,6 +145,6 @@ def lengths(
                     f"no record of {about}: `python -m benchmarks run recovery` first"
                 )
             kept = same[0]["kept"]
-            setting = {"task": task, "length": length, "compiled": compiled, "layout": layout}
+            setting = {"task": task, "length": length, "compiled": compiled, "widths": name}
             setting |= {"sparsity": sparsity, "cpu": cpu_name(), "kept": kept}
             yield single(setting, measured, task, kept, seconds, rounds, length, compiled)

@@ -135,7 +135,7 @@ def shortened(task: str, seed: int, layers: int, reconstruction: bool) -> Figure
     graph = PruningGraph(stacks=(stack,))
     similarity = listeners.compared(graph.full)[stack.name]
     cut = LayerSelector(None, target=layers).choose(stack.name, similarity)
-    plan = graph.without(graph.full, {stack.name: cut.after})
+    plan = graph.keep_layers(graph.full, {stack.name: cut.after})
     selection = Decision(plan, {}, {})
     if reconstruction:
         known = (

@@ -66,7 +66,7 @@ class Variant:
 
 CRITERIA: dict[str, Callable[[int], Criterion]] = {
     "relevance-mi": lambda seed: MutualInformation(ridge=RIDGE),
-    "relevance-mi-dims": lambda seed: MutualInformation(ridge=RIDGE),
+    "relevance-mi-head-dim": lambda seed: MutualInformation(ridge=RIDGE),
     "mi-topk": lambda seed: MutualInformation(selection="topk", ridge=RIDGE),
     "taylor": lambda seed: Taylor(),
     "activation-norm": lambda seed: ActivationNorm(),
@@ -76,7 +76,7 @@ CRITERIA: dict[str, Callable[[int], Criterion]] = {
 OURS = Variant("relevance-mi", "global", "reconstruction")
 VARIANTS: tuple[Variant, ...] = (
     OURS,
-    Variant("relevance-mi-dims", "global", "reconstruction", units=EVERY_UNIT),
+    Variant("relevance-mi-head-dim", "global", "reconstruction", units=EVERY_UNIT),
     Variant("relevance-mi", "global", "compensation", compared=False),
     Variant("relevance-mi", "uniform", "reconstruction", compared=False),
     Variant("relevance-mi", "uniform", "compensation", compared=False),
@@ -154,7 +154,7 @@ class Setting:
 DEFAULT = Setting("default")
 SETTINGS = (
     DEFAULT,
-    Setting("no new weights", compensation=False, reconstruction=False),
+    Setting("weights unchanged", compensation=False, reconstruction=False),
     Setting("compensation alone", reconstruction=False),
     Setting("reconstruction alone", compensation=False),
     Setting("top-k", selection="topk"),
@@ -165,7 +165,7 @@ SETTINGS = (
     Setting("ridge 1000", ridge=1000.0),
     Setting("no relevance", relevance=None),
     Setting("no relevance, uniform", relevance=None, widths="uniform"),
-    Setting("consumers", relevance="weights"),
+    Setting("relevance from weights", relevance="weights"),
     Setting("8 batches of gradients", steps=8),
     Setting("uniform", widths="uniform"),
     Setting(
@@ -180,9 +180,9 @@ SETTINGS = (
     Setting("1,024 positions", positions=1024),
     Setting("4,096 stored", stored=4096),
     Setting("2,048 stored", stored=2048),
-    Setting("hidden", also=("hidden",)),
-    Setting("residual, same MACs", counted="MACs", also=("hidden",)),
-    Setting("dimensions of heads", also=("head_dim",)),
+    Setting("hidden size", also=("hidden",)),
+    Setting("hidden size, same MACs", counted="MACs", also=("hidden",)),
+    Setting("head dimensions", also=("head_dim",)),
     Setting("MACs", counted="MACs"),
     Setting("reconstruction ridge 0.0001", reconstruction_ridge=1e-4),
     Setting("reconstruction ridge 1", reconstruction_ridge=1.0),

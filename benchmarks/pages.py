@@ -32,14 +32,14 @@ Records = Sequence[Record]
 # -------------------------------------------------------------------------------------------- cost
 
 PARTS = {
-    "validation": "*validation itself, without us*",
+    "validation": "*the validation alone*",
     "calibration": "**calibration**: hooks and sums",
     "sums": "of which sums",
     "product": "plain product `XᵀX`, float64",
     "scores": "**scores** `I(xᵢ; Y)` from the sums",
-    "scores_of_covariances": "of which scores from covariances",
-    "log_det": "a log-determinant a neuron, covariances given",
-    "order": "**whole order** by conditional information, and its losses",
+    "scores_of_covariances": "of which scores, from covariances",
+    "log_det": "one log-determinant per neuron, covariances given",
+    "order": "**elimination order** by conditional information, and its loss curve",
     "compensation": "**compensation** for half of the units",
     "cut": "**cut** (of a copy)",
     "gradients": "gradients of as many batches",
@@ -166,7 +166,7 @@ def ablations(records: Records) -> list[str]:
         accuracy = statistics.mean(r["dense_accuracy"] for r in dense)
         entropy = statistics.mean(r["dense_cross_entropy"] for r in dense)
         lines += [
-            f"**{task}, {sparsity:.0%} gone**; dense {accuracy:.2%}, {entropy:.3f} nats; "
+            f"**{task}, {sparsity:.0%} sparsity**; dense {accuracy:.2%}, {entropy:.3f} nats; "
             f"{same[0]['n_test']} test rows.",
             "",
         ]
@@ -191,13 +191,13 @@ def ablations(records: Records) -> list[str]:
 
 def distillation(records: Records) -> list[str]:
     """What a teacher changes, paired by seed."""
-    plain, *others = dict.fromkeys(record["taught_by"] for record in records)
+    plain, *others = dict.fromkeys(record["loss"] for record in records)
     rows = []
     for place in sorted({(r["task"], r["sparsity"], r["steps"]) for r in records}):
         found: dict[str, dict[int, Record]] = {name: {} for name in (plain, *others)}
         for r in records:
             if (r["task"], r["sparsity"], r["steps"]) == place:
-                found[r["taught_by"]][r.seed] = r
+                found[r["loss"]][r.seed] = r
         seeds = sorted(set.intersection(*map(set, found.values())))
         if not seeds:
             continue
@@ -209,7 +209,7 @@ def distillation(records: Records) -> list[str]:
             rises = [mine["cross_entropy"] - other["cross_entropy"] for mine, other in pairs]
             cells.append(f"{spread(gaps)}; {spread(rises, 3)}")
         rows.append(row(cells))
-    return with_head(["task", "gone", "steps", "seeds", plain, *others], rows)
+    return with_head(["task", "sparsity", "steps", "seeds", plain, *others], rows)
 
 
 def layers(records: Records) -> list[str]:
@@ -223,11 +223,11 @@ def layers(records: Records) -> list[str]:
     for (task, number, criterion, solved, epoch), found in sorted(groups.items()):
         gaps = [100 * (r["accuracy"] - dense[task, r.seed]) for r in found]
         control = criterion == "none"
-        gone = ("+".join(" ".join(map(str, cut)) for cut in r["removed"]) for r in found)
+        lost = ("+".join(" ".join(map(str, cut)) for cut in r["removed"]) for r in found)
         cells = [task, str(-number), "" if control else f"`{criterion}`"]
         cells += ["" if control else str(epoch or "half-way"), "yes" if solved else ""]
         cells += [str(len(found)), _medians([100 * r["accuracy"] for r in found])]
-        cells += ["", ""] if control else [_medians(gaps), "; ".join(gone)]
+        cells += ["", ""] if control else [_medians(gaps), "; ".join(lost)]
         rows.append(row(cells))
     head = ["task", "layers", "removed by", "at epoch", "reconstructed", "seeds", "accuracy"]
     return with_head([*head, "minus dense", "removed"], rows)
@@ -262,14 +262,14 @@ def layers_speed(records: Records) -> list[str]:
 
 
 def lengths(records: Records) -> list[str]:
-    """Speed beside multiply-accumulates, for each length and layout, by processor."""
+    """Speed beside multiply-accumulates, for each length and kind of widths, by processor."""
 
     def reached(r: Record, size: int) -> str:
         speed = r[f"dense_ms_b{size}"] / r[f"ms_b{size}"]
         return f"{speed:.2f}x ({speed * r['macs'] / r['dense_macs']:.2f})"
 
     def place(r: Record) -> tuple[Any, ...]:
-        return r["length"], r["layout"], r["sparsity"]
+        return r["length"], r["widths"], r["sparsity"]
 
     lines: list[str] = []
     for cpu in sorted({record["cpu"] for record in records}):
@@ -277,10 +277,10 @@ def lengths(records: Records) -> list[str]:
         compiled = {place(r): reached(r, BATCHES[-1]) for r in same if r["compiled"]}
         rows = []
         for r in sorted((r for r in same if not r["compiled"]), key=place):
-            cells = [str(r["length"]), f"{r['sparsity']:.0%}", r["layout"]]
+            cells = [str(r["length"]), f"{r['sparsity']:.0%}", r["widths"]]
             cells += [f"{r['dense_macs'] / r['macs']:.2f}x", *(reached(r, n) for n in BATCHES)]
             rows.append(row([*cells, compiled.get(place(r), "")]))
-        head = ["tokens", "gone", "widths", "MACs", "batch 1", "batch 32", "batch 32, compiled"]
+        head = ["tokens", "sparsity", "widths", "MACs", "batch 1", "batch 32", "batch 32, compiled"]
         lines += [*with_head(head, rows), "", *measured_on(same), ""]
     return lines[:-1]
 

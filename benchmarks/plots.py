@@ -29,7 +29,7 @@ SHOWN = ("100-steps-size", "100-steps-speed-b32")  # by the docs; the others can
 BLUE, SKY, GREEN, PURPLE, BLACK = "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#222222"
 LOOKS: dict[Name, tuple[str, str, str]] = {
     OURS.name: ("ours", "#D55E00", "*"),
-    ("relevance-mi-dims", *OURS.name[1:]): ("ours, dimensions of heads too", "#D55E00", "v"),
+    ("relevance-mi-head-dim", *OURS.name[1:]): ("ours, head dimensions too", "#D55E00", "v"),
     ("taylor", "uniform", "none"): ("Taylor", BLUE, "o"),
     ("activation-norm", "uniform", "none"): ("activation norm", SKY, "o"),
     ("taylor", "global", "reconstruction"): ("Taylor, our widths and reconstruction", BLUE, "^"),
@@ -39,7 +39,7 @@ LOOKS: dict[Name, tuple[str, str, str]] = {
     ("torch-pruning-magnitude", "uniform", "none"): ("torch-pruning, magnitude", GREEN, "s"),
     ("torch-pruning-magnitude", "global", "none"): ("torch-pruning, magnitude, global", GREEN, "D"),
     ("magnitude-masks", "global", "none"): ("magnitude masks", GREEN, "X"),
-    ("movement-units", "uniform", "none"): ("movement of units", BLACK, "P"),
+    ("movement-units", "uniform", "none"): ("movement pruning", BLACK, "P"),
     ("first-layers", "uniform", "none"): ("first layers", PURPLE, "p"),
     ("cka-layers", "uniform", "none"): ("layers by CKA", PURPLE, ">"),
     ("small-dense", "uniform", "none"): ("small dense model", PURPLE, "d"),

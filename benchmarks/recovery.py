@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.baselines import BASELINES, SCORES_RATE, Baseline, layers_left
 from benchmarks.methods import OURS, VARIANTS, Variant
 from benchmarks.records import Figures, Job, single
-from benchmarks.rivals import RIVALS, SCORES_RATE, Rival, layers_left
 from benchmarks.subjects import cut, opened, quality_of, score, settle, size_of
 from benchmarks.tasks import (
     RECIPES,
@@ -37,10 +37,10 @@ from lightning_mi_prune.discovery.families.stacks import find_stacks
 
 __all__ = ["CONTROL", "ENTRIES", "distillation", "losses", "one_shot", "recovery"]
 
-Entry = Variant | Rival
-CONTROL = Rival("dense", "uniform")
-ENTRIES: tuple[Entry, ...] = (*VARIANTS, *RIVALS)
-COMPARED = tuple(entry for entry in ENTRIES if isinstance(entry, Rival) or entry.compared)
+Entry = Variant | Baseline
+CONTROL = Baseline("dense", "uniform")
+ENTRIES: tuple[Entry, ...] = (*VARIANTS, *BASELINES)
+COMPARED = tuple(entry for entry in ENTRIES if isinstance(entry, Baseline) or entry.compared)
 
 
 def recovery(
@@ -118,7 +118,7 @@ def pruned(task: str, seed: int, entry: Entry, sparsity: float) -> tuple[nn.Modu
     pretrained encoder, is charged that fine-tuning.
     """
     subject, _ = opened(task, seed)
-    if isinstance(entry, Rival) and entry.fine_tuned:
+    if isinstance(entry, Baseline) and entry.fine_tuned:
         (stack,) = find_stacks(subject.model)
         layers = layers_left(stack.size, sparsity)
         small, _ = finetuned(task, seed, layers)
@@ -211,7 +211,7 @@ def distillation(
     for task, seed in ((task, seed) for task in tasks for seed in seeds):
         for sparsity, count in ((sparsity, count) for sparsity in sparsities for count in steps):
             for name in losses(nn.Identity()):
-                setting = {"task": task, "sparsity": sparsity, "steps": count, "taught_by": name}
+                setting = {"task": task, "sparsity": sparsity, "steps": count, "loss": name}
                 given = task, seed, sparsity, count, name
                 yield single(setting | {"seed": seed}, taught, *given)
 

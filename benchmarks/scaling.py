@@ -159,7 +159,7 @@ def reduced_bytes(
 
 
 def reconstruction_bytes(groups: Sequence[DependencyGroup], network: nn.Module) -> int:
-    """Bytes of the normal equations of all layers that are solved again, half of each group kept."""
+    """Bytes of the normal equations of all reconstructed layers, where half of each group stays."""
     size = 0
     for group in groups:
         kept = group.size * group.entries // 2 + 1

@@ -113,7 +113,7 @@ class Subject:
 
     def of(self, units: Sequence[str]) -> list[DependencyGroup]:
         """The groups of some kinds of unit."""
-        return choose_groups(self.groups, units=units)
+        return choose_groups(self.groups, kinds=units)
 
     def cutting(self, units: Sequence[str]) -> Subject:
         """The same, of which these kinds of unit are cut."""
@@ -133,10 +133,10 @@ def examine(
     groups = find_groups(model)
     calibration = CalibrationData()
     if calibrated:
-        every = choose_groups(groups, units=EVERY_UNIT)
+        every = choose_groups(groups, kinds=EVERY_UNIT)
         calibration = calibrate_activations(model, every, validation, seed)
         calibration.gradients = calibrate_gradients(model, every, validation)
-    known = model, groups, choose_groups(groups, units=UNITS), calibration, validation, test
+    known = model, groups, choose_groups(groups, kinds=UNITS), calibration, validation, test
     return Subject(task, seed, *known, *score(model, test))
 
 
@@ -202,7 +202,7 @@ def size_of(
     modules = dict(model.named_modules())
     sizes = {}
     for group in dims:
-        (number,) = group.counts
+        (number,) = group.attributes
         module = model.get_submodule(number.module)
         sizes[group.name] = int(getattr(module, number.attribute))
     widths = {

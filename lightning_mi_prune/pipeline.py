@@ -49,7 +49,7 @@ from lightning_mi_prune.core.running import (
     run_batch,
     undisturbed,
 )
-from lightning_mi_prune.discovery.families import find_groups, is_within, untouched
+from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
 from lightning_mi_prune.discovery.graph import choose_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation
@@ -63,10 +63,10 @@ from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import update_optimizers
 from lightning_mi_prune.surgery.units import apply_plan, check_cuttable, revert_rewrites
 from lightning_mi_prune.surgery.verification import (
-    check_consumers,
-    compiled_for,
+    compiled_part,
     half_plan,
     held_elsewhere,
+    verify_cut,
 )
 
 __all__ = [
@@ -263,7 +263,7 @@ class PruningMethod:
         if rankings is not None and relevance == "weights":  # of which only some are kept above
             rankings = rank(widths=widths)
             widths = share(rankings=rankings)
-        crossed = [group for group in chosen if group.crossed in mine]
+        crossed = [group for group in chosen if group.product_with in mine]
         for _ in range(_SWEEPS if crossed else 0):
             if rankings is not None:
                 known = rankings
@@ -489,8 +489,8 @@ def prune(
     try:
         groups, plan = tracker.groups, tracker.plan
         mine = [group for group in groups if is_within(group.name, module)]
-        others = untouched(model, groups, module)
-        chosen = choose_groups(mine, units=units, include=include, exclude=exclude, modules=others)
+        others = modules_without_groups(model, groups, module)
+        chosen = choose_groups(mine, kinds=units, include=include, exclude=exclude, modules=others)
         check_cuttable(model, chosen, plan)
         _check_surroundings(model, chosen, optimizers)
         before = {name: len(kept) for name, kept in plan.kept.items()}
@@ -499,7 +499,7 @@ def prune(
         if method.relevance == "gradient":
             steps["loss"] = partial(_try_loss, loss or _train, first)
         with undisturbed(model):  # a function of the user may run the model that it knows by name
-            check_consumers(model, tracker.graph, plan, half_plan(chosen, plan), steps)
+            verify_cut(model, tracker.graph, plan, half_plan(chosen, plan), steps)
         parameters = sum(p.numel() for p in model.parameters())
         seconds = dict.fromkeys(("calibration", "gradients", "ranking", "reconstruction"), 0.0)
         with _timed(seconds, "calibration"):
@@ -598,7 +598,7 @@ def _check_surroundings(
     """
     tensors = {s.tensor: model.get_parameter(s.tensor) for a in chosen for s in a.tensors}
     check_optimizers(optimizers, tensors.values())
-    compiled = compiled_for(model, {name.rpartition(".")[0] for name in tensors})
+    compiled = compiled_part(model, {name.rpartition(".")[0] for name in tensors})
     if compiled is not None:
         raise PruningError(
             f"{compiled!r} is compiled for the uncut shape; expected a plain module. Prune first, "

@@ -73,7 +73,7 @@ def resolve_bounds(
 
 def step_of(group: DependencyGroup, multiple: int) -> int:
     """Units that leave a group together: ``multiple`` neurons or dimensions, or one head."""
-    return multiple if (group.entries == 1 or group.spread) and group.size > multiple else 1
+    return multiple if (group.entries == 1 or group.strided) and group.size > multiple else 1
 
 
 def widths_between(least: int, most: int, step: int) -> list[int]:

@@ -62,7 +62,7 @@ class _TensorCosts:
         for group in self.groups:
             for s in group.tensors:
                 # What two groups cut together has an entry for each pair of their units.
-                each = 1 if group.crossed in names else group.entries
+                each = 1 if group.product_with in names else group.entries
                 shapes.setdefault(s.tensor, list(s.shape))[s.dim] = each
                 cut_by[s.tensor].append(group.name)
         terms: dict[tuple[str, ...], float] = defaultdict(float)
@@ -160,7 +160,7 @@ class MacCosts(_TensorCosts):
         terms = super()._terms
         groups = {group.name: group for group in self.groups}
         for name, product in self.products.items():
-            crossed = groups[name].crossed if name in groups else ""
+            crossed = groups[name].product_with if name in groups else ""
             if crossed in groups:  # scores and mixture grow with the size of a head
                 size = self.held.get(crossed, groups[crossed].size)
                 pair = tuple(sorted((name, crossed)))

@@ -283,7 +283,9 @@ class LatencyCosts:
     def _pairs(self) -> dict[str, str]:
         """Heads by their dimensions, and dimensions by their heads."""
         names = {group.name for group in self.groups}
-        return {group.name: group.crossed for group in self.groups if group.crossed in names}
+        return {
+            group.name: group.product_with for group in self.groups if group.product_with in names
+        }
 
     @cached_property
     def _hubs(self) -> frozenset[str]:

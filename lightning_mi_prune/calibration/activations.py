@@ -124,7 +124,7 @@ class ActivationRecorder(Recorder):
         calls: int = 0,
     ) -> None:
         super().__init__(model)
-        places = {key: consumers[0] for group in groups for key, consumers in group.places.items()}
+        places = {key: consumers[0] for group in groups for key, consumers in group.inputs.items()}
         self._moments = {
             key: Moments(model.get_parameter(f"{consumer}.weight").shape[1])
             for key, consumer in places.items()
@@ -148,7 +148,7 @@ class ActivationRecorder(Recorder):
         scopes = {group.network for group in self._groups} | {group.scope for group in self._groups}
         hooks = [(path, self._on_scope(path)) for path in sorted(scopes)]
         for group in self._groups:
-            for key, consumers in group.places.items():
+            for key, consumers in group.inputs.items():
                 hooks.append((consumers[0], self._on_reader(group, key)))
         for path, hook in hooks:
             module = self._model.get_submodule(path)

@@ -170,7 +170,7 @@ def relevance_of_weights(
         rows: Rows that are kept of each tensor above; None or missing keeps all.
     """
     found = {}
-    if group.above and not group.consumer_sets:
+    if group.above and not group.consumers_by_input:
         total: Tensor | None = None
         for consumer in group.above:
             weight = weights[f"{consumer}.weight"].detach().double()
@@ -224,7 +224,7 @@ class GradientRecorder(ModuleHooks):
         self._readers = [
             (key, consumer, group.scope or group.network)
             for group in groups
-            for key, consumers in group.places.items()
+            for key, consumers in group.inputs.items()
             for consumer in consumers
         ]
         self._steps, self._taylor = steps, taylor
@@ -374,10 +374,12 @@ def empty_sums(
     widths = {} if plan is None else plan.widths
     sums: dict[str, GradientSums] = {}
     for group in groups:
-        for key, consumers in group.places.items():
+        for key, consumers in group.inputs.items():
             rows, columns = model.get_parameter(f"{consumers[0]}.weight").shape
             # What several layers read, unless it is what they make that is asked for.
-            inside = (bool(group.consumer_sets) or len(consumers) > 1) and group.rotation is None
+            inside = (
+                bool(group.consumers_by_input) or len(consumers) > 1
+            ) and group.rotation is None
             units = 1 if group.rotation is not None else columns // group.entries_at(widths)
             sums[key] = GradientSums(columns if inside else rows, units, over_units=inside)
     return sums

@@ -18,7 +18,7 @@ from lightning_mi_prune.calibration.moments import ExactSums
 from lightning_mi_prune.calibration.padding import Padding, attention_mask_of, complete
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.containers import blocks_of
+from lightning_mi_prune.discovery.containers import layer_paths
 from lightning_mi_prune.discovery.groups import LayerStack
 
 __all__ = [
@@ -254,7 +254,7 @@ class StackRecorder(Recorder):
         self._ears = {
             stack.name: LayerRecorder(
                 model,
-                blocks_of(model, stack.name),
+                layer_paths(model, stack.name),
                 scope=stack.scope,
                 network=stack.network,
                 **options,

@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.xla import XLAStrategy
 
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.surgery.verification import compiled_for
+from lightning_mi_prune.surgery.verification import compiled_part
 
 __all__ = [
     "agree",
@@ -319,7 +319,7 @@ def refuse_compiled(module: pl.LightningModule, cut: Iterable[str]) -> None:
     Raises:
         MisconfigurationException: Naming the module.
     """
-    name = compiled_for(module, cut)
+    name = compiled_part(module, cut)
     if name is not None:
         raise MisconfigurationException(
             f"{name!r} is compiled for the uncut shape; prune first, then call torch.compile on "

@@ -43,7 +43,7 @@ from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import Cut, PruningReport
 from lightning_mi_prune.reporting.tables import print_cut
 from lightning_mi_prune.surgery.optimizers import (
-    groups_of,
+    parameter_names,
     restore_state,
     snapshot_state,
     update_optimizers,
@@ -72,7 +72,7 @@ def take_snapshot(
         plan=plan,
         weights={name: t.detach().to("cpu", copy=True) for name, t in tensors},
         optimizers=snapshot_state(trainer.strategy.optimizers, names),
-        groups=groups_of(trainer.strategy.optimizers, names),
+        groups=parameter_names(trainer.strategy.optimizers, names),
     )
 
 
@@ -102,7 +102,7 @@ def roll_back(
     """
     before, current = {id(p) for p in module.parameters()}, tracker.plan
     done = restore_model(
-        module, tracker.graph, trial.plan, trial.weights, current=current, spare=tracker.spare
+        module, tracker.graph, trial.plan, trial.weights, current=current, available=tracker.spare
     )
     module.zero_grad(set_to_none=True)  # of the model that is given up
     try:
@@ -312,7 +312,9 @@ class PruningEngine(pl.Callback, ABC):
             tracker.plan = done.after
             cut = self.describe(trainer, module, pending, current)
             names = {id(p): name for name, p in module.named_parameters()}
-            update_optimizers(trainer.strategy.optimizers, done.rewrites, done.lost, names)
+            update_optimizers(
+                trainer.strategy.optimizers, done.rewrites, done.removed_parameters, names
+            )
         except BaseException:  # a checkpoint that is written now must hold a whole model
             cancel_cut(module, tracker.graph, done)
             tracker.plan, run.trial = current, None

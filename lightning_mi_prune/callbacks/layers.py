@@ -49,9 +49,9 @@ from lightning_mi_prune.callbacks.trainer import validation_batches, without_fro
 from lightning_mi_prune.checkpoint.state_dict import Find
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.containers import blocks_of
+from lightning_mi_prune.discovery.containers import layer_paths
 from lightning_mi_prune.discovery.families import is_within
-from lightning_mi_prune.discovery.families.stacks import check_reached, find_groups_and_stacks
+from lightning_mi_prune.discovery.families.stacks import check_stack_paths, find_groups_and_stacks
 from lightning_mi_prune.discovery.groups import LayerStack
 from lightning_mi_prune.importance.layer_criteria import LayerCriterion, LayerSelector, StackCut
 from lightning_mi_prune.reconstruction.compensation import Decision
@@ -128,13 +128,13 @@ class LayerPruning(PruningCallback):
         else:
             mine = [stack for stack in stacks if stack.name in self._paths]
         self._stacks = without_frozen(module, mine)
-        check_reached(module, self._names)
+        check_stack_paths(module, self._names)
         refuse_compiled(module, self._names)
         layers = [module.get_submodule(name) for name in self._names]
         self.warn_of_holders(trainer, module, [p for part in layers for p in part.parameters()])
         for stack in self._stacks:
             if tracker.plan.width(stack.name) > 1 or stack.size < 2:
-                blocks_of(module, stack.name)
+                layer_paths(module, stack.name)
             target = self.thinning.target or 1
             if target > stack.size:
                 raise PruningError(
@@ -180,7 +180,7 @@ class LayerPruning(PruningCallback):
             for stack in self._stacks
             if tracker.plan.width(stack.name) > max(1, stack.fixed)
         }
-        return tracker.graph.without(tracker.plan, shorter) if shorter else None
+        return tracker.graph.keep_layers(tracker.plan, shorter) if shorter else None
 
     @override
     def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> StackRecorder:
@@ -216,7 +216,7 @@ class LayerPruning(PruningCallback):
         choices = self._choices(heard.stacks, goal)
         layers = {choice.name: choice.after for choice in choices if choice.removed}
         tracker = self._tracked()
-        return Decision(tracker.graph.without(tracker.plan, layers), {}, {}) if layers else None
+        return Decision(tracker.graph.keep_layers(tracker.plan, layers), {}, {}) if layers else None
 
     @override
     def reconstruct(
@@ -328,7 +328,7 @@ class LayerPruning(PruningCallback):
     @property
     def _stored(self) -> int:
         """Positions of inputs to store: none where it is not known what layers add."""
-        return self._calls if any(stack.adds for stack in self._stacks) else 0
+        return self._calls if any(stack.residual_branches for stack in self._stacks) else 0
 
     @property
     def _names(self) -> list[str]:

@@ -132,12 +132,12 @@ class _Once:
         self.step_aside()
         module, tracker, now = self._module, self._tracker, self._tracker.plan
         stacks, then = tracker.graph.stacks, now.joined(self._begun)
-        arrange_layers(module, stacks, self._begun, current=now, spare=tracker.spare)
+        arrange_layers(module, stacks, self._begun, current=now, available=tracker.spare)
         empty = empty_linears(module)
         begun = {group.name for group in tracker.graph.groups if then.width(group.name)}
         paths = {
             s.tensor.rpartition(".")[0]
-            for group in tracker.graph.standing(then)
+            for group in tracker.graph.groups_at(then)
             for s in group.tensors
             if group.name in begun
         }
@@ -218,7 +218,7 @@ def reconcile(
     """
     budget, aim = asked.budget, asked.aim
     surprises, names = [], {group.name for group in groups}
-    places = {key: consumers[0] for group in groups for key, consumers in group.places.items()}
+    places = {key: consumers[0] for group in groups for key, consumers in group.inputs.items()}
     widths = {key: module.get_parameter(f"{r}.weight").shape[1] for key, r in places.items()}
     shapes, heard = _shapes(empty_sums(module, groups, plan)), run.heard
     if run.felt is not None and (not asked.steps or _shapes(run.felt) != shapes):
@@ -288,7 +288,7 @@ def check_snapshot(
             for stack in graph.stacks
             if before.kept.get(stack.name) != current.kept.get(stack.name)
         )
-        _check_weights(trial, module, shapes_at(module, graph.standing(before), before), changed)
+        _check_weights(trial, module, shapes_at(module, graph.groups_at(before), before), changed)
         _check_optimizers(trial, module, optimizers, changed)
 
 

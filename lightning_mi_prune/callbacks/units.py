@@ -55,7 +55,7 @@ from lightning_mi_prune.checkpoint.state_dict import Find
 from lightning_mi_prune.core.errors import PruningError, number
 from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups, is_within, untouched
+from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
 from lightning_mi_prune.discovery.graph import choose_groups, summarize_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
 from lightning_mi_prune.importance.criteria import MutualInformation
@@ -225,7 +225,7 @@ class UnitPruning(PruningCallback):
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, object]:
         tracker = self._tracked()
         mine = [group for group in tracker.graph.groups if is_within(group.name, self._within)]
-        others = untouched(module, tracker.graph.groups, self._within)
+        others = modules_without_groups(module, tracker.graph.groups, self._within)
         self._chosen = self.choose(without_frozen(module, mine), others)
         rank_zero_info(f"Pruning may cut {summarize_groups(self._chosen)}.")
         check_cuttable(module, self._standing, tracker.plan)
@@ -578,7 +578,7 @@ class MutualInformationPruning(UnitPruning):
     def choose(self, groups: list[DependencyGroup], modules: list[str]) -> list[DependencyGroup]:
         return choose_groups(
             groups,
-            units=self._units,
+            kinds=self._units,
             include=self._include,
             exclude=self._exclude,
             modules=modules,

@@ -19,7 +19,7 @@ from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import call_step
 from lightning_mi_prune.discovery.graph import PruningGraph
-from lightning_mi_prune.surgery.verification import check_consumers
+from lightning_mi_prune.surgery.verification import verify_cut
 
 __all__ = [
     "DryRun",
@@ -73,7 +73,7 @@ class DryRun:
         steps = {name: self._step(trainer, module, name) for name in names}
         apart = _apart_from(trainer)
         try:
-            why = check_consumers(module, graph, current, plan, steps, prepare=apart)
+            why = verify_cut(module, graph, current, plan, steps, prepare=apart)
         except PruningError as error:
             if "cannot be copied" not in str(error):
                 raise

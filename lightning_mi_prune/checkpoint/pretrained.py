@@ -290,7 +290,7 @@ def _check_numbers(
         name
         for group in encoder
         if group.config is not None and (group.tie is not None or group.config in ties)
-        for name in (group.config, *group.twins)
+        for name in (group.config, *group.config_aliases)
     }
     for subset in (tied, *({name} for name in built if name not in tied)):
         if all(any(said[n] != (built | numbers)[n] for n in subset) for numbers in right):
@@ -310,8 +310,10 @@ def _plain(group: DependencyGroup, config: Any) -> DependencyGroup:
     if group.kind != "hidden" or group.config is not None or names is None:
         return group
     width = getattr(config, names.hidden, None)
-    twins = tuple(name for name in names.twins if getattr(config, name, None) == width)
-    return replace(group, config=names.hidden, twins=twins)
+    config_aliases = tuple(
+        name for name in names.config_aliases if getattr(config, name, None) == width
+    )
+    return replace(group, config=names.hidden, config_aliases=config_aliases)
 
 
 def _check_arrived(
@@ -423,7 +425,7 @@ class _Cut:
         """Give memory and values to what a cut adds and no file holds: it was built without."""
         for group in self.groups:
             kept = self.plan.kept[group.name]
-            for selects in group.selects if len(kept) < group.size else ():
+            for selects in group.unit_arguments if len(kept) < group.size else ():
                 buffers = self.network.get_submodule(selects.module)._buffers
                 old = buffers.get(KEPT_UNITS)
                 if old is not None:

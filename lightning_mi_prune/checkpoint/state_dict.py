@@ -28,7 +28,7 @@ from lightning_mi_prune.discovery.families.residual import module_at
 from lightning_mi_prune.discovery.families.stacks import find_stacks, stack_at
 from lightning_mi_prune.discovery.graph import PruningGraph
 from lightning_mi_prune.discovery.groups import DependencyGroup, LayerStack, as_built, full_plan
-from lightning_mi_prune.surgery.layers import Spare, without_memory
+from lightning_mi_prune.surgery.layers import RemovedLayers, without_storage
 from lightning_mi_prune.surgery.transaction import cancel_cut, reshape_model
 
 __all__ = [
@@ -146,18 +146,18 @@ class PlanTracker:
     def groups(self) -> list[DependencyGroup]:
         """Groups of the layers that are there, at the paths they have now."""
         graph = self.graph
-        return graph.standing(self.plan) if graph.stacks else list(graph.groups)
+        return graph.groups_at(self.plan) if graph.stacks else list(graph.groups)
 
     @property
-    def spare(self) -> Spare:
+    def spare(self) -> RemovedLayers:
         """Layers that are gone, without their memory."""
         return self._spare
 
-    def store(self, removed: Spare) -> None:
+    def store(self, removed: RemovedLayers) -> None:
         """Keep layers that left, without their memory, to have them where one must come back."""
         for name, layers in removed.items():
             mine = self._spare.setdefault(name, {})
-            mine |= {place: without_memory(layer) for place, layer in layers.items()}
+            mine |= {place: without_storage(layer) for place, layer in layers.items()}
         self._share()
 
     def close(self) -> None:
@@ -174,11 +174,13 @@ class PlanTracker:
         groups = [part for part in parts if isinstance(part, DependencyGroup)]
         stacks = tuple(part for part in parts if isinstance(part, LayerStack))
         sizes = {} if self._plan is None else self._plan.sizes
-        groups = as_built(groups, {group.here: sizes[group.name] for group in self._standing()})
+        groups = as_built(
+            groups, {group.current_name: sizes[group.name] for group in self._standing()}
+        )
         present = present_plan(self.module, groups)
         built = groups
         if self._plan is not None:
-            built = self._graph.restated(groups, self._plan)
+            built = self._graph.named_as_built(groups, self._plan)
             names = {new.name: old.name for new, old in zip(built, groups, strict=True)}
             now = PruningPlan(
                 {name: present.sizes[old] for name, old in names.items()},
@@ -188,7 +190,7 @@ class PlanTracker:
         self._graph = self._graph.joined(PruningGraph(tuple(built), stacks))
 
     def _standing(self) -> list[DependencyGroup]:
-        return [] if self._plan is None else self._graph.standing(self._plan)
+        return [] if self._plan is None else self._graph.groups_at(self._plan)
 
     def _inherit(self, path: str, inner: PlanTracker) -> None:
         """Take in what the tracker of a part knows; it stays, and both are kept alike."""
@@ -296,7 +298,7 @@ class PlanTracker:
             )
         changed = changed_groups(graph, plan, current)
         done = reshape_model(
-            self.module, graph, plan, current=current, spare=self._spare, only=changed
+            self.module, graph, plan, current=current, available=self._spare, only=changed
         )
         why = load_errors(self.module, arriving, strict=_is_strict())
         if why:

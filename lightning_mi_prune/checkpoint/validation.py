@@ -117,7 +117,7 @@ def changed_groups(
     moved = tuple(f"{s.name}." for s in graph.stacks if plan.kept[s.name] != current.kept[s.name])
     return [
         group
-        for group in graph.standing(plan)
+        for group in graph.groups_at(plan)
         if plan.kept[group.name] != current.kept[group.name] or group.name.startswith(moved)
     ]
 
@@ -160,7 +160,7 @@ def check_weights(
         for s in group.tensors:
             each = group.entries_at(plan.widths)
             lengths.setdefault(s.tensor, {})[s.dim] = plan.width(group.name) * each
-    built = {s.tensor: s.shape for a in graph.standing(plan) for s in a.tensors}
+    built = {s.tensor: s.shape for a in graph.groups_at(plan) for s in a.tensors}
     for name, expected in lengths.items():
         tensor, whole = state.get(name), present[name].shape if name in present else built[name]
         if isinstance(tensor, Tensor):

@@ -309,7 +309,7 @@ def check_count(name: str, value: object, *, least: int, why: str = "") -> None:
         raise PruningError(f"{name}={value!r}; expected a whole number of at least {least}{why}.")
 
 
-def check_number(name: str, value: object, *, above: float, below: float = math.inf) -> None:
+def check_number(name: str, value: Any, *, above: float, below: float = math.inf) -> None:
     """Refuse anything but a finite number between two others.
 
     Raises:

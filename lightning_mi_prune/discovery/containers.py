@@ -7,12 +7,12 @@ from torch import nn
 from lightning_mi_prune.core.errors import PruningError, counted
 
 __all__ = [
-    "blocks_of",
-    "container_of",
+    "layer_container",
+    "layer_paths",
 ]
 
 
-def container_of(model: nn.Module, stack: str) -> nn.ModuleList | nn.Sequential:
+def layer_container(model: nn.Module, stack: str) -> nn.ModuleList | nn.Sequential:
     """The container of a stack, whose layers close up when one goes.
 
     Args:
@@ -24,7 +24,7 @@ def container_of(model: nn.Module, stack: str) -> nn.ModuleList | nn.Sequential:
             or one of them is there twice.
 
     Example:
-        >>> len(container_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ""))
+        >>> len(layer_container(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ""))
         2
     """
     try:
@@ -50,18 +50,18 @@ def container_of(model: nn.Module, stack: str) -> nn.ModuleList | nn.Sequential:
     return container
 
 
-def blocks_of(model: nn.Module, stack: str) -> list[str]:
+def layer_paths(model: nn.Module, stack: str) -> list[str]:
     """Paths of the layers of a container, bottom to top.
 
     Raises:
         PruningError: If the path is no container of two layers or more of one class
-            (:func:`containers.container_of`).
+            (:func:`containers.layer_container`).
 
     Example:
-        >>> blocks_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "")
+        >>> layer_paths(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "")
         ['0', '1']
     """
-    container = container_of(model, stack)
+    container = layer_container(model, stack)
     kinds = sorted({type(layer).__name__ for layer in container})
     if len(kinds) != 1 or len(container) < 2:
         raise PruningError(

@@ -39,8 +39,8 @@ class PruningGraph:
         >>> from lightning_mi_prune.discovery.families.stacks import find_stacks
         >>> net = BertModel(BertConfig(num_hidden_layers=3, hidden_size=24, vocab_size=50))
         >>> graph = PruningGraph(tuple(find_groups(net)), tuple(find_stacks(net)))
-        >>> plan = graph.without(graph.full, {"encoder.layer": (0, 2)})
-        >>> top = next(a for a in graph.standing(plan) if a.name == "encoder.layer.2.ffn")
+        >>> plan = graph.keep_layers(graph.full, {"encoder.layer": (0, 2)})
+        >>> top = next(a for a in graph.groups_at(plan) if a.name == "encoder.layer.2.ffn")
         >>> top.consumers
         ('encoder.layer.1.output.dense',)
         >>> plan.kept["encoder.layer.1.ffn"]
@@ -78,28 +78,33 @@ class PruningGraph:
         """The plan that keeps everything."""
         return PruningPlan.full({part.name: part.size for part in self.parts})
 
-    def standing(self, plan: PruningPlan) -> list[DependencyGroup]:
+    def groups_at(self, plan: PruningPlan) -> list[DependencyGroup]:
         """The groups of the layers that are there at a plan, at the paths they then have."""
         path = self._paths(plan)
-        found = [group.moved(path) for group in self.groups]
+        found = [group.at_paths(path) for group in self.groups]
         return [
             group
             for group, built in zip(found, self.groups, strict=True)
             if group.consumers or not built.consumers
         ]
 
-    def restated(self, groups: list[DependencyGroup], plan: PruningPlan) -> list[DependencyGroup]:
+    def named_as_built(
+        self, groups: list[DependencyGroup], plan: PruningPlan
+    ) -> list[DependencyGroup]:
         """Groups that were found on a model at a plan, as they were named when it was built."""
         path = self._paths(plan, back=True)
         names = [path(group.name) or group.name for group in groups]
         return [
             replace(
-                group.moved(path), name=name, here="", crossed=path(group.crossed) or group.crossed
+                group.at_paths(path),
+                name=name,
+                current_name="",
+                product_with=path(group.product_with) or group.product_with,
             )
             for group, name in zip(groups, names, strict=True)
         ]
 
-    def without(self, plan: PruningPlan, layers: Mapping[str, tuple[int, ...]]) -> PruningPlan:
+    def keep_layers(self, plan: PruningPlan, layers: Mapping[str, tuple[int, ...]]) -> PruningPlan:
         """A plan that keeps only the given layers of stacks, and no unit of the others.
 
         Args:
@@ -111,7 +116,7 @@ class PruningGraph:
         """
         sizes = {stack.name: stack.size for stack in self.stacks if stack.name in layers}
         later = plan.then(PruningPlan(sizes, {name: layers[name] for name in sizes}))
-        there = {group.name for group in self.standing(later)}
+        there = {group.name for group in self.groups_at(later)}
         gone = {group.name: () for group in self.groups if group.name not in there}
         return PruningPlan(later.sizes, {**later.kept, **gone}, later.rankings)
 
@@ -143,16 +148,21 @@ class PruningGraph:
         stacks = [stack for stack in self.stacks if stack.name.startswith(f"{prefix}.")]
         return PruningGraph(
             tuple(
-                replace(a.moved(path), name=certain(a.name), here="", crossed=certain(a.crossed))
+                replace(
+                    a.at_paths(path),
+                    name=certain(a.name),
+                    current_name="",
+                    product_with=certain(a.product_with),
+                )
                 for a in groups
             ),
             tuple(
                 replace(
                     stack,
                     name=certain(stack.name),
-                    fields=tuple(
+                    config_fields=tuple(
                         (certain(module), name)
-                        for module, name in stack.fields
+                        for module, name in stack.config_fields
                         if module == prefix or module.startswith(f"{prefix}.")
                     ),
                     network=certain(stack.network),
@@ -184,7 +194,7 @@ class PruningGraph:
 def choose_groups(
     groups: Sequence[DependencyGroup],
     *,
-    units: Sequence[str] | None = None,
+    kinds: Sequence[str] | None = None,
     include: str | None = None,
     exclude: str | None = None,
     modules: Sequence[str] = (),
@@ -196,30 +206,28 @@ def choose_groups(
 
     Args:
         groups: All groups of a model.
-        units: Kinds to keep; None keeps neurons and heads, or every kind where there are neither.
+        kinds: Kinds to keep; None keeps neurons and heads, or every kind where there are neither.
         include: Only groups whose name this finds.
         exclude: No groups whose name this finds.
-        modules: Paths of modules without any group (:func:`families.untouched`).
+        modules: Paths of modules without any group (:func:`families.modules_without_groups`).
 
     Raises:
         PruningError: If a kind or an expression matches no group, is not valid, or nothing is left.
     """
-    kinds = sorted({group.kind for group in groups})
-    if units is None:
-        units = [kind for kind in ("ffn", "heads") if kind in kinds] or kinds
-    for kind in units:
-        if kind not in kinds:
-            raise PruningError(
-                f"units names {kind!r}, but this model has only units={kinds}; expected some."
-            )
-    chosen = [group for group in groups if group.kind in units]
+    present = sorted({group.kind for group in groups})
+    if kinds is None:
+        kinds = [kind for kind in ("ffn", "heads") if kind in present] or present
+    for kind in kinds:
+        if kind not in present:
+            raise PruningError(f"kinds={list(kinds)} names {kind!r}; this model has {present}.")
+    chosen = [group for group in groups if group.kind in kinds]
     for option, expression in (("include", include), ("exclude", exclude)):
         if expression is not None:
             found = _found(chosen, option, expression, modules)
             chosen = [group for group in chosen if (group in found) == (option == "include")]
     if not chosen:
         raise PruningError(
-            f"Nothing is left to prune: units={list(units)}, include={include!r} and "
+            f"Nothing is left to prune: kinds={list(kinds)}, include={include!r} and "
             f"exclude={exclude!r} leave no group of {len(groups)}; loosen one of them."
         )
     return chosen

@@ -164,28 +164,28 @@ class DependencyGroup:
         tensors: The tensors cut together.
         consumers: Linear modules that read the units: their input is listened to, their output is
             the layer above, their weight takes the fold-in.
-        consumer_sets: The consumers in groups that read the same input; empty means one group of all. The
+        consumers_by_input: The consumers in groups that read the same input; empty means one group of all. The
             residual stream has a site wherever it is read.
-        skip: Module whose input is the residual stream that is added to the consumer's output.
+        residual: Module whose input is the residual stream that is added to the consumer's output.
         above: Linear modules above that read the consumer's output, through norms and skips.
         norms: Normalisations over the units of the group.
         empty_forward: What stands in where a module cannot run without units; such a group and one with
             ``may_be_empty`` may lose all of them.
         may_be_empty: Whether the group may lose all its units.
-        selects: Arguments out of which a module takes what belongs to its units.
+        unit_arguments: Arguments out of which a module takes what belongs to its units.
         attributes: Numbers on modules that follow the group.
         network: Path of the network the group belongs to.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
         config: Field of the network's config that holds the width when it is the same everywhere.
         tie: Config field that must equal ``units * entries`` for an ordinary config: transformers
             derive the head size from the hidden size and the number of heads.
-        twins: Further config fields that hold the same number as ``config``.
+        config_aliases: Further config fields that hold the same number as ``config``.
         level: Height in the network; the sweep runs from the highest level down.
-        crossed: Group that cuts the same dimensions of tensors: every unit of the one has an entry
+        product_with: Group that cuts the same dimensions of tensors: every unit of the one has an entry
             for each unit of the other, as heads and their dimensions do.
-        spread: Whether the entries of a unit lie apart, one in each unit of ``crossed``.
+        strided: Whether the entries of a unit lie apart, one in each unit of ``product_with``.
         rotation: What must be rotated before units can go: they are the directions of a head.
-        here: Its name where layers below are gone; the name itself unless layers went.
+        current_name: Its name where layers below are gone; the name itself unless layers went.
     """
 
     name: str
@@ -199,51 +199,51 @@ class DependencyGroup:
     scope: str = ""
     config: str | None = None
     level: int = 0
-    consumer_sets: tuple[tuple[str, ...], ...] = ()
-    skip: str | None = None
+    consumers_by_input: tuple[tuple[str, ...], ...] = ()
+    residual: str | None = None
     above: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     empty_forward: tuple[EmptyForward, ...] = ()
     may_be_empty: bool = False
-    selects: tuple[UnitArgument, ...] = ()
+    unit_arguments: tuple[UnitArgument, ...] = ()
     tie: str | None = None
-    twins: tuple[str, ...] = ()
-    crossed: str = ""
-    spread: bool = False
+    config_aliases: tuple[str, ...] = ()
+    product_with: str = ""
+    strided: bool = False
     rotation: RotatableProjections | None = None
-    here: str = ""
+    current_name: str = ""
 
     @property
-    def places(self) -> dict[str, tuple[str, ...]]:
-        """Where the group is listened to: the consumers of each site, by the key of its sums."""
-        if not self.consumer_sets:
+    def inputs(self) -> dict[str, tuple[str, ...]]:
+        """The inputs that are calibrated: the consumers that read each of them, by its key."""
+        if not self.consumers_by_input:
             return {self.name: self.consumers}
-        return {f"{self.name}@{consumers[0]}": consumers for consumers in self.consumer_sets}
+        return {f"{self.name}@{consumers[0]}": consumers for consumers in self.consumers_by_input}
 
     @property
-    def reads(self) -> dict[str, tuple[str, ...]]:
-        """Those of the places where linear layers read the units."""
+    def unit_inputs(self) -> dict[str, tuple[str, ...]]:
+        """Those of the inputs that consist of the units."""
         if self.rotation is None:
-            return self.places
+            return self.inputs
         return {f"{self.name}@{self.rotation.consumer}": (self.rotation.consumer,)}
 
     def prefixed(self, prefix: str) -> DependencyGroup:
         """The same group, named from a module that holds this network at ``prefix``."""
         path = partial(join_path, prefix)
-        crossed = path(self.crossed) if self.crossed else ""
-        return replace(self.moved(path), name=path(self.name), crossed=crossed)
+        crossed = path(self.product_with) if self.product_with else ""
+        return replace(self.at_paths(path), name=path(self.name), product_with=crossed)
 
     def entries_at(self, widths: Mapping[str, int]) -> int:
-        """Entries per unit at the given widths: what is gone of ``crossed`` has none.
+        """Entries per unit at the given widths: what is gone of ``product_with`` has none.
 
         Example:
-            >>> heads = DependencyGroup("heads", "heads", 12, 32, (), ("o",), crossed="head_dim")
+            >>> heads = DependencyGroup("heads", "heads", 12, 32, (), ("o",), product_with="head_dim")
             >>> heads.entries_at({"heads": 6, "head_dim": 8}), heads.entries_at({"heads": 6})
             (8, 32)
         """
-        return widths.get(self.crossed, self.entries)
+        return widths.get(self.product_with, self.entries)
 
-    def moved(self, path: Callable[[str], str | None]) -> DependencyGroup:
+    def at_paths(self, path: Callable[[str], str | None]) -> DependencyGroup:
         """The same group where its modules stand at other paths; those without one are left out.
 
         Args:
@@ -258,18 +258,22 @@ class DependencyGroup:
 
         return replace(
             self,
-            here=path(self.here or self.name) or "",
+            current_name=path(self.current_name or self.name) or "",
             tensors=tuple(replace(s, tensor=p) for s in self.tensors if (p := path(s.tensor))),
             consumers=paths(self.consumers),
-            consumer_sets=tuple(site for group in self.consumer_sets if (site := paths(group))),
-            skip=None if self.skip is None else path(self.skip),
+            consumers_by_input=tuple(
+                site for group in self.consumers_by_input if (site := paths(group))
+            ),
+            residual=None if self.residual is None else path(self.residual),
             above=paths(self.above),
             norms=paths(self.norms),
             empty_forward=tuple(
                 s.prefixed(certain) for s in self.empty_forward if path(s.module) is not None
             ),
-            selects=tuple(
-                replace(s, module=p) for s in self.selects if (p := path(s.module)) is not None
+            unit_arguments=tuple(
+                replace(s, module=p)
+                for s in self.unit_arguments
+                if (p := path(s.module)) is not None
             ),
             attributes=tuple(
                 replace(c, module=p) for c in self.attributes if (p := path(c.module)) is not None
@@ -345,13 +349,13 @@ class LayerStack:
         name: Path of the container, ``"bert.encoder.layer"``; layers are its items.
         size: Number of layers as built.
         fixed: Layers at the bottom that must stay, since others use what they hold.
-        fields: Config fields that count the layers, each with the path of the module whose config
+        config_fields: Config fields that count the layers, each with the path of the module whose config
             it is.
-        lists: Config fields with an entry for each layer, and those entries as built.
-        places: Attributes by which modules in a layer know its place (those of KV caches).
-        adds: What a layer adds to the stream, in order: the output projection and the module whose
+        config_lists: Config fields with an entry for each layer, and those entries as built.
+        index_attributes: Attributes by which modules in a layer know its place (those of KV caches).
+        residual_branches: What a layer adds to the stream, in order: the output projection and the module whose
             input is the stream it is added to, both seen from the layer; empty if not known.
-        closing: The normalisation of that sum which ends a layer, seen from it; "" without one.
+        final_norm: The normalisation of that sum which ends a layer, seen from it; "" without one.
         network: Path of the network the stack belongs to.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
     """
@@ -359,11 +363,11 @@ class LayerStack:
     name: str
     size: int
     fixed: int = 0
-    fields: tuple[tuple[str, str], ...] = ()
-    lists: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-    places: tuple[str, ...] = ("layer_idx",)
-    adds: tuple[tuple[str, str], ...] = ()
-    closing: str = ""
+    config_fields: tuple[tuple[str, str], ...] = ()
+    config_lists: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    index_attributes: tuple[str, ...] = ("layer_idx",)
+    residual_branches: tuple[tuple[str, str], ...] = ()
+    final_norm: str = ""
     network: str = ""
     scope: str = ""
 
@@ -378,7 +382,7 @@ class LayerStack:
         return replace(
             self,
             name=path(self.name),
-            fields=tuple((path(module), name) for module, name in self.fields),
+            config_fields=tuple((path(module), name) for module, name in self.config_fields),
             network=path(self.network),
             scope=path(self.scope),
         )
@@ -405,14 +409,18 @@ def entry_positions(
         widths: Present width of every group.
 
     Example:
-        >>> heads = DependencyGroup("heads", "heads", 2, 3, (), ("o",), crossed="head_dim")
+        >>> heads = DependencyGroup("heads", "heads", 2, 3, (), ("o",), product_with="head_dim")
         >>> entry_positions(heads, {"heads": (1,), "head_dim": (0, 1)}, {"heads": 2, "head_dim": 3})
         tensor([3, 4])
     """
     across = group.entries_at(widths)
     mine = kept.get(group.name, range(widths[group.name]))
-    others = kept.get(group.crossed, range(across)) if group.crossed in widths else range(across)
-    outer, inner = (others, mine) if group.spread else (mine, others)
-    stride = widths[group.name] if group.spread else across
+    others = (
+        kept.get(group.product_with, range(across))
+        if group.product_with in widths
+        else range(across)
+    )
+    outer, inner = (others, mine) if group.strided else (mine, others)
+    stride = widths[group.name] if group.strided else across
     rows = torch.tensor([*outer], dtype=torch.long)[:, None] * stride
     return (rows + torch.tensor([*inner], dtype=torch.long)).flatten()

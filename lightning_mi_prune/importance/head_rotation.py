@@ -187,7 +187,9 @@ def check_rotations(
             f"{turns[0]!r} cannot shrink with relevance={relevance!r}: gradients tell which "
             "dimensions of a head matter. Use relevance='gradient', or leave 'head_dim' out of units."
         )
-    crossed = [group.name for group in chosen if group.crossed in turns and group.rotation is None]
+    crossed = [
+        group.name for group in chosen if group.product_with in turns and group.rotation is None
+    ]
     if crossed and keep_information is not None:
         raise PruningError(
             f"keep_information={keep_information} cannot be shared by {crossed[0]!r} and their dimensions: both lose the same "

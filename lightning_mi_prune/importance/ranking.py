@@ -81,9 +81,9 @@ def rank_groups(
         known = _weigh(group, weights, kept, current, groups, relevance)
         consumer_sets = unit_statistics(group, moments, weights, kept, current, groups, known)
         now = current.kept[group.name]
-        across = (crossed_kept or {}).get(group.crossed)
+        across = (crossed_kept or {}).get(group.product_with)
         if group.rotation is not None:
-            heads = _places(across, current.kept.get(group.crossed), group.entries)
+            heads = _places(across, current.kept.get(group.product_with), group.entries)
             order, loss, nats = _silent(len(now))
             if heads:
                 new = head_rotation(group, consumer_sets[0], moments, weights, known)
@@ -91,8 +91,8 @@ def rank_groups(
                     new, consumer_sets[0], heads, getattr(judge, "ridge", 1.0)
                 )
         else:
-            if across is not None and len(across) < current.width(group.crossed):
-                (dims,) = (other for other in groups if other.name == group.crossed)
+            if across is not None and len(across) < current.width(group.product_with):
+                (dims,) = (other for other in groups if other.name == group.product_with)
                 values = replace(consumer_sets[0], entries=len(now))
                 new = head_rotation(dims, values, moments, weights, known)
                 consumer_sets = [new.select(e, range(len(now)), len(across)) for e in consumer_sets]

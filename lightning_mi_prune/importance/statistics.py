@@ -103,7 +103,7 @@ def unit_statistics(
 
     Args:
         group: The group.
-        moments: Sums at each place, by key (:attr:`DependencyGroup.places`).
+        moments: Sums at each place, by key (:attr:`DependencyGroup.inputs`).
         weights: Parameters of the model as it stands, by qualified name; only read.
         kept: What is kept on the groups above, in positions of the model as built.
         current: The plan the model carries now.
@@ -114,11 +114,11 @@ def unit_statistics(
         PruningError: If nothing was heard at a place.
     """
     width = len(current.kept[group.name])
-    tensors = () if group.spread else group.tensors
+    tensors = () if group.strided else group.tensors
     makers = [_by_unit(weights[s.tensor], width) for s in tensors if s.dim == 0]
     rows = torch.cat(makers, dim=1).double() if makers else torch.zeros(width, 0)
     found = []
-    for key, consumers in group.reads.items():
+    for key, consumers in group.unit_inputs.items():
         if int(moments[key].count) == 0:
             raise PruningError(f"Nothing was heard at {key!r}; run validation first.")
         mean, covariance = moments[key].stabilized()
@@ -189,7 +189,7 @@ def kept_entries(
         current: The plan the model carries now.
     """
     now = {}
-    for name in {group.name, group.crossed} & set(current.kept):
+    for name in {group.name, group.product_with} & set(current.kept):
         place = {p: i for i, p in enumerate(current.kept[name])}
         now[name] = [place[p] for p in kept[name]]
     return entry_positions(group, now, current.widths)

@@ -134,12 +134,12 @@ def select_units(
     anew: dict[str, Tensor] = {}
     maps: dict[str, Mapping[int, Tensor]] = {}
     names = {group.name for group in groups}
-    for group in sorted(groups, key=lambda group: (-group.level, group.spread)):
+    for group in sorted(groups, key=lambda group: (-group.level, group.strided)):
         if group in cut:
             kept[group.name] = rankings[group.name].kept(widths[group.name])
-        if group.crossed in names and not group.spread:
+        if group.product_with in names and not group.strided:
             continue  # what crosses it is read with it
-        subset = [a for a in groups if a.name in (group.name, group.crossed)]
+        subset = [a for a in groups if a.name in (group.name, group.product_with)]
         consumer_sets = unit_statistics(group, moments, weights, kept, current, groups)
         if group.rotation is not None and group in cut and len(consumer_sets[0].mean):
             new = _turn(group, moments, weights, kept, current, groups, relevance)
@@ -163,7 +163,7 @@ def select_units(
             copies.append(group.name)
         if compensate:
             for consumers, evidence, split in zip(
-                group.reads.values(), consumer_sets, splits, strict=True
+                group.unit_inputs.values(), consumer_sets, splits, strict=True
             ):
                 for consumer in consumers:
                     compensated |= _fold(consumer, weights, evidence, *split)

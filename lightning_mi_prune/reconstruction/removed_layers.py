@@ -63,7 +63,7 @@ def replacements_for(graph: PruningGraph, current: PruningPlan, plan: PruningPla
         >>> from lightning_mi_prune.discovery.families.stacks import find_stacks
         >>> net = BertModel(BertConfig(num_hidden_layers=3, hidden_size=24, vocab_size=50))
         >>> graph = PruningGraph(stacks=tuple(find_stacks(net)))
-        >>> plan = graph.without(graph.full, {"encoder.layer": (0, 2)})
+        >>> plan = graph.keep_layers(graph.full, {"encoder.layer": (0, 2)})
         >>> found = replacements_for(graph, graph.full, plan)
         >>> [(r.layer, r.spoken.layer) for r in found.readings][0]
         ('encoder.layer.0.output.dense', 'encoder.layer.1.output.dense')
@@ -80,20 +80,20 @@ def replacements_for(graph: PruningGraph, current: PruningPlan, plan: PruningPla
         left = after.kept.get(stack.name, layers)
         last = dict(_runs(layers, left))
         lowest = next((layer for layer in layers if layer not in left), None)
-        if not stack.adds or lowest is None:
+        if not stack.residual_branches or lowest is None:
             continue
         stacks.append(stack.name)
-        *inner, end = stack.adds
+        *inner, end = stack.residual_branches
         for place, layer in enumerate(left):
             mine = f"{stack.name}.{place}"
             own, top = (f"{stack.name}.{layers.index(n)}" for n in (layer, last.get(layer, layer)))
             found = [_reading(mine, own, add) for add in inner] if layer > lowest else []
             if layer > lowest or layer in last:
-                normed = layer in last and bool(stack.closing)
+                normed = layer in last and bool(stack.final_norm)
                 found.append(replace(_reading(mine, top, end), normed=normed))
-            if layer in last and stack.closing:
-                norms[f"{mine}.{stack.closing}"] = f"{top}.{stack.closing}"
-                homes[f"{mine}.{stack.closing}"] = f"{own}.{stack.closing}"
+            if layer in last and stack.final_norm:
+                norms[f"{mine}.{stack.final_norm}"] = f"{top}.{stack.final_norm}"
+                homes[f"{mine}.{stack.final_norm}"] = f"{own}.{stack.final_norm}"
             homes |= {r.layer: f"{own}{r.layer[len(mine) :]}" for r in found}
             readings += found
     return Replacements(tuple(readings), norms, homes, tuple(stacks))

@@ -73,10 +73,10 @@ def layers_to_reconstruct(
     lowest = min(group.level for group in cut)
     found = []
     for group in sorted(groups, key=lambda group: group.level):
-        if group.skip is not None and group.level >= lowest:
+        if group.residual is not None and group.level >= lowest:
             for consumer in group.consumers:
                 rows = kept_rows(f"{consumer}.weight", target.kept, current, groups)
-                found.append(ReconstructedLayer(consumer, group.skip, rows))
+                found.append(ReconstructedLayer(consumer, group.residual, rows))
         if group.norms and group in cut:
             norms = [
                 kept_rows(f"{norm}.weight", target.kept, current, groups) for norm in group.norms

@@ -14,7 +14,7 @@ from lightning_mi_prune.discovery.groups import EmptyForward, UnitArgument
 
 __all__ = [
     "forward_without_units",
-    "is_ours",
+    "is_cut_forward",
     "unit_argument_forward",
 ]
 
@@ -69,7 +69,7 @@ def unit_argument_forward(
     return forward(*call.args, **call.kwargs)
 
 
-def is_ours(forward: Any) -> bool:
+def is_cut_forward(forward: Any) -> bool:
     """Whether a ``forward`` on a module itself, not on its class, was put there by a cut."""
     return isinstance(forward, partial) and forward.func in (
         forward_without_units,

@@ -16,19 +16,19 @@ from lightning_mi_prune.core.empty_linear import modules_of
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted
 from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan
 from lightning_mi_prune.core.running import fixed_random_state, run_batch
-from lightning_mi_prune.discovery.containers import container_of
+from lightning_mi_prune.discovery.containers import layer_container
 from lightning_mi_prune.discovery.groups import LayerStack, full_depth, join_path
 from lightning_mi_prune.surgery.batch_norm import has_running_statistics, reestimate_batch_norm
 from lightning_mi_prune.surgery.units import own_config
 
 __all__ = [
-    "Spare",
+    "RemovedLayers",
     "arrange_layers",
     "remove_layers",
-    "without_memory",
+    "without_storage",
 ]
 
-Spare = Mapping[str, Mapping[int, nn.Module]]
+RemovedLayers = Mapping[str, Mapping[int, nn.Module]]
 """Layers that are not in their stack now, by its name and their number as built."""
 
 
@@ -98,7 +98,7 @@ def remove_layers(
         try:
             reestimate_batch_norm(model, chain([first], data), partial(_run_there, forward))
         except BaseException:  # what is gone would be lost
-            arrange_layers(model, groups, now, current=plan, spare=gone)
+            arrange_layers(model, groups, now, current=plan, available=gone)
             raise
     elif gone and has_running_statistics(model):
         warnings.warn(
@@ -121,7 +121,7 @@ def arrange_layers(
     plan: PruningPlan,
     *,
     current: PruningPlan,
-    spare: Spare | None = None,
+    available: RemovedLayers | None = None,
 ) -> dict[str, dict[int, nn.Module]]:
     """Give every stack the layers of a plan, out of those it has and the spare ones.
 
@@ -132,7 +132,7 @@ def arrange_layers(
         groups: Stacks; those the plan does not name stay.
         plan: Layers to have, in the numbering of the model as built.
         current: Plan the model carries now.
-        spare: Layers to put back, in the shape they shall have.
+        available: Layers to put back, in the shape they shall have.
 
     Returns:
         The layers that left, by stack and number.
@@ -141,7 +141,7 @@ def arrange_layers(
         PruningError: If the plan and the model do not belong together, or a layer is missing.
     """
     mine = [group for group in groups if group.name in plan.sizes]
-    stock = {group.name: _stock(model, group, plan, current, spare or {}) for group in mine}
+    stock = {group.name: _stock(model, group, plan, current, available or {}) for group in mine}
     for path in sorted({group.network for group in mine}):
         own_config(model, path)
     gone: dict[str, dict[int, nn.Module]] = {}
@@ -167,7 +167,7 @@ def arrange_layers(
     return {name: layers for name, layers in gone.items() if layers}
 
 
-def without_memory(layer: nn.Module) -> nn.Module:
+def without_storage(layer: nn.Module) -> nn.Module:
     """The same layer without the memory of its parameters, kept to be filled one day."""
     _exchange(layer, lambda _, old: torch.empty_like(old, device="meta"))
     return layer
@@ -214,7 +214,11 @@ def _exchange(layer: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
 
 
 def _stock(
-    model: nn.Module, group: LayerStack, plan: PruningPlan, current: PruningPlan, spare: Spare
+    model: nn.Module,
+    group: LayerStack,
+    plan: PruningPlan,
+    current: PruningPlan,
+    available: RemovedLayers,
 ) -> dict[int, nn.Module]:
     """Every layer that can be had, by its number as built; checked against both plans."""
     kept = plan.kept[group.name]
@@ -224,7 +228,7 @@ def _stock(
     others = list(container.children())
     for place in kept:
         if place not in layers:
-            layer = spare.get(group.name, {}).get(place)
+            layer = available.get(group.name, {}).get(place)
             if layer is None:
                 raise PruningError(
                     f"Layer {place} of {group.name!r} is gone, and nothing is kept to bring it "
@@ -238,12 +242,12 @@ def _numbers(
     model: nn.Module, group: LayerStack, layers: Sequence[nn.Module]
 ) -> Iterator[tuple[Any, str, Any]]:
     """Numbers that must say something else, as (holder, attribute, value)."""
-    for path, name in group.fields:
+    for path, name in group.config_fields:
         if (config := _config(model, path)) is not None:
             yield config, name, len(layers)
     for new, layer in enumerate(layers):
         for module in layer.modules():
-            for name in group.places:
+            for name in group.index_attributes:
                 if isinstance(module.__dict__.get(name), int):
                     yield module, name, new
 
@@ -252,9 +256,11 @@ def _entries(
     model: nn.Module, group: LayerStack, kept: Sequence[int]
 ) -> Iterator[tuple[Any, str, Any]]:
     """Config fields with an entry for each layer, as (config, field, entries)."""
-    configs = {id(c): c for path, _ in group.fields if (c := _config(model, path)) is not None}
+    configs = {
+        id(c): c for path, _ in group.config_fields if (c := _config(model, path)) is not None
+    }
     for config in configs.values():
-        for name, built in group.lists:
+        for name, built in group.config_lists:
             entries = getattr(config, name, None)
             if isinstance(entries, (list, tuple)):
                 yield config, name, type(entries)(built[place] for place in kept)
@@ -265,7 +271,7 @@ def _config(model: nn.Module, path: str) -> Any:
 
 
 def _check(model: nn.Module, group: LayerStack, kept: Sequence[int], now: PruningPlan) -> None:
-    container = container_of(model, group.name)
+    container = layer_container(model, group.name)
     if len(container) != now.width(group.name):
         raise PruningError(
             f"{group.name!r} has {counted(len(container), 'layer')}; the plan expects "

@@ -27,7 +27,7 @@ from lightning_mi_prune.surgery.optimizer_state import (
 from lightning_mi_prune.surgery.units import Rewrite
 
 __all__ = [
-    "groups_of",
+    "parameter_names",
     "restore_state",
     "snapshot_state",
     "update_optimizers",
@@ -102,7 +102,9 @@ def update_optimizers(
     _rename(all_optimizers, names or {})
 
 
-def groups_of(optimizers: Iterable[Optimizer], names: Mapping[int, str]) -> list[list[list[str]]]:
+def parameter_names(
+    optimizers: Iterable[Optimizer], names: Mapping[int, str]
+) -> list[list[list[str]]]:
     """Which parameters every group of every optimizer holds, by name and in order ("" without)."""
     return [
         [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
@@ -164,7 +166,7 @@ def restore_state(
         replaced: New parameters by the ``id`` of the old ones.
         names: Qualified name of each new parameter by its ``id``.
         states: What :func:`snapshot_state` returned; it is not trusted.
-        groups: What :func:`groups_of` returned then; only needed where parameters return.
+        groups: What :func:`parameter_names` returned then; only needed where parameters return.
         returned: Parameters of layers that came back, by name; they take their old places.
 
     Raises:

@@ -13,7 +13,7 @@ from lightning_mi_prune.core.empty_linear import linear_at, modules_of
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.groups import DependencyGroup, entry_positions
-from lightning_mi_prune.surgery.empty_modules import is_ours
+from lightning_mi_prune.surgery.empty_modules import is_cut_forward
 
 __all__ = [
     "ParameterCut",
@@ -95,7 +95,7 @@ def config_numbers(groups: Sequence[DependencyGroup], plan: PruningPlan) -> dict
     """
     named: dict[str, list[DependencyGroup]] = {}
     for group in groups:
-        for name in () if group.config is None else (group.config, *group.twins):
+        for name in () if group.config is None else (group.config, *group.config_aliases):
             named.setdefault(name, []).append(group)
     numbers: dict[str, int] = {}
     for name, holders in named.items():
@@ -114,7 +114,7 @@ def config_numbers(groups: Sequence[DependencyGroup], plan: PruningPlan) -> dict
             or entries | {plan.width(group.name) for group in ends} != {numbers[field_name]}
         ):
             for group in (*tied, *ends):
-                for name in () if group.config is None else (group.config, *group.twins):
+                for name in () if group.config is None else (group.config, *group.config_aliases):
                     numbers[name] = group.size
     return numbers
 
@@ -162,7 +162,7 @@ def parameter_cuts(
         for s in group.tensors:
             old = parameter_of(model, s.tensor)
             key = (id(old), s.dim)
-            if cut_by.get(key) in (group.name, group.crossed or group.name):
+            if cut_by.get(key) in (group.name, group.product_with or group.name):
                 continue  # a tied parameter, reached by its other name, or by what crosses the group
             if key in cut_by:
                 raise PruningError(
@@ -242,10 +242,10 @@ def check_empty(model: nn.Module, groups: Sequence[DependencyGroup], plan: Pruni
                 "cannot be empty; expected at least one. Lower the sparsity, or exclude the group."
             )
         places = [s.module for s in group.empty_forward if not width]
-        places += [s.module for s in group.selects if width < group.size]
+        places += [s.module for s in group.unit_arguments if width < group.size]
         for path in places:
             forward = vars(model.get_submodule(path)).get("forward")
-            if forward is not None and not is_ours(forward):
+            if forward is not None and not is_cut_forward(forward):
                 raise PruningError(
                     f"{path!r} has a forward of its own, {forward!r:.80}; expected that of its "
                     "class, because the cut must replace it. Remove it, or exclude the group "

@@ -12,7 +12,7 @@ from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.graph import PruningGraph
 from lightning_mi_prune.discovery.groups import DependencyGroup
-from lightning_mi_prune.surgery.layers import Spare, arrange_layers
+from lightning_mi_prune.surgery.layers import RemovedLayers, arrange_layers
 from lightning_mi_prune.surgery.parameters import RotationMaps, owners
 from lightning_mi_prune.surgery.units import (
     Rewrite,
@@ -45,10 +45,10 @@ class ModelCut:
     before: PruningPlan
     after: PruningPlan
     rewrites: tuple[Rewrite, ...]
-    removed: Spare
+    removed: RemovedLayers
 
     @property
-    def lost(self) -> list[nn.Parameter]:
+    def removed_parameters(self) -> list[nn.Parameter]:
         """Parameters that left with their layers."""
         layers = (layer for stack in self.removed.values() for layer in stack.values())
         return [parameter for layer in layers for parameter in layer.parameters()]
@@ -80,7 +80,7 @@ def cut_model(
     _check_shared(model, graph, current, after)
     removed = arrange_layers(model, graph.stacks, after, current=current)
     try:
-        standing = graph.standing(after)
+        standing = graph.groups_at(after)
         rewrites = apply_plan(
             model, standing, plan, current=current, compensated=compensated, rotated=rotated
         )
@@ -97,7 +97,7 @@ def restore_model(
     values: Mapping[str, Tensor],
     *,
     current: PruningPlan,
-    spare: Spare,
+    available: RemovedLayers,
 ) -> ModelCut:
     """Give a model back the layers, units and values it had at an earlier plan.
 
@@ -107,14 +107,14 @@ def restore_model(
         plan: The earlier plan.
         values: Parameters and buffers of that time, by name.
         current: Plan the model carries now.
-        spare: Layers that are gone, hollow or not.
+        available: Layers that are gone, hollow or not.
 
     Raises:
         PruningError: If the values are not those of this model at this plan; it stays as it was.
     """
-    arrange_layers(model, graph.stacks, plan, current=current, spare=spare)
+    arrange_layers(model, graph.stacks, plan, current=current, available=available)
     try:
-        rewrites = restore_plan(model, graph.standing(plan), plan, values)
+        rewrites = restore_plan(model, graph.groups_at(plan), plan, values)
     except BaseException:
         _put_back(model, graph, {}, plan, current)
         raise
@@ -127,7 +127,7 @@ def reshape_model(
     plan: PruningPlan,
     *,
     current: PruningPlan,
-    spare: Spare,
+    available: RemovedLayers,
     only: Sequence[DependencyGroup] | None = None,
 ) -> ModelCut:
     """Give a model the layers and shapes of any plan, for weights that follow.
@@ -137,38 +137,44 @@ def reshape_model(
         graph: What it can lose, as built.
         plan: The plan.
         current: Plan the model carries now.
-        spare: Layers that are gone, hollow or not.
+        available: Layers that are gone, hollow or not.
         only: The groups that change, at their places in the plan; default: all.
 
     Raises:
         PruningError: If the plan and the model do not belong together; the model is as it was.
     """
-    removed = arrange_layers(model, graph.stacks, plan, current=current, spare=spare)
+    removed = arrange_layers(model, graph.stacks, plan, current=current, available=available)
     try:
-        rewrites = reshape_tensors(model, graph.standing(plan), plan, only)
+        rewrites = reshape_tensors(model, graph.groups_at(plan), plan, only)
     except BaseException:
         _put_back(model, graph, removed, plan, current)
         raise
     return ModelCut(current, plan, tuple(rewrites), removed)
 
 
-def cancel_cut(model: nn.Module, graph: PruningGraph, operation: ModelCut) -> Spare:
+def cancel_cut(model: nn.Module, graph: PruningGraph, operation: ModelCut) -> RemovedLayers:
     """Put everything back that an operation changed: the very parameters and layers.
 
     Returns:
         Layers that had come back, and left again.
     """
     done = operation
-    gone = arrange_layers(model, graph.stacks, done.before, current=done.after, spare=done.removed)
-    revert_rewrites(model, graph.standing(done.before), done.before, done.rewrites)
+    gone = arrange_layers(
+        model, graph.stacks, done.before, current=done.after, available=done.removed
+    )
+    revert_rewrites(model, graph.groups_at(done.before), done.before, done.rewrites)
     return gone
 
 
 def _put_back(
-    model: nn.Module, graph: PruningGraph, removed: Spare, now: PruningPlan, before: PruningPlan
+    model: nn.Module,
+    graph: PruningGraph,
+    removed: RemovedLayers,
+    now: PruningPlan,
+    before: PruningPlan,
 ) -> None:
-    arrange_layers(model, graph.stacks, before, current=now, spare=removed)
-    revert_rewrites(model, graph.standing(before), before, [])
+    arrange_layers(model, graph.stacks, before, current=now, available=removed)
+    revert_rewrites(model, graph.groups_at(before), before, [])
 
 
 def _check_shared(

@@ -17,7 +17,7 @@ from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan
 from lightning_mi_prune.discovery.groups import DependencyGroup, full_plan
 from lightning_mi_prune.surgery.empty_modules import (
     forward_without_units,
-    is_ours,
+    is_cut_forward,
     unit_argument_forward,
 )
 from lightning_mi_prune.surgery.parameters import (
@@ -343,19 +343,19 @@ def _touched(
 
 def _record(groups: Sequence[DependencyGroup], plan: PruningPlan) -> PruningPlan:
     """What a config says: whoever opens the folder finds only the layers that are there."""
-    names = {group.here or group.name: group.name for group in groups}
+    names = {group.current_name or group.name: group.name for group in groups}
     kept = {here: plan.kept[name] for here, name in names.items()}
     return PruningPlan({here: plan.sizes[name] for here, name in names.items()}, kept)
 
 
 def _stand_in(model: nn.Module, group: DependencyGroup, kept: Sequence[int]) -> None:
     """Put the stand-ins of a group in place, or take them away."""
-    for path in {s.module for s in group.empty_forward} | {s.module for s in group.selects}:
+    for path in {s.module for s in group.empty_forward} | {s.module for s in group.unit_arguments}:
         module = model.get_submodule(path)
-        if is_ours(module.__dict__.get("forward")):
+        if is_cut_forward(module.__dict__.get("forward")):
             del module.__dict__["forward"]
         module._buffers.pop(KEPT_UNITS, None)
-    for selects in group.selects if len(kept) < group.size else ():
+    for selects in group.unit_arguments if len(kept) < group.size else ():
         module = model.get_submodule(selects.module)
         index = torch.tensor(kept, dtype=torch.long, device=_device(module))
         module.register_buffer(KEPT_UNITS, index, persistent=False)

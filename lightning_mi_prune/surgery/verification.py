@@ -27,11 +27,11 @@ from lightning_mi_prune.surgery.transaction import cut_model
 
 __all__ = [
     "Failure",
-    "check_consumers",
-    "compiled_for",
+    "compiled_part",
     "copy_module",
     "half_plan",
     "held_elsewhere",
+    "verify_cut",
 ]
 
 Step = Callable[[nn.Module], Any]
@@ -73,7 +73,7 @@ class Failure:
         return f"{where}: {self.error}"
 
 
-def check_consumers(
+def verify_cut(
     module: nn.Module,
     graph: PruningGraph,
     current: PruningPlan,
@@ -145,7 +145,7 @@ def half_plan(groups: Sequence[DependencyGroup], current: PruningPlan) -> Prunin
     return PruningPlan({group.name: group.size for group in groups}, kept)
 
 
-def compiled_for(module: nn.Module, cut: Iterable[str]) -> str | None:
+def compiled_part(module: nn.Module, cut: Iterable[str]) -> str | None:
     """Path of a compiled module that holds some of what is cut; None if there is none.
 
     Args:
@@ -304,7 +304,7 @@ def _parts(
 ) -> list[tuple[str, PruningPlan]]:
     """The plan, one group at a time, the largest kinds of cut first."""
     kinds = {part.name: part.kind for part in graph.parts}
-    there = {group.name for group in graph.standing(current.then(plan))}
+    there = {group.name for group in graph.groups_at(current.then(plan))}
     there |= {stack.name for stack in graph.stacks}
     cut = [n for n in plan.sizes if plan.kept[n] != current.kept[n] and n in there]
     order = sorted(cut, key=lambda name: (kinds[name] != "hidden", kinds[name], name))

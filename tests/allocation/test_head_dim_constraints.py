@@ -160,12 +160,12 @@ def test_axes_described_after_a_layer_went_cross_their_own_layer():
     model = BertForSequenceClassification(BertConfig(**{**SMALL, "num_hidden_layers": 3}))
     tracker = PlanTracker.of(model, find_stacks)
     (stack,) = tracker.graph.stacks
-    plan = tracker.graph.without(tracker.plan, {stack.name: (0, 2)})
+    plan = tracker.graph.keep_layers(tracker.plan, {stack.name: (0, 2)})
     done = cut_model(model, tracker.graph, plan, current=tracker.plan)
     tracker.plan = done.after
     tracker.store(done.removed)
     groups = {group.name: group for group in PlanTracker.of(model, find_groups).groups}
-    crossing = {name: group.crossed for name, group in groups.items() if group.crossed}
+    crossing = {name: group.product_with for name, group in groups.items() if group.product_with}
     assert {name.rpartition(".")[0] for name in crossing} >= {f"{stack.name}.2"}
     for name, crossed in crossing.items():
         assert name.rpartition(".")[0] == crossed.rpartition(".")[0]
@@ -173,9 +173,9 @@ def test_axes_described_after_a_layer_went_cross_their_own_layer():
 
 def test_axes_keep_what_crosses_them_wherever_they_stand():
     net = nn.ModuleDict({"inner": build()})
-    pairs = {group.name: group.crossed for group in find_groups(net) if group.crossed}
+    pairs = {group.name: group.product_with for group in find_groups(net) if group.product_with}
     assert pairs
     assert all(pairs[other] == name for name, other in pairs.items())
     group = next(group for group in find_groups(net) if group.rotation is not None)
     assert net.get_submodule(group.rotation.query).out_features == group.size * group.entries
-    assert replace(group, rotation=None).reads == group.places
+    assert replace(group, rotation=None).unit_inputs == group.inputs

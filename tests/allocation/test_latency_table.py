@@ -291,10 +291,12 @@ def crossing(stream=False):
         q, heads, dims = f"{layer}.q", f"{layer}.heads", f"{layer}.head_dim"
         both = (PrunableDim(q, 0, (32, 16)),)
         groups.append(
-            DependencyGroup(heads, "heads", 4, 8, both, ("o",), crossed=dims, may_be_empty=True)
+            DependencyGroup(
+                heads, "heads", 4, 8, both, ("o",), product_with=dims, may_be_empty=True
+            )
         )
         groups.append(
-            DependencyGroup(dims, "head_dim", 8, 4, both, ("o",), crossed=heads, spread=True)
+            DependencyGroup(dims, "head_dim", 8, 4, both, ("o",), product_with=heads, strided=True)
         )
     if stream:
         groups.append(

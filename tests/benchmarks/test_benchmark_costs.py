@@ -1,4 +1,4 @@
-"""The benchmarks of cost: rivals that compute what we do, fits, records; never a time."""
+"""The benchmarks of cost: baselines that compute what we do, fits, records; never a time."""
 
 from __future__ import annotations
 

@@ -78,11 +78,11 @@ def test_a_setting_changes_one_thing_but_for_the_few_that_explain_one() -> None:
     several = {setting.name: setting.changes for setting in SETTINGS}
     assert several.pop("default") == set()
     assert {name for name, changes in several.items() if len(changes) > 1} == {
-        "no new weights",
+        "weights unchanged",
         "top-k, compensation alone",
         "no relevance, uniform",
         "literal reading",
-        "residual, same MACs",
+        "hidden size, same MACs",
     }
     assert len(NAMED) == len(SETTINGS)
     known = {field.name for field in fields(Setting)} - {"name"}
@@ -143,11 +143,11 @@ def test_the_default_setting_is_our_variant() -> None:
 @pytest.mark.usefixtures("opened")
 def test_where_macs_are_counted_as_many_stay_as_the_default_leaves() -> None:
     default = measured("trec-6", 0, DEFAULT, 0.6)
-    for name in ("MACs", "residual, same MACs"):
+    for name in ("MACs", "hidden size, same MACs"):
         found = measured("trec-6", 0, NAMED[name], 0.6)
         assert 0.9 * default["macs"] < found["macs"] <= default["macs"]
 
 
 def test_gradients_of_fewer_batches_are_spread(subject: Subject) -> None:
     found = calibrate_gradients(subject.model, subject.chosen, labelled(range(12)), steps=4)
-    assert {tuple(sums.attributes.tolist()) for sums in found.values()} == {(4 * 32, 4, 0)}
+    assert {tuple(sums.counts.tolist()) for sums in found.values()} == {(4 * 32, 4, 0)}

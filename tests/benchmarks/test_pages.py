@@ -61,7 +61,7 @@ def test_intervals_are_paired_by_seed() -> None:
     assert by_seed(several, ["trec-6", "tweets-3"]) == {0: pytest.approx(-5.0)}
 
 
-def test_a_rival_that_wins_is_listed_and_one_that_does_not_is_not() -> None:
+def test_a_baseline_that_wins_is_listed_and_one_that_does_not_is_not() -> None:
     records = seeds(MINE, -1.0, -1.2) + seeds(TAYLOR, -0.5, -0.6) + seeds(MASKS, -3.0, -3.0)
     lines = lost(records)
     assert "in 1 of 2 cells" in lines[0]
@@ -90,7 +90,7 @@ def test_a_better_mean_counts_even_on_other_seeds() -> None:
     assert "in 1 of 1 cells" in lost(both)[0]
     assert "in 0 of 1 cells" in lost([ours, record(TAYLOR, -1.0)])[0]  # a draw is no loss
     less = [record(gap=-1.0), record(TAYLOR, -0.5, reached=0.6)]
-    assert "(60% gone)" in lost(less)[-1]
+    assert "(60% removed)" in lost(less)[-1]
 
 
 def test_means_go_over_tasks_of_one_model_with_seeds_enough() -> None:
@@ -150,7 +150,7 @@ def test_ablations_are_paired_by_seed(tmp_path: Path) -> None:
         *(made("default", 1, 0.8, 0.5), made("ridge 10", 2, 0.8, 0.5)),
     ]
     lines = table_lines("ablations", stored(tmp_path, records))
-    assert lines[0].startswith("**trec-6, 75% gone**; dense 90.00%, 0.200 nats; 10 test rows.")
+    assert lines[0].startswith("**trec-6, 75% sparsity**; dense 90.00%, 0.200 nats; 10 test rows.")
     assert lines[4:] == [
         "| default | 2 | +0.200 (+0.100 .. +0.300) |  | -10.00 (-10.00 .. -10.00) |  | 25% | 2 |",
         "| top-k | 2 | +0.350 (+0.300 .. +0.400) | +0.150 (+0.100 .. +0.200) "
@@ -164,7 +164,7 @@ def test_teachers_are_paired_by_seed(tmp_path: Path) -> None:
     records = [
         Record(
             "distillation",
-            {"task": "trec-6", "sparsity": 0.75, "steps": 3, "taught_by": way},
+            {"task": "trec-6", "sparsity": 0.75, "steps": 3, "loss": way},
             seed,
             {"accuracy": 0.5 + gain * seed, "cross_entropy": 0.25},
             {},
@@ -181,8 +181,8 @@ def test_teachers_are_paired_by_seed(tmp_path: Path) -> None:
 
 
 def test_lengths_show_what_share_of_the_ratio_is_reached() -> None:
-    def made(cpu: str, layout: str, compiled: bool, ms: float) -> Record:
-        setting = {"task": "trec-6", "length": 23, "compiled": compiled, "layout": layout}
+    def made(cpu: str, widths: str, compiled: bool, ms: float) -> Record:
+        setting = {"task": "trec-6", "length": 23, "compiled": compiled, "widths": widths}
         figures = {"macs": 25, "dense_macs": 100, "ms_b1": 4.0, "dense_ms_b1": 8.0}
         figures |= {"ms_b32": ms, "dense_ms_b32": 60.0}
         machine = {"cpu": cpu, "threads": 2}
@@ -295,12 +295,12 @@ def test_figures_have_a_panel_a_task_and_clip_what_is_far_below() -> None:
         for each in [*seeds(MINE, -1.0, -2.0, -4.5, task=task), record(TAYLOR, -60.0, task=task)]
     ]
     figure = plots.draw(records, "size")
-    panels = [groups for groups in figure.groups if groups.get_visible()]
-    assert [groups.get_title(loc="left") for groups in panels] == [
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in panels] == [
         f"{task}: dense 90.0%, seeds: 3" for task in "abc"
     ]
-    for groups in panels:
-        ours, taylor = groups.containers
+    for axes in panels:
+        ours, taylor = axes.containers
         assert ours.lines[0].get_ydata() == pytest.approx([-2.5])
         assert taylor.lines[0].get_ydata() == pytest.approx([plots.FLOORS[0]])
     assert comparison.points(records[0][0]) == pytest.approx(-1.0)

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_mi_prune.calibration.layer_outputs import LayerRecorder
 from lightning_mi_prune.calibration.layer_similarity import LayerAngles, LayerCKA
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.discovery.containers import blocks_of
+from lightning_mi_prune.discovery.containers import layer_paths
 from tests.support.models import batch, build
 from tests.support.ranks import grouped, launch, place
 
@@ -38,7 +38,7 @@ def test_sums_are_those_of_the_states_themselves():
     alignment, angles = LayerCKA(3), LayerAngles(4)
     alignment.update(states[1:])
     angles.update(states)
-    with LayerRecorder(net, blocks_of(net, "")) as heard:
+    with LayerRecorder(net, layer_paths(net, "")) as heard:
         net(x)
     assert torch.allclose(heard.alignment.compute(), alignment.compute())
     assert torch.allclose(heard.angles.compute(), angles.compute())
@@ -47,7 +47,7 @@ def test_sums_are_those_of_the_states_themselves():
 
 def test_a_layer_that_does_nothing_is_a_copy_and_turns_nothing():
     net = tower(0.5, 0.0, 1.0)
-    with LayerRecorder(net, blocks_of(net, "")) as heard:
+    with LayerRecorder(net, layer_paths(net, "")) as heard:
         for _ in range(4):
             net(torch.randn(32, 16, dtype=torch.float64))
     cka, angles = heard.alignment.compute(), heard.angles.compute()
@@ -60,7 +60,7 @@ def test_a_layer_that_does_nothing_is_a_copy_and_turns_nothing():
 
 def test_padding_is_not_heard_and_the_draw_is_the_same_everywhere():
     model = build("bert")
-    blocks = blocks_of(model, "bert.encoder.layer")
+    blocks = layer_paths(model, "bert.encoder.layer")
     inputs = batch(8, 12)
     real = int(inputs["attention_mask"].sum())
     with LayerRecorder(model, blocks, scope="bert") as all_of_it, torch.no_grad():
@@ -81,21 +81,21 @@ def test_padding_is_not_heard_and_the_draw_is_the_same_everywhere():
 
 def test_pictures_are_one_sample_each():
     net = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)))
-    with LayerRecorder(net, blocks_of(net, "")) as heard:
+    with LayerRecorder(net, layer_paths(net, "")) as heard:
         net(torch.randn(10, 3, 6, 6))
     assert heard.alignment.pairs == 10 * 7
 
 
 def test_hooks_come_off_also_after_an_error():
     net = tower(0.5, 0.1)
-    with pytest.raises(RuntimeError), LayerRecorder(net, blocks_of(net, "")):
+    with pytest.raises(RuntimeError), LayerRecorder(net, layer_paths(net, "")):
         net(torch.randn(4, 5, dtype=torch.float64))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
 def stack_of(seeds):
     net = tower(0.5, 0.1, 1.0)
-    with LayerRecorder(net, blocks_of(net, "")) as heard:
+    with LayerRecorder(net, layer_paths(net, "")) as heard:
         for seed in seeds:
             draw = torch.Generator().manual_seed(seed)
             net(torch.randn(32, 16, generator=draw, dtype=torch.float64))
@@ -116,22 +116,22 @@ def test_two_ranks_hear_what_one_does():
 def test_what_is_no_stack_is_refused_before_it_is_heard():
     model = build("bert")
     with pytest.raises(PruningError, match="is no module"):
-        blocks_of(model, "bert.nowhere")
+        layer_paths(model, "bert.nowhere")
     with pytest.raises(PruningError, match=r"expected an nn\.ModuleList"):
-        blocks_of(model, "bert.embeddings")
+        layer_paths(model, "bert.embeddings")
     with pytest.raises(PruningError, match=r"holds 1 layer "):
-        blocks_of(nn.Sequential(nn.Linear(2, 2)), "")
+        layer_paths(nn.Sequential(nn.Linear(2, 2)), "")
     with pytest.raises(PruningError, match=r"\['Linear', 'ReLU'\]"):
-        blocks_of(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "")
+        layer_paths(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "")
     with pytest.raises(PruningError, match="nothing to compare"):
         LayerRecorder(model, ["bert.encoder.layer.0"])
     with pytest.raises(PruningError, match="are no modules"):
         LayerRecorder(model, ["bert.encoder.layer.0", "bert.encoder.layer.9"])
     with pytest.raises(PruningError, match="positions=3"):
-        LayerRecorder(model, blocks_of(model, "bert.encoder.layer"), positions=3)
+        LayerRecorder(model, layer_paths(model, "bert.encoder.layer"), positions=3)
     shared = nn.Linear(4, 4)
     with pytest.raises(PruningError, match="Layers of '' are one and the same"):
-        blocks_of(nn.Sequential(shared, nn.Linear(4, 4), shared, nn.Linear(4, 4)), "")
+        layer_paths(nn.Sequential(shared, nn.Linear(4, 4), shared, nn.Linear(4, 4)), "")
     with pytest.raises(PruningError, match="weights are shared"):
         LayerRecorder(nn.Sequential(shared, shared), ["0", "1"])
 

@@ -91,7 +91,7 @@ def test_padding_is_not_heard(family, head):
     rows, real = len(inputs["input_ids"]), int(inputs["attention_mask"].sum())
     shared = 2 if family == "albert" else 1  # one layer that runs twice
     for group in groups:
-        for key, consumers in group.places.items():
+        for key, consumers in group.inputs.items():
             pooled = any(
                 word in consumers[0] for word in ("pooler", "classifier", "sequence_summary")
             )

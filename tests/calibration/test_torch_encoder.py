@@ -21,7 +21,7 @@ from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.calls import RecordedCall, merge_calls, split_call
 from lightning_mi_prune.calibration.gradients import GradientRecorder
 from lightning_mi_prune.calibration.layer_outputs import LayerRecorder
-from lightning_mi_prune.discovery.containers import blocks_of
+from lightning_mi_prune.discovery.containers import layer_paths
 from lightning_mi_prune.discovery.families import find_groups, register_family
 from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.pipeline import PruningMethod, prune
@@ -70,7 +70,7 @@ def describe(net):
         ends = {"producers": [f"{path}.linear1"], "consumers": [f"{path}.linear2"]}
         group = linear_group(net, f"ffn{i}", kind="ffn", level=i, **ends)
         stream = f"{path}.norm2" if layer.norm_first else f"{path}.linear1"
-        found.append(replace(group, skip=stream))
+        found.append(replace(group, residual=stream))
     return found
 
 
@@ -188,7 +188,7 @@ def test_what_comes_out_is_the_same_with_hooks_and_without():
         assert (want[:, SHORT:] == 0).all()
         with (
             ActivationRecorder(net, find_groups(net)),
-            LayerRecorder(net, blocks_of(net, "encoder.layers")),
+            LayerRecorder(net, layer_paths(net, "encoder.layers")),
         ):
             got = net.encoder(x, src_key_padding_mask=padding)
     assert torch.allclose(got, want, atol=1e-5)
@@ -293,7 +293,7 @@ def test_layers_of_a_stack_are_compared_without_padding(options):
     found = []
     for padded in (True, False):
         net = Net(layers=3, **options).eval()
-        blocks = blocks_of(net, "encoder.layers")
+        blocks = layer_paths(net, "encoder.layers")
         with LayerRecorder(net, blocks, positions=1000, calls=100) as heard, torch.no_grad():
             net(*batches(net, padded=padded)[0])
         assert heard.angles.count == 24 * SHORT

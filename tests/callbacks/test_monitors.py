@@ -816,21 +816,21 @@ class AfterCut(pl.Callback):
         return {n for n, p in live.items() if not (p.numel() and torch.equal(p, self.then[n]))}
 
 
-def groups_of(optimizers, module):
+def parameter_names(optimizers, module):
     names = {id(p): n for n, p in module.named_parameters()}
     return [[[names[id(p)] for p in g["params"]] for g in o.param_groups] for o in optimizers]
 
 
 def test_two_optimizers_in_turn_keep_their_own_networks():
     module, after = Adversarial(), AfterCut()
-    before = groups_of(module.configure_optimizers(), module)
+    before = parameter_names(module.configure_optimizers(), module)
     fitted, prune = run(module, after)
     is_cut_and_clean(module, prune)
     kept = {n: prune.plan.width(n) / size for n, size in prune.plan.sizes.items()}
     assert all(min(kept[n] for n in kept if part in n) < 1 for part in ("model.", "judge."))
     live = {n for n, _ in module.named_parameters()}  # those of vanished sublayers left
     left = [[[n for n in group if n in live] for group in groups] for groups in before]
-    assert groups_of(fitted.optimizers, module) == left
+    assert parameter_names(fitted.optimizers, module) == left
     still = {n for n, _ in module.named_parameters()} - after.moved(module)
     assert all(is_idle(name) for name in still), still
 
@@ -909,7 +909,7 @@ def test_a_backbone_that_thaws_late_is_cut_frozen_and_trained_after(epoch, first
     module, after = Backbone(), AfterCut(3)
     fitted, prune = run(module, finetuning(epoch), after, Save(), first=first)
     is_cut_and_clean(module, prune)
-    (groups,) = groups_of(fitted.optimizers, module)
+    (groups,) = parameter_names(fitted.optimizers, module)
     assert len(groups) == 2
     held = sorted(groups[0] + groups[1])
     assert held == sorted(n for n, _ in module.named_parameters())
@@ -919,7 +919,7 @@ def test_a_backbone_that_thaws_late_is_cut_frozen_and_trained_after(epoch, first
     # Lightning itself leaves a thawed backbone frozen on resuming; its groups it restores.
     again, resumed = trainer(quiet(), finetuning(epoch)), Backbone()
     again.fit(resumed, ckpt_path=tmp_path / f"{epoch}.ckpt", weights_only=True)
-    assert groups_of(again.optimizers, resumed) == [groups]
+    assert parameter_names(again.optimizers, resumed) == [groups]
     assert size(resumed.state_dict()) == size(module.state_dict()) < BUILT
 
 
@@ -989,10 +989,10 @@ def test_parameter_groups_keep_their_members_and_rates():
 
     module, after = Groups(), AfterCut()
     start = module.configure_optimizers()
-    members, options = groups_of([start], module), numbers(start)
+    members, options = parameter_names([start], module), numbers(start)
     fitted, prune = run(module, after)
     is_cut_and_clean(module, prune)
-    assert groups_of(fitted.optimizers, module) == members
+    assert parameter_names(fitted.optimizers, module) == members
     assert numbers(fitted.optimizers[0]) == options
     still = {n for n, _ in module.named_parameters()} - after.moved(module)
     assert all(is_idle(name) for name in still), still

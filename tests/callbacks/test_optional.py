@@ -128,7 +128,7 @@ def test_only_networks_that_lose_layers_are_copied(monkeypatch):
     module = Pair()
     graph = PruningGraph(stacks=tuple(find_stacks(module)))
     name = f"student.{STACK.removeprefix('model.')}"
-    plan = graph.without(graph.full, {name: (0, 1, 4, 5)})
+    plan = graph.keep_layers(graph.full, {name: (0, 1, 4, 5)})
     seen = []
 
     def copied(root, networks):

@@ -25,7 +25,7 @@ from lightning_mi_prune.callbacks.monitors import MetricGuard
 from lightning_mi_prune.cli.program import prune_module
 from lightning_mi_prune.core.errors import counted, number, shortened
 from lightning_mi_prune.core.options import Constraints
-from lightning_mi_prune.discovery.families import find_groups, untouched
+from lightning_mi_prune.discovery.families import find_groups, modules_without_groups
 from lightning_mi_prune.discovery.graph import choose_groups, summarize_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup
 from lightning_mi_prune.pipeline import PruningMethod
@@ -57,7 +57,7 @@ def quiet(**options):
 def test_a_module_that_an_expression_names_but_cannot_cut_is_mentioned(option):
     module = WithHead()
     groups = find_groups(module)
-    others = untouched(module, groups)
+    others = modules_without_groups(module, groups)
     with pytest.warns(PruningWarning, match=rf"{option}='head' finds 2 groups.* module 'head'"):
         chosen = choose_groups(groups, modules=others, **{option: "head"})
     assert {group.kind for group in chosen} == {"heads" if option == "include" else "ffn"}
@@ -73,15 +73,17 @@ def test_expressions_that_find_what_they_name_are_not_remarked_upon(expression):
     groups = find_groups(module)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose_groups(groups, include=expression, modules=untouched(module, groups))
+        assert choose_groups(
+            groups, include=expression, modules=modules_without_groups(module, groups)
+        )
 
 
 def test_modules_that_belong_to_groups_are_not_without_them():
     model = build()
-    others = untouched(model, find_groups(model))
+    others = modules_without_groups(model, find_groups(model))
     assert others == []  # the residual stream meets every matrix
     groups = [group for group in find_groups(model) if group.kind == "heads"]
-    others = untouched(model, groups)
+    others = modules_without_groups(model, groups)
     assert "classifier" in others
     assert not any("attention" in path for path in others)
 

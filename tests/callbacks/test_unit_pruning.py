@@ -526,7 +526,7 @@ BAD_RUNS = [
     (fit_with(options={"include": "decoder"}), "include='decoder' matches no group"),
     (fit_with(options={"exclude": "decoder"}), "exclude='decoder' matches no group"),
     (fit_with(options={"exclude": "model"}), "Nothing is left to prune"),
-    (fit_with(options={"units": ["neurons"]}), "units names 'neurons'"),
+    (fit_with(options={"units": ["neurons"]}), "names 'neurons'"),
     (fit_with(lambda: Classifier(validation_rows=2)), "Only .* at .* but scoring against"),
     (fit_with(NotANumber), "NaN or infinite activations at 'model.bert.encoder.layer.1.ffn'"),
     (fit_with(Silent), "Nothing was heard at"),

@@ -480,7 +480,7 @@ def test_a_number_that_disagrees_never_changes_the_outputs(family, residual, tmp
     model.save_pretrained(tmp_path)
     before = outputs(model, inputs_of(head))
     fields = {group.config for group in find_groups(model)} - {None}
-    fields |= {twin for group in find_groups(model) for twin in group.twins if residual}
+    fields |= {twin for group in find_groups(model) for twin in group.config_aliases if residual}
     original = (tmp_path / "config.json").read_text()
     for name, number in itertools.product(fields, (48, 12, 2)):
         (tmp_path / "config.json").write_text(original)

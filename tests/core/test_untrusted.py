@@ -37,7 +37,7 @@ from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.pipeline import PruningMethod
 from lightning_mi_prune.reporting.report import PruningReport
 from lightning_mi_prune.surgery.optimizers import (
-    groups_of,
+    parameter_names,
     restore_state,
     snapshot_state,
     update_optimizers,
@@ -315,7 +315,7 @@ def trained(optimizer=torch.optim.AdamW, steps=1):
     tensors = [*model.named_parameters(), *model.named_buffers()]
     weights = {name: t.detach().clone() for name, t in tensors}
     kept = snapshot_state([adam], names)
-    trial = Snapshot(1, 0.0, 1.0, tracker.plan, weights, kept, groups_of([adam], names))
+    trial = Snapshot(1, 0.0, 1.0, tracker.plan, weights, kept, parameter_names([adam], names))
     return model, tracker, adam, trial
 
 

@@ -58,19 +58,19 @@ def test_choose_by_kind_and_name():
     def names(**options):
         return [a.name for a in choose_groups(AXES, **options)]
 
-    assert names(units=["ffn"]) == ["layer.0.ffn", "layer.1.ffn"]
-    assert names(units=["ffn", "heads"], include=r"layer\.0") == ["layer.0.ffn", "layer.0.heads"]
-    assert names(units=["ffn", "heads"], exclude="heads$") == ["layer.0.ffn", "layer.1.ffn"]
+    assert names(kinds=["ffn"]) == ["layer.0.ffn", "layer.1.ffn"]
+    assert names(kinds=["ffn", "heads"], include=r"layer\.0") == ["layer.0.ffn", "layer.0.heads"]
+    assert names(kinds=["ffn", "heads"], exclude="heads$") == ["layer.0.ffn", "layer.1.ffn"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"units": ["pooler"]}, r"'pooler'.*only units=\['ffn', 'heads'\]"),
-        ({"units": ["ffn"], "include": "decoder"}, "matches no group; the names look like"),
-        ({"units": ["ffn"], "exclude": "decoder"}, "matches no group"),
-        ({"units": ["ffn"], "include": "("}, "not a regular expression"),
-        ({"units": ["ffn"], "exclude": "ffn"}, "Nothing is left to prune"),
+        ({"kinds": ["pooler"]}, r"'pooler'.*this model has \['ffn', 'heads'\]"),
+        ({"kinds": ["ffn"], "include": "decoder"}, "matches no group; the names look like"),
+        ({"kinds": ["ffn"], "exclude": "decoder"}, "matches no group"),
+        ({"kinds": ["ffn"], "include": "("}, "not a regular expression"),
+        ({"kinds": ["ffn"], "exclude": "ffn"}, "Nothing is left to prune"),
     ],
 )
 def test_choices_that_leave_nothing_or_match_nothing(options, message):

@@ -109,11 +109,13 @@ def test_the_stream_is_described_whole(family, head):
         for dim, width in enumerate(parameter.shape):
             if width == 24 and (id(parameter), dim) not in cut:
                 assert name.endswith("predictions.dense.weight"), (name, dim)
-    assert set(group.consumers) == {consumer for site in group.consumer_sets for consumer in site}
-    assert len(group.places) == len(group.consumer_sets)
+    assert set(group.consumers) == {
+        consumer for site in group.consumers_by_input for consumer in site
+    }
+    assert len(group.inputs) == len(group.consumers_by_input)
     assert group.level == min(a.level for a in groups) == -1
     assert group.name not in {a.name for a in choose_groups(groups)}
-    assert [a.name for a in choose_groups(groups, units=["hidden"])] == [group.name]
+    assert [a.name for a in choose_groups(groups, kinds=["hidden"])] == [group.name]
     for norm in group.norms:
         assert isinstance(model.get_submodule(norm), nn.LayerNorm)
     # A tied decoder is counted once.
@@ -132,7 +134,7 @@ def test_skips_and_readers_above(family, head):
     def ran(module, inputs, *, name):
         order.append(name)
         for group in groups:
-            if name == group.skip:
+            if name == group.residual:
                 streams.setdefault(group.name, inputs[0])
 
     def wrote(module, inputs, output, *, name):
@@ -414,8 +416,8 @@ def test_heads_that_no_table_describes_have_no_such_group():
     ):
         kinds = {group.kind for group in find_groups(model)}
         assert kinds - {"head_dim"} == {"ffn", "heads"}
-        with pytest.raises(PruningError, match=r"units names 'hidden', but this model has only"):
-            choose_groups(find_groups(model), units=["hidden"])
+        with pytest.raises(PruningError, match=r"names 'hidden'; this model has"):
+            choose_groups(find_groups(model), kinds=["hidden"])
 
 
 def test_a_strange_embedding_leaves_the_other_axes_alone():

@@ -367,7 +367,7 @@ def torch_encoder(norm_first: bool, _: Path) -> Record:
             ends = {"producers": [f"{path}.linear1"], "consumers": [f"{path}.linear2"]}
             group = linear_group(net, f"ffn{i}", kind=FFN, level=i, **ends)
             stream = f"{path}.norm2" if layer.norm_first else f"{path}.linear1"
-            found.append(replace(group, skip=stream))
+            found.append(replace(group, residual=stream))
         return found
 
     data = []

@@ -97,7 +97,7 @@ def test_a_cut_model_computes_what_the_masked_model_computes(family):
     assert torch.allclose(outputs(model, inputs), outputs(masked, inputs), atol=1e-5)
     for group in groups:
         if group.rotation is not None:
-            width = plan.width(group.name) * plan.width(group.crossed)
+            width = plan.width(group.name) * plan.width(group.product_with)
             assert model.get_submodule(group.rotation.query).out_features == width
             assert model.get_submodule(group.rotation.consumer).in_features == width
 
@@ -215,7 +215,7 @@ def test_rankings_end_with_all_the_loss_and_all_the_information():
     chosen = [group for group in groups if group.kind in ("heads", "head_dim")]
     found = rank_groups(chosen, moments, weights, full_plan(groups), relevance=relevance)
     for group, turn, _ in turns(model):
-        dims, heads = found[group.name], found[group.crossed]
+        dims, heads = found[group.name], found[group.product_with]
         assert dims.order == tuple(reversed(range(group.size)))
         assert list(dims.loss) == sorted(dims.loss)
         assert list(dims.nats) == sorted(dims.nats)
@@ -232,17 +232,23 @@ def test_heads_are_judged_by_the_dimensions_that_stay():
     weights = dict(model.named_parameters())
     moments, relevance = known(model, groups)
     said = (moments, weights, full_plan(groups))
-    pair = [a for a in groups if a.name in (group.name, group.crossed)]
+    pair = [a for a in groups if a.name in (group.name, group.product_with)]
     alone = rank_groups(pair, *said, relevance=relevance)
     beside = rank_groups(
-        pair, *said, relevance=relevance, crossed_kept={group.name: (0,), group.crossed: (0, 2)}
+        pair,
+        *said,
+        relevance=relevance,
+        crossed_kept={group.name: (0,), group.product_with: (0, 2)},
     )
-    assert beside[group.crossed].loss[-1] < alone[group.crossed].loss[-1]
+    assert beside[group.product_with].loss[-1] < alone[group.product_with].loss[-1]
     assert beside[group.name].loss[-1] < alone[group.name].loss[-1]
     same = rank_groups(
         pair,
         *said,
         relevance=relevance,
-        crossed_kept={group.name: (*range(group.size),), group.crossed: (*range(group.entries),)},
+        crossed_kept={
+            group.name: (*range(group.size),),
+            group.product_with: (*range(group.entries),),
+        },
     )
     assert same == alone

@@ -264,7 +264,7 @@ def test_evidence_of_a_stream_has_one_site_wherever_it_is_read():
         full_plan(groups),
         groups,
     )
-    assert len(consumer_sets) == len(stream.consumer_sets) == 2 * 2 + 1
+    assert len(consumer_sets) == len(stream.consumers_by_input) == 2 * 2 + 1
     assert all(len(site.mean) == stream.size for site in consumer_sets)
     whole = Relevance(torch.eye(stream.size, dtype=torch.float64), over_units=True)
     seen = unit_statistics(
@@ -274,7 +274,7 @@ def test_evidence_of_a_stream_has_one_site_wherever_it_is_read():
         full_plan(groups).kept,
         full_plan(groups),
         groups,
-        dict.fromkeys(stream.places, whole),
+        dict.fromkeys(stream.inputs, whole),
     )
     assert all(torch.allclose(s.above(), s.covariance) for s in seen)
 

@@ -401,7 +401,7 @@ def test_what_autocast_made_coarse_runs_again_in_full():
 
     model = Fed()
     group = linear_group(model.net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
-    group = replace(group.prefixed("net"), skip=None)
+    group = replace(group.prefixed("net"), residual=None)
     coarse, heard = (
         torch.autocast("cpu", torch.bfloat16),
         ActivationRecorder(model, [group], calls=64),

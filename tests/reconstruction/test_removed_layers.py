@@ -39,11 +39,11 @@ def body(model):
     return PruningGraph(tuple(units), tuple(find_stacks(model)))
 
 
-def without(graph, *gone, current=None):
+def keep_layers(graph, *gone, current=None):
     """A plan in which no stack has these layers."""
     now = graph.full if current is None else current
     layers = {s.name: tuple(i for i in now.kept[s.name] if i not in gone) for s in graph.stacks}
-    return graph.without(now, layers)
+    return graph.keep_layers(now, layers)
 
 
 def shorter(model, graph, plan, call, *, take=True, current=None, **options):
@@ -119,7 +119,7 @@ def test_a_constant_that_layers_added_is_taken_over_to_the_last_digit():
     graph = body(model)
     (stack,) = graph.stacks
     with torch.no_grad():
-        for projection, _ in stack.adds:
+        for projection, _ in stack.residual_branches:
             model.get_submodule(f"{stack.name}.1.{projection}").weight.zero_()
     call = call_of(pictures(64))
     plan = without(graph, 1)

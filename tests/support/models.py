@@ -148,7 +148,7 @@ def duplicate(model: nn.Module, group: DependencyGroup, source: int, target: int
             if s.dim == 0:
                 tensor = model.get_parameter(s.tensor)
                 tensor[target * g : target * g + g] = tensor[source * g : source * g + g]
-        if group.selects:  # heads that a table shared by all layers tells apart
+        if group.unit_arguments:  # heads that a table shared by all layers tells apart
             for name, table in model.named_parameters():
                 if "relative_attention_bias" in name:
                     table[:, target] = table[:, source]

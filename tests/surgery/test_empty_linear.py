@@ -19,7 +19,7 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.groups import full_plan
 from lightning_mi_prune.pipeline import PruningMethod, prune
-from lightning_mi_prune.surgery.optimizers import groups_of, update_optimizers
+from lightning_mi_prune.surgery.optimizers import parameter_names, update_optimizers
 from lightning_mi_prune.surgery.units import apply_plan, reshape_tensors
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import CONFIGS, PICTURES, build, inputs_of, outputs
@@ -28,7 +28,7 @@ FAMILIES = [(f, "sequence") for f in CONFIGS] + [(f, "image") for f in PICTURES]
 GONE = ("heads", "ffn")
 
 
-def without(model, kinds=GONE, layers=99):
+def keep_layers(model, kinds=GONE, layers=99):
     """The model without units of some kinds, its groups and the plan."""
     groups = find_groups(model)
     full = full_plan(groups)
@@ -198,7 +198,7 @@ def test_a_run_resumes_with_the_groups_it_had(module, tmp_path):
 
     def grouped(run, module):
         names = {id(p): name for name, p in module.named_parameters()}
-        return groups_of(run.strategy.optimizers, names)
+        return parameter_names(run.strategy.optimizers, names)
 
     assert grouped(resumed, again) == grouped(run, straight)
     held = [p for g in resumed.optimizers[0].param_groups for p in g["params"]]

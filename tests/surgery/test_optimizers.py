@@ -17,7 +17,7 @@ from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import (
-    groups_of,
+    parameter_names,
     restore_state,
     snapshot_state,
     update_optimizers,
@@ -656,7 +656,7 @@ def test_names_follow_parameters_that_leave_and_return(at):
     adam = torch.optim.Adam([{"params": first}, {"params": rest}])
     before = copy.deepcopy(adam.state_dict())
     known = {id(p): f"model.{at}{n}" for n, p in full.items()}
-    states, groups = snapshot_state([adam], known), groups_of([adam], known)
+    states, groups = snapshot_state([adam], known), parameter_names([adam], known)
     gone = [*net[1].parameters(), *net[2].parameters()]
     now = {n.replace("3.", "1."): p for n, p in full.items() if n[0] in "03"}
     update_optimizers([adam], [], gone, {id(p): f"model.{at}{n}" for n, p in now.items()})

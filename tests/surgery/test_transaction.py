@@ -15,7 +15,7 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.discovery.graph import PruningGraph
-from lightning_mi_prune.surgery.layers import without_memory
+from lightning_mi_prune.surgery.layers import without_storage
 from lightning_mi_prune.surgery.transaction import cancel_cut, cut_model, restore_model
 from tests.support.models import batch, outputs
 from tests.support.runs import sha
@@ -41,7 +41,7 @@ def state(model):
 def units(graph, plan, share=0.5):
     """A plan that keeps some of the units of the layers that are there."""
     draw = random.Random(0)  # noqa: S311
-    groups = [group for group in graph.standing(plan) if group.kind != "hidden"]
+    groups = [group for group in graph.groups_at(plan) if group.kind != "hidden"]
     counts = {a.name: max(1, int(share * plan.width(a.name))) for a in groups}
     kept = {n: tuple(sorted(draw.sample(plan.kept[n], count))) for n, count in counts.items()}
     return PruningPlan({a.name: a.size for a in groups}, kept)
@@ -50,7 +50,7 @@ def units(graph, plan, share=0.5):
 @pytest.mark.parametrize("order", ["layers first", "units first", "both at once"])
 def test_layers_and_units_may_go_in_any_order(order):
     model, graph = body()
-    short = graph.without(graph.full, {STACK: (0, 2, 5)})
+    short = graph.keep_layers(graph.full, {STACK: (0, 2, 5)})
     small = units(graph, graph.full)
     kept = {
         name: short.kept[name] and small.kept.get(name, short.kept[name]) for name in short.sizes
@@ -75,9 +75,9 @@ def test_layers_and_units_may_go_in_any_order(order):
 def test_cancelling_puts_the_very_parameters_back():
     model, graph = body()
     before, ids = state(model), [id(p) for p in model.parameters()]
-    plan = graph.without(graph.full.then(units(graph, graph.full)), {STACK: (0, 1)})
+    plan = graph.keep_layers(graph.full.then(units(graph, graph.full)), {STACK: (0, 1)})
     done = cut_model(model, graph, plan, current=graph.full)
-    assert len(done.lost) == 16 * 4
+    assert len(done.removed_parameters) == 16 * 4
     cancel_cut(model, graph, done)
     after, config = state(model)
     assert (after, config) == before
@@ -88,15 +88,15 @@ def test_recovering_brings_hollow_layers_back_to_the_bit():
     model, graph = body()
     values = {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
     says = outputs(model, batch())
-    plan = graph.without(graph.full.then(units(graph, graph.full)), {STACK: (0, 1)})
+    plan = graph.keep_layers(graph.full.then(units(graph, graph.full)), {STACK: (0, 1)})
     done = cut_model(model, graph, plan, current=graph.full)
     spare = {
-        n: {i: without_memory(x) for i, x in layers.items()} for n, layers in done.removed.items()
+        n: {i: without_storage(x) for i, x in layers.items()} for n, layers in done.removed.items()
     }
     assert all(
         p.is_meta for layers in spare.values() for x in layers.values() for p in x.parameters()
     )
-    back = restore_model(model, graph, graph.full, values, current=plan, spare=spare)
+    back = restore_model(model, graph, graph.full, values, current=plan, available=spare)
     assert back.after == graph.full
     assert torch.equal(outputs(model, batch()), says)
     assert not any(p.is_meta for p in model.parameters())
@@ -108,10 +108,10 @@ def test_layers_come_back_in_the_precision_of_those_that_stayed(precision):
     for layer in model.bert.encoder.layer:
         layer.register_buffer("place", torch.arange(3))
         layer.register_buffer("scale", torch.ones(3))
-    plan = graph.without(graph.full, {STACK: (0, 1)})
+    plan = graph.keep_layers(graph.full, {STACK: (0, 1)})
     done = cut_model(model, graph, plan, current=graph.full)
     spare = {
-        n: {i: without_memory(x) for i, x in layers.items()} for n, layers in done.removed.items()
+        n: {i: without_storage(x) for i, x in layers.items()} for n, layers in done.removed.items()
     }
     model.to(precision)
     for layer in model.bert.encoder.layer:
@@ -120,7 +120,7 @@ def test_layers_come_back_in_the_precision_of_those_that_stayed(precision):
     for place in range(2, 6):
         mine = {n.replace("layer.1.", f"layer.{place}."): t for n, t in values.items()}
         values |= {n: t for n, t in mine.items() if n not in values}
-    restore_model(model, graph, graph.full, values, current=plan, spare=spare)
+    restore_model(model, graph, graph.full, values, current=plan, available=spare)
     first, *others = ({n: t.dtype for n, t in x.state_dict().items()} for x in layers_of(model))
     assert all(other == first for other in others)
     assert first["output.dense.weight"] == first["scale"] == precision
@@ -135,24 +135,24 @@ def layers_of(model):
 def test_a_snapshot_that_does_not_fit_changes_nothing():
     model, graph = body()
     values = {n: t.clone() for n, t in model.named_parameters()}
-    plan = graph.without(graph.full, {STACK: (0, 1)})
+    plan = graph.keep_layers(graph.full, {STACK: (0, 1)})
     done = cut_model(model, graph, plan, current=graph.full)
     spare = {
-        n: {i: without_memory(x) for i, x in layers.items()} for n, layers in done.removed.items()
+        n: {i: without_storage(x) for i, x in layers.items()} for n, layers in done.removed.items()
     }
     before = state(model)
     values.pop("bert.encoder.layer.4.output.dense.bias")
     with pytest.raises(PruningError, match=r"snapshot has no 'bert\.encoder\.layer\.4"):
-        restore_model(model, graph, graph.full, values, current=plan, spare=spare)
+        restore_model(model, graph, graph.full, values, current=plan, available=spare)
     assert state(model) == before
 
 
 def test_without_spare_layers_nothing_comes_back():
     model, graph = body()
-    plan = graph.without(graph.full, {STACK: (0, 1)})
+    plan = graph.keep_layers(graph.full, {STACK: (0, 1)})
     cut_model(model, graph, plan, current=graph.full)
     with pytest.raises(PruningError, match=r"Layer 2 of .* is gone, and nothing is kept"):
-        restore_model(model, graph, graph.full, {}, current=plan, spare={})
+        restore_model(model, graph, graph.full, {}, current=plan, available={})
     assert len(model.bert.encoder.layer) == 2
 
 
@@ -165,7 +165,7 @@ def test_a_layer_that_shares_a_weight_cannot_go():
         cut_model(
             model,
             graph,
-            graph.without(graph.full, {STACK: (0, 1)}),
+            graph.keep_layers(graph.full, {STACK: (0, 1)}),
             current=graph.full,
         )
     assert state(model) == before
@@ -180,7 +180,7 @@ def test_an_error_while_units_go_puts_layers_back(monkeypatch):
 
     monkeypatch.setattr("lightning_mi_prune.surgery.units.apply", fail)
     with pytest.raises(RuntimeError, match="boom"):
-        cut_model(model, graph, graph.without(graph.full, {STACK: (1,)}), current=graph.full)
+        cut_model(model, graph, graph.keep_layers(graph.full, {STACK: (1,)}), current=graph.full)
     after, config = state(model)
     assert (after, config) == before
 
@@ -191,7 +191,7 @@ def kept(model):
 
 def shrink(tracker, layers, share=0.5):
     graph = tracker.graph
-    plan = graph.without(tracker.plan, {f"net.{STACK}": layers})
+    plan = graph.keep_layers(tracker.plan, {f"net.{STACK}": layers})
     plan = plan.then(units(graph, plan, share))
     done = cut_model(tracker.module, graph, plan, current=tracker.plan)
     tracker.store(done.removed)
@@ -237,7 +237,7 @@ def test_weights_of_other_layers_than_the_plan_says_are_refused():
 def test_a_keeper_of_the_whole_takes_over_from_that_of_a_part():
     inner = PlanTracker(deep_bert().eval(), parts)
     graph = inner.graph
-    plan = graph.without(graph.full, {STACK: (0, 3)})
+    plan = graph.keep_layers(graph.full, {STACK: (0, 3)})
     done = cut_model(inner.module, graph, plan, current=graph.full)
     inner.store(done.removed)
     inner.plan = done.after
@@ -257,7 +257,7 @@ def test_axes_found_later_are_named_as_built():
     """A second finder sees the shortened model only."""
     model = deep_bert().eval()
     tracker = PlanTracker(model, find_stacks)
-    plan = tracker.graph.without(tracker.plan, {STACK: (0, 3)})
+    plan = tracker.graph.keep_layers(tracker.plan, {STACK: (0, 3)})
     tracker.store(cut_model(model, tracker.graph, plan, current=tracker.plan).removed)
     tracker.plan = plan
     assert PlanTracker.of(model, find_groups) is tracker

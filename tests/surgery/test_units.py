@@ -87,7 +87,7 @@ def test_the_config_tells_one_width_or_stays_as_built():
     apply_plan(model, groups, random_plan(groups, 0.5))
     assert model.config.intermediate_size == 20
     other = build()
-    one = choose_groups(groups, units=["ffn"], include=r"layer\.0")[0]
+    one = choose_groups(groups, kinds=["ffn"], include=r"layer\.0")[0]
     apply_plan(other, groups, PruningPlan({one.name: 40}, {one.name: tuple(range(8))}))
     assert other.config.intermediate_size == 40
     assert other.config.num_attention_heads == 4

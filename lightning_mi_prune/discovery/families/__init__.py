@@ -16,10 +16,10 @@ from lightning_mi_prune.discovery.groups import DependencyGroup, as_built
 __all__ = [
     "find_groups",
     "is_within",
+    "modules_without_groups",
     "plan_for",
     "present_plan",
     "register_family",
-    "untouched",
 ]
 
 Matches = Callable[[nn.Module], bool]
@@ -151,7 +151,9 @@ def is_within(path: str, top: str) -> bool:
     return top == "" or path == top or path.startswith(f"{top}.")
 
 
-def untouched(module: nn.Module, groups: Sequence[DependencyGroup], within: str = "") -> list[str]:
+def modules_without_groups(
+    module: nn.Module, groups: Sequence[DependencyGroup], within: str = ""
+) -> list[str]:
     """Paths of the modules with weight matrices of which no group can cut or read anything.
 
     Args:
@@ -161,7 +163,7 @@ def untouched(module: nn.Module, groups: Sequence[DependencyGroup], within: str 
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2), nn.Linear(2, 2))
-        >>> untouched(net, [linear_group(net, "ffn", kind="ffn", producers=["0"], consumers=["2"])])
+        >>> modules_without_groups(net, [linear_group(net, "ffn", kind="ffn", producers=["0"], consumers=["2"])])
         ['3']
     """
     touched = {""}

@@ -106,7 +106,7 @@ class FamilyNames:
         ffn_width: Config field of the number of neurons.
         head_count: Config field of the number of heads; None if heads cannot be said by it.
         head_size: Config field that, where the config has it, frees heads from the stream's width.
-        twins: Config fields that must equal ``hidden``, where they do.
+        config_aliases: Config fields that must equal ``hidden``, where they do.
     """
 
     classes: str
@@ -132,4 +132,4 @@ class FamilyNames:
     ffn_width: str = "intermediate_size"
     head_count: str | None = "num_attention_heads"
     head_size: str | None = None
-    twins: tuple[str, ...] = ()
+    config_aliases: tuple[str, ...] = ()

@@ -81,21 +81,21 @@ def hidden_group(
     if parts.strange or not set(wanted) <= set(above) or len(set(parts.widths)) != 1:
         return None
     hidden = int(getattr(config, names.hidden))
-    twins = tuple(t for t in names.twins if getattr(config, t, None) == hidden)
+    config_aliases = tuple(t for t in names.config_aliases if getattr(config, t, None) == hidden)
     plain = names.head_count is not None and not square
     return DependencyGroup(
-        name=f"{prefix}residual",
+        name=f"{prefix}hidden",
         kind="hidden",
         size=parts.widths[0],
         entries=1,
         tensors=tuple(parts.tensors),
-        consumers=tuple(path for site in parts.consumer_sets for path in site),
-        consumer_sets=tuple(parts.consumer_sets),
+        consumers=tuple(path for site in parts.consumers_by_input for path in site),
+        consumers_by_input=tuple(parts.consumers_by_input),
         norms=tuple(parts.norms),
         attributes=tuple(parts.attributes),
         scope=prefix.rstrip("."),
         config=names.hidden if plain else None,
-        twins=twins if plain and not projected else (),
+        config_aliases=config_aliases if plain and not projected else (),
         level=-1,
     )
 
@@ -112,7 +112,7 @@ class _Parts:
     tensors: list[PrunableDim] = field(default_factory=list)
     attributes: list[SizeAttribute] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
-    consumer_sets: list[tuple[str, ...]] = field(default_factory=list)
+    consumers_by_input: list[tuple[str, ...]] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     strange: bool = False
     _seen: set[tuple[int, int]] = field(default_factory=set)
@@ -168,7 +168,7 @@ class _Parts:
     def read(self, *paths: str, listen: bool = True) -> None:
         found = [p for p in paths if self.add(p, (nn.Linear,), {"weight": 1}, "in_features")]
         if listen and found:
-            self.consumer_sets.append(tuple(found))
+            self.consumers_by_input.append(tuple(found))
 
     def decode(self, path: str | None) -> None:
         if path is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.discovery.containers import blocks_of
+from lightning_mi_prune.discovery.containers import layer_paths
 from lightning_mi_prune.discovery.families import find_groups, is_within
 from lightning_mi_prune.discovery.families.residual import module_at
 from lightning_mi_prune.discovery.families.text import TEXT
@@ -19,7 +19,7 @@ from lightning_mi_prune.discovery.groups import DependencyGroup, LayerStack
 __all__ = [
     "STACKS",
     "StackNames",
-    "check_reached",
+    "check_stack_paths",
     "choose_stacks",
     "find_groups_and_stacks",
     "find_stacks",
@@ -52,8 +52,8 @@ class StackNames:
     holder: str = ""
     whole: str | None = None
     fixed: int = 0
-    adds: tuple[tuple[str, str], ...] = ()
-    closing: str = ""
+    residual_branches: tuple[tuple[str, str], ...] = ()
+    final_norm: str = ""
 
 
 def _encoder(kind: str, field: str = "num_hidden_layers") -> tuple[StackNames, ...]:
@@ -63,8 +63,8 @@ def _encoder(kind: str, field: str = "num_hidden_layers") -> tuple[StackNames, .
         StackNames(
             _UNITS[kind].stack[0],
             field,
-            adds=((names.out, names.skips[0]), (names.ffn_out, names.skips[1])),
-            closing="" if pre_norm else names.norms[-1],
+            residual_branches=((names.out, names.skips[0]), (names.ffn_out, names.skips[1])),
+            final_norm="" if pre_norm else names.norms[-1],
         ),
     )
 
@@ -72,7 +72,7 @@ def _encoder(kind: str, field: str = "num_hidden_layers") -> tuple[StackNames, .
 _DECODER = (
     StackNames(
         "layers",
-        adds=(
+        residual_branches=(
             ("self_attn.o_proj", "input_layernorm"),
             ("mlp.down_proj", "post_attention_layernorm"),
         ),
@@ -101,12 +101,17 @@ STACKS: Mapping[str, tuple[StackNames, ...]] = {
     "distilbert": _encoder("distilbert", "n_layers"),
     "gpt2": (StackNames("h", "n_layer"),),
     "bart": (
-        StackNames("encoder.layers", "encoder_layers", adds=_BART_ENDS, closing="final_layer_norm"),
+        StackNames(
+            "encoder.layers",
+            "encoder_layers",
+            residual_branches=_BART_ENDS,
+            final_norm="final_layer_norm",
+        ),
         StackNames(
             "decoder.layers",
             "decoder_layers",
-            adds=(_BART_ENDS[0], _BART_CROSS, _BART_ENDS[1]),
-            closing="final_layer_norm",
+            residual_branches=(_BART_ENDS[0], _BART_CROSS, _BART_ENDS[1]),
+            final_norm="final_layer_norm",
         ),
     ),
     "t5": (
@@ -116,7 +121,7 @@ STACKS: Mapping[str, tuple[StackNames, ...]] = {
             holder="encoder",
             whole="num_layers",
             fixed=1,
-            adds=(_T5_SELF, ("layer.1.DenseReluDense.wo", "layer.1.layer_norm")),
+            residual_branches=(_T5_SELF, ("layer.1.DenseReluDense.wo", "layer.1.layer_norm")),
         ),
         StackNames(
             "decoder.block",
@@ -124,7 +129,11 @@ STACKS: Mapping[str, tuple[StackNames, ...]] = {
             holder="decoder",
             whole="num_decoder_layers",
             fixed=1,
-            adds=(_T5_SELF, _T5_CROSS, ("layer.2.DenseReluDense.wo", "layer.2.layer_norm")),
+            residual_branches=(
+                _T5_SELF,
+                _T5_CROSS,
+                ("layer.2.DenseReluDense.wo", "layer.2.layer_norm"),
+            ),
         ),
     ),
 }
@@ -190,7 +199,7 @@ def choose_stacks(
     for path in dict.fromkeys(paths):
         stack = known.get(path) or stack_at(module, path)
         if stack is None or stack.size > 1:  # one that was cut to one layer is still a stack
-            blocks_of(module, path)
+            layer_paths(module, path)
         chosen += [] if stack is None else [stack]
     return chosen
 
@@ -209,7 +218,7 @@ def find_groups_and_stacks(
     return found + choose_stacks(module, stacks, within)
 
 
-def check_reached(module: nn.Module, stacks: Sequence[str]) -> None:
+def check_stack_paths(module: nn.Module, stacks: Sequence[str]) -> None:
     """Refuse stacks that only a wrapper's shortcuts lead to.
 
     Raises:
@@ -256,14 +265,14 @@ def _describe(network: nn.Module, kind: str) -> Iterator[LayerStack]:
             name=f"{at}{names.path}",
             size=len(container),
             fixed=names.fixed,
-            fields=tuple(dict.fromkeys(fields)),
-            lists=tuple(
+            config_fields=tuple(dict.fromkeys(fields)),
+            config_lists=tuple(
                 (name, tuple(entries))
                 for name in _LISTS
                 if isinstance(entries := getattr(config, name, None), (list, tuple))
                 and len(entries) == len(container)
             ),
             scope=half,
-            adds=names.adds,
-            closing=names.closing,
+            residual_branches=names.residual_branches,
+            final_norm=names.final_norm,
         )

@@ -93,7 +93,7 @@ _ELECTRA = FamilyNames(
         ),
     },
     projection="embeddings_project",
-    twins=("embedding_size",),
+    config_aliases=("embedding_size",),
 )
 
 
@@ -196,7 +196,7 @@ _DEBERTA = FamilyNames(
     mixer="encoder.conv.conv",
     norms=("embeddings.LayerNorm", "encoder.LayerNorm", "encoder.conv.LayerNorm"),
     pooler=None,
-    twins=("pooler_hidden_size",),
+    config_aliases=("pooler_hidden_size",),
 )
 
 

@@ -188,20 +188,20 @@ def _layer_groups(
     ]
     heads = replace(
         heads,
-        skip=f"{path}.{parts.skips[0]}",
+        residual=f"{path}.{parts.skips[0]}",
         above=tuple(dict.fromkeys([f"{path}.{parts.ffn_in}", *beyond])),
         empty_forward=(empty_forward,) if may_be_empty else (),
         may_be_empty=may_be_empty,
-        selects=selects,
+        unit_arguments=selects,
         tie=None if free or names.head_count is None else names.hidden,
     )
     ffn = replace(
-        ffn, skip=f"{path}.{parts.skips[1]}", above=tuple(beyond), may_be_empty=may_be_empty
+        ffn, residual=f"{path}.{parts.skips[1]}", above=tuple(beyond), may_be_empty=may_be_empty
     )
     # ALBERT's one layer is rotated once for all its calls, which no one set of sums can tell.
     if not parts.turns:
         return [heads, ffn]
-    heads = replace(heads, crossed=f"{path}.head_dim")
+    heads = replace(heads, product_with=f"{path}.head_dim")
     return [heads, _dims(heads, layer, parts), ffn]
 
 
@@ -216,18 +216,18 @@ def _dims(heads: DependencyGroup, layer: _Layer, parts: LayerNames) -> Dependenc
         rescaled=parts.rescales,
     )
     return DependencyGroup(
-        name=heads.crossed,
+        name=heads.product_with,
         kind="head_dim",
         size=heads.entries,
         entries=heads.size,
         tensors=heads.tensors,
         consumers=(turn.query, turn.key, turn.consumer),
-        consumer_sets=((turn.query,), (turn.key,), (turn.consumer,)),
+        consumers_by_input=((turn.query,), (turn.key,), (turn.consumer,)),
         attributes=(SizeAttribute(f"{path}.{parts.attention}", parts.head_size),),
         scope=heads.scope,
         level=heads.level,
-        crossed=heads.name,
-        spread=True,
+        product_with=heads.name,
+        strided=True,
         rotation=turn,
     )
 

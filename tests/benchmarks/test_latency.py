@@ -33,7 +33,7 @@ def test_shapes_with_fewer_layers_or_narrower_heads_are_built_anew() -> None:
     assert len(short.bert.encoder.layer) == 1
     kept = {"heads": [3, 1], "ffn": [8, 2], "head_dim": [3, 2]}
     again, groups = shaped(copy.deepcopy(model.config), kept), find_groups(model)
-    dims = choose_groups(groups, units=("head_dim",))
+    dims = choose_groups(groups, kinds=("head_dim",))
     assert size_of(again, choose_groups(groups), dims)["kept"] == kept
 
 

@@ -1,4 +1,4 @@
-"""The rivals on tiny random models: each removes what was asked, and nothing else."""
+"""The baselines on tiny random models: each removes what was asked, and nothing else."""
 
 import copy
 import sys
@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 from torch.nn.utils import parametrize
 
-from benchmarks.rivals import (
-    RIVALS,
+from benchmarks.baselines import (
+    BASELINES,
+    Baseline,
     Movement,
-    Rival,
     Scored,
     by_library,
     layers_left,
@@ -41,22 +41,26 @@ def axes_of(model: nn.Module):
     return choose_groups(find_groups(model))
 
 
-@pytest.mark.parametrize("rival", [r for r in RIVALS if r.prune], ids=lambda r: "-".join(r.name))
+@pytest.mark.parametrize(
+    "baseline", [r for r in BASELINES if r.prune], ids=lambda r: "-".join(r.name)
+)
 @pytest.mark.parametrize(("family", "sparsity"), [("bert", 0.5), ("bert", 0.75), ("mpnet", 0.5)])
-def test_a_rival_removes_what_was_asked(family: str, rival: Rival, sparsity: float) -> None:
-    if rival.method.startswith("torch-pruning"):
+def test_a_baseline_removes_what_was_asked(
+    family: str, baseline: Baseline, sparsity: float
+) -> None:
+    if baseline.method.startswith("torch-pruning"):
         pytest.importorskip("torch_pruning")
     dense = build(family)
     groups, prunable = axes_of(dense), count_parameters(axes_of(dense))
-    cut = settle(rival.prune(copy.deepcopy(dense), labelled(range(2)), sparsity, 0))
+    cut = settle(baseline.prune(copy.deepcopy(dense), labelled(range(2)), sparsity, 0))
     size = size_of(cut, groups)
-    layers = rival.method.endswith("-layers")
+    layers = baseline.method.endswith("-layers")
     # One of four heads of a layer is 9 % of it; of two layers only one can go. torch-pruning leaves
     # a layer whole that would lose every head.
-    coarse = 0.07 if rival.widths == "global" else 0.05
+    coarse = 0.07 if baseline.widths == "global" else 0.05
     assert size["reached"] == pytest.approx(0.5 if layers else sparsity, abs=coarse)
     assert outputs(cut, batch()).isfinite().all()
-    assert size["masked"] == (rival.method == "magnitude-masks")
+    assert size["masked"] == (baseline.method == "magnitude-masks")
     left = sum(p.numel() for p in cut.parameters())
     assert size["parameters"] == left - (round(sparsity * prunable) if size["masked"] else 0)
     if not (layers or size["masked"]):
@@ -99,7 +103,7 @@ def test_torch_pruning_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPa
         by_library("taylor", together=True)(build(), labelled(range(1)), 0.5, 0)
 
 
-def test_layers_are_rounded_in_favour_of_the_rival() -> None:
+def test_layers_are_rounded_in_favour_of_the_baseline() -> None:
     shares = (0.25, 0.5, 0.75, 0.9, 0.95)
     assert [layers_left(6, share) for share in shares] == [5, 3, 2, 1, 1]
     assert layers_left(12, 0.75) == 3

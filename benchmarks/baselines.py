@@ -1,8 +1,8 @@
-"""What a user would pick instead, each as published, with one signature.
+"""Published methods to compare with, all with one signature.
 
-A rival takes a dense model (which it may change: give it a copy), batches with labels to rank on,
-the share of the prunable parameters that must go, and a seed. It returns the model, smaller or
-with masks. One prunes during the training steps, one brings a model of its own.
+A baseline takes a dense model (which it may change: pass a copy), batches with labels for its
+scores, the share of the prunable parameters to remove, and a seed. It returns the model, smaller or
+with masks. One prunes during the training steps; one is a smaller model, fine-tuned by itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ from lightning_mi_prune.importance.layer_criteria import LayerCriterion, LayerSe
 from lightning_mi_prune.surgery.empty_modules import unit_argument_forward
 from lightning_mi_prune.surgery.layers import remove_layers
 
-__all__ = ["RIVALS", "SCORES_RATE", "Rival", "layers_left", "pruned_by_library", "torch_pruning"]
+__all__ = [
+    "BASELINES",
+    "SCORES_RATE",
+    "Baseline",
+    "layers_left",
+    "pruned_by_library",
+    "torch_pruning",
+]
 
 Prune = Callable[[nn.Module, Sequence[Batch], float, int], nn.Module]
 
@@ -63,7 +70,7 @@ def magnitude_masks(
 
 
 def layers_left(layers: int, sparsity: float) -> int:
-    """Layers that stay, rounded in favour of the rival: at most the asked share goes.
+    """Layers that stay, rounded in favour of the baseline: at most the asked share goes.
 
     Example:
         >>> [layers_left(6, sparsity) for sparsity in (0.25, 0.5, 0.75, 0.9)]
@@ -200,7 +207,7 @@ MARGIN = 0.05  # from this much below the asked share of parameters
 
 
 def torch_pruning() -> Any:
-    """The package, which only two rivals need.
+    """The package, which only two baselines need.
 
     Raises:
         ModuleNotFoundError: If it is not installed; the message says how to install it.
@@ -209,7 +216,7 @@ def torch_pruning() -> Any:
         return importlib.import_module("torch_pruning")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "torch-pruning is not installed, and two rivals of the benchmark come from it; run "
+            "torch-pruning is not installed, and two baselines of the benchmark come from it; run "
             "`pip install 'lightning-mi-prune[benchmark]'`, or leave them out with --methods"
         ) from error
 
@@ -293,7 +300,7 @@ def pruned_by_library(
     ]
     # MPNet has one table of position biases, a column a head, for all layers: the package would
     # keep every head for it. Without a gradient it is not seen, and is indexed below.
-    sharing = [group for group in groups if group.selects]
+    sharing = [group for group in groups if group.unit_arguments]
     tables = [m.weight for m in fixed if isinstance(m, nn.Embedding)] if sharing else []
     for table in tables:
         table.requires_grad_(False)
@@ -324,7 +331,7 @@ def pruned_by_library(
         table.requires_grad_(True)
     for group in groups:
         units = width_of(cut, group, group.entries)
-        for number in group.counts:
+        for number in group.attributes:
             each = number.per_unit * (group.entries if number.entries else 1)
             setattr(cut.get_submodule(number.module), number.attribute, units * each)
     for group in sharing:
@@ -339,7 +346,7 @@ def _select_biases(
     maker = model.get_submodule(group.tensors[0].tensor.rpartition(".")[0])
     lost = {row // group.entries for row in gone.get(maker, ())}
     kept = [unit for unit in range(group.size) if unit not in lost]
-    for selects in group.selects if lost else ():
+    for selects in group.unit_arguments if lost else ():
         module = model.get_submodule(selects.module)
         module.register_buffer(KEPT_UNITS, torch.tensor(kept), persistent=False)
         module.__dict__["forward"] = partial(unit_argument_forward, module, selects)
@@ -349,7 +356,7 @@ def _select_biases(
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """A method from elsewhere, named like the variants of our own.
 
     Args:
@@ -372,14 +379,14 @@ class Rival:
         return self.method, self.widths, "none"
 
 
-RIVALS = (
-    Rival("torch-pruning-magnitude", "uniform", by_library("magnitude", together=False)),
-    Rival("torch-pruning-magnitude", "global", by_library("magnitude", together=True)),
-    Rival("torch-pruning-taylor", "uniform", by_library("taylor", together=False)),
-    Rival("torch-pruning-taylor", "global", by_library("taylor", together=True)),
-    Rival("magnitude-masks", "global", magnitude_masks),
-    Rival("first-layers", "uniform", without_layers("last")),
-    Rival("cka-layers", "uniform", without_layers("cka")),
-    Rival("small-dense", "uniform", fine_tuned=True),
-    Rival("movement-units", "uniform", gradual=Movement),
+BASELINES = (
+    Baseline("torch-pruning-magnitude", "uniform", by_library("magnitude", together=False)),
+    Baseline("torch-pruning-magnitude", "global", by_library("magnitude", together=True)),
+    Baseline("torch-pruning-taylor", "uniform", by_library("taylor", together=False)),
+    Baseline("torch-pruning-taylor", "global", by_library("taylor", together=True)),
+    Baseline("magnitude-masks", "global", magnitude_masks),
+    Baseline("first-layers", "uniform", without_layers("last")),
+    Baseline("cka-layers", "uniform", without_layers("cka")),
+    Baseline("small-dense", "uniform", fine_tuned=True),
+    Baseline("movement-units", "uniform", gradual=Movement),
 )
