@@ -19,14 +19,10 @@ from torch.optim import Optimizer
 from lightning_mi_prune.allocation.allocate import allocate
 from lightning_mi_prune.allocation.budget import Budget, budget_of, check_reach, sparsity_of
 from lightning_mi_prune.allocation.constraints import check_left, resolve_bounds
-from lightning_mi_prune.allocation.costs import Costs, ParameterCosts, measure_macs
+from lightning_mi_prune.allocation.costs import Costs, ParameterCosts
 from lightning_mi_prune.allocation.latency import Device, LatencyCosts, LatencyTable
-from lightning_mi_prune.allocation.measuring import (
-    cached_table,
-    device_of,
-    macs_of_calls,
-    measure_table,
-)
+from lightning_mi_prune.allocation.macs import macs_of_calls, measure_macs
+from lightning_mi_prune.allocation.measuring import cached_table, device_of, measure_table
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.calls import RecordedCall, move_tensors
 from lightning_mi_prune.calibration.data import CalibrationData

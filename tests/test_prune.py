@@ -15,7 +15,8 @@ from torchmetrics import MeanMetric
 from lightning_mi_prune import PruningError, load_pruned, prune
 from lightning_mi_prune import pipeline as method
 from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.measuring import count_macs, measure_table
+from lightning_mi_prune.allocation.macs import count_macs
+from lightning_mi_prune.allocation.measuring import measure_table
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.discovery.families import register_family

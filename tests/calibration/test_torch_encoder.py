@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from lightning_mi_prune import MutualInformationPruning
 from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.costs import measure_macs
-from lightning_mi_prune.allocation.measuring import count_macs, measure_table
+from lightning_mi_prune.allocation.macs import count_macs, measure_macs
+from lightning_mi_prune.allocation.measuring import measure_table
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.calls import RecordedCall, merge_calls, split_call
 from lightning_mi_prune.calibration.gradients import GradientRecorder

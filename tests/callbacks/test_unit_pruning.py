@@ -737,7 +737,7 @@ def test_macs_that_cannot_be_counted_do_not_stop_the_run(monkeypatch):
     def fail(*args):
         raise RuntimeError("opaque kernel")
 
-    monkeypatch.setattr("lightning_mi_prune.allocation.measuring.macs_of_calls", fail)
+    monkeypatch.setattr("lightning_mi_prune.callbacks.sizes.macs_of_calls", fail)
     callback, module = even(0.5), Classifier()
     with pytest.warns(UserWarning, match="MACs could not be counted.*opaque kernel"):
         trainer(callback, max_epochs=2).fit(module)

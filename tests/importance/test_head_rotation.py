@@ -7,8 +7,8 @@ import torch
 
 from lightning_mi_prune import from_pretrained, load_pruned, prune
 from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.costs import ParameterCosts, measure_macs
-from lightning_mi_prune.allocation.measuring import count_macs
+from lightning_mi_prune.allocation.costs import ParameterCosts
+from lightning_mi_prune.allocation.macs import count_macs, measure_macs
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import PruningPlan

@@ -11,7 +11,7 @@ from torch import nn
 
 import lightning_mi_prune
 from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.costs import measure_macs
+from lightning_mi_prune.allocation.macs import measure_macs
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.calls import (
     RecordedCall,
