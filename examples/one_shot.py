@@ -36,7 +36,7 @@ def example_batches(count: int = 8) -> list[Batch]:
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss whose gradients tell which part of every layer matters."""
+    """The loss; its gradients show which part of every layer matters."""
     value: Tensor = model(**batch).loss
     return value
 

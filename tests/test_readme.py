@@ -110,7 +110,7 @@ def test_the_tables_of_options_are_those_of_the_callbacks(name: str, callback: t
 @pytest.mark.parametrize("name", PAGES)
 def test_options_in_the_text_can_be_made(name: str) -> None:
     records = {k: v for k, v in vars(options).items() if k in options.__all__ and k[0].isupper()}
-    for call in re.findall(r"\b((?:%s)\([^)`]+\))" % "|".join(records), PAGES[name]):
+    for call in re.findall(rf"\b((?:{'|'.join(records)})\([^)`]+\))", PAGES[name]):
         if "..." not in call:
             eval(call, records)  # noqa: S307
 
