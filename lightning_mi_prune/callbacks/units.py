@@ -53,13 +53,13 @@ from lightning_mi_prune.callbacks.state import PendingCut, RunState, Snapshot, w
 from lightning_mi_prune.callbacks.trainer import validation_batches, without_frozen
 from lightning_mi_prune.checkpoint.state_dict import Find
 from lightning_mi_prune.core.errors import PruningError, number
-from lightning_mi_prune.core.options import Constraints
+from lightning_mi_prune.core.options import Constraints, Importance, Latency, Reconstruction
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
 from lightning_mi_prune.discovery.graph import choose_groups, summarize_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
-from lightning_mi_prune.importance.criteria import MutualInformation
-from lightning_mi_prune.pipeline import PruningMethod, reconstruct
+from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
+from lightning_mi_prune.pipeline import check as check_options
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import Cut
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
@@ -545,17 +545,17 @@ class MutualInformationPruning(UnitPruning):
         check_units(units)
         targets = (target_parameters, target_macs, target_latency_ms, keep_information)
         try:
-            self.method = PruningMethod(
-                budget=budget_of(sparsity, *targets),
-                criterion=MutualInformation(selection=selection),
-                widths=widths,
-                relevance=relevance,
-                compensate=compensate,
-                reconstruct=reconstruct,
-                reconstruction_positions=reconstruction_positions,
-                constraints=Constraints(floors or {}, caps or {}, pins or {}, floor, multiple),
-                latency_table=latency_table,
-                latency_batch=latency_batch,
+            self.method = PipelineOptions(
+                budget_of(sparsity, *targets),
+                widths,
+                Importance(relevance=relevance, selection=selection),
+                Constraints(floors or {}, caps or {}, pins or {}, floor, multiple),
+                Latency(latency_table, latency_batch),
+                Reconstruction(
+                    "layerwise" if reconstruct else "compensation" if compensate else "none",
+                    reconstruction_positions,
+                ),
+                seed=seed,
             )
         except PruningError as error:
             raise MisconfigurationException(str(error)) from error
@@ -599,8 +599,13 @@ class MutualInformationPruning(UnitPruning):
                 f"target_parameters={allowed}, but the module has {number(has)} as built: "
                 "nothing to cut. Ask for fewer."
             )
-        method.check(
-            module, self._tracked().groups, groups, widths, writes=module.trainer.is_global_zero
+        check_options(
+            method,
+            module,
+            self._tracked().groups,
+            groups,
+            widths,
+            writes=module.trainer.is_global_zero,
         )
 
     @property
@@ -628,7 +633,8 @@ class MutualInformationPruning(UnitPruning):
             goal = self.left_to_reach(goal)
         if goal <= 0:
             return None
-        return self.method.decide(
+        return decide(
+            self.method,
             module,
             tracker.groups,
             self._standing,
@@ -653,9 +659,9 @@ class MutualInformationPruning(UnitPruning):
             tracker.groups,
             tracker.plan,
             selection,
-            self.method,
+            self.method.reconstruction,
             heard,
-            partial(sum_tensor, strategy),
-            trainer.global_rank,
-            world_size(strategy),
+            add=partial(sum_tensor, strategy),
+            rank=trainer.global_rank,
+            world=world_size(strategy),
         )

@@ -23,7 +23,7 @@ from lightning_mi_prune.calibration.gradients import (
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.discovery.graph import choose_groups
-from lightning_mi_prune.pipeline import PruningMethod
+from lightning_mi_prune.pipeline import PipelineOptions, decide
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import batch, build
@@ -155,11 +155,11 @@ def test_without_training_steps_or_gradients_there_is_no_relevance():
     with pytest.raises(PruningError, match="asks for training steps, but none were heard at"):
         check_gradients(empty_sums(model, groups))
     method, full = (
-        PruningMethod(Budget(sparsity=0.5)),
+        PipelineOptions(Budget(sparsity=0.5)),
         PruningPlan.full({a.name: a.size for a in groups}),
     )
     with pytest.raises(PruningError, match=r"asks for training steps, but none were heard\. Train"):
-        method.decide(model, groups, groups, full, CalibrationData({}))
+        decide(method, model, groups, groups, full, CalibrationData({}))
     sums = felt(model, groups, lambda step: loss(step) * 0.0)
     with pytest.raises(PruningError, match=r"No gradient reached .* in 1 training step"):
         check_gradients(sums)

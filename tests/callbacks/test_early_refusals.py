@@ -12,13 +12,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForTokenClassification
 
 from lightning_mi_prune import MutualInformationPruning, prune
-from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.callbacks.monitors import logged_in_code
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.discovery.families import register_family
 from lightning_mi_prune.discovery.families.describe import linear_group
-from lightning_mi_prune.pipeline import PruningMethod
 from tests.support.boring import Classifier, Data, Sentences, trainer
 from tests.support.models import CONFIGS, batch, build
 
@@ -131,8 +129,8 @@ def test_under_inference_mode():
 
 def test_all_may_go_where_that_is_asked_for():
     model = build()
-    everything = PruningMethod(Budget(0.999), constraints=Constraints(pins={"ffn|heads": 0}))
-    prune(model, ROWS, 0.999, loss=squares, method=everything)
+    everything = {"constraints": Constraints(pins={"ffn|heads": 0})}
+    prune(model, ROWS, 0.999, loss=squares, **everything)
     assert model(**ROWS[0]).logits.isfinite().all()
 
 

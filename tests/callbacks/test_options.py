@@ -28,7 +28,7 @@ from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.discovery.families import find_groups, modules_without_groups
 from lightning_mi_prune.discovery.graph import choose_groups, summarize_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup
-from lightning_mi_prune.pipeline import PruningMethod
+from lightning_mi_prune.pipeline import PipelineOptions
 from tests.support.boring import Classifier, trainer
 from tests.support.models import build
 from tests.support.runs import Point, fit
@@ -188,7 +188,7 @@ def test_the_first_cut_is_made_as_that_epoch_of_the_trainer_starts(first):
 
 
 @pytest.mark.parametrize(
-    "made", [*BOTH, PruningMethod, prune_module], ids=lambda made: made.__name__
+    "made", [*BOTH, PipelineOptions, prune_module], ids=lambda made: made.__name__
 )
 def test_help_is_plain_text(made):
     parser = ArgumentParser(exit_on_error=False)

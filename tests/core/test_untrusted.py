@@ -31,10 +31,11 @@ from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import PLAN_KEY
 from lightning_mi_prune.core.errors import PruningWarning
 from lightning_mi_prune.core.files import check_writable, write_whole
+from lightning_mi_prune.core.options import Latency
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.core.untrusted import check_nesting, described
 from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.pipeline import PruningMethod
+from lightning_mi_prune.pipeline import PipelineOptions, check
 from lightning_mi_prune.reporting.report import PruningReport
 from lightning_mi_prune.surgery.optimizers import (
     parameter_names,
@@ -734,11 +735,11 @@ def test_a_process_that_writes_no_table_may_have_another_disk(bad_paths):
     model = build()
     groups = find_groups(model)
     sizes = {group.name: group.size for group in groups}
-    method = PruningMethod(Budget(target_latency_ms=9.0), latency_table=str(bad_paths[1]))
+    method = PipelineOptions(Budget(target_latency_ms=9.0), latency=Latency(str(bad_paths[1])))
     chosen = [group for group in groups if group.kind == "ffn"]
-    method.check(model, groups, chosen, sizes, writes=False)
+    check(method, model, groups, chosen, sizes, writes=False)
     with pytest.raises(PruningError, match="cannot be written to"):
-        method.check(model, groups, chosen, sizes)
+        check(method, model, groups, chosen, sizes)
 
 
 @pytest.mark.parametrize("written", [True, False, None])

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import lightning_mi_prune
-from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.allocation.macs import measure_macs
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.calls import (
@@ -21,12 +20,13 @@ from lightning_mi_prune.calibration.calls import (
 )
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.options import Reconstruction
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import evaluating
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.discovery.groups import full_plan
-from lightning_mi_prune.pipeline import PruningMethod, reconstruct
+from lightning_mi_prune.pipeline import reconstruct
 from lightning_mi_prune.reconstruction.compensation import Decision, select_units
 from lightning_mi_prune.reconstruction.least_squares import (
     _norm_sums,
@@ -54,7 +54,7 @@ from tests.support.ranks import added, grouped, launch, place
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 FAMILIES = [(family, "sequence") for family in CONFIGS] + [(f, "image") for f in PICTURES]
-METHOD = PruningMethod(Budget(sparsity=0.5), reconstruction_ridge=1e-6)
+METHOD = Reconstruction()
 
 
 def many(head):
@@ -119,7 +119,7 @@ def test_duplicates_come_back_through_several_layers(family, head):
     selection = Decision(PruningPlan({a.name: a.size for a in every}, kept), {}, {})
     wanted = outputs(model, inputs_of(head))
     plain = outputs(cut_by(model, every, selection.plan), inputs_of(head))
-    method = PruningMethod(Budget(sparsity=0.5), reconstruction_ridge=1e-9)
+    method = Reconstruction()
     found = reconstruct(
         model, every, full_plan(every), selection, method, valid_positions(many(head))
     )
@@ -242,7 +242,7 @@ def solve_on_a_rank(rows):
     ranks = [{"": [call_of(p)]} if len(p["input_ids"]) else {} for p in parts]
     selection = Decision(random_plan(groups, 0.5), {}, {})
     heard = CalibrationData({}, ranks=ranks)
-    method = PruningMethod(Budget(sparsity=0.5))
+    method = Reconstruction()
     found = reconstruct(
         model, groups, full_plan(groups), selection, method, heard, added, rank, world
     )
@@ -356,7 +356,7 @@ def test_pieces_give_what_the_whole_gives(family, head, monkeypatch):
     model, inputs = build(family, head), many(head)
     groups = find_groups(model)
     plan = random_plan(groups, 0.75, residual=True)
-    method = PruningMethod(Budget(sparsity=0.5))
+    method = Reconstruction()
     args = (
         model,
         groups,
@@ -425,7 +425,7 @@ def test_fold_in_then_refit_beats_fold_in_on_data_that_was_not_heard():
     widths = {a.name: a.size // 2 for a in groups}
     plan, weights = full_plan(groups), dict(model.named_parameters())
     compensated = select_units(groups, heard.moments, weights, widths, plan)
-    method = PruningMethod(Budget(sparsity=0.5))
+    method = Reconstruction()
     fitted = reconstruct(
         model, groups, plan, compensated, method, CalibrationData({}, ranks=[heard.stored])
     )

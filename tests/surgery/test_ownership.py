@@ -90,7 +90,7 @@ def test_options_and_batches_of_the_user_stay():
     rows = [batch(64, seed=seed) for seed in range(4)]
     kept = copy.deepcopy(rows)
     trainer(callback, max_epochs=2).fit(Classifier(), Data())
-    prune(build(), rows, 0.3, loss=taking_labels, units=units)
+    prune(build(), rows, 0.3, loss=taking_labels, kinds=units)
     assert (units, pins) == (["ffn"], {"layer.0.ffn": 0.5})
     for mine, before in zip(rows, kept, strict=True):
         assert mine.keys() == before.keys()

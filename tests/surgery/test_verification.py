@@ -324,7 +324,7 @@ def test_one_call_tries_the_cut_first():
     model, rows = Wrapped(), [batch(64, seed=seed) for seed in range(4)]
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PruningError, match=r"'network.hidden' would break 'head' \(Linear\)"):
-        prune(model, rows, 0.5, loss=squares, units=["hidden"])
+        prune(model, rows, 0.5, loss=squares, kinds=["hidden"])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not model._state_dict_hooks
     prune(model, rows, 0.5, loss=squares)
