@@ -27,6 +27,7 @@ from lightning_mi_prune.pipeline import PipelineOptions, decide
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import batch, build
+from tests.support.pruning import pruning_units
 from tests.support.runs import PRECISIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -362,7 +363,7 @@ def test_a_run_with_no_use_for_gradients_takes_none():
                 taken.append(count_hooks(self))
             return super().training_step(batch, index)
 
-    callback = MutualInformationPruning(0.5, relevance="weights", verbose=False)
+    callback = pruning_units(0.5, relevance="weights", verbose=False)
     trainer(callback, max_epochs=2).fit(Watching())
     assert set(taken) == {0}
     taken.clear()

@@ -350,12 +350,12 @@ def test_several_calls_wait_for_each_other_at_each_layer(options):
     net, seen = Net(**options).eval(), []
 
     class Spot:
-        layer, skip = "encoder.layers.1.linear2", "encoder.layers.1"
+        layer, residual = "encoder.layers.1.linear2", "encoder.layers.1"
 
     def act(spot, parts):
         for part in parts:
-            seen.append(len(part.heard(part.x)))
-            assert len(part.heard(part.stream)) == len(part.heard(part.output)) == seen[-1]
+            seen.append(len(part.valid(part.x)))
+            assert len(part.valid(part.stream)) == len(part.valid(part.output)) == seen[-1]
         return [part.output for part in parts]
 
     data = [batches(net, padded=True, rows=4)[0], batches(net, padded=True, rows=LONG)[0]]

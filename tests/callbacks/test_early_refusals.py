@@ -19,6 +19,7 @@ from lightning_mi_prune.discovery.families import register_family
 from lightning_mi_prune.discovery.families.describe import linear_group
 from tests.support.boring import Classifier, Data, Sentences, trainer
 from tests.support.models import CONFIGS, batch, build
+from tests.support.pruning import pruning_units
 
 ROWS = [batch(64, seed=seed) for seed in range(4)]
 IDS = [rows["input_ids"] for rows in ROWS]
@@ -202,9 +203,7 @@ def test_names_are_read_off_the_code_or_left_open():
 
 
 def watching(monitor):
-    return MutualInformationPruning(
-        0.5, max_drop=9.0, monitor=monitor, mode="min", verbose=False, floor=0.1
-    )
+    return pruning_units(0.5, max_drop=9.0, monitor=monitor, mode="min", verbose=False, floor=0.1)
 
 
 @pytest.mark.parametrize("make", [Classifier, Mapped, Dynamic, Handed])

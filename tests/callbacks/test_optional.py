@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutput
 
-from lightning_mi_prune import CKALayerPruning, PruningError
+from lightning_mi_prune import PruningError
 from lightning_mi_prune.calibration.calls import RecordedCall, StoredCalls, move_tensors
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.discovery.families.stacks import find_stacks
@@ -23,6 +23,7 @@ from lightning_mi_prune.reconstruction.targets import ReconstructedLayer, Target
 from tests.callbacks.test_stages import OPTIONS, Any, t5, tokens
 from tests.support.boring import trainer
 from tests.support.models import batch, build
+from tests.support.pruning import pruning_layers
 from tests.support.runs import Point, fit
 from tests.support.stacks import STACK, Deep, Scored, deep_bert
 
@@ -47,7 +48,7 @@ def test_validation_may_write_texts(made, loss):
             self.model.generate(batch["input_ids"], max_new_tokens=4, do_sample=False)
 
     module = Writing(made().model, tokens())
-    callback = CKALayerPruning(target_layers=2, **OPTIONS)
+    callback = pruning_layers(target_layers=2, **OPTIONS)
     trainer(callback, max_epochs=3).fit(module)
     assert all(len(stack.after) == 2 for cut in callback.report.cuts for stack in cut.stacks)
 
@@ -135,7 +136,7 @@ def test_only_networks_that_lose_layers_are_copied(monkeypatch):
         seen.extend(networks)
         return copy.deepcopy(root)
 
-    monkeypatch.setattr(takeover, "copied", copied)
+    monkeypatch.setattr(takeover, "copy_networks", copied)
     inputs = batch(64)
     heard = CalibrationData(
         ranks=[{"student": [RecordedCall((), inputs, inputs["attention_mask"])]}]
@@ -165,7 +166,7 @@ def test_nothing_above_the_last_layer_is_run():
 def test_stacks_in_a_wrapper_are_refused_at_the_start():
     module = Deep()
     module.model = peft.get_peft_model(module.model, peft.LoraConfig(target_modules=["query"]))
-    run = trainer(CKALayerPruning(target_layers=4, **OPTIONS), max_epochs=3)
+    run = trainer(pruning_layers(target_layers=4, **OPTIONS), max_epochs=3)
     with pytest.raises(PruningError, match=r"through a wrapper.*merge_and_unload"):
         run.fit(module)
     assert run.global_step == 0

@@ -434,7 +434,7 @@ def rank_run(folder: Path) -> Record:
     """What one of two ranks ends with."""
     own = folder / os.environ["RANK"]
     own.mkdir()
-    return trained(own, strategy="ddp", devices=2, pruning={"units": [FFN, HEADS]})
+    return trained(own, strategy="ddp", devices=2, pruning={"kinds": [FFN, HEADS]})
 
 
 def two_ranks(folder: Path) -> Record:
@@ -520,10 +520,10 @@ ALL = [FFN, HEADS, DIMS, POOLER, RESIDUAL]
 TRAINING: dict[str, dict[str, Any]] = {
     "two cuts": {},
     "three cuts": {"pruning": {"ramp": "cubic", "cuts": 3, "last_epoch": 3}, "max_epochs": 5},
-    "all kinds": {"pruning": {"units": ALL}},
+    "all kinds": {"pruning": {"kinds": ALL}},
     "relevance of weights": {"pruning": {"relevance": READERS}},
     "no relevance, uniform": {"pruning": {"relevance": None, "widths": UNIFORM}},
-    "information alone": {"pruning": {"selection": ALONE, "reconstruct": False}},
+    "information alone": {"pruning": {"selection": ALONE, "method": "compensation"}},
     "multiply-accumulates": {"pruning": {"sparsity": None, "target_macs": 70_000}},
     "information": {"pruning": {"sparsity": None, "keep_information": 0.8}},
     "few samples": {"pruning": {"positions": 300, "reconstruction_positions": 200, "seed": 5}},
@@ -539,7 +539,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 DEPTH: dict[str, dict[str, Any]] = {
     "layers by threshold": {"layers": {}},
     "layers by threshold, rbf": {"layers": {"kernel": "rbf", "threshold": 0.9}},
-    "layers, no reconstruction": {"layers": {"reconstruct": False}},
+    "layers, no reconstruction": {"layers": {"method": "none"}},
     "layers, then units": {"layers": {}, "pruning": {"sparsity": 0.4}, "max_epochs": 6},
     "layers, rollback": {
         "layers": {"max_drop": 0.01, "monitor": "score"},

@@ -65,7 +65,7 @@ def call_of(inputs):
     return RecordedCall((), dict(inputs), inputs.get("attention_mask"))
 
 
-def valid_positions(inputs):
+def calibration_data(inputs):
     return CalibrationData({}, ranks=[{"": [call_of(inputs)]}])
 
 
@@ -82,7 +82,7 @@ def test_nothing_cut_is_nothing_changed(family, head):
     keep = Decision(full_plan(groups), {}, {})
     assert layers_to_reconstruct(groups, full_plan(groups), keep.plan) == []
     assert (
-        reconstruct(model, groups, full_plan(groups), keep, METHOD, valid_positions(many(head)))
+        reconstruct(model, groups, full_plan(groups), keep, METHOD, calibration_data(many(head)))
         is keep
     )
 
@@ -94,7 +94,7 @@ def test_solving_an_uncut_model_again_leaves_its_outputs(family, head):
     found = layers_to_reconstruct(
         groups, full_plan(groups), random_plan(groups)
     )  # as if all of it had been cut
-    found = [type(r)(r.layer, r.skip, None, r.spare) for r in found]
+    found = [type(r)(r.layer, r.residual, None, r.optional) for r in found]
     call = call_of(inputs)
     new = reconstruct_network(copy.deepcopy(model), found, "", Targets(model, found, "", call))
     before = outputs(model, inputs_of(head))
@@ -121,7 +121,7 @@ def test_duplicates_come_back_through_several_layers(family, head):
     plain = outputs(cut_by(model, every, selection.plan), inputs_of(head))
     method = Reconstruction()
     found = reconstruct(
-        model, every, full_plan(every), selection, method, valid_positions(many(head))
+        model, every, full_plan(every), selection, method, calibration_data(many(head))
     )
     back = outputs(cut_by(model, every, found.plan, found.compensated), inputs_of(head))
     assert (plain - wanted).abs().max() > 1e-2
@@ -145,17 +145,21 @@ def test_a_refitted_model_is_nearer_to_the_dense_one(family, head, residual):
     inputs = many(head)
     call = call_of(inputs)
     found = layers_to_reconstruct(groups, full_plan(groups), plan)
-    assert bool([r for r in found if r.skip is None and not r.spare]) == residual  # the norms
-    kept = reconstruct(model, groups, full_plan(groups), selection, METHOD, valid_positions(inputs))
-    assert set(kept.compensated) >= {f"{r.layer}.weight" for r in found if r.skip is not None}
+    assert (
+        bool([r for r in found if r.residual is None and not r.optional]) == residual
+    )  # the norms
+    kept = reconstruct(
+        model, groups, full_plan(groups), selection, METHOD, calibration_data(inputs)
+    )
+    assert set(kept.compensated) >= {f"{r.layer}.weight" for r in found if r.residual is not None}
     plain, fitted = (
         cut_by(model, groups, plan, compensated) for compensated in ({}, kept.compensated)
     )
-    last = [r for r in found if r.skip is not None][-1]
+    last = [r for r in found if r.residual is not None][-1]
     wanted = Targets(model, found, "", call).take(last.layer)
     errors = []
     for cut in (plain, fitted):
-        own = [type(last)(last.layer, last.skip, None)]
+        own = [type(last)(last.layer, last.residual, None)]
         said = Targets(cut, own, "", call).take(last.layer)
         errors.append(float((said - wanted).square().mean()))
     assert errors[1] < errors[0]
@@ -183,7 +187,7 @@ def test_a_few_targets_at_a_time_are_the_same_targets(family, room):
         one, other = whole.take(layer), parts.take(layer)
         assert (one is None) == (other is None) == (ran.count(layer) > 1)
         assert one is None or torch.equal(one, other)
-        held.append(sum(t.nbytes for t in parts._held.values()))
+        held.append(sum(t.nbytes for t in parts._stored.values()))
     assert max(held) <= room
     if family == "bert":  # one run holds all of it, one a layer, or some layers each
         assert len(runs) == 1 + len(ran) if room == 1 else 2 < len(runs) < 1 + len(ran)
@@ -197,7 +201,7 @@ def test_the_stream_is_pulled_back_with_its_skip():
     kept = {a.name: tuple(range(a.size)) for a in groups} | {low.name: (0, 1, 2, 3)}
     plan = PruningPlan({a.name: a.size for a in groups}, kept)
     found = layers_to_reconstruct(groups, full_plan(groups), plan)
-    layers = [r.layer for r in found if r.skip]
+    layers = [r.layer for r in found if r.residual]
     assert low.consumers[0] in layers
     assert len(layers) == 3
     assert not any("layer.0.attention" in layer for layer in layers)  # below the cut
@@ -208,12 +212,12 @@ def test_a_sample_smaller_than_its_unknowns_is_refused_and_readers_are_spared():
     groups = find_groups(model)
     selection = Decision(random_plan(groups, 0.5), {}, {})
     before = {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(PruningError, match=r"Only .* positions? to reconstruct .* raise refit_pos"):
+    with pytest.raises(PruningError, match=r"Only .* positions? to reconstruct .* raise the pos"):
         reconstruct(
-            model, groups, full_plan(groups), selection, METHOD, valid_positions(batch(1, 8))
+            model, groups, full_plan(groups), selection, METHOD, calibration_data(batch(1, 8))
         )
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    few = valid_positions(batch(16))  # more than 24 positions, but only 16 pooled ones
+    few = calibration_data(batch(16))  # more than 24 positions, but only 16 pooled ones
     found = reconstruct(model, groups, full_plan(groups), selection, METHOD, few)
     assert "bert.pooler.dense.weight" not in found.compensated
 
@@ -224,7 +228,7 @@ def test_mode_hooks_gradients_and_random_state_stay():
     state = torch.get_rng_state()
     selection = Decision(random_plan(groups, 0.5), {}, {})
     found = reconstruct(
-        model, groups, full_plan(groups), selection, METHOD, valid_positions(batch(128))
+        model, groups, full_plan(groups), selection, METHOD, calibration_data(batch(128))
     )
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -363,7 +367,7 @@ def test_pieces_give_what_the_whole_gives(family, head, monkeypatch):
         full_plan(groups),
         Decision(plan, {}, {}),
         method,
-        valid_positions(inputs),
+        calibration_data(inputs),
     )
     parts = reconstruct(*args).compensated
     monkeypatch.setattr(lightning_mi_prune.calibration.calls, "_PIECE", 10**6)
@@ -383,7 +387,7 @@ def test_room_holds_however_padding_is_spread():
     found = layers_to_reconstruct(groups, full_plan(groups), random_plan(groups))
     targets = Targets(model, found, "", call, room=room)
     targets.take("bert.encoder.layer.0.attention.output.dense")
-    held = sum(t.nbytes for t in targets._held.values())
+    held = sum(t.nbytes for t in targets._stored.values())
     assert 0 < held <= room
 
 
