@@ -28,7 +28,7 @@ from lightning_mi_prune.allocation.measuring import (
     measure_table,
 )
 from lightning_mi_prune.calibration.activations import ActivationRecorder
-from lightning_mi_prune.calibration.calls import RecordedCall, move_tensors
+from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import (
     GradientRecorder,
@@ -46,6 +46,7 @@ from lightning_mi_prune.core.running import (
     call_step,
     copy_networks,
     fixed_random_state,
+    move_tensors,
     run_batch,
     undisturbed,
 )

@@ -20,10 +20,10 @@ from torch.utils.benchmark import Timer
 from lightning_mi_prune.allocation.constraints import may_be_empty, step_of
 from lightning_mi_prune.allocation.latency import Device, LatencyCurve, LatencyTable
 from lightning_mi_prune.allocation.mac_counter import counting
-from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision, move_tensors
+from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.core.running import copy_networks
+from lightning_mi_prune.core.running import copy_networks, move_tensors
 from lightning_mi_prune.discovery.groups import DependencyGroup, full_plan
 from lightning_mi_prune.surgery.units import reshape_tensors
 

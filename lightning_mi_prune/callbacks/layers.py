@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mi_prune.calibration.activations import Recorder
-from lightning_mi_prune.calibration.calls import move_tensors, update_calls
+from lightning_mi_prune.calibration.calls import update_calls
 from lightning_mi_prune.calibration.data import CalibrationData, LayerComparison
 from lightning_mi_prune.calibration.layer_outputs import StackRecorder
 from lightning_mi_prune.calibration.layer_similarity import Kernel
@@ -49,6 +49,7 @@ from lightning_mi_prune.callbacks.trainer import validation_batches, without_fro
 from lightning_mi_prune.checkpoint.state_dict import Find
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.discovery.containers import layer_paths
 from lightning_mi_prune.discovery.families import is_within
 from lightning_mi_prune.discovery.families.stacks import check_stack_paths, find_groups_and_stacks

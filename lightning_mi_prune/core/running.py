@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from torchmetrics import Metric
 from lightning_mi_prune.core.errors import PruningError
 
 __all__ = [
+    "TensorRecord",
     "call_step",
     "copy_networks",
     "evaluating",
     "fixed_random_state",
+    "map_tensors",
+    "move_tensors",
     "run_batch",
     "undisturbed",
 ]
@@ -69,6 +73,33 @@ def copy_networks(
             node = node.get_submodule(parent)
         node.add_module(last, copy.deepcopy(root.get_submodule(path), memo))
     return shell.eval()
+
+
+class TensorRecord:
+    """Base of dataclasses that hold tensors in their fields, for :func:`map_tensors`."""
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested containers, with every tensor changed.
+
+    Example:
+        >>> map_tensors({"a": [torch.ones(1), "b"]}, lambda x: x + 1)
+        {'a': [tensor([2.]), 'b']}
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, TensorRecord):
+        return replace(value, **map_tensors(vars(value), change))  # type: ignore[type-var]
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(map_tensors(v, change) for v in value)
+    if isinstance(value, Mapping):
+        return {k: map_tensors(v, change) for k, v in value.items()}
+    return value
+
+
+def move_tensors(value: Any, device: torch.device) -> Any:
+    """The same nested containers, with every tensor on a device."""
+    return map_tensors(value, lambda x: x.to(device))
 
 
 def call_step(step: Callable[..., Any], batch: Any, loader: int = 0) -> Any:

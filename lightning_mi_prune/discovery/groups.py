@@ -8,9 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lightning_mi_prune.core.plan import PruningPlan
 
 __all__ = [
@@ -400,27 +397,26 @@ def full_depth(groups: Sequence[LayerStack]) -> PruningPlan:
 
 def entry_positions(
     group: DependencyGroup, kept: Mapping[str, Sequence[int]], widths: Mapping[str, int]
-) -> Tensor:
-    """Where the entries of a group that survive stand now, in the order of the tensor.
+) -> list[int]:
+    """Present positions of the entries of a group that survive, in the order of the tensor.
 
     Args:
-        group: The group; what survives of a group that it crosses is looked at too.
+        group: The group; survivors of ``product_with`` count too.
         kept: Survivors of each group that is cut, as positions in the present model.
         widths: Present width of every group.
 
     Example:
         >>> heads = DependencyGroup("heads", "heads", 2, 3, (), ("o",), product_with="head_dim")
         >>> entry_positions(heads, {"heads": (1,), "head_dim": (0, 1)}, {"heads": 2, "head_dim": 3})
-        tensor([3, 4])
+        [3, 4]
     """
-    across = group.entries_at(widths)
-    mine = kept.get(group.name, range(widths[group.name]))
-    others = (
-        kept.get(group.product_with, range(across))
+    entries = group.entries_at(widths)
+    units = kept.get(group.name, range(widths[group.name]))
+    inside = (
+        kept.get(group.product_with, range(entries))
         if group.product_with in widths
-        else range(across)
+        else range(entries)
     )
-    outer, inner = (others, mine) if group.strided else (mine, others)
-    stride = widths[group.name] if group.strided else across
-    rows = torch.tensor([*outer], dtype=torch.long)[:, None] * stride
-    return (rows + torch.tensor([*inner], dtype=torch.long)).flatten()
+    if group.strided:
+        return [i * widths[group.name] + unit for i in inside for unit in units]
+    return [unit * entries + i for unit in units for i in inside]

@@ -184,7 +184,8 @@ def parameter_cuts(
                     "network there, with a config of its own, or load the weights the plan is of."
                 )
             incision = found.setdefault(id(old), ParameterCut(s.tensor, old))
-            incision.kept[s.dim] = entry_positions(group, places, widths).to(old.device)
+            positions = entry_positions(group, places, widths)
+            incision.kept[s.dim] = torch.tensor(positions, dtype=torch.long, device=old.device)
     for name, values in compensated.items():
         old = parameter_of(model, name)
         incision = found.setdefault(id(old), ParameterCut(name, old))

@@ -178,7 +178,7 @@ def test_an_error_while_units_go_puts_layers_back(monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("lightning_mi_prune.surgery.units.apply", fail)
+    monkeypatch.setattr("lightning_mi_prune.surgery.transaction.apply_plan", fail)
     with pytest.raises(RuntimeError, match="boom"):
         cut_model(model, graph, graph.keep_layers(graph.full, {STACK: (1,)}), current=graph.full)
     after, config = state(model)
