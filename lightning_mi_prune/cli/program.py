@@ -33,8 +33,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
-from rich.table import Table
 
 from lightning_mi_prune.callbacks.units import MutualInformationPruning
 from lightning_mi_prune.checkpoint.loading import load_pruned
@@ -56,10 +54,11 @@ from lightning_mi_prune.cli.config import (
 )
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.pipeline import PruneResult, PruningMethod, prune
+from lightning_mi_prune.reporting.tables import Table, print_table
 
 __all__ = [
-    "main",
     "prune_module",
+    "run",
 ]
 
 _PRUNE = ("units", "module", "include", "exclude", "positions", "relevance_steps", "seed")
@@ -195,16 +194,8 @@ class _Batches:
         return getattr(self.data if is_overridden(name, self.data) else self.model, name)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        args: Arguments of the command; default: those of the process.
-
-    Raises:
-        SystemExit: With code 2 after one line ``error: ...`` on stderr, if something that was asked
-            for cannot be done.
-    """
+def run(words: Sequence[str]) -> None:
+    """Run the command line, see :func:`lightning_mi_prune.cli.main`."""
     here = os.getcwd()
     if not {"", here} & set(sys.path):
         sys.path.insert(0, here)
@@ -215,7 +206,7 @@ def main(args: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning|jsonarg")
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         try:
-            _run(sys.argv[1:] if args is None else args)
+            _run(words)
         except (PruningError, MisconfigurationException) as error:
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             raise SystemExit(2) from error
@@ -466,18 +457,9 @@ def _metrics(
 def _tell(
     done: PruneResult, before: Mapping[str, float], after: Mapping[str, float], path: Path
 ) -> None:
-    table = Table(title=f"{done.sparsity:.1%} of the prunable parameters are gone")
-    for name in ("", "before", "after"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, (old, new) in (
-        ("parameters", done.parameters),
-        ("prunable parameters", done.prunable_parameters),
-    ):
-        table.add_row(name, f"{old:,}", f"{new:,}")
-    for name, value in after.items():
-        table.add_row(name, f"{before[name]:.4f}", f"{value:.4f}")
-    Console().print(table, f"The pruned checkpoint is {path}; open it with load_pruned.")
-
-
-if __name__ == "__main__":
-    main()
+    sizes = {"parameters": done.parameters, "prunable parameters": done.prunable_parameters}
+    rows = [(name, f"{old:,}", f"{new:,}") for name, (old, new) in sizes.items()]
+    rows += [(name, f"{before[name]:.4f}", f"{value:.4f}") for name, value in after.items()]
+    title = f"{done.sparsity:.1%} of the prunable parameters are gone"
+    caption = f"The pruned checkpoint is {path}; open it with load_pruned."
+    print_table(Table(title, ("", "before", "after"), rows, ("",), caption))

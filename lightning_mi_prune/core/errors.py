@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "PruningError",
     "PruningWarning",
     "counted",
     "number",
+    "require",
     "shortened",
 ]
 
@@ -62,6 +65,36 @@ def counted(value: float, noun: str, plural: str | None = None) -> str:
         ('1 epoch', '1.5 epochs', '2,000 groups')
     """
     return f"{number(value)} {noun if value == 1 else plural or noun + 's'}"
+
+
+def require(module: str, extra: str) -> Any:
+    """Import a module of an optional dependency.
+
+    Args:
+        module: Its full name.
+        extra: Extra of this package that installs it.
+
+    Raises:
+        PruningError: If it is not installed.
+
+    Example:
+        >>> require("collections.abc", "plots").__name__
+        'collections.abc'
+        >>> require("not_installed.anywhere", "plots")
+        Traceback (most recent call last):
+        lightning_mi_prune.core.errors.PruningError: This needs the package 'not_installed', which \
+is not installed; run: pip install 'lightning-mi-prune[plots]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if (error.name or package).partition(".")[0] != package:
+            raise  # it is installed, but lacks a dependency of its own
+        raise PruningError(
+            f"This needs the package {package!r}, which is not installed; run: "
+            f"pip install 'lightning-mi-prune[{extra}]'"
+        ) from error
 
 
 def shortened(names: Iterable[str], most: int = 4) -> str:

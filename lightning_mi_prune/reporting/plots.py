@@ -1,14 +1,15 @@
-"""CKA matrix of a stack as a picture."""
+"""The CKA matrix of a stack of layers as a picture."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-
-from lightning_mi_prune.core.errors import counted
+from lightning_mi_prune.core.errors import counted, require
 from lightning_mi_prune.importance.layer_criteria import StackCut
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "heatmap",
@@ -27,6 +28,9 @@ def heatmap(cut: StackCut) -> Figure:
     Returns:
         A matplotlib figure that belongs to no window.
 
+    Raises:
+        PruningError: If matplotlib is not installed.
+
     Example:
         >>> alike = ((1.0, 0.99), (0.99, 1.0))
         >>> cut = StackCut("layers", (0, 1), (0,), alike, ((0, 1),), "cka", 0.98)
@@ -35,7 +39,9 @@ def heatmap(cut: StackCut) -> Figure:
     """
     count = len(cut.before)
     side = max(3.6, 0.55 * count + 1.6)
-    figure = Figure(figsize=(side + 1.0, side), layout="constrained")
+    figure: Figure = require("matplotlib.figure", "plots").Figure(
+        figsize=(side + 1.0, side), layout="constrained"
+    )
     axes = figure.add_subplot()
     lowest = min(min(row) for row in cut.similarity)
     image = axes.imshow(cut.similarity, cmap="viridis", vmin=min(0.0, lowest), vmax=1.0)
@@ -45,10 +51,10 @@ def heatmap(cut: StackCut) -> Figure:
             for j, value in enumerate(row):
                 color = "black" if value > _DARK else "white"
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
-    place = {layer: i for i, layer in enumerate(cut.before)}
+    rectangle = require("matplotlib.patches", "plots").Rectangle
     for cluster in cut.clusters:
-        start, size = place[cluster[0]] - 0.5, len(cluster)
-        frame = Rectangle((start, start), size, size, fill=False, edgecolor="red", linewidth=2.5)
+        start, size = cut.before.index(cluster[0]) - 0.5, len(cluster)
+        frame = rectangle((start, start), size, size, fill=False, edgecolor="red", linewidth=2.5)
         axes.add_patch(frame)
         frame.set_clip_on(False)
     names = [f"{layer} ✕" if layer in cut.removed else str(layer) for layer in cut.before]
@@ -59,18 +65,20 @@ def heatmap(cut: StackCut) -> Figure:
             label.set_color("red")
     axes.set_xlabel("layer, as built (✕ removed)")
     decided = f"CKA ≥ {cut.threshold:.4f}" if cut.criterion == "cka" else cut.criterion
-    axes.set_title(
-        f"{cut.name}\n{count} → {counted(len(cut.after), 'layer')}, {decided}", fontsize=10
-    )
+    title = f"{cut.name}\n{count} → {counted(len(cut.after), 'layer')}, {decided}"
+    axes.set_title(title, fontsize=10)
     return figure
 
 
 def save_heatmap(cut: StackCut, path: str | Path) -> None:
-    """Write the picture; the ending of the path says in which format.
+    """Write the picture; the ending of the path decides on the format.
 
     Args:
         cut: What was decided about the stack.
-        path: ``.png``, ``.svg`` or ``.pdf``; folders are made.
+        path: ``.png``, ``.svg`` or ``.pdf``; missing folders are made.
+
+    Raises:
+        PruningError: If matplotlib is not installed.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lightning_mi_prune.core.errors import PruningError, PruningWarning, require
 from lightning_mi_prune.core.files import check_writable, write_whole
 from lightning_mi_prune.core.untrusted import (
     check_nesting,
@@ -34,7 +36,6 @@ __all__ = [
 
 _SIZES = ("parameters", "prunable_parameters", "macs")
 
-
 _MOST = 2**63
 
 
@@ -47,8 +48,8 @@ class GroupCut:
         kind: Kind of unit.
         before: Units before the cut.
         after: Units after it.
-        information_nats: Information with what is kept above that is left after this cut, in nats.
-        information_fraction: The same as a share of what there was just before this cut.
+        information_nats: Information with the kept units above that is left after it, in nats.
+        information_fraction: The same as a share of the information just before it.
     """
 
     name: str
@@ -61,16 +62,16 @@ class GroupCut:
 
 @dataclass(frozen=True)
 class Cut:
-    """One cut: sizes of the whole model after it, every group, and the time it took.
+    """One cut: sizes of the whole model after it, its groups, and the time it took.
 
     Args:
         epoch: Epoch that started with the smaller model (``trainer.current_epoch``, from 0).
         sparsity: Share of the prunable parameters gone, against the model as built.
         parameters: Parameters of the whole module.
-        prunable_parameters: Parameters of the tensors that the groups cut.
+        prunable_parameters: Parameters of the tensors that a cut of the groups makes smaller.
         macs: Multiply-accumulates of the network for one example of validation.
         groups: What happened to each group.
-        seconds: Time spent in ``calibration``, ``scoring`` and ``cutting``.
+        seconds: Time spent on ``calibration``, ``ranking``, ``reconstruction`` and ``surgery``.
         stacks: What happened to stacks of layers; ``sparsity`` and ``prunable_parameters`` are then
             those of their layers.
         information_kept: Share of the information with the layers above, in nats and summed over
@@ -98,10 +99,10 @@ class PruningReport:
         parameters: Parameters of the whole module as built, before any cut of any run.
         prunable_parameters: Those the groups can cut, as built.
         macs: Multiply-accumulates of the networks for one example, before the first cut of this
-            run (0 until something was heard).
+            run (0 before the first calibration).
         cuts: The cuts, in order.
         start: Sizes at the start of this run, where an earlier one had cut already.
-        undone: Cuts that cost more than ``max_drop`` and were taken back.
+        undone: Cuts that cost more than ``max_drop`` and were rolled back.
     """
 
     parameters: int = 0
@@ -112,15 +113,15 @@ class PruningReport:
     undone: list[Cut] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as plain containers for a checkpoint."""
+        """All fields, as plain containers for a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> PruningReport:
-        """The report that :meth:`state_dict` was taken of.
+        """The report from its :meth:`state_dict`.
 
         Raises:
-            PruningError: If it is something else.
+            PruningError: If ``state`` is not one.
 
         Example:
             >>> report = PruningReport(parameters=10, start={"parameters": 8})
@@ -149,7 +150,9 @@ class PruningReport:
         }
 
     def write(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
-        """Write ``report.json``, and a picture beside it for every stack that lost layers.
+        """Write the report as JSON, and beside it a picture of every stack that lost layers.
+
+        Without matplotlib there are no pictures, but a warning.
 
         Args:
             path: The JSON file.
@@ -161,13 +164,23 @@ class PruningReport:
         body, target = self.to_dict(), Path(path)
         check_writable(target, "The report")  # before the pictures
         target.parent.mkdir(parents=True, exist_ok=True)
-        for name in ("cuts", "undone"):
-            for cut, told in zip(getattr(self, name), body[name], strict=True):
-                for stack, entry in zip(cut.stacks, told["stacks"], strict=True):
-                    # Names of modules may hold what a file name cannot.
-                    plain = re.sub(r"[^\w.-]", "_", stack.name)[:100]
-                    entry["picture"] = f"layers-{cut.epoch}-{plain}.png"
-                    save_heatmap(stack, target.with_name(entry["picture"]))
+        stacks = [
+            (cut.epoch, stack, entry)
+            for name in ("cuts", "undone")
+            for cut, written in zip(getattr(self, name), body[name], strict=True)
+            for stack, entry in zip(cut.stacks, written["stacks"], strict=True)
+        ]
+        try:
+            if stacks:
+                require("matplotlib", "plots")
+        except PruningError as error:
+            warnings.warn(f"No pictures of layers. {error}", PruningWarning, stacklevel=2)
+            stacks = []
+        for epoch, stack, entry in stacks:
+            # Names of modules may contain characters that a file name cannot.
+            plain = re.sub(r"[^\w.-]", "_", stack.name)[:100]
+            entry["picture"] = f"layers-{epoch}-{plain}.png"
+            save_heatmap(stack, target.with_name(entry["picture"]))
         for key, value in (extra or {}).items():
             if isinstance(value, Mapping) and key in ("before", "after"):
                 body[key] |= dict(value)
@@ -179,21 +192,16 @@ class PruningReport:
 def read_report(state: object) -> PruningReport:
     """As :meth:`PruningReport.from_state`, for a part of a file; raises a plain exception."""
     found = mapping(state, [f.name for f in fields(PruningReport)])
-    sizes = {name: whole(found[name], _MOST) for name in _SIZES}
     start = {name: whole(size, _MOST) for name, size in mapping(found["start"]).items()}
     cuts, undone = (list(map(_read_cut, listed(found[n]))) for n in ("cuts", "undone"))
-    return PruningReport(**sizes, cuts=cuts, start=start, undone=undone)
+    return PruningReport(**_plain(PruningReport, found), cuts=cuts, start=start, undone=undone)
 
 
 def _read_cut(state: object) -> Cut:
     found = mapping(state, [f.name for f in fields(Cut)])
     kept = found["information_kept"]
     return Cut(
-        epoch=whole(found["epoch"]),
-        sparsity=number(found["sparsity"]),
-        parameters=whole(found["parameters"], _MOST),
-        prunable_parameters=whole(found["prunable_parameters"], _MOST),
-        macs=whole(found["macs"], _MOST),
+        **_plain(Cut, found),
         groups=tuple(map(_read_group, listed(found["groups"]))),
         seconds={name: number(value) for name, value in mapping(found["seconds"]).items()},
         stacks=tuple(map(StackCut.read, listed(found["stacks"]))),
@@ -202,15 +210,14 @@ def _read_cut(state: object) -> Cut:
 
 
 def _read_group(state: object) -> GroupCut:
-    found = mapping(state, [f.name for f in fields(GroupCut)])
-    return GroupCut(
-        name=text(found["name"]),
-        kind=text(found["kind"]),
-        before=whole(found["before"]),
-        after=whole(found["after"]),
-        information_nats=number(found["information_nats"]),
-        information_fraction=number(found["information_fraction"]),
-    )
+    return GroupCut(**_plain(GroupCut, mapping(state, [f.name for f in fields(GroupCut)])))
+
+
+def _plain(kind: type[Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The texts and numbers of a record, each of the type of its field."""
+    read: dict[Any, Callable[[Any], Any]]
+    read = {"str": text, "int": lambda value: whole(value, _MOST), "float": number}
+    return {f.name: read[f.type](found[f.name]) for f in fields(kind) if f.type in read}
 
 
 def group_cuts(

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from lightning_mi_prune import MutualInformationPruning, PruningError, load_pruned, prune
+from lightning_mi_prune.cli import main
 from lightning_mi_prune.cli.config import OPTIONS, OWN
-from lightning_mi_prune.cli.program import main, prune_module
+from lightning_mi_prune.cli.program import prune_module
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import CONFIGS, randomize
 
@@ -534,7 +535,7 @@ def test_modules_of_the_working_directory_are_found(tmp_path):
         "from tests.support.boring import Classifier\n\n\nclass Net(Classifier):\n    pass\n"
     )
     body = {**NAMED, "model": "mymodule.Net", "data": "tests.support.boring.Data"}
-    run = "import sys; sys.path.remove(''); from lightning_mi_prune.cli.program import main; main()"
+    run = "import sys; sys.path.remove(''); from lightning_mi_prune.cli import main; main()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", run, *write(body)],

@@ -24,7 +24,7 @@ from examples.text_classification.model import TextClassifier
 from lightning_mi_prune import PruningPlan, from_pretrained, load_pruned
 from lightning_mi_prune.allocation import measuring as measure
 from lightning_mi_prune.allocation.measuring import measure_latency
-from lightning_mi_prune.cli.program import main
+from lightning_mi_prune.cli import main
 from tests.support.ranks import launch
 
 ROOT = Path(__file__).parent.parent.parent

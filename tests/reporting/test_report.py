@@ -1,25 +1,24 @@
 from __future__ import annotations
 
-import io
 import json
 import time
 from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from lightning_mi_prune.allocation.measuring import count_macs, measure_latency
 from lightning_mi_prune.calibration.calls import RecordedCall
-from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.importance.layer_criteria import StackCut
 from lightning_mi_prune.reporting.plots import heatmap, save_heatmap
 from lightning_mi_prune.reporting.report import Cut, GroupCut, PruningReport
-from lightning_mi_prune.reporting.tables import cut_table
+from lightning_mi_prune.reporting.tables import Table, print_cut, print_table
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.models import batch, build, random_plan
+from tests.support.packages import hide
 
 CUT = Cut(
     epoch=1,
@@ -64,16 +63,28 @@ def test_a_run_without_cuts_ends_as_it_began():
     assert body["cuts"] == []
 
 
-def test_what_is_of_this_cut_and_what_of_all_of_them_are_told_apart():
-    """Shares of single groups are of one cut, beside them what all cuts so far have left."""
+@pytest.fixture(params=["rich", "plain text"])
+def printed(request, capsys, monkeypatch):
+    """Text that a function prints, in one line; with rich and without."""
+    monkeypatch.setenv("COLUMNS", "170")
+    if request.param == "plain text":
+        hide(monkeypatch, "rich")
+
+    def run(cut, report):
+        print_cut(cut, report)
+        return " ".join(capsys.readouterr().out.split())
+
+    return run
+
+
+def test_information_of_a_cut_and_of_all_cuts_so_far(printed):
+    """Shares of single groups are of one cut; the caption has what all cuts so far left."""
     later = replace(CUT, epoch=2, information_kept=0.8372)
     report = replace(REPORT, cuts=[CUT, later], undone=[later])
     body = report.to_dict()
     assert [cut["information_kept"] for cut in body["cuts"]] == [None, 0.8372]
     assert PruningReport.from_state(json.loads(json.dumps(report.state_dict()))) == report
-    out = io.StringIO()
-    Console(file=out, width=150).print(cut_table(later, report))
-    text = " ".join(out.getvalue().split())
+    text = printed(later, report)
     assert "kept by this cut" in text
     assert "information kept of the model as built 83.7%" in text
     for value in ("0.8", 1.5, -0.1, float("nan"), torch.zeros(2**20).expand(2**10, 2**20)):
@@ -83,13 +94,20 @@ def test_what_is_of_this_cut_and_what_of_all_of_them_are_told_apart():
             PruningReport.from_state(broken)
 
 
-def test_the_table_names_axes_from_their_common_path():
-    out = io.StringIO()
-    Console(file=out, width=120).print(cut_table(CUT, REPORT))
-    text = " ".join(out.getvalue().split())
+def test_the_table_names_groups_from_their_common_path(printed):
+    text = printed(CUT, REPORT)
     assert "50.0% of the prunable parameters of net.layer.0 are gone" in text
     assert text.index("ffn") < text.index("heads")
     assert "100 -> 60" in text
+
+
+def test_without_rich_the_columns_are_aligned(monkeypatch, capsys):
+    hide(monkeypatch, "rich")
+    print_table(
+        Table("A title", ("name", "n"), [("a", "1"), ("long", "1,000")], ("name",), "Below")
+    )
+    lines = ["A title", "name      n", "a         1", "long  1,000", "Below"]
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_macs_are_what_the_shapes_say():
@@ -132,30 +150,41 @@ def stack_cut(criterion="cka"):
 
 
 @pytest.mark.parametrize("criterion", ["cka", "last"])
-def test_the_heat_map_frames_clusters_and_crosses_what_went(criterion, tmp_path):
-    (groups, *_) = heatmap(stack_cut(criterion)).groups
-    assert [t.get_text() for t in groups.get_xticklabels()] == ["0", "2 ✕", "5"]
-    frames = [(p.get_x(), p.get_width()) for p in groups.patches]
+def test_the_heat_map_frames_clusters_and_crosses_removed_layers(criterion, tmp_path):
+    (axes, *_) = heatmap(stack_cut(criterion)).axes
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "2 ✕", "5"]
+    frames = [(p.get_x(), p.get_width()) for p in axes.patches]
     assert frames == [(-0.5, 2), (1.5, 1)]
-    assert len(groups.texts) == 9
-    assert ("0.9800" if criterion == "cka" else "last") in groups.get_title()
+    assert len(axes.texts) == 9
+    assert ("0.9800" if criterion == "cka" else "last") in axes.get_title()
     save_heatmap(stack_cut(criterion), tmp_path / "new" / "map.svg")
     assert "<svg" in (tmp_path / "new" / "map.svg").read_text()
 
 
-def test_a_report_of_layers_can_be_read_again_and_has_a_picture(tmp_path):
+def test_a_report_of_layers_can_be_read_again_and_has_a_picture(tmp_path, printed):
     cut = Cut(1, 1 / 3, 20, 8, 6, (), {"calibration": 0.1}, (stack_cut(),))
     report = PruningReport(30, 12, 9, cuts=[cut], undone=[cut])
     assert PruningReport.from_state(report.state_dict()) == report
     text = json.dumps(report.state_dict())
     assert PruningReport.from_state(json.loads(text)) == report
     report.write(tmp_path / "report.json")
-    told = json.loads((tmp_path / "report.json").read_text())
-    (stack,) = told["cuts"][0]["stacks"]
+    body = json.loads((tmp_path / "report.json").read_text())
+    (stack,) = body["cuts"][0]["stacks"]
     assert (tmp_path / stack["picture"]).exists()
     assert StackCut.read({k: v for k, v in stack.items() if k != "picture"}) == stack_cut()
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(cut_table(cut, report))
-    text = console.export_text()
+    text = printed(cut, report)
     for part in ("net.layer", "0 2 | 5", "CKA >= 0.9800", "33.3%"):
         assert part in text
+
+
+def test_without_matplotlib_a_report_has_no_pictures(tmp_path, monkeypatch):
+    hide(monkeypatch, "matplotlib")
+    cut = Cut(1, 1 / 3, 20, 8, 6, (), {"calibration": 0.1}, (stack_cut(),))
+    with pytest.warns(PruningWarning, match=r"No pictures.*lightning-mi-prune\[plots\]"):
+        PruningReport(30, 12, 9, cuts=[cut]).write(tmp_path / "report.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert (
+        "picture" not in json.loads((tmp_path / "report.json").read_text())["cuts"][0]["stacks"][0]
+    )
+    with pytest.raises(PruningError, match=r"'matplotlib'.*pip install 'lightning-mi-prune\[plots"):
+        heatmap(stack_cut())
