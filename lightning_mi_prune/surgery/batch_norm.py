@@ -19,8 +19,6 @@ __all__ = [
 ]
 
 Statistics = dict[_BatchNorm, dict[str, Tensor]]
-
-
 _SINGLE = "more than 1 value per channel"  # how torch refuses to normalise by one row
 
 

@@ -38,17 +38,10 @@ NAMES = "param_names"
 # The dimension that Adafactor of transformers sums away: of a square matrix, no shape tells.
 _SUMMED: dict[str, int] = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
 
-
 # Where heads are rotated, gradients go the other way than weights. What is kept of either, by name.
 _OF_WEIGHTS = {"ax", "z", "p0", "acc_delta", "step_size"}  # averages, starting points, steps
-
-
 _SIZES = {"exp_inf", "step_size"}  # without a sign, but no squares
-
-
 _SQUARES = {"square_avg", "acc_delta"}  # though rounding may have left them a sign
-
-
 _MEANS = {"square_avg": "grad_avg"}  # squares that are never less than those of their mean
 
 

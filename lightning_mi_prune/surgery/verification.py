@@ -35,20 +35,10 @@ __all__ = [
 ]
 
 Step = Callable[[nn.Module], Any]
-
-
 _DEPTH = 3  # of containers in containers
-
-
 _MOST_LOOKED_AT = 100_000  # a data set in memory holds no parameters
-
-
 _LIBRARIES = ("builtins", "lightning", "pytorch_lightning", "torch", "torchmetrics", "transformers")
-
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 _TORCH = frozenset(vars(nn.Module()))  # attributes of every module, which torch copies itself
 
 

@@ -23,8 +23,6 @@ __all__ = [
 ]
 
 Matches = Callable[[nn.Module], bool]
-
-
 Describe = Callable[[nn.Module], Sequence[DependencyGroup]]
 
 

@@ -28,7 +28,6 @@ __all__ = [
 
 _LISTS = ("layer_types", "mlp_layer_types")
 
-
 # One table of names a model type serves layers and units alike where both are known.
 _UNITS = {**TEXT, **VISION}
 
@@ -79,18 +78,10 @@ _DECODER = (
     ),
 )
 
-
 _BART_ENDS = (("self_attn.out_proj", "self_attn"), ("fc2", "fc1"))
-
-
 _BART_CROSS = ("encoder_attn.out_proj", "encoder_attn")
-
-
 _T5_SELF = ("layer.0.SelfAttention.o", "layer.0.layer_norm")
-
-
 _T5_CROSS = ("layer.1.EncDecAttention.o", "layer.1.layer_norm")
-
 
 # T5 keeps a config for each half beside the one of the whole; its first blocks hold the bias of
 # relative positions that all others add. GPT-2's projections are no linear modules.

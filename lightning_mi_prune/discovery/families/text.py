@@ -9,16 +9,9 @@ __all__ = [
 ]
 
 _TOKEN = HeadNames(reads=("classifier",))
-
-
 _QUESTION = HeadNames(reads=("qa_outputs",))
-
-
 _DENSE = HeadNames(pooler=("classifier.dense", "classifier.out_proj"))
-
-
 _NOTHING = HeadNames()  # the encoder alone, or its own pooler below a head
-
 
 _BERT_LAYER = LayerNames(
     attention="attention.self",
@@ -32,7 +25,6 @@ _BERT_LAYER = LayerNames(
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
 )
 
-
 _BERT_LM = HeadNames(
     transform=(
         "cls.predictions.transform.dense",
@@ -40,7 +32,6 @@ _BERT_LM = HeadNames(
         "cls.predictions.decoder",
     )
 )
-
 
 _BERT = FamilyNames(
     classes="Bert",
@@ -96,7 +87,6 @@ _ELECTRA = FamilyNames(
     config_aliases=("embedding_size",),
 )
 
-
 _DISTILBERT = FamilyNames(
     classes="DistilBert",
     layer=LayerNames(
@@ -128,7 +118,6 @@ _DISTILBERT = FamilyNames(
     head_count="n_heads",
 )
 
-
 # One table of position biases, a column a head, is made for all layers: a layer that lost heads
 # takes the columns of the others out of it, and the config cannot say so.
 _MPNET = FamilyNames(
@@ -158,7 +147,6 @@ _MPNET = FamilyNames(
     },
     head_count=None,
 )
-
 
 # Queries and keys may pass the relative positions too, a stream beside that of the tokens: what
 # they are multiplied with is then another thing in each place, and no one turn fits all.
@@ -199,7 +187,6 @@ _DEBERTA = FamilyNames(
     config_aliases=("pooler_hidden_size",),
 )
 
-
 # One group of layers runs many times: one set of groups, whose consumers are called many times.
 _ALBERT = FamilyNames(
     classes="Albert",
@@ -231,7 +218,6 @@ _ALBERT = FamilyNames(
     projection="encoder.embedding_hidden_mapping_in",
     pooler="pooler",
 )
-
 
 TEXT: dict[str, FamilyNames] = {
     "bert": _BERT,
