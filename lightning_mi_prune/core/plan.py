@@ -108,7 +108,7 @@ class PruningPlan:
         if set(self.sizes) != set(self.kept):
             odd = sorted(map(described, set(self.sizes) ^ set(self.kept)))
             raise PruningError(
-                f"A plan needs the size and the kept units of each group; check {', '.join(odd[:6])}."
+                f"A plan needs the size and the kept units of every group: {', '.join(odd[:6])}."
             )
         for name, size in self.sizes.items():
             _check_group(name, size, self.kept[name])
@@ -292,9 +292,7 @@ def _check_group(name: str, size: int, kept: tuple[int, ...]) -> None:
             f"Group {described(name)} keeps unit {described(bad)}; expected 0 to {size - 1}."
         )
     if any(a >= b for a, b in pairwise(kept)):
-        raise PruningError(
-            f"Group {described(name)} keeps units out of order; sort them."
-        )
+        raise PruningError(f"Group {described(name)} keeps units out of order; sort them.")
 
 
 def recorded_plan(network: object) -> PruningPlan | None:
