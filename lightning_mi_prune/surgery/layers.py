@@ -173,7 +173,7 @@ def without_storage(layer: nn.Module) -> nn.Module:
 
 
 def _with_storage(layer: nn.Module, others: Sequence[nn.Module]) -> nn.Module:
-    """A layer without storage on the device and in the precision of others, to load weights into."""
+    """A layer without storage, given some on the device and in the precision of others."""
     if not any(parameter.is_meta for parameter in layer.parameters()):
         return layer
     like = {name: tensor for other in others for name, tensor in _tensors(other)}

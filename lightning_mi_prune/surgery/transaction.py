@@ -193,12 +193,12 @@ def _check_shared(
             for path, module in model.named_modules(remove_duplicate=False):
                 if id(module) in inside and path != top and not path.startswith(f"{top}."):
                     raise PruningError(
-                        f"Layer {number} of {stack.name!r} cannot be removed: the model holds a part "
-                        f"of it as {path!r} too. Use it through the stack, or exclude the stack."
+                        f"Layer {number} of {stack.name!r} cannot be removed: the model holds "
+                        f"a part of it as {path!r} too. Use it through the stack, or leave it out."
                     )
             for name, parameter in layer.named_parameters():
                 if any(id(module) not in inside for module, _ in homes[id(parameter)]):
                     raise PruningError(
-                        f"Layer {number} of {stack.name!r} cannot be removed: its {name!r} is shared "
-                        "with another part of the model. Untie it first."
+                        f"Layer {number} of {stack.name!r} cannot be removed: its {name!r} "
+                        "is shared with another part of the model. Untie it first."
                     )
