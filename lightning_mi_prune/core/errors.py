@@ -100,23 +100,23 @@ def shortened(names: Iterable[str], most: int = 4) -> str:
         >>> shortened([f"layer.{i}.ffn" for i in range(12)])
         'layer.{0..11}.ffn'
     """
-    alike: dict[str, list[tuple[int, ...]]] = {}
+    shapes: dict[str, list[tuple[int, ...]]] = {}
     for name in names:
-        places = tuple(int(digits) for digits in _DIGITS.findall(name))
-        alike.setdefault(_DIGITS.sub(_NUMBER, name), []).append(places)
-    found = [text for shape, places in alike.items() for text in _entries(shape, sorted(places))]
+        numbers = tuple(int(digits) for digits in _DIGITS.findall(name))
+        shapes.setdefault(_DIGITS.sub(_NUMBER, name), []).append(numbers)
+    found = [text for shape, numbers in shapes.items() for text in _entries(shape, sorted(numbers))]
     rest = len(found) - most
     return ", ".join(found[:most]) + (f" and {number(rest)} more" if rest > 0 else "")
 
 
-def _entries(shape: str, places: list[tuple[int, ...]]) -> list[str]:
+def _entries(shape: str, rows: list[tuple[int, ...]]) -> list[str]:
     """One entry if the paths differ in at most one number, else one each."""
-    differ = [i for i, column in enumerate(zip(*places, strict=True)) if len(set(column)) > 1]
+    differ = [i for i, column in enumerate(zip(*rows, strict=True)) if len(set(column)) > 1]
     if len(differ) > 1:
-        return [_filled(shape, [str(n) for n in numbers]) for numbers in places]
-    texts = [str(n) for n in places[0]]
+        return [_filled(shape, [str(n) for n in row]) for row in rows]
+    texts = [str(n) for n in rows[0]]
     for i in differ:
-        numbers = sorted({row[i] for row in places})
+        numbers = sorted({row[i] for row in rows})
         run = len(numbers) > 3 and numbers == list(range(numbers[0], numbers[-1] + 1))
         inside = f"{numbers[0]}..{numbers[-1]}" if run else ",".join(map(str, numbers))
         texts[i] = f"{{{inside}}}"

@@ -143,15 +143,15 @@ def run_batch(module: nn.Module, batch: Any) -> Any:
 def _check_positions(module: nn.Module, batch: Sequence[Any]) -> None:
     """Refuse values by position that may be meant for other arguments."""
     parameters = inspect.signature(module.forward).parameters.values()
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    names = [p.name for p in places]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in positional]
     many = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     name = type(module).__name__
     remedy = "Give a dict that names the values, or forward=lambda model, batch: model(batch[0])."
-    if len(batch) > len(places) and not many:
+    if len(batch) > len(positional) and not many:
         raise PruningError(
             f"A batch of {len(batch)} values does not fit {name}.forward({', '.join(names)}), "
-            f"which takes {len(places)}. {remedy}"
+            f"which takes {len(positional)}. {remedy}"
         )
     for argument, value in list(zip(names, batch, strict=False))[1:]:
         # Arguments of a Hugging Face model are in an order that data sets do not follow.

@@ -40,7 +40,7 @@ def layer_container(model: nn.Module, stack: str) -> nn.ModuleList | nn.Sequenti
             "nn.Sequential whose layers run one after another."
         )
     names = list(container._modules)
-    if names != [str(place) for place in range(len(names))]:
+    if names != [str(index) for index in range(len(names))]:
         raise PruningError(
             f"The layers of {stack!r} are named {names[:4]}; expected numbers from 0. Build the "
             "container from a plain list."
@@ -67,4 +67,4 @@ def layer_paths(model: nn.Module, stack: str) -> list[str]:
             f"{stack!r} holds {counted(len(container), 'layer')} of {kinds}; expected two or more, "
             "all of one class."
         )
-    return [f"{stack}.{place}" if stack else str(place) for place in range(len(container))]
+    return [f"{stack}.{index}" if stack else str(index) for index in range(len(container))]

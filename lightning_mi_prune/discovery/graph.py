@@ -273,8 +273,8 @@ def _found(
         describe = "describe its units with register_family, or "
         warnings.warn(
             f"{option}={expression!r} finds {summarize_groups(found)}. No group belongs to the "
-            f"module {paths}, which stays as it is: {describe if option == 'include' else ''}write an "
-            f"expression that finds groups only, such as '{found[0].kind}$'.",
+            f"module {paths}, which stays as it is: {describe if option == 'include' else ''}write "
+            f"an expression that finds groups only, such as '{found[0].kind}$'.",
             PruningWarning,
             stacklevel=4,
         )

@@ -148,7 +148,7 @@ class RotatableProjections:
 
 @dataclass(frozen=True)
 class DependencyGroup:
-    """Units of one kind at one place, and every tensor that must shrink with them.
+    """Units of one kind, with every tensor that must shrink with them.
 
     Args:
         name: Path of the group, ``"encoder.layer.0.ffn"``.
@@ -231,8 +231,8 @@ class DependencyGroup:
         """Entries per unit at the given widths.
 
         Example:
-            >>> heads = DependencyGroup("heads", "heads", 9, 32, (), ("o",), product_with="head_dim")
-            >>> heads.entries_at({"heads": 6, "head_dim": 8}), heads.entries_at({"heads": 6})
+            >>> heads = DependencyGroup("h", "heads", 9, 32, (), ("o",), product_with="head_dim")
+            >>> heads.entries_at({"h": 6, "head_dim": 8}), heads.entries_at({"h": 6})
             (8, 32)
         """
         return widths.get(self.product_with, self.entries)
@@ -390,11 +390,11 @@ def full_depth(groups: Sequence[LayerStack]) -> PruningPlan:
 def entry_positions(
     group: DependencyGroup, kept: Mapping[str, Sequence[int]], widths: Mapping[str, int]
 ) -> list[int]:
-    """Present positions of the entries of a group that survive, in the order of the tensor.
+    """Present positions of the kept entries of a group, in the order of the tensor.
 
     Args:
-        group: The group; survivors of ``product_with`` count too.
-        kept: Survivors of each group that is cut, as positions in the present model.
+        group: The group; kept units of ``product_with`` count too.
+        kept: Kept units of each group that is cut, as positions in the present model.
         widths: Present width of every group.
 
     Example:

@@ -70,8 +70,8 @@ def remove_layers(
         >>> from lightning_mi_prune.discovery.families.stacks import find_stacks
         >>> model = BertModel(BertConfig(num_hidden_layers=3, hidden_size=24, vocab_size=50))
         >>> plan = PruningPlan({"encoder.layer": 3}, {"encoder.layer": (0, 2)})
-        >>> gone = remove_layers(model, find_stacks(model), plan)
-        >>> len(gone), model.config.num_hidden_layers, len(model.encoder.layer)
+        >>> removed = remove_layers(model, find_stacks(model), plan)
+        >>> len(removed), model.config.num_hidden_layers, len(model.encoder.layer)
         (1, 2, 2)
     """
     now = full_depth(stacks) if current is None else current
@@ -90,21 +90,21 @@ def remove_layers(
             "batches is empty; expected at least one to estimate BatchNorm statistics. Give a list "
             "or a DataLoader, not an exhausted iterator."
         )
-    gone = arrange_layers(model, stacks, plan, current=now)
+    removed = arrange_layers(model, stacks, plan, current=now)
     if data is not None:
         try:
             reestimate_batch_norm(model, chain([first], data), partial(_run_there, forward))
         except BaseException:  # the removed layers would be lost
-            arrange_layers(model, stacks, now, current=plan, available=gone)
+            arrange_layers(model, stacks, now, current=plan, available=removed)
             raise
-    elif gone and has_running_statistics(model):
+    elif removed and has_running_statistics(model):
         warnings.warn(
             f"The BatchNorm statistics of this {type(model).__name__} are those of the longer "
             "model; train it, or give batches to estimate them again.",
             PruningWarning,
             stacklevel=2,
         )
-    return [layers[place] for layers in gone.values() for place in sorted(layers)]
+    return [layers[index] for layers in removed.values() for index in sorted(layers)]
 
 
 def _run_there(forward: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any) -> None:
@@ -143,13 +143,13 @@ def arrange_layers(
     }
     for path in sorted({stack.network for stack in mine}):
         own_config(model, path)
-    gone: dict[str, dict[int, nn.Module]] = {}
+    removed: dict[str, dict[int, nn.Module]] = {}
     changed: list[tuple[Any, str, Any]] = []
     try:
         for stack in mine:
             kept, layers = plan.kept[stack.name], layers_of[stack.name]
             container = model.get_submodule(stack.name)
-            for holder, name, value in _numbers(model, stack, [layers[place] for place in kept]):
+            for holder, name, value in _numbers(model, stack, [layers[index] for index in kept]):
                 changed.append((holder, name, getattr(holder, name)))
                 setattr(holder, name, value)
             for holder, name, entries in _entries(model, stack, kept):
@@ -157,13 +157,13 @@ def arrange_layers(
                 setattr(holder, name, entries)
             changed.append((container, "_modules", container._modules))
             container._modules = {str(new): layers[old] for new, old in enumerate(kept)}
-            left = [place for place in current.kept[stack.name] if place not in kept]
-            gone[stack.name] = {place: layers[place] for place in left}
+            left = [index for index in current.kept[stack.name] if index not in kept]
+            removed[stack.name] = {index: layers[index] for index in left}
     except BaseException:
         for holder, name, value in reversed(changed):
             setattr(holder, name, value)
         raise
-    return {name: layers for name, layers in gone.items() if layers}
+    return {name: layers for name, layers in removed.items() if layers}
 
 
 def without_storage(layer: nn.Module) -> nn.Module:
@@ -224,15 +224,15 @@ def _layers_of(
     container = model.get_submodule(stack.name)
     layers = dict(zip(current.kept[stack.name], container.children(), strict=True))
     others = list(container.children())
-    for place in kept:
-        if place not in layers:
-            layer = available.get(stack.name, {}).get(place)
+    for index in kept:
+        if index not in layers:
+            layer = available.get(stack.name, {}).get(index)
             if layer is None:
                 raise PruningError(
-                    f"Layer {place} of {stack.name!r} was removed and no copy of it was kept. "
+                    f"Layer {index} of {stack.name!r} was removed and no copy of it was kept. "
                     "Build a new model with the configuration it was trained with."
                 )
-            layers[place] = _with_storage(layer, others).train(container.training)
+            layers[index] = _with_storage(layer, others).train(container.training)
     return layers
 
 
@@ -261,7 +261,7 @@ def _entries(
         for name, built in stack.config_lists:
             entries = getattr(config, name, None)
             if isinstance(entries, (list, tuple)):
-                yield config, name, type(entries)(built[place] for place in kept)
+                yield config, name, type(entries)(built[index] for index in kept)
 
 
 def _config(model: nn.Module, path: str) -> Any:

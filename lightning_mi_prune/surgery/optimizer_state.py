@@ -120,8 +120,8 @@ def _own_tensor(value: Any, follow: set[int], depth: int = 5) -> Tensor | None:
 def parameters_in(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], int, nn.Parameter]]:
     """Every parameter, with its parameter group and its index there."""
     for group in optimizer.param_groups:
-        for place, parameter in enumerate(group["params"]):
-            yield group, place, parameter
+        for index, parameter in enumerate(group["params"]):
+            yield group, index, parameter
 
 
 def followed_dims(key: str, value: Tensor, shape: Sequence[int]) -> tuple[int | None, ...] | None:
@@ -167,9 +167,9 @@ def cut_state(
             continue
         maps = {at: rotated[d] for at, d in enumerate(dims) if d is not None and d in rotated}
         new = _rotated_state(key, value, state.get(_MEANS.get(key, "")), maps) if maps else value
-        for place, dim in enumerate(dims):
+        for index, dim in enumerate(dims):
             if dim is not None and dim in kept:
-                new = new.index_select(place, kept[dim].to(new.device))
+                new = new.index_select(index, kept[dim].to(new.device))
         found[key] = new if new is not value or kept else value.clone()
     return found
 
@@ -182,13 +182,13 @@ def _rotated_state(key: str, value: Tensor, mean: Any, rotations: Mapping[int, T
     squares = unsigned or key in _SQUARES
     paired = squares and isinstance(mean, Tensor) and mean.shape == value.shape
     rest = (value - mean.square()).clamp_min(0) if paired else value
-    for place, given in rotations.items():
+    for index, given in rotations.items():
         # Not moved to the state: MPS has no double precision.
         maps = given if key in _OF_WEIGHTS else torch.linalg.inv(given).mT
         rest = rotate_along(
-            rest, place, maps.square() if squares else maps.abs() if sizes else maps
+            rest, index, maps.square() if squares else maps.abs() if sizes else maps
         )
-        mean = rotate_along(mean, place, maps) if paired else mean
+        mean = rotate_along(mean, index, maps) if paired else mean
     return rest + mean.square() if paired else rest
 
 

@@ -73,27 +73,25 @@ def update_optimizers(
     """
     all_optimizers = list(optimizers)
     check_optimizers(all_optimizers, (rewrite.old for rewrite in rewrites))
-    gone = {id(parameter) for parameter in removed}
-    gone |= {id(rewrite.new) for rewrite in rewrites if not rewrite.new.numel()}
+    dropped = {id(parameter) for parameter in removed}
+    dropped |= {id(rewrite.new) for rewrite in rewrites if not rewrite.new.numel()}
     by_old = {id(rewrite.old): rewrite for rewrite in rewrites}
     moves = []  # everything that can fail comes before the first change
     for optimizer in all_optimizers:
-        for group, place, parameter in parameters_in(optimizer):
+        for group, index, parameter in parameters_in(optimizer):
             if (rewrite := by_old.get(id(parameter))) is not None:
                 state = optimizer.state.get(parameter)
-                carried = state and cut_state(
-                    state, rewrite.old.shape, rewrite.kept, rewrite.rotated
-                )
-                moves.append((optimizer, group["params"], place, rewrite, carried))
-    for optimizer, parameters, place, rewrite, carried in moves:
-        parameters[place] = rewrite.new
+                state = state and cut_state(state, rewrite.old.shape, rewrite.kept, rewrite.rotated)
+                moves.append((optimizer, group["params"], index, rewrite, state))
+    for optimizer, parameters, index, rewrite, state in moves:
+        parameters[index] = rewrite.new
         if optimizer.state.pop(rewrite.old, None) is not None:
-            optimizer.state[rewrite.new] = carried
-    for optimizer in all_optimizers if gone else ():
+            optimizer.state[rewrite.new] = state
+    for optimizer in all_optimizers if dropped else ():
         for group in optimizer.param_groups:
-            for parameter in (p for p in group["params"] if id(p) in gone):
+            for parameter in (p for p in group["params"] if id(p) in dropped):
                 optimizer.state.pop(parameter, None)
-            stay = [id(p) not in gone for p in group["params"]]
+            stay = [id(p) not in dropped for p in group["params"]]
             group["params"][:] = compress(group["params"], stay)
             if NAMES in group:
                 group[NAMES] = list(compress(group[NAMES], stay))
@@ -164,8 +162,8 @@ def restore_state(
         replaced: New parameters by the ``id`` of the old ones.
         names: Qualified name of each new parameter by its ``id``.
         states: What :func:`snapshot_state` returned; it is not trusted.
-        groups: What :func:`parameter_names` returned at the snapshot, if layers were put back.
-        returned: Parameters of layers that were put back, by name.
+        groups: What :func:`parameter_names` returned at the snapshot, if layers were put returning.
+        returned: Parameters of layers that were put returning, by name.
 
     Raises:
         PruningError: If the snapshot does not fit; nothing is changed then.
@@ -186,15 +184,15 @@ def restore_state(
             f"The snapshot holds {count} readable optimizer states; expected "
             f"{len(all_optimizers)}. Configure the optimizers the run had when it was taken."
         )
-    back = dict(returned or {})
-    _check_groups(all_optimizers, groups if back else None)
+    returning = dict(returned or {})
+    _check_groups(all_optimizers, groups if returning else None)
     # All state is built before the first parameter moves: a failure changes nothing.
     planned, joining = [], []
     for number, (optimizer, saved) in enumerate(zip(all_optimizers, states, strict=True)):
         check_kind(optimizer)
-        if back:
-            joining += _joining(optimizer, groups[number], saved, back)
-        for group, place, old in parameters_in(optimizer):
+        if returning:
+            joining += _joining(optimizer, groups[number], saved, returning)
+        for group, index, old in parameters_in(optimizer):
             new = replaced.get(id(old), old)
             name, present = names.get(id(new)), optimizer.state.get(old, {})
             if name is not None and name in saved:
@@ -205,21 +203,21 @@ def restore_state(
                     is_state_known(k, v, new.shape) for k, v in present.items()
                 )
                 state = dict(present) if stays else {}
-            planned.append((optimizer, group, place, old, new, state))
-    for optimizer, group, place, old, new, state in planned:
-        group["params"][place] = new
+            planned.append((optimizer, group, index, old, new, state))
+    for optimizer, group, index, old, new, state in planned:
+        group["params"][index] = new
         optimizer.state.pop(old, None)
         if state:
             optimizer.state[new] = state
-    known_as = dict(names) | {id(parameter): name for name, parameter in back.items()}
+    known_as = dict(names) | {id(parameter): name for name, parameter in returning.items()}
     _rename(all_optimizers, known_as)
     for optimizer, group, below, new, state in joining:
-        here = [known_as.get(id(p)) for p in group["params"]]
-        place = here.index(below) + 1 if below in here else 0
+        present_names = [known_as.get(id(p)) for p in group["params"]]
+        index = present_names.index(below) + 1 if below in present_names else 0
         if NAMES in group:
             name = as_given(optimizer, known_as[id(new)], known_as)
-            group[NAMES] = [*group[NAMES][:place], name, *group[NAMES][place:]]
-        group["params"].insert(place, new)
+            group[NAMES] = [*group[NAMES][:index], name, *group[NAMES][index:]]
+        group["params"].insert(index, new)
         if state:
             optimizer.state[new] = state
 
@@ -228,19 +226,19 @@ def _joining(
     optimizer: Optimizer,
     groups: Sequence[Sequence[str]],
     saved: Mapping[str, Mapping[str, Any]],
-    back: Mapping[str, nn.Parameter],
+    returning: Mapping[str, nn.Parameter],
 ) -> list[tuple[Optimizer, dict[str, Any], str | None, nn.Parameter, dict[str, Any]]]:
-    """Parameters to put back into groups: ``(optimizer, group, name before, parameter, state)``."""
+    """Parameters to put returning into groups: ``(optimizer, group, name before, parameter, state)``."""
     found = []
     for group, wanted in zip(optimizer.param_groups, groups, strict=True):
         below: str | None = None
         for name in wanted:
-            if name in back:
+            if name in returning:
                 what = f"{type(optimizer).__name__} and {name!r}"
                 state = _restored_state(
-                    what, saved.get(name, {}), group, {}, back[name], back[name]
+                    what, saved.get(name, {}), group, {}, returning[name], returning[name]
                 )
-                found.append((optimizer, group, below, back[name], state))
+                found.append((optimizer, group, below, returning[name], state))
             below = name or below
     return found
 
@@ -257,7 +255,7 @@ def _rename(optimizers: Iterable[Optimizer], names: Mapping[int, str]) -> None:
 def _check_groups(
     optimizers: Sequence[Optimizer], groups: Sequence[Sequence[Sequence[str]]] | None
 ) -> None:
-    """Refuse a snapshot of other parameter groups, if layers are put back."""
+    """Refuse a snapshot of other parameter groups, if layers are put returning."""
     held_now = [len(optimizer.param_groups) for optimizer in optimizers]
     then = held_now if groups is None else [len(found) for found in groups]
     if held_now != then:

@@ -158,11 +158,11 @@ def cancel_cut(model: nn.Module, graph: PruningGraph, done: ModelCut) -> Removed
     Returns:
         Layers that the cut had put back, removed again.
     """
-    gone = arrange_layers(
+    removed = arrange_layers(
         model, graph.stacks, done.before, current=done.after, available=done.removed
     )
     revert_rewrites(model, graph.groups_at(done.before), done.before, done.rewrites)
-    return gone
+    return removed
 
 
 def _undo_layers(
@@ -183,8 +183,8 @@ def _check_shared(
     homes: dict[int, list[tuple[nn.Module, str]]] | None = None
     for stack in graph.stacks:
         kept = after.kept.get(stack.name, ())
-        places = current.kept.get(stack.name, ())
-        leaving = [new for new, place in enumerate(places) if place not in kept]
+        present = current.kept.get(stack.name, ())
+        leaving = [new for new, index in enumerate(present) if index not in kept]
         for number in leaving if stack.name in after.sizes else ():
             homes = owners(model) if homes is None else homes
             layer = model.get_submodule(f"{stack.name}.{number}")
