@@ -162,8 +162,8 @@ def restore_state(
         replaced: New parameters by the ``id`` of the old ones.
         names: Qualified name of each new parameter by its ``id``.
         states: What :func:`snapshot_state` returned; it is not trusted.
-        groups: What :func:`parameter_names` returned at the snapshot, if layers were put returning.
-        returned: Parameters of layers that were put returning, by name.
+        groups: What :func:`parameter_names` returned at the snapshot, if layers were put back.
+        returned: Parameters of layers that were put back, by name.
 
     Raises:
         PruningError: If the snapshot does not fit; nothing is changed then.
@@ -228,7 +228,7 @@ def _joining(
     saved: Mapping[str, Mapping[str, Any]],
     returning: Mapping[str, nn.Parameter],
 ) -> list[tuple[Optimizer, dict[str, Any], str | None, nn.Parameter, dict[str, Any]]]:
-    """Parameters to put returning into groups: ``(optimizer, group, name before, parameter, state)``."""
+    """Parameters to put back: ``(optimizer, group, name before it, parameter, state)``."""
     found = []
     for group, wanted in zip(optimizer.param_groups, groups, strict=True):
         below: str | None = None
@@ -255,7 +255,7 @@ def _rename(optimizers: Iterable[Optimizer], names: Mapping[int, str]) -> None:
 def _check_groups(
     optimizers: Sequence[Optimizer], groups: Sequence[Sequence[Sequence[str]]] | None
 ) -> None:
-    """Refuse a snapshot of other parameter groups, if layers are put returning."""
+    """Refuse a snapshot of other parameter groups, if layers are put back."""
     held_now = [len(optimizer.param_groups) for optimizer in optimizers]
     then = held_now if groups is None else [len(found) for found in groups]
     if held_now != then:
