@@ -20,7 +20,7 @@ from benchmarks.subjects import (
 )
 from benchmarks.tasks import SEEDS
 from lightning_mi_prune import PruningPlan
-from lightning_mi_prune.allocation.costs import measure_macs
+from lightning_mi_prune.allocation.macs import measure_macs
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import GradientSums
 from lightning_mi_prune.discovery.groups import count_parameters, full_plan

@@ -40,6 +40,7 @@ from lightning_mi_prune.allocation.costs import ParameterCosts
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.moments import Moments
+from lightning_mi_prune.core.options import Reconstruction
 from lightning_mi_prune.core.plan import Ranking
 from lightning_mi_prune.discovery.graph import choose_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup, full_plan
@@ -47,7 +48,7 @@ from lightning_mi_prune.importance.criteria import MutualInformation
 from lightning_mi_prune.importance.information import diagonal_blocks, unit_information
 from lightning_mi_prune.importance.ranking import rank_groups
 from lightning_mi_prune.importance.statistics import UnitStatistics, unit_statistics
-from lightning_mi_prune.pipeline import PruningMethod, reconstruct
+from lightning_mi_prune.pipeline import reconstruct
 from lightning_mi_prune.reconstruction.compensation import select_units
 
 __all__ = ["SHAPES", "Run", "costs", "demo", "log_det_information", "noisy", "one_cut"]
@@ -279,7 +280,7 @@ def steps_of(shape: Mapping[str, int], positions: int) -> dict[str, float]:
     chosen = choose_groups(groups)
     ids = torch.randint(5, 1000, (32, 64))
     batches = -(-positions // ids.numel())
-    method = PruningMethod(Budget(sparsity=0.5))
+    reconstruction = Reconstruction()
 
     def validate() -> None:
         with torch.inference_mode():
@@ -289,7 +290,7 @@ def steps_of(shape: Mapping[str, int], positions: int) -> dict[str, float]:
     validate()  # the first pass is slower, which the calibration would seem to save
     validation = timed(validate)
     before = peak_memory()
-    options = {"positions": positions, "batches": batches, "calls": method.reconstruction_positions}
+    options = {"positions": positions, "batches": batches, "calls": reconstruction.positions}
     with ActivationRecorder(model, chosen, **options) as recorder:
         result = {"calibration_s": timed(validate) - validation}
     sums = [t for m in recorder.moments.values() for t in vars(m).values() if isinstance(t, Tensor)]
@@ -300,13 +301,13 @@ def steps_of(shape: Mapping[str, int], positions: int) -> dict[str, float]:
     rankings = rank_groups(chosen, found.moments, weights, plan, relevance="weights")
     result["order_conditional_s"] = time.perf_counter() - started
     started = time.perf_counter()
-    widths = allocate(chosen, method.budget, costs=ParameterCosts(chosen), rankings=rankings)
+    widths = allocate(chosen, Budget(sparsity=0.5), costs=ParameterCosts(chosen), rankings=rankings)
     selection = select_units(chosen, found.moments, weights, widths, plan, rankings=rankings)
     result["allocation_s"] = time.perf_counter() - started
     found.moments = {}
     recorder.moments.clear()
     started = time.perf_counter()
-    selection = reconstruct(model, groups, plan, selection, method, found)
+    selection = reconstruct(model, groups, plan, selection, reconstruction, found)
     result["reconstruction_s"] = time.perf_counter() - started
     result["cutting_s"] = timed(partial(apply_plan, model, groups, selection.plan))
     return result | {"peak_above_model_mb": (peak_memory() - before) / 1e6}

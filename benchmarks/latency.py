@@ -21,7 +21,8 @@ from benchmarks.subjects import Kept
 from benchmarks.tasks import RECIPES, SEEDS, TASKS, task_data, token_ids, typical_length
 from examples.text_classification.packaged import model_path
 from lightning_mi_prune import PruningPlan, apply_plan, find_groups
-from lightning_mi_prune.allocation.measuring import count_macs, measure_latency
+from lightning_mi_prune.allocation.macs import count_macs
+from lightning_mi_prune.allocation.measuring import measure_latency
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.discovery.graph import choose_groups
 

@@ -15,7 +15,7 @@ from benchmarks.records import Figures, Job, single
 from benchmarks.subjects import opened, score
 from benchmarks.tasks import RECIPES, task_data, trainer_for
 from examples.text_classification.model import TextClassifier
-from lightning_mi_prune import CKALayerPruning, PruningPlan
+from lightning_mi_prune import CKALayerPruning, PruningPlan, options
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.layer_outputs import StackRecorder
 from lightning_mi_prune.discovery.families.stacks import find_stacks
@@ -88,10 +88,19 @@ def trained(task: str, seed: int, variant: LayerVariant) -> Figures:
     module.network.float()
     callbacks: list[CKALayerPruning] = []
     if variant.criterion != "none":
-        options: dict[str, Any] = {"criterion": variant.criterion, "cuts": 1, "seed": seed}
-        options |= {"target_layers": variant.layers, "first_epoch": variant.first_epoch}
-        options["reconstruct"] = variant.reconstruction
-        callbacks = [CKALayerPruning(None, verbose=False, **options)]
+        criterion: Any = variant.criterion
+        method: Any = "layerwise" if variant.reconstruction else "none"
+        callbacks = [
+            CKALayerPruning(
+                None,
+                target_layers=variant.layers,
+                criterion=criterion,
+                reconstruction=options.Reconstruction(method=method),
+                schedule=options.Schedule(cuts=1, first_epoch=variant.first_epoch),
+                seed=seed,
+                verbose=False,
+            )
+        ]
     trainer = trainer_for(EPOCHS.get(task, 2), callbacks)
     trainer.fit(module, data)
     cuts = [cut for callback in callbacks for cut in callback.report.cuts]

@@ -8,6 +8,7 @@ from typing import Literal
 
 from benchmarks.subjects import EVERY_UNIT, POSITIONS, STEPS, STORED, UNITS
 from lightning_mi_prune.allocation.budget import Budget
+from lightning_mi_prune.core.options import Importance, Reconstruction
 from lightning_mi_prune.importance.criteria import (
     ActivationNorm,
     Criterion,
@@ -16,7 +17,7 @@ from lightning_mi_prune.importance.criteria import (
     Random,
     Taylor,
 )
-from lightning_mi_prune.pipeline import PruningMethod
+from lightning_mi_prune.pipeline import PipelineOptions
 
 __all__ = ["DEFAULT", "OURS", "SETTINGS", "VARIANTS", "Name", "Setting", "Variant", "Weights"]
 
@@ -45,25 +46,29 @@ class Variant:
     weights: Weights
     units: tuple[str, ...] = UNITS
     compared: bool = True
+    reconstruction_ridge: float = 1e-2
 
     @property
     def name(self) -> Name:
         """What tells it from all others."""
         return self.method, self.widths, self.weights
 
-    def at(self, sparsity: float, seed: int) -> PruningMethod:
+    def at(self, sparsity: float, seed: int) -> PipelineOptions:
         """The package's method for one budget."""
-        return PruningMethod(
+        return PipelineOptions(
             Budget(sparsity=sparsity),
+            self.widths,
+            Importance(relevance=None if self.method == "mi-topk" else "gradient"),
+            reconstruction=Reconstruction(_METHODS[self.weights], STORED),
             criterion=CRITERIA[self.method](seed),
-            widths=self.widths,
-            relevance=None if self.method == "mi-topk" else "gradient",
-            compensate=self.weights != "none",
-            reconstruct=self.weights == "reconstruction",
-            reconstruction_positions=STORED,
         )
 
 
+_METHODS: dict[str, Literal["none", "compensation", "layerwise"]] = {
+    "none": "none",
+    "compensation": "compensation",
+    "reconstruction": "layerwise",
+}
 CRITERIA: dict[str, Callable[[int], Criterion]] = {
     "relevance-mi": lambda seed: MutualInformation(ridge=RIDGE),
     "relevance-mi-head-dim": lambda seed: MutualInformation(ridge=RIDGE),
@@ -136,18 +141,22 @@ class Setting:
         names = {field.name for field in fields(self)} - {"name"}
         return {name for name in names if getattr(self, name) != getattr(DEFAULT, name)}
 
-    def at(self, sparsity: float, seed: int) -> PruningMethod:
+    def at(self, sparsity: float, seed: int) -> PipelineOptions:
         """The package's method for one budget: a sparsity, or the MACs of one example."""
         macs = self.counted == "MACs"
-        return PruningMethod(
+        return PipelineOptions(
             Budget(target_macs=int(sparsity)) if macs else Budget(sparsity=sparsity),
+            self.widths,
+            Importance(relevance=self.relevance),
+            reconstruction=Reconstruction(
+                "layerwise"
+                if self.reconstruction
+                else "compensation"
+                if self.compensation
+                else "none",
+                STORED,
+            ),
             criterion=MutualInformation(selection=self.selection, ridge=self.ridge),
-            widths=self.widths,
-            relevance=self.relevance,
-            compensate=self.compensation,
-            reconstruct=self.reconstruction,
-            reconstruction_positions=STORED,
-            reconstruction_ridge=self.reconstruction_ridge,
         )
 
 
@@ -156,7 +165,6 @@ SETTINGS = (
     DEFAULT,
     Setting("weights unchanged", compensation=False, reconstruction=False),
     Setting("compensation alone", reconstruction=False),
-    Setting("reconstruction alone", compensation=False),
     Setting("top-k", selection="topk"),
     Setting("top-k, compensation alone", selection="topk", reconstruction=False),
     Setting("ridge 0.01", ridge=0.01),

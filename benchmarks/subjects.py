@@ -20,7 +20,7 @@ from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import GradientRecorder, GradientSums, check_gradients
 from lightning_mi_prune.discovery.graph import choose_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters, full_plan
-from lightning_mi_prune.pipeline import PruningMethod, reconstruct
+from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
 
 __all__ = ["EVERY_UNIT", "POSITIONS", "STEPS", "STORED", "UNITS", "Kept", "Subject", "Way"]
 __all__ += ["calibrate_activations", "calibrate_gradients", "cut", "examine", "opened", "score"]
@@ -38,7 +38,11 @@ Kept = dict[str, list[int]]
 class Way(Protocol):
     """A way to prune that this package has."""
 
-    def at(self, sparsity: float, seed: int) -> PruningMethod:
+    @property
+    def reconstruction_ridge(self) -> float:
+        """Ridge of the reconstruction."""
+
+    def at(self, sparsity: float, seed: int) -> PipelineOptions:
         """The package's method for one budget."""
 
 
@@ -164,10 +168,18 @@ def cut(subject: Subject, way: Way, sparsity: float) -> tuple[nn.Module, Pruning
     """Prune a copy of the model one way; also returns what it kept."""
     method, heard, groups = way.at(sparsity, subject.seed), subject.calibration, subject.groups
     model, plan = copy.deepcopy(subject.model), full_plan(groups)
-    selection = method.decide(model, groups, subject.chosen, plan, heard, progress=1.0)
+    selection = decide(method, model, groups, subject.chosen, plan, heard)
     if selection is None:  # the model is as small already
         return model, plan
-    selection = reconstruct(model, groups, plan, selection, method, heard)
+    selection = reconstruct(
+        model,
+        groups,
+        plan,
+        selection,
+        method.reconstruction,
+        heard,
+        ridge=way.reconstruction_ridge,
+    )
     apply_plan(model, groups, selection.plan, current=plan, compensated=selection.compensated)
     return model, plan.then(selection.plan)
 

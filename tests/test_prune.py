@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import partial
 
+import datasets
 import pytest
 import torch
 from torch import nn
@@ -15,13 +16,13 @@ from torchmetrics import MeanMetric
 from lightning_mi_prune import PruningError, load_pruned, prune
 from lightning_mi_prune import pipeline as method
 from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.measuring import count_macs, measure_table
+from lightning_mi_prune.allocation.macs import count_macs
+from lightning_mi_prune.allocation.measuring import measure_table
 from lightning_mi_prune.calibration.calls import RecordedCall
-from lightning_mi_prune.core.options import Constraints
+from lightning_mi_prune.calibration.datasets import batches_of
+from lightning_mi_prune.core.options import Constraints, Importance, Latency, Reconstruction
 from lightning_mi_prune.discovery.families import register_family
 from lightning_mi_prune.discovery.families.describe import linear_group
-from lightning_mi_prune.importance.criteria import MutualInformation
-from lightning_mi_prune.pipeline import PruningMethod
 from tests.support.boring import Classifier, Sentences
 from tests.support.models import batch, build, outputs, pictures
 
@@ -60,15 +61,13 @@ def same(model, before):
 def test_a_stream_is_ranked_though_some_that_read_it_are_gone(selection):
     """With the consumers kept above, a sublayer that vanished has no say and does no harm."""
     model = build()
-    method = PruningMethod(
-        Budget(sparsity=0.7),
-        criterion=MutualInformation(selection),
-        relevance="weights",
-        constraints=Constraints(pins={r"layer\.0\.(ffn|heads)": 0}),
-        reconstruct=False,
-    )
+    method = {
+        "importance": Importance(selection=selection, relevance="weights"),
+        "constraints": Constraints(pins={"layer\\.0\\.(ffn|heads)": 0}),
+        "reconstruction": Reconstruction("compensation"),
+    }
     rows = [batch(seed=seed) for seed in range(12)]
-    done = prune(model, rows, 0.7, method=method, units=["ffn", "heads", "hidden"])
+    done = prune(model, rows, 0.7, **method, kinds=["ffn", "heads", "hidden"])
     gone = [name for name in done.plan.kept if "layer.0." in name and not name.endswith("head_dim")]
     assert {len(done.plan.kept[name]) for name in gone} == {0}
     assert done.plan.width("bert.hidden") > 0
@@ -80,8 +79,8 @@ def test_a_stream_is_ranked_though_some_that_read_it_are_gone(selection):
 def test_one_call_makes_a_network_smaller(widths, relevance):
     net = build()
     state = torch.get_rng_state()
-    how = PruningMethod(Budget(sparsity=0.5), widths=widths, relevance=relevance)
-    done = prune(net, labelled(), 0.5, loss=loss, method=how)
+    how = {"importance": Importance(relevance=relevance), "widths": widths}
+    done = prune(net, labelled(), 0.5, loss=loss, **how)
     assert 0.5 <= done.sparsity < 0.6
     assert done.parameters[1] == sum(p.numel() for p in net.parameters()) < done.parameters[0]
     assert torch.equal(torch.get_rng_state(), state)
@@ -147,10 +146,8 @@ def test_every_budget_is_met(budget):
 
 def test_the_width_of_the_stream_goes_down_to_the_word_embeddings():
     net = build()
-    how = PruningMethod(
-        Budget(sparsity=0.4), constraints=Constraints(pins={"hidden": 16, "heads": 2})
-    )
-    done = prune(net, labelled(), 0.4, loss=loss, method=how, units=["ffn", "heads", "hidden"])
+    how = {"constraints": Constraints(pins={"hidden": 16, "heads": 2})}
+    done = prune(net, labelled(), 0.4, loss=loss, **how, kinds=["ffn", "heads", "hidden"])
     assert done.plan.width("bert.hidden") == 16
     assert net.bert.embeddings.word_embeddings.weight.shape == (64, 16)
     assert net.bert.encoder.layer[0].attention.output.LayerNorm.normalized_shape == (16,)
@@ -200,7 +197,7 @@ def test_metrics_and_what_the_user_hung_on_the_module_stay():
 
 def test_parameters_of_the_whole_module_count_what_others_cut_before():
     net = build()
-    prune(net, batches(), 0.3, units=["hidden"])
+    prune(net, batches(), 0.3, kinds=["hidden"])
     left = sum(p.numel() for p in net.parameters())
     target = int(0.8 * left)
     prune(net, batches(), Budget(target_parameters=target))
@@ -233,7 +230,7 @@ def by_hand(model, inputs):
 
 REFUSED = {
     "no loss": (
-        {"method": PruningMethod(Budget(sparsity=0.5))},
+        {"importance": Importance()},
         "asks for training steps, but there is no loss",
     ),
     "nan gradients": ({"loss": nan_loss}, "NaN or infinite gradients at"),
@@ -245,14 +242,10 @@ REFUSED = {
     "all of it": ({"sparsity": 1.0}, "sparsity=1.0; expected a number above 0 and below 1"),
     "nothing": ({"include": "nowhere"}, "include='nowhere' matches no group"),
     "pin": (
-        {
-            "method": PruningMethod(
-                Budget(sparsity=0.5), relevance=None, constraints=Constraints(pins={"ffn": 41})
-            )
-        },
+        {"importance": Importance(relevance=None), "constraints": Constraints(pins={"ffn": 41})},
         "41",
     ),
-    "small": ({"dataloader": [batch(2, 6)]}, "Only .* at .* but scoring against"),
+    "small": ({"data": [batch(2, 6)]}, "Only .* at .* but scoring against"),
 }
 
 
@@ -261,7 +254,7 @@ def test_what_cannot_work_is_refused_and_nothing_changes(case):
     options, message = REFUSED[case]
     net = build()
     before = snapshot(net)
-    arguments = {"dataloader": labelled(3), "sparsity": 0.5, **options}
+    arguments = {"data": labelled(3), "sparsity": 0.5, **options}
     with pytest.raises(PruningError, match=message):
         prune(net, **arguments)
     assert same(net, before)
@@ -271,9 +264,9 @@ def test_what_cannot_work_is_refused_and_nothing_changes(case):
 
 def test_a_latency_table_of_another_device_is_refused(tmp_path):
     net, path = build(), tmp_path / "table.json"
-    fast = PruningMethod(Budget(target_latency_ms=1e6), relevance=None, latency_table=str(path))
+    fast = {"importance": Importance(relevance=None), "latency": Latency(str(path))}
     with pytest.raises(PruningError, match="already"):
-        prune(net, batches(), fast.budget, method=fast)
+        prune(net, batches(), Budget(target_latency_ms=1e6), **fast)
     assert path.exists()
     other = (
         path.read_text()
@@ -283,5 +276,28 @@ def test_a_latency_table_of_another_device_is_refused(tmp_path):
     path.write_text(other)
     before = snapshot(net)
     with pytest.raises(PruningError, match="cuda"):
-        prune(net, batches(), Budget(target_latency_ms=1.0), method=fast)
+        prune(net, batches(), Budget(target_latency_ms=1.0), **fast)
     assert same(net, before)
+
+
+def test_a_data_set_is_calibration_data(tmp_path):
+    """A Dataset, its folder, and its rows as batches of the same order prune alike."""
+    rows = datasets.Dataset.from_dict(
+        {
+            "input_ids": [row.tolist() for row in batch(64, seed=3)["input_ids"]],
+            "label": [i % 2 for i in range(64)],
+        }
+    )
+    rows.save_to_disk(tmp_path / "rows")
+    found = []
+    for data in (rows, str(tmp_path / "rows"), list(batches_of(rows, batch_size=16))):
+        net = build()
+        given = {"input_ids"}
+
+        def forward(model, inputs, given=given):
+            return model(**{k: v for k, v in inputs.items() if k in given})
+
+        result = prune(net, data, 0.5, forward=forward, batch_size=16)
+        found.append(result.plan)
+    assert found[0] == found[1] == found[2]
+    assert found[0].width("bert.encoder.layer.0.ffn") < 40

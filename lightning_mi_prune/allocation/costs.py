@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import Protocol
 
-from torch import Tensor, nn
-
-from lightning_mi_prune.allocation.mac_counter import MacCounter, counting
-from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision
 from lightning_mi_prune.discovery.groups import DependencyGroup
 
 __all__ = [
     "Costs",
     "MacCosts",
     "ParameterCosts",
-    "measure_macs",
 ]
 
 
@@ -132,7 +127,7 @@ class ParameterCosts(_TensorCosts):
 
 @dataclass(frozen=True)
 class MacCosts(_TensorCosts):
-    """Multiply-accumulates of one example; :func:`measure_macs` fills it from a call.
+    """Multiply-accumulates of one example; :func:`macs.measure_macs` fills it from a call.
 
     Args:
         groups: Groups that may shrink, and any other that cuts the same tensors.
@@ -168,163 +163,3 @@ class MacCosts(_TensorCosts):
             else:
                 terms[name,] = terms.get((name,), 0) + product
         return terms
-
-
-def measure_macs(
-    root: nn.Module,
-    groups: Sequence[DependencyGroup],
-    calls: Mapping[str, RecordedCall],
-    widths: Mapping[str, int] | None = None,
-) -> MacCosts:
-    """Run each network once on an example and learn what its multiply-accumulates depend on.
-
-    The sum at the present widths is what :func:`measuring.count_macs` counts for these calls. The
-    networks stay as they are: modes, buffers and the random state are put back.
-
-    Args:
-        root: Module from which the groups are named.
-        groups: All groups of its networks.
-        calls: One example call by module path (:meth:`ActivationRecorder.calls`).
-        widths: Present widths (default: as built).
-
-    Example:
-        >>> import torch
-        >>> from lightning_mi_prune.discovery.families.describe import linear_group
-        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
-        >>> costs = measure_macs(net, [group], {"": RecordedCall((torch.zeros(1, 5, 3),), {})})
-        >>> costs.total({"hidden": 4}), costs.savings("hidden", {"hidden": 4}, [3])
-        (100.0, [25.0])
-    """
-    now = {group.name: group.size for group in groups} | dict(widths or {})
-    meter = _Meter(root, groups)
-    try:
-        for path, example in calls.items():
-            meter.run(root.get_submodule(path), example)
-    finally:
-        meter.close()
-    positions, products = {}, {}
-    for group in groups:
-        passed = []
-        for s in group.tensors:
-            owner, _, kind = s.tensor.rpartition(".")
-            key = _key(root.get_submodule(owner)) if kind == "weight" else 0
-            rows, pairs = meter.passed.get(key, (0, 0))
-            if rows:
-                positions[s.tensor] = rows
-                passed.append(pairs)
-        if group.kind != "heads" or not passed:
-            continue
-        units, work = now[group.name], meter.inside[group.name]
-        # Where no head is left there is nothing to see: scores and mixture of plain attention.
-        products[group.name] = (
-            work / units if units and work else 2 * max(passed) * group.entries_at(now)
-        )
-    products = {n: int(p) if float(p).is_integer() else p for n, p in products.items()}
-    draft = MacCosts(groups, 0, positions, products, held=now)
-    return MacCosts(groups, meter.total - draft.total(now), positions, products, held=now)
-
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class _Meter:
-    """Hooks that tell the work of weights from the work beside them."""
-
-    def __init__(self, root: nn.Module, groups: Sequence[DependencyGroup]) -> None:
-        self.total = 0
-        self.passed: dict[int, tuple[int, int]] = {}
-        self.inside: dict[str, int] = dict.fromkeys((group.name for group in groups), 0)
-        self._counter, self._linear = MacCounter(), 0
-        self._handles = []
-        for module in _weighted(root, groups):
-            self._handles.append(module.register_forward_hook(self._on_weight(module)))
-        for group in groups:
-            if group.kind == "heads":
-                module, (before, after) = (
-                    root.get_submodule(_common(group)),
-                    self._around(group.name),
-                )
-                self._handles.append(module.register_forward_pre_hook(before))
-                self._handles.append(module.register_forward_hook(after))
-
-    def run(self, network: nn.Module, example: RecordedCall) -> None:
-        """Run one call and add up its work."""
-        call, self._linear = in_weight_precision(example, network), 0
-        with counting(network) as self._counter:
-            network(*call.args, **call.kwargs)
-        self.total += self._counter.macs
-
-    def close(self) -> None:
-        """Take the hooks down."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _on_weight(self, module: nn.Module) -> Callable[..., None]:
-        """A hook that adds up what passes through the weight of a module: rows, and their pairs."""
-        key, weight = _key(module), cast(Tensor, module.weight)
-        size, dims, maps = weight.numel(), weight.ndim, isinstance(module, _CONVOLUTIONS)
-
-        def hook(module: Any, args: Any, output: Any) -> None:
-            if output.is_nested:
-                rows, pairs = sum(math.prod(part.shape[:-1]) for part in output.unbind()), 1
-            elif maps:  # (examples, channels, ...), or one example without its dimension
-                shape = output.shape if output.ndim == dims else (1, *output.shape)
-                rows, pairs = shape[0] * math.prod(shape[2:]), 1
-            else:
-                shape = output.shape
-                rows, pairs = math.prod(shape[:-1]), shape[-2] if len(shape) > 1 else 1
-            before = self.passed.get(key, (0, 0))
-            self.passed[key] = (before[0] + rows, before[1] + rows * pairs)
-            self._linear += rows * size
-
-        return hook
-
-    def _around(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def beside() -> int:
-            return self._counter.macs - self._linear
-
-        def before(*_: object) -> None:
-            self.inside[name] -= beside()
-
-        def after(*_: object) -> None:
-            self.inside[name] += beside()
-
-        return before, after
-
-
-def _key(module: nn.Module) -> int:
-    """What tells weights apart: shared ones are one; what stands in may make its own each time."""
-    weight = module.weight
-    return id(weight) if weight is module.weight else id(module)
-
-
-def _weighted(root: nn.Module, groups: Sequence[DependencyGroup]) -> list[nn.Module]:
-    """Modules that multiply with a weight: linear layers, convolutions, and their stand-ins.
-
-    A layer that has lost all its rows or columns may be of any class by then; it is known by its
-    weight, which a group cuts. Embeddings and normalisations multiply with no matrix.
-    """
-    plain = (m for m in root.modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS)))
-    found: dict[int, nn.Module] = {id(module): module for module in plain}
-    for path in {s.tensor.removesuffix(".weight") for a in groups for s in a.tensors}:
-        try:
-            module = root.get_submodule(path)
-        except AttributeError:  # a parameter of another name, such as a bias
-            continue
-        weight = getattr(module, "weight", None)
-        looked_up = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        if isinstance(weight, Tensor) and weight.ndim > 1 and not looked_up:
-            found[id(module)] = module
-    return list(found.values())
-
-
-def _common(group: DependencyGroup) -> str:
-    """The module that holds all tensors of a group."""
-    paths = [s.tensor.split(".")[:-1] for s in group.tensors]
-    common: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)

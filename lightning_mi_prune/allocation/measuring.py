@@ -1,4 +1,4 @@
-"""Measure MACs and milliseconds, and the latency table of a network on this device."""
+"""Measure the latency table of a network on this device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -19,63 +18,19 @@ from torch.utils.benchmark import Timer
 
 from lightning_mi_prune.allocation.constraints import may_be_empty, step_of
 from lightning_mi_prune.allocation.latency import Device, LatencyCurve, LatencyTable
-from lightning_mi_prune.allocation.mac_counter import counting
-from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision
+from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.core.running import copy_networks, move_tensors
+from lightning_mi_prune.core.running import copy_networks
 from lightning_mi_prune.discovery.groups import DependencyGroup, full_plan
 from lightning_mi_prune.surgery.units import reshape_tensors
 
 __all__ = [
     "cached_table",
-    "count_macs",
     "device_of",
-    "macs_of_calls",
     "measure_latency",
     "measure_table",
 ]
-
-
-def count_macs(network: nn.Module, example: RecordedCall) -> int:
-    """Multiply-accumulates of one forward pass, counted operator by operator while it runs.
-
-    What counts is said at :class:`mac_counter.MacCounter`. The network stays as it is: modes, buffers
-    and the random state are put back.
-
-    Args:
-        network: Module to run, in evaluation mode.
-        example: Its inputs (:attr:`ActivationRecorder.examples`).
-
-    Example:
-        >>> count_macs(nn.Linear(4, 3), RecordedCall((torch.zeros(5, 4),), {}))
-        60
-    """
-    call = in_weight_precision(example, network)
-    with counting(network) as counter:
-        network(*call.args, **call.kwargs)
-    return counter.macs
-
-
-def macs_of_calls(model: nn.Module, calls: Mapping[str, RecordedCall]) -> int:
-    """Multiply-accumulates of one call of each network of a model.
-
-    Args:
-        model: Module from which the networks are named.
-        calls: Their calls, by path (:meth:`ActivationRecorder.calls`), on any device.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-        >>> macs_of_calls(net, {"0": RecordedCall((torch.zeros(5, 4),), {})})
-        60
-    """
-    total = 0
-    for path, call in calls.items():
-        network = model.get_submodule(path)
-        place = next((p.device for p in network.parameters()), None)
-        moved = call if place is None else replace(call, **move_tensors(vars(call), place))
-        total += count_macs(network, moved)
-    return total
 
 
 def measure_latency(

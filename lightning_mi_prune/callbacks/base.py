@@ -5,8 +5,13 @@ Every step is a function of another file.
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,12 +38,75 @@ from lightning_mi_prune.callbacks.trainer import (
 )
 from lightning_mi_prune.callbacks.verification import DryRun
 from lightning_mi_prune.checkpoint.state_dict import Find, PlanTracker
-from lightning_mi_prune.core.errors import counted
+from lightning_mi_prune.core.errors import PruningError, counted
+from lightning_mi_prune.core.options import check_choice, check_count
 from lightning_mi_prune.reporting.report import PruningReport
 
 __all__ = [
     "PruningCallback",
+    "as_misconfiguration",
+    "checked_options",
 ]
+
+# What each rank may have as it likes: of these, only those of rank 0 are looked at.
+_PRIVATE = ("self", "__class__", "verbose", "latency.table")
+
+
+@contextmanager
+def as_misconfiguration() -> Iterator[None]:
+    """Turn the errors of options into those that Lightning raises for them."""
+    try:
+        yield
+    except PruningError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
+def checked_options(owner: type, given: Mapping[str, object]) -> dict[str, object]:
+    """Refuse options of a wrong type; returns those that decide on the result, by name.
+
+    Args:
+        owner: Class whose constructor takes them.
+        given: The ``locals()`` of its constructor, before anything else is there.
+
+    Returns:
+        What all ranks must have alike; fields of records as ``"schedule.cuts"``.
+
+    Raises:
+        MisconfigurationException: Naming the option and its value.
+    """
+    defaults, found = inspect.signature(owner).parameters, dict[str, object]()
+    for name, value in given.items():
+        kind = type(defaults[name].default) if name in defaults else object
+        if is_dataclass(kind):
+            if not isinstance(value, kind):
+                raise MisconfigurationException(
+                    f"{name}={value!r:.60}; expected options.{kind.__name__}(...)."
+                )
+            found |= {f"{name}.{field}": part for field, part in vars(value).items()}
+        else:
+            found[name] = value
+    with as_misconfiguration():
+        check_count("seed", given["seed"], least=0)
+        check_choice("verbose", given["verbose"], (True, False))
+    for name in {"module", "include", "exclude", "monitor"} & given.keys():
+        if not isinstance(given[name], (str, type(None))):
+            raise MisconfigurationException(f"{name}={given[name]!r}; expected text or None.")
+        _check_expression(name, given[name])
+    kinds = given.get("kinds")
+    if kinds is not None and (isinstance(kinds, str) or not kinds):
+        raise MisconfigurationException(
+            f"kinds={kinds!r}; expected a list of kinds such as ['ffn', 'heads']."
+        )
+    return {name: value for name, value in found.items() if name not in _PRIVATE}
+
+
+def _check_expression(name: str, value: object) -> None:
+    try:
+        re.compile(str(value or "") if name in ("include", "exclude") else "")
+    except re.error as error:
+        raise MisconfigurationException(
+            f"{name}={value!r} is not a regular expression ({error}); expected one, such as 'ffn$'."
+        ) from error
 
 
 class PruningCallback(PruningEngine):

@@ -103,8 +103,8 @@ def agree(strategy: Strategy, subject: str, statement: str | Mapping[str, object
     if odd:
         raise PruningError(
             f"Ranks {odd} and rank 0 disagree on {subject}; expected the same on all "
-            f"{world_size(strategy)}: {differences(gather_ranks(strategy, mine))}. Build the same model "
-            "with the same options and seed on every rank."
+            f"{world_size(strategy)}: {differences(gather_ranks(strategy, mine))}. Build the same "
+            "model with the same options and seed on every rank."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -18,7 +18,7 @@ from lightning_mi_prune.calibration.calls import update_calls
 from lightning_mi_prune.calibration.data import CalibrationData, LayerComparison
 from lightning_mi_prune.calibration.layer_outputs import StackRecorder
 from lightning_mi_prune.calibration.layer_similarity import Kernel
-from lightning_mi_prune.callbacks.base import PruningCallback
+from lightning_mi_prune.callbacks.base import PruningCallback, as_misconfiguration, checked_options
 from lightning_mi_prune.callbacks.distributed import (
     gather_ranks,
     refuse_compiled,
@@ -26,16 +26,7 @@ from lightning_mi_prune.callbacks.distributed import (
     sum_tensor,
     world_size,
 )
-from lightning_mi_prune.callbacks.monitors import BestOf, MetricGuard
-from lightning_mi_prune.callbacks.options import (
-    accuracy_budget,
-    between,
-    check_choices,
-    check_counts,
-    check_order,
-    check_types,
-    without_private,
-)
+from lightning_mi_prune.callbacks.monitors import BestOf, MetricGuard, guard_of
 from lightning_mi_prune.callbacks.resume import resumed, watch_anew
 from lightning_mi_prune.callbacks.schedule import Schedule
 from lightning_mi_prune.callbacks.sizes import (
@@ -47,6 +38,7 @@ from lightning_mi_prune.callbacks.sizes import (
 from lightning_mi_prune.callbacks.state import PendingCut, Snapshot
 from lightning_mi_prune.callbacks.trainer import validation_batches, without_frozen
 from lightning_mi_prune.checkpoint.state_dict import Find
+from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
@@ -353,28 +345,21 @@ class CKALayerPruning(LayerPruning):
             ``"angle"`` removes the layers that turn their input least (ShortGPT),
             ``"angular_run"`` the run of layers that together turn it least (Gromov et al.),
             ``"last"`` the top ones, ``"random"`` any.
-        kernel: ``"linear"`` or ``"rbf"``.
-        bandwidth: Width of the latter as a share of the median distance.
-        positions: Positions to compare in a batch of validation, at least 4.
-        reconstruct: Whether layers that stay take over what the removed ones above them said, by least
-            squares on stored inputs, before training goes on; in stacks of known Hugging Face
-            models but GPT-2.
-        reconstruction_positions: Positions of inputs to store for that, over all ranks.
         stacks: Paths of the containers whose layers may go, such as ``"model.encoder.block"`` or
             ``"backbone.layer3"``; default: those of the Hugging Face models in the module.
         module: Path of the submodule to search for them; default: the whole module.
-        cuts: Most attempts; default: 1, and with ``max_drop`` what fits, at most 4.
-        first_epoch: Epoch that starts with the first cut, by Lightning's number
-            (``trainer.current_epoch``, which counts from 0); at least 1, because a validation
-            comes before it. Default: 1, and half-way for a single cut without ``max_drop``.
-        last_epoch: Epoch of the last attempt, by the same number; default: half-way.
         max_drop: Largest loss of ``monitor``, in its own unit, that a cut may cost once it has
             recovered, against the best value of the models before it. None keeps every cut.
-        monitor: Metric that ``max_drop`` watches, as validation logs it.
-        mode: ``"max"`` if more of it is better, ``"min"`` if less is.
+        monitor: Metric that ``max_drop`` compares, as validation logs it.
+        similarity: How layers are compared.
+        reconstruction: Whether layers that stay make up for the removed ones above them, by least
+            squares on stored inputs, before training goes on; in stacks of known Hugging Face
+            models but GPT-2. ``"layerwise"`` or ``"none"``.
+        schedule: ``cuts`` is the largest number of attempts. Default: 1, half-way through the run;
+            with ``max_drop`` what fits, at most 4.
+        monitoring: How metrics are compared while the model changes its size.
         seed: Seed of the draw of positions, and of ``"random"``.
-        verbose: As for MutualInformationPruning.
-        best_of: As for MutualInformationPruning.
+        verbose: Whether each cut prints a table on rank zero.
 
     Raises:
         MisconfigurationException: If an option is outside its range, or two contradict each other.
@@ -395,54 +380,44 @@ class CKALayerPruning(LayerPruning):
         *,
         target_layers: int | None = None,
         criterion: LayerCriterion = "cka",
-        kernel: Kernel = "linear",
-        bandwidth: float = 1.0,
-        positions: int = 256,
-        reconstruct: bool = True,
-        reconstruction_positions: int = 16384,
         stacks: list[str] | None = None,
         module: str | None = None,
-        cuts: int | None = None,
-        first_epoch: int | None = None,
-        last_epoch: int | None = None,
         max_drop: float | None = None,
         monitor: str | None = None,
-        mode: Literal["max", "min"] = "max",
+        similarity: options.Similarity = options.Similarity(),
+        reconstruction: options.Reconstruction = options.Reconstruction(),
+        schedule: options.Schedule = options.Schedule(),
+        monitoring: options.Monitoring = options.Monitoring(),
         seed: int = 0,
         verbose: bool = True,
-        best_of: BestOf = "final_size",
     ) -> None:
-        options = without_private(locals())
-        check_types(module=module, verbose=verbose, reconstruct=reconstruct)
-        check_counts(seed=seed, cuts=cuts, first_epoch=first_epoch, last_epoch=last_epoch)
-        check_counts(positions=positions, least=4)
-        check_counts(reconstruction_positions=reconstruction_positions, least=1)
-        check_choices(kernel=kernel, best_of=best_of)
-        between("bandwidth", bandwidth, 0, 100)
-        check_order("linear", cuts, first_epoch, last_epoch)
+        given = checked_options(CKALayerPruning, locals())
         if stacks is not None and (isinstance(stacks, str) or not stacks or module):
             raise MisconfigurationException(
                 f"stacks={stacks!r}, module={module!r}; expected one of the two, stacks as a list "
                 "of paths such as ['model.encoder.layer']."
             )
-        try:
+        if reconstruction.method == "compensation":
+            raise MisconfigurationException(
+                "reconstruction.method='compensation' is for units; expected 'layerwise' or 'none' "
+                "where whole layers go."
+            )
+        with as_misconfiguration():
             thinning = LayerSelector(threshold, target_layers, criterion, seed)
-        except PruningError as error:
-            raise MisconfigurationException(str(error)) from error
         super().__init__(
             thinning,
-            kernel=kernel,
-            bandwidth=bandwidth,
-            positions=positions,
-            calls=reconstruction_positions if reconstruct else 0,
+            kernel=similarity.kernel,
+            bandwidth=similarity.bandwidth,
+            positions=similarity.positions,
+            calls=reconstruction.stored_positions,
             stacks=stacks,
             module=module or "",
-            cuts=cuts,
-            first_epoch=first_epoch,
-            last_epoch=last_epoch,
+            cuts=schedule.cuts,
+            first_epoch=schedule.first_epoch,
+            last_epoch=schedule.last_epoch,
             seed=seed,
             verbose=verbose,
-            best_of=best_of,
-            budget=accuracy_budget(max_drop, monitor, mode),
+            best_of=monitoring.best_of,
+            budget=guard_of(max_drop, monitor, monitoring),
         )
-        self._options = options
+        self._options = given

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_mi_prune.callbacks.distributed import broadcast_decision
+from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import number
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "EarlyStoppingHold",
     "MetricGuard",
     "check_monitor",
+    "guard_of",
     "logged_in_code",
     "logged_in_validation",
     "restart_comparison",
@@ -199,6 +201,32 @@ class MetricGuard:
             return False
         drop = best - value if self.mode == "max" else value - best
         return not drop <= self.max_drop
+
+
+def guard_of(
+    max_drop: float | None, monitor: str | None, monitoring: options.Monitoring
+) -> MetricGuard | None:
+    """What guards a metric; None where every cut is kept.
+
+    Raises:
+        MisconfigurationException: If one of ``max_drop`` and ``monitor`` lacks the other, or is
+            out of range.
+    """
+    if max_drop is None:
+        if monitor is not None:
+            raise MisconfigurationException(
+                f"monitor={monitor!r} is compared for max_drop only, which is None; set both."
+            )
+        return None
+    number = isinstance(max_drop, (int, float)) and not isinstance(max_drop, bool)
+    if not number or not 0 <= max_drop < math.inf:
+        raise MisconfigurationException(f"max_drop={max_drop!r}; expected a number from 0 on.")
+    if monitor is None:
+        raise MisconfigurationException(
+            f"max_drop={max_drop} needs monitor; expected the name of a metric that validation "
+            "logs."
+        )
+    return MetricGuard(float(max_drop), monitor, monitoring.mode, monitoring.on_drop)
 
 
 BestOf = Literal["final_size", "each_size", "any_size"]

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_mi_prune.allocation.budget import sparsity_of
-from lightning_mi_prune.allocation.measuring import macs_of_calls
+from lightning_mi_prune.allocation.macs import macs_of_calls
 from lightning_mi_prune.callbacks.state import PendingCut, RunState
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningWarning

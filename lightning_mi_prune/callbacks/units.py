@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -26,7 +25,7 @@ from lightning_mi_prune.calibration.gradients import (
     empty_sums,
 )
 from lightning_mi_prune.calibration.moments import check_moments
-from lightning_mi_prune.callbacks.base import PruningCallback
+from lightning_mi_prune.callbacks.base import PruningCallback, as_misconfiguration, checked_options
 from lightning_mi_prune.callbacks.distributed import (
     gather_ranks,
     refuse_compiled,
@@ -34,33 +33,22 @@ from lightning_mi_prune.callbacks.distributed import (
     sum_tensor,
     world_size,
 )
-from lightning_mi_prune.callbacks.monitors import BestOf, MetricGuard
-from lightning_mi_prune.callbacks.options import (
-    accuracy_budget,
-    between,
-    check_choices,
-    check_counts,
-    check_order,
-    check_regex,
-    check_types,
-    check_units,
-    without_private,
-)
+from lightning_mi_prune.callbacks.monitors import BestOf, MetricGuard, guard_of
 from lightning_mi_prune.callbacks.resume import RunOptions, reconcile, resumed
 from lightning_mi_prune.callbacks.schedule import Ramp, Schedule
 from lightning_mi_prune.callbacks.sizes import begin_report, unit_cut_record
 from lightning_mi_prune.callbacks.state import PendingCut, RunState, Snapshot, write_gradients
 from lightning_mi_prune.callbacks.trainer import validation_batches, without_frozen
 from lightning_mi_prune.checkpoint.state_dict import Find
+from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import PruningError, number
-from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
 from lightning_mi_prune.discovery.graph import choose_groups, summarize_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
-from lightning_mi_prune.importance.criteria import MutualInformation
-from lightning_mi_prune.pipeline import PruningMethod, reconstruct
+from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
+from lightning_mi_prune.pipeline import check as check_options
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import Cut
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
@@ -401,75 +389,50 @@ class UnitPruning(PruningCallback):
 
 
 class MutualInformationPruning(UnitPruning):
-    """Make the encoder smaller while it trains, keeping the units that inform the layer above.
+    """Make a network smaller while it trains, keeping the units that inform the layer above.
 
-    During validation the callback listens to the input of every output projection. At the end of
-    the epoch it sweeps from the top of the network down and keeps, on each group, the units with
-    the most mutual information with what was kept above. At the start of the next epoch it swaps
-    in smaller dense layers, carries the optimizer's state across, and training goes on.
+    Validation collects the inputs of the consumers. At the end of the epoch the units of every
+    group are ranked, from the top of the network down, by their mutual information with what is
+    kept above. At the start of the next epoch smaller dense layers take their place, the state of
+    the optimizer follows, and training goes on.
 
     Args:
         sparsity: Share of the prunable parameters to remove. Above 0 and below 1, against the model
             as built. Default 0.5, unless one of the four budgets below is given.
         target_parameters: Instead: parameters of the whole module in the end.
         target_macs: Instead: multiply-accumulates of one validation example in the end.
-        target_latency_ms: Instead: milliseconds of one forward pass of ``latency_batch`` examples.
+        target_latency_ms: Instead: milliseconds of one forward pass of ``latency.batch`` examples.
             They are predicted from a table that is measured on this device.
         keep_information: Instead: share of the information with the layers above, in nats and
             summed over all groups, that stays.
-        units: Kinds of unit to cut: ``"ffn"``, ``"heads"`` (default), ``"head_dim"`` (dimensions of
-            heads), ``"pooler"``, ``"hidden"`` (the width of stream and word embeddings).
+        kinds: Kinds of unit to cut: ``"ffn"``, ``"heads"`` (default), ``"head_dim"`` (dimensions of
+            heads), ``"pooler"``, ``"hidden"`` (the hidden size, with the word embeddings).
         module: Path of the submodule to search, such as ``"encoder"``; default: the whole module.
         include: Regular expression; only groups whose name it finds are cut.
         exclude: Regular expression; groups whose name it finds are left alone.
-        widths: ``"global"`` lets heads and neurons of all layers compete for the budget,
-            ``"uniform"`` keeps the same share everywhere. They compete by what is lost for the
-            cost that is saved.
-        floors: Least units of a group by regular expression on its name. An int counts units, a
-            float is a share of the group as built.
-        caps: Most units, likewise.
-        pins: Exact units, likewise.
-        floor: Smallest share of every group that stays. With 0 whole sublayers may vanish.
-        multiple: Neuron widths are multiples of this.
-        relevance: Which part of the layer above matters: ``"gradient"`` (what the loss depends on),
-            ``"weights"`` (what the weights kept above use) or None (all of it alike). Gradients
-            are taken from ordinary training steps.
-        relevance_steps: Training steps to take gradients from. Those of an epoch, over all ranks.
-        selection: ``"conditional"`` (joint information) or ``"topk"`` (every unit alone). The first
-            is exact backward elimination, the second the literal reading of the paper's abstract.
-        compensate: Whether the consumers' weights absorb the dropped units by least squares.
-        reconstruct: Whether output projections are solved again on the inputs of the cut model.
-        reconstruction_positions: Validation positions to store for that. Over all ranks; more are better.
-        positions: Samples to collect for each group. In one validation run.
-        latency_table: JSON file of measured latencies; measured and written if it is not there.
-        latency_batch: Examples in the call that is timed.
-        ramp: ``"cubic"``, ``"linear"`` or ``"one_shot"`` growth of the sparsity over the cuts.
-        cuts: Number of cuts; default: what fits, at most 4.
-        first_epoch: Epoch that starts with the first cut, by Lightning's number
-            (``trainer.current_epoch``, which counts from 0); at least 1, because a validation
-            comes before it. Default 1.
-        last_epoch: Epoch that starts with the last cut, by the same number; default: half-way
-            through the run.
-        seed: Seed of the draw of positions.
-        verbose: Whether each cut prints a table on rank zero.
+        widths: ``"global"`` lets the groups of all layers compete for the budget by what is lost
+            for the cost that is saved, ``"uniform"`` keeps the same share everywhere.
         max_drop: Largest loss of ``monitor``, in its own unit, that a cut may cost once it has
             recovered, against the best value of the models before it. A cut that costs more is
-            taken back: weights, optimizer state and plan. None keeps every cut.
-        monitor: Metric that ``max_drop`` watches, as validation logs it.
-        mode: ``"max"`` if more of it is better, ``"min"`` if less is.
-        on_drop: After a cut was taken back, ``"halve"`` the step or ``"stop"`` cutting.
-        best_of: Which models ``ModelCheckpoint(monitor=...)``, ``EarlyStopping`` and
-            ``ReduceLROnPlateau`` may compare. ``"final_size"``: those of the present size;
-            checkpoints of other sizes are the first to be replaced. ``"each_size"``: the same, but
-            the best of every size stays on disk. ``"any_size"``: all, as if nothing was pruned.
-            Unless it is ``"any_size"``, early stopping waits for the last cut.
+            rolled back: weights, optimizer state and plan. None keeps every cut.
+        monitor: Metric that ``max_drop`` compares, as validation logs it.
+        calibration: How much is collected before a cut.
+        importance: What decides which units go first.
+        constraints: Fewest and most units of groups.
+        latency: How milliseconds are measured.
+        reconstruction: How the weights that stay make up for what was removed.
+        schedule: When a run cuts, and how much each time.
+        monitoring: How metrics are compared while the model changes its size.
+        seed: Seed of the draw of positions.
+        verbose: Whether each cut prints a table on rank zero.
 
     Raises:
         MisconfigurationException: If an option is outside its range, or two contradict each other.
 
     Example:
         >>> import lightning.pytorch as pl
-        >>> callback = MutualInformationPruning(sparsity=0.5)
+        >>> from lightning_mi_prune import options
+        >>> callback = MutualInformationPruning(sparsity=0.5, schedule=options.Schedule(cuts=2))
         >>> trainer = pl.Trainer(max_epochs=8, callbacks=[callback], logger=False)
 
     See Also:
@@ -486,94 +449,48 @@ class MutualInformationPruning(UnitPruning):
         target_macs: int | None = None,
         target_latency_ms: float | None = None,
         keep_information: float | None = None,
-        units: list[str] | None = None,
+        kinds: list[str] | None = None,
         module: str | None = None,
         include: str | None = None,
         exclude: str | None = None,
         widths: Literal["global", "uniform"] = "global",
-        floors: dict[str, int | float] | None = None,
-        caps: dict[str, int | float] | None = None,
-        pins: dict[str, int | float] | None = None,
-        floor: float = 0.0,
-        multiple: int = 8,
-        relevance: Literal["gradient", "weights"] | None = "gradient",
-        relevance_steps: int = 64,
-        selection: Literal["conditional", "topk"] = "conditional",
-        compensate: bool = True,
-        reconstruct: bool = True,
-        reconstruction_positions: int = 16384,
-        positions: int = 16_384,
-        latency_table: str | None = None,
-        latency_batch: int = 1,
-        ramp: Ramp = "cubic",
-        cuts: int | None = None,
-        first_epoch: int | None = None,
-        last_epoch: int | None = None,
-        seed: int = 0,
-        verbose: bool = True,
         max_drop: float | None = None,
         monitor: str | None = None,
-        mode: Literal["max", "min"] = "max",
-        on_drop: Literal["halve", "stop"] = "halve",
-        best_of: BestOf = "final_size",
+        calibration: options.Calibration = options.Calibration(),
+        importance: options.Importance = options.Importance(),
+        constraints: options.Constraints = options.Constraints(),
+        latency: options.Latency = options.Latency(),
+        reconstruction: options.Reconstruction = options.Reconstruction(),
+        schedule: options.Schedule = options.Schedule(),
+        monitoring: options.Monitoring = options.Monitoring(),
+        seed: int = 0,
+        verbose: bool = True,
     ) -> None:
-        options = without_private(locals())
-        between("floor", floor, 0, 1, closed=True)
-        check_types(
-            include=include,
-            exclude=exclude,
-            module=module,
-            latency_table=latency_table,
-            compensate=compensate,
-            reconstruct=reconstruct,
-            verbose=verbose,
-        )
-        check_counts(
-            seed=seed,
-            multiple=multiple,
-            positions=positions,
-            reconstruction_positions=reconstruction_positions,
-            relevance_steps=relevance_steps,
-            latency_batch=latency_batch,
-            cuts=cuts,
-            first_epoch=first_epoch,
-            last_epoch=last_epoch,
-        )
-        check_choices(widths=widths, relevance=relevance, best_of=best_of)
-        check_order(ramp, cuts, first_epoch, last_epoch)
-        check_regex("include", include)
-        check_regex("exclude", exclude)
-        check_units(units)
+        given = checked_options(MutualInformationPruning, locals())
         targets = (target_parameters, target_macs, target_latency_ms, keep_information)
-        try:
-            self.method = PruningMethod(
-                budget=budget_of(sparsity, *targets),
-                criterion=MutualInformation(selection=selection),
-                widths=widths,
-                relevance=relevance,
-                compensate=compensate,
-                reconstruct=reconstruct,
-                reconstruction_positions=reconstruction_positions,
-                constraints=Constraints(floors or {}, caps or {}, pins or {}, floor, multiple),
-                latency_table=latency_table,
-                latency_batch=latency_batch,
+        with as_misconfiguration():
+            budget = budget_of(sparsity, *targets)
+            self.method = PipelineOptions(
+                budget, widths, importance, constraints, latency, reconstruction, seed=seed
             )
-        except PruningError as error:
-            raise MisconfigurationException(str(error)) from error
         super().__init__(
             module=module or "",
-            positions=positions,
-            calls=reconstruction_positions if reconstruct else 0,
-            steps=relevance_steps if relevance == "gradient" else 0,
+            positions=calibration.positions,
+            calls=reconstruction.stored_positions,
+            steps=calibration.gradient_steps if importance.relevance == "gradient" else 0,
             seed=seed,
             verbose=verbose,
-            best_of=best_of,
-            budget=accuracy_budget(max_drop, monitor, mode, on_drop),
+            best_of=monitoring.best_of,
+            budget=guard_of(max_drop, monitor, monitoring),
         )
-        self._options = options
-        self._units, self._include, self._exclude = units, include, exclude
-        self._ramp: Ramp = ramp
-        self._cuts, self._first, self._last = cuts, first_epoch, last_epoch
+        self._options = given
+        self._units, self._include, self._exclude = kinds, include, exclude
+        self._ramp: Ramp = schedule.ramp
+        self._cuts, self._first, self._last = (
+            schedule.cuts,
+            schedule.first_epoch,
+            schedule.last_epoch,
+        )
 
     @override
     def choose(self, groups: list[DependencyGroup], modules: list[str]) -> list[DependencyGroup]:
@@ -600,8 +517,13 @@ class MutualInformationPruning(UnitPruning):
                 f"target_parameters={allowed}, but the module has {number(has)} as built: "
                 "nothing to cut. Ask for fewer."
             )
-        method.check(
-            module, self._tracked().groups, groups, widths, writes=module.trainer.is_global_zero
+        check_options(
+            method,
+            module,
+            self._tracked().groups,
+            groups,
+            widths,
+            writes=module.trainer.is_global_zero,
         )
 
     @property
@@ -629,7 +551,8 @@ class MutualInformationPruning(UnitPruning):
             goal = self.left_to_reach(goal)
         if goal <= 0:
             return None
-        return self.method.decide(
+        return decide(
+            self.method,
             module,
             tracker.groups,
             self._standing,
@@ -654,9 +577,9 @@ class MutualInformationPruning(UnitPruning):
             tracker.groups,
             tracker.plan,
             selection,
-            self.method,
+            self.method.reconstruction,
             heard,
-            partial(sum_tensor, strategy),
-            trainer.global_rank,
-            world_size(strategy),
+            add=partial(sum_tensor, strategy),
+            rank=trainer.global_rank,
+            world=world_size(strategy),
         )

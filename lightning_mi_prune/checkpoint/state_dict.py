@@ -31,9 +31,7 @@ from lightning_mi_prune.discovery.groups import DependencyGroup, LayerStack, as_
 from lightning_mi_prune.surgery.layers import RemovedLayers, without_storage
 from lightning_mi_prune.surgery.transaction import cancel_cut, reshape_model
 
-__all__ = [
-    "PlanTracker",
-]
+__all__ = ["Find", "PlanTracker"]
 
 _ATTRIBUTE = "_lightning_mi_prune_keeper"
 

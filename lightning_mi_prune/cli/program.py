@@ -53,7 +53,8 @@ from lightning_mi_prune.cli.config import (
     section_of,
 )
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.pipeline import PruneResult, PruningMethod, prune
+from lightning_mi_prune.core.options import Calibration
+from lightning_mi_prune.pipeline import PipelineOptions, PruneResult, prune
 from lightning_mi_prune.reporting.tables import Table, print_table
 
 __all__ = [
@@ -61,7 +62,13 @@ __all__ = [
     "run",
 ]
 
-_PRUNE = ("units", "module", "include", "exclude", "positions", "relevance_steps", "seed")
+_PRUNE = {
+    "units": "kinds",
+    "module": "module",
+    "include": "include",
+    "exclude": "exclude",
+    "seed": "seed",
+}
 
 
 _TRAINER = (
@@ -134,16 +141,23 @@ def prune_module(
         part.setup("fit")
     model.to(trainer.strategy.root_device)  # a loop that is over leaves it on the CPU
     validation, training = _Batches(model, data, "val_dataloader", "sequential"), None
-    if method.relevance == "gradient" and is_overridden("train_dataloader", source):
+    if method.importance.relevance == "gradient" and is_overridden("train_dataloader", source):
         training = _Batches(model, data, "train_dataloader", "max_size_cycle")
     done = prune(
         model,
         validation,
         method.budget,
-        method=method,
+        widths=method.widths,
+        importance=method.importance,
+        constraints=method.constraints,
+        latency=method.latency,
+        reconstruction=method.reconstruction,
         forward=validation.forward if len(validation.loaders.flattened) > 1 else None,
         training=training,
-        **{name: options[name] for name in _PRUNE if options.get(name) is not None},
+        calibration=Calibration(
+            options.get("positions") or 16_384, options.get("relevance_steps") or 64
+        ),
+        **{new: options[old] for old, new in _PRUNE.items() if options.get(old) is not None},
     )
     after = _metrics(trainer, model, data, evaluate)
     _save(trainer, model, output)
@@ -404,7 +418,7 @@ def _trainer_defaults() -> dict[str, Any]:
     return {name: parameter.default for name, parameter in parameters.items()}
 
 
-def _method(options: Mapping[str, Any]) -> PruningMethod:
+def _method(options: Mapping[str, Any]) -> PipelineOptions:
     """The method that options ask for; the callback's checks are the only ones there are."""
     strange = sorted(set(options) - set(OPTIONS))
     if strange:

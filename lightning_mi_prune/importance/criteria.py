@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted, number
+from lightning_mi_prune.core.options import Importance
 from lightning_mi_prune.importance.elimination import Elimination, eliminate_together
 from lightning_mi_prune.importance.information import (
     inverse,
@@ -28,6 +29,7 @@ __all__ = [
     "Random",
     "Taylor",
     "copies_kept",
+    "criterion_of",
 ]
 
 
@@ -185,6 +187,27 @@ class Random:
         salt = sum(ord(c) * (i + 1) for i, c in enumerate(evidence.name))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + salt)
         return _ascending(torch.rand(evidence.units, generator=generator, dtype=torch.float64))
+
+
+def criterion_of(importance: Importance, seed: int = 0) -> Criterion:
+    """The criterion that the options name.
+
+    Args:
+        importance: The options.
+        seed: Seed of ``"random"``.
+
+    Example:
+        >>> criterion_of(Importance(criterion="taylor", relevance="gradient"))
+        Taylor()
+    """
+    made: dict[str, Criterion] = {
+        "mutual_information": MutualInformation(selection=importance.selection),
+        "taylor": Taylor(),
+        "activation_norm": ActivationNorm(),
+        "magnitude": Magnitude(),
+        "random": Random(seed),
+    }
+    return made[importance.criterion]
 
 
 def _precisions(evidence: UnitStatistics, noise: float) -> tuple[Tensor, Tensor]:

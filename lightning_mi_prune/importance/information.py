@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "JITTER",
     "cholesky",
     "conditional_covariance",
     "diagonal_blocks",

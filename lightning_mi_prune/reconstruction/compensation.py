@@ -1,4 +1,4 @@
-"""Select the units that stay; their weights take over the dropped ones by least squares."""
+"""Select the units that stay, and compensate their consumers for the dropped ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class GroupInformation:
-    """What a group says about the layer above, in nats, through the noise of the ridge.
+    """Mutual information, in nats, between the units of a group and the layer above.
 
     Args:
         total: ``I(X; Y)`` before the cut.
@@ -56,12 +56,12 @@ class Decision:
     """What to cut: a plan, the consumers' new weights, and what the cut costs.
 
     Args:
-        plan: Survivors of every group, in original positions.
-        compensated: New weights and biases of consumers, in the shape they have after the cut, by tensor
-            name; empty without fold-in.
+        plan: Units of every group that stay, numbered as built.
+        compensated: New weights and biases of consumers by tensor name, in the shape they have
+            after the cut; empty without compensation.
         information: What each group kept, by group name.
-        rotated: New coordinates of heads that lose dimensions, by tensor; the new weights are in
-            them already, an optimizer's state must follow.
+        rotated: New coordinates of heads that lose dimensions, by tensor. The new weights are in
+            them already; the state of an optimizer must follow.
     """
 
     plan: PruningPlan
@@ -94,89 +94,84 @@ def select_units(
     compensate: bool = True,
     ridge: float = 0.1,
 ) -> Decision:
-    """Choose the survivors of every group, from the top of the network down.
+    """Choose the units of every group that stay, from the top of the network down.
 
-    Each group is judged against the units that were kept above it. Cutting above does not change
-    what is below, so one validation pass serves the whole sweep exactly.
+    Each group is scored against the units that are kept above it. Cutting above does not change
+    the activations below, so one validation pass serves all groups exactly.
 
     Args:
         groups: Groups to cut.
-        moments: What was heard at each place, by key.
+        moments: Moments of the consumers' inputs, by key.
         weights: Parameters of the model as it stands, by qualified name; only read.
-        widths: Units to keep on each group; never more than it has now.
+        widths: Units to keep of each group; never more than it has now.
         current: The plan the model carries now.
-        criterion: Who judges; default conditional mutual information.
+        criterion: Scores the units; default conditional mutual information.
         relevance: Which part of the layer above matters, as for :func:`ranking.rank_groups`.
-        rankings: Orders of all groups, if they are known already; nobody judges then.
+        rankings: Elimination orders of all groups; computed where they are not given.
         compensate: Whether the consumers' weights absorb the dropped units by least squares.
         ridge: Noise of the information that is reported, as a share of the mean variance above.
 
     Raises:
-        PruningError: If a group was heard too little to score.
+        PruningError: If a group has too few samples to score.
     """
-    judge = MutualInformation() if criterion is None else criterion
-    cut = [a for a in groups if widths[a.name] < len(current.kept[a.name])]
+    criterion = MutualInformation() if criterion is None else criterion
+    cut = [group for group in groups if widths[group.name] < len(current.kept[group.name])]
     if rankings is None:
         rankings = rank_groups(
-            cut,
-            moments,
-            weights,
-            current,
-            judge,
-            relevance=relevance,
-            widths=widths,
+            cut, moments, weights, current, criterion, relevance=relevance, widths=widths
         )
+    topk = isinstance(criterion, MutualInformation) and criterion.selection == "topk"
     kept = dict(current.kept)
     compensated: dict[str, Tensor] = {}
     information: dict[str, GroupInformation] = {}
-    thin: list[str] = []
+    few_samples: list[str] = []
     copies: list[str] = []
-    anew: dict[str, Tensor] = {}
+    rotated: dict[str, Tensor] = {}
     maps: dict[str, Mapping[int, Tensor]] = {}
     names = {group.name for group in groups}
     for group in sorted(groups, key=lambda group: (-group.level, group.strided)):
         if group in cut:
             kept[group.name] = rankings[group.name].kept(widths[group.name])
         if group.product_with in names and not group.strided:
-            continue  # what crosses it is read with it
-        subset = [a for a in groups if a.name in (group.name, group.product_with)]
-        consumer_sets = unit_statistics(group, moments, weights, kept, current, groups)
-        if group.rotation is not None and group in cut and len(consumer_sets[0].mean):
-            new = _turn(group, moments, weights, kept, current, groups, relevance)
-            anew |= new.weights(weights)
+            continue  # it shares its inputs with the other group, which comes next
+        inputs = unit_statistics(group, moments, weights, kept, current, groups)
+        if group.rotation is not None and group in cut and len(inputs[0].mean):
+            new = _rotation(group, moments, weights, kept, current, groups, relevance)
+            rotated |= new.weights(weights)
             maps |= {name: dims for name, dims in new.maps.items() if name in weights}
-            weights, consumer_sets = {**weights, **anew}, [new.rotate(e) for e in consumer_sets]
-        stay = kept_entries(group, kept, current)
-        splits = [_split(evidence, stay) for evidence in consumer_sets]
-        parts = [_information(e, *s, ridge) for e, s in zip(consumer_sets, splits, strict=True)]
+            weights, inputs = {**weights, **rotated}, [new.rotate(values) for values in inputs]
+        entries = kept_entries(group, kept, current)
+        fits = [_Fit.of(values, entries) for values in inputs]
+        parts = [fit.information(ridge) for fit in fits]
         share = GroupInformation(
             total=sum(part.total for part in parts), kept=sum(part.kept for part in parts)
         )
-        information |= {one.name: share for one in subset}
-        gone = [one.name for one in subset if one in cut]
-        if not gone:
+        pair = [one for one in groups if one.name in (group.name, group.product_with)]
+        information |= {one.name: share for one in pair}
+        shrunk = [one.name for one in pair if one in cut]
+        if not shrunk:
             continue
-        wanted = max(max(20 * len(e.readout), 2 * len(e.mean)) for e in consumer_sets)
-        thin += gone if min(e.samples for e in consumer_sets) < wanted else []
-        topk = isinstance(judge, MutualInformation) and judge.selection == "topk"
-        if topk and any(copies_kept(evidence, stay.tolist()) for evidence in consumer_sets):
+        wanted = max(max(20 * len(values.readout), 2 * len(values.mean)) for values in inputs)
+        if min(values.samples for values in inputs) < wanted:
+            few_samples += shrunk
+        if topk and any(copies_kept(values, entries.tolist()) for values in inputs):
             copies.append(group.name)
         if compensate:
-            for consumers, evidence, split in zip(
-                group.unit_inputs.values(), consumer_sets, splits, strict=True
-            ):
+            for consumers, fit in zip(group.unit_inputs.values(), fits, strict=True):
                 for consumer in consumers:
-                    compensated |= _fold(consumer, weights, evidence, *split)
-    _warn(thin, copies)
-    # Rows that go with a group below are known only at the end of the sweep.
+                    compensated |= fit.compensate(consumer, weights)
+    _warn(few_samples, copies)
+    # Which rows a group below removes is known only now.
     rows = {name: kept_rows(name, kept, current, groups) for name in compensated}
     final = {n: t if (r := rows[n]) is None else t[r.to(t.device)] for n, t in compensated.items()}
-    final |= _cut_out({n: t for n, t in anew.items() if n not in final}, kept, current, groups)
-    known = {name: ranking for name, ranking in rankings.items() if name in current.sizes}
-    return Decision(PruningPlan(current.sizes, kept, known), final, information, maps)
+    for name, tensor in rotated.items():
+        if name not in final:
+            final[name] = _cut_tensor(name, tensor, kept, current, groups)
+    ranked = {name: ranking for name, ranking in rankings.items() if name in current.sizes}
+    return Decision(PruningPlan(current.sizes, kept, ranked), final, information, maps)
 
 
-def _turn(
+def _rotation(
     group: DependencyGroup,
     moments: Mapping[str, Moments],
     weights: Mapping[str, Tensor],
@@ -185,96 +180,102 @@ def _turn(
     groups: Sequence[DependencyGroup],
     relevance: RelevanceSource,
 ) -> HeadRotation:
-    """The principal directions of heads, as those that were ranked."""
+    """The principal directions of heads, the same that were ranked."""
     known = None if isinstance(relevance, str) else relevance
     (values,) = unit_statistics(group, moments, weights, kept, current, groups, known)
     found = head_rotation(group, values, moments, weights, known)
     if not found.rotation.rescaled:
         return found
-    # Queries make up for attention that divides by the root of the size that a head has.
+    # Attention divides by the root of the head size, which the cut changes; queries make up for it.
     factor = math.sqrt(len(kept[group.name]) / current.width(group.name))
     return replace(found, query=found.query * factor)
 
 
-def _cut_out(
-    tensors: Mapping[str, Tensor],
+def _cut_tensor(
+    name: str,
+    tensor: Tensor,
     kept: Mapping[str, tuple[int, ...]],
     current: PruningPlan,
     groups: Sequence[DependencyGroup],
-) -> dict[str, Tensor]:
-    """What is kept of whole tensors."""
-    found = dict(tensors)
-    for name, tensor in tensors.items():
-        dims = {s.dim: group for group in groups for s in group.tensors if s.tensor == name}
-        for dim, group in dims.items():
-            index = kept_entries(group, kept, current).to(tensor.device)
-            found[name] = found[name].index_select(dim, index)
-    return found
+) -> Tensor:
+    """The part of a whole tensor that stays."""
+    dims = {s.dim: group for group in groups for s in group.tensors if s.tensor == name}
+    for dim, group in dims.items():
+        tensor = tensor.index_select(dim, kept_entries(group, kept, current).to(tensor.device))
+    return tensor
 
 
-def _split(evidence: UnitStatistics, stay: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Regression of the dropped entries on the kept ones, and both index lists."""
-    device = evidence.covariance.device
-    mask = torch.zeros(len(evidence.mean), dtype=torch.bool, device=device)
-    mask[stay.to(device)] = True
-    kept, dropped = (m.nonzero().flatten() for m in (mask, ~mask))
-    found = regression(evidence.covariance, kept, dropped, evidence.samples)
-    return found, (kept, dropped)
+@dataclass(frozen=True)
+class _Fit:
+    """Linear regression of the dropped entries of an input on the kept ones.
+
+    Args:
+        values: Statistics of the input.
+        kept: Positions of the entries that stay.
+        dropped: Positions of the others.
+        coefficients: ``M (dropped, kept)``.
+    """
+
+    values: UnitStatistics
+    kept: Tensor
+    dropped: Tensor
+    coefficients: Tensor
+
+    @classmethod
+    def of(cls, values: UnitStatistics, entries: Tensor) -> _Fit:
+        device = values.covariance.device
+        mask = torch.zeros(len(values.mean), dtype=torch.bool, device=device)
+        mask[entries.to(device)] = True
+        kept, dropped = (m.nonzero().flatten() for m in (mask, ~mask))
+        found = regression(values.covariance, kept, dropped, values.samples)
+        return cls(values, kept, dropped, found)
+
+    def information(self, ridge: float) -> GroupInformation:
+        """Information with the layer above, whose noise is ``ridge`` of its mean variance."""
+        values, coefficients = self.values, self.coefficients
+        above = values.above()
+        noise = (values.noise(ridge) or 1.0) * torch.eye(len(above)).to(above)
+        block = values.covariance[self.dropped]
+        mixed = coefficients @ block[:, self.kept].mT
+        fitted = coefficients @ values.covariance[self.kept][:, self.kept] @ coefficients.mT
+        unexplained = block[:, self.dropped] - mixed - mixed.mT + fitted
+        lost = values.readout[:, self.dropped] @ unexplained @ values.readout[:, self.dropped].mT
+        full, residual, floor = (torch.logdet(m) for m in (above + noise, lost + noise, noise))
+        total = float(full - floor) / 2
+        return GroupInformation(total=total, kept=min(total, max(0.0, float(full - residual) / 2)))
+
+    def compensate(self, consumer: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``W' = W_K + W_D M``, ``b' = b + W_D (mu_D - M mu_K)``.
+
+        Without a bias, M is fitted to the raw second moments.
+        """
+        values, coefficients = self.values, self.coefficients
+        stored = weights[f"{consumer}.weight"].detach()
+        weight = stored.to(values.covariance)
+        bias = weights.get(f"{consumer}.bias")
+        if bias is None:
+            raw = values.covariance + torch.outer(values.mean, values.mean)
+            coefficients = regression(raw, self.kept, self.dropped, values.samples)
+        dropped = weight[:, self.dropped]
+        new = {f"{consumer}.weight": (weight[:, self.kept] + dropped @ coefficients).to(stored)}
+        if bias is not None:
+            shift = values.mean[self.dropped] - coefficients @ values.mean[self.kept]
+            new[f"{consumer}.bias"] = (bias.detach().to(weight) + dropped @ shift).to(bias)
+        return new
 
 
-def _information(
-    evidence: UnitStatistics, coefficients: Tensor, split: tuple[Tensor, Tensor], ridge: float
-) -> GroupInformation:
-    kept, dropped = split
-    above = evidence.above()
-    noise = (evidence.noise(ridge) or 1.0) * torch.eye(len(above)).to(above)
-    block = evidence.covariance[dropped]
-    mixed = coefficients @ block[:, kept].mT
-    fitted = coefficients @ evidence.covariance[kept][:, kept] @ coefficients.mT
-    unexplained = block[:, dropped] - mixed - mixed.mT + fitted
-    lost = evidence.readout[:, dropped] @ unexplained @ evidence.readout[:, dropped].mT
-    full, residual, floor = (torch.logdet(m) for m in (above + noise, lost + noise, noise))
-    total = float(full - floor) / 2
-    return GroupInformation(total=total, kept=min(total, max(0.0, float(full - residual) / 2)))
-
-
-def _fold(
-    consumer: str,
-    weights: Mapping[str, Tensor],
-    evidence: UnitStatistics,
-    coefficients: Tensor,
-    split: tuple[Tensor, Tensor],
-) -> dict[str, Tensor]:
-    """``W' = W_K + W_D M``, ``b' = b + W_D (mu_D - M mu_K)``; without a bias M is not centred."""
-    kept, dropped = split
-    stored = weights[f"{consumer}.weight"].detach()
-    weight = stored.to(evidence.covariance)
-    bias = weights.get(f"{consumer}.bias")
-    if bias is None:
-        raw = evidence.covariance + torch.outer(evidence.mean, evidence.mean)
-        coefficients = regression(raw, kept, dropped, evidence.samples)
-    new = weight[:, kept] + weight[:, dropped] @ coefficients
-    compensated = {f"{consumer}.weight": new.to(stored)}
-    if bias is not None:
-        shift = evidence.mean[dropped] - coefficients @ evidence.mean[kept]
-        compensated[f"{consumer}.bias"] = (
-            bias.detach().to(weight) + weight[:, dropped] @ shift
-        ).to(bias)
-    return compensated
-
-
-def _warn(thin: Sequence[str], copies: Sequence[str]) -> None:
-    if thin:
+def _warn(few_samples: Sequence[str], copies: Sequence[str]) -> None:
+    if few_samples:
         warnings.warn(
-            f"{counted(len(thin), 'group', 'groups')}, {thin[0]!r} first, had fewer than 20 samples "
-            "for each unit above, or 2 for each entry; scores are noisy. A larger validation "
-            "set or more positions helps.",
+            f"{counted(len(few_samples), 'group')}, {few_samples[0]!r} first, had fewer than 20 "
+            "samples for each unit above, or 2 for each entry; scores are noisy. A larger "
+            "validation set or more positions helps.",
             PruningWarning,
             stacklevel=3,
         )
     if copies:
         warnings.warn(
-            f"top-k kept copies of the same unit on {counted(len(copies), 'group', 'groups')}, "
+            f"top-k kept copies of the same unit on {counted(len(copies), 'group')}, "
             f"{copies[0]!r} first; selection='conditional' keeps one of them.",
             PruningWarning,
             stacklevel=3,

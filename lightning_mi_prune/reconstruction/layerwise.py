@@ -17,74 +17,74 @@ from lightning_mi_prune.core.running import evaluating
 
 __all__ = [
     "LayerCall",
-    "StreamLayer",
+    "ResidualLayer",
     "run_layerwise",
     "valid_positions",
 ]
 
 
-class StreamLayer(Protocol):
-    """A layer, and the module whose input is the stream that is added to what it says."""
+class ResidualLayer(Protocol):
+    """A layer, and where the residual stream is that is added to its output."""
 
     @property
     def layer(self) -> str:
         """Path of the layer."""
 
     @property
-    def skip(self) -> str | None:
-        """Path of that module, if there is one."""
+    def residual(self) -> str | None:
+        """Path of the module whose input is the residual stream, if there is one."""
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What one of the calls brings to a layer.
+    """A layer in one of the calls.
 
     Args:
         call: The call.
         x: Input of the layer.
-        stream: What is added to its output, where that is known.
+        stream: Residual stream that is added to its output, where that is known.
         output: Its output.
-        real: Positions of these that are not padding, where torch's own attention was told.
+        mask: Positions of these that are not padding, where torch's own attention received a mask.
     """
 
     call: RecordedCall
     x: Tensor
     stream: Tensor | None
     output: Tensor
-    real: Tensor | None = None
+    mask: Tensor | None = None
 
-    def heard(self, x: Tensor) -> Tensor:
+    def valid(self, x: Tensor) -> Tensor:
         """The positions of a tensor that are not padding, flat."""
-        return valid_positions(x, self.call.mask if self.real is None else self.real)
+        return valid_positions(x, self.call.mask if self.mask is None else self.mask)
 
 
-Act = Callable[[Any, Sequence[LayerCall]], Sequence[Tensor]]
+Process = Callable[[Any, Sequence[LayerCall]], Sequence[Tensor]]
 
 
-class _EnoughError(Exception):
-    """The last layer has spoken."""
+class _LastLayerError(Exception):
+    """The last layer has run; nothing above it is needed."""
 
 
 def run_layerwise(
     model: nn.Module,
-    found: Sequence[StreamLayer],
+    layers: Sequence[ResidualLayer],
     path: str,
     calls: Sequence[RecordedCall],
-    act: Act,
+    process: Process,
     *,
     once: bool = False,
 ) -> None:
-    """Run a network on several calls at once; what a layer says to all goes through ``act``.
+    """Run a network on several calls at once; ``process`` may replace the outputs of each layer.
 
     Every call runs until it reaches a layer, and waits there for the others. So texts of different
-    lengths are seen together by each layer, without being padded to the longest.
+    lengths pass through each layer together, without being padded to the longest.
 
     Args:
         model: Module from which everything is named.
-        found: The layers.
+        layers: The layers.
         path: Network that is called.
         calls: What it is called with.
-        act: Gets the layer and what each call brings; returns the outputs to go on with.
+        process: Gets a layer and its part in each call; returns the outputs to go on with.
         once: Whether each layer runs once, so that a call may end with the last of them: logits of
             a large vocabulary would outgrow everything else.
 
@@ -95,92 +95,74 @@ def run_layerwise(
         >>> @dataclass
         ... class Layer:
         ...     layer: str = "1"
-        ...     skip: str | None = None
-        >>> def act(spot, parts):
-        ...     print(spot.layer, [len(part.x) for part in parts])
+        ...     residual: str | None = None
+        >>> def process(layer, parts):
+        ...     print(layer.layer, [len(part.x) for part in parts])
         ...     return [part.output for part in parts]
-        >>> run_layerwise(net, [Layer()], "", calls, act)
+        >>> run_layerwise(net, [Layer()], "", calls, process)
         1 [2, 3]
     """
-    network, here, padding = model.get_submodule(path), getcurrent(), Padding()
-    silent: dict[Any, set[str]] = {}
+    network, main, padding = model.get_submodule(path), getcurrent(), Padding()
+    remaining: dict[Any, set[str]] = {}
     streams: dict[tuple[Any, str], Tensor] = {}
 
-    def hold(name: str) -> Any:
+    def store_stream(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             streams[getcurrent(), name] = args[0] if args else next(iter(kwargs.values()))
 
         return hook
 
-    def change(spot: StreamLayer) -> Any:
+    def replace_output(layer: ResidualLayer) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor:
-            mine = getcurrent()
+            task = getcurrent()
             x = args[0] if args else kwargs["input"]
-            stream = None if spot.skip is None else streams[mine, spot.skip]
-            changed: Tensor = here.switch(  # until all calls are here
-                (spot, x, stream, output, padding.real(x))
-            )
-            silent[mine].discard(spot.layer)
-            if once and not silent[mine]:
-                raise _EnoughError
-            return changed
+            stream = None if layer.residual is None else streams[task, layer.residual]
+            # Wait in the main greenlet until all calls have reached the layer.
+            new: Tensor = main.switch((layer, x, stream, output, padding.real(x)))
+            remaining[task].discard(layer.layer)
+            if once and not remaining[task]:
+                raise _LastLayerError
+            return new
 
         return hook
 
-    def speak(call: RecordedCall) -> None:
-        with contextlib.suppress(_EnoughError):
+    def run(call: RecordedCall) -> None:
+        with contextlib.suppress(_LastLayerError):
             network(*call.args, **call.kwargs)
 
-    with (
-        _hooked(model, found, hold, change, padding),
-        padded_encoders(network),
-        evaluating(network),
-    ):
-        voices = {greenlet(speak): call for call in calls}
-        silent |= {voice: {spot.layer for spot in found} for voice in voices}
+    def hooks() -> Iterator[RemovableHandle]:
+        yield from padding.attach(model)
+        for name in sorted({layer.residual for layer in layers if layer.residual is not None}):
+            module = model.get_submodule(name)
+            yield module.register_forward_pre_hook(store_stream(name), with_kwargs=True)
+        for layer in layers:
+            module = model.get_submodule(layer.layer)
+            yield module.register_forward_hook(replace_output(layer), with_kwargs=True)
+
+    with contextlib.ExitStack() as stack, padded_encoders(network), evaluating(network):
+        for handle in hooks():
+            stack.enter_context(handle)
+        tasks = {greenlet(run): call for call in calls}
+        remaining |= {task: {layer.layer for layer in layers} for task in tasks}
         try:
             waiting = {
-                voice: voice.switch(in_weight_precision(call, network))
-                for voice, call in voices.items()
+                task: task.switch(in_weight_precision(call, network))
+                for task, call in tasks.items()
             }
-            while waiting := {voice: what for voice, what in waiting.items() if what is not None}:
-                spot = next(iter(waiting.values()))[0]
-                there = {voice: what[1:] for voice, what in waiting.items() if what[0] is spot}
-                changed = [
-                    *act(spot, [LayerCall(voices[voice], *what) for voice, what in there.items()])
+            while waiting := {task: part for task, part in waiting.items() if part is not None}:
+                layer = next(iter(waiting.values()))[0]
+                parts = {task: part[1:] for task, part in waiting.items() if part[0] is layer}
+                outputs = [
+                    *process(layer, [LayerCall(tasks[task], *part) for task, part in parts.items()])
                 ]
-                for voice in list(there):
-                    there[voice] = waiting[voice] = None  # what is done with makes room for more
-                    waiting[voice] = voice.switch(changed.pop(0))
+                for task in list(parts):
+                    parts[task] = waiting[task] = None  # frees memory before the call goes on
+                    waiting[task] = task.switch(outputs.pop(0))
         finally:
-            for voice in voices:
-                voice.throw()  # what still waits there has nothing to wait for
-
-
-@contextlib.contextmanager
-def _hooked(
-    model: nn.Module,
-    found: Sequence[StreamLayer],
-    hold: Callable[[str], Any],
-    change: Callable[[StreamLayer], Any],
-    padding: Padding,
-) -> Iterator[None]:
-    """The hooks of a run, which leave with it."""
-    handles: list[RemovableHandle] = []
-    try:
-        handles.extend(padding.attach(model))
-        for name in sorted({spot.skip for spot in found if spot.skip is not None}):
-            module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(hold(name), with_kwargs=True))
-        for spot in found:
-            module = model.get_submodule(spot.layer)
-            handles.append(module.register_forward_hook(change(spot), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            for task in tasks:
+                task.throw()  # ends calls that an error left waiting
 
 
 def valid_positions(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,11 +1,11 @@
 """Solve the layers of a cut model again, bottom-up, on the inputs they now receive.
 
 The moments of a validation pass describe the uncut model; cutting below changes what the layers
-above receive. So every output projection of the cut model is solved again on the inputs that it
-really gets, when they get there: least squares towards ``z_dense + skip_dense - skip_cut``, the
-output that puts the residual stream back where it was, with a ridge towards the weights it has.
-Layers that read the stream above the lowest cut are solved towards what they said in the dense
-model, and normalisations whose width was cut, entry by entry.
+above receive. So every output projection of the cut model is solved again on its real inputs, once
+the layers below are done: least squares towards ``z_dense + stream_dense - stream_cut``, the output
+that restores the residual stream, with a ridge towards the weights it has. Layers that read the
+stream above the lowest cut are solved towards their outputs in the dense model, and normalisations
+whose width was cut, entry by entry.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PADDING = 3
 
 def reconstruct_network(
     cut: nn.Module,
-    found: Sequence[ReconstructedLayer],
+    layers: Sequence[ReconstructedLayer],
     path: str,
     targets: Targets,
     *,
@@ -52,22 +52,22 @@ def reconstruct_network(
     share: float = 1.0,
     once: bool = False,
 ) -> dict[str, Tensor]:
-    """Weights and biases that pull the residual stream of a cut model back to the dense one's.
+    """Weights and biases that restore the residual stream of the dense model in a cut one.
 
     The model is only run, never changed: a layer is solved when all of the sample has reached it,
-    and hands the new output on, so that everything above sees the refitted stream. A layer that
-    runs several times in a pass (ALBERT's are shared) stays as it is: each of its calls would want
-    to make up for the same loss of the stream.
+    and its new output goes on to the layers above. A layer that runs several times in a pass
+    (ALBERT's are shared) stays as it is: each of its calls would make up for the same loss.
 
     Args:
-        cut: The cut model, with the weights that folding in left.
-        found: Layers to solve.
+        cut: The cut model, with compensated weights.
+        layers: Layers to solve.
         path: Network that is called.
-        targets: The sample, and what the dense model says on it.
-        ridge: Pull towards the present weights, as a share of the mean variance of the inputs.
-        add: Adds sums up over ranks; every rank comes by in the same order.
-        share: Weight of this rank's sample; 0 for one that only keeps the others company.
-        once: As for :func:`targets.run_with`.
+        targets: The sample, and the outputs of the dense model on it.
+        ridge: Strength of the pull towards the present weights, as a share of the mean variance of
+            the inputs.
+        add: Adds sums up over ranks; every rank calls it for the same layers in the same order.
+        share: Weight of this rank's sample; 0 for one that only takes part in the sums.
+        once: As for :func:`layerwise.run_layerwise`.
 
     Returns:
         New values in the shape they have in the cut model, by tensor name.
@@ -76,42 +76,42 @@ def reconstruct_network(
         PruningError: If the sample is smaller than what a layer has to learn from it.
     """
     solved: dict[str, Tensor] = {}
-    inputs = _Inputs()
+    equations = _NormalEquations()
 
-    def solve(reading: ReconstructedLayer, parts: Sequence[LayerCall]) -> Sequence[Tensor]:
-        wanted = targets.take(reading.spoken.layer)
-        layer = cut.get_submodule(reading.layer)
-        if wanted is None:
+    def solve(layer: ReconstructedLayer, parts: Sequence[LayerCall]) -> Sequence[Tensor]:
+        target = targets.take(layer.target.layer)
+        module = cut.get_submodule(layer.layer)
+        if target is None:
             return [part.output for part in parts]
-        asked = [
-            _missing(reading, part, share)
-            for part, share in zip(parts, _split(wanted, parts), strict=True)
+        wanted = [
+            _without_stream(layer, part, values)
+            for part, values in zip(parts, _split(target, parts), strict=True)
         ]
-        if isinstance(layer, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm):
             plain = [
-                functional.layer_norm(p.x, layer.normalized_shape, eps=layer.eps) for p in parts
+                functional.layer_norm(p.x, module.normalized_shape, eps=module.eps) for p in parts
             ]
-            pairs = [(part.heard(x), y) for part, x, y in zip(parts, plain, asked, strict=True)]
+            pairs = [(part.valid(x), y) for part, x, y in zip(parts, plain, wanted, strict=True)]
             sums = share * sum((_norm_sums(x, y) for x, y in pairs), torch.tensor(0.0))
-            new = _solve_norm(layer, add(sums))
+            new = _solve_norm(module, add(sums))
             outputs = [x * new["weight"] + new.get("bias", 0) for x in plain]
         else:
-            missing = [y - part.heard(part.output) for part, y in zip(parts, asked, strict=True)]
-            new = _solve(reading, layer, add(share * inputs.sums(parts, missing)), ridge)
+            missing = [y - part.valid(part.output) for part, y in zip(parts, wanted, strict=True)]
+            new = _solve(layer, module, add(share * equations.sums(parts, missing)), ridge)
             outputs = [part.output for part in parts]
             if new:
                 outputs = [functional.linear(p.x, new["weight"], new.get("bias")) for p in parts]
-        solved.update({f"{reading.layer}.{name}": value for name, value in new.items()})
+        solved.update({f"{layer.layer}.{name}": value for name, value in new.items()})
         return outputs
 
-    run_layerwise(cut, found, path, targets.calls, solve, once=once)
+    run_layerwise(cut, layers, path, targets.calls, solve, once=once)
     return solved
 
 
 def reconstruct_networks(
     module: nn.Module,
     cut: nn.Module,
-    found: Sequence[ReconstructedLayer],
+    layers: Sequence[ReconstructedLayer],
     ranks: Sequence[Mapping[str, Sequence[RecordedCall]]],
     *,
     positions: int,
@@ -126,14 +126,14 @@ def reconstruct_networks(
     Args:
         module: The model as it stands; it is only run.
         cut: The cut model.
-        found: Layers to solve.
+        layers: Layers to solve.
         ranks: Stored calls of each rank, by path of the network.
         positions: Positions that were asked for.
         ridge: As for :func:`reconstruct_network`.
-        add: Adds sums up over ranks.
+        add: Likewise.
         rank: This process.
         world: Processes that solve together, each on its own calls.
-        once: As for :func:`targets.run_with`.
+        once: As for :func:`layerwise.run_layerwise`.
 
     Returns:
         New values by tensor name.
@@ -144,56 +144,50 @@ def reconstruct_networks(
     solved: dict[str, Tensor] = {}
     for path in sorted({path for calls in ranks for path in calls}):
         stored = [call for calls in ranks[rank::world] for call in calls.get(path, ())]
-        # A rank that heard nothing borrows a call of no weight, to come by when sums are added.
-        lent = [call for calls in ranks for call in calls.get(path, ())][:1]
-        call = merge_calls(stored or lent, _PADDING * positions // world)
-        mine = [reading for reading in found if is_within(reading.layer, path)]
-        if call is None or not mine:
+        # A rank without calls runs one of another's with weight 0: all must add the same sums.
+        others = [call for calls in ranks for call in calls.get(path, ())][:1]
+        call = merge_calls(stored or others, _PADDING * positions // world)
+        inside = [layer for layer in layers if is_within(layer.layer, path)]
+        if call is None or not inside:
             continue
         device = next(module.parameters()).device
         call = RecordedCall(*move_tensors((call.args, call.kwargs, call.mask), device))
-        targets = Targets(module, mine, path, call, once=once)
+        targets = Targets(module, inside, path, call, once=once)
+        share = 1.0 if stored else 0.0
         solved |= reconstruct_network(
-            cut,
-            mine,
-            path,
-            targets,
-            ridge=ridge,
-            add=add,
-            share=1.0 if stored else 0.0,
-            once=once,
+            cut, inside, path, targets, ridge=ridge, add=add, share=share, once=once
         )
     return solved
 
 
-def _split(wanted: Tensor, parts: Sequence[LayerCall]) -> Sequence[Tensor]:
-    """A target of the whole sample, by what each call brings."""
-    return torch.split(wanted, [len(part.heard(part.output)) for part in parts])
+def _split(target: Tensor, parts: Sequence[LayerCall]) -> Sequence[Tensor]:
+    """A target of the whole sample, divided among the calls."""
+    return torch.split(target, [len(part.valid(part.output)) for part in parts])
 
 
-def _missing(reading: ReconstructedLayer, part: LayerCall, wanted: Tensor) -> Tensor:
-    """What the layer itself must say, so that with the stream it is what is wanted."""
+def _without_stream(layer: ReconstructedLayer, part: LayerCall, target: Tensor) -> Tensor:
+    """Output of the layer itself that, with the residual stream, gives the target."""
     if part.stream is None:
-        return wanted
-    stream = part.heard(part.stream)
-    if reading.normed:
-        wanted = _levelled(wanted, stream + part.heard(part.output))
-    return wanted - stream
+        return target
+    stream = part.valid(part.stream)
+    if layer.normed:
+        target = _rescaled(target, stream + part.valid(part.output))
+    return target - stream
 
 
-def _levelled(wanted: Tensor, said: Tensor) -> Tensor:
-    """Each position with the mean and the spread it has now, which a normalisation takes away."""
-    mean, spread = said.mean(-1, keepdim=True), said.std(-1, keepdim=True)
-    centred = wanted - wanted.mean(-1, keepdim=True)
-    return mean + centred * (spread / wanted.std(-1, keepdim=True).clamp_min(1e-6))
+def _rescaled(target: Tensor, present: Tensor) -> Tensor:
+    """Each position with its present mean and spread, which a normalisation removes anyway."""
+    mean, spread = present.mean(-1, keepdim=True), present.std(-1, keepdim=True)
+    centred = target - target.mean(-1, keepdim=True)
+    return mean + centred * (spread / target.std(-1, keepdim=True).clamp_min(1e-6))
 
 
-class _Inputs:
-    """Normal equations; layers that read the same input share its part of them."""
+class _NormalEquations:
+    """Sums of least squares; layers that read the same input share its part of them."""
 
     def __init__(self) -> None:
         self._x: list[Tensor] = []
-        self._heard: list[Tensor] = []
+        self._valid: list[Tensor] = []
         self._outer = torch.empty(0)
 
     def sums(self, parts: Sequence[LayerCall], missing: Sequence[Tensor]) -> Tensor:
@@ -201,13 +195,13 @@ class _Inputs:
         given = [part.x for part in parts]
         fresh = [*map(id, given)] != [*map(id, self._x)]
         if fresh:
-            self._x, self._heard = given, [part.heard(part.x) for part in parts]
-            size = self._heard[0].shape[1] + 1
+            self._x, self._valid = given, [part.valid(part.x) for part in parts]
+            size = self._valid[0].shape[1] + 1
             self._outer = _double(given[0][:0]).new_zeros(size, size)
         cross = self._outer.new_zeros(len(self._outer), missing[0].shape[1])
-        for heard, rest in zip(self._heard, missing, strict=True):
+        for valid, rest in zip(self._valid, missing, strict=True):
             # In pieces: all of it in double precision would be larger than anything else.
-            for x, y in zip(torch.split(heard, _PIECE), torch.split(rest, _PIECE), strict=True):
+            for x, y in zip(torch.split(valid, _PIECE), torch.split(rest, _PIECE), strict=True):
                 inputs = functional.pad(_double(x), (1, 0), value=1.0)
                 cross.addmm_(inputs.mT, _double(y))
                 if fresh:
@@ -223,28 +217,27 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _solve(
-    reading: ReconstructedLayer, layer: nn.Module, sums: Tensor, ridge: float
+    layer: ReconstructedLayer, module: nn.Module, sums: Tensor, ridge: float
 ) -> dict[str, Tensor]:
-    """New weight and bias of a linear layer; nothing where it can be spared."""
+    """New weight and bias of a linear module; none where it is optional and samples are few."""
     size = sums.shape[0]
     outer, cross = sums[:, :size], sums[:, size:]
-    count, weight, bias = outer[0, 0], layer.weight, layer.bias
-    if reading.spare and float(count) < 2 * size:
+    count, weight, bias = outer[0, 0], module.weight, module.bias
+    if layer.optional and float(count) < 2 * size:
         return {}
     if float(count) <= size:
         raise PruningError(
-            f"Only {counted(int(count), 'position')} to reconstruct {reading.layer!r} from, which has "
-            f"{counted(size, 'number')} to learn for each output; expected more, better "
-            f"{number(10 * size)}. Validate on more data, raise reconstruction_positions, or set "
-            "reconstruct=False."
+            f"Only {counted(int(count), 'position')} to reconstruct {layer.layer!r} from, which "
+            f"has {counted(size, 'number')} to learn for each output; expected more, better "
+            f"{number(10 * size)}. Validate on more data, raise the positions of reconstruction, "
+            "or set its method to 'none'."
         )
     assert isinstance(weight, Tensor)  # noqa: S101
-    first = 0 if isinstance(bias, Tensor) else 1
-    if first == 0:  # centred: the bias takes what the means ask for
+    if isinstance(bias, Tensor):  # centred: the bias takes what the means ask for
         mean, shift = outer[0, 1:] / count, cross[0] / count
         outer = stabilize(outer[1:, 1:] / count - torch.outer(mean, mean), mean, count)
         cross = cross[1:] / count - torch.outer(mean, shift)
-        cross[outer.diagonal() == 0] = 0.0  # constants say nothing but the bias
+        cross[outer.diagonal() == 0] = 0.0  # constant inputs act on the bias alone
     else:
         outer, cross = outer[1:, 1:] / count, cross[1:] / count
     if size > 1:
@@ -259,21 +252,21 @@ def _solve(
 
 
 def _norm_sums(plain: Tensor, wanted: Tensor) -> Tensor:
-    """Sums over positions that tell gain and offset of each entry, ``(5, entries)``."""
+    """Sums over positions that determine gain and offset of each entry, ``(5, entries)``."""
     x, y = _double(plain), _double(wanted)
     return torch.stack([v.sum(0) for v in (torch.ones_like(x), x, y, x * x, x * y)])
 
 
-def _solve_norm(layer: nn.LayerNorm, sums: Tensor) -> dict[str, Tensor]:
+def _solve_norm(module: nn.LayerNorm, sums: Tensor) -> dict[str, Tensor]:
     """New gain and offset of a normalisation, each entry by itself."""
     count = sums[0].clamp_min(1)
     _, mean_x, mean_y, square, product = sums / count
     variance = square - mean_x**2
-    # An entry that never changes says nothing of its gain.
-    silent = (variance <= rounding_variance(mean_x, count)) | (variance <= 1e-8 * variance.mean())
-    gain = (product - mean_x * mean_y) / torch.where(silent, 1.0, variance)
-    gain = torch.where(silent, _double(layer.weight), gain)
-    new = {"weight": gain.to(layer.weight)}
-    if layer.bias is not None:
-        new["bias"] = (mean_y - gain * mean_x).to(layer.bias)
+    # The gain of an entry that never changes cannot be determined: it stays.
+    constant = (variance <= rounding_variance(mean_x, count)) | (variance <= 1e-8 * variance.mean())
+    gain = (product - mean_x * mean_y) / torch.where(constant, 1.0, variance)
+    gain = torch.where(constant, _double(module.weight), gain)
+    new = {"weight": gain.to(module.weight)}
+    if module.bias is not None:
+        new["bias"] = (mean_y - gain * mean_x).to(module.bias)
     return {key: value.detach() for key, value in new.items()}

@@ -1,4 +1,4 @@
-"""Layers that stay make up for the removed ones above them, by least squares."""
+"""Layers that stay make up for removed ones above them, by least squares."""
 
 from __future__ import annotations
 
@@ -30,28 +30,27 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Replacements:
-    """Who says what once layers are gone.
+    """What the layers of the shorter model must reproduce.
 
     Args:
-        readings: Layers of the shorter model that are solved again, each with its source in the
-            present one.
-        norms: Normalisations of the shorter model that become those of the present one.
-        homes: Where what gets new values stands in the present model, by its path in the other.
-        stacks: Stacks of which layers take over.
+        layers: Layers of the shorter model that are solved again.
+        norms: Normalisations of the shorter model that become copies of those of the present one.
+        origins: Path in the present model of all of these, by their path in the shorter one.
+        stacks: Stacks whose layers are solved again.
     """
 
-    readings: tuple[ReconstructedLayer, ...] = ()
+    layers: tuple[ReconstructedLayer, ...] = ()
     norms: Mapping[str, str] = field(default_factory=dict)
-    homes: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
     stacks: tuple[str, ...] = ()
 
 
 def replacements_for(graph: PruningGraph, current: PruningPlan, plan: PruningPlan) -> Replacements:
     """What is solved again where a plan removes layers.
 
-    The last output projection of a layer that stays takes the words of that of the last layer
-    removed above it, before any normalisation of the sum; where such a normalisation ends the layer
-    (post-norm), it is handed on. All above says again what it said.
+    The last output projection of a layer below removed ones must reproduce the sum after that of
+    the highest removed one, before any normalisation of the sum; where such a normalisation ends
+    the layer (post-norm), it is copied. All projections above reproduce their own sums.
 
     Args:
         graph: All groups and stacks, as built.
@@ -65,38 +64,40 @@ def replacements_for(graph: PruningGraph, current: PruningPlan, plan: PruningPla
         >>> graph = PruningGraph(stacks=tuple(find_stacks(net)))
         >>> plan = graph.keep_layers(graph.full, {"encoder.layer": (0, 2)})
         >>> found = replacements_for(graph, graph.full, plan)
-        >>> [(r.layer, r.spoken.layer) for r in found.readings][0]
+        >>> [(r.layer, r.target.layer) for r in found.layers][0]
         ('encoder.layer.0.output.dense', 'encoder.layer.1.output.dense')
         >>> found.norms
         {'encoder.layer.0.output.LayerNorm': 'encoder.layer.1.output.LayerNorm'}
     """
     after = current.then(plan)
-    readings: list[ReconstructedLayer] = []
+    layers: list[ReconstructedLayer] = []
     norms: dict[str, str] = {}
-    homes: dict[str, str] = {}
+    origins: dict[str, str] = {}
     stacks: list[str] = []
     for stack in graph.stacks:
-        layers = current.kept.get(stack.name, ())
-        left = after.kept.get(stack.name, layers)
-        last = dict(_runs(layers, left))
-        lowest = next((layer for layer in layers if layer not in left), None)
+        now = current.kept.get(stack.name, ())
+        left = after.kept.get(stack.name, now)
+        highest = dict(_removed_above(now, left))
+        lowest = next((number for number in now if number not in left), None)
         if not stack.residual_branches or lowest is None:
             continue
         stacks.append(stack.name)
-        *inner, end = stack.residual_branches
-        for place, layer in enumerate(left):
-            mine = f"{stack.name}.{place}"
-            own, top = (f"{stack.name}.{layers.index(n)}" for n in (layer, last.get(layer, layer)))
-            found = [_reading(mine, own, add) for add in inner] if layer > lowest else []
-            if layer > lowest or layer in last:
-                normed = layer in last and bool(stack.final_norm)
-                found.append(replace(_reading(mine, top, end), normed=normed))
-            if layer in last and stack.final_norm:
-                norms[f"{mine}.{stack.final_norm}"] = f"{top}.{stack.final_norm}"
-                homes[f"{mine}.{stack.final_norm}"] = f"{own}.{stack.final_norm}"
-            homes |= {r.layer: f"{own}{r.layer[len(mine) :]}" for r in found}
-            readings += found
-    return Replacements(tuple(readings), norms, homes, tuple(stacks))
+        *inner, last = stack.residual_branches
+        for place, number in enumerate(left):
+            new = f"{stack.name}.{place}"
+            own, top = (
+                f"{stack.name}.{now.index(n)}" for n in (number, highest.get(number, number))
+            )
+            found = [_layer(new, own, branch) for branch in inner] if number > lowest else []
+            if number > lowest or number in highest:
+                normed = number in highest and bool(stack.final_norm)
+                found.append(replace(_layer(new, top, last), normed=normed))
+            if number in highest and stack.final_norm:
+                norms[f"{new}.{stack.final_norm}"] = f"{top}.{stack.final_norm}"
+                origins[f"{new}.{stack.final_norm}"] = f"{own}.{stack.final_norm}"
+            origins |= {one.layer: f"{own}{one.layer[len(new) :]}" for one in found}
+            layers += found
+    return Replacements(tuple(layers), norms, origins, tuple(stacks))
 
 
 def compensate_removed_layers(
@@ -104,7 +105,7 @@ def compensate_removed_layers(
     graph: PruningGraph,
     current: PruningPlan,
     selection: Decision,
-    heard: CalibrationData,
+    data: CalibrationData,
     *,
     positions: int,
     ridge: float = 1e-2,
@@ -119,45 +120,44 @@ def compensate_removed_layers(
         graph: All its groups and stacks, as built.
         current: Plan it carries.
         selection: Layers that stay.
-        heard: Stored calls.
+        data: Stored calls.
         positions: Positions that were asked for.
-        ridge: Pull towards the present weights, as for :func:`least_squares.reconstruct_network`.
-        add: Adds sums up over ranks.
+        ridge: As for :func:`least_squares.reconstruct_network`.
+        add: Likewise.
         rank: This process.
         world: Processes that solve together, each on its own calls.
 
     Returns:
-        The selection with new values for the layers that stay; itself where it is not known what
-        a layer of the stack adds, or nothing was stored.
+        The selection with new values for the layers that stay; unchanged where the residual
+        branches of the stacks are not known, or nothing was stored.
 
     Raises:
         PruningError: If the stored sample is smaller than what a layer has to learn from it, or
             one is no linear module whose values may be replaced.
     """
     found = replacements_for(graph, current, selection.plan)
-    readings = found.readings
-    if not readings or not any(calls for rank in heard.ranks for calls in rank.values()):
+    if not found.layers or not any(calls for rank in data.ranks for calls in rank.values()):
         return selection
-    for reading in readings:
-        for path in (reading.spoken.layer, found.homes[reading.layer]):
+    for layer in found.layers:
+        for path in (layer.target.layer, found.origins[layer.layer]):
             _check_linear(module, path)
-    for path in found.homes.values():
-        _check_open(module, path)
+    for path in found.origins.values():
+        _check_trainable(module, path)
     networks = {stack.network for stack in graph.stacks if stack.name in found.stacks}
-    cut, part = copy_networks(module, networks), _inside(graph, networks)
+    cut, inside = copy_networks(module, networks), _inside(graph, networks)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     norms = {
-        f"{mine}.{name}": parameters[f"{other}.{name}"].detach()
-        for mine, other in found.norms.items()
+        f"{new}.{name}": parameters[f"{old}.{name}"].detach()
+        for new, old in found.norms.items()
         for name in ("weight", "bias")
-        if f"{other}.{name}" in parameters
+        if f"{old}.{name}" in parameters
     }
-    cut_model(cut, part, selection.plan, current=current, compensated=norms)
+    cut_model(cut, inside, selection.plan, current=current, compensated=norms)
     solved = reconstruct_networks(
         module,
         cut,
-        readings,
-        heard.ranks,
+        found.layers,
+        data.ranks,
         positions=positions,
         ridge=ridge,
         add=add,
@@ -165,21 +165,22 @@ def compensate_removed_layers(
         world=world,
         once=True,
     )
-    missing = [r.layer for r in readings if r.normed and f"{r.layer}.weight" not in solved]
-    if missing:  # a normalisation would be handed on without what it was made for
+    missing = [r.layer for r in found.layers if r.normed and f"{r.layer}.weight" not in solved]
+    if missing:  # a copied normalisation expects the sum that the layer would have learned
         raise PruningError(
             f"No stored input reaches {missing} of the shorter model; expected some for each. "
-            "Validate by calling the network that holds them, or set reconstruct=False."
+            "Validate by calling the network that holds them, or set the method of reconstruction "
+            "to 'none'."
         )
     return replace(selection, compensated={**selection.compensated, **norms, **solved})
 
 
-def _runs(layers: Sequence[int], left: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Layers that stay with the last of those that go right above them."""
-    for heir, above in zip(left, [*left[1:], None], strict=True):
-        end = len(layers) if above is None else layers.index(above)
-        if end > layers.index(heir) + 1:
-            yield heir, layers[end - 1]
+def _removed_above(now: Sequence[int], left: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Layers that stay right below removed ones, each with the highest of these."""
+    for number, following in zip(left, [*left[1:], None], strict=True):
+        end = len(now) if following is None else now.index(following)
+        if end > now.index(number) + 1:
+            yield number, now[end - 1]
 
 
 def _check_linear(module: nn.Module, path: str) -> None:
@@ -193,11 +194,11 @@ def _check_linear(module: nn.Module, path: str) -> None:
     if not isinstance(found, nn.Linear):
         raise PruningError(
             f"{path!r} is a {type(found).__name__}; expected an nn.Linear. Merge adapters first, "
-            "or set reconstruct=False."
+            "or set the method of reconstruction to 'none'."
         )
 
 
-def _check_open(module: nn.Module, path: str) -> None:
+def _check_trainable(module: nn.Module, path: str) -> None:
     """Refuse a module whose values may not be replaced.
 
     Raises:
@@ -207,24 +208,24 @@ def _check_open(module: nn.Module, path: str) -> None:
     if "weight" not in part._parameters:
         raise PruningError(
             f"The weight of {path!r} is computed from others; remove the parametrization, or set "
-            "reconstruct=False."
+            "the method of reconstruction to 'none'."
         )
     for name, _ in part.named_parameters(recurse=False):
         if not parameter_of(module, f"{path}.{name}").requires_grad:
             raise PruningError(
-                f"{path}.{name} is frozen, so {path!r} cannot say anything else. Train it, or set "
-                "reconstruct=False."
+                f"{path}.{name} is frozen, so {path!r} cannot be solved again. Train it, or set "
+                "the method of reconstruction to 'none'."
             )
 
 
 def _inside(graph: PruningGraph, networks: Iterable[str]) -> PruningGraph:
-    """What of a body lies in some networks."""
+    """The part of a graph that lies in some networks."""
     tops = list(networks)
     return PruningGraph.of(p for p in graph.parts if any(is_within(p.name, top) for top in tops))
 
 
-def _reading(layer: str, source: str, add: tuple[str, str]) -> ReconstructedLayer:
-    """What a layer adds to the stream, and what it must add: that of a layer of today."""
-    projection, skip = add
-    said = ReconstructedLayer(f"{source}.{projection}", f"{source}.{skip}", None)
-    return ReconstructedLayer(f"{layer}.{projection}", f"{layer}.{skip}", None, source=said)
+def _layer(new: str, old: str, branch: tuple[str, str]) -> ReconstructedLayer:
+    """A branch of the shorter model whose output must be that of the present model's."""
+    projection, residual = branch
+    replaces = ReconstructedLayer(f"{old}.{projection}", f"{old}.{residual}", None)
+    return ReconstructedLayer(f"{new}.{projection}", f"{new}.{residual}", None, replaces=replaces)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mi_prune.allocation.costs import MacCosts, ParameterCosts, measure_macs
-from lightning_mi_prune.allocation.measuring import count_macs
+from lightning_mi_prune.allocation.costs import MacCosts, ParameterCosts
+from lightning_mi_prune.allocation.macs import count_macs, measure_macs
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.plan import PruningPlan

@@ -16,12 +16,11 @@ from lightning_mi_prune.allocation.latency import LatencyCosts
 from lightning_mi_prune.allocation.measuring import measure_table
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
-from lightning_mi_prune.core.options import Constraints
+from lightning_mi_prune.core.options import Constraints, Importance, Latency
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.discovery.groups import full_plan
-from lightning_mi_prune.pipeline import PruningMethod
 from lightning_mi_prune.surgery.transaction import cut_model
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.allocation.test_latency_table import ruler
@@ -39,7 +38,7 @@ def test_nothing_tells_which_dimensions_matter_without_gradients():
     model = build()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PruningError, match="relevance='weights': gradients tell which"):
-        prune(model, lesson("bert"), 0.5, units=UNITS)
+        prune(model, lesson("bert"), 0.5, kinds=UNITS)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -51,10 +50,14 @@ def test_milliseconds_are_shared_by_heads_and_their_dimensions(tmp_path):
     table = measure_table(model, groups, {"": call}, clock=ruler, multiple=1)
     table.write(path)
     budget = Budget(target_latency_ms=0.6 * table.dense_ms)
-    method = PruningMethod(budget, latency_table=str(path), constraints=Constraints(multiple=1))
+    method = {
+        "importance": Importance(relevance="gradient"),
+        "constraints": Constraints(multiple=1),
+        "latency": Latency(str(path)),
+    }
     for attempt in (0.6, 0.4):  # in two cuts
         budget = Budget(target_latency_ms=attempt * table.dense_ms)
-        done = prune(model, lesson("bert"), budget, loss=loss, units=UNITS, method=method)
+        done = prune(model, lesson("bert"), budget, loss=loss, kinds=UNITS, **method)
         costs = LatencyCosts(table, groups)
         widths = {name: len(kept) for name, kept in done.plan.kept.items()}
         assert costs.total(widths) <= attempt * table.dense_ms + 1e-9
@@ -69,18 +72,16 @@ def test_a_table_without_dimensions_of_heads_is_refused(tmp_path):
     groups, call = find_groups(model), RecordedCall((), inputs)
     measure_table(model, groups, {"": call}, kinds=["ffn", "heads"], clock=ruler).write(path)
     budget = Budget(target_latency_ms=0.5)
-    method = PruningMethod(budget, relevance="gradient", latency_table=str(path))
-    with pytest.raises(
-        PruningError, match=r"does not know .*head_dim' of 6 units.*Measure it again"
-    ):
-        prune(model, lesson("bert"), budget, loss=loss, units=UNITS, method=method)
+    method = {"importance": Importance(relevance="gradient"), "latency": Latency(str(path))}
+    with pytest.raises(PruningError, match=r"does not know .*dims' of 6 units.*Measure it again"):
+        prune(model, lesson("bert"), budget, loss=loss, kinds=UNITS, **method)
 
 
 def test_heads_and_their_dimensions_lose_the_same_information():
     budget = Budget(keep_information=0.8)
     with pytest.raises(PruningError, match=r"keep_information=0.8 cannot be shared by .*heads"):
-        prune(build(), lesson("bert"), budget, loss=loss, units=UNITS)
-    prune(build(), lesson("bert"), budget, loss=loss, units=["head_dim"])
+        prune(build(), lesson("bert"), budget, loss=loss, kinds=UNITS)
+    prune(build(), lesson("bert"), budget, loss=loss, kinds=["head_dim"])
 
 
 @pytest.mark.parametrize(("one", "other"), [("query", "key"), ("key", "value")])
@@ -90,7 +91,7 @@ def test_projections_that_are_one_cannot_be_turned_apart(one, other):
     getattr(inner, other).weight = getattr(inner, one).weight
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PruningError, match=rf"{one}.weight' and .*{other}.weight' are one parame"):
-        prune(model, lesson("bert"), 0.5, loss=loss, units=UNITS)
+        prune(model, lesson("bert"), 0.5, loss=loss, kinds=UNITS)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     prune(model, lesson("bert"), 0.5, loss=loss)  # heads alone may
 
@@ -106,7 +107,7 @@ def test_silent_heads_harm_nothing(silent, heads, units):
     with torch.no_grad():
         for name in silent:
             getattr(inner, name).weight[: 6 * heads] = 0.0
-    prune(model, lesson("bert"), 0.3, loss=loss, units=units)
+    prune(model, lesson("bert"), 0.3, loss=loss, kinds=units)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert all(bool((p.abs() < 1e6).all()) for p in model.parameters())
 
@@ -120,7 +121,7 @@ def test_keys_that_hardly_change_keep_a_bias_that_half_precision_holds(size, bia
     with torch.no_grad():
         inner.key.weight.mul_(size)
         inner.key.bias.copy_(torch.linspace(-bias, bias, len(inner.key.bias)))
-    prune(model, lesson("bert"), 0.3, loss=loss, units=["head_dim"])
+    prune(model, lesson("bert"), 0.3, loss=loss, kinds=["head_dim"])
     assert max(float(p.detach().abs().max()) for p in inner.parameters()) < 100
 
 

@@ -25,8 +25,7 @@ from transformers import (
 )
 
 from lightning_mi_prune import MutualInformationPruning
-from lightning_mi_prune.allocation.costs import measure_macs
-from lightning_mi_prune.allocation.measuring import count_macs, macs_of_calls
+from lightning_mi_prune.allocation.macs import count_macs, macs_of_calls, measure_macs
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups

@@ -17,13 +17,14 @@ from lightning_mi_prune import PruningPlan
 from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.core.options import Reconstruction
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.graph import choose_groups
 from lightning_mi_prune.discovery.groups import full_plan
 from lightning_mi_prune.importance.criteria import MutualInformation
 from lightning_mi_prune.importance.information import plugin_bias, unit_information
 from lightning_mi_prune.importance.statistics import UnitStatistics
-from lightning_mi_prune.pipeline import PruningMethod, reconstruct
+from lightning_mi_prune.pipeline import reconstruct
 from lightning_mi_prune.reconstruction.compensation import Decision
 
 CLOCKS = ("wall_s", "cpu_s", "peak_mb")
@@ -118,7 +119,7 @@ def test_what_a_reconstruction_sends_is_what_was_worked_out_on_paper() -> None:
         {a.name: a.size for a in groups}, {a.name: range(a.size // 2) for a in groups}
     )
     found = CalibrationData(recorder.moments, ranks=[recorder.stored])
-    method = PruningMethod(Budget(sparsity=0.5), reconstruction_positions=512)
+    method = Reconstruction(positions=512)
     known = network, groups, full_plan(groups), Decision(plan, {}, {}), method, found
     reconstruct(*known, add)
     assert len(sizes) == 9  # six linear layers a layer; query, key and value of the lowest stay

@@ -23,10 +23,11 @@ from lightning_mi_prune.calibration.gradients import (
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.discovery.graph import choose_groups
-from lightning_mi_prune.pipeline import PruningMethod
+from lightning_mi_prune.pipeline import PipelineOptions, decide
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import batch, build
+from tests.support.pruning import pruning_units
 from tests.support.runs import PRECISIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -155,11 +156,11 @@ def test_without_training_steps_or_gradients_there_is_no_relevance():
     with pytest.raises(PruningError, match="asks for training steps, but none were heard at"):
         check_gradients(empty_sums(model, groups))
     method, full = (
-        PruningMethod(Budget(sparsity=0.5)),
+        PipelineOptions(Budget(sparsity=0.5)),
         PruningPlan.full({a.name: a.size for a in groups}),
     )
     with pytest.raises(PruningError, match=r"asks for training steps, but none were heard\. Train"):
-        method.decide(model, groups, groups, full, CalibrationData({}))
+        decide(method, model, groups, groups, full, CalibrationData({}))
     sums = felt(model, groups, lambda step: loss(step) * 0.0)
     with pytest.raises(PruningError, match=r"No gradient reached .* in 1 training step"):
         check_gradients(sums)
@@ -362,7 +363,7 @@ def test_a_run_with_no_use_for_gradients_takes_none():
                 taken.append(count_hooks(self))
             return super().training_step(batch, index)
 
-    callback = MutualInformationPruning(0.5, relevance="weights", verbose=False)
+    callback = pruning_units(0.5, relevance="weights", verbose=False)
     trainer(callback, max_epochs=2).fit(Watching())
     assert set(taken) == {0}
     taken.clear()

@@ -14,17 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_mi_prune import MutualInformationPruning
-from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.costs import measure_macs
-from lightning_mi_prune.allocation.measuring import count_macs, measure_table
+from lightning_mi_prune.allocation.macs import count_macs, measure_macs
+from lightning_mi_prune.allocation.measuring import measure_table
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.calls import RecordedCall, merge_calls, split_call
 from lightning_mi_prune.calibration.gradients import GradientRecorder
 from lightning_mi_prune.calibration.layer_outputs import LayerRecorder
+from lightning_mi_prune.core.options import Importance, Reconstruction
 from lightning_mi_prune.discovery.containers import layer_paths
 from lightning_mi_prune.discovery.families import find_groups, register_family
 from lightning_mi_prune.discovery.families.describe import linear_group
-from lightning_mi_prune.pipeline import PruningMethod, prune
+from lightning_mi_prune.pipeline import prune
 from lightning_mi_prune.reconstruction.layerwise import run_layerwise
 from tests.conftest import count_hooks
 from tests.support.boring import trainer
@@ -131,7 +131,7 @@ def test_it_is_pruned_and_refitted_in_one_call(options, masked):
         data,
         0.5,
         loss=loss,
-        method=PruningMethod(Budget(0.5), reconstruct=False),
+        reconstruction=Reconstruction("compensation"),
     )
     want, got, worse = (stream(m.eval(), data) for m in (whole, net, compensated))
     assert (got - want).square().mean() < (worse - want).square().mean()
@@ -144,9 +144,7 @@ def test_it_does_not_matter_what_comes_first(masked):
     for options in ({}, {"inside": True}, {"positions_first": True}):
         net = Net(**options)
         data = batches(net, padded=True, masked=masked)
-        done = prune(
-            net, data, 0.5, loss=loss, method=PruningMethod(Budget(0.5), relevance="weights")
-        )
+        done = prune(net, data, 0.5, loss=loss, importance=Importance(relevance="weights"))
         found.append((done.plan.kept, dict(net.named_parameters())))
     for kept, weights in found[1:]:
         assert kept == found[0][0]
@@ -165,8 +163,8 @@ def test_padding_is_not_among_the_samples(options):
         with ActivationRecorder(net.eval(), groups) as heard, torch.no_grad():
             for batch in data:
                 net(*batch)
-        plain = PruningMethod(Budget(0.5), relevance="weights")
-        done = prune(net, data, 0.5, loss=loss, method=plain)
+        plain = {"importance": Importance(relevance="weights")}
+        done = prune(net, data, 0.5, loss=loss, **plain)
         found.append((heard.moments, done.plan.kept, dict(net.named_parameters())))
     (moments, kept, weights), (bare, expected, wanted) = found
     for name, sums in bare.items():
@@ -352,12 +350,12 @@ def test_several_calls_wait_for_each_other_at_each_layer(options):
     net, seen = Net(**options).eval(), []
 
     class Spot:
-        layer, skip = "encoder.layers.1.linear2", "encoder.layers.1"
+        layer, residual = "encoder.layers.1.linear2", "encoder.layers.1"
 
     def act(spot, parts):
         for part in parts:
-            seen.append(len(part.heard(part.x)))
-            assert len(part.heard(part.stream)) == len(part.heard(part.output)) == seen[-1]
+            seen.append(len(part.valid(part.x)))
+            assert len(part.valid(part.stream)) == len(part.valid(part.output)) == seen[-1]
         return [part.output for part in parts]
 
     data = [batches(net, padded=True, rows=4)[0], batches(net, padded=True, rows=LONG)[0]]

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 
 from lightning_mi_prune import MutualInformationPruning
 from lightning_mi_prune.callbacks import units as mutual_information
-from lightning_mi_prune.callbacks import units as widths
 from lightning_mi_prune.callbacks.distributed import _forget_shapes
 from lightning_mi_prune.core.plan import PruningPlan
 from tests.support.boring import Sentences, trainer
@@ -31,21 +30,20 @@ from tests.support.runs import Batches, Module, fit, sha
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 CUTS = 2
-INSIDE = {"units": ["ffn", "heads", "head_dim"]}
+INSIDE = {"kinds": ["ffn", "heads", "head_dim"]}
 
 
 OPTIONS = {  # of rank 0 and of rank 1
     "sparsity": (0.4, 0.5),
-    "units": (["heads"], ["ffn"]),
-    "multiple": (4, 2),
-    "floors": ({"ffn": 4}, {"ffn": 8}),
-    "compensate": (True, False),
-    "selection": ("conditional", "topk"),
+    "kinds": (["heads"], ["ffn"]),
+    "constraints.multiple": (4, 2),
+    "constraints.floors": ({"ffn": 4}, {"ffn": 8}),
+    "reconstruction.method": ("compensation", "none"),
+    "importance.selection": ("conditional", "topk"),
     "seed": (0, 1),
-    "relevance": ("weights", None),
-    "reconstruct": (False, True),
-    "positions": (600, 601),
-    "cuts": (1, 2),
+    "importance.relevance": ("weights", None),
+    "calibration.positions": (600, 601),
+    "schedule.cuts": (1, 2),
 }
 
 
@@ -53,7 +51,7 @@ class Log(pl.Callback):
     """What a rank sees: sums of every cut, its gradients, its wrapper."""
 
     def __init__(self):
-        self.attributes, self.grads, self.inputs, self.wrappers, self.alive = [], [], [], [], []
+        self.counts, self.grads, self.inputs, self.wrappers, self.alive = [], [], [], [], []
         self.old, self.wraps = [], 0
 
     def setup(self, trainer, pl_module, stage):
@@ -160,13 +158,13 @@ class Steps(pl.Callback):
     """Counts collectives inside of training steps, the saving of gradients included."""
 
     def __init__(self, counts):
-        self.attributes, self.before = counts, 0
+        self.counts, self.before = counts, 0
 
     def on_train_batch_start(self, *_):
-        self.before = sum(map(len, self.attributes.values()))
+        self.before = sum(map(len, self.counts.values()))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.counts["in steps"].append(sum(map(len, self.attributes.values())) - self.before)
+        self.counts["in steps"].append(sum(map(len, self.counts.values())) - self.before)
 
 
 def collectives(folder, pruning):
@@ -174,7 +172,10 @@ def collectives(folder, pruning):
     counts: dict[str, list[int]] = {"in steps": [], "refitted": [], "gathered": []}
     dist = torch.distributed
     places = [(dist, "all_reduce", "all_reduce"), (dist, "all_gather", "all_gather")]
-    places += [(mutual_information, "sum_tensor", "refitted"), (widths, "gather", "gathered")]
+    places += [
+        (mutual_information, "sum_tensor", "refitted"),
+        (mutual_information, "gather_ranks", "gathered"),
+    ]
 
     def counted(name, original):
         def call(*args, **kwargs):
@@ -226,7 +227,10 @@ def two_ranks(folder):
         "empty": failing(folder, module=Empty),
         "budget": failing(folder, pruning={"max_drop": 0.5, "monitor": "val_acc"} if rank else {}),
         "metric": failing(folder, module=Lonely, pruning={"max_drop": 0.5, "monitor": "lonely"}),
-        **{name: failing(folder, pruning={name: values[rank]}) for name, values in OPTIONS.items()},
+        **{
+            name: failing(folder, pruning={name.rpartition(".")[2]: v[rank]})
+            for name, v in OPTIONS.items()
+        },
     }
     found["epoch"] = late(folder) if rank else failing(folder)
     original, MutualInformationPruning.decide = MutualInformationPruning.decide, broken

@@ -12,15 +12,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForTokenClassification
 
 from lightning_mi_prune import MutualInformationPruning, prune
-from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.callbacks.monitors import logged_in_code
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.discovery.families import register_family
 from lightning_mi_prune.discovery.families.describe import linear_group
-from lightning_mi_prune.pipeline import PruningMethod
 from tests.support.boring import Classifier, Data, Sentences, trainer
 from tests.support.models import CONFIGS, batch, build
+from tests.support.pruning import pruning_units
 
 ROWS = [batch(64, seed=seed) for seed in range(4)]
 IDS = [rows["input_ids"] for rows in ROWS]
@@ -131,8 +130,8 @@ def test_under_inference_mode():
 
 def test_all_may_go_where_that_is_asked_for():
     model = build()
-    everything = PruningMethod(Budget(0.999), constraints=Constraints(pins={"ffn|heads": 0}))
-    prune(model, ROWS, 0.999, loss=squares, method=everything)
+    everything = {"constraints": Constraints(pins={"ffn|heads": 0})}
+    prune(model, ROWS, 0.999, loss=squares, **everything)
     assert model(**ROWS[0]).logits.isfinite().all()
 
 
@@ -204,9 +203,7 @@ def test_names_are_read_off_the_code_or_left_open():
 
 
 def watching(monitor):
-    return MutualInformationPruning(
-        0.5, max_drop=9.0, monitor=monitor, mode="min", verbose=False, floor=0.1
-    )
+    return pruning_units(0.5, max_drop=9.0, monitor=monitor, mode="min", verbose=False, floor=0.1)
 
 
 @pytest.mark.parametrize("make", [Classifier, Mapped, Dynamic, Handed])

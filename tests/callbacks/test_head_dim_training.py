@@ -9,7 +9,7 @@ from tests.support.runs import OPTIMIZERS, POINTS, PRECISIONS, fit, resumed_equa
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 UNITS = ["ffn", "heads", "head_dim"]
-PRUNING = {"units": UNITS, "relevance_steps": 4}
+PRUNING = {"kinds": UNITS, "gradient_steps": 4}
 LAST = {name: POINTS[name] for name in ("cut pending, epoch over",)}
 
 
@@ -19,7 +19,7 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path):
 
 
 def test_the_report_tells_of_dimensions(tmp_path):
-    run, module, _ = fit(tmp_path, pruning={"units": UNITS})
+    run, module, _ = fit(tmp_path, pruning={"kinds": UNITS})
     prune_callback = run.callbacks[0]
     cut = prune_callback.report.cuts[-1]
     assert {group.kind for group in cut.groups} == set(UNITS)
@@ -27,7 +27,7 @@ def test_the_report_tells_of_dimensions(tmp_path):
     assert any(group.after < group.before for group in cut.groups if group.kind == "head_dim")
     for group in find_groups(module):
         if group.kind == "head_dim":
-            attention = module.get_submodule(group.counts[0].module)
+            attention = module.get_submodule(group.attributes[0].module)
             assert attention.attention_head_size == prune_callback.plan.width(group.name)
 
 

@@ -15,10 +15,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from lightning_mi_prune import CKALayerPruning, MutualInformationPruning, PruningError, load_pruned
+from lightning_mi_prune import CKALayerPruning, PruningError, load_pruned
 from lightning_mi_prune.core.errors import PruningWarning
 from tests.support.boring import Classifier, trainer
 from tests.support.models import batch, outputs
+from tests.support.pruning import pruning_layers, pruning_units
 from tests.support.ranks import launch
 from tests.support.runs import Point, fit, resumed_equals_straight, sha
 from tests.support.stacks import STACK, Deep, Scored, Tolerant, deep_bert
@@ -229,7 +230,7 @@ POINTS = {
     [
         {"layers": {}, "module": Deep, "max_epochs": 6},
         {"layers": {**GATE, "cuts": 3, "last_epoch": 5}, "module": Tolerant, "max_epochs": 8},
-        {"layers": {}, "pruning": {"relevance_steps": 8}, "module": Deep, "max_epochs": 8},
+        {"layers": {}, "pruning": {"gradient_steps": 8}, "module": Deep, "max_epochs": 8},
         {"layers": {}, "module": Deep, "val_check_interval": 2, "max_epochs": 6},
     ],
     ids=["accepted", "taken back", "units too", "two validations"],
@@ -242,8 +243,8 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path, options):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("first", ["layers", "units"])
 def test_layers_go_first_then_units(tmp_path, first):
-    depth = CKALayerPruning(**QUIET)
-    width = MutualInformationPruning(0.75, multiple=2, relevance_steps=8, verbose=False)
+    depth = pruning_layers(**QUIET)
+    width = pruning_units(0.75, multiple=2, gradient_steps=8, verbose=False)
     both = [depth, width] if first == "layers" else [width, depth]
     module = Deep()
     run = trainer(*both, max_epochs=8, num_sanity_val_steps=0)
@@ -264,7 +265,7 @@ def test_layers_go_first_then_units(tmp_path, first):
     again = load_pruned(Deep(), tmp_path / "both.ckpt")
     assert torch.equal(outputs(again.model.eval(), batch()), outputs(module.model.eval(), batch()))
     fresh = Deep()
-    trainer(CKALayerPruning(**QUIET), max_epochs=8).test(
+    trainer(pruning_layers(**QUIET), max_epochs=8).test(
         fresh, ckpt_path=str(tmp_path / "both.ckpt"), verbose=False, weights_only=True
     )
     assert sha(*fresh.state_dict().values()) == sha(*module.state_dict().values())
@@ -278,10 +279,10 @@ def test_layers_go_first_then_units(tmp_path, first):
 
 def test_layers_of_a_model_whose_units_were_cut_before(tmp_path):
     module = Deep()
-    width = MutualInformationPruning(0.5, multiple=2, relevance=None, verbose=False)
+    width = pruning_units(0.5, multiple=2, relevance=None, verbose=False)
     trainer(width, max_epochs=2, num_sanity_val_steps=0).fit(module)
     widths = [layer.intermediate.dense.out_features for layer in module.model.bert.encoder.layer]
-    depth = CKALayerPruning(None, target_layers=4, criterion="last", **QUIET)
+    depth = pruning_layers(None, target_layers=4, criterion="last", **QUIET)
     run = trainer(depth, max_epochs=2, num_sanity_val_steps=0)
     run.fit(module)
     now = [layer.intermediate.dense.out_features for layer in module.model.bert.encoder.layer]
@@ -290,7 +291,7 @@ def test_layers_of_a_model_whose_units_were_cut_before(tmp_path):
     run.save_checkpoint(tmp_path / "x.ckpt")
     load_pruned(again, tmp_path / "x.ckpt")
     assert sha(*again.state_dict().values()) == sha(*module.state_dict().values())
-    width = MutualInformationPruning(0.9, multiple=2, relevance=None, floor=0.1, verbose=False)
+    width = pruning_units(0.9, multiple=2, relevance=None, floor=0.1, verbose=False)
     trainer(width, max_epochs=2, num_sanity_val_steps=0).fit(module)
     assert width.report.cuts[-1].sparsity >= 0.9
 
@@ -419,12 +420,12 @@ def test_groups_by_position_resume_after_layers_went(tmp_path, optimizer):
 def test_a_run_that_began_without_some_layers_resumes_on_all_of_them(tmp_path):
     options = {"threshold": None, "criterion": "last"}
     module, seen = Layerwise(), []
-    trainer(CKALayerPruning(**options, target_layers=5, **QUIET), max_epochs=2).fit(module)
+    trainer(pruning_layers(**options, target_layers=5, **QUIET), max_epochs=2).fit(module)
     path = tmp_path / "later.ckpt"
     for target, source in ((module, None), (Layerwise(), path)):
         states = States()
         run = trainer(
-            CKALayerPruning(**options, target_layers=4, **QUIET),
+            pruning_layers(**options, target_layers=4, **QUIET),
             states,
             max_epochs=3 + bool(source),
         )
@@ -470,7 +471,7 @@ def test_a_hook_that_is_set_on_the_module_is_called_and_stays(tmp_path):
         return Layerwise.configure_optimizers(module)
 
     target.configure_optimizers = own = MethodType(configure, target)
-    run = trainer(CKALayerPruning(**QUIET), max_epochs=3)
+    run = trainer(pruning_layers(**QUIET), max_epochs=3)
     run.fit(target, ckpt_path=tmp_path / "0.ckpt", weights_only=True)
     assert seen == [6]
     assert vars(target)["configure_optimizers"] is own
@@ -500,7 +501,7 @@ class Failing(Layerwise):
 def test_other_groups_than_the_checkpoint_has_are_refused_in_a_sentence(tmp_path, module, error):
     fit(tmp_path, points={"x": Point("on_train_epoch_end", 1)}, layers={}, module=Layerwise)
     target = module()
-    run = trainer(CKALayerPruning(**QUIET), max_epochs=5)
+    run = trainer(pruning_layers(**QUIET), max_epochs=5)
     with pytest.raises((PruningError, RuntimeError), match=error):
         run.fit(target, ckpt_path=tmp_path / "0.ckpt", weights_only=True)
     assert len(target.model.bert.encoder.layer) == target.model.config.num_hidden_layers == 4
@@ -545,10 +546,10 @@ BAD_OPTIONS = [
     ({"target_layers": 2.5}, "target_layers=2.5; expected a whole number"),
     ({"kernel": "cosine"}, "kernel='cosine'; expected one of"),
     ({"bandwidth": 0}, "bandwidth=0; expected a number above 0"),
-    ({"reconstruct": 1}, "reconstruct=1; expected"),
+    ({"method": "compensation"}, "method='compensation' is for units; expected"),
     (
         {"reconstruction_positions": 0},
-        "reconstruction_positions=0; expected a whole number of at least 2",
+        "positions=0; expected a whole number of at least 2",
     ),
     ({"positions": 3}, "positions=3; expected a whole number of at least 4"),
     ({"stacks": "model.layers"}, "stacks='model.layers'.* stacks as a list"),
@@ -558,7 +559,7 @@ BAD_OPTIONS = [
     ({"first_epoch": 3, "last_epoch": 2}, "first_epoch=3 comes after last_epoch=2"),
     ({"max_drop": 0.01}, "max_drop=0.01 needs monitor"),
     ({"max_drop": -0.1, "monitor": "val_acc"}, "max_drop=-0.1; expected a number from 0"),
-    ({"monitor": "val_acc"}, "is watched for max_drop only"),
+    ({"monitor": "val_acc"}, "is compared for max_drop only"),
     ({"mode": "best"}, "mode='best'; expected one of"),
     ({"seed": -1}, "seed=-1; expected a whole number"),
 ]
@@ -566,8 +567,8 @@ BAD_OPTIONS = [
 
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[str(o) for o, _ in BAD_OPTIONS])
 def test_options_out_of_range_are_named(options, message):
-    with pytest.raises(MisconfigurationException, match=message):
-        CKALayerPruning(**options)
+    with pytest.raises((MisconfigurationException, PruningError), match=message):
+        pruning_layers(**options)
 
 
 class Thawing(BaseFinetuning):
@@ -588,7 +589,7 @@ class Backbone(Deep):
 @pytest.mark.parametrize("other", [Thawing, BackboneFinetuning])
 @pytest.mark.parametrize("first", [True, False])
 def test_finetuning_that_goes_by_names_is_refused_at_the_start(other, first):
-    module, both = Backbone(), [CKALayerPruning(**QUIET), other()]
+    module, both = Backbone(), [pruning_layers(**QUIET), other()]
     message = f"{other.__name__} cannot run beside a callback that removes layers, because .* names"
     with pytest.raises(MisconfigurationException, match=message):
         trainer(*both[:: 1 if first else -1], max_epochs=4).fit(module)
@@ -680,9 +681,9 @@ def test_runs_that_cannot_lose_layers_are_refused_and_nothing_changes(
     build, options, message, monkeypatch
 ):
     module, cuts = build(), []
-    where = "lightning_mi_prune.surgery.transaction.operate"
+    where = "lightning_mi_prune.callbacks.engine.cut_model"
     monkeypatch.setattr(where, lambda *a, **k: cuts.append(a))
-    run = trainer(CKALayerPruning(**QUIET, **options), max_epochs=6, num_sanity_val_steps=0)
+    run = trainer(pruning_layers(**QUIET, **options), max_epochs=6, num_sanity_val_steps=0)
     with pytest.raises((MisconfigurationException, PruningError), match=message):
         run.fit(module)
     assert cuts == []
@@ -690,7 +691,7 @@ def test_runs_that_cannot_lose_layers_are_refused_and_nothing_changes(
 
 
 def test_two_of_a_kind_are_refused():
-    both = [CKALayerPruning(**QUIET), CKALayerPruning(0.9, **QUIET)]
+    both = [pruning_layers(**QUIET), pruning_layers(0.9, **QUIET)]
     for callback, key in zip(both, "ab", strict=True):
         callback.__class__ = type(f"Layers{key}", (CKALayerPruning,), {})  # Lightning asks for keys
     with pytest.raises(MisconfigurationException, match=r"2 .* in one Trainer"):
@@ -698,7 +699,7 @@ def test_two_of_a_kind_are_refused():
 
 
 def test_a_run_too_short_for_both_is_refused():
-    both = [CKALayerPruning(**QUIET), MutualInformationPruning(0.5, verbose=False)]
+    both = [pruning_layers(**QUIET), pruning_units(0.5, verbose=False)]
     with pytest.raises(MisconfigurationException, match=r"at least 2.* share this run of 3 epochs"):
         trainer(*both, max_epochs=3).fit(Deep())
 
@@ -762,7 +763,7 @@ def test_a_layer_with_a_second_name_is_refused_before_it_goes():
     module = Deep()
     module.hint = module.model.bert.encoder.layer[3]
     with pytest.raises(PruningError, match=r"Layer 3 .* holds a part of it as 'hint"):
-        trainer(CKALayerPruning(**QUIET), max_epochs=3, num_sanity_val_steps=0).fit(module)
+        trainer(pruning_layers(**QUIET), max_epochs=3, num_sanity_val_steps=0).fit(module)
     assert len(module.model.bert.encoder.layer) == 6
     assert not any(p.is_meta for p in module.parameters())
 
@@ -785,13 +786,13 @@ def test_a_gate_that_no_validation_could_close_is_refused(tmp_path):
 def test_a_budget_that_gone_layers_bring_within_reach_is_taken():
     module = Deep()
     options = {"target_layers": 2, "criterion": "last"}
-    trainer(CKALayerPruning(None, **options, **QUIET), max_epochs=2).fit(module)
+    trainer(pruning_layers(None, **options, **QUIET), max_epochs=2).fit(module)
     floor = {"floor": 0.2, "multiple": 2, "relevance": None, "verbose": False}
-    width = MutualInformationPruning(0.9, **floor)
+    width = pruning_units(0.9, **floor)
     trainer(width, max_epochs=2).fit(module)
     assert width.report.cuts[-1].sparsity >= 0.9
     with pytest.raises(PruningError, match="out of reach"):
-        trainer(MutualInformationPruning(0.99, **floor), max_epochs=2).fit(module)
+        trainer(pruning_units(0.99, **floor), max_epochs=2).fit(module)
 
 
 class Charged(Scored):
@@ -803,7 +804,7 @@ class Charged(Scored):
 
 def test_what_layers_may_cost_is_not_charged_to_units(tmp_path):
     layers = {"max_drop": 0.1, "monitor": "score", "cuts": 1}
-    units = {"sparsity": 0.7, "max_drop": 0.02, "monitor": "score", "relevance_steps": 8}
+    units = {"sparsity": 0.7, "max_drop": 0.02, "monitor": "score", "gradient_steps": 8}
     _, _, watch = fit(tmp_path, layers=layers, pruning=units, module=Charged, max_epochs=16)
     assert watch.pruning.report.undone == []
     assert watch.pruning.report.cuts[-1].sparsity >= 0.7
@@ -824,14 +825,14 @@ def renumbered(weights, stay):
     return found
 
 
-@pytest.mark.parametrize("reconstruct", [True, False])
-def test_only_what_takes_over_gets_other_values(tmp_path, reconstruct):
+@pytest.mark.parametrize("method", ["layerwise", "none"])
+def test_only_what_takes_over_gets_other_values(tmp_path, method):
     states = States()
     options = {
         "threshold": None,
         "target_layers": 4,
         "criterion": "last",
-        "reconstruct": reconstruct,
+        "method": method,
     }
     fit(tmp_path, layers=options, module=Deep, callbacks=[states], max_epochs=2)
     before, after = (renumbered(x, (0, 1, 2, 3)) for x in (states.ends[0][0], states.starts[1][0]))
@@ -843,14 +844,14 @@ def test_only_what_takes_over_gets_other_values(tmp_path, reconstruct):
     assert changed <= taken
     assert (
         {f"{top}.dense.{part}" for part in ("weight", "bias")} <= changed
-        if reconstruct
+        if method == "layerwise"
         else not changed
     )
     assert states.starts[1][2] == [[list(after)]]  # still in the optimizer
 
 
 def test_too_little_to_learn_from_is_said_and_layers_go_all_the_same(tmp_path):
-    with pytest.warns(UserWarning, match=r"No layer takes over .* raise reconstruction_positions"):
+    with pytest.warns(UserWarning, match=r"No layer takes over .* raise the positions"):
         _, module, _ = fit(
             tmp_path, layers={"reconstruction_positions": 2}, module=Deep, max_epochs=2
         )
@@ -860,7 +861,7 @@ def test_too_little_to_learn_from_is_said_and_layers_go_all_the_same(tmp_path):
 def test_what_was_heard_without_calls_is_heard_again_where_they_are_asked_for(tmp_path):
     points = {"heard": Point("on_train_batch_end", 0, 3)}
     options = {"module": Deep, "val_check_interval": 3, "max_epochs": 3}
-    fit(tmp_path, points=points, layers={"reconstruct": False}, **options)
+    fit(tmp_path, points=points, layers={"method": "none"}, **options)
     with pytest.warns(UserWarning, match="Nothing was stored for a reconstruct"):
         _, module, watch = fit(tmp_path, resume=tmp_path / "0.ckpt", layers={}, **options)
     assert watch.pruning.report.cuts[0].epoch == 2

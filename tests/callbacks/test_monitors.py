@@ -48,6 +48,7 @@ from lightning_mi_prune.callbacks.trainer import run_length
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import build
+from tests.support.pruning import pruning_units, records
 from tests.support.runs import PRECISIONS, Batches, Module, fit
 
 pytestmark = [
@@ -67,7 +68,7 @@ BUILT = size(Module().state_dict())  # the runs below cut it at epochs 1 and 2 o
 
 def quiet(sparsity: float = 0.5, **options):
     defaults = {"multiple": 2, "ramp": "linear", "verbose": False}
-    return MutualInformationPruning(sparsity, **{**defaults, **options})
+    return pruning_units(sparsity, **{**defaults, **options})
 
 
 class Graded(Module):
@@ -673,15 +674,18 @@ def test_profilers_look_on(profiler, tmp_path):
     is_cut_and_clean(module, prune, [1])
 
 
+QUIET = {"sparsity": 0.5, "multiple": 2, "ramp": "linear", "verbose": False}
+
+
 class Count(MutualInformationPruning):
     """Notes how much each cut heard, and when."""
 
     def __init__(self, **options):
-        super().__init__(0.5, multiple=2, ramp="linear", verbose=False, **options)
-        self.attributes = []
+        super().__init__(**records(MutualInformationPruning, {**QUIET, **options}))
+        self.counts = []
 
     def decide(self, module, heard, *rest):
-        self.attributes.append({int(m.count) for m in heard.moments.values()})
+        self.counts.append({int(m.count) for m in heard.moments.values()})
         return super().decide(module, heard, *rest)
 
 
@@ -721,7 +725,7 @@ def test_all_of_several_loaders_are_heard(mode, validation):
     module, prune = ManyLoaders(mode=mode, validation=validation), Count()
     run(module, prune=prune)
     is_cut_and_clean(module, prune)
-    assert prune.attributes == [{(96 + 64 + 10) * 12}] * 2
+    assert prune.counts == [{(96 + 64 + 10) * 12}] * 2
 
 
 @pytest.mark.parametrize(
@@ -749,7 +753,7 @@ def test_cuts_come_at_the_right_epoch_after_one_whole_validation(options, epochs
     module, prune = Plain(), Count()
     run(module, prune=prune, **options)
     is_cut_and_clean(module, prune, epochs)
-    assert prune.attributes == [{128 * 12}] * len(epochs)
+    assert prune.counts == [{128 * 12}] * len(epochs)
 
 
 def test_a_run_resumed_where_validation_is_rare_goes_on(tmp_path):

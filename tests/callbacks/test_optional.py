@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutput
 
-from lightning_mi_prune import CKALayerPruning, PruningError
+from lightning_mi_prune import PruningError
 from lightning_mi_prune.calibration.calls import RecordedCall, StoredCalls
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.core.running import move_tensors
@@ -24,6 +24,7 @@ from lightning_mi_prune.reconstruction.targets import ReconstructedLayer, Target
 from tests.callbacks.test_stages import OPTIONS, Any, t5, tokens
 from tests.support.boring import trainer
 from tests.support.models import batch, build
+from tests.support.pruning import pruning_layers
 from tests.support.runs import Point, fit
 from tests.support.stacks import STACK, Deep, Scored, deep_bert
 
@@ -48,7 +49,7 @@ def test_validation_may_write_texts(made, loss):
             self.model.generate(batch["input_ids"], max_new_tokens=4, do_sample=False)
 
     module = Writing(made().model, tokens())
-    callback = CKALayerPruning(target_layers=2, **OPTIONS)
+    callback = pruning_layers(target_layers=2, **OPTIONS)
     trainer(callback, max_epochs=3).fit(module)
     assert all(len(stack.after) == 2 for cut in callback.report.cuts for stack in cut.stacks)
 
@@ -67,7 +68,7 @@ def frozen(layer):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(hooked, "has gradient hooks"), (normed, "has no parameter|computed"), (frozen, "frozen")],
+    [(hooked, "carries gradient hooks"), (normed, "has no parameter|computed"), (frozen, "frozen")],
 )
 def test_layers_go_where_values_may_not_be_replaced(tmp_path, change, said):
     class Special(Deep):
@@ -136,7 +137,7 @@ def test_only_networks_that_lose_layers_are_copied(monkeypatch):
         seen.extend(networks)
         return copy.deepcopy(root)
 
-    monkeypatch.setattr(takeover, "copied", copied)
+    monkeypatch.setattr(takeover, "copy_networks", copied)
     inputs = batch(64)
     heard = CalibrationData(
         ranks=[{"student": [RecordedCall((), inputs, inputs["attention_mask"])]}]
@@ -166,7 +167,7 @@ def test_nothing_above_the_last_layer_is_run():
 def test_stacks_in_a_wrapper_are_refused_at_the_start():
     module = Deep()
     module.model = peft.get_peft_model(module.model, peft.LoraConfig(target_modules=["query"]))
-    run = trainer(CKALayerPruning(target_layers=4, **OPTIONS), max_epochs=3)
+    run = trainer(pruning_layers(target_layers=4, **OPTIONS), max_epochs=3)
     with pytest.raises(PruningError, match=r"through a wrapper.*merge_and_unload"):
         run.fit(module)
     assert run.global_step == 0

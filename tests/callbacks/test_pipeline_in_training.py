@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_mi_prune import MutualInformationPruning, load_pruned
+from lightning_mi_prune import load_pruned
 from lightning_mi_prune import pipeline as method
 from lightning_mi_prune.allocation.measuring import measure_table
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
@@ -15,13 +15,14 @@ from lightning_mi_prune.core.errors import PruningWarning
 from lightning_mi_prune.discovery.families import find_groups
 from tests.support.boring import Classifier, trainer
 from tests.support.crashing import Falling
+from tests.support.pruning import pruning_units
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 
 
 def fit(epochs=3, family="bert", **options):
     module = Classifier(family=family, validation_rows=256)
-    callback = MutualInformationPruning(verbose=False, **options)
+    callback = pruning_units(verbose=False, **options)
     run = trainer(callback, max_epochs=epochs)
     run.fit(module)
     return module, callback, run
@@ -38,7 +39,7 @@ def parameters(module):
         {"target_macs": 70_000},
         {"keep_information": 0.9},
         {"sparsity": 0.5, "relevance": "weights"},
-        {"sparsity": 0.5, "relevance": None, "reconstruct": False, "widths": "uniform"},
+        {"sparsity": 0.5, "relevance": None, "method": "compensation", "widths": "uniform"},
         {
             "sparsity": 0.5,
             "floors": {"heads": 2},
@@ -84,7 +85,7 @@ def test_a_run_that_cuts_nothing_since_its_budget_is_met_says_so(budget, monkeyp
 
 def test_a_small_model_that_is_trained_on_with_the_same_sparsity_says_so():
     module, _, _ = fit(4, relevance="weights", sparsity=0.5)
-    again = MutualInformationPruning(verbose=False, relevance="weights", sparsity=0.5)
+    again = pruning_units(verbose=False, relevance="weights", sparsity=0.5)
     before = parameters(module)
     with pytest.warns(PruningWarning, match=r"meets sparsity 0\.500 already: no cut. Nothing was"):
         trainer(again, max_epochs=4).fit(module)
@@ -93,7 +94,7 @@ def test_a_small_model_that_is_trained_on_with_the_same_sparsity_says_so():
 
 def test_a_cut_that_is_taken_back_is_named_by_its_budget(caplog):
     module = Classifier(validation_rows=256)
-    callback = MutualInformationPruning(
+    callback = pruning_units(
         target_macs=70_000,
         relevance="weights",
         verbose=False,
@@ -113,7 +114,7 @@ def test_a_cut_that_is_taken_back_is_named_by_its_budget(caplog):
 
 
 def test_a_goal_that_a_cut_of_the_run_has_met_is_no_warning(recwarn):
-    _, callback, _ = fit(8, relevance="weights", sparsity=0.5, multiple=40, cuts=4, units=["ffn"])
+    _, callback, _ = fit(8, relevance="weights", sparsity=0.5, multiple=40, cuts=4, kinds=["ffn"])
     assert 0 < len(callback.report.cuts) < 4  # steps of 40 neurons are coarser than four goals
     assert not [w for w in recwarn if "Nothing was cut" in str(w.message)]
 
@@ -121,7 +122,7 @@ def test_a_goal_that_a_cut_of_the_run_has_met_is_no_warning(recwarn):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "deberta-v2", "albert", "mpnet"])
 def test_the_width_of_the_stream_shrinks_with_its_optimizer(family, tmp_path):
     units = ["ffn", "heads", "hidden"]
-    module, callback, run = fit(family=family, sparsity=0.5, units=units, pins={"hidden": 16})
+    module, callback, run = fit(family=family, sparsity=0.5, kinds=units, pins={"hidden": 16})
     stream = next(a for a in callback.report.cuts[-1].groups if a.kind == "hidden")
     assert stream.after == 16 < stream.before
     held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}

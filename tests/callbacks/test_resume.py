@@ -83,7 +83,7 @@ def test_wherever_validation_falls_a_resumed_run_equals_the_straight_one(tmp_pat
 @pytest.mark.parametrize(
     ("before", "after", "ffn", "heads"),
     [
-        ({"units": ["ffn"]}, {"units": ["ffn", "heads"]}, [20, 20], [2, 2]),
+        ({"kinds": ["ffn"]}, {"kinds": ["ffn", "heads"]}, [20, 20], [2, 2]),
         ({}, {"exclude": r"layer\.0"}, [40, 20], [4, 2]),
     ],
     ids=["more", "less"],
@@ -100,8 +100,8 @@ def test_other_units_are_chosen_anew(tmp_path, point, options, before, after, ff
     ("before", "after"),
     [
         ({"relevance": "weights"}, {}),
-        ({"reconstruct": False}, {}),
-        ({"units": ["ffn"], "relevance_steps": 3}, {}),
+        ({"method": "compensation"}, {}),
+        ({"kinds": ["ffn"], "gradient_steps": 3}, {}),
         ({}, {"relevance": None}),
     ],
     ids=str,

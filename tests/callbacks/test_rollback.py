@@ -10,9 +10,10 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_mi_prune import MutualInformationPruning
 from lightning_mi_prune.callbacks.monitors import MetricGuard
 from lightning_mi_prune.callbacks.schedule import Schedule, fit_schedule, judging_epoch
+from lightning_mi_prune.core.errors import PruningError
+from tests.support.pruning import pruning_units
 from tests.support.ranks import launch
 from tests.support.runs import Module, Point, fit, resumed_equals_straight, sha
 
@@ -233,8 +234,8 @@ def test_every_cut_of_a_fitted_schedule_is_judged_after_it_and_before_the_end(le
         ({"max_drop": "1", "monitor": "a"}, "max_drop='1'"),
         ({"max_drop": math.nan, "monitor": "a"}, "max_drop=nan"),
         ({"max_drop": 0.1}, "max_drop=0.1 needs monitor"),
-        ({"monitor": "a"}, "monitor='a' is watched for max_drop only"),
-        ({"max_drop": 0.1, "monitor": 3}, "monitor=3; expected str"),
+        ({"monitor": "a"}, "monitor='a' is compared for max_drop only"),
+        ({"max_drop": 0.1, "monitor": 3}, "monitor=3; expected text or None"),
         ({"max_drop": 0.1, "monitor": "a", "mode": "up"}, "mode='up'"),
         ({"max_drop": 0.1, "monitor": "a", "on_drop": "undo"}, "on_drop='undo'"),
         ({"best_of": "all"}, "best_of='all'"),
@@ -242,8 +243,8 @@ def test_every_cut_of_a_fitted_schedule_is_judged_after_it_and_before_the_end(le
     ids=str,
 )
 def test_options_are_checked(options, message):
-    with pytest.raises(MisconfigurationException, match=message):
-        MutualInformationPruning(**options)
+    with pytest.raises((MisconfigurationException, PruningError), match=message):
+        pruning_units(**options)
 
 
 @pytest.mark.parametrize(

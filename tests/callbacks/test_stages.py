@@ -19,6 +19,7 @@ from transformers import (
 
 from lightning_mi_prune import CKALayerPruning, load_pruned
 from tests.support.boring import trainer
+from tests.support.pruning import pruning_layers
 from tests.support.runs import sha
 
 OPTIONS = {"verbose": False, "threshold": None}
@@ -61,7 +62,7 @@ def t5():
 
 
 def test_both_halves_of_t5_are_shortened_apart(tmp_path):
-    module, callback = t5(), CKALayerPruning(target_layers=2, **OPTIONS)
+    module, callback = t5(), pruning_layers(target_layers=2, **OPTIONS)
     run = trainer(callback, max_epochs=3)
     run.fit(module)
     (cut,) = callback.report.cuts
@@ -86,7 +87,7 @@ def test_both_halves_of_t5_are_shortened_apart(tmp_path):
 
 def test_only_the_stack_that_is_named_is_shortened():
     module = t5()
-    callback = CKALayerPruning(target_layers=2, stacks=["model.encoder.block"], **OPTIONS)
+    callback = pruning_layers(target_layers=2, stacks=["model.encoder.block"], **OPTIONS)
     trainer(callback, max_epochs=3).fit(module)
     assert (len(module.model.encoder.block), len(module.model.decoder.block)) == (2, 3)
 
@@ -96,7 +97,7 @@ def test_a_decoder_generates_alike_with_and_without_cache():
     sizes = {"vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 4, "intermediate_size": 40}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     module = Any(LlamaForCausalLM(LlamaConfig(**sizes, **heads)), tokens())
-    trainer(CKALayerPruning(target_layers=2, **OPTIONS), max_epochs=3).fit(module)
+    trainer(pruning_layers(target_layers=2, **OPTIONS), max_epochs=3).fit(module)
     assert [layer.self_attn.layer_idx for layer in module.model.model.layers] == [0, 1]
     ids = tokens(1)[0]["input_ids"]
     module.eval()
@@ -126,7 +127,7 @@ def test_a_vision_transformer():
         for _ in range(4)
     ]
     module = Any(ViTForImageClassification(config), pictures)
-    callback = CKALayerPruning(target_layers=3, **OPTIONS)
+    callback = pruning_layers(target_layers=3, **OPTIONS)
     trainer(callback, max_epochs=3).fit(module)
     assert module.model.config.num_hidden_layers == 3
     assert callback.report.cuts[0].macs < callback.report.macs
@@ -204,7 +205,7 @@ def test_blocks_of_a_residual_stage_go_where_they_add_nothing(tmp_path):
 def test_a_block_that_changes_the_shape_always_stays(criterion, seed):
     module = Pictures()
     options = {"target_layers": 1, "criterion": criterion, "seed": seed, "stacks": ["late"]}
-    callback = CKALayerPruning(**options, **OPTIONS)
+    callback = pruning_layers(**options, **OPTIONS)
     trainer(callback, max_epochs=2).fit(module)
     assert callback.report.cuts[0].stacks[0].after == (0,)
 
@@ -215,13 +216,13 @@ def test_a_half_of_one_layer_is_left_alone():
     ends = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
     config = T5Config(**sizes, **ends, num_layers=4, num_decoder_layers=1)
     module = Any(T5ForConditionalGeneration(config), tokens())
-    trainer(CKALayerPruning(target_layers=2, **OPTIONS), max_epochs=3).fit(module)
+    trainer(pruning_layers(target_layers=2, **OPTIONS), max_epochs=3).fit(module)
     assert (len(module.model.encoder.block), len(module.model.decoder.block)) == (2, 1)
 
 
 @pytest.mark.filterwarnings("ignore:No layer is left to remove")
 def test_a_stack_of_one_layer_is_fitted_on_and_loads_again(tmp_path):
-    callback = CKALayerPruning(target_layers=1, stacks=["late"], criterion="last", **OPTIONS)
+    callback = pruning_layers(target_layers=1, stacks=["late"], criterion="last", **OPTIONS)
     module = Pictures()
     run = trainer(callback, max_epochs=3)
     run.fit(module)

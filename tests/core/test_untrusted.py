@@ -9,7 +9,7 @@ import os
 import random
 import warnings
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 
 import pytest
 import torch
@@ -24,17 +24,17 @@ from lightning_mi_prune.allocation.latency import Device, LatencyCurve, LatencyT
 from lightning_mi_prune.allocation.measuring import cached_table, measure_table
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.callbacks.distributed import differences
-from lightning_mi_prune.callbacks.options import without_private
 from lightning_mi_prune.callbacks.resume import check_snapshot
 from lightning_mi_prune.callbacks.state import RunState, Snapshot, read_snapshot, write_snapshot
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import PLAN_KEY
 from lightning_mi_prune.core.errors import PruningWarning
 from lightning_mi_prune.core.files import check_writable, write_whole
+from lightning_mi_prune.core.options import Latency
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.core.untrusted import check_nesting, described
 from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.pipeline import PruningMethod
+from lightning_mi_prune.pipeline import PipelineOptions, check
 from lightning_mi_prune.reporting.report import PruningReport
 from lightning_mi_prune.surgery.optimizers import (
     parameter_names,
@@ -47,6 +47,7 @@ from tests.callbacks.test_rollback import BUDGET, Scored
 from tests.reporting.test_report import CUT, stack_cut
 from tests.support.boring import Classifier, trainer
 from tests.support.models import batch, build, random_plan
+from tests.support.pruning import pruning_units
 from tests.support.runs import Point, fit, sha
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -713,9 +714,9 @@ def quick(monkeypatch):
 
 
 def by_time(path):
-    return MutualInformationPruning(
+    return pruning_units(
         target_latency_ms=9.0, latency_table=path and str(path), verbose=False, cuts=2,
-        relevance="weights", reconstruct=False,
+        relevance="weights", method="compensation",
     )  # fmt: skip
 
 
@@ -734,11 +735,11 @@ def test_a_process_that_writes_no_table_may_have_another_disk(bad_paths):
     model = build()
     groups = find_groups(model)
     sizes = {group.name: group.size for group in groups}
-    method = PruningMethod(Budget(target_latency_ms=9.0), latency_table=str(bad_paths[1]))
+    method = PipelineOptions(Budget(target_latency_ms=9.0), latency=Latency(str(bad_paths[1])))
     chosen = [group for group in groups if group.kind == "ffn"]
-    method.check(model, groups, chosen, sizes, writes=False)
+    check(method, model, groups, chosen, sizes, writes=False)
     with pytest.raises(PruningError, match="cannot be written to"):
-        method.check(model, groups, chosen, sizes)
+        check(method, model, groups, chosen, sizes)
 
 
 @pytest.mark.parametrize("written", [True, False, None])
@@ -782,9 +783,11 @@ def test_a_known_table_is_taken_before_the_file(tmp_path):
 
 def test_every_option_that_decides_on_the_result_is_compared():
     for kind in (MutualInformationPruning, CKALayerPruning):
-        named = set(inspect.signature(kind).parameters)
-        assert set(kind()._options) == named - {"verbose", "latency_table"}
-    assert without_private({"self": 0, "seed": 1}) == {"seed": 1}
+        named = set()
+        for name, parameter in inspect.signature(kind).parameters.items():
+            values = vars(parameter.default) if is_dataclass(parameter.default) else None
+            named |= {name} if values is None else {f"{name}.{field}" for field in values}
+        assert set(kind()._options) == named - {"verbose", "latency.table"}
 
 
 @pytest.mark.parametrize(

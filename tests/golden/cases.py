@@ -32,16 +32,14 @@ from lightning_mi_prune.allocation.latency import LatencyCurve, LatencyTable
 from lightning_mi_prune.allocation.measuring import device_of
 from lightning_mi_prune.calibration.data import LayerComparison
 from lightning_mi_prune.checkpoint.validation import PLAN_KEY
-from lightning_mi_prune.core.options import Constraints
-from lightning_mi_prune.importance.criteria import (
-    ActivationNorm,
-    Magnitude,
-    MutualInformation,
-    Random,
-    Taylor,
+from lightning_mi_prune.core.options import (
+    Calibration,
+    Constraints,
+    Importance,
+    Latency,
+    Reconstruction,
 )
 from lightning_mi_prune.importance.layer_criteria import LayerSelector
-from lightning_mi_prune.pipeline import PruningMethod
 from tests.support.boring import Classifier
 from tests.support.models import CONFIGS, PICTURES, batch, build, pictures
 from tests.support.ranks import launch
@@ -181,13 +179,9 @@ def one_shot(
     budget: Any = 0.5,
     *,
     optimizers: Sequence[torch.optim.Optimizer] = (),
-    method: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Record:
     """Prune a model in one call and record what came out."""
-    if method is not None:
-        start = budget if isinstance(budget, Budget) else Budget(sparsity=budget)
-        options["method"] = PruningMethod(start, **method)
     done = prune(model, data, budget, optimizers=optimizers, **options)
     names = sorted(done.information, key=called)
     found = plan_record(done.plan) | {
@@ -239,14 +233,14 @@ def family(kind: str, every: bool, _: Path) -> Record:
     model = build(kind, "image" if picture else "sequence")
     units = kinds_of(model) if every else None
     data = images() if picture else texts()
-    return one_shot(model, data, 0.4, loss=own_loss, units=units)
+    return one_shot(model, data, 0.4, loss=own_loss, kinds=units)
 
 
 def head(kind: str, _: Path) -> Record:
     """A BERT with another head, all kinds of unit, without gradients."""
     model = build("bert", kind)
     units = [unit for unit in kinds_of(model) if unit != DIMS]
-    return one_shot(model, [batch(48, seed=i) for i in range(5)], 0.4, units=units)
+    return one_shot(model, [batch(48, seed=i) for i in range(5)], 0.4, kinds=units)
 
 
 def bert(
@@ -254,14 +248,13 @@ def bert(
     budget: Any = 0.5,
     *,
     gradients: bool = True,
-    units: Sequence[str] | None = None,
-    method: Mapping[str, Any] | None = None,
+    importance: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Record:
     """A tiny BERT with other options."""
-    method = {"relevance": GRADIENT if gradients else None} | dict(method or {})
-    loss = own_loss if method["relevance"] == GRADIENT else None
-    return one_shot(build(), texts(), budget, loss=loss, units=units, method=method, **options)
+    how = Importance(**{"relevance": GRADIENT if gradients else None} | dict(importance or {}))
+    loss = own_loss if how.relevance == GRADIENT else None
+    return one_shot(build(), texts(), budget, loss=loss, importance=how, **options)
 
 
 def milliseconds(folder: Path) -> Record:
@@ -274,8 +267,8 @@ def milliseconds(folder: Path) -> Record:
     )
     path = folder / "table.json"
     LatencyTable(device_of(model), 1, 12, 10.0, curves).write(path)
-    how = {"relevance": GRADIENT, "latency_table": str(path)}
-    return one_shot(model, texts(), Budget(target_latency_ms=6.0), loss=own_loss, method=how)
+    budget = Budget(target_latency_ms=6.0)
+    return one_shot(model, texts(), budget, loss=own_loss, latency=Latency(str(path)))
 
 
 def twice(_: Path) -> Record:
@@ -288,7 +281,7 @@ def twice(_: Path) -> Record:
         optimizer.step()
     one_shot(model, texts(), 0.3, loss=own_loss, optimizers=[optimizer])
     found = one_shot(
-        model, texts(), 0.6, loss=own_loss, optimizers=[optimizer], units=[FFN, HEADS, DIMS]
+        model, texts(), 0.6, loss=own_loss, optimizers=[optimizer], kinds=[FFN, HEADS, DIMS]
     )
     return found | {"classes": [len(optimizer.state), model.config.num_labels]}
 
@@ -296,7 +289,7 @@ def twice(_: Path) -> Record:
 def fresh(_: Path) -> Record:
     """A plan applied to a model that was never cut, and the order followed further down."""
     model, other = build(), build(seed=7)
-    done = prune(model, texts(), 0.4, loss=own_loss, units=[FFN, HEADS])
+    done = prune(model, texts(), 0.4, loss=own_loss, kinds=[FFN, HEADS])
     widths = {n: max(1, done.plan.width(n) // 2) for n in done.plan.rankings}
     further = {n: r.kept(widths[n]) for n, r in done.plan.rankings.items()}
     plan = replace(done.plan, kept={**done.plan.kept, **further})
@@ -441,7 +434,7 @@ def rank_run(folder: Path) -> Record:
     """What one of two ranks ends with."""
     own = folder / os.environ["RANK"]
     own.mkdir()
-    return trained(own, strategy="ddp", devices=2, pruning={"units": [FFN, HEADS]})
+    return trained(own, strategy="ddp", devices=2, pruning={"kinds": [FFN, HEADS]})
 
 
 def two_ranks(folder: Path) -> Record:
@@ -471,64 +464,55 @@ def thinned(criterion: str, target: int | None, _: Path) -> Record:
     return {"chosen": found}
 
 
-CRITERIA: dict[str, Any] = {
-    "joint information": MutualInformation(JOINT),
-    "joint information, ridge 0.05": MutualInformation(JOINT, 0.05),
-    "information alone": MutualInformation(ALONE),
-    "taylor": Taylor(),
-    "magnitude": Magnitude(),
-    "activation norm": ActivationNorm(),
-    "random": Random(3),
+CRITERIA: dict[str, dict[str, Any]] = {
+    "joint information": {"selection": JOINT},
+    "information alone": {"selection": ALONE},
+    "taylor": {"criterion": "taylor"},
+    "magnitude": {"criterion": "magnitude"},
+    "activation norm": {"criterion": "activation_norm"},
+    "random": {"criterion": "random"},
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "relevance of weights": {"method": {"relevance": READERS}, "gradients": False},
+    "relevance of weights": {"importance": {"relevance": READERS}, "gradients": False},
     "weights above, alone": {
-        "method": {"relevance": READERS, "criterion": MutualInformation(ALONE)},
+        "importance": {"relevance": READERS, "selection": ALONE},
         "gradients": False,
     },
     "no relevance": {"gradients": False},
-    "uniform widths": {"method": {"widths": UNIFORM}},
+    "uniform widths": {"widths": UNIFORM},
     "uniform widths, weights above": {
-        "method": {"widths": UNIFORM, "relevance": READERS},
+        "widths": UNIFORM,
+        "importance": {"relevance": READERS},
         "gradients": False,
     },
-    "no compensation": {"method": {"compensate": False}},
-    "no reconstruction": {"method": {"reconstruct": False}},
-    "neither": {"method": {"reconstruct": False, "compensate": False}},
-    "reconstruction, ridge 0.5": {
-        "method": {"reconstruction_ridge": 0.5, "reconstruction_positions": 300}
-    },
+    "no reconstruction": {"reconstruction": Reconstruction("compensation")},
+    "neither": {"reconstruction": Reconstruction("none")},
     "floors, caps, pins": {
-        "method": {
-            "constraints": Constraints(
-                floors={r"layer\.0\.": 0.5},
-                caps={r"layer\.1\.": 0.5},
-                pins={f"0.*{HEADS}": 3},
-                multiple=4,
-            ),
-        },
+        "constraints": Constraints(
+            floors={r"layer\.0\.": 0.5},
+            caps={r"layer\.1\.": 0.5},
+            pins={f"0.*{HEADS}": 3},
+            multiple=4,
+        ),
         "budget": 0.45,
     },
-    "whole sublayers": {
-        "method": {"constraints": Constraints(pins={r"layer\.0\.": 0})},
-        "budget": 0.6,
-    },
-    "dimensions of heads": {"units": [DIMS]},
+    "whole sublayers": {"constraints": Constraints(pins={r"layer\.0\.": 0}), "budget": 0.6},
+    "dimensions of heads": {"kinds": [DIMS]},
     "dimensions and neurons, no reconstruction": {
-        "units": [DIMS, FFN],
-        "method": {"reconstruct": False},
+        "kinds": [DIMS, FFN],
+        "reconstruction": Reconstruction("compensation"),
     },
-    "dimensions and heads, uniform": {"units": [DIMS, HEADS], "method": {"widths": UNIFORM}},
-    "hidden size": {"units": [RESIDUAL]},
-    "pooler": {"units": [POOLER]},
-    "few samples": {"positions": 150, "relevance_steps": 2, "seed": 5},
+    "dimensions and heads, uniform": {"kinds": [DIMS, HEADS], "widths": UNIFORM},
+    "hidden size": {"kinds": [RESIDUAL]},
+    "pooler": {"kinds": [POOLER]},
+    "few samples": {"calibration": Calibration(150, 2), "seed": 5},
     "one layer": {"include": r"layer\.1\."},
     "all but some": {"exclude": rf"layer\.0\.{HEADS}"},
     "parameters": {"budget": Budget(target_parameters=7000)},
     "multiply-accumulates": {"budget": Budget(target_macs=45_000)},
     "multiply-accumulates, all kinds": {
         "budget": Budget(target_macs=60_000),
-        "units": [FFN, HEADS, DIMS, RESIDUAL],
+        "kinds": [FFN, HEADS, DIMS, RESIDUAL],
     },
     "information": {"budget": Budget(keep_information=0.8)},
 }
@@ -536,10 +520,10 @@ ALL = [FFN, HEADS, DIMS, POOLER, RESIDUAL]
 TRAINING: dict[str, dict[str, Any]] = {
     "two cuts": {},
     "three cuts": {"pruning": {"ramp": "cubic", "cuts": 3, "last_epoch": 3}, "max_epochs": 5},
-    "all kinds": {"pruning": {"units": ALL}},
+    "all kinds": {"pruning": {"kinds": ALL}},
     "relevance of weights": {"pruning": {"relevance": READERS}},
     "no relevance, uniform": {"pruning": {"relevance": None, "widths": UNIFORM}},
-    "information alone": {"pruning": {"selection": ALONE, "reconstruct": False}},
+    "information alone": {"pruning": {"selection": ALONE, "method": "compensation"}},
     "multiply-accumulates": {"pruning": {"sparsity": None, "target_macs": 70_000}},
     "information": {"pruning": {"sparsity": None, "keep_information": 0.8}},
     "few samples": {"pruning": {"positions": 300, "reconstruction_positions": 200, "seed": 5}},
@@ -555,7 +539,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 DEPTH: dict[str, dict[str, Any]] = {
     "layers by threshold": {"layers": {}},
     "layers by threshold, rbf": {"layers": {"kernel": "rbf", "threshold": 0.9}},
-    "layers, no reconstruction": {"layers": {"reconstruct": False}},
+    "layers, no reconstruction": {"layers": {"method": "none"}},
     "layers, then units": {"layers": {}, "pruning": {"sparsity": 0.4}, "max_epochs": 6},
     "layers, rollback": {
         "layers": {"max_drop": 0.01, "monitor": "score"},
@@ -573,7 +557,7 @@ CASES: dict[str, Callable[[Path], Record]] = {
     **{f"head {k}": partial(head, k) for k in ("token", "question", "masked-lm")},
     **{
         f"criterion {k}{', no relevance' if not gradients else ''}": partial(
-            bert, method={"criterion": criterion}, gradients=gradients
+            bert, importance=criterion, gradients=gradients
         )
         for k, criterion in CRITERIA.items()
         for gradients in (True, False)

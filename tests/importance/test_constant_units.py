@@ -9,15 +9,9 @@ from torch import nn
 from lightning_mi_prune import prune
 from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.calibration.moments import Moments
-from lightning_mi_prune.importance.criteria import (
-    ActivationNorm,
-    Magnitude,
-    MutualInformation,
-    Taylor,
-)
+from lightning_mi_prune.core.options import Importance, Reconstruction
 from lightning_mi_prune.importance.elimination import eliminate
 from lightning_mi_prune.importance.information import NOTHING, inverse, mean_variance
-from lightning_mi_prune.pipeline import PruningMethod
 from lightning_mi_prune.reconstruction.least_squares import _norm_sums, _solve_norm
 from tests.support.covering import half
 from tests.support.head_dims import lesson, loss
@@ -47,9 +41,12 @@ def test_what_never_changes_goes_at_no_loss(kind, size, reconstruct):
     """All of it, also where no unit of the group says anything."""
     model, inputs = constant(kind, size), inputs_of("sequence")
     before = outputs(model, inputs)
-    method = PruningMethod(HALF, relevance="gradient", reconstruct=reconstruct)
+    method = {
+        "importance": Importance(relevance="gradient"),
+        "reconstruction": Reconstruction("layerwise" if reconstruct else "compensation"),
+    }
     done = prune(
-        model, lesson("bert"), 0.95, loss=loss, method=method, units=[kind], include=LAYER + kind
+        model, lesson("bert"), 0.95, loss=loss, **method, kinds=[kind], include=LAYER + kind
     )
     assert done.plan.width(LAYER + kind) < 4
     assert done.information[LAYER + kind].fraction == pytest.approx(1)
@@ -58,9 +55,14 @@ def test_what_never_changes_goes_at_no_loss(kind, size, reconstruct):
 
 WAYS = [
     (judge, relevance)
-    for judge in (MutualInformation(), MutualInformation("topk"), ActivationNorm(), Magnitude())
+    for judge in (
+        {},
+        {"selection": "topk"},
+        {"criterion": "activation_norm"},
+        {"criterion": "magnitude"},
+    )
     for relevance in ("gradient", "weights", None)
-] + [(Taylor(), "gradient")]  # which reads gradients
+] + [({"criterion": "taylor"}, "gradient")]  # which reads gradients
 
 
 @pytest.mark.parametrize(
@@ -69,8 +71,8 @@ WAYS = [
 def test_every_way_to_judge_takes_constants(kind, way, widths):
     judge, relevance = way
     model = constant(kind)
-    method = PruningMethod(HALF, criterion=judge, relevance=relevance, widths=widths)
-    done = prune(model, lesson("bert"), 0.4, loss=loss, method=method)
+    method = {"importance": Importance(**judge, relevance=relevance), "widths": widths}
+    done = prune(model, lesson("bert"), 0.4, loss=loss, **method)
     assert done.sparsity >= 0.4
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
@@ -92,8 +94,8 @@ def test_other_axes_of_the_layer_may_be_cut_too(kind, units, relevance):
         lesson("bert"),
         0.3,
         loss=loss,
-        method=PruningMethod(HALF, relevance=relevance),
-        units=units,
+        importance=Importance(relevance=relevance),
+        kinds=units,
     )
     assert done.sparsity >= 0.3
     assert all(bool(p.isfinite().all()) for p in model.parameters())
@@ -115,8 +117,8 @@ def test_what_hardly_changes_is_no_harder(kind, size, copies, double):
             layer.bias[1::2] = layer.bias[::2]
     inputs = inputs_of("sequence")
     before = outputs(model, inputs)
-    method = PruningMethod(HALF, relevance="gradient")
-    prune(model, lesson("bert"), 0.4, loss=loss, method=method, units=[kind], include=LAYER + kind)
+    method = {"importance": Importance(relevance="gradient")}
+    prune(model, lesson("bert"), 0.4, loss=loss, **method, kinds=[kind], include=LAYER + kind)
     assert torch.allclose(outputs(model, inputs), before, atol=50 * size)
 
 
@@ -129,8 +131,8 @@ def test_no_nats_hang_on_the_scale_of_the_loss():
             lesson("bert"),
             0.3,
             loss=lambda model, inputs, scale=scale: scale * loss(model, inputs),
-            method=PruningMethod(HALF, relevance="gradient"),
-            units=["ffn"],
+            importance=Importance(relevance="gradient"),
+            kinds=["ffn"],
         )
         lost.append([done.plan.rankings[f"bert.encoder.layer.{i}.ffn"].nats[-1] for i in (0, 1)])
         assert lost[-1][0] == 0 < lost[-1][1]

@@ -6,16 +6,14 @@ import pytest
 import torch
 
 from lightning_mi_prune import from_pretrained, load_pruned, prune
-from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.costs import ParameterCosts, measure_macs
-from lightning_mi_prune.allocation.measuring import count_macs
+from lightning_mi_prune.allocation.costs import ParameterCosts
+from lightning_mi_prune.allocation.macs import count_macs, measure_macs
 from lightning_mi_prune.calibration.calls import RecordedCall
-from lightning_mi_prune.core.options import Constraints
+from lightning_mi_prune.core.options import Constraints, Reconstruction
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.groups import as_built, count_parameters, full_plan
 from lightning_mi_prune.importance.ranking import rank_groups
-from lightning_mi_prune.pipeline import PruningMethod
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.covering import half
 from tests.support.head_dims import FAMILIES, UNITS, known, lesson, loss, narrow, tiny, turns
@@ -76,13 +74,14 @@ def test_what_heads_never_used_goes_without_a_trace(family, dims):
     groups = find_groups(model)
     narrow(model, groups, 2)
     before = outputs(model, inputs)
-    method = PruningMethod(
-        Budget(0.5), constraints=Constraints(pins={r"\.head_dim$": dims}), reconstruct=False
-    )
+    method = {
+        "constraints": Constraints(pins={"\\.head_dim$": dims}),
+        "reconstruction": Reconstruction("compensation"),
+    }
     mine = [group for group in groups if group.kind == "head_dim"]
     widths = {group.name: dims for group in mine}
     share = 1 - count_parameters(mine, widths) / count_parameters(mine)
-    done = prune(model, lesson(family), 0.999 * share, loss=loss, method=method, units=["head_dim"])
+    done = prune(model, lesson(family), 0.999 * share, loss=loss, **method, kinds=["head_dim"])
     assert {done.plan.width(a.name) for a in groups if a.kind == "head_dim"} == {dims}
     assert torch.allclose(outputs(model, inputs), before, atol=2e-3)
 
@@ -126,7 +125,7 @@ def test_dimensions_then_heads_are_both_at_once(family):
 def test_one_call_meets_its_budget_and_what_is_saved_opens_again(family, tmp_path):
     model, inputs = tiny(family)
     whole = count_parameters([a for a in find_groups(model) if a.kind in UNITS])
-    done = prune(model, lesson(family), 0.6, loss=loss, units=UNITS)
+    done = prune(model, lesson(family), 0.6, loss=loss, kinds=UNITS)
     assert done.prunable_parameters[0] == whole
     assert 0.6 <= done.sparsity < 0.75
     assert any(
@@ -148,8 +147,8 @@ def test_one_call_meets_its_budget_and_what_is_saved_opens_again(family, tmp_pat
 @every
 def test_a_second_call_goes_on_from_the_first(family):
     model, inputs = tiny(family)
-    first = prune(model, lesson(family), 0.4, loss=loss, units=UNITS)
-    done = prune(model, lesson(family), 0.7, loss=loss, units=UNITS)
+    first = prune(model, lesson(family), 0.4, loss=loss, kinds=UNITS)
+    done = prune(model, lesson(family), 0.7, loss=loss, kinds=UNITS)
     assert 0.7 <= done.sparsity < 0.85
     for name, kept in done.plan.kept.items():
         assert set(kept) <= set(first.plan.kept[name])
@@ -161,11 +160,11 @@ def test_heads_that_vanish_take_their_dimensions_along(dims):
     """Nothing is lost with dimensions that no head has, in this cut and in the next."""
     model = build()
     pins = {r"layer\.0\.heads": 0} | ({r"layer\.0\.head_dim": dims} if dims else {})
-    method = PruningMethod(Budget(0.5), constraints=Constraints(pins=pins))
-    done = prune(model, lesson("bert"), 0.6, loss=loss, units=UNITS, method=method)
+    method = {"constraints": Constraints(pins=pins)}
+    done = prune(model, lesson("bert"), 0.6, loss=loss, kinds=UNITS, **method)
     assert done.plan.width("bert.encoder.layer.0.heads") == 0
     assert set(done.plan.rankings["bert.encoder.layer.0.head_dim"].loss) == {0.0}
-    done = prune(model, lesson("bert"), 0.8, loss=loss, units=UNITS)
+    done = prune(model, lesson("bert"), 0.8, loss=loss, kinds=UNITS)
     assert done.sparsity >= 0.8
     assert torch.isfinite(outputs(model, batch())).all()
 
@@ -180,9 +179,9 @@ def test_heads_that_vanish_take_their_dimensions_along(dims):
 )
 def test_kinds_may_change_from_cut_to_cut(first, second, widths, tmp_path):
     model = build()
-    prune(model, lesson("bert"), 0.2, loss=loss, units=first)
-    method = PruningMethod(Budget(0.5), widths=widths)
-    done = prune(model, lesson("bert"), 0.4, loss=loss, units=second, method=method)
+    prune(model, lesson("bert"), 0.2, loss=loss, kinds=first)
+    method = {"widths": widths}
+    done = prune(model, lesson("bert"), 0.4, loss=loss, kinds=second, **method)
     assert done.sparsity >= 0.4
     model.save_pretrained(tmp_path)
     back = from_pretrained(type(model), tmp_path)

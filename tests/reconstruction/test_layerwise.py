@@ -19,7 +19,7 @@ LAYERS = ("bert.encoder.layer.0.output.dense", "bert.encoder.layer.1.output.dens
 @dataclass(frozen=True)
 class Spot:
     layer: str
-    skip: str | None = None
+    residual: str | None = None
 
 
 def call_of(rows, length=8, seed=0):
@@ -40,7 +40,7 @@ def test_each_layer_hears_all_calls_and_what_it_says_goes_on():
 
     def last(spot, parts):
         outputs[len(parts)] = outputs.get(len(parts), []) + [
-            p.heard(p.output) for p in parts if spot.layer == LAYERS[1]
+            p.valid(p.output) for p in parts if spot.layer == LAYERS[1]
         ]
         return act(spot, parts)
 

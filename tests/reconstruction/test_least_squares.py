@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import lightning_mi_prune
-from lightning_mi_prune.allocation.budget import Budget
-from lightning_mi_prune.allocation.costs import measure_macs
+from lightning_mi_prune.allocation.macs import measure_macs
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.calls import (
     RecordedCall,
@@ -21,12 +20,13 @@ from lightning_mi_prune.calibration.calls import (
 )
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.options import Reconstruction
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import evaluating
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.discovery.groups import full_plan
-from lightning_mi_prune.pipeline import PruningMethod, reconstruct
+from lightning_mi_prune.pipeline import reconstruct
 from lightning_mi_prune.reconstruction.compensation import Decision, select_units
 from lightning_mi_prune.reconstruction.least_squares import (
     _norm_sums,
@@ -54,7 +54,7 @@ from tests.support.ranks import added, grouped, launch, place
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 FAMILIES = [(family, "sequence") for family in CONFIGS] + [(f, "image") for f in PICTURES]
-METHOD = PruningMethod(Budget(sparsity=0.5), reconstruction_ridge=1e-6)
+METHOD = Reconstruction()
 
 
 def many(head):
@@ -65,7 +65,7 @@ def call_of(inputs):
     return RecordedCall((), dict(inputs), inputs.get("attention_mask"))
 
 
-def valid_positions(inputs):
+def calibration_data(inputs):
     return CalibrationData({}, ranks=[{"": [call_of(inputs)]}])
 
 
@@ -82,7 +82,7 @@ def test_nothing_cut_is_nothing_changed(family, head):
     keep = Decision(full_plan(groups), {}, {})
     assert layers_to_reconstruct(groups, full_plan(groups), keep.plan) == []
     assert (
-        reconstruct(model, groups, full_plan(groups), keep, METHOD, valid_positions(many(head)))
+        reconstruct(model, groups, full_plan(groups), keep, METHOD, calibration_data(many(head)))
         is keep
     )
 
@@ -94,7 +94,7 @@ def test_solving_an_uncut_model_again_leaves_its_outputs(family, head):
     found = layers_to_reconstruct(
         groups, full_plan(groups), random_plan(groups)
     )  # as if all of it had been cut
-    found = [type(r)(r.layer, r.skip, None, r.spare) for r in found]
+    found = [type(r)(r.layer, r.residual, None, r.optional) for r in found]
     call = call_of(inputs)
     new = reconstruct_network(copy.deepcopy(model), found, "", Targets(model, found, "", call))
     before = outputs(model, inputs_of(head))
@@ -119,9 +119,9 @@ def test_duplicates_come_back_through_several_layers(family, head):
     selection = Decision(PruningPlan({a.name: a.size for a in every}, kept), {}, {})
     wanted = outputs(model, inputs_of(head))
     plain = outputs(cut_by(model, every, selection.plan), inputs_of(head))
-    method = PruningMethod(Budget(sparsity=0.5), reconstruction_ridge=1e-9)
+    method = Reconstruction()
     found = reconstruct(
-        model, every, full_plan(every), selection, method, valid_positions(many(head))
+        model, every, full_plan(every), selection, method, calibration_data(many(head))
     )
     back = outputs(cut_by(model, every, found.plan, found.compensated), inputs_of(head))
     assert (plain - wanted).abs().max() > 1e-2
@@ -145,17 +145,21 @@ def test_a_refitted_model_is_nearer_to_the_dense_one(family, head, residual):
     inputs = many(head)
     call = call_of(inputs)
     found = layers_to_reconstruct(groups, full_plan(groups), plan)
-    assert bool([r for r in found if r.skip is None and not r.spare]) == residual  # the norms
-    kept = reconstruct(model, groups, full_plan(groups), selection, METHOD, valid_positions(inputs))
-    assert set(kept.compensated) >= {f"{r.layer}.weight" for r in found if r.skip is not None}
+    assert (
+        bool([r for r in found if r.residual is None and not r.optional]) == residual
+    )  # the norms
+    kept = reconstruct(
+        model, groups, full_plan(groups), selection, METHOD, calibration_data(inputs)
+    )
+    assert set(kept.compensated) >= {f"{r.layer}.weight" for r in found if r.residual is not None}
     plain, fitted = (
         cut_by(model, groups, plan, compensated) for compensated in ({}, kept.compensated)
     )
-    last = [r for r in found if r.skip is not None][-1]
+    last = [r for r in found if r.residual is not None][-1]
     wanted = Targets(model, found, "", call).take(last.layer)
     errors = []
     for cut in (plain, fitted):
-        own = [type(last)(last.layer, last.skip, None)]
+        own = [type(last)(last.layer, last.residual, None)]
         said = Targets(cut, own, "", call).take(last.layer)
         errors.append(float((said - wanted).square().mean()))
     assert errors[1] < errors[0]
@@ -183,7 +187,7 @@ def test_a_few_targets_at_a_time_are_the_same_targets(family, room):
         one, other = whole.take(layer), parts.take(layer)
         assert (one is None) == (other is None) == (ran.count(layer) > 1)
         assert one is None or torch.equal(one, other)
-        held.append(sum(t.nbytes for t in parts._held.values()))
+        held.append(sum(t.nbytes for t in parts._stored.values()))
     assert max(held) <= room
     if family == "bert":  # one run holds all of it, one a layer, or some layers each
         assert len(runs) == 1 + len(ran) if room == 1 else 2 < len(runs) < 1 + len(ran)
@@ -197,7 +201,7 @@ def test_the_stream_is_pulled_back_with_its_skip():
     kept = {a.name: tuple(range(a.size)) for a in groups} | {low.name: (0, 1, 2, 3)}
     plan = PruningPlan({a.name: a.size for a in groups}, kept)
     found = layers_to_reconstruct(groups, full_plan(groups), plan)
-    layers = [r.layer for r in found if r.skip]
+    layers = [r.layer for r in found if r.residual]
     assert low.consumers[0] in layers
     assert len(layers) == 3
     assert not any("layer.0.attention" in layer for layer in layers)  # below the cut
@@ -208,12 +212,12 @@ def test_a_sample_smaller_than_its_unknowns_is_refused_and_readers_are_spared():
     groups = find_groups(model)
     selection = Decision(random_plan(groups, 0.5), {}, {})
     before = {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(PruningError, match=r"Only .* positions? to reconstruct .* raise refit_pos"):
+    with pytest.raises(PruningError, match=r"Only .* positions? to reconstruct .* raise the pos"):
         reconstruct(
-            model, groups, full_plan(groups), selection, METHOD, valid_positions(batch(1, 8))
+            model, groups, full_plan(groups), selection, METHOD, calibration_data(batch(1, 8))
         )
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    few = valid_positions(batch(16))  # more than 24 positions, but only 16 pooled ones
+    few = calibration_data(batch(16))  # more than 24 positions, but only 16 pooled ones
     found = reconstruct(model, groups, full_plan(groups), selection, METHOD, few)
     assert "bert.pooler.dense.weight" not in found.compensated
 
@@ -224,7 +228,7 @@ def test_mode_hooks_gradients_and_random_state_stay():
     state = torch.get_rng_state()
     selection = Decision(random_plan(groups, 0.5), {}, {})
     found = reconstruct(
-        model, groups, full_plan(groups), selection, METHOD, valid_positions(batch(128))
+        model, groups, full_plan(groups), selection, METHOD, calibration_data(batch(128))
     )
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -242,7 +246,7 @@ def solve_on_a_rank(rows):
     ranks = [{"": [call_of(p)]} if len(p["input_ids"]) else {} for p in parts]
     selection = Decision(random_plan(groups, 0.5), {}, {})
     heard = CalibrationData({}, ranks=ranks)
-    method = PruningMethod(Budget(sparsity=0.5))
+    method = Reconstruction()
     found = reconstruct(
         model, groups, full_plan(groups), selection, method, heard, added, rank, world
     )
@@ -356,14 +360,14 @@ def test_pieces_give_what_the_whole_gives(family, head, monkeypatch):
     model, inputs = build(family, head), many(head)
     groups = find_groups(model)
     plan = random_plan(groups, 0.75, residual=True)
-    method = PruningMethod(Budget(sparsity=0.5))
+    method = Reconstruction()
     args = (
         model,
         groups,
         full_plan(groups),
         Decision(plan, {}, {}),
         method,
-        valid_positions(inputs),
+        calibration_data(inputs),
     )
     parts = reconstruct(*args).compensated
     monkeypatch.setattr(lightning_mi_prune.calibration.calls, "_PIECE", 10**6)
@@ -383,7 +387,7 @@ def test_room_holds_however_padding_is_spread():
     found = layers_to_reconstruct(groups, full_plan(groups), random_plan(groups))
     targets = Targets(model, found, "", call, room=room)
     targets.take("bert.encoder.layer.0.attention.output.dense")
-    held = sum(t.nbytes for t in targets._held.values())
+    held = sum(t.nbytes for t in targets._stored.values())
     assert 0 < held <= room
 
 
@@ -425,7 +429,7 @@ def test_fold_in_then_refit_beats_fold_in_on_data_that_was_not_heard():
     widths = {a.name: a.size // 2 for a in groups}
     plan, weights = full_plan(groups), dict(model.named_parameters())
     compensated = select_units(groups, heard.moments, weights, widths, plan)
-    method = PruningMethod(Budget(sparsity=0.5))
+    method = Reconstruction()
     fitted = reconstruct(
         model, groups, plan, compensated, method, CalibrationData({}, ranks=[heard.stored])
     )

@@ -157,12 +157,12 @@ def test_the_model_is_only_run():
 def test_who_takes_over_from_whom():
     graph = body(deep_bert())
     found = replacements_for(graph, graph.full, without_layers(graph, 1, 2, 5))
-    ends = [(r.layer, r.spoken.layer) for r in found.readings if ".attention" not in r.layer]
+    ends = [(r.layer, r.target.layer) for r in found.layers if ".attention" not in r.layer]
     path = "{}.{}.output.dense"
     assert ends == [
         (path.format(STACK, new), path.format(STACK, old)) for new, old in enumerate((2, 3, 5))
     ]
-    inner = [(r.layer, r.spoken.layer) for r in found.readings if ".attention" in r.layer]
+    inner = [(r.layer, r.target.layer) for r in found.layers if ".attention" in r.layer]
     path = "{}.{}.attention.output.dense"
     assert inner == [
         (path.format(STACK, new), path.format(STACK, old)) for new, old in ((1, 3), (2, 4))
@@ -174,7 +174,7 @@ def test_who_takes_over_from_whom():
     # Layers at the bottom leave no heir; those above say again what they said.
     found = replacements_for(graph, graph.full, without_layers(graph, 0, 1))
     assert not found.norms
-    assert [r.spoken.layer.split(".")[3] for r in found.readings] == list("22334455")
+    assert [r.target.layer.split(".")[3] for r in found.layers] == list("22334455")
 
 
 def test_paths_of_a_second_cut_are_those_of_today():

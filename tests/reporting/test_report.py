@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mi_prune.allocation.measuring import count_macs, measure_latency
+from lightning_mi_prune.allocation.macs import count_macs
+from lightning_mi_prune.allocation.measuring import measure_latency
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.discovery.families import find_groups

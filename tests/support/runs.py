@@ -14,8 +14,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from lightning_mi_prune import CKALayerPruning, MutualInformationPruning
 from tests.support.boring import Classifier, Sentences, trainer
+from tests.support.pruning import pruning_layers, pruning_units
 
 
 def sha(*values: Any) -> str:
@@ -232,9 +232,9 @@ def fit(
     With ``layers``, layers are cut; with ``pruning`` too, units after them.
     """
     settings = {"sparsity": 0.5, "multiple": 2, "ramp": "linear", "verbose": False}
-    prune: pl.Callback = MutualInformationPruning(**{**settings, **(pruning or {})})
+    prune: pl.Callback = pruning_units(**{**settings, **(pruning or {})})
     if layers is not None:
-        depth = CKALayerPruning(**{"verbose": False, "first_epoch": 1, **layers})
+        depth = pruning_layers(**{"verbose": False, "first_epoch": 1, **layers})
         callbacks = [*([prune] if pruning is not None else []), *(callbacks or [])]
         prune = depth
     watch = Watch(folder, points or {}, prune)

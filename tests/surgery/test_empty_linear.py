@@ -11,18 +11,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_mi_prune import CKALayerPruning, MutualInformationPruning
-from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.core.empty_linear import EmptyLinear
-from lightning_mi_prune.core.options import Constraints
+from lightning_mi_prune.core.options import Constraints, Importance
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.groups import full_plan
-from lightning_mi_prune.pipeline import PruningMethod, prune
+from lightning_mi_prune.pipeline import prune
 from lightning_mi_prune.surgery.optimizers import parameter_names, update_optimizers
 from lightning_mi_prune.surgery.units import apply_plan, reshape_tensors
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import CONFIGS, PICTURES, build, inputs_of, outputs
+from tests.support.pruning import pruning_layers, pruning_units
 
 FAMILIES = [(f, "sequence") for f in CONFIGS] + [(f, "image") for f in PICTURES]
 GONE = ("heads", "ffn")
@@ -176,9 +175,7 @@ def pins():
 
 
 def cutting(**options):
-    return MutualInformationPruning(
-        0.5, pins=pins(), cuts=1, first_epoch=1, verbose=False, **options
-    )
+    return pruning_units(0.5, pins=pins(), cuts=1, first_epoch=1, verbose=False, **options)
 
 
 @pytest.mark.parametrize("module", [Classifier, Grouped])
@@ -232,9 +229,12 @@ def test_a_rollback_brings_the_parameters_back_to_their_groups():
 def test_layers_beside_the_tree_go_with_their_layer():
     module = Classifier()
     loss = lambda net, batch: net.loss(batch)  # noqa: E731
-    how = PruningMethod(Budget(0.5), relevance="gradient", constraints=Constraints({}, {}, pins()))
-    prune(module, module.val_dataloader(), 0.5, loss=loss, method=how)
-    callback = CKALayerPruning(threshold=None, target_layers=1, reconstruct=False, verbose=False)
+    how = {
+        "importance": Importance(relevance="gradient"),
+        "constraints": Constraints({}, {}, pins()),
+    }
+    prune(module, module.val_dataloader(), 0.5, loss=loss, **how)
+    callback = pruning_layers(threshold=None, target_layers=1, method="none", verbose=False)
     trainer(callback, max_epochs=2).fit(module)
     assert len(module.model.bert.encoder.layer) == 1
     assert all(p.numel() for p in module.parameters())

@@ -23,6 +23,7 @@ from lightning_mi_prune.surgery.layers import remove_layers
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.boring import Classifier, Data, trainer
 from tests.support.models import CONFIGS, PICTURES, batch, build, inputs_of, outputs, random_plan
+from tests.support.pruning import pruning_units
 
 FAMILIES = [(f, "sequence") for f in CONFIGS] + [(f, "image") for f in PICTURES]
 
@@ -86,11 +87,11 @@ def test_a_refused_cut_leaves_no_record():
 
 def test_options_and_batches_of_the_user_stay():
     units, pins = ["ffn"], {"layer.0.ffn": 0.5}
-    callback = MutualInformationPruning(0.3, units=units, pins=pins, verbose=False)
+    callback = pruning_units(0.3, kinds=units, pins=pins, verbose=False)
     rows = [batch(64, seed=seed) for seed in range(4)]
     kept = copy.deepcopy(rows)
     trainer(callback, max_epochs=2).fit(Classifier(), Data())
-    prune(build(), rows, 0.3, loss=taking_labels, units=units)
+    prune(build(), rows, 0.3, loss=taking_labels, kinds=units)
     assert (units, pins) == (["ffn"], {"layer.0.ffn": 0.5})
     for mine, before in zip(rows, kept, strict=True):
         assert mine.keys() == before.keys()

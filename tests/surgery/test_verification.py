@@ -21,6 +21,7 @@ from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.surgery.verification import copy_module, held_elsewhere
 from tests.support.boring import Classifier, Data, Sentences, trainer
 from tests.support.models import CONFIGS, batch, build, randomize
+from tests.support.pruning import pruning_units
 
 
 def encoder(family="bert"):
@@ -72,8 +73,8 @@ class OnlyInTraining(Own):
 
 
 def residual(**options):
-    units = ["ffn", "heads", "hidden"]
-    return MutualInformationPruning(0.5, units=units, widths="uniform", verbose=False, **options)
+    kinds = ["ffn", "heads", "hidden"]
+    return pruning_units(0.5, kinds=kinds, widths="uniform", verbose=False, **options)
 
 
 def fitted(module, *callbacks, **options):
@@ -247,7 +248,7 @@ class Collated(Classifier):
 @pytest.mark.parametrize("make", [Manual, Penalized, OneArgument, Collated])
 def test_modules_of_all_kinds_are_not_refused(make):
     module = make()
-    run = trainer(MutualInformationPruning(0.5, verbose=False, positions=512), max_epochs=2)
+    run = trainer(pruning_units(0.5, verbose=False, positions=512), max_epochs=2)
     run.fit(module)
     assert not run.interrupted
 
@@ -281,11 +282,11 @@ class Attentive(Classifier):
 
 def test_a_cut_that_empties_a_group_is_tried_too():
     module = Attentive()
-    fitted(module, MutualInformationPruning(0.4, floor=0.25, verbose=False))
+    fitted(module, pruning_units(0.4, floor=0.25, verbose=False))
     module = Attentive()
     before = {name: p.shape for name, p in module.named_parameters()}
     with pytest.raises(PruningError, match=r"'model.bert.encoder.layer.0.heads' would break vali"):
-        fitted(module, MutualInformationPruning(0.5, pins={"layer.0.heads": 0}, verbose=False))
+        fitted(module, pruning_units(0.5, pins={"layer.0.heads": 0}, verbose=False))
     assert {name: p.shape for name, p in module.named_parameters()} == before
 
 
@@ -324,7 +325,7 @@ def test_one_call_tries_the_cut_first():
     model, rows = Wrapped(), [batch(64, seed=seed) for seed in range(4)]
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PruningError, match=r"'network.hidden' would break 'head' \(Linear\)"):
-        prune(model, rows, 0.5, loss=squares, units=["hidden"])
+        prune(model, rows, 0.5, loss=squares, kinds=["hidden"])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not model._state_dict_hooks
     prune(model, rows, 0.5, loss=squares)
