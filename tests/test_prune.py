@@ -234,7 +234,7 @@ REFUSED = {
         "asks for training steps, but there is no loss",
     ),
     "nan gradients": ({"loss": nan_loss}, "NaN or infinite gradients at"),
-    "no steps": ({"loss": by_hand, "training": []}, "none were heard at"),
+    "no steps": ({"loss": by_hand, "training": []}, "there were none at"),
     "out of reach": (
         {"sparsity": Budget(target_parameters=100)},
         "target_parameters=100 is out of reach",

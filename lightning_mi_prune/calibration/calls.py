@@ -1,4 +1,4 @@
-"""Recorded calls of networks: a bounded sample, joined and taken apart again."""
+"""Recorded calls of networks: how a bounded sample is stored, merged and split."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ __all__ = [
     "StoredCalls",
     "batch_dim",
     "batch_size_of",
+    "first_call",
     "in_weight_precision",
     "is_plain",
     "map_tensors",
@@ -32,14 +33,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One real call of a network, or of its first example, to run it again.
+    """One real call of a network, or some examples of it, to run the network again.
 
     Args:
         args: Positional arguments.
-        kwargs: Arguments by name.
+        kwargs: Keyword arguments.
         mask: The mask ``(rows, positions)`` of positions that are not padding, where that is known.
-        autocast: Type that autocast gave to products, such as ``"bfloat16"``, of a call that is to
-            be timed; empty without it.
+        autocast: Type of matrix products under autocast, such as ``"bfloat16"``; empty without it.
     """
 
     args: tuple[Any, ...]
@@ -56,7 +56,7 @@ class RecordedCall:
 
     @property
     def positions(self) -> int | None:
-        """Positions, where inputs are ``(positions, rows, ...)``; the mask says so by its shape."""
+        """Positions, where the mask shows that inputs are ``(positions, rows, ...)``; else None."""
         first = _first((*self.args, *self.kwargs.values()))
         if self.mask is None or self.mask.ndim != 2 or first is None or first.is_nested:
             return None
@@ -81,12 +81,12 @@ def _first(values: Iterable[Any]) -> Tensor | None:
 
 
 def batch_dim(x: Tensor, rows: int | None, positions: int | None = None) -> int | None:
-    """The dimension of a tensor that counts the examples of a call; None: it is not by example.
+    """The dimension of a tensor that counts the examples of a call; None if no dimension does.
 
     Args:
         x: One of the tensors of the call.
         rows: Examples of the call.
-        positions: Positions of the call, where they come before the examples (:class:`RecordedCall`).
+        positions: Positions of the call, where they come first (:attr:`RecordedCall.positions`).
 
     Example:
         >>> batch_dim(torch.zeros(3, 5), 3), batch_dim(torch.zeros(5, 3), 3)
@@ -103,7 +103,7 @@ def batch_dim(x: Tensor, rows: int | None, positions: int | None = None) -> int 
 def select_examples(
     value: Any, rows: int | None, index: Tensor, positions: int | None = None
 ) -> Any:
-    """The given examples of every tensor with that many, in nested containers."""
+    """Select examples of all tensors in nested containers; others are copied whole."""
     if isinstance(value, Tensor):
         dim = batch_dim(value, rows, positions)
         if value.is_nested:
@@ -121,13 +121,17 @@ def select_examples(
     return value
 
 
-def is_plain(value: Any) -> bool:
-    """Whether ``torch.load(weights_only=True)`` opens it."""
-    if type(value) is dict:
-        return all(is_plain(v) for v in (*value, *value.values()))
-    if isinstance(value, (list, tuple)):
-        return type(value) in (list, tuple) and all(map(is_plain, value))
-    if type(value) is Tensor:
+def is_plain(value: Any, *, subclasses: bool = False) -> bool:
+    """Whether a value consists of what ``torch.load(weights_only=True)`` opens.
+
+    Args:
+        value: Any value.
+        subclasses: Whether subclasses of tensors count as tensors.
+    """
+    if type(value) in (dict, list, tuple):
+        parts = (*value, *value.values()) if type(value) is dict else value
+        return all(is_plain(part, subclasses=subclasses) for part in parts)
+    if type(value) is Tensor or (subclasses and isinstance(value, Tensor)):
         return not value.is_nested
     return value is None or type(value) in (bool, int, float, str)
 
@@ -158,22 +162,19 @@ def move_tensors(value: Any, device: torch.device) -> Any:
 def update_calls(
     old: Mapping[str, RecordedCall], new: Mapping[str, RecordedCall]
 ) -> Mapping[str, RecordedCall]:
-    """The old calls, so that their work can be compared, in the numbers of the new ones."""
+    """The old calls, so that costs stay comparable, with the autocast types of the new ones."""
     if not old:
         return new
-    return {
-        path: replace(call, autocast=new[path].autocast if path in new else call.autocast)
-        for path, call in old.items()
-    }
+    return {p: replace(c, autocast=new.get(p, c).autocast) for p, c in old.items()}
 
 
 def in_weight_precision(call: RecordedCall, network: nn.Module) -> RecordedCall:
-    """The call with numbers as fine as the weights, which cannot read what autocast made coarse."""
+    """The call with half-precision inputs, made by autocast, as float32 where the weights are."""
     dtype = next((p.dtype for p in network.parameters()), torch.float32)
 
     def cast(x: Tensor) -> Tensor:
-        coarse = x.dtype in (torch.bfloat16, torch.float16)
-        return x.to(dtype) if coarse and dtype == torch.float32 else x
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        return x.to(dtype) if half and dtype == torch.float32 else x
 
     return replace(call, args=map_tensors(call.args, cast), kwargs=map_tensors(call.kwargs, cast))
 
@@ -183,15 +184,11 @@ def first_call(
 ) -> RecordedCall:
     """The first example of a call that a module just received, copied."""
     first = RecordedCall(args, dict(kwargs), mask).select(torch.zeros(1, dtype=torch.long))
-    return replace(first, autocast=_autocast(module))
-
-
-def _autocast(module: nn.Module) -> str:
-    """Type that products have where the module runs now, if that is not their own."""
-    place = next((p.device.type for p in module.parameters()), "cpu")
-    if not torch.is_autocast_enabled(place):
-        return ""
-    return str(torch.get_autocast_dtype(place)).removeprefix("torch.")
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return first
+    dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+    return replace(first, autocast=dtype)
 
 
 class StoredCalls:
@@ -199,7 +196,7 @@ class StoredCalls:
 
     Args:
         positions: Positions to store for each network; 0 stores none.
-        batches: Batches that will be heard; None takes positions first come, first served.
+        batches: Batches to spread them over; None stores the first ones.
         seed: Seed of the draw; the global random state is not touched.
 
     Example:
@@ -220,19 +217,19 @@ class StoredCalls:
         self._room: dict[str, float] = {}
 
     def keep(self, path: str, call: RecordedCall, *, real: int, each: float) -> None:
-        """Store some examples of a call that is under way.
+        """Store some examples of a call that runs now.
 
-        One that brings more than plain values is left out: a cache would go on filling up, and
-        what other objects hold cannot be kept apart by example, nor written to a checkpoint.
+        A call with other than plain values is left out: a cache would go on filling up, and other
+        objects cannot be split by example, nor written to a checkpoint.
 
         Args:
             path: The network that received it.
             call: The call.
-            real: Examples of it, from its start, that do not only repeat others.
-            each: Positions that an example of it has.
+            real: Its first examples, those that do not only repeat others.
+            each: Positions of one example.
         """
         rows = call.rows
-        if not self._quota or not _is_plain(call):
+        if not self._quota or not is_plain([call.args, call.kwargs], subclasses=True):
             return
         if call.mask is not None and call.mask.ndim > 1:
             each = float(call.mask.sum()) / max(1, rows)
@@ -240,46 +237,33 @@ class StoredCalls:
         owed = min(self._owed.get(path, 0.0) + self._quota, room)
         wanted = min(real, int(owed / max(1.0, each)))
         if path not in self.stored:
-            wanted = max(1, wanted)  # less than one example of each batch would be none for ever
+            wanted = max(1, wanted)  # less than one example of each batch would always be none
         if wanted:
             index = torch.randperm(real, generator=self._generator)[:wanted].sort().values
             self.stored.setdefault(path, []).append(call.select(index))
         self._owed[path], self._room[path] = owed - wanted * each, room - wanted * each
 
 
-def _is_plain(call: RecordedCall) -> bool:
-    """Whether it is made of plain values, but for what kinds of tensors there are."""
-
-    def bare(value: Any) -> Any:
-        if isinstance(value, Tensor) and not value.is_nested:
-            return None
-        if type(value) in (list, tuple):
-            return [bare(part) for part in value]
-        return {key: bare(part) for key, part in value.items()} if type(value) is dict else value
-
-    return is_plain(bare([list(call.args), call.kwargs]))
-
-
-_PIECE = 4096
+_PIECE = 4096  # positions, with padding, that a piece of a split call has at most
 
 
 def merge_calls(calls: Sequence[RecordedCall], most: int) -> RecordedCall | None:
-    """One call with the examples of many, so that one forward pass sees them all.
+    """One call with the examples of many, so that one forward pass runs them all.
 
-    Texts of different length are padded, with zeros but for masks that are true where padding is.
-    The network must be told of it, so where no argument is such a mask only calls of the commonest
-    shape are taken; the same holds for calls that cannot be laid on each other. Short examples come
-    first, so that :func:`split_call` the call need little padding.
+    Texts of different length are padded, with zeros except in masks that mark padding otherwise.
+    This needs an argument that is such a mask: without one, and where other shapes differ, only the
+    calls of the most frequent shape are merged. Short examples come first, so that the pieces of
+    :func:`split_call` need little padding.
 
     Args:
         calls: Calls of one network, in the order in which they were made.
         most: Positions that the merged call may have, with the padding that cannot be cut off;
-            beyond it examples are left out evenly, for neighbours may be of one length.
+            beyond it examples are left out evenly, as neighbors may be of one length.
 
     Example:
         >>> def call(length):
-        ...     mask = torch.ones(2, length)
-        ...     return RecordedCall((), {"ids": torch.ones(2, length), "attention_mask": mask}, mask)
+        ...     ids = mask = torch.ones(2, length)
+        ...     return RecordedCall((), {"ids": ids, "attention_mask": mask}, mask)
         >>> merge_calls([call(3), call(5)], 1000).kwargs["attention_mask"].sum(1)
         tensor([3., 3., 5., 5.])
     """
@@ -300,9 +284,9 @@ def merge_calls(calls: Sequence[RecordedCall], most: int) -> RecordedCall | None
 
 
 def split_call(call: RecordedCall) -> list[RecordedCall]:
-    """The examples of a call in several: what a layer takes for all at once would be large.
+    """The examples of a call in several calls, so that a layer's outputs need less memory.
 
-    No two sizes are alike throughout, so that what is not by example shows.
+    Sizes are never all equal, so that tensors without a dimension of examples can be told.
     """
     sizes = _sizes(_lengths(call))
     if len(sizes) == 1:
@@ -312,19 +296,17 @@ def split_call(call: RecordedCall) -> list[RecordedCall]:
 
 
 def _lengths(call: RecordedCall) -> list[int]:
-    """Positions that each example takes, padding included where it cannot be cut off."""
-    padded = positions_of(call)
-    if call.mask is None or call.mask.ndim != 2:
-        return [padded] * call.rows
-    shortest = trim_padding(call.select(call.mask.sum(1).argmin()[None]))
-    if shortest.mask is None or shortest.mask.shape[1] == call.mask.shape[1]:
-        return [padded] * call.rows
-    ends = call.mask.bool() * torch.arange(1, call.mask.shape[1] + 1).to(call.mask.device)
-    return [max(1, int(end)) for end in ends.amax(1)]
+    """Positions of each example, with the padding that cannot be cut off."""
+    if call.mask is not None and call.mask.ndim == 2:
+        shortest = trim_padding(call.select(call.mask.sum(1).argmin()[None]))
+        if shortest.mask is not None and shortest.mask.shape[1] < call.mask.shape[1]:
+            ends = call.mask.bool() * torch.arange(1, call.mask.shape[1] + 1).to(call.mask.device)
+            return [max(1, int(end)) for end in ends.amax(1)]
+    return [positions_of(call)] * call.rows
 
 
 def _sizes(lengths: Sequence[int]) -> list[int]:
-    """Examples of each piece; no two sizes are alike throughout."""
+    """Examples of each piece; sizes are never all equal, unless all are 1."""
     sizes, longest = [0], 0
     for length in lengths:
         longest = max(longest, length)
@@ -340,8 +322,8 @@ def _sizes(lengths: Sequence[int]) -> list[int]:
 def trim_padding(call: RecordedCall) -> RecordedCall:
     """The call without the columns at its end that are padding in every example.
 
-    Only where nothing but such columns goes: all tensors of that length are whole numbers by
-    example and position, and say one thing there. Any other call is left as it is.
+    Only where all tensors of that length are whole numbers by example and position, and constant
+    there. Any other call is returned unchanged.
 
     Example:
         >>> mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
@@ -370,8 +352,8 @@ def trim_padding(call: RecordedCall) -> RecordedCall:
         return bool((x[:, longest:] == x[0, -1]).all())
 
     shorter: RecordedCall = map_tensors(call, first_columns)
-    told = len(long) > 1  # something beside the mask is that long
-    return shorter if told and longest < length and all(map(is_padded, long)) else call
+    others = len(long) > 1  # tensors that long besides the mask
+    return shorter if others and longest < length and all(map(is_padded, long)) else call
 
 
 def _length(call: RecordedCall) -> int:
@@ -383,7 +365,7 @@ def _length(call: RecordedCall) -> int:
 
 
 def positions_of(call: RecordedCall) -> int:
-    """Positions of one example of a call; of pictures by their size, a guess."""
+    """Positions of one example of a call; for images an estimate from their size."""
     values = (*call.args, *call.kwargs.values())
     sizes = [v[0].numel() // 1024 for v in values if isinstance(v, Tensor) and v.ndim and len(v)]
     return max(1, _length(call), *sizes)
@@ -391,7 +373,7 @@ def positions_of(call: RecordedCall) -> int:
 
 def _shape(call: RecordedCall) -> Any:
     """What must agree between calls: everything but the rows and, with a mask, the length."""
-    length = _length(call) if _tells(call) else None
+    length = _length(call) if _has_mask(call) else None
 
     def of(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -410,21 +392,20 @@ def _shape(call: RecordedCall) -> Any:
     return of((call.args, call.kwargs))
 
 
-def _tells(call: RecordedCall) -> bool:
-    """Whether an argument of a call says which of its positions are padding."""
-    found: list[Tensor] = []
+def _has_mask(call: RecordedCall) -> bool:
+    """Whether an argument of a call marks which of its positions are padding."""
+    found: list[float | None] = []
 
-    def look(x: Tensor) -> Tensor:
-        if _padding_of(x, call) is not None:
-            found.append(x)
+    def check(x: Tensor) -> Tensor:
+        found.append(_padding_value(x, call))
         return x
 
-    map_tensors((call.args, call.kwargs), look)
-    return bool(found)
+    map_tensors((call.args, call.kwargs), check)
+    return any(value is not None for value in found)
 
 
-def _padding_of(x: Tensor, call: RecordedCall) -> float | None:
-    """What a mask says of padding, if a tensor of a call is one."""
+def _padding_value(x: Tensor, call: RecordedCall) -> float | None:
+    """The value of padding in a tensor of a call, if that is a mask; else None."""
     if call.mask is None or x.shape != call.mask.shape:
         return None
     real = call.mask.to(x.device).bool()
@@ -439,15 +420,14 @@ def _padding_of(x: Tensor, call: RecordedCall) -> float | None:
 def _join(values: Sequence[Any], calls: Sequence[RecordedCall]) -> Any:
     first = values[0]
     if isinstance(first, Tensor):
-        places = [batch_dim(v, c.rows, c.positions) for v, c in zip(values, calls, strict=True)]
-        place = places[0]
-        if place is None or places != [place] * len(places):
+        dims = [batch_dim(v, c.rows, c.positions) for v, c in zip(values, calls, strict=True)]
+        dim = dims[0]
+        if dim is None or dims != [dim] * len(dims):
             return max(values, key=lambda v: v.numel())  # the same for every example
-        said = [_padding_of(v, c) for v, c in zip(values, calls, strict=True)]
-        told = {fill for fill in said if fill}
+        padding = {_padding_value(v, c) for v, c in zip(values, calls, strict=True)} - {None, 0.0}
         shape = [max(sizes) for sizes in zip(*(v.shape for v in values), strict=True)]
-        fill = next(iter(told)) if len(told) == 1 else 0.0
-        return torch.cat([_padded(v, shape, place, fill) for v in values], dim=place)
+        fill = (padding.pop() if len(padding) == 1 else None) or 0.0
+        return torch.cat([_padded(v, shape, dim, fill) for v in values], dim=dim)
     if isinstance(first, tuple):
         return tuple(_join(parts, calls) for parts in zip(*values, strict=True))
     if isinstance(first, list):
@@ -457,10 +437,10 @@ def _join(values: Sequence[Any], calls: Sequence[RecordedCall]) -> Any:
     return first
 
 
-def _padded(value: Tensor, shape: Sequence[int], place: int, fill: float) -> Tensor:
-    """A tensor as large as a shape but for one dimension."""
+def _padded(value: Tensor, shape: Sequence[int], skip: int, fill: float) -> Tensor:
+    """A tensor padded at its ends to a shape, in all dimensions but one."""
     missing = [n - m for n, m in zip(shape, value.shape, strict=True)]
-    missing[place] = 0
+    missing[skip] = 0
     if not any(missing):
         return value
     sides = [side for n in reversed(missing) for side in (0, n)]

@@ -18,14 +18,14 @@ __all__ = [
 
 @dataclass
 class CalibrationData:
-    """All that was heard before a cut.
+    """Everything collected before a cut.
 
     Args:
         moments: Sums of activations at each place, by key.
-        gradients: Sums of gradients of training steps, by key; None where nobody asked.
+        gradients: Sums of gradients of training steps, by key; None where none were collected.
         ranks: Inputs to run the cut model on, of each rank, by path of the network called.
-        examples: One call of each network, to count and to time its work.
-        stacks: How alike the layers of each stack are, by its name.
+        examples: One call of each network, to count its operations and to time it.
+        stacks: How similar the layers of each stack are, by its name.
     """
 
     moments: Mapping[str, Moments] = field(default_factory=dict)
@@ -40,14 +40,14 @@ Matrix = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """How alike the layers of a stack were in one validation run.
+    """How similar the layers of a stack were in one validation run.
 
     Args:
         layers: The layers, as numbered when built, bottom to top.
         similarity: CKA of every pair ``(L, L)``.
         angles: Mean angle between every pair of states ``(L + 1, L + 1)``, the input first.
-        fixed: Layers at the bottom that must stay: others use what they hold, or their output
-            has another shape than their input.
+        fixed: Layers at the bottom that must stay: others depend on them, or their output has
+            another shape than their input.
     """
 
     layers: tuple[int, ...]
@@ -57,6 +57,6 @@ class LayerComparison:
 
     @property
     def largest_neighbor_cka(self) -> float:
-        """CKA of the two neighboring layers that are most alike; 0 without a pair."""
+        """CKA of the most similar pair of neighboring layers; 0 without a pair."""
         rows = enumerate(self.similarity[:-1])
         return max((row[place + 1] for place, row in rows), default=0.0)

@@ -1,8 +1,8 @@
 """GradientRecorder: hooks that sum the loss gradients at the outputs of every group's consumers.
 
-``G = E[g g']``, with ``g`` the gradient of an example's loss at the output of a consumer, summed over
-its positions. The layer above is then seen as ``G^(1/2) z + noise``: a channel that is noisy where
-the loss does not listen, and ``1/2 tr(G Cov(z | kept))`` is the expected rise of the loss in nats.
+``G = E[g g']``, with ``g`` the gradient of an example's loss at the output ``z`` of a consumer,
+summed over its positions. Scoring against ``G^(1/2) z + noise`` weights outputs by how much the
+loss depends on them, and ``1/2 tr(G Cov(z | kept))`` is the expected rise of the loss in nats.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_mi_prune.calibration.activations import ModuleHooks
 from lightning_mi_prune.calibration.calls import batch_size_of
+from lightning_mi_prune.calibration.moments import check_packed, pack_symmetric, unpack_symmetric
 from lightning_mi_prune.calibration.padding import Padding
+from lightning_mi_prune.calibration.recorder import ModuleHooks
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.groups import DependencyGroup
@@ -38,13 +39,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Relevance:
-    """What matters at one place, and how much.
+    """How much the loss depends on each part of the layer above one input.
 
     Args:
         matrix: ``G (m, m)`` over the outputs of the consumer or, where several layers read the same
-            units, ``G (d, d)`` over the units themselves, which all of them hand down.
+            units, ``G (d, d)`` over the units themselves.
         over_units: Whether the matrix is over the units.
-        taylor: First-order change of the loss without each unit ``(units,)``, if it was gathered.
+        taylor: First-order change of the loss without each unit ``(units,)``, if collected.
     """
 
     matrix: Tensor
@@ -53,7 +54,7 @@ class Relevance:
 
 
 class GradientSums:
-    """Sums over a bounded sample of training steps at one place, in float64.
+    """Sums over a bounded sample of training steps at one input, in float64.
 
     Sums of fixed shape: ranks are reduced by addition.
 
@@ -67,7 +68,7 @@ class GradientSums:
         self.dimension, self.units, self.over_units = dimension, units, over_units
         self.matrix = torch.zeros(dimension, dimension, dtype=torch.float64)
         self.taylor = torch.zeros(units, dtype=torch.float64)
-        # Examples heard, steps heard, steps left out because a gradient was not finite.
+        # Examples, steps, and steps left out because a gradient was not finite.
         self.counts = torch.zeros(3, dtype=torch.float64)
 
     @property
@@ -77,11 +78,10 @@ class GradientSums:
 
     def packed(self) -> Tensor:
         """All sums as one vector; of the symmetric matrix one triangle."""
-        rows, columns = torch.triu_indices(self.dimension, self.dimension)
-        return torch.cat([self.counts, self.taylor, self.matrix[rows, columns]])
+        return torch.cat([self.counts, self.taylor, pack_symmetric(self.matrix)])
 
     def unpack(self, packed: Tensor) -> GradientSums:
-        """Take over sums that :meth:`packed` wrote.
+        """Replace the sums by those that :meth:`packed` wrote.
 
         Raises:
             PruningError: If the vector is not of this shape.
@@ -93,32 +93,24 @@ class GradientSums:
             tensor([[3., 3.],
                     [3., 3.]], dtype=torch.float64)
         """
-        if packed.shape != (self.packed_size,) or packed.dtype != torch.float64:
-            raise PruningError(
-                f"Sums of gradients of shape {tuple(packed.shape)} and type {packed.dtype}; "
-                f"expected ({self.packed_size},) of float64. They belong to another model."
-            )
-        counts, taylor, triangle = torch.split(
-            packed.cpu(), [3, self.units, self.packed_size - 3 - self.units]
-        )
-        rows, columns = torch.triu_indices(self.dimension, self.dimension)
-        self.matrix = torch.zeros(self.dimension, self.dimension, dtype=torch.float64)
-        self.matrix[rows, columns] = triangle
-        self.matrix[columns, rows] = triangle
+        size = self.packed_size
+        check_packed(packed, size, f"gradients of dimension {self.dimension}")
+        counts, taylor, triangle = torch.split(packed.cpu(), [3, self.units, size - 3 - self.units])
         self.counts, self.taylor = counts.clone(), taylor.clone()
+        self.matrix = unpack_symmetric(triangle, self.dimension)
         return self
 
 
 def check_gradients(sums: Mapping[str, GradientSums], *, scaled: bool = False) -> None:
-    """Refuse sums that say nothing, or nothing that can be trusted.
+    """Refuse sums that are empty or cannot be trusted.
 
     Args:
-        sums: What was gathered, by key.
+        sums: Sums at each input, by key.
         scaled: Whether a gradient scaler ran: it looks for the largest scale without overflow, so
             some steps are expected to be left out.
 
     Raises:
-        PruningError: If no training step was heard, gradients were not finite, or none arrived.
+        PruningError: If there was no training step, no gradient, or one that was not finite.
     """
     for key, found in sums.items():
         _, steps, skipped = (int(n) for n in found.counts)
@@ -130,19 +122,19 @@ def check_gradients(sums: Mapping[str, GradientSums], *, scaled: bool = False) -
             )
         if not steps:
             raise PruningError(
-                f"relevance='gradient' asks for training steps, but none were heard at {key!r}. "
+                f"relevance='gradient' needs training steps, but there were none at {key!r}. "
                 "Expected at least one backward pass through the network before a cut; train "
                 "first, or use relevance='weights', which needs none."
             )
         if found.dimension and not found.matrix.any():
             raise PruningError(
-                f"No gradient reached {key!r} in {counted(steps, 'training step')}, so nothing "
-                "above it matters to the loss. Exclude the group, or use relevance='weights'."
+                f"No gradient reached {key!r} in {counted(steps, 'training step')}, so the loss "
+                "does not depend on it. Exclude the group, or use relevance='weights'."
             )
 
 
 def relevance_of(sums: Mapping[str, GradientSums]) -> dict[str, Relevance]:
-    """``G`` for one example, by key.
+    """``G`` as a mean over examples, by key of the input.
 
     Example:
         >>> sums = GradientSums(1, 1)
@@ -162,11 +154,11 @@ def relevance_of(sums: Mapping[str, GradientSums]) -> dict[str, Relevance]:
 def relevance_of_weights(
     group: DependencyGroup, weights: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]
 ) -> dict[str, Relevance]:
-    """``G = sum W'W`` over the kept rows of every projection above: no gradients needed.
+    """``G = sum W'W`` over the kept rows of all weights above: no gradients needed.
 
     Args:
-        group: The group to weigh the consumers of.
-        weights: Parameters of the model as it stands, by qualified name.
+        group: The group whose consumers' outputs are weighted.
+        weights: Parameters of the model as it is now, by qualified name.
         rows: Rows that are kept of each tensor above; None or missing keeps all.
     """
     found = {}
@@ -186,26 +178,27 @@ class GradientRecorder(ModuleHooks):
     """Hooks the consumers of every group and sums the gradients at their outputs, step by step.
 
     The gradients are those that ordinary training computes: of scaled losses, of losses divided for
-    accumulation, of several losses in one step, through activation checkpoints. Where a step was
-    scaled, say so, and gradients of different steps weigh the same. A step with a gradient that is
-    not finite is left out at every place.
+    accumulation, of several losses in one step, through activation checkpoints. Pass the scale of
+    a step to :meth:`end`, so that all steps have the same weight. A step with a gradient that is
+    not finite is left out of all sums.
 
     Args:
         model: Module that holds the groups.
-        groups: What to feel.
-        steps: Steps to hear.
-        batches: Steps there will be; they are heard evenly spread. None hears the first ones.
-        taylor: Whether to gather first-order changes too, for the criterion of that name.
+        groups: Groups to record.
+        steps: Training steps to record.
+        batches: Training steps there will be; recorded ones are spread evenly over them. None
+            records the first ones.
+        taylor: Whether to sum first-order changes too, for the criterion of that name.
         plan: Plan that the model carries (default: as built).
 
     Example:
         >>> from lightning_mi_prune.discovery.families.describe import linear_group
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
-        >>> with GradientRecorder(net, [group]) as felt:
-        ...     with felt.step(0):
+        >>> with GradientRecorder(net, [group]) as recorder:
+        ...     with recorder.step(0):
         ...         net(torch.randn(5, 3)).square().mean().backward()
-        >>> [int(n) for n in felt.sums["hidden"].counts]
+        >>> [int(n) for n in recorder.sums["hidden"].counts]
         [5, 1, 0]
     """
 
@@ -221,7 +214,7 @@ class GradientRecorder(ModuleHooks):
     ) -> None:
         super().__init__(model)
         self.sums = empty_sums(model, groups, plan)
-        self._readers = [
+        self._consumers = [
             (key, consumer, group.scope or group.network)
             for group in groups
             for key, consumers in group.inputs.items()
@@ -234,42 +227,42 @@ class GradientRecorder(ModuleHooks):
         self._staged: dict[str, list[Tensor]] = {}
         self._rows: Counter[tuple[str, bool]] = Counter()
         self._last: dict[str, int] = {}
-        self._hearing = False
+        self._recording = False
 
     def _attach(self) -> Iterator[RemovableHandle]:
         for path in self._networks:
             module, hook = self._model.get_submodule(path), partial(self._count, path)
             yield module.register_forward_pre_hook(hook, with_kwargs=True)
         yield from self._padding.attach(self._model)
-        for key, consumer, path in self._readers:
-            module, feel = self._model.get_submodule(consumer), self._on_reader(key, path)
-            yield module.register_forward_hook(feel, with_kwargs=True)
+        for key, consumer, path in self._consumers:
+            module, hook = self._model.get_submodule(consumer), self._on_output(key, path)
+            yield module.register_forward_hook(hook, with_kwargs=True)
 
     @contextmanager
     def step(self, index: int, *, scale: float = 1.0) -> Iterator[None]:
-        """The block in which one training step runs: :meth:`begin` and :meth:`end`."""
+        """A block in which one training step runs: :meth:`begin`, then :meth:`end`."""
         self.begin(index)
         yield
         self.end(scale=scale)
 
     def begin(self, index: int) -> None:
-        """A training step begins.
+        """Start a training step.
 
         Args:
             index: Index of the step within its epoch.
         """
-        self._drop()
-        turn, rest = divmod(index, self._stride)
-        self._hearing = turn < self._steps and rest == self._stride - 1
+        self._clear()
+        count, rest = divmod(index, self._stride)
+        self._recording = count < self._steps and rest == self._stride - 1
 
     def end(self, *, scale: float = 1.0) -> None:
-        """A training step is over: add what was felt to the sums, if all of it is finite.
+        """End a training step: add its gradients to the sums if all of them are finite.
 
         Args:
-            scale: What one example's loss was multiplied with times the number of examples of the
-                step: the scale of a gradient scaler over the number of accumulated batches.
+            scale: Factor on the mean loss of the step: the scale of a gradient scaler divided by
+                the number of accumulated batches.
         """
-        staged, self._hearing = self._staged, False
+        staged, self._recording = self._staged, False
         if staged:
             values = [t for parts in staged.values() for t in parts]
             finite = bool(torch.stack([t.sum() for t in values]).isfinite().all())
@@ -284,43 +277,43 @@ class GradientRecorder(ModuleHooks):
                     matrix, taylor = (t.to("cpu", torch.float64) for t in staged[key])
                     sums.matrix += matrix * weight
                     sums.taylor += taylor * weight
-        self._drop()
+        self._clear()
 
-    def _drop(self) -> None:
-        self._staged, self._rows, self._hearing = {}, Counter(), False
+    def _clear(self) -> None:
+        self._staged, self._rows, self._recording = {}, Counter(), False
         self._last.clear()
         self._padding.clear()
 
     def _count(
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self._hearing and torch.is_grad_enabled():
+        if self._recording and torch.is_grad_enabled():
             self._last[path] = batch_size_of((*args, *kwargs.values())) or 0
             self._rows[path, _is_again()] += self._last[path]
 
     def _count_positions_first(self, path: str, x: Tensor) -> None:
-        """Correct the count of a call whose inputs have positions first, as they turn out to."""
+        """Correct the count of a call whose inputs turn out to be ``(positions, rows, ...)``."""
         positions, rows = x.shape[:2]
         if self._last.get(path) == positions:
             self._rows[path, _is_again()] += rows - positions
             self._last[path] = rows
 
     def _examples(self) -> int:
-        """Examples of the step; each goes through every network, and may do so once more."""
+        """Examples of the step; each runs through every network once, or again in backward."""
         return max(
             (self._rows[path, False] or self._rows[path, True] for path in self._networks),
             default=0,
         )
 
-    def _on_reader(self, key: str, path: str) -> Any:
+    def _on_output(self, key: str, path: str) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
-            if not self._hearing or not torch.is_grad_enabled():
+            if not self._recording or not torch.is_grad_enabled():
                 return None
             if not output.requires_grad:
-                # Everything below is frozen, but what is above still says what matters here. Of
-                # a copy: a leaf that needs gradients takes no operation in place.
+                # All below is frozen, yet gradients from above are wanted. A copy, because a leaf
+                # that requires gradients does not allow operations in place.
                 if not output.is_floating_point():
                     return None
                 output = output.detach().requires_grad_().clone()
@@ -329,8 +322,8 @@ class GradientRecorder(ModuleHooks):
             swapped = self._padding.positions_first(x)
             if swapped:
                 self._count_positions_first(path, x)
-            feel = partial(self._add_gradient, key, x, weight.detach(), swapped)
-            output.register_hook(feel)  # type: ignore[no-untyped-call]
+            add = partial(self._add_gradient, key, x, weight.detach(), swapped)
+            output.register_hook(add)  # type: ignore[no-untyped-call]
             return output
 
         return hook
@@ -338,7 +331,7 @@ class GradientRecorder(ModuleHooks):
     def _add_gradient(
         self, key: str, x: Tensor, weight: Tensor, swapped: bool, grad: Tensor
     ) -> None:
-        if not self._hearing:
+        if not self._recording:
             return
         if swapped:
             x, grad = x.transpose(0, 1), grad.transpose(0, 1)
@@ -346,15 +339,15 @@ class GradientRecorder(ModuleHooks):
             sums = self.sums[key]
             g = grad.detach().flatten(0, -2).float()
             down = g @ weight.float() if self._taylor or sums.over_units else g
-            heard = down if sums.over_units else g
+            recorded = down if sums.over_units else g
             if key not in self._staged:
-                # Of a given type: precision plugins change what torch makes by itself.
+                # new_zeros, as precision plugins change the default type.
                 self._staged[key] = [
                     g.new_zeros(sums.dimension, sums.dimension),
                     g.new_zeros(sums.units),
                 ]
             matrix, taylor = self._staged[key]
-            matrix.addmm_(heard.mT, heard)
+            matrix.addmm_(recorded.mT, recorded)
             if self._taylor:
                 change = (x.reshape(down.shape).float() * down).view(x.shape[0], -1, x.shape[-1])
                 entries = x.shape[-1] // max(1, sums.units)
@@ -370,16 +363,15 @@ def _is_again() -> bool:
 def empty_sums(
     model: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan | None = None
 ) -> dict[str, GradientSums]:
-    """Empty sums for every place, in the shape the model has now, at a plan (default: as built)."""
+    """Empty sums for every input, for a model that carries a plan (default: as built)."""
     widths = {} if plan is None else plan.widths
     sums: dict[str, GradientSums] = {}
     for group in groups:
         for key, consumers in group.inputs.items():
             rows, columns = model.get_parameter(f"{consumers[0]}.weight").shape
-            # What several layers read, unless it is what they make that is asked for.
-            inside = (
-                bool(group.consumers_by_input) or len(consumers) > 1
-            ) and group.rotation is None
-            units = 1 if group.rotation is not None else columns // group.entries_at(widths)
-            sums[key] = GradientSums(columns if inside else rows, units, over_units=inside)
+            # Of units that several layers read, except where heads rotate: there, of outputs.
+            shared, rotates = group.consumers_by_input or len(consumers) > 1, group.rotation
+            over_units = bool(shared) and rotates is None
+            units = 1 if rotates is not None else columns // group.entries_at(widths)
+            sums[key] = GradientSums(columns if over_units else rows, units, over_units=over_units)
     return sums

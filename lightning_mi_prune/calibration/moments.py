@@ -10,25 +10,27 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import Self
 
-from lightning_mi_prune.core.errors import PruningError, counted
+from lightning_mi_prune.core.errors import PruningError
 
 __all__ = [
     "ExactSums",
     "Moments",
     "add_outer",
     "check_moments",
+    "check_packed",
     "mirror",
+    "pack_symmetric",
     "rounding_variance",
     "stabilize",
+    "unpack_symmetric",
 ]
 
 
 class ExactSums(Metric):
-    """A metric of float64 sums, whose states move with a module and are never rounded with it.
+    """A metric of float64 sums, whose states follow a module's device but never its precision.
 
     ``module.to(torch.bfloat16)`` leaves the type as it is, and where a device has no float64 (MPS)
-    the states stay where they are. Subclasses add by assignment, never in place: states that were
-    reset in inference mode could not be added to outside of it.
+    the states stay where they are.
     """
 
     full_state_update = False
@@ -37,7 +39,7 @@ class ExactSums(Metric):
 
     @property
     def packed_size(self) -> int:
-        """Numbers of all sums together."""
+        """Length of :meth:`packed`."""
         return sum(getattr(self, name).numel() for name in self._defaults)
 
     def packed(self) -> Tensor:
@@ -45,7 +47,7 @@ class ExactSums(Metric):
         return torch.cat([getattr(self, name).reshape(-1) for name in self._defaults])
 
     def unpack(self, packed: Tensor) -> Self:
-        """Take over the sums of such a vector."""
+        """Replace the sums by those that :meth:`packed` wrote."""
         sizes = [getattr(self, name).numel() for name in self._defaults]
         for name, part in zip(self._defaults, torch.split(packed, sizes), strict=True):
             setattr(self, name, part.reshape(getattr(self, name).shape).clone())
@@ -54,29 +56,29 @@ class ExactSums(Metric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         def move(x: Tensor) -> Tensor:
-            place = fn(torch.zeros(0, device=x.device)).device
-            return x if place.type == "mps" else x.to(place)
+            device = fn(torch.zeros(0, device=x.device)).device
+            return x if device.type == "mps" else x.to(device)
 
         super()._apply(move, *args, **kwargs)
         return self
 
 
 # Columns of one product of matrices: the matrix of sums is symmetric, so what lies below its
-# diagonal blocks of this size is not computed. Smaller ones save more and are slower products.
+# diagonal blocks of this size is not computed. Smaller blocks save more but are slower products.
 _BLOCK = 384
 
 
-# Variance, as a share of the squared mean, that single precision cannot tell from none: some ten
-# of its steps.
+# Variance, as a share of the squared mean, below which single precision cannot tell it from
+# rounding: some ten of its steps.
 _SINGLE = 1e-12
 
 
-class Moments(Metric):
-    """Count, sum and sum of outer products of what one group carries, in float64.
+class Moments(ExactSums):
+    """Count, sum and sum of outer products of the activations of one group, in float64.
 
-    Sums of fixed shape, so memory does not depend on how much is heard and ranks are reduced by
-    addition. Of the symmetric ``outer`` only the upper triangle counts: what is below the diagonal
-    blocks is left behind by updates, and filled in by those who read it.
+    Sums of fixed shape: memory does not depend on the number of samples, and ranks are reduced by
+    addition. Only the upper triangle of the symmetric ``outer`` is kept up to date; below its
+    diagonal blocks, :func:`mirror` fills it in where it is read.
 
     Args:
         dimension: Entries ``d`` of the group.
@@ -84,15 +86,10 @@ class Moments(Metric):
     Example:
         >>> moments = Moments(2)
         >>> moments.update(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
-        >>> mean, covariance = moments.compute()
-        >>> mean, covariance
+        >>> moments.compute()
         (tensor([2., 4.], dtype=torch.float64), tensor([[1., 2.],
                 [2., 4.]], dtype=torch.float64))
     """
-
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = None
 
     count: Tensor
     total: Tensor
@@ -109,12 +106,12 @@ class Moments(Metric):
         self.add_state("outer", zeros.sum(), dist_reduce_fx="sum")
 
     def update(self, x: Tensor) -> None:
-        """Add samples ``x (n, d)`` where they are; on the CPU if their device has no float64."""
-        home = torch.device("cpu") if x.device.type == "mps" else x.device
+        """Add samples ``x (n, d)`` on their device, on the CPU where that has no float64 (MPS)."""
+        device = torch.device("cpu") if x.device.type == "mps" else x.device
         # Validation runs in inference mode and maybe autocast; sums stay ordinary float64 tensors.
         with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
-            self.to(home)
-            x = x.to(home).to(torch.float64)
+            self.to(device)
+            x = x.to(device).to(torch.float64)
             if self.outer.ndim == 0:
                 self.outer = torch.zeros(self.dimension, self.dimension).to(x)
             self.count += x.shape[0]
@@ -131,57 +128,80 @@ class Moments(Metric):
         return 1 + self.dimension + self.dimension * (self.dimension + 1) // 2
 
     def packed(self) -> Tensor:
-        """The sums as one float64 vector ``(1 + d + d (d + 1) / 2,)``: each outer product once.
-
-        What ranks add up and what a checkpoint holds: half of the memory of the sums.
-        """
-        rows, columns = torch.triu_indices(self.dimension, self.dimension, device=self.outer.device)
-        outer = self.outer[rows, columns] if self.outer.ndim else self.outer.expand(len(rows))
+        """The sums as one float64 vector with each outer product once: half of their memory."""
+        size = self.packed_size - 1 - self.dimension
+        outer = pack_symmetric(self.outer) if self.outer.ndim else self.outer.expand(size)
         return torch.cat([self.count.to(self.total).reshape(1), self.total, outer])
 
-    def unpack(self, packed: Tensor) -> Moments:
-        """Take over sums that :meth:`packed` wrote, whatever was heard before.
+    def unpack(self, packed: Tensor) -> Self:
+        """Replace the sums by those that :meth:`packed` wrote.
 
         Raises:
             PruningError: If the vector is not of this dimension.
 
         Example:
-            >>> heard = Moments(2)
-            >>> heard.update(torch.tensor([[1.0, 2.0]]))
-            >>> Moments(2).unpack(heard.packed()).outer
+            >>> moments = Moments(2)
+            >>> moments.update(torch.tensor([[1.0, 2.0]]))
+            >>> Moments(2).unpack(moments.packed()).outer
             tensor([[1., 2.],
                     [2., 4.]], dtype=torch.float64)
         """
-        d, expected = self.dimension, self.packed_size
-        if packed.shape != (expected,) or packed.dtype != torch.float64:
-            raise PruningError(
-                f"Sums of shape {tuple(packed.shape)} and type {packed.dtype}; expected "
-                f"({expected},) of float64 for {counted(d, 'entry', 'entries')}. They belong to "
-                "another model."
-            )
-        count, total, triangle = torch.split(packed, [1, d, expected - 1 - d])
-        rows, columns = torch.triu_indices(d, d, device=packed.device)
-        outer = packed.new_zeros(d, d)
-        outer[rows, columns] = triangle
-        outer[columns, rows] = triangle
-        self.count, self.total, self.outer = count.round().long()[0], total.clone(), outer
+        d, size = self.dimension, self.packed_size
+        check_packed(packed, size, f"activations of dimension {d}")
+        count, total, triangle = torch.split(packed, [1, d, size - 1 - d])
+        self.count, self.total = count.round().long()[0], total.clone()
+        self.outer = unpack_symmetric(triangle, d)
         return self
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """What :meth:`compute` says, uncached, and unsqueezed where there is one entry."""
+        """As :meth:`compute`, but not cached, and not squeezed where there is one entry."""
         mean = self.total / self.count
         return mean, mirror((self.outer / self.count).addr_(mean, mean, alpha=-1))
 
     def stabilized(self) -> tuple[Tensor, Tensor]:
-        """The same, with a covariance that can be inverted (:func:`stabilize`)."""
+        """As :meth:`statistics`, with a covariance that can be inverted (:func:`stabilize`)."""
         mean, covariance = self.statistics()
         return mean, stabilize(covariance, mean, self.count)
+
+
+def check_packed(packed: Tensor, size: int, what: str) -> None:
+    """Refuse a vector that is not float64 and of the given length.
+
+    Raises:
+        PruningError: Naming its shape and type, and what it should hold the sums of.
+    """
+    if packed.shape != (size,) or packed.dtype != torch.float64:
+        raise PruningError(
+            f"The sums of {what} are {tuple(packed.shape)} of {packed.dtype}; expected ({size},) "
+            "of float64. They belong to another model: calibrate this one again."
+        )
+
+
+def pack_symmetric(matrix: Tensor) -> Tensor:
+    """The upper triangle of a matrix ``(d, d)`` as a vector ``(d (d + 1) / 2,)``."""
+    rows, columns = torch.triu_indices(*matrix.shape, device=matrix.device)
+    return matrix[rows, columns]
+
+
+def unpack_symmetric(triangle: Tensor, size: int) -> Tensor:
+    """The symmetric matrix ``(size, size)`` that :func:`pack_symmetric` packed.
+
+    Example:
+        >>> unpack_symmetric(torch.tensor([1.0, 2.0, 3.0]), 2)
+        tensor([[1., 2.],
+                [2., 3.]])
+    """
+    rows, columns = torch.triu_indices(size, size, device=triangle.device)
+    matrix = triangle.new_zeros(size, size)
+    matrix[rows, columns] = triangle
+    matrix[columns, rows] = triangle
+    return matrix
 
 
 def add_outer(sums: Tensor, x: Tensor) -> None:
     """Add ``x' x`` of samples ``x (n, d)`` to the upper triangle of ``sums (d, d)``, in place.
 
-    What is below the diagonal blocks is left behind: :func:`mirror` fills it in.
+    Below the diagonal blocks ``sums`` stays as it is: :func:`mirror` fills it in.
     """
     for start in range(0, len(sums), _BLOCK):
         rows = slice(start, start + _BLOCK)
@@ -189,7 +209,7 @@ def add_outer(sums: Tensor, x: Tensor) -> None:
 
 
 def mirror(sums: Tensor) -> Tensor:
-    """Make a matrix symmetric, in place, by its upper triangle.
+    """Copy the upper triangle of a matrix to its lower one, in place.
 
     Example:
         >>> mirror(torch.tensor([[1.0, 2.0], [9.0, 3.0]]))
@@ -205,16 +225,15 @@ def mirror(sums: Tensor) -> Tensor:
 
 
 def stabilize(covariance: Tensor, mean: Tensor, count: Tensor) -> Tensor:
-    """Make a covariance that is the difference of two sums fit to be inverted, in place.
+    """Make a covariance that was computed as the difference of two sums invertible, in place.
 
-    Entries that never change, up to rounding, get no variance at all. All others are observed
-    through noise of the size of that rounding, for its sum over many entries must not turn a small
-    variance negative.
+    Entries that are constant up to rounding get variance 0. All others get noise of the size of
+    that rounding, which summed over many entries could otherwise turn a small variance negative.
 
     Args:
         covariance: Covariance ``(d, d)``.
         mean: Mean of the entries ``(d,)``.
-        count: Samples that were added up.
+        count: Samples in the sums.
 
     Example:
         >>> nearly = torch.tensor([[-1e-14, 0.0], [0.0, 1.0]], dtype=torch.float64)
@@ -229,7 +248,7 @@ def stabilize(covariance: Tensor, mean: Tensor, count: Tensor) -> Tensor:
 
 
 def rounding_variance(mean: Tensor, count: Tensor) -> Tensor:
-    """Variance of each entry that says nothing: what single precision and sums in double round.
+    """Variance of each entry that is only rounding, of single precision or of sums in double.
 
     Sums of ``count`` squares of one size round in the same way each time, so that their error
     grows with the count.
@@ -241,17 +260,21 @@ def rounding_variance(mean: Tensor, count: Tensor) -> Tensor:
     return (count * 2.0**-53).clamp_min(_SINGLE) * mean.square()
 
 
-def check_moments(heard: Mapping[str, Moments]) -> None:
+def check_moments(found: Mapping[str, Moments]) -> None:
     """Refuse sums that cannot be scored.
 
+    Args:
+        found: Sums at each place, by key.
+
     Raises:
-        PruningError: If a group was never reached, or carries NaN or infinite values.
+        PruningError: If a layer never ran, or had NaN or infinite inputs.
     """
-    for name, moments in heard.items():
+    for name, moments in found.items():
         if int(moments.count) == 0:
             raise PruningError(
-                f"Nothing was heard at {name!r}: its layer never ran in validation. Expected "
-                "validation_step to call the network; exclude the group or name the module."
+                f"No activations were collected at {name!r}: its layer never ran in validation. "
+                "Expected validation_step to call the network; exclude the group or name the "
+                "module."
             )
         if not torch.isfinite(moments.total).all() or not torch.isfinite(moments.outer).all():
             raise PruningError(

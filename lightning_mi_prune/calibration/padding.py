@@ -1,4 +1,4 @@
-"""Which positions of a running call are padding."""
+"""Which positions of the call that runs now are padding."""
 
 from __future__ import annotations
 
@@ -17,22 +17,18 @@ from lightning_mi_prune.calibration.calls import RecordedCall, first_call
 
 __all__ = [
     "Padding",
+    "add_masks",
     "attention_mask_of",
-    "complete",
     "pad_nested",
     "padded_encoders",
 ]
 
-# What torch's own modules call their input, and the mask of its padding.
-_ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
-
-
-_DECODERS = (nn.TransformerDecoder, nn.TransformerDecoderLayer)
-
-
+# Arguments of torch's own modules: the input, and the mask of its padding.
 _NAMES = {
-    **dict.fromkeys(_ENCODERS, ("src", "src_key_padding_mask")),
-    **dict.fromkeys(_DECODERS, ("tgt", "tgt_key_padding_mask")),
+    nn.TransformerEncoder: ("src", "src_key_padding_mask"),
+    nn.TransformerEncoderLayer: ("src", "src_key_padding_mask"),
+    nn.TransformerDecoder: ("tgt", "tgt_key_padding_mask"),
+    nn.TransformerDecoderLayer: ("tgt", "tgt_key_padding_mask"),
     nn.MultiheadAttention: ("query", "key_padding_mask"),
 }
 
@@ -46,15 +42,15 @@ def attention_mask_of(
 
 
 class _Known(NamedTuple):
-    real: Tensor | None
-    positions_first: bool
+    real: Tensor | None = None
+    positions_first: bool = False
 
 
 class Padding:
-    """What torch's own modules for attention were told of the padding of the call that runs.
+    """The masks of padding that torch's own attention modules receive in the call that runs now.
 
-    ``src_key_padding_mask``, ``tgt_key_padding_mask`` and the ``key_padding_mask`` of
-    self-attention count from the moment a module gets them, for all activations of that many
+    A ``src_key_padding_mask``, ``tgt_key_padding_mask`` or the ``key_padding_mask`` of
+    self-attention applies from the moment a module receives it, to all activations with that many
     examples and positions; so does the order of these two dimensions (``batch_first``). Calls in
     different threads and greenlets are kept apart.
 
@@ -71,34 +67,34 @@ class Padding:
         self._known: dict[Any, dict[tuple[int, ...], _Known]] = {}
 
     def attach(self, model: nn.Module) -> Iterator[RemovableHandle]:
-        """Put hooks on all modules that are told of padding, one after another."""
+        """Put hooks on all modules that receive such masks, one after another."""
         for module in model.modules():
             names = next((n for kind, n in _NAMES.items() if isinstance(module, kind)), None)
             if names is not None:
                 yield module.register_forward_pre_hook(self._hook(*names), with_kwargs=True)
 
-    def forget(self) -> None:
-        """Another call begins."""
+    def start_call(self) -> None:
+        """Forget the masks of the previous call."""
         self._known.pop(getcurrent(), None)
 
     def clear(self) -> None:
-        """Forget all calls."""
+        """Forget the masks of all calls."""
         self._known.clear()
 
     def real(self, x: Tensor) -> Tensor | None:
-        """The positions of activations that are not padding, as they lie; None: not known."""
+        """The positions of activations that are not padding, in their order; None if not known."""
         return self._of(x).real
 
     def positions_first(self, x: Tensor) -> bool:
-        """Whether activations have the positions in their first dimension, then the examples."""
+        """Whether activations are ``(positions, rows, ...)``."""
         return self._of(x).positions_first
 
     def rows_first(self, x: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Activations with the examples in their first dimension, and the mask of real positions.
 
         Args:
-            x: Activations as they lie; nested ones come back as one long example, all of it real.
-            given: ``attention_mask`` of the call, for where nothing else is known.
+            x: Activations; nested ones are returned as one long example without padding.
+            given: ``attention_mask`` of the call, used where no module received a mask.
         """
         if x.is_nested:
             return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()]), None
@@ -113,11 +109,11 @@ class Padding:
         """The mask ``(rows, positions)`` of the call that the activations ``x`` belong to.
 
         Args:
-            x: Activations as they lie.
+            x: Activations.
             rows: Examples of the call, if they come first in its arguments.
         """
         known = self._of(x)
-        if known.positions_first:  # then the mask says how the arguments lie, too
+        if known.positions_first:  # the mask then also shows the order in the arguments
             real = torch.ones(x.shape[:2], dtype=torch.bool) if known.real is None else known.real
             return real.mT
         fits = known.real is not None and known.real.ndim == 2 and len(known.real) == rows
@@ -125,12 +121,12 @@ class Padding:
 
     def _of(self, x: Tensor) -> _Known:
         known = {} if x.is_nested else self._known.get(getcurrent(), {})
-        return known.get(tuple(x.shape[:-1]), _NOTHING) if known else _NOTHING
+        return known.get(tuple(x.shape[:-1]), _Known()) if known else _Known()
 
-    def _hook(self, stream: str, padding: str) -> Any:
+    def _hook(self, input_name: str, mask_name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = _bound(module, args, kwargs)
-            x, mask = given.get(stream), given.get(padding)
+            x, mask = given.get(input_name), given.get(mask_name)
             if not isinstance(x, Tensor) or x.is_nested or given.get("key", x) is not x:
                 return
             batch_first = _batch_first(module)
@@ -148,24 +144,21 @@ class Padding:
         return hook
 
 
-_NOTHING = _Known(None, False)
-
-
-def complete(
+def add_masks(
     model: nn.Module,
     padding: Padding,
     calls: dict[str, RecordedCall],
     examples: dict[str, RecordedCall],
     x: Tensor,
 ) -> None:
-    """Give calls that are under way the mask that was not among their arguments.
+    """Add masks that only modules inside received to the calls that run now.
 
     Args:
         model: Module from which the calls are named.
-        padding: What was found inside them.
+        padding: The masks that modules inside received.
         calls: The calls, by path.
-        examples: Their first examples, which are taken again where they lie otherwise.
-        x: Activations inside them.
+        examples: Their first examples; they are selected anew, as the mask may show another order.
+        x: Activations inside the calls.
     """
     for path, call in list(calls.items()):
         mask = None if call.mask is not None else padding.call_mask(x, call.rows)
@@ -182,14 +175,14 @@ def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _is_real(padding: Tensor) -> Tensor:
-    """Where a mask of padding, true or added to the scores, has none."""
+    """Positions without padding, by a mask that is true at padding or added to the scores."""
     if padding.is_floating_point():
         return padding > torch.finfo(padding.dtype).min / 2
     return ~padding.bool()
 
 
 def _batch_first(module: nn.Module) -> bool | None:
-    """Whether the examples come first in the input of one of torch's own modules."""
+    """``batch_first`` of one of torch's own modules, if it has one."""
     if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
         module = next(iter(module.layers), module)
     found = getattr(getattr(module, "self_attn", module), "batch_first", None)
@@ -197,14 +190,15 @@ def _batch_first(module: nn.Module) -> bool | None:
 
 
 def pad_nested(model: nn.Module) -> Iterator[RemovableHandle]:
-    """Put hooks on torch's encoder layers that let them run on nested tensors, as padded ones.
+    """Put hooks on torch's encoder layers that convert nested inputs to padded ones and back.
 
-    With a mask of padding, torch's encoder hands its layers nested tensors, which they can only
-    take as one opaque operator; that is off wherever a layer has hooks, and the layer fails. Here
-    each layer runs on padded tensors and hands on nested ones, so that what comes out of the
-    encoder, zeros at the padding included, is what it is without hooks. No switch is touched.
+    With a mask of padding, torch's encoder passes nested tensors to its layers, which only one
+    fused operator supports. Torch does not use it where a layer has hooks, so the layer fails.
+    With these hooks each layer runs on padded tensors and returns nested ones, so that the output
+    of the encoder, zeros at the padding included, is the same as without hooks. No global setting
+    changes.
 
-    To be put on after all other hooks: they then see the padded tensors.
+    Put these hooks on after all others, which then receive the padded tensors.
     """
     widths: dict[Any, int] = {}
     lengths: dict[tuple[Any, nn.Module], tuple[list[int], torch.layout] | None] = {}

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_mi_prune.calibration.activations import Recorder
+from lightning_mi_prune.calibration.recorder import Recorder
 from lightning_mi_prune.calibration.calls import move_tensors, update_calls
 from lightning_mi_prune.calibration.data import CalibrationData, LayerComparison
 from lightning_mi_prune.calibration.layer_outputs import StackRecorder

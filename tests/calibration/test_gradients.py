@@ -1,4 +1,4 @@
-"""Gradients of training steps: what is summed, whatever training does to get them."""
+"""Sums of gradients of training steps do not depend on how training computes them."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from tests.support.runs import PRECISIONS
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 
 
-def plain():
+def small_net():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 1))
     return net, [linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])]
 
 
-def felt(net, groups, loss, steps=1, *, scale=1.0, **options):
+def gradient_sums(net, groups, loss, steps=1, *, scale=1.0, **options):
     """Sums of gradients over some steps, each of which runs ``loss(step)`` backward."""
     hooks = count_hooks(net)
     with GradientRecorder(net, groups, **options) as recorder:
@@ -72,13 +72,13 @@ def bert(**options):
 
 @pytest.mark.parametrize("positions", [(), (5,)])
 def test_sums_are_those_computed_by_hand(positions):
-    net, groups = plain()
+    net, groups = small_net()
     batches = [torch.randn(rows, *positions, 3) for rows in (4, 6)]
 
-    def loss_of(said):
-        return functional.mse_loss(said, torch.ones(*said.shape[:-1], 1).to(said))
+    def loss_of(output):
+        return functional.mse_loss(output, torch.ones(*output.shape[:-1], 1).to(output))
 
-    sums = felt(net, groups, lambda i: loss_of(net(batches[i])), 2, taylor=True)["hidden"]
+    sums = gradient_sums(net, groups, lambda i: loss_of(net(batches[i])), 2, taylor=True)["hidden"]
     net.double()
     matrix, taylor = torch.zeros(2, 2).double(), torch.zeros(4).double()
     for x in batches:
@@ -98,9 +98,9 @@ def test_sums_are_those_computed_by_hand(positions):
     torch.testing.assert_close(relevance.matrix, matrix.detach() / 10, rtol=1e-5, atol=1e-8)
 
 
-def test_heads_and_neurons_feel_at_the_outputs_of_their_readers():
+def test_gradients_of_heads_and_neurons_are_those_at_the_outputs_of_their_consumers():
     model, groups, loss = bert()
-    sums = felt(model, groups, loss)
+    sums = gradient_sums(model, groups, loss)
     for group in groups:
         outputs = []
         handle = model.get_submodule(group.consumers[0]).register_forward_hook(
@@ -114,60 +114,60 @@ def test_heads_and_neurons_feel_at_the_outputs_of_their_readers():
 
 @pytest.mark.parametrize("scale", [1 / 4, 2.0**12, 3.0])
 def test_neither_accumulation_nor_a_loss_scale_changes_the_sums(scale):
-    """A step whose loss was divided or scaled says so."""
+    """The scale of the loss of a step is passed to ``step``."""
     model, groups, loss = bert()
-    scaled = felt(model, groups, lambda step: loss(step) * scale, 2, scale=scale)
-    same(scaled, felt(model, groups, loss, 2))
+    scaled = gradient_sums(model, groups, lambda step: loss(step) * scale, 2, scale=scale)
+    same(scaled, gradient_sums(model, groups, loss, 2))
 
 
-def test_steps_of_different_scale_weigh_the_same():
+def test_steps_of_different_scale_have_the_same_weight():
     model, groups, loss = bert()
     with GradientRecorder(model, groups) as recorder:
         for step, scale in enumerate((2.0**10, 2.0**9)):
             with recorder.step(step, scale=scale):
                 (loss(step) * scale).backward()
-    same(recorder.sums, felt(model, groups, loss, 2))
+    same(recorder.sums, gradient_sums(model, groups, loss, 2))
 
 
 def test_a_step_that_is_not_finite_is_left_out_everywhere_and_then_refused():
-    net, groups = plain()
+    net, groups = small_net()
     groups.append(linear_group(net, "upper", kind="ffn", producers=["2"], consumers=["4"]))
     x, seen = torch.randn(4, 3), []
     net[3].register_forward_hook(lambda *args: seen.append(args[-1]))
 
     def loss(step):
-        said = net(x)
+        output = net(x)
         # Only what is below the upper consumer becomes infinite.
-        return (said + (math.inf if step == 1 else 0.0) * seen.pop()[:, :1]).sum()
+        return (output + (math.inf if step == 1 else 0.0) * seen.pop()[:, :1]).sum()
 
-    sums = felt(net, groups, loss, 3)
+    sums = gradient_sums(net, groups, loss, 3)
     assert {tuple(s.counts.tolist()) for s in sums.values()} == {(8, 2, 1)}
     assert all(s.matrix.isfinite().all() for s in sums.values())
     with pytest.raises(PruningError, match="NaN or infinite gradients at 'hidden' in 1 of 3"):
         check_gradients(sums)
     check_gradients(sums, scaled=True)  # a scaler looks for the largest scale without overflow
-    sums = felt(net, groups, lambda _: loss(1), 2)
+    sums = gradient_sums(net, groups, lambda _: loss(1), 2)
     with pytest.raises(PruningError, match=r"in 2 of 2 training steps.*relevance='weights'"):
         check_gradients(sums, scaled=True)
 
 
 def test_without_training_steps_or_gradients_there_is_no_relevance():
     model, groups, loss = bert()
-    with pytest.raises(PruningError, match="asks for training steps, but none were heard at"):
+    with pytest.raises(PruningError, match="needs training steps, but there were none at"):
         check_gradients(empty_sums(model, groups))
     method, full = (
         PipelineOptions(Budget(sparsity=0.5)),
         PruningPlan.full({a.name: a.size for a in groups}),
     )
-    with pytest.raises(PruningError, match=r"asks for training steps, but none were heard\. Train"):
+    with pytest.raises(PruningError, match=r"asks for training steps, but none were collected\. Train"):
         decide(method, model, groups, groups, full, CalibrationData({}))
-    sums = felt(model, groups, lambda step: loss(step) * 0.0)
+    sums = gradient_sums(model, groups, lambda step: loss(step) * 0.0)
     with pytest.raises(PruningError, match=r"No gradient reached .* in 1 training step"):
         check_gradients(sums)
 
 
 @pytest.mark.parametrize(
-    ("steps", "batches", "heard"),
+    ("steps", "batches", "recorded"),
     [
         (2, 8, [3, 7]),
         (3, 8, [1, 3, 5]),
@@ -176,8 +176,8 @@ def test_without_training_steps_or_gradients_there_is_no_relevance():
         (2, None, [0, 1]),
     ],
 )
-def test_the_steps_that_are_heard_are_spread_evenly(steps, batches, heard):
-    net, groups = plain()
+def test_recorded_steps_are_spread_evenly(steps, batches, recorded):
+    net, groups = small_net()
     found = []
     with GradientRecorder(net, groups, steps=steps, batches=batches) as recorder:
         for index in range(8):
@@ -185,11 +185,11 @@ def test_the_steps_that_are_heard_are_spread_evenly(steps, batches, heard):
             with recorder.step(index):
                 net(torch.randn(4, 3)).sum().backward()
             found += [index] * int(recorder.sums["hidden"].counts[1] - before)
-    assert found == heard
+    assert found == recorded
 
 
-def test_nothing_is_felt_outside_of_a_step_or_of_one_that_broke_off():
-    net, groups = plain()
+def test_nothing_is_summed_outside_of_a_step_or_of_one_that_failed():
+    net, groups = small_net()
     with GradientRecorder(net, groups) as recorder:
         net(torch.randn(4, 3)).sum().backward()
         recorder.begin(0)
@@ -209,47 +209,47 @@ def saving(forward, reentrant, *args, **kwargs):
 @pytest.mark.parametrize("whole", [True, False], ids=["network", "layers"])
 def test_activation_checkpoints_change_nothing(reentrant, whole):
     model, groups, loss = bert()
-    wanted = felt(model, groups, loss, 2, taylor=True)
+    wanted = gradient_sums(model, groups, loss, 2, taylor=True)
     if not whole:
         for layer in model.bert.encoder.layer:
             layer.forward = partial(saving, layer.forward, reentrant)
-        same(felt(model, groups, loss, 2, taylor=True), wanted)
+        same(gradient_sums(model, groups, loss, 2, taylor=True), wanted)
         return
 
     def within(step):
         given, needs = texts(step), torch.zeros(1, requires_grad=True)
         return checkpoint(lambda _: model(**given).loss, needs, use_reentrant=reentrant)
 
-    same(felt(model, groups, within, 2, taylor=True), wanted)
+    same(gradient_sums(model, groups, within, 2, taylor=True), wanted)
 
 
-def test_a_frozen_bottom_half_feels_what_is_above_it():
+def test_gradients_of_a_frozen_bottom_half_come_from_above_it():
     model, groups, loss = bert()
-    wanted = felt(model, groups, loss)
+    wanted = gradient_sums(model, groups, loss)
     model.zero_grad()
     model.bert.embeddings.requires_grad_(False)
     model.bert.encoder.layer[0].requires_grad_(False)
-    same(felt(model, groups, loss), wanted)
+    same(gradient_sums(model, groups, loss), wanted)
     for name, parameter in model.named_parameters():
         frozen = "embeddings" in name or "layer.0" in name
         assert (parameter.grad is None) == frozen, name
 
 
-def test_operations_in_place_on_what_a_frozen_reader_says_still_work():
-    net, groups = plain()
+def test_operations_in_place_on_the_output_of_a_frozen_consumer_work():
+    net, groups = small_net()
     net[3] = nn.ReLU(inplace=True)
     x = torch.randn(4, 3)
-    wanted = felt(net, groups, lambda _: net(x).sum())
+    wanted = gradient_sums(net, groups, lambda _: net(x).sum())
     net[:3].requires_grad_(False)
-    same(felt(net, groups, lambda _: net(x).sum()), wanted)
+    same(gradient_sums(net, groups, lambda _: net(x).sum()), wanted)
 
 
 def test_every_network_counts_the_same_examples():
     pair = nn.ModuleDict({"a": build("bert"), "b": build("distilbert", seed=1)})
-    sums = felt(pair, choose_groups(find_groups(pair)), lambda step: sum(
+    sums = gradient_sums(pair, choose_groups(find_groups(pair)), lambda step: sum(
         pair[name](**texts(step)).loss for name in pair
     ))  # fmt: skip
-    alone = felt(
+    alone = gradient_sums(
         pair["a"], choose_groups(find_groups(pair["a"])), lambda s: pair["a"](**texts(s)).loss
     )
     same(
@@ -257,7 +257,7 @@ def test_every_network_counts_the_same_examples():
     )
 
 
-class Still(Classifier):
+class Constant(Classifier):
     """Learns nothing, so that every run sees the same gradients."""
 
     def __init__(self, **options):
@@ -268,7 +268,7 @@ class Still(Classifier):
         return torch.utils.data.DataLoader(Sentences(64), batch_size=16)
 
 
-class Manual(Still):
+class Manual(Constant):
     """Two optimizers and two losses, by hand."""
 
     def __init__(self, **options):
@@ -287,7 +287,7 @@ class Manual(Still):
         return [torch.optim.SGD(half, lr=0.0) for half in halves]
 
 
-class Checkpointing(Still):
+class Checkpointing(Constant):
     def loss(self, batch):
         if not self.training:
             return super().loss(batch)
@@ -295,21 +295,21 @@ class Checkpointing(Still):
         return checkpoint(lambda _: self.model(**batch).loss, needs, **self.options)
 
 
-class Half(Still):
+class Half(Constant):
     def __init__(self):
         super().__init__()
         self.model.bert.embeddings.requires_grad_(False)
         self.model.bert.encoder.layer[0].requires_grad_(False)
 
 
-def felt_by_callback(module, **options):
-    """What the first cut of a run was decided from."""
+def sums_of_a_run(module, **options):
+    """The gradients that the first cut of a run was decided from."""
     found = []
 
     class Recorder(MutualInformationPruning):
-        def decide(self, module, heard, *rest):
-            found.append(heard.gradients)
-            return super().decide(module, heard, *rest)
+        def decide(self, module, data, *rest):
+            found.append(data.gradients)
+            return super().decide(module, data, *rest)
 
     trainer(Recorder(0.5, verbose=False), max_epochs=2, **options).fit(module)
     assert count_hooks(module) == 0
@@ -319,15 +319,15 @@ def felt_by_callback(module, **options):
 @pytest.fixture(scope="module")
 def ordinary():
     torch.manual_seed(0)
-    found = felt_by_callback(Still())
+    found = sums_of_a_run(Constant())
     assert {tuple(s.counts.tolist()) for s in found.values()} == {(64, 4, 0)}
     return found
 
 
 RUNS = {
-    "accumulation": (Still, {"accumulate_grad_batches": 3}, 1e-5),
-    "clipping": (Still, {"gradient_clip_val": 1e-3}, 1e-5),
-    "bf16-mixed": (Still, {"precision": "bf16-mixed"}, 0.1),
+    "accumulation": (Constant, {"accumulate_grad_batches": 3}, 1e-5),
+    "clipping": (Constant, {"gradient_clip_val": 1e-3}, 1e-5),
+    "bf16-mixed": (Constant, {"precision": "bf16-mixed"}, 0.1),
     "two optimizers by hand": (Manual, {}, 1e-5),
     "two optimizers by hand, bf16-mixed": (Manual, {"precision": "bf16-mixed"}, 0.1),
     "checkpoints": (lambda: Checkpointing(use_reentrant=False), {}, 1e-5),
@@ -337,36 +337,36 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_however_a_run_trains_the_same_is_felt(ordinary, name):
+def test_however_a_run_trains_the_sums_are_the_same(ordinary, name):
     make, options, tolerance = RUNS[name]
-    same(felt_by_callback(make(), **options), ordinary, tolerance)
+    same(sums_of_a_run(make(), **options), ordinary, tolerance)
 
 
-@pytest.mark.parametrize("module", [Still, Manual])
+@pytest.mark.parametrize("module", [Constant, Manual])
 def test_a_gradient_scaler_changes_nothing(ordinary, module):
     """Half precision rounds; the scale of 65536, squared, would show."""
-    same(felt_by_callback(module(), **PRECISIONS["16-mixed"]()), ordinary, 0.02)
+    same(sums_of_a_run(module(), **PRECISIONS["16-mixed"]()), ordinary, 0.02)
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_sums_have_their_own_precision(precision):
-    found = felt_by_callback(Manual(), precision=precision)
+    found = sums_of_a_run(Manual(), precision=precision)
     assert all(s.matrix.dtype == torch.float64 and s.matrix.any() for s in found.values())
 
 
-def test_a_run_with_no_use_for_gradients_takes_none():
-    taken = []
+def test_a_run_that_needs_no_gradients_records_none():
+    counts = []
 
-    class Watching(Still):
+    class Counting(Constant):
         def training_step(self, batch, index):
             if self is self.trainer.strategy.lightning_module:  # no copy of it
-                taken.append(count_hooks(self))
+                counts.append(count_hooks(self))
             return super().training_step(batch, index)
 
     callback = pruning_units(0.5, relevance="weights", verbose=False)
-    trainer(callback, max_epochs=2).fit(Watching())
-    assert set(taken) == {0}
-    taken.clear()
-    trainer(MutualInformationPruning(0.5, verbose=False), max_epochs=3).fit(Watching())
-    assert min(taken[:4]) > 0
-    assert set(taken[4:]) == {0}  # no further cut follows
+    trainer(callback, max_epochs=2).fit(Counting())
+    assert set(counts) == {0}
+    counts.clear()
+    trainer(MutualInformationPruning(0.5, verbose=False), max_epochs=3).fit(Counting())
+    assert min(counts[:4]) > 0
+    assert set(counts[4:]) == {0}  # no further cut follows

@@ -1,4 +1,4 @@
-"""A stack is heard as it runs: the same samples in every layer, no padding, hooks off again."""
+"""Layers are compared on the same samples, without padding; hooks are removed again."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.support.ranks import grouped, launch, place
 
 
 class Residual(nn.Module):
-    """A layer that turns its input by ``scale`` times something of its own."""
+    """A layer that adds ``scale`` times a linear map to its input."""
 
     def __init__(self, width, scale):
         super().__init__()
-        self.rotation, self.scale = nn.Linear(width, width), scale
+        self.linear, self.scale = nn.Linear(width, width), scale
 
     def forward(self, x):
-        return x + self.scale * self.rotation(x)
+        return x + self.scale * self.linear(x)
 
 
 def tower(*scales, width=16):
@@ -38,19 +38,19 @@ def test_sums_are_those_of_the_states_themselves():
     alignment, angles = LayerCKA(3), LayerAngles(4)
     alignment.update(states[1:])
     angles.update(states)
-    with LayerRecorder(net, layer_paths(net, "")) as heard:
+    with LayerRecorder(net, layer_paths(net, "")) as recorder:
         net(x)
-    assert torch.allclose(heard.alignment.compute(), alignment.compute())
-    assert torch.allclose(heard.angles.compute(), angles.compute())
-    assert heard.seconds > 0
+    assert torch.allclose(recorder.alignment.compute(), alignment.compute())
+    assert torch.allclose(recorder.angles.compute(), angles.compute())
+    assert recorder.seconds > 0
 
 
-def test_a_layer_that_does_nothing_is_a_copy_and_turns_nothing():
+def test_a_layer_that_does_nothing_has_cka_1_and_angle_0():
     net = tower(0.5, 0.0, 1.0)
-    with LayerRecorder(net, layer_paths(net, "")) as heard:
+    with LayerRecorder(net, layer_paths(net, "")) as recorder:
         for _ in range(4):
             net(torch.randn(32, 16, dtype=torch.float64))
-    cka, angles = heard.alignment.compute(), heard.angles.compute()
+    cka, angles = recorder.alignment.compute(), recorder.angles.compute()
     assert cka[0, 1] == pytest.approx(1)
     assert cka[1, 2] < 0.99
     assert angles[1, 2] == pytest.approx(0, abs=1e-7)
@@ -58,7 +58,7 @@ def test_a_layer_that_does_nothing_is_a_copy_and_turns_nothing():
     assert torch.equal(angles, angles.mT)
 
 
-def test_padding_is_not_heard_and_the_draw_is_the_same_everywhere():
+def test_padding_is_left_out_and_the_draw_is_the_same_for_all_layers():
     model = build("bert")
     blocks = layer_paths(model, "bert.encoder.layer")
     inputs = batch(8, 12)
@@ -66,7 +66,7 @@ def test_padding_is_not_heard_and_the_draw_is_the_same_everywhere():
     with LayerRecorder(model, blocks, scope="bert") as all_of_it, torch.no_grad():
         model(**inputs)
     assert all_of_it.alignment.pairs == real * (real - 3)
-    inputs["input_ids"][inputs["attention_mask"] == 0] = 7  # what stands there says nothing
+    inputs["input_ids"][inputs["attention_mask"] == 0] = 7  # padding must not matter
     with LayerRecorder(model, blocks, scope="bert") as again, torch.no_grad():
         model(**inputs)
     assert torch.allclose(all_of_it.alignment.compute(), again.alignment.compute())
@@ -79,14 +79,14 @@ def test_padding_is_not_heard_and_the_draw_is_the_same_everywhere():
     assert torch.equal(*few)
 
 
-def test_pictures_are_one_sample_each():
+def test_images_are_one_sample_each():
     net = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)))
-    with LayerRecorder(net, layer_paths(net, "")) as heard:
+    with LayerRecorder(net, layer_paths(net, "")) as recorder:
         net(torch.randn(10, 3, 6, 6))
-    assert heard.alignment.pairs == 10 * 7
+    assert recorder.alignment.pairs == 10 * 7
 
 
-def test_hooks_come_off_also_after_an_error():
+def test_hooks_are_removed_after_an_error():
     net = tower(0.5, 0.1)
     with pytest.raises(RuntimeError), LayerRecorder(net, layer_paths(net, "")):
         net(torch.randn(4, 5, dtype=torch.float64))
@@ -95,25 +95,25 @@ def test_hooks_come_off_also_after_an_error():
 
 def stack_of(seeds):
     net = tower(0.5, 0.1, 1.0)
-    with LayerRecorder(net, layer_paths(net, "")) as heard:
+    with LayerRecorder(net, layer_paths(net, "")) as recorder:
         for seed in seeds:
             draw = torch.Generator().manual_seed(seed)
             net(torch.randn(32, 16, generator=draw, dtype=torch.float64))
-    return heard.alignment.compute().tolist(), heard.angles.compute().tolist()
+    return recorder.alignment.compute().tolist(), recorder.angles.compute().tolist()
 
 
 def stack_on_a_rank(shares):
     return stack_of(shares[place()[0]])
 
 
-def test_two_ranks_hear_what_one_does():
+def test_two_ranks_sum_what_one_does():
     alone = stack_of(range(6))
     for found in launch(2, grouped, stack_on_a_rank, [[[0, 2, 3], [1, 4, 5]]]).values():
         for mine, whole in zip(found[0], alone, strict=True):
             assert mine == [pytest.approx(row, abs=1e-9) for row in whole]
 
 
-def test_what_is_no_stack_is_refused_before_it_is_heard():
+def test_what_is_no_stack_is_refused_before_it_runs():
     model = build("bert")
     with pytest.raises(PruningError, match="is no module"):
         layer_paths(model, "bert.nowhere")
@@ -127,7 +127,7 @@ def test_what_is_no_stack_is_refused_before_it_is_heard():
         LayerRecorder(model, ["bert.encoder.layer.0"])
     with pytest.raises(PruningError, match="are no modules"):
         LayerRecorder(model, ["bert.encoder.layer.0", "bert.encoder.layer.9"])
-    with pytest.raises(PruningError, match="positions=3"):
+    with pytest.raises(PruningError, match="positions=3; expected a whole number of at least 4"):
         LayerRecorder(model, layer_paths(model, "bert.encoder.layer"), positions=3)
     shared = nn.Linear(4, 4)
     with pytest.raises(PruningError, match="Layers of '' are one and the same"):
@@ -148,7 +148,7 @@ def test_states_are_checked():
         LayerAngles(0)
     angles = LayerAngles(2)
     unused = pytest.warns(UserWarning, match="before the ``update``")
-    with unused, pytest.raises(PruningError, match="No state was heard"):
+    with unused, pytest.raises(PruningError, match="No states were collected"):
         angles.compute()
     with pytest.raises(PruningError, match="expected 2 of one shape"):
         angles.update([torch.ones(3, 2), torch.ones(3, 4)])
@@ -157,7 +157,7 @@ def test_states_are_checked():
         angles.compute()
 
 
-def test_hooks_come_off_where_the_last_one_cannot_be_put_on():
+def test_hooks_are_removed_where_the_last_one_cannot_be_put_on():
     class Broken(LayerRecorder):
         def _attach(self):
             yield from super()._attach()

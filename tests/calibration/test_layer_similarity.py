@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_mi_prune.calibration.layer_similarity import LayerCKA, unbiased_cka
+from lightning_mi_prune.calibration.layer_similarity import LayerCKA, u_centered
 from lightning_mi_prune.core.errors import PruningError
 from tests.support.ranks import grouped, launch, place
+
+
+def unbiased_cka(x, y):
+    """Linear CKA of all samples at once, from the unbiased HSIC (Song et al. 2012, eq. 5)."""
+    kx, ky = u_centered(x @ x.mT), u_centered(y @ y.mT)
+    return (kx * ky).sum() / ((kx * kx).sum() * (ky * ky).sum()).sqrt()
 
 
 def rotation(size, generator):
@@ -15,12 +21,12 @@ def rotation(size, generator):
 
 
 @pytest.mark.parametrize("batch", [8, 20, 64, 256])
-def test_independent_layers_are_not_alike_and_copies_are(batch):
+def test_cka_of_independent_layers_is_0_and_of_copies_1(batch):
     draw, wide = torch.Generator().manual_seed(batch), 768
-    alignment, turn = LayerCKA(3), rotation(wide, draw)
+    alignment, rotate = LayerCKA(3), rotation(wide, draw)
     for _ in range(max(20, 12_000 // batch)):
         x, other = (torch.randn(batch, wide, generator=draw, dtype=torch.float64) for _ in "xy")
-        alignment.update([x, -3 * x @ turn + 5, other])
+        alignment.update([x, -3 * x @ rotate + 5, other])
     cka = alignment.compute()
     assert cka[0, 1] == pytest.approx(1)
     assert cka.diagonal().tolist() == pytest.approx([1, 1, 1])
@@ -60,7 +66,7 @@ def test_a_short_last_batch_counts_by_its_pairs():
     whole, cut = LayerCKA(2), LayerCKA(2)
     whole.update([x[:64], y[:64]])
     cut.update([x[:64], y[:64]])
-    cut.update([x[64:67], y[64:67]])  # three samples say nothing
+    cut.update([x[64:67], y[64:67]])  # three samples are left out
     assert torch.equal(whole.compute(), cut.compute())
     cut.update([x[64:], y[64:]])
     assert cut.pairs == 64 * 61 + 4
@@ -68,17 +74,17 @@ def test_a_short_last_batch_counts_by_its_pairs():
 
 def test_a_kernel_may_be_gaussian():
     draw = torch.Generator().manual_seed(3)
-    turn = rotation(24, draw)
+    rotate = rotation(24, draw)
     alignment = LayerCKA(3, kernel="rbf", bandwidth=0.8)
     for _ in range(32):
         x, other = (torch.randn(64, 24, generator=draw, dtype=torch.float64) for _ in "xy")
-        alignment.update([x, 7 * x @ turn, other])
+        alignment.update([x, 7 * x @ rotate, other])
     cka = alignment.compute()
     assert cka[0, 1] == pytest.approx(1)
     assert abs(cka[0, 2]) < 0.03
 
 
-def test_a_constant_layer_is_alike_to_nothing():
+def test_cka_of_a_constant_layer_is_0():
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(4))
     for kernel in ("linear", "rbf"):
         alignment = LayerCKA(2, kernel=kernel)
@@ -158,5 +164,33 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(PruningError, match="larger validation batches"):
         alignment.compute()
     alignment.update([x, x * float("nan")])
-    with pytest.raises(PruningError, match=r"Layers \[1\] say NaN"):
+    with pytest.raises(PruningError, match=r"layers \[1\] hold NaN"):
         alignment.compute()
+
+
+@pytest.mark.parametrize("n", [8, 20, 64, 256])
+def test_unbiased_cka_of_independent_data_is_about_zero(n):
+    values = [
+        unbiased_cka(*torch.randn(2, n, 768, dtype=torch.float64)).item()
+        for _ in range(max(20, 12_000 // n))
+    ]
+    assert abs(sum(values) / len(values)) < 0.03
+
+
+def test_unbiased_hsic_is_the_formula_and_knows_no_means():
+    """Song et al. 2012, eq. 5, term by term; a shift of the data changes nothing."""
+    n = 9
+    x, y = torch.randn(n, 5, dtype=torch.float64), torch.randn(n, 5, dtype=torch.float64)
+    k, g = (v @ v.mT - torch.diag((v @ v.mT).diagonal()) for v in (x, y))
+    terms = (k @ g).trace() + k.sum() * g.sum() / ((n - 1) * (n - 2))
+    expected = terms - 2 / (n - 2) * (k @ g).sum()
+    assert (u_centered(x @ x.mT) * u_centered(y @ y.mT)).sum().item() == pytest.approx(
+        expected.item()
+    )
+    assert unbiased_cka(x + 5, y).item() == pytest.approx(unbiased_cka(x, y).item())
+
+
+def test_unbiased_cka_of_a_rotated_scaled_copy_is_one():
+    x = torch.randn(40, 16, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q
+    assert unbiased_cka(x, 3 * x @ rotation).item() == pytest.approx(1, abs=1e-12)

@@ -670,7 +670,7 @@ BAD_RUNS = [
     (one_layer, {}, r"holds 1 layer of \['BertLayer'\]; expected two or more"),
     (Deep, {"module": "model.classifier"}, "module='model.classifier' holds no stack of layers"),
     (Deep, {"target_layers": 7}, "target_layers=7, but .* has 6 layers as built"),
-    (Diverged, {}, r"Layers \[3, 4, 5\] say NaN or infinite values"),
+    (Diverged, {}, r"layers \[3, 4, 5\] hold NaN or infinite values"),
     (Scored, {"max_drop": 0.1, "monitor": "val_f1"}, "monitor='val_f1', which Scored never logs"),
     (Albert, {}, "ALBERT runs one layer many times"),
 ]

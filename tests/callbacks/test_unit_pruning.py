@@ -521,7 +521,7 @@ BAD_RUNS = [
         ),
         "latency table was measured on .*another processor.*, but this is .*: measure",
     ),
-    (fit_with(Unheard), "relevance='gradient' asks for training steps, but none were heard at"),
+    (fit_with(Unheard), "relevance='gradient' needs training steps, but there were none at"),
     (fit_with(Overflowing), "NaN or infinite gradients at .* in 1 of 4 training steps"),
     (fit_with(options={"module": "encoder"}), "module='encoder' is not part of"),
     (fit_with(options={"include": "decoder"}), "include='decoder' matches no group"),
@@ -530,7 +530,7 @@ BAD_RUNS = [
     (fit_with(options={"kinds": ["neurons"]}), "names 'neurons'"),
     (fit_with(lambda: Classifier(validation_rows=2)), "Only .* at .* but scoring against"),
     (fit_with(NotANumber), "NaN or infinite activations at 'model.bert.encoder.layer.1.ffn'"),
-    (fit_with(Silent), "Nothing was heard at"),
+    (fit_with(Silent), "No activations were collected at"),
     (fit_with(History), "LBFGS keeps a history"),
     (fit_with(Compiled), "is compiled for the uncut shape"),
     (

@@ -1,4 +1,4 @@
-"""Torch's own encoder: no padding in the samples, no nested tensors where hooks are on."""
+"""Torch's own encoder: samples without padding, and padded tensors where hooks are on."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def describe(net):
     return found
 
 
-def batches(net, *, padded, masked=True, rows=24, count=3, garbage=0):
-    """The same texts with and without padding; what stands there is garbage."""
+def batches(net, *, padded, masked=True, rows=24, count=3, filler=0):
+    """The same texts with and without padding, which holds tokens shifted by ``filler``."""
     found = []
     for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, 50, (rows, LONG), generator=generator)
-        ids[:, SHORT:] = (ids[:, SHORT:] + garbage) % 50
+        ids[:, SHORT:] = (ids[:, SHORT:] + filler) % 50
         padding = (torch.arange(LONG) >= SHORT).expand(rows, LONG)
         if not padded:
             ids, padding = ids[:, :SHORT], padding[:, :SHORT]
@@ -95,9 +95,9 @@ VARIANTS = {
     "norm first": {"norm_first": True},
     "no bias": {"bias": False},
     "odd heads": {"activation": nn.Tanh()},
-    "rotated inside": {"inside": True},
+    "positions first inside": {"inside": True},
     "positions first": {"positions_first": True},
-    "rotated, norm first": {"inside": True, "norm_first": True, "bias": False},
+    "positions first inside, norm first": {"inside": True, "norm_first": True, "bias": False},
 }
 
 
@@ -108,8 +108,8 @@ def stream(net, data):
     net.encoder.register_forward_hook(lambda _, args, output: found.append(output))
     for batch in data:
         net(*batch)
-    rotated = net.inside or net.positions_first
-    outputs = [output.transpose(0, 1) if rotated else output for output in found]
+    swapped = net.inside or net.positions_first
+    outputs = [output.transpose(0, 1) if swapped else output for output in found]
     masked = len(data[0]) > 1
     return torch.cat([output[:, :SHORT] if masked else output for output in outputs])
 
@@ -120,7 +120,7 @@ def loss(net, batch):
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("masked", [True, False], ids=["padded", "bare"])
-def test_it_is_pruned_and_refitted_in_one_call(options, masked):
+def test_it_is_pruned_and_reconstructed_in_one_call(options, masked):
     net = Net(**options)
     data, whole = batches(net, padded=True, masked=masked), copy.deepcopy(net)
     done = prune(net, data, 0.5, loss=loss)
@@ -138,7 +138,7 @@ def test_it_is_pruned_and_refitted_in_one_call(options, masked):
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["padded", "bare"])
-def test_it_does_not_matter_what_comes_first(masked):
+def test_the_order_of_examples_and_positions_does_not_matter(masked):
     """Examples or positions, in the encoder or in the inputs too: the same units and weights."""
     found = []
     for options in ({}, {"inside": True}, {"positions_first": True}):
@@ -156,16 +156,16 @@ def test_it_does_not_matter_what_comes_first(masked):
 def test_padding_is_not_among_the_samples(options):
     """Sums, chosen units and solved weights are those of the same texts without padding."""
     found = []
-    for padded, garbage in ((True, 13), (False, 0)):
+    for padded, filler in ((True, 13), (False, 0)):
         net = Net(**options)
-        data = batches(net, padded=padded, garbage=garbage)
+        data = batches(net, padded=padded, filler=filler)
         groups = find_groups(net)
-        with ActivationRecorder(net.eval(), groups) as heard, torch.no_grad():
+        with ActivationRecorder(net.eval(), groups) as recorder, torch.no_grad():
             for batch in data:
                 net(*batch)
         plain = {"importance": Importance(relevance="weights")}
         done = prune(net, data, 0.5, loss=loss, **plain)
-        found.append((heard.moments, done.plan.kept, dict(net.named_parameters())))
+        found.append((recorder.moments, done.plan.kept, dict(net.named_parameters())))
     (moments, kept, weights), (bare, expected, wanted) = found
     for name, sums in bare.items():
         assert int(moments[name].count) == int(sums.count) == 3 * 24 * SHORT
@@ -175,7 +175,7 @@ def test_padding_is_not_among_the_samples(options):
         assert torch.allclose(weights[name], value, atol=1e-3), name
 
 
-def test_what_comes_out_is_the_same_with_hooks_and_without():
+def test_outputs_are_the_same_with_hooks_and_without():
     """Zeros at the padding included: a mean over all positions must not change."""
     net = Net().eval()
     flags = {k: v for m in net.modules() for k, v in vars(m).items() if "nested" in k}
@@ -201,34 +201,35 @@ def test_nested_tensors_of_the_user():
     given = torch.nested.nested_tensor(texts)
     with torch.no_grad():
         want = net.encoder(given)
-        with ActivationRecorder(net, find_groups(net), calls=100) as heard:
+        with ActivationRecorder(net, find_groups(net), calls=100) as recorder:
             got = net.encoder(given)
         assert got.is_nested
         for one, other in zip(got.unbind(), want.unbind(), strict=True):
             assert torch.allclose(one, other, atol=1e-5)
-    assert int(heard.moments["ffn0"].count) == 10
-    assert not heard.stored
+    assert int(recorder.moments["ffn0"].count) == 10
+    assert not recorder.stored
 
 
 def test_frozen_layers_get_nested_tensors_with_gradients_on():
     net = Net().eval()
     net.encoder.requires_grad_(False)
     net.embed.requires_grad_(False)
-    with GradientRecorder(net, find_groups(net)) as felt, felt.step(0):
+    with GradientRecorder(net, find_groups(net)) as recorder, recorder.step(0):
         loss(net, batches(net, padded=True)[0]).backward()
-    assert all(sums.matrix.isfinite().all() and sums.counts[1] == 1 for sums in felt.sums.values())
-    assert felt.sums["ffn0"].matrix.abs().sum() > 0
+    for sums in recorder.sums.values():
+        assert sums.matrix.isfinite().all()
+        assert sums.counts[1] == 1
+    assert recorder.sums["ffn0"].matrix.abs().sum() > 0
 
 
-def test_changes_of_an_example_are_its_own_whatever_comes_first():
-    """First-order changes are summed by example, also where positions come first."""
+def test_first_order_changes_are_summed_by_example_whatever_comes_first():
     sums = []
     for options in ({}, {"inside": True}, {"positions_first": True}):
         net = Net(dropout=0.0, **options).train()
-        with GradientRecorder(net, find_groups(net), taylor=True) as felt, felt.step(0):
+        with GradientRecorder(net, find_groups(net), taylor=True) as recorder, recorder.step(0):
             loss(net, batches(net, padded=True)[0]).backward()
-        sums.append(felt.sums["ffn1"].taylor)
-        assert felt.sums["ffn1"].counts[0] == 24
+        sums.append(recorder.sums["ffn1"].taylor)
+        assert recorder.sums["ffn1"].counts[0] == 24
     assert torch.allclose(sums[0], sums[1], rtol=1e-3)
     assert torch.allclose(sums[0], sums[2], rtol=1e-3)
 
@@ -238,9 +239,9 @@ def test_masks_that_are_added_to_scores(first):
     net = Net(inside=not first).eval()
     ids, padding = batches(net, padded=True)[0]
     added = torch.zeros(padding.shape).masked_fill(padding, -torch.inf)
-    with ActivationRecorder(net, find_groups(net)) as heard, torch.no_grad():
+    with ActivationRecorder(net, find_groups(net)) as recorder, torch.no_grad():
         net(ids, added)
-    assert int(heard.moments["ffn0"].count) == 24 * SHORT
+    assert int(recorder.moments["ffn0"].count) == 24 * SHORT
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -255,10 +256,10 @@ def test_decoders_leave_out_the_padding_of_their_own_positions(first):
     lay = (lambda x: x) if first else (lambda x: x.transpose(0, 1))
     pads = {"src_key_padding_mask": torch.arange(5).expand(3, 5) >= 4}
     for given, expected in (({}, 15), ({"tgt_key_padding_mask": pads["src_key_padding_mask"]}, 12)):
-        with ActivationRecorder(net, groups) as heard, torch.no_grad():
+        with ActivationRecorder(net, groups) as recorder, torch.no_grad():
             net(lay(source), lay(target), **pads, **given)
-        assert int(heard.moments["source"].count) == 12
-        assert int(heard.moments["target"].count) == expected
+        assert int(recorder.moments["source"].count) == 12
+        assert int(recorder.moments["target"].count) == expected
 
 
 class Block(nn.Module):
@@ -280,10 +281,10 @@ def test_hand_written_layers_around_torchs_attention(first, rows):
     net = Block(first).eval()
     group = linear_group(net, "ffn", kind="ffn", producers=["up"], consumers=["down"])
     x, ignored = torch.randn(rows, 6, WIDTH), torch.arange(6).expand(rows, 6) >= 4
-    with ActivationRecorder(net, [group]) as heard, torch.no_grad():
+    with ActivationRecorder(net, [group]) as recorder, torch.no_grad():
         net(x if first else x.transpose(0, 1), ignored)
-        net(x if first else x.transpose(0, 1), None)  # nothing is left of the last call
-    assert int(heard.moments["ffn"].count) == rows * (4 + 6)
+        net(x if first else x.transpose(0, 1), None)  # the mask of the last call does not count
+    assert int(recorder.moments["ffn"].count) == rows * (4 + 6)
 
 
 @pytest.mark.parametrize("options", [{}, {"inside": True}, {"positions_first": True}])
@@ -292,11 +293,11 @@ def test_layers_of_a_stack_are_compared_without_padding(options):
     for padded in (True, False):
         net = Net(layers=3, **options).eval()
         blocks = layer_paths(net, "encoder.layers")
-        with LayerRecorder(net, blocks, positions=1000, calls=100) as heard, torch.no_grad():
+        with LayerRecorder(net, blocks, positions=1000, calls=100) as recorder, torch.no_grad():
             net(*batches(net, padded=padded)[0])
-        assert heard.angles.count == 24 * SHORT
-        found.append((heard.alignment.compute(), heard.angles.compute()))
-        (call,) = heard.stored[""]
+        assert recorder.angles.count == 24 * SHORT
+        found.append((recorder.alignment.compute(), recorder.angles.compute()))
+        (call,) = recorder.stored[""]
         assert call.mask.shape[0] == call.rows
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
@@ -306,10 +307,10 @@ def test_layers_of_a_stack_are_compared_without_padding(options):
 def test_stored_calls_bring_their_mask_and_can_be_joined(options):
     net = Net(**options).eval()
     long, short = batches(net, padded=True)[0], batches(net, padded=False, rows=9)[0]
-    with ActivationRecorder(net, find_groups(net), calls=2000) as heard, torch.no_grad():
+    with ActivationRecorder(net, find_groups(net), calls=2000) as recorder, torch.no_grad():
         net(*long)
         net(*short)
-    stored = heard.stored[""]
+    stored = recorder.stored[""]
     assert [call.rows for call in stored] == [24, 9]
     assert all(torch.equal(call.mask.bool(), ~call.args[1]) for call in stored)
     whole = merge_calls(stored, 10_000)
@@ -321,7 +322,7 @@ def test_stored_calls_bring_their_mask_and_can_be_joined(options):
         assert torch.allclose(net(*whole.args).sum(0), want.sum(0), atol=1e-4)
         parts = [net(*piece.args) for piece in split_call(whole)]
         assert torch.allclose(torch.cat(parts).sum(0), want.sum(0), atol=1e-4)
-    first = heard.calls(find_groups(net))[""]
+    first = recorder.calls(find_groups(net))[""]
     assert first.rows == 1
     assert first.args[0].numel() == LONG
 
@@ -336,7 +337,7 @@ def test_masks_that_are_added_are_joined_as_such():
     assert torch.equal(whole.args[1] == 0, whole.mask.bool())
 
 
-def test_calls_that_say_nothing_of_padding_are_not_padded():
+def test_calls_without_a_mask_are_not_padded():
     """The network would take what is filled in for text."""
     calls = [
         RecordedCall((torch.ones(rows, n).long(),), {}, torch.arange(n).expand(rows, n) < 3)
@@ -402,7 +403,7 @@ def test_a_budget_of_macs_is_met():
     assert 0.95 * goal < count_macs(net, one) <= goal
 
 
-def test_hooks_come_off_after_an_error():
+def test_hooks_are_removed_after_an_error():
     net = Net().eval()
     with pytest.raises(RuntimeError, match="stop"), ActivationRecorder(net, find_groups(net)):
         raise RuntimeError("stop")
@@ -431,7 +432,9 @@ class Trained(pl.LightningModule):
     val_dataloader = train_dataloader
 
 
-@pytest.mark.parametrize("options", [{}, {"positions_first": True}], ids=["nested", "rotated"])
+@pytest.mark.parametrize(
+    "options", [{}, {"positions_first": True}], ids=["nested", "positions first"]
+)
 def test_it_is_pruned_while_it_trains(options):
     module = Trained(Net(**options))
     callback = MutualInformationPruning(0.5, verbose=False)
