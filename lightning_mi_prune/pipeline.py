@@ -188,7 +188,7 @@ def costs_of(
     budget = options.budget
     if budget.kind == "target_parameters":  # of the whole module, whatever was cut of it
         fixed = sum(p.numel() for p in module.parameters()) - count_parameters(groups, current)
-        return ParameterCosts(groups, fixed, held=current)
+        return ParameterCosts(groups, fixed, current=current)
     if budget.measure == "parameters":
         return ParameterCosts(chosen)
     if not examples:
@@ -211,7 +211,7 @@ def costs_of(
         return measure_table(module, timed, calls, multiple=options.constraints.multiple)
 
     table = cached_table(options.latency.table, measure, device_of(module, calls), tables)
-    return LatencyCosts(table, timed, held=current)
+    return LatencyCosts(table, timed, current=current)
 
 
 def decide(

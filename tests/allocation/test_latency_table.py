@@ -263,7 +263,7 @@ def test_costs_add_up_side_by_side():
     assert costs.savings("0.ffn", {**full, "0.ffn": 32}, [31]) == pytest.approx([2 / 32])
     assert costs.savings("0.ffn", full, [63]) == pytest.approx([1 / 32])
     assert costs.neighbours("0.ffn") == frozenset()
-    held = LatencyCosts(TABLE, groups, held={"1.ffn": 32})
+    held = LatencyCosts(TABLE, groups, current={"1.ffn": 32})
     assert held.total({"0.ffn": 64}) == pytest.approx(9.0)
 
 
@@ -354,7 +354,7 @@ def test_costs_of_another_model_are_refused():
     larger = DependencyGroup("0.ffn", "ffn", 128, 1, (), ("down",))
     for group in (stranger, larger):
         with pytest.raises(
-            PruningError, match=f"does not know '{group.name}' of {group.size} units"
+            PruningError, match=f"does not have '{group.name}' of {group.size} units"
         ):
             LatencyCosts(TABLE, [group])
 
