@@ -234,7 +234,7 @@ def test_weights_of_other_layers_than_the_plan_says_are_refused():
     assert state(fresh.module["net"]) == before
 
 
-def test_a_keeper_of_the_whole_takes_over_from_that_of_a_part():
+def test_a_tracker_of_the_whole_takes_over_from_that_of_a_part():
     inner = PlanTracker(deep_bert().eval(), parts)
     graph = inner.graph
     plan = graph.keep_layers(graph.full, {STACK: (0, 3)})
