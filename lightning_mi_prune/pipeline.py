@@ -22,7 +22,7 @@ from lightning_mi_prune.allocation.costs import Costs, ParameterCosts
 from lightning_mi_prune.allocation.latency import Device, LatencyCosts, LatencyTable
 from lightning_mi_prune.allocation.macs import macs_of_calls, measure_macs
 from lightning_mi_prune.allocation.measuring import cached_table, device_of, measure_table
-from lightning_mi_prune.calibration.calls import RecordedCall, move_tensors
+from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.calibration.collect import (
     Forward,
     Loss,
@@ -51,7 +51,7 @@ from lightning_mi_prune.core.options import (
     check_choice,
 )
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
-from lightning_mi_prune.core.running import copy_networks, run_batch, undisturbed
+from lightning_mi_prune.core.running import copy_networks, move_tensors, run_batch, undisturbed
 from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
 from lightning_mi_prune.discovery.graph import choose_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_mi_prune.allocation.costs import MacCosts
 from lightning_mi_prune.allocation.mac_counter import MacCounter, counting
-from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision, move_tensors
+from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision
+from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.discovery.groups import DependencyGroup
 
 __all__ = [
