@@ -85,10 +85,10 @@ def measured(task: str, seed: int, setting: Setting, sparsity: float) -> Figures
     work = measure_macs(subject.model, subject.groups, subject.calibration.examples)
     if setting.counted == "MACs":
         plain = replace(DEFAULT, weights="compensation")
-        _, default = cut(calibrated(task, seed, DEFAULT), plain, sparsity)
+        _, default = cut(calibrated(task, seed, DEFAULT), plain.options(sparsity, seed))
         budget = work.total(widths_of(default))
     started = time.process_time()
-    model, plan = cut(subject, setting, budget, ridge=setting.reconstruction_ridge)
+    model, plan = cut(subject, setting.options(budget, seed), ridge=setting.reconstruction_ridge)
     seconds = time.process_time() - started
     before, left = (sum(p.numel() for p in net.parameters()) for net in (subject.model, model))
     return {

@@ -94,9 +94,7 @@ def without_layers(criterion: LayerCriterion) -> Prune:
             left = layers_left(stack.size, sparsity)
             selector = LayerSelector(None, target=left, criterion=criterion)
             kept[stack.name] = selector.choose(stack.name, compared[stack.name]).after
-        remove_layers(
-            model, stacks, PruningPlan({stack.name: stack.size for stack in stacks}, kept)
-        )
+        remove_layers(model, stacks, PruningPlan({s.name: s.size for s in stacks}, kept))
         return model
 
     return cut
@@ -178,11 +176,8 @@ class Movement:
         for path in self.scored:
             parametrize.remove_parametrizations(self.model.get_submodule(path), "weight")
         places = {g.name: tuple(kept[g.consumers[0]].flatten().tolist()) for g in self.groups}
-        apply_plan(
-            self.model,
-            self.groups,
-            PruningPlan({group.name: group.size for group in self.groups}, places),
-        )
+        sizes = {group.name: group.size for group in self.groups}
+        apply_plan(self.model, self.groups, PruningPlan(sizes, places))
         return self.model
 
 

@@ -125,7 +125,7 @@ def pruned(task: str, seed: int, entry: Entry, sparsity: float) -> tuple[nn.Modu
         return small, dense_record(task, seed, layers)["cpu_seconds"]
     started = time.process_time()
     if isinstance(entry, Variant):
-        model = cut(subject.cutting(entry.units), entry, sparsity)[0]
+        model = cut(subject.cutting(entry.units), entry.options(sparsity, seed))[0]
     else:
         model = copy.deepcopy(subject.model)
         if entry.prune is not None:
