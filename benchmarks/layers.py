@@ -119,8 +119,8 @@ def compared(task: str, seed: int) -> tuple[StackRecorder, LayerStack]:
     """The layers of a fine-tuned model, compared on the validation split."""
     subject, _ = opened(task, seed, calibrated=False)
     (stack,) = find_stacks(subject.model)
-    options = {"calls": POSITIONS, "batches": len(subject.validation), "positions": 256}
-    recorder = StackRecorder(subject.model, [stack], seed=seed, **options)
+    sizes = {"calls": POSITIONS, "batches": len(subject.validation), "positions": 256}
+    recorder = StackRecorder(subject.model, [stack], seed=seed, **sizes)
     with torch.no_grad(), recorder:
         for batch in subject.validation:
             recorder.start_batch()

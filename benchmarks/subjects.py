@@ -44,8 +44,7 @@ __all__ = [
 
 UNITS = ("ffn", "heads")
 EVERY_UNIT = (*UNITS, "head_dim")
-# Samples of each group, positions whose inputs are stored for the reconstruction, and batches
-# whose gradients are taken.
+# Samples of each group, positions of stored inputs, and batches whose gradients are taken.
 POSITIONS, STORED, STEPS = 40_000, 65_536, 64
 
 Kept = dict[str, list[int]]

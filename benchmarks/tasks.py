@@ -160,8 +160,8 @@ def folder_of(task: str, seed: int, layers: int | None = None) -> Path:
 
 def dense_record(task: str, seed: int, layers: int | None = None) -> dict[str, Any]:
     """What is known of a fine-tuned classifier: accuracies, rows, seconds, settings."""
-    text = (folder_of(task, seed, layers) / RECORD).read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
+    path = folder_of(task, seed, layers) / RECORD
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
