@@ -192,7 +192,8 @@ def kept_entries(
     for name in {group.name, group.product_with} & set(current.kept):
         place = {p: i for i, p in enumerate(current.kept[name])}
         now[name] = [place[p] for p in kept[name]]
-    return entry_positions(group, now, current.widths)
+    positions = entry_positions(group, now, current.widths)
+    return torch.tensor(positions, dtype=torch.long)
 
 
 def entries_of(units: Tensor, entries: int) -> Tensor:
