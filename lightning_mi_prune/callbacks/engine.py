@@ -102,7 +102,12 @@ def roll_back(
     """
     before, current = {id(p) for p in module.parameters()}, tracker.plan
     done = restore_model(
-        module, tracker.graph, trial.plan, trial.weights, current=current, available=tracker.removed_layers
+        module,
+        tracker.graph,
+        trial.plan,
+        trial.weights,
+        current=current,
+        available=tracker.removed_layers,
     )
     module.zero_grad(set_to_none=True)  # of the model that is given up
     try:
