@@ -168,7 +168,7 @@ def test_nothing_can_be_inverted_and_counted():
     assert torch.isfinite(precision).all()
     posterior = precision + 1e6 * torch.ones(4, 4, dtype=F64)
     for entries in (1, 2):
-        assert eliminate(precision, posterior, keep=0, entries=entries).costs == (0.0,) * (
+        assert eliminate([(precision, posterior)], keep=0, entries=entries).costs == (0.0,) * (
             4 // entries
         )
     assert mean_variance(zero) == NOTHING
@@ -184,8 +184,8 @@ def test_elimination_does_not_see_the_scale(entries, scale):
     precision = torch.linalg.inv(a @ a.mT / size)
     b = torch.randn(5, size, generator=torch.manual_seed(1), dtype=F64)
     posterior = precision + b.mT @ b
-    plain = eliminate(precision, posterior, keep=0, entries=entries)
-    other = eliminate(precision / scale, posterior / scale, keep=0, entries=entries)
+    plain = eliminate([(precision, posterior)], keep=0, entries=entries)
+    other = eliminate([(precision / scale, posterior / scale)], keep=0, entries=entries)
     assert other.order == plain.order
     assert other.costs == pytest.approx(plain.costs, rel=1e-6, abs=1e-9)
 

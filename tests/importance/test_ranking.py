@@ -26,7 +26,7 @@ from lightning_mi_prune.importance.criteria import (
     Random,
     Taylor,
 )
-from lightning_mi_prune.importance.elimination import eliminate_together
+from lightning_mi_prune.importance.elimination import eliminate
 from lightning_mi_prune.importance.information import inverse
 from lightning_mi_prune.importance.ranking import loss_curve, rank_groups
 from lightning_mi_prune.importance.statistics import UnitStatistics, unit_statistics
@@ -88,7 +88,7 @@ def test_every_step_drops_what_costs_least_over_all_sites(consumer_sets):
             total += float(torch.logdet(above) - torch.logdet(given)) / 2
         return total
 
-    result = eliminate_together(pairs, keep=0)
+    result = eliminate(pairs, keep=0)
     left = list(range(6))
     for unit, cost in zip(result.order, result.costs, strict=True):
         options = {
@@ -283,4 +283,4 @@ def test_a_matrix_that_is_not_positive_is_named_before_an_order_comes_of_it():
     identity = torch.eye(3, dtype=torch.float64)
     broken = torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 9.0]]).double()
     with pytest.raises(PruningError, match=r"information of \d of 3 units .* larger ridge"):
-        eliminate_together([(identity, broken)], keep=0)
+        eliminate([(identity, broken)], keep=0)

@@ -317,7 +317,7 @@ def test_nothing_heard_is_refused():
     net, group = two_layers()
     with ActivationRecorder(net, [group]) as heard:
         pass
-    with pytest.raises(PruningError, match="Nothing was heard"):
+    with pytest.raises(PruningError, match="No activations were collected"):
         select_units(
             [group],
             heard.moments,
