@@ -142,12 +142,12 @@ def head_rotation(
     of_query, of_key = (_blocks(relevance[name].matrix.to(query), size) for name in keys)
     key_maps, query_maps = _balanced(key_covariance, of_key)
     query_power, key_power = _along(query_maps, query), _along(key_maps, key_covariance)
-    # Their sum would be the loss of truncating scores alone, but leads a budget to cut other groups
-    # instead; their mean is below that loss.
     by_query = query_power * _along(key_maps, of_query)
     by_key = key_power * _along(query_maps, of_key)
+    # Their sum would predict the loss of cutting dimensions alone, but a budget would then cut
+    # other groups instead; their mean is below that loss.
     scores = (by_query + by_key) / 2
-    # One may be scaled by what the other is divided by: both get the same power.
+    # Scaling one and dividing the other changes no score: both get the same power.
     largest = torch.maximum(key_power, _LEAST_POWER * _along(key_maps, key))
     both = (largest > 0) & (query_power > 0)  # a head without activations has no scale
     ratio = torch.where(both, largest, 1.0) / torch.where(both, query_power, 1.0)
@@ -186,7 +186,7 @@ def check_rotations(
     rotating = [group.name for group in chosen if group.rotation is not None]
     if rotating and relevance != "gradient":
         raise PruningError(
-            f"{rotating[0]!r} cannot shrink with relevance={relevance!r}: ranking dimensions of heads "
+            f"{rotating[0]!r} cannot shrink with relevance={relevance!r}: ranking its dimensions "
             "needs gradients. Use relevance='gradient', or leave 'head_dim' out of kinds."
         )
     heads = [
@@ -253,7 +253,7 @@ def _balanced(covariance: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal(maps: Tensor) -> Tensor:
-    """Orthogonal maps whose first ``n`` rows span the same as those of ``maps``, for every ``n``."""
+    """Orthogonal maps whose first ``n`` rows span those of the given maps, for every ``n``."""
     basis, _ = torch.linalg.qr(maps.mT)
     rows: Tensor = basis.mT.contiguous()
     return rows

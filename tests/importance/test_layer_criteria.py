@@ -1,4 +1,4 @@
-"""Which layers may go: clusters of what is alike, and the rivals' choices."""
+"""Layers to remove: clusters of similar layers, and the other criteria."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_mi_prune.importance.layer_criteria import (
     smallest_angles,
 )
 
-ALIKE = [
+SIMILARITY = [
     [1.00, 0.99, 0.98, 0.90, 0.50],
     [0.99, 1.00, 0.99, 0.99, 0.60],
     [0.98, 0.99, 1.00, 0.99, 0.70],
@@ -30,17 +30,17 @@ ALIKE = [
 @pytest.mark.parametrize(
     ("threshold", "expected"),
     [
-        (0.98, [(0, 1, 2), (3, 4)]),  # 3 is alike to 2, but not to the first of the cluster
+        (0.98, [(0, 1, 2), (3, 4)]),  # 3 is similar to 2, but not to the first of the cluster
         (0.995, [(0,), (1,), (2,), (3,), (4,)]),
         (0.5, [(0, 1, 2, 3, 4)]),
         (1, [(0,), (1,), (2,), (3,), (4,)]),
     ],
 )
-def test_clusters_are_runs_alike_to_their_first(threshold, expected):
-    assert clusters_of(ALIKE, threshold) == expected
+def test_clusters_are_runs_similar_to_their_first(threshold, expected):
+    assert clusters_of(SIMILARITY, threshold) == expected
 
 
-def test_of_a_cluster_every_kth_goes_and_never_the_first():
+def test_of_a_cluster_every_kth_is_removed_and_never_the_first():
     clusters = [(0, 1, 2, 3, 4, 5, 6, 7), (8,)]
     assert redundant_layers(clusters) == (1, 2, 3, 4, 5, 6, 7)
     assert redundant_layers(clusters, 2) == (1, 3, 5, 7)
@@ -51,10 +51,10 @@ def test_of_a_cluster_every_kth_goes_and_never_the_first():
 @pytest.mark.parametrize("threshold", [0, -1, 98, 1.01, float("nan"), True, "0.9"])
 def test_a_threshold_out_of_range_is_named(threshold):
     with pytest.raises(PruningError, match="threshold="):
-        clusters_of(ALIKE, threshold)
+        clusters_of(SIMILARITY, threshold)
 
 
-def test_a_matrix_that_is_none_is_refused():
+def test_a_malformed_matrix_is_refused():
     with pytest.raises(PruningError, match="square"):
         clusters_of([[1.0, 0.5]])
     with pytest.raises(PruningError, match="square"):
@@ -65,8 +65,8 @@ def test_a_matrix_that_is_none_is_refused():
         redundant_layers([(0, 1)], 0)
 
 
-# Angles between the input of four layers and their outputs: the third turns least by itself, the
-# first two together.
+# Angles between the input of four layers and their outputs: that of the third is the smallest of
+# a single layer, that of the first two the smallest of a pair.
 ANGLES = [
     [0.00, 0.20, 0.15, 0.30, 0.50],
     [0.20, 0.00, 0.22, 0.25, 0.45],
@@ -76,7 +76,7 @@ ANGLES = [
 ]
 
 
-def test_rivals_choose_what_their_papers_say():
+def test_other_criteria_choose_as_in_their_papers():
     assert smallest_angles(ANGLES, 1) == smallest_angle_run(ANGLES, 1) == (2,)
     assert smallest_angles(ANGLES, 2) == (0, 2)
     assert smallest_angle_run(ANGLES, 2) == (0, 1)
@@ -85,7 +85,7 @@ def test_rivals_choose_what_their_papers_say():
     assert last_layers(4, 0) == smallest_angles(ANGLES, 0) == ()
 
 
-def test_any_layers_are_the_same_for_the_same_seed():
+def test_random_layers_are_the_same_for_the_same_seed():
     draws = {random_layers(12, 4, seed) for seed in range(20)}
     assert len(draws) > 10
     assert random_layers(12, 4, 3) == random_layers(12, 4, 3)
@@ -135,7 +135,7 @@ def test_the_cheapest_clusters_are_the_best_of_all(seed, fixed):
         cheapest_clusters(similarity, size - max(1, fixed) + 1, fixed)
 
 
-def test_copies_go_together_and_others_one_by_one():
+def test_copies_are_removed_together_and_others_one_by_one():
     copies = [[1.0, 1.0, 1.0, 0.9], [1.0, 1.0, 1.0, 0.9], [1.0, 1.0, 1.0, 0.9], [0.9] * 3 + [1.0]]
     assert cheapest_clusters(copies, 2) == [(0, 1, 2), (3,)]
     far = [[1.0, 0.94, 0.83, 0.6], [0.94, 1.0, 0.91, 0.7], [0.83, 0.91, 1.0, 0.82]]
