@@ -7,7 +7,7 @@
     python -m benchmarks tables --only comparison --records runs/quick
     python -m benchmarks plots
 
-What has a record is not measured again, so a run that is stopped goes on where it was.
+What has a record is not measured again, so a run that was stopped continues.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["main"]
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """Do what the command line asks for."""
+    """Run the command line."""
     parser = argparse.ArgumentParser("benchmarks", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
@@ -51,29 +51,29 @@ def main(given: Sequence[str] | None = None) -> None:
     plots.add_argument("--folder", type=Path, default=Path("docs", "figures"))
     for command in (run, tables, plots):
         command.add_argument("--records", type=Path, help="default: the project's own")
-    asked = parser.parse_args(given)
-    if asked.command == "run":
-        _run(run, asked)
-    elif asked.command == "tables":
-        _tables(asked.only or (), asked.records or FOLDER, check=asked.check)
-    elif asked.command == "plots":
-        for path in drawn(asked.only, asked.folder, asked.records or FOLDER):
+    arguments = parser.parse_args(given)
+    if arguments.command == "run":
+        _run(run, arguments)
+    elif arguments.command == "tables":
+        _tables(arguments.only or (), arguments.records or FOLDER, check=arguments.check)
+    elif arguments.command == "plots":
+        for path in drawn(arguments.only, arguments.folder, arguments.records or FOLDER):
             print(path)
     else:
         for case in CASES.values():
             print(f"{case.name:16} {len([*Store(case.file)]):5} records  {case.question}")
 
 
-def _run(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
-    options = {n: v for n in OPTIONS if (v := getattr(asked, n)) is not None}
-    taken = {name for case in asked.cases for name in CASES[case].options}
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    options = {n: v for n in OPTIONS if (v := getattr(arguments, n)) is not None}
+    taken = {name for case in arguments.cases for name in CASES[case].options}
     if unused := options.keys() - taken:
-        parser.error(f"no case takes --{' --'.join(sorted(unused))}: {', '.join(asked.cases)}")
-    folder = asked.records or (Path("runs", "quick") if asked.quick else FOLDER)
+        parser.error(f"no case takes --{' --'.join(sorted(unused))}: {', '.join(arguments.cases)}")
+    folder = arguments.records or (Path("runs", "quick") if arguments.quick else FOLDER)
     _quiet()
-    for name in asked.cases:
+    for name in arguments.cases:
         store = Store(CASES[name].file, folder)
-        for job in missing_jobs(CASES[name], options, folder, quick=asked.quick):
+        for job in missing_jobs(CASES[name], options, folder, quick=arguments.quick):
             for setting, found in zip(job.settings, job.run(), strict=True):
                 store.add(setting, job.seed, found)
                 print(f"{name}, seed {job.seed}: {_short(setting)} {_short(found)}", flush=True)
@@ -86,7 +86,7 @@ def _short(values: Any) -> str:
 
 
 def _quiet() -> None:
-    """No bars, and no warnings of what is part of the comparison, such as few samples."""
+    """No progress bars, and no warnings about what is compared on purpose, such as few samples."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=PruningWarning)
@@ -101,7 +101,7 @@ def _tables(names: Sequence[str], folder: Path, *, check: bool) -> None:
         if new == old:
             continue
         if check:
-            sys.exit(f"{path} is not what the records say: run `python -m benchmarks tables`")
+            sys.exit(f"{path} differs from the records: run `python -m benchmarks tables`")
         path.write_text(new, encoding="utf-8")
         print(f"wrote {path}")
 

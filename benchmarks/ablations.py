@@ -1,4 +1,4 @@
-"""What each part of the method is worth: one thing changed at a time, without a training step."""
+"""Ablations: one part of the method changed at a time, without a training step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from benchmarks.records import Figures, Job, single
 from benchmarks.subjects import (
     UNITS,
     Subject,
-    calibrate_activations,
     calibrate_gradients,
     cut,
     opened,
@@ -21,8 +20,10 @@ from benchmarks.subjects import (
 from benchmarks.tasks import SEEDS
 from lightning_mi_prune import PruningPlan
 from lightning_mi_prune.allocation.macs import measure_macs
+from lightning_mi_prune.calibration.collect import collect_activations
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import GradientSums
+from lightning_mi_prune.core.running import run_batch
 from lightning_mi_prune.discovery.groups import count_parameters, full_plan
 
 __all__ = ["ablations"]
@@ -33,8 +34,8 @@ def _activations(
     task: str, seed: int, positions: int, stored: int, also: tuple[str, ...]
 ) -> CalibrationData:
     subject, _ = opened(task, seed, calibrated=False)
-    known = subject.model, subject.of((*UNITS, *also)), subject.validation, seed
-    return calibrate_activations(*known, positions=positions, stored=stored)
+    known = subject.model, subject.of((*UNITS, *also)), subject.validation, run_batch
+    return collect_activations(*known, positions=positions, stored_positions=stored, seed=seed)
 
 
 @lru_cache(maxsize=8)
@@ -45,7 +46,7 @@ def _gradients(task: str, seed: int, steps: int, also: tuple[str, ...]) -> dict[
 
 
 def calibrated(task: str, seed: int, setting: Setting) -> Subject:
-    """The dense model with the calibration that a setting asks for; shared by settings."""
+    """The dense model with the calibration of a setting; settings share what they can."""
     sizes, also = (setting.positions, setting.stored), setting.also
     gradients = _gradients(task, seed, setting.steps, also)
     calibration = replace(_activations(task, seed, *sizes, also), gradients=gradients)
@@ -74,20 +75,20 @@ def measured(task: str, seed: int, setting: Setting, sparsity: float) -> Figures
         task: The task.
         seed: Seed of the dense model.
         setting: How to prune.
-        sparsity: Share of the parameters of neurons and heads that must go. Where other units are
-            cut too, as many parameters go of all of them together; where MACs are counted, as many
-            of them stay as the default leaves.
+        sparsity: Share of the parameters of neurons and heads to remove. Where other units are cut
+            too, as many parameters of all of them together; where MACs are counted, as many MACs
+            stay as with the default.
     """
     subject = calibrated(task, seed, setting)
     prunable = count_parameters(subject.of(UNITS))
     budget = sparsity * prunable / count_parameters(subject.chosen)
     work = measure_macs(subject.model, subject.groups, subject.calibration.examples)
     if setting.counted == "MACs":
-        plain = replace(DEFAULT, reconstruction=False)
+        plain = replace(DEFAULT, weights="compensation")
         _, default = cut(calibrated(task, seed, DEFAULT), plain, sparsity)
         budget = work.total(widths_of(default))
     started = time.process_time()
-    model, plan = cut(subject, setting, budget)
+    model, plan = cut(subject, setting, budget, ridge=setting.reconstruction_ridge)
     seconds = time.process_time() - started
     before, left = (sum(p.numel() for p in net.parameters()) for net in (subject.model, model))
     return {

@@ -70,7 +70,7 @@ def magnitude_masks(
 
 
 def layers_left(layers: int, sparsity: float) -> int:
-    """Layers that stay, rounded in favour of the baseline: at most the asked share goes.
+    """Layers that stay, rounded in favour of the baseline: at most this share is removed.
 
     Example:
         >>> [layers_left(6, sparsity) for sparsity in (0.25, 0.5, 0.75, 0.9)]
@@ -85,15 +85,15 @@ def without_layers(criterion: LayerCriterion) -> Prune:
     @torch.no_grad()
     def cut(model: nn.Module, batches: Sequence[Batch], sparsity: float, seed: int) -> nn.Module:
         stacks = find_stacks(model)
-        with StackRecorder(model, stacks) as listeners:
+        with StackRecorder(model, stacks) as recorder:
             for batch in batches:
-                listeners.start_batch()
+                recorder.start_batch()
                 model(**batch)
-        compared, kept = listeners.compared(full_depth(stacks)), {}
+        compared, kept = recorder.compared(full_depth(stacks)), {}
         for stack in stacks:
             left = layers_left(stack.size, sparsity)
-            thinning = LayerSelector(None, target=left, criterion=criterion)
-            kept[stack.name] = thinning.choose(stack.name, compared[stack.name]).after
+            selector = LayerSelector(None, target=left, criterion=criterion)
+            kept[stack.name] = selector.choose(stack.name, compared[stack.name]).after
         remove_layers(
             model, stacks, PruningPlan({stack.name: stack.size for stack in stacks}, kept)
         )
@@ -148,7 +148,7 @@ class Movement:
 
     Args:
         model: The dense model, which is changed.
-        sparsity: Share of the parameters of neurons and heads that must go.
+        sparsity: Share of the parameters of neurons and heads to remove.
     """
 
     def __init__(self, model: nn.Module, sparsity: float) -> None:
@@ -177,7 +177,7 @@ class Movement:
         kept = {path: scored.mask.flatten().nonzero() for path, scored in self.scored.items()}
         for path in self.scored:
             parametrize.remove_parametrizations(self.model.get_submodule(path), "weight")
-        places = {a.name: tuple(kept[a.consumers[0]].flatten().tolist()) for a in self.groups}
+        places = {g.name: tuple(kept[g.consumers[0]].flatten().tolist()) for g in self.groups}
         apply_plan(
             self.model,
             self.groups,
@@ -187,17 +187,17 @@ class Movement:
 
 
 def widths_at(groups: Sequence[DependencyGroup], share: float) -> dict[DependencyGroup, int]:
-    """Units that stay when a share of the parameters goes: that share of the heads of every layer.
+    """Units that stay when a share of the parameters is removed.
 
-    Of the neurons, as many stay as the rest allows.
+    Every layer loses this share of its heads, and as many neurons as are then left to remove.
     """
     cost = {group: count_parameters([group]) // group.size for group in groups}
     room = (1 - share) * sum(cost[group] * group.size for group in groups)
-    widths = {a: max(1, round((1 - share) * a.size)) for a in groups if a.kind != "ffn"}
+    widths = {g: max(1, round((1 - share) * g.size)) for g in groups if g.kind != "ffn"}
     room -= sum(cost[group] * width for group, width in widths.items())
     neurons = [group for group in groups if group.kind == "ffn"]
     left = room / sum(cost[group] * group.size for group in neurons)
-    return widths | {a: min(a.size, max(1, int(left * a.size + 1e-6))) for a in neurons}
+    return widths | {g: min(g.size, max(1, int(left * g.size + 1e-6))) for g in neurons}
 
 
 # ----------------------------------------------------------------------------------- torch-pruning
@@ -224,8 +224,8 @@ def torch_pruning() -> Any:
 def by_library(score: str, *, together: bool) -> Prune:
     """torch-pruning (DepGraph) with its group magnitude, or its Taylor score of all batches.
 
-    The same structures go as everywhere here, heads and neurons; the hidden size stays. As its
-    example for BERT does, one ratio holds for neurons and heads; the ratio that reaches the asked
+    It removes what all methods here remove, heads and neurons; the hidden size stays. As in its
+    example for BERT, one ratio holds for neurons and heads; the ratio that reaches the asked
     share of parameters is searched for.
     """
 
@@ -250,7 +250,7 @@ def _search(
     """Prune with the smallest ratio that reaches a sparsity, or comes closest to it.
 
     Where all layers compete, a layer may lose every head; the package then leaves it whole, so a
-    larger ratio can remove less. The search is by halves all the same, and the best of all that
+    larger ratio can remove less. The search is a bisection nevertheless, and the best ratio that
     was tried is taken.
     """
     groups = choose_groups(find_groups(model))
@@ -284,13 +284,11 @@ def pruned_by_library(
     producers: set[nn.Module] = set()
     most = ratio
     for group in groups:
-        makers = {
-            cut.get_submodule(s.tensor.rpartition(".")[0]) for s in group.tensors if s.dim == 0
-        }
-        producers |= makers
+        own = {cut.get_submodule(s.tensor.rpartition(".")[0]) for s in group.tensors if s.dim == 0}
+        producers |= own
         if group.kind == "heads":
-            heads |= dict.fromkeys(makers, group.size)
-            # The last head of a layer cannot go: the package would leave all of them.
+            heads |= dict.fromkeys(own, group.size)
+            # One head must stay: a layer that would lose all of its heads is left whole.
             most = min(most, 1 - 1 / group.size - 1e-6)
     # The hidden size stays: neither embeddings nor what writes into the residual stream is pruned.
     fixed = [
@@ -299,12 +297,12 @@ def pruned_by_library(
         if isinstance(module, nn.Linear | nn.Embedding) and module not in producers
     ]
     # MPNet has one table of position biases, a column a head, for all layers: the package would
-    # keep every head for it. Without a gradient it is not seen, and is indexed below.
+    # keep every head for it. Without a gradient it is ignored, and is indexed below.
     sharing = [group for group in groups if group.unit_arguments]
     tables = [m.weight for m in fixed if isinstance(m, nn.Embedding)] if sharing else []
     for table in tables:
         table.requires_grad_(False)
-    gone: dict[nn.Module, Sequence[int]] = {}
+    removed: dict[nn.Module, Sequence[int]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tensors that no layer of the package's holds
         pruner = torch_pruning().pruner.BasePruner(
@@ -325,7 +323,7 @@ def pruned_by_library(
         )
         for subset in pruner.step(interactive=True):
             cuts = ((step.target.module, rows) for step, rows in subset)
-            gone |= {module: rows for module, rows in cuts if module in heads}
+            removed |= {module: rows for module, rows in cuts if module in heads}
             subset.prune()
     for table in tables:
         table.requires_grad_(True)
@@ -335,16 +333,16 @@ def pruned_by_library(
             each = number.per_unit * (group.entries if number.entries else 1)
             setattr(cut.get_submodule(number.module), number.attribute, units * each)
     for group in sharing:
-        _select_biases(cut, group, gone)
+        _select_biases(cut, group, removed)
     return cut
 
 
 def _select_biases(
-    model: nn.Module, group: DependencyGroup, gone: Mapping[nn.Module, Sequence[int]]
+    model: nn.Module, group: DependencyGroup, removed: Mapping[nn.Module, Sequence[int]]
 ) -> None:
-    """Let a layer that lost heads take the position biases of the others out of the table."""
-    maker = model.get_submodule(group.tensors[0].tensor.rpartition(".")[0])
-    lost = {row // group.entries for row in gone.get(maker, ())}
+    """Make a layer that lost heads read the position biases of those that are left."""
+    producer = model.get_submodule(group.tensors[0].tensor.rpartition(".")[0])
+    lost = {row // group.entries for row in removed.get(producer, ())}
     kept = [unit for unit in range(group.size) if unit not in lost]
     for selects in group.unit_arguments if lost else ():
         module = model.get_submodule(selects.module)
@@ -375,7 +373,7 @@ class Baseline:
 
     @property
     def name(self) -> Name:
-        """What tells it from all others."""
+        """What distinguishes it from all others."""
         return self.method, self.widths, "none"
 
 

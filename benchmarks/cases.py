@@ -13,7 +13,7 @@ from benchmarks.methods import SETTINGS
 from benchmarks.records import Job, Store
 from benchmarks.tasks import QUICK, RECIPES
 
-__all__ = ["CASES", "OPTIONS", "Case", "missing_jobs"]
+__all__ = ["CASES", "OPTIONS", "missing_jobs"]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from benchmarks.methods import OURS, Name
 from benchmarks.records import Record
 
-__all__ = ["facts", "front", "lost", "name_of", "nats", "points", "row", "spread"]
-__all__ += ["tables", "with_head"]
+__all__ = [
+    "facts",
+    "front",
+    "lost",
+    "name_of",
+    "nats",
+    "points",
+    "row",
+    "spread",
+    "tables",
+    "with_head",
+]
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-9  # points by which sums of the same accuracies may differ
@@ -89,7 +99,7 @@ def by_seed(
 
 
 def averaged(records: Iterable[Record]) -> list[list[str]]:
-    """Tasks that means go over: those of one model with two seeds or more, where it has several.
+    """Tasks to average over: those of one model with two seeds or more, where it has several.
 
     A task with one seed would leave one seed of all others, too.
     """
@@ -140,7 +150,7 @@ def facts(records: Sequence[Record]) -> list[str]:
     models, cpus = {r["model"] for r in records}, {r.machine["cpu"] for r in records}
     means = "; ".join(", ".join(tasks) for tasks in averaged(records)) or "none yet"
     lead = f"{len(records)} records; model: {', '.join(sorted(models))}; processors: "
-    lead += f"{', '.join(sorted(cpus))}. Means go over tasks of one model with two seeds or more: "
+    lead += f"{', '.join(sorted(cpus))}. Means are over tasks of one model with two seeds or more: "
     return [*with_head(head, rows), "", f"{lead}{means}."]
 
 

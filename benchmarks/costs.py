@@ -1,8 +1,8 @@
-"""What calibration, scores and cuts cost, beside other ways to do the same.
+"""What calibration, scores and cuts cost, beside other implementations of the same.
 
 Weights and data are random: the time depends on shapes only. Every shape is measured in a process
 of its own. What grows linearly with the number of neurons or batches is measured on a few of them
-and extrapolated; the records say on how many.
+and extrapolated; the records have the number measured.
 """
 
 from __future__ import annotations
@@ -122,13 +122,13 @@ class Run:
         self.rankings = rank_groups(*known, relevance="weights")
 
     def compensation(self) -> None:
-        """Weights that make up for half of the units."""
+        """Compensate the weights for half of the units."""
         known = self.groups, self.moments, self.weights
         widths = {name: size // 2 for name, size in self.sizes.items()}
         select_units(*known, widths, self.plan, rankings=self.rankings)
 
     def cut(self) -> None:
-        """Half of every group goes, of a copy."""
+        """Remove half of every group, of a copy."""
         plan = PruningPlan(
             self.sizes, {n: tuple(range(size // 2)) for n, size in self.sizes.items()}
         )
@@ -152,16 +152,16 @@ def parts_of(shape: str, repeats: int) -> Figures:
     )
     part = partial(Part, timed=few_batches, of=batches, unit="batches")
     parts |= rounds({"validation": part(run.validation), "calibration": part(run.calibration)})
-    # As if the same batches had come again until all of them were there.
+    # As if the measured batches were repeated until there are all of them.
     for moments in run.moments.values():
         moments.unpack(batches // few_batches * moments.packed())
     known: dict[str, Any] = {"moments": run.moments, "weights": run.weights, "kept": run.plan.kept}
-    consumer_sets = [
+    statistics = [
         unit_statistics(group, **known, current=run.plan, groups=run.groups)[0]
         for group in run.groups
     ]
-    parts |= rounds(_scores(consumer_sets, layers, few), warm=True)
-    del consumer_sets  # as large as the moments
+    parts |= rounds(_scores(statistics, layers, few), warm=True)
+    del statistics  # as large as the moments
     parts |= rounds({"order": Part(run.order), "compensation": Part(run.compensation)})
     run.moments = {}
     parts |= rounds(_cutting(run))
@@ -189,26 +189,26 @@ def _sums(groups: Sequence[DependencyGroup], rows: int, of: int) -> dict[str, Pa
     return {"sums": part(sum_tensor), "product": part(multiply)}
 
 
-def _scores(consumer_sets: Sequence[UnitStatistics], layers: int, neurons: int) -> dict[str, Part]:
+def _scores(statistics: Sequence[UnitStatistics], layers: int, neurons: int) -> dict[str, Part]:
     """Each unit's information with the layer above: all of ours, determinants for a few neurons."""
     topk = MutualInformation("topk", ridge=RIDGE)
-    ffn = next(site for site in consumer_sets if site.entries == 1)
+    ffn = next(found for found in statistics if found.entries == 1)
     joint, few, of = noisy(ffn, RIDGE), min(neurons, ffn.units), layers * ffn.units
     return {
-        "scores": Part(lambda: [topk.scores(site) for site in consumer_sets]),
+        "scores": Part(lambda: [topk.scores(found) for found in statistics]),
         "scores_of_covariances": Part(lambda: unit_information(*joint), 1, layers, "layers"),
         "log_det": Part(lambda: log_det_information(*joint, few), few, of, "neurons"),
     }
 
 
-def noisy(site: UnitStatistics, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``(Sxx, Sxy, Syy)`` with the noise on the layer above that `MutualInformation` puts there."""
-    covariance, cross, above = site.joint()
-    return covariance, cross, above + site.noise(ridge) * torch.eye(len(above)).to(above)
+def noisy(found: UnitStatistics, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``(Sxx, Sxy, Syy)`` with the noise on the layer above that `MutualInformation` adds."""
+    covariance, cross, above = found.joint()
+    return covariance, cross, above + found.noise(ridge) * torch.eye(len(above)).to(above)
 
 
 def _cutting(run: Run) -> dict[str, Part]:
-    """Half of every layer goes, here and with torch-pruning's Taylor importance; both on a copy."""
+    """Remove half of every layer, of a copy: ours, and torch-pruning with Taylor importance."""
     batch = {"input_ids": run.ids, "labels": torch.zeros(len(run.ids), dtype=torch.long)}
     importance = torch_pruning().importance.GroupTaylorImportance()
 
@@ -223,7 +223,7 @@ def _cutting(run: Run) -> dict[str, Part]:
     return {"cut": Part(run.cut), "gradients": gradient_part, "taylor_step": Part(taylor)}
 
 
-# ------------------------------------------------------------------------- other ways, to be timed
+# ----------------------------------------------------------------------------- the same, otherwise
 
 
 def log_det_information(

@@ -1,7 +1,7 @@
 """What pruning does to speed: latency by shape, by length and widths.
 
-To be run on a machine that does nothing else. Latency depends on shapes, not on weights, so models
-are built with random ones and no classifier is needed. Models take turns with the dense one.
+To be run on an idle machine. Latency depends on shapes, not on weights, so models are built with
+random ones and no classifier is needed. Each takes turns with the dense model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WIDTHS = {
 
 
 def shape_of(task: str, kept: Kept) -> str:
-    """What a latency belongs to."""
+    """Task and widths as text: what a latency is measured of."""
     return json.dumps([task, kept], sort_keys=True)
 
 

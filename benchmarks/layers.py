@@ -27,7 +27,7 @@ from lightning_mi_prune.reconstruction.removed_layers import compensate_removed_
 from lightning_mi_prune.surgery.layers import remove_layers
 from lightning_mi_prune.surgery.transaction import cut_model
 
-__all__ = ["VARIANTS", "layers", "layers_one_shot", "layers_speed"]
+__all__ = ["layers", "layers_one_shot", "layers_speed"]
 
 POSITIONS = 16_384  # of the inputs that the callback stores, by default
 # With and without layers removed: more epochs than the dense models of the other benchmarks had.
@@ -40,7 +40,7 @@ class LayerVariant(NamedTuple):
 
     Args:
         layers: Layers left.
-        criterion: What decides which go.
+        criterion: What decides which are removed.
         reconstruction: Whether the layers that stay are reconstructed.
         first_epoch: The epoch that starts with the cut; None is half-way.
     """
@@ -51,7 +51,7 @@ class LayerVariant(NamedTuple):
     first_epoch: int | None = None
 
 
-# The dense control first, what decides most next.
+# The dense control first, the most informative variants next.
 VARIANTS = (
     LayerVariant(6, "none", reconstruction=False),
     *(LayerVariant(number, "cka") for number in (4, 3)),
@@ -129,20 +129,20 @@ def compared(task: str, seed: int) -> tuple[StackRecorder, LayerStack]:
     subject, _ = opened(task, seed, calibrated=False)
     (stack,) = find_stacks(subject.model)
     options = {"calls": POSITIONS, "batches": len(subject.validation), "positions": 256}
-    listeners = StackRecorder(subject.model, [stack], seed=seed, **options)
-    with torch.no_grad(), listeners:
+    recorder = StackRecorder(subject.model, [stack], seed=seed, **options)
+    with torch.no_grad(), recorder:
         for batch in subject.validation:
-            listeners.start_batch()
+            recorder.start_batch()
             subject.model(**batch)
-    return listeners, stack
+    return recorder, stack
 
 
 def shortened(task: str, seed: int, layers: int, reconstruction: bool) -> Figures:
     """Test a fine-tuned model with so many layers."""
     subject, _ = opened(task, seed, calibrated=False)
-    listeners, stack = compared(task, seed)
+    recorder, stack = compared(task, seed)
     graph = PruningGraph(stacks=(stack,))
-    similarity = listeners.compared(graph.full)[stack.name]
+    similarity = recorder.compared(graph.full)[stack.name]
     cut = LayerSelector(None, target=layers).choose(stack.name, similarity)
     plan = graph.keep_layers(graph.full, {stack.name: cut.after})
     selection = Decision(plan, {}, {})
@@ -152,7 +152,7 @@ def shortened(task: str, seed: int, layers: int, reconstruction: bool) -> Figure
             graph,
             graph.full,
             selection,
-            CalibrationData(ranks=[listeners.stored]),
+            CalibrationData(ranks=[recorder.stored]),
         )
         selection = compensate_removed_layers(*known, positions=POSITIONS)
     model = copy.deepcopy(subject.model)

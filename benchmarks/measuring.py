@@ -18,8 +18,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-__all__ = ["Cost", "Part", "cost_of_hooks", "in_fresh_process", "measured", "peak_memory"]
-__all__ += ["spread", "take_turns", "timed"]
+__all__ = [
+    "Cost",
+    "Part",
+    "cost_of_hooks",
+    "in_fresh_process",
+    "peak_memory",
+    "spread",
+    "take_turns",
+    "timed",
+]
 
 T = TypeVar("T")
 _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")

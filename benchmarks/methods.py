@@ -19,25 +19,30 @@ from lightning_mi_prune.importance.criteria import (
 )
 from lightning_mi_prune.pipeline import PipelineOptions
 
-__all__ = ["DEFAULT", "OURS", "SETTINGS", "VARIANTS", "Name", "Setting", "Variant", "Weights"]
+__all__ = ["DEFAULT", "OURS", "SETTINGS", "VARIANTS", "Name", "Setting", "Variant", "Widths"]
 
 Name = tuple[str, str, str]
-"""Method, widths and weights: what tells one way to prune from all others."""
+"""Method, widths and weights: together they identify a way to prune."""
 
 Widths = Literal["global", "uniform"]
 Weights = Literal["none", "compensation", "reconstruction"]
 RIDGE = MutualInformation().ridge
 
 
+def reconstruction_of(weights: Weights) -> Reconstruction:
+    """The option of the package, with as many positions as are stored here."""
+    return Reconstruction("layerwise" if weights == "reconstruction" else weights, STORED)
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One way to prune: what ranks, how widths are found, what happens to the weights that stay.
+    """One way to prune: how units are scored, widths are found and the other weights adapt.
 
     Args:
         method: Name of the method.
-        widths: Whether layers compete for the budget or all keep the same share.
-        weights: Left alone, compensated by least squares, or also reconstructed from the bottom up.
-        units: Kinds of unit that may go.
+        widths: Whether groups compete for the budget or all keep the same share.
+        weights: Left alone, compensated by least squares, or also reconstructed layer by layer.
+        units: Kinds of unit that may be removed.
         compared: Whether it is among the methods that are compared by default.
     """
 
@@ -46,33 +51,27 @@ class Variant:
     weights: Weights
     units: tuple[str, ...] = UNITS
     compared: bool = True
-    reconstruction_ridge: float = 1e-2
 
     @property
     def name(self) -> Name:
-        """What tells it from all others."""
+        """What distinguishes it from all others."""
         return self.method, self.widths, self.weights
 
-    def at(self, sparsity: float, seed: int) -> PipelineOptions:
-        """The package's method for one budget."""
+    def options(self, sparsity: float, seed: int) -> PipelineOptions:
+        """The options of the package for one budget."""
         return PipelineOptions(
             Budget(sparsity=sparsity),
             self.widths,
             Importance(relevance=None if self.method == "mi-topk" else "gradient"),
-            reconstruction=Reconstruction(_METHODS[self.weights], STORED),
+            reconstruction=reconstruction_of(self.weights),
             criterion=CRITERIA[self.method](seed),
         )
 
 
-_METHODS: dict[str, Literal["none", "compensation", "layerwise"]] = {
-    "none": "none",
-    "compensation": "compensation",
-    "reconstruction": "layerwise",
-}
 CRITERIA: dict[str, Callable[[int], Criterion]] = {
-    "relevance-mi": lambda seed: MutualInformation(ridge=RIDGE),
-    "relevance-mi-head-dim": lambda seed: MutualInformation(ridge=RIDGE),
-    "mi-topk": lambda seed: MutualInformation(selection="topk", ridge=RIDGE),
+    "relevance-mi": lambda seed: MutualInformation(),
+    "relevance-mi-head-dim": lambda seed: MutualInformation(),
+    "mi-topk": lambda seed: MutualInformation(selection="topk"),
     "taylor": lambda seed: Taylor(),
     "activation-norm": lambda seed: ActivationNorm(),
     "magnitude": lambda seed: Magnitude(),
@@ -103,19 +102,18 @@ VARIANTS: tuple[Variant, ...] = (
 
 @dataclass(frozen=True)
 class Setting:
-    """The method with one thing changed, or a few that explain one.
+    """The method with one option changed, or several where they explain one.
 
     Args:
         name: Its name.
         selection: Rule by which units are put in order.
         ridge: Noise on the layer above, as a share of its mean variance.
-        relevance: What tells which part of the layer above matters.
-        widths: Whether layers compete for the budget or all keep the same share.
-        compensation: Whether weights that stay are compensated by least squares.
-        reconstruction: Whether layers are solved again on the inputs of the cut model.
+        relevance: Which part of the layer above matters.
+        widths: Whether groups compete for the budget or all keep the same share.
+        weights: As for `Variant`.
         reconstruction_ridge: Ridge of the reconstruction.
-        counted: What the budget counts; as many MACs stay as the default leaves.
-        also: Kinds of unit that may go beside neurons and heads.
+        counted: What the budget counts; as many MACs stay as with the default.
+        also: Kinds of unit that may be removed beside neurons and heads.
         positions: Samples of each group.
         stored: Positions whose inputs are stored for the reconstruction.
         steps: Batches whose gradients are taken.
@@ -126,8 +124,7 @@ class Setting:
     ridge: float = RIDGE
     relevance: Literal["gradient", "weights"] | None = "gradient"
     widths: Widths = "global"
-    compensation: bool = True
-    reconstruction: bool = True
+    weights: Weights = "reconstruction"
     reconstruction_ridge: float = 1e-2
     counted: Literal["parameters", "MACs"] = "parameters"
     also: tuple[str, ...] = ()
@@ -141,21 +138,14 @@ class Setting:
         names = {field.name for field in fields(self)} - {"name"}
         return {name for name in names if getattr(self, name) != getattr(DEFAULT, name)}
 
-    def at(self, sparsity: float, seed: int) -> PipelineOptions:
-        """The package's method for one budget: a sparsity, or the MACs of one example."""
+    def options(self, amount: float, seed: int) -> PipelineOptions:
+        """The options of the package for one budget: a sparsity, or the MACs of one example."""
         macs = self.counted == "MACs"
         return PipelineOptions(
-            Budget(target_macs=int(sparsity)) if macs else Budget(sparsity=sparsity),
+            Budget(target_macs=int(amount)) if macs else Budget(sparsity=amount),
             self.widths,
             Importance(relevance=self.relevance),
-            reconstruction=Reconstruction(
-                "layerwise"
-                if self.reconstruction
-                else "compensation"
-                if self.compensation
-                else "none",
-                STORED,
-            ),
+            reconstruction=reconstruction_of(self.weights),
             criterion=MutualInformation(selection=self.selection, ridge=self.ridge),
         )
 
@@ -163,10 +153,10 @@ class Setting:
 DEFAULT = Setting("default")
 SETTINGS = (
     DEFAULT,
-    Setting("weights unchanged", compensation=False, reconstruction=False),
-    Setting("compensation alone", reconstruction=False),
+    Setting("weights unchanged", weights="none"),
+    Setting("compensation alone", weights="compensation"),
     Setting("top-k", selection="topk"),
-    Setting("top-k, compensation alone", selection="topk", reconstruction=False),
+    Setting("top-k, compensation alone", selection="topk", weights="compensation"),
     Setting("ridge 0.01", ridge=0.01),
     Setting("ridge 0.1", ridge=0.1),
     Setting("ridge 10", ridge=10.0),
@@ -176,14 +166,7 @@ SETTINGS = (
     Setting("relevance from weights", relevance="weights"),
     Setting("8 batches of gradients", steps=8),
     Setting("uniform", widths="uniform"),
-    Setting(
-        "literal reading",
-        selection="topk",
-        relevance=None,
-        widths="uniform",
-        compensation=False,
-        reconstruction=False,
-    ),
+    Setting("literal reading", "topk", relevance=None, widths="uniform", weights="none"),
     Setting("4,096 positions", positions=4096),
     Setting("1,024 positions", positions=1024),
     Setting("4,096 stored", stored=4096),

@@ -22,7 +22,7 @@ from benchmarks.records import FOLDER, Record, Store
 from benchmarks.scaling import ENCODERS, encoder, reconstruction_bytes, reduced_bytes, ring_seconds
 from lightning_mi_prune import find_groups
 
-__all__ = ["PAGES", "TABLES", "filled", "rewritten", "table_lines"]
+__all__ = ["TABLES", "rewritten", "table_lines"]
 
 ROOT = Path(__file__).parent.parent
 DOCS = ("ablations", "comparison", "cost", "distributed", "layers")

@@ -25,7 +25,7 @@ class Record:
 
     Args:
         case: Name of the benchmark.
-        setting: What was measured; with the seed it tells a record from all others of its case.
+        setting: What was measured; with the seed it identifies a record of its case.
         seed: Seed of the data and the model.
         figures: The results.
         machine: What seconds depend on: processor, threads.
@@ -83,7 +83,9 @@ def key_of(setting: Mapping[str, Any], seed: int) -> str:
 
 
 class Store:
-    """The records of one case. New ones are appended; of two about the same, the later one counts.
+    """The records of one case; new ones are appended.
+
+    Of two with the same setting and seed, the later one counts.
 
     Args:
         case: Name of the benchmark.

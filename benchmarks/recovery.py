@@ -2,7 +2,7 @@
 
 From the same fine-tuned model, each method prunes and is then trained for the same steps: same rows
 in the same order, same optimizer, learning rate and seed. Movement pruning prunes during them. The
-dense control is trained for them, too. Distillation goes on from the same cuts.
+dense control is trained for them, too. Distillation begins with the same cuts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks.tasks import (
 )
 from lightning_mi_prune.discovery.families.stacks import find_stacks
 
-__all__ = ["CONTROL", "ENTRIES", "distillation", "losses", "one_shot", "recovery"]
+__all__ = ["ENTRIES", "distillation", "one_shot", "recovery"]
 
 Entry = Variant | Baseline
 CONTROL = Baseline("dense", "uniform")
@@ -76,7 +76,7 @@ def one_shot(
 
 @cache
 def training_after(task: str, seed: int, steps: int) -> Training:
-    """The training of so many steps that goes on where that of the dense model ended."""
+    """The training of so many steps that continues that of the dense model."""
     recipe, (_, data) = RECIPES[task], opened(task, seed)
     return training_of(data.train_dataloader(), steps, recipe.epochs, recipe.learning_rate, seed)
 
@@ -115,7 +115,7 @@ def pruned(task: str, seed: int, entry: Entry, sparsity: float) -> tuple[nn.Modu
     """The model before its steps, and the seconds of the processor that it took.
 
     A smaller model with a fine-tuning of its own, which begins with the first layers of the
-    pretrained encoder, is charged that fine-tuning.
+    pretrained encoder, is charged for that fine-tuning.
     """
     subject, _ = opened(task, seed)
     if isinstance(entry, Baseline) and entry.fine_tuned:

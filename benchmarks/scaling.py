@@ -112,13 +112,13 @@ def _wide(samples: int, width: int, neurons: int) -> dict[str, Part]:
     enough = 10 * max(samples, width)  # at every width: nothing is shrunk
     covariance += torch.eye(width).to(covariance)
     readout = torch.randn(width // 4, width, dtype=torch.float64)
-    site = UnitStatistics("ffn", 1, enough, mean, covariance, readout)
+    found = UnitStatistics("ffn", 1, enough, mean, covariance, readout)
     few = min(neurons, width)
-    joint = noisy(site, 1.0)
+    joint = noisy(found, 1.0)
     return {
         "sums": Part(lambda: moments.update(x)),
-        "scores": Part(lambda: MutualInformation("topk").scores(site)),
-        "order": Part(lambda: MutualInformation().rank([site], 0)),
+        "scores": Part(lambda: MutualInformation("topk").scores(found)),
+        "order": Part(lambda: MutualInformation().rank([found], 0)),
         "log_determinants": Part(lambda: log_det_information(*joint, few), few, width, "neurons"),
     }
 

@@ -15,16 +15,32 @@ from torch.nn.utils import prune
 
 from benchmarks.tasks import Batch, finetuned
 from lightning_mi_prune import PruningPlan, apply_plan, find_groups
-from lightning_mi_prune.calibration.activations import ActivationRecorder
+from lightning_mi_prune.calibration.collect import collect_activations
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import GradientRecorder, GradientSums, check_gradients
+from lightning_mi_prune.core.running import run_batch
 from lightning_mi_prune.discovery.graph import choose_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters, full_plan
 from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
 
-__all__ = ["EVERY_UNIT", "POSITIONS", "STEPS", "STORED", "UNITS", "Kept", "Subject", "Way"]
-__all__ += ["calibrate_activations", "calibrate_gradients", "cut", "examine", "opened", "score"]
-__all__ += ["quality_of", "settle", "size_of", "weight_names", "width_of", "zeros_of"]
+__all__ = [
+    "EVERY_UNIT",
+    "POSITIONS",
+    "STEPS",
+    "STORED",
+    "UNITS",
+    "Kept",
+    "Subject",
+    "calibrate_gradients",
+    "cut",
+    "opened",
+    "quality_of",
+    "score",
+    "settle",
+    "size_of",
+    "weight_names",
+    "width_of",
+]
 
 UNITS = ("ffn", "heads")
 EVERY_UNIT = (*UNITS, "head_dim")
@@ -38,35 +54,8 @@ Kept = dict[str, list[int]]
 class Way(Protocol):
     """A way to prune that this package has."""
 
-    @property
-    def reconstruction_ridge(self) -> float:
-        """Ridge of the reconstruction."""
-
-    def at(self, sparsity: float, seed: int) -> PipelineOptions:
-        """The package's method for one budget."""
-
-
-def calibrate_activations(
-    model: nn.Module,
-    groups: Sequence[DependencyGroup],
-    batches: Sequence[Batch],
-    seed: int,
-    *,
-    positions: int = POSITIONS,
-    stored: int = STORED,
-) -> CalibrationData:
-    """Moments of so many activations and inputs stored at so many positions, from one pass."""
-    recorder = ActivationRecorder(
-        model, groups, positions=positions, batches=len(batches), seed=seed, calls=stored
-    )
-    with torch.no_grad(), recorder:
-        for batch in batches:
-            recorder.start_batch()
-            model(**batch)
-    recorder.check()
-    return CalibrationData(
-        recorder.moments, ranks=[recorder.stored], examples=recorder.calls(groups)
-    )
+    def options(self, amount: float, seed: int, /) -> PipelineOptions:
+        """The options of the package for one budget."""
 
 
 def calibrate_gradients(
@@ -76,7 +65,7 @@ def calibrate_gradients(
     *,
     steps: int = STEPS,
 ) -> Mapping[str, GradientSums]:
-    """Gradients of the loss on at most so many batches; no weight changes."""
+    """Gradients of the loss on some of the batches, evenly spread; no weight changes."""
     recorder = GradientRecorder(model, groups, steps=steps, batches=len(batches), taylor=True)
     with recorder:
         for index, batch in enumerate(batches):
@@ -138,7 +127,8 @@ def examine(
     calibration = CalibrationData()
     if calibrated:
         every = choose_groups(groups, kinds=EVERY_UNIT)
-        calibration = calibrate_activations(model, every, validation, seed)
+        sizes = {"positions": POSITIONS, "stored_positions": STORED, "seed": seed}
+        calibration = collect_activations(model, every, validation, run_batch, **sizes)
         calibration.gradients = calibrate_gradients(model, every, validation)
     known = model, groups, choose_groups(groups, kinds=UNITS), calibration, validation, test
     return Subject(task, seed, *known, *score(model, test))
@@ -164,24 +154,19 @@ def score(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
     return right / rows, nats / rows
 
 
-def cut(subject: Subject, way: Way, sparsity: float) -> tuple[nn.Module, PruningPlan]:
-    """Prune a copy of the model one way; also returns what it kept."""
-    method, heard, groups = way.at(sparsity, subject.seed), subject.calibration, subject.groups
+def cut(
+    subject: Subject, way: Way, amount: float, *, ridge: float = 1e-2
+) -> tuple[nn.Module, PruningPlan]:
+    """Prune a copy of the model one way, with this ridge of the reconstruction; also the plan."""
+    options, data, groups = way.options(amount, subject.seed), subject.calibration, subject.groups
     model, plan = copy.deepcopy(subject.model), full_plan(groups)
-    selection = decide(method, model, groups, subject.chosen, plan, heard)
-    if selection is None:  # the model is as small already
+    decision = decide(options, model, groups, subject.chosen, plan, data)
+    if decision is None:  # the model is as small already
         return model, plan
-    selection = reconstruct(
-        model,
-        groups,
-        plan,
-        selection,
-        method.reconstruction,
-        heard,
-        ridge=way.reconstruction_ridge,
-    )
-    apply_plan(model, groups, selection.plan, current=plan, compensated=selection.compensated)
-    return model, plan.then(selection.plan)
+    reconstruction = options.reconstruction
+    decision = reconstruct(model, groups, plan, decision, reconstruction, data, ridge=ridge)
+    apply_plan(model, groups, decision.plan, current=plan, compensated=decision.compensated)
+    return model, plan.then(decision.plan)
 
 
 def quality_of(subject: Subject, model: nn.Module) -> dict[str, Any]:

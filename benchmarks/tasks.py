@@ -1,6 +1,6 @@
 """The tasks: their data, the dense classifiers fine-tuned on them, and training after a cut.
 
-A fine-tuned model goes to ``runs/benchmark/dense/<task>-<seed>/`` and is trained only once.
+A fine-tuned model is stored in ``runs/benchmark/dense/<task>-<seed>/`` and is trained only once.
 """
 
 from __future__ import annotations
@@ -27,9 +27,24 @@ from lightning_mi_prune import PruningPlan
 from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.surgery.layers import remove_layers
 
-__all__ = ["QUICK", "RECIPES", "SEEDS", "TASKS", "Batch", "Loss", "Training", "dense_record"]
-__all__ += ["finetuned", "labels_loss", "task_data", "token_ids", "train", "trainer_for"]
-__all__ += ["training_of", "typical_length"]
+__all__ = [
+    "QUICK",
+    "RECIPES",
+    "SEEDS",
+    "TASKS",
+    "Batch",
+    "Loss",
+    "Training",
+    "dense_record",
+    "finetuned",
+    "labels_loss",
+    "task_data",
+    "token_ids",
+    "train",
+    "trainer_for",
+    "training_of",
+    "typical_length",
+]
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -81,7 +96,7 @@ RECIPES = {
     # To see that a benchmark runs; its numbers mean nothing.
     QUICK: Recipe(1e-4, 1, 0.3, 0.2, max_length=32, limit=800, dataset="trec-6"),
 }
-# The tasks that are measured by default, of the one model that means go over.
+# Measured by default: tasks of one model, so that means over them are possible.
 TASKS = ("trec-6", "movie-snippets", "tweets-3", "20-newsgroups")
 
 

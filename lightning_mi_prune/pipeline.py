@@ -22,7 +22,7 @@ from lightning_mi_prune.allocation.costs import Costs, ParameterCosts
 from lightning_mi_prune.allocation.latency import Device, LatencyCosts, LatencyTable
 from lightning_mi_prune.allocation.macs import macs_of_calls, measure_macs
 from lightning_mi_prune.allocation.measuring import cached_table, device_of, measure_table
-from lightning_mi_prune.calibration.calls import RecordedCall, move_tensors
+from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.calibration.collect import (
     Forward,
     Loss,
@@ -51,7 +51,7 @@ from lightning_mi_prune.core.options import (
     check_choice,
 )
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
-from lightning_mi_prune.core.running import copy_networks, run_batch, undisturbed
+from lightning_mi_prune.core.running import copy_networks, move_tensors, run_batch, undisturbed
 from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
 from lightning_mi_prune.discovery.graph import choose_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
@@ -188,7 +188,7 @@ def costs_of(
     budget = options.budget
     if budget.kind == "target_parameters":  # of the whole module, whatever was cut of it
         fixed = sum(p.numel() for p in module.parameters()) - count_parameters(groups, current)
-        return ParameterCosts(groups, fixed, held=current)
+        return ParameterCosts(groups, fixed, current=current)
     if budget.measure == "parameters":
         return ParameterCosts(chosen)
     if not examples:
@@ -211,7 +211,7 @@ def costs_of(
         return measure_table(module, timed, calls, multiple=options.constraints.multiple)
 
     table = cached_table(options.latency.table, measure, device_of(module, calls), tables)
-    return LatencyCosts(table, timed, held=current)
+    return LatencyCosts(table, timed, current=current)
 
 
 def decide(

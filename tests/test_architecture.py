@@ -194,6 +194,26 @@ def test_plain_data_is_free_of_torch(name: str) -> None:
     assert packages & {"torch", "torchmetrics"} == set()
 
 
+def test_every_import_is_a_declared_dependency() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    required = project.split("dependencies = [")[1].split("\n]")[0]
+    optional = project.split("[project.optional-dependencies]")[1].split("\nbenchmark = ")[0]
+    needed, extra = (
+        {name.replace("-", "_") for name in re.findall(r'"([a-z-]+)(?:\[[a-z]+\])?>=', part)}
+        for part in (required, optional)
+    )
+    extra |= {"docstring_parser", "yaml"}  # which jsonargparse[signatures] needs itself
+    assert {"torch", "lightning"} <= needed
+    for name in FILES:
+        for nodes, known in (
+            (nodes_run_at_import(tree_of(name)), needed | (extra if "cli/" in name else set())),
+            (ast.walk(tree_of(name)), needed | extra),
+        ):
+            packages = {module.split(".")[0] for module, _ in imports(nodes)}
+            others = packages - sys.stdlib_module_names - {"lightning_mi_prune"}
+            assert others <= known, name
+
+
 def loaded_by(*stages: str) -> list[set[str]]:
     """Packages that each stage of a fresh process adds to those of the stages before it."""
     code = "import sys\n" + "".join(

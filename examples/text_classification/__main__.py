@@ -2,9 +2,9 @@
 
     python -m examples.text_classification fit --config examples/text_classification/demo.yaml
 
-`fit` trains with the callbacks of the YAML, tests on rows that were never listened to, trains a
-dense control for the same number of epochs, and writes `runs/<name>/`: the pruned model with its
-tokenizer, and `report.json`. `validate`, `test` and `predict` take the same YAML.
+`fit` trains with the callbacks of the YAML, tests on rows that calibration did not use, trains a
+dense control for the same number of epochs, and writes the pruned model, its tokenizer and
+`report.json` to `runs/<name>/`. `validate`, `test` and `predict` take the same YAML.
 """
 
 import copy
@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from lightning_mi_prune.callbacks.base import PruningCallback
 
 
 class TextClassificationCLI(LightningCLI):
-    """LightningCLI that names runs and, after `fit`, tells what pruning did."""
+    """LightningCLI that names runs and, after `fit`, reports what pruning changed."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to neither trainer, model nor data."""
@@ -70,7 +71,7 @@ class TextClassificationCLI(LightningCLI):
             )
 
     def before_fit(self) -> None:
-        """Remember the dense model as it starts."""
+        """Copy the dense model before training changes it."""
         self.dense = copy.deepcopy(self.model)
         self.started = time.perf_counter()
 
@@ -90,7 +91,7 @@ class TextClassificationCLI(LightningCLI):
         callback = next((c for c in self.callbacks if isinstance(c, PruningCallback)), None)
         if callback is None:
             if first:
-                Console().print(f"Test metrics: {after}. The model is in {self.folder}")
+                print(f"Test metrics: {after}. The model is in {self.folder}")
             return
         extra: dict[str, Any] = {
             "before": {"metrics": {}},
@@ -104,7 +105,7 @@ class TextClassificationCLI(LightningCLI):
             for side, measured in latency.items():
                 extra[side]["latency_ms"] = measured
             callback.report.write(path, extra)
-        self.trainer.strategy.barrier()  # nothing else may run while one rank measures
+        self.trainer.strategy.barrier()  # latencies are measured on an idle machine
         if self.options.control:
             started = time.perf_counter()
             trainer = self.train_control()
@@ -113,7 +114,7 @@ class TextClassificationCLI(LightningCLI):
             extra["before"]["metrics"] = named(metrics)
         if first:
             callback.report.write(path, extra)
-            tell(callback.report.to_dict(), extra, self.folder)
+            print_summary(callback.report.to_dict(), extra, self.folder)
 
     @property
     def callbacks(self) -> list[pl.Callback]:
@@ -137,8 +138,8 @@ class TextClassificationCLI(LightningCLI):
         """Write the predicted classes beside the model."""
         if self.trainer.world_size > 1:
             raise MisconfigurationException(
-                f"predict writes the rows in their order, but {self.trainer.world_size} processes "
-                "have a share of them each; use --trainer.devices 1."
+                f"predict writes the rows in their order, but each of {self.trainer.world_size} "
+                "processes has only a share of them; use --trainer.devices 1."
             )
         predictions: Any = self.trainer.predict_loop.predictions
         rows, names = self.datamodule.splits["test"], self.datamodule.class_names
@@ -163,18 +164,20 @@ def named(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def compare_latency(before: Any, after: Any, length: int = 64) -> dict[str, list[dict[str, Any]]]:
-    """Median forward time of both encoders in ms, in turn, at batch sizes 1 and 32."""
+    """Median forward time of both encoders in ms, measured in turn, at batch sizes 1 and 32."""
     results: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
     device = next(after.parameters()).device
-    encoders = {  # copies, because these models are not done with training
-        name: copy.deepcopy(network.base_model).to(device).eval()
-        for name, network in (("before", before), ("after", after))
-    }
+    encoders = [  # copies, because training of these models continues
+        copy.deepcopy(network.base_model).to(device).eval() for network in (before, after)
+    ]
     for batch_size in (1, 32):
         ids = torch.randint(5, before.config.vocab_size, (batch_size, length), device=device)
-        calls = {name: _forward(encoder, ids) for name, encoder in encoders.items()}
-        for name, median in measure_latency(calls).items():
-            results[name].append(
+        calls = {
+            side: partial(_run, encoder, ids)
+            for side, encoder in zip(results, encoders, strict=True)
+        }
+        for side, median in measure_latency(calls).items():
+            results[side].append(
                 {
                     "median": median,
                     "batch_size": batch_size,
@@ -186,25 +189,22 @@ def compare_latency(before: Any, after: Any, length: int = 64) -> dict[str, list
     return results
 
 
-def _forward(encoder: Any, ids: torch.Tensor) -> Any:
-    def call() -> None:
-        with torch.inference_mode():
-            encoder(ids)
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-
-    return call
+@torch.inference_mode()
+def _run(encoder: Any, ids: torch.Tensor) -> None:
+    encoder(ids)
+    if ids.is_cuda:
+        torch.cuda.synchronize()
 
 
-def tell(report: dict[str, Any], extra: dict[str, Any], folder: Path) -> None:
-    """Print what changed, and where it is."""
+def print_summary(report: dict[str, Any], extra: dict[str, Any], folder: Path) -> None:
+    """Print both models side by side."""
     table = Table(title=f"{extra['epochs']} epochs, {extra['test_rows']} test rows")
     for name in ("", "dense", "pruned", "ratio"):
         table.add_column(name, justify="right" if name else "left")
     before, after = (report[side] | extra[side] for side in ("before", "after"))
     for key in ("parameters", "prunable_parameters", "macs"):
         if not after[key]:
-            continue  # MACs are counted while the callback listens; nothing was heard
+            continue  # MACs are counted during calibration; there was none
         ratio = before[key] / after[key]
         table.add_row(key.replace("_", " "), f"{before[key]:,}", f"{after[key]:,}", f"{ratio:.2f}x")
     for old, new in zip(before["latency_ms"], after["latency_ms"], strict=True):
@@ -222,11 +222,11 @@ def tell(report: dict[str, Any], extra: dict[str, Any], folder: Path) -> None:
             f"{value:.2%}",
             "" if dense is None else f"{100 * (value - dense):+.2f} points",
         )
-    own = sum(sum(cut["seconds"].values()) for cut in report["cuts"])
-    whole = after["fit_seconds"]
+    pruning = sum(sum(cut["seconds"].values()) for cut in report["cuts"])
+    training = after["fit_seconds"]
     Console().print(
         table,
-        f"\nPruning took {own:.0f} of the {whole:.0f} s of training ({own / whole:.0%}).",
+        f"\nPruning took {pruning:.0f} of {training:.0f} s of training ({pruning / training:.0%}).",
         f"\nThe pruned model and report.json are in {folder}",
     )
 

@@ -27,9 +27,9 @@ def encode_labels(
 ) -> tuple[dict[str, Dataset], list[str]]:
     """Numbers the classes 0 to C-1, in a column `labels`; returns the splits and the class names.
 
-    Rows without a label go: -1 in a ClassLabel column, and in others, where -1 may be a class,
-    -1 in a split that says nothing else. A test split without any label (GLUE hides them) is
-    replaced by the validation split.
+    Rows without a label are dropped: those with -1 in a ClassLabel column, and in other columns,
+    where -1 may be a class, those of a split that has nothing else. A test split without any label
+    (GLUE hides them) is replaced by the validation split.
     """
     feature = given["train"].features[label]
     hub_names = feature.names if isinstance(feature, ClassLabel) else None

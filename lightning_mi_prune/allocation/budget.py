@@ -18,7 +18,7 @@ from lightning_mi_prune.allocation.constraints import (
 )
 from lightning_mi_prune.allocation.costs import Costs
 from lightning_mi_prune.core.errors import PruningError, counted, number
-from lightning_mi_prune.core.options import Constraints
+from lightning_mi_prune.core.options import Constraints, check_count, check_number
 from lightning_mi_prune.core.plan import Ranking
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
 
@@ -27,11 +27,11 @@ __all__ = [
     "Budget",
     "budget_of",
     "check_reach",
-    "left_to_lose",
+    "nats_left",
     "ranking_of",
     "sparsity_of",
     "uniform",
-    "uniform_informed",
+    "uniform_by_information",
 ]
 
 NATS = 1e-9  # information below this is rounding
@@ -45,15 +45,15 @@ _GRID = 10**6
 
 @dataclass(frozen=True)
 class Budget:
-    """How small the model must get; exactly one of the five.
+    """How small the model must get; exactly one of the five is given.
 
     Args:
         sparsity: Share of the prunable parameters to remove, against the model as built.
         target_parameters: Parameters of the whole module after the last cut.
         target_macs: Multiply-accumulates of one example after the last cut.
         target_latency_ms: Milliseconds of one forward pass of the benchmarked call.
-        keep_information: Share of the information with the layers above, in nats and summed over
-            the groups, that stays.
+        keep_information: Share that stays of the information with the layers above, in nats and
+            summed over the groups.
 
     Raises:
         PruningError: If none or several are given, or a value is out of range.
@@ -79,14 +79,10 @@ class Budget:
                 f"A budget of {found or 'nothing'}; expected exactly one of {', '.join(names)}."
             )
         name, value = given[0], getattr(self, given[0])
-        if name in ("sparsity", "keep_information"):
-            if not _is_number(value) or not 0 < value < 1:
-                raise PruningError(f"{name}={value!r}; expected a number above 0 and below 1.")
-        elif name == "target_latency_ms":
-            if not _is_number(value) or not 0 < value < math.inf:
-                raise PruningError(f"{name}={value!r}; expected milliseconds above 0.")
-        elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise PruningError(f"{name}={value!r}; expected a whole number from 1.")
+        if name in ("target_parameters", "target_macs"):
+            check_count(name, value, least=1)
+        else:
+            check_number(name, value, above=0, below=math.inf if name.endswith("ms") else 1)
 
     @property
     def kind(self) -> str:
@@ -110,15 +106,12 @@ class Budget:
     def target(
         self, groups: Sequence[DependencyGroup], costs: Costs, progress: float = 1.0
     ) -> float:
-        """Cost that must not be exceeded, ``progress`` of the way from the model as built.
+        """Largest cost allowed, in the unit of ``costs``; infinite for ``keep_information``.
 
         Args:
             groups: What may shrink.
             costs: What widths cost; must count :attr:`measure`.
-            progress: Share of the way, above 0 and up to 1.
-
-        Returns:
-            The cost, in the unit of ``costs``; infinite for ``keep_information``.
+            progress: How far to go from the model as built to the budget, above 0 and up to 1.
 
         Raises:
             PruningError: If the costs count something else, or ``progress`` is out of range.
@@ -126,9 +119,9 @@ class Budget:
         if costs.measure != self.measure:
             raise PruningError(
                 f"{self} counts {self.measure}, but the costs given count {costs.measure}; "
-                "give costs of the same kind."
+                "give costs of the same measure."
             )
-        if not _is_number(progress) or not 0 < progress <= 1:
+        if not 0 < progress <= 1:
             raise PruningError(f"progress={progress!r}; expected a share above 0 and up to 1.")
         built = costs.total({group.name: group.size for group in groups})
         if self.kind == "keep_information":
@@ -146,7 +139,7 @@ def budget_of(
     target_latency_ms: float | None = None,
     keep_information: float | None = None,
 ) -> Budget:
-    """The budget that options ask for: half of the prunable parameters go where none is given.
+    """The budget given by options; half of the prunable parameters where none is given.
 
     Raises:
         PruningError: If several are given, or a value is out of range.
@@ -167,7 +160,7 @@ def budget_of(
 
 
 def sparsity_of(groups: Sequence[DependencyGroup], widths: Mapping[str, int]) -> float:
-    """Share of the prunable parameters that is gone, against the model as built."""
+    """Share of the prunable parameters that is removed, against the model as built."""
     return 1 - count_parameters(groups, widths) / count_parameters(groups)
 
 
@@ -180,12 +173,17 @@ def check_reach(
     current: Mapping[str, int] | None = None,
     constraints: Constraints | None = None,
     progress: float = 1.0,
-) -> None:
-    """Refuse a budget that no ranking could meet, before anything is heard or trained.
+) -> dict[str, tuple[int, int]]:
+    """Refuse a budget that no ranking could meet, before anything is collected or trained.
+
+    Takes the arguments of :func:`allocate.allocate`.
+
+    Returns:
+        Fewest and most units of every group.
 
     Raises:
-        PruningError: If the fewest units that may stay still cost too much; it names what is
-            reachable. Also if constraints match nothing or contradict each other.
+        PruningError: If the fewest units that may stay cost too much; the message names what can
+            be reached. Also if constraints match nothing or contradict each other.
     """
     constraints = Constraints() if constraints is None else constraints
     bounds = resolve_bounds(constraints, groups, current)
@@ -195,7 +193,7 @@ def check_reach(
     fewest = costs.total({name: least for name, (least, _) in bounds.items()})
     built = costs.total({group.name: group.size for group in groups})
     if fewest <= target + _SLACK * max(1.0, built):
-        return
+        return bounds
     if budget.kind == "sparsity":
         prunable = built - costs.total({group.name: 0 for group in groups})
         reach = (built - fewest) / prunable if prunable else 0.0
@@ -221,30 +219,32 @@ def uniform(
 ) -> dict[str, int]:
     """The largest widths with the same share kept everywhere that cost no more than ``target``.
 
-    Whole heads are few and neurons many: heads take the nearest whole number, and the neurons,
-    in steps of ``multiple``, make up the difference, so the budget is met as closely as it can be.
+    Heads are few and neurons many: heads take the nearest whole number, and the neurons, in steps
+    of ``multiple``, make up the difference, so the budget is met as closely as possible.
 
     Args:
         groups: What may shrink.
         costs: What widths cost.
-        target: Cost that must not be exceeded; the fewest units must cost no more.
+        target: Largest cost allowed; the fewest units must cost no more.
         bounds: Fewest and most units of every group.
-        multiple: Widths of groups with one entry a unit are multiples of this.
+        multiple: Widths of groups with one entry per unit are multiples of this.
     """
-    fits = target + _SLACK * costs.total({group.name: group.size for group in groups})
+    limit = target + _SLACK * costs.total({group.name: group.size for group in groups})
 
-    def starts(gone: int) -> bool:
-        share = 1 - gone / _GRID
-        return costs.total({a.name: min(share * a.size, bounds[a.name][1]) for a in groups}) <= fits
+    def fits(removed: int) -> bool:
+        """Whether real-valued widths, without steps and floors, meet the target."""
+        share = 1 - removed / _GRID
+        widths = {one.name: min(share * one.size, bounds[one.name][1]) for one in groups}
+        return costs.total(widths) <= limit
 
-    kept = 1 - bisect_left(range(_GRID), True, key=starts) / _GRID
+    kept = 1 - bisect_left(range(_GRID), True, key=fits) / _GRID
     fine, coarse = by_choices(groups, multiple)
     shares = shares_of(fine, bounds, multiple)
     while True:
         rough = at_share(coarse, kept, bounds, multiple)
 
         def meets(share: float, rough: dict[str, int] = rough) -> bool:
-            return costs.total(rough | at_share(fine, share, bounds, multiple, down=True)) <= fits
+            return costs.total(rough | at_share(fine, share, bounds, multiple, down=True)) <= limit
 
         place = bisect_left(shares, True, key=meets)
         if place < len(shares) or not coarse or kept <= 0:
@@ -254,7 +254,7 @@ def uniform(
         kept -= min(1 / group.size for group in coarse)
 
 
-def uniform_informed(
+def uniform_by_information(
     groups: Sequence[DependencyGroup],
     rankings: Mapping[str, Ranking],
     need: float,
@@ -265,22 +265,22 @@ def uniform_informed(
     for group in groups:
         ranking_of(group, rankings, bounds[group.name][1])
 
-    def spent(share: float) -> bool:
+    def too_much(share: float) -> bool:
         widths = at_share(groups, share, bounds, multiple)
-        return left_to_lose(groups, rankings, widths, need) < -NATS
+        return nats_left(groups, rankings, widths, need) < -NATS
 
     shares = shares_of(groups, bounds, multiple)
-    place = max(0, bisect_left(shares, True, key=spent) - 1)
+    place = max(0, bisect_left(shares, True, key=too_much) - 1)
     return at_share(groups, shares[place], bounds, multiple)
 
 
-def left_to_lose(
+def nats_left(
     groups: Sequence[DependencyGroup],
     rankings: Mapping[str, Ranking],
     widths: Mapping[str, int],
     need: float,
 ) -> float:
-    """Nats that may still go so that the share ``need`` stays; negative if too many are gone."""
+    """Nats that may still be lost so that the share ``need`` stays; negative if too many are."""
     total = sum(ranking_of(group, rankings, 0).lost(0)[1] for group in groups)
     lost = sum(rankings[group.name].lost(widths[group.name])[1] for group in groups)
     return (1 - need) * total - lost
@@ -289,15 +289,11 @@ def left_to_lose(
 def ranking_of(group: DependencyGroup, rankings: Mapping[str, Ranking], width: int) -> Ranking:
     """The ranking of a group, if it covers ``width`` units; a PruningError otherwise."""
     if group.name not in rankings:
-        raise PruningError(f"{group.name!r} has no ranking; rank every group that competes.")
+        raise PruningError(f"{group.name!r} has no ranking; rank all groups.")
     ranking = rankings[group.name]
     if len(ranking.order) < width:
         raise PruningError(
             f"The ranking of {group.name!r} covers {number(len(ranking.order))} of "
-            f"{counted(width, 'unit')}; expected all that are left. Rank the group again."
+            f"{counted(width, 'unit')}; expected all that it has now. Rank the group again."
         )
     return ranking
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Constraints: fewest and most units that every group may keep."""
+"""Fewest and most units that every group may keep, and the widths in between."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def at_share(
     *,
     down: bool = False,
 ) -> dict[str, int]:
-    """Width of every group where ``share`` of it stays: the nearest in steps, or the next below."""
+    """Width of every group at a share of its units: the nearest whole step, or the next below."""
     found = {}
     for group in groups:
         step, (least, most) = step_of(group, multiple), bounds[group.name]
@@ -108,7 +108,7 @@ def at_share(
 
 
 def shares_of(groups: Sequence[DependencyGroup], bounds: Bounds, multiple: int) -> list[float]:
-    """Every share at which one of the groups changes its width, the largest first."""
+    """Shares at which the width of one of the groups changes, the largest first."""
     found = {
         width / group.size
         for group in groups
@@ -120,7 +120,7 @@ def shares_of(groups: Sequence[DependencyGroup], bounds: Bounds, multiple: int) 
 def never_empty(
     groups: Sequence[DependencyGroup], bounds: Bounds, multiple: int
 ) -> dict[str, tuple[int, int]]:
-    """The bounds, with one step at least on every group that has one to keep."""
+    """The bounds, raised so that every group keeps one step where it has one."""
     found = {}
     for group in groups:
         least, most = bounds[group.name]
@@ -131,7 +131,7 @@ def never_empty(
 def by_choices(
     groups: Sequence[DependencyGroup], multiple: int
 ) -> tuple[list[DependencyGroup], list[DependencyGroup]]:
-    """Groups with the most widths to choose from, and the others."""
+    """Groups with the most widths to choose from, and all others."""
     choices = {group.name: -(-group.size // step_of(group, multiple)) for group in groups}
     fine = [group for group in groups if choices[group.name] == max(choices.values())]
     return fine, [group for group in groups if group not in fine]
@@ -140,25 +140,25 @@ def by_choices(
 def check_left(
     groups: Sequence[DependencyGroup],
     widths: Mapping[str, int],
-    told: Collection[str],
+    emptied: Collection[str],
     budget: object,
 ) -> None:
-    """Refuse a budget that leaves nothing: a slip of the pen is likelier than such a wish.
+    """Refuse a budget that leaves nothing, which is likelier an error than intended.
 
     Args:
         groups: All groups of the model.
         widths: Units that the budget leaves.
-        told: Groups that a pin or cap empties.
+        emptied: Groups that a pin or cap empties.
         budget: The budget, for the error.
 
     Raises:
-        PruningError: If all that may vanish would, without being told to.
+        PruningError: If the budget empties all groups that may be empty.
     """
-    may = [group for group in groups if may_be_empty(group) and group.name not in told]
+    may = [group for group in groups if may_be_empty(group) and group.name not in emptied]
     if may and not any(widths[group.name] for group in may):
         raise PruningError(
             f"{budget} leaves nothing: all units of {counted(len(may), 'group')} of "
-            f"{sorted({group.kind for group in may})} would vanish. Ask for a larger model, or set "
+            f"{sorted({group.kind for group in may})} would go. Choose a smaller cut, or set "
             "floor (0.05 keeps a twentieth of each), or pins of 0 if that is what you want."
         )
 

@@ -1,4 +1,4 @@
-"""What widths cost: parameters of the module, or multiply-accumulates of an example."""
+"""What widths cost: parameters of the module, or multiply-accumulates of one example."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from lightning_mi_prune.discovery.groups import DependencyGroup
 
@@ -19,56 +19,56 @@ __all__ = [
 
 
 class Costs(Protocol):
-    """What a model of given widths costs, and how that changes along one group."""
+    """What a model of given widths costs, and what narrower groups save."""
 
     @property
     def measure(self) -> str:
         """What is counted: ``"parameters"``, ``"MACs"`` or ``"ms"``."""
 
     def total(self, widths: Mapping[str, float]) -> float:
-        """Cost of everything that is counted; groups that are not named stay as they are."""
+        """Cost of everything that is counted; groups that are not named keep their width."""
 
     def savings(
         self, name: str, widths: Mapping[str, float], options: Sequence[float]
     ) -> list[float]:
-        """What goes when one group shrinks from its place in ``widths`` to each of ``options``."""
+        """Cost saved when one group shrinks from its width in ``widths`` to each of ``options``."""
 
     def neighbours(self, name: str) -> frozenset[str]:
-        """Other groups whose units get cheaper when this one shrinks: they share tensors."""
+        """Other groups whose units cost less when this one shrinks: they share tensors."""
 
 
 @dataclass(frozen=True)
 class _TensorCosts:
-    """A sum over tensors; subclasses say what one entry of each costs."""
+    """A sum over tensors, linear in the number of entries of each."""
 
     groups: Sequence[DependencyGroup]
     fixed: float = 0
-    held: Mapping[str, int] = field(default_factory=dict, kw_only=True)
+    current: Mapping[str, int] = field(default_factory=dict, kw_only=True)
 
-    def _weigh(self, tensor: str) -> float:
+    def _cost_per_entry(self, tensor: str) -> float:
         return 1
 
     @cached_property
     def _terms(self) -> dict[tuple[str, ...], float]:
-        """Coefficient of each product of widths, by the groups that it is a product of."""
+        """Coefficient of each product of widths, by the groups whose widths are multiplied."""
         shapes: dict[str, list[int]] = {}
         cut_by: dict[str, list[str]] = defaultdict(list)
         names = {group.name for group in self.groups}
         for group in self.groups:
             for s in group.tensors:
-                # What two groups cut together has an entry for each pair of their units.
+                # A dimension that two groups cut together has an entry per pair of their units.
                 each = 1 if group.product_with in names else group.entries
                 shapes.setdefault(s.tensor, list(s.shape))[s.dim] = each
                 cut_by[s.tensor].append(group.name)
         terms: dict[tuple[str, ...], float] = defaultdict(float)
         for tensor, shape in shapes.items():
-            if weight := self._weigh(tensor):
-                terms[tuple(sorted(cut_by[tensor]))] += math.prod(shape) * weight
+            if cost := self._cost_per_entry(tensor):
+                terms[tuple(sorted(cut_by[tensor]))] += math.prod(shape) * cost
         return terms
 
     @cached_property
     def _along(self) -> dict[str, list[tuple[float, int, list[str]]]]:
-        """By group, its products: coefficient, power of its own width, the other groups."""
+        """The products by group: coefficient, power of its own width, the other groups."""
         found: dict[str, list[tuple[float, int, list[str]]]] = defaultdict(list)
         for names, coefficient in self._terms.items():
             for name in set(names):
@@ -77,7 +77,7 @@ class _TensorCosts:
         return dict(found)
 
     def _filled(self, widths: Mapping[str, float]) -> dict[str, float]:
-        return {**{a.name: self.held.get(a.name, a.size) for a in self.groups}, **widths}
+        return {**{a.name: self.current.get(a.name, a.size) for a in self.groups}, **widths}
 
     def total(self, widths: Mapping[str, float]) -> float:
         """Cost of everything that is counted, the fixed part included."""
@@ -87,7 +87,7 @@ class _TensorCosts:
     def savings(
         self, name: str, widths: Mapping[str, float], options: Sequence[float]
     ) -> list[float]:
-        """What goes when one group shrinks to each of ``options``."""
+        """Cost saved when one group shrinks to each of ``options``."""
         at, powers = self._filled(widths), defaultdict[int, float](float)
         for coefficient, power, others in self._along.get(name, ()):
             powers[power] += coefficient * math.prod(at[other] for other in others)
@@ -106,12 +106,13 @@ class ParameterCosts(_TensorCosts):
     Args:
         groups: Groups that may shrink, and any other that cuts the same tensors.
         fixed: Parameters of the tensors that no group cuts.
-        held: Present widths of groups that a caller does not name (default: as built).
+        current: Widths of groups that a caller does not name (default: as built).
 
     Example:
         >>> from lightning_mi_prune.discovery.groups import PrunableDim
         >>> rows = DependencyGroup("rows", "ffn", 6, 1, (PrunableDim("w", 0, (6, 4)),), ("down",))
-        >>> columns = DependencyGroup("columns", "ffn", 4, 1, (PrunableDim("w", 1, (6, 4)),), ("down",))
+        >>> dims = (PrunableDim("w", 1, (6, 4)),)
+        >>> columns = DependencyGroup("columns", "ffn", 4, 1, dims, ("down",))
         >>> costs = ParameterCosts([rows, columns], fixed=10)
         >>> costs.total({"rows": 6, "columns": 4})
         34.0
@@ -119,10 +120,7 @@ class ParameterCosts(_TensorCosts):
         [2.0, 6.0]
     """
 
-    @property
-    def measure(self) -> str:
-        """Parameters."""
-        return "parameters"
+    measure: ClassVar[str] = "parameters"
 
 
 @dataclass(frozen=True)
@@ -132,22 +130,19 @@ class MacCosts(_TensorCosts):
     Args:
         groups: Groups that may shrink, and any other that cuts the same tensors.
         fixed: Multiply-accumulates that no group changes.
-        positions: Rows that pass through each weight in one example, over all calls of its
+        positions: Positions that pass through each weight in one example, over all calls of its
             layer, by tensor name. Tensors without an entry (biases, norms, embeddings) are free.
-        products: Multiply-accumulates of each head beside its weights (scores, mixture), by group,
-            at the size that heads have where ``held`` says so.
-        held: Present widths of groups that a caller does not name (default: as built).
+        products: Multiply-accumulates of each head beside its weights (scores times values), by
+            group, at the head size of ``current``.
+        current: Widths of groups that a caller does not name (default: as built).
     """
 
     positions: Mapping[str, float] = field(default_factory=dict)
     products: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def measure(self) -> str:
-        """Multiply-accumulates."""
-        return "MACs"
+    measure: ClassVar[str] = "MACs"
 
-    def _weigh(self, tensor: str) -> float:
+    def _cost_per_entry(self, tensor: str) -> float:
         return self.positions.get(tensor, 0)
 
     @cached_property
@@ -155,10 +150,10 @@ class MacCosts(_TensorCosts):
         terms = super()._terms
         groups = {group.name: group for group in self.groups}
         for name, product in self.products.items():
-            crossed = groups[name].product_with if name in groups else ""
-            if crossed in groups:  # scores and mixture grow with the size of a head
-                size = self.held.get(crossed, groups[crossed].size)
-                pair = tuple(sorted((name, crossed)))
+            other = groups[name].product_with if name in groups else ""
+            if other in groups:  # they grow with the head size
+                size = self.current.get(other, groups[other].size)
+                pair = tuple(sorted((name, other)))
                 terms[pair] = terms.get(pair, 0) + product / size
             else:
                 terms[name,] = terms.get((name,), 0) + product

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.errors import number as worded
@@ -47,14 +48,14 @@ _CURVE = ("groups", "widths", "saved")
 
 @dataclass(frozen=True)
 class Device:
-    """What a latency depends on beside the model.
+    """Hardware and software that a latency depends on.
 
     Args:
         type: ``"cpu"``, ``"cuda"``, ...
         name: Name of the processor or of the GPU.
         threads: Threads that torch uses on the processor.
         torch: Version of torch.
-        dtype: Type of the numbers, ``"float32"``; under autocast that of the products.
+        dtype: Type of the weights, ``"float32"``; under autocast that of the products.
     """
 
     type: str
@@ -78,7 +79,7 @@ class LatencyCurve:
         saved: Milliseconds that one of the groups saves at each of them; never falling.
 
     Raises:
-        PruningError: If that is not what they are.
+        PruningError: If widths and savings are not in this order or out of range.
 
     Example:
         >>> curve = LatencyCurve(("ffn",), widths=(64, 32, 0), saved=(0.0, 1.0, 3.0))
@@ -97,8 +98,8 @@ class LatencyCurve:
             raise PruningError("A latency curve belongs to no group; measure the table again.")
         if not falling or not self.widths or len(self.saved) != len(self.widths):
             raise PruningError(
-                f"The latency curve of {described(self.groups[0])} has {len(self.widths)} widths and "
-                f"{len(self.saved)} times; expected one time for each, from the widest down."
+                f"The latency curve of {described(self.groups[0])} has {len(self.widths)} widths "
+                f"and {len(self.saved)} times; expected one time for each, from the widest down."
             )
         if not 0 <= self.widths[-1] <= self.widths[0] <= _WIDEST:
             raise PruningError(
@@ -114,7 +115,7 @@ class LatencyCurve:
             )
 
     def at(self, width: float) -> float:
-        """Milliseconds saved at a width; linear in between, level outside."""
+        """Milliseconds saved at a width: linear in between, constant outside."""
         place = bisect_left(self.widths, -width, key=lambda w: -w)
         if place == 0 or place == len(self.widths):
             return self.saved[min(place, len(self.widths) - 1)]
@@ -163,7 +164,7 @@ class LatencyTable:
             if group.name in curve.groups and curve.widths[0] == group.size:
                 return curve
         raise PruningError(
-            f"The latency table does not know {group.name!r} of {counted(group.size, 'unit')}; it "
+            f"The latency table does not have {group.name!r} of {counted(group.size, 'unit')}; it "
             "was measured on another model or on other groups. Measure it again."
         )
 
@@ -217,7 +218,7 @@ class LatencyTable:
             raise PruningError(f"{path}: {error} Delete the file to measure again.") from error
 
     def write(self, path: str | Path) -> None:
-        """Write the table, or nothing: a crash leaves what was there.
+        """Write the table; a crash leaves the old file.
 
         Raises:
             PruningError: If the file cannot be written.
@@ -244,21 +245,19 @@ def _milliseconds(name: str, value: object) -> float:
 class LatencyCosts:
     """Milliseconds of one forward pass, from a table.
 
-    Groups save side by side. One that shares tensors with all others (the residual stream) makes
-    everything narrower, so its share multiplies with what the others leave. Heads and their
-    dimensions share the time of one attention: either saves of it in proportion to what the other
-    leaves.
+    The savings of groups add up, with two exceptions. A group that shares tensors with all others
+    (the hidden size) multiplies the time that they leave. Heads and their dimensions share the time
+    of one attention: what the one saves shrinks in proportion to what the other has saved.
 
     Args:
-        table: What was measured.
+        table: Measured latencies.
         groups: Groups that may shrink, and any other of the table that has shrunk.
-        held: Present widths of groups that a caller does not name (default: as built).
+        current: Widths of groups that a caller does not name (default: as built).
 
     Raises:
-        PruningError: If the table does not know one of the groups.
+        PruningError: If the table does not have one of the groups.
 
     Example:
-        >>> from lightning_mi_prune.allocation.latency import Device
         >>> group = DependencyGroup("ffn", "ffn", 64, 1, (), ("down",))
         >>> curve = LatencyCurve(("ffn",), widths=(64, 32, 0), saved=(0.0, 1.0, 3.0))
         >>> table = LatencyTable(Device("cpu", "any", 1, "2.9", "float32"), 1, 32, 10.0, (curve,))
@@ -268,16 +267,12 @@ class LatencyCosts:
 
     table: LatencyTable
     groups: Sequence[DependencyGroup]
-    held: Mapping[str, int] = field(default_factory=dict)
+    current: Mapping[str, int] = field(default_factory=dict)
+    measure: ClassVar[str] = "ms"
 
     def __post_init__(self) -> None:
         for group in self.groups:
             self.table.curve(group)
-
-    @property
-    def measure(self) -> str:
-        """Milliseconds."""
-        return "ms"
 
     @cached_property
     def _pairs(self) -> dict[str, str]:
@@ -289,6 +284,7 @@ class LatencyCosts:
 
     @cached_property
     def _hubs(self) -> frozenset[str]:
+        """Groups that share tensors with all others."""
         tensors = {group.name: {s.tensor for s in group.tensors} for group in self.groups}
         many = len(tensors) > 1
         return frozenset(
@@ -299,31 +295,31 @@ class LatencyCosts:
 
     @cached_property
     def _curves(self) -> dict[str, tuple[LatencyCurve, int]]:
-        now = {group.name: group.size for group in self.groups} | dict(self.held)
+        now = {group.name: group.size for group in self.groups} | dict(self.current)
         return {group.name: (self.table.curve(group), now[group.name]) for group in self.groups}
 
     def _saved(self, name: str, widths: Mapping[str, float]) -> float:
         """Milliseconds that one group saves where all others are as built."""
-        curve, held = self._curves[name]
-        return curve.at(widths.get(name, held))
+        curve, width = self._curves[name]
+        return curve.at(widths.get(name, width))
 
     def _left(self, name: str, widths: Mapping[str, float]) -> float:
-        """Share of what a group could save that the group it crosses has not saved already."""
+        """Share of a group's savings that the other group of its pair has not saved already."""
         if name not in self._pairs:
             return 1.0
         other = self._pairs[name]
-        most = max(_all(self._curves[group][0]) for group in (name, other))
+        most = max(_whole(self._curves[group][0]) for group in (name, other))
         return 1 - self._saved(other, widths) / most if most else 1.0
 
     def _factors(self, widths: Mapping[str, float]) -> tuple[float, float]:
-        """What hubs leave of the dense time, and what the others leave."""
+        """Shares of the dense time that hubs leave, and that the others leave."""
         dense = self.table.dense_ms
         hubs = math.prod(1 - self._saved(name, widths) / dense for name in self._hubs)
         others = 0.0
         for name in self._curves:
             if name in self._hubs:
                 continue
-            # Of two that cross, the first counts whole and the second by what the first leaves.
+            # Of a pair, the first counts whole and the second by what the first leaves.
             second = self._pairs.get(name, name) < name
             others += self._saved(name, widths) * (self._left(name, widths) if second else 1.0)
         return hubs, 1 - others / dense
@@ -335,20 +331,20 @@ class LatencyCosts:
     def savings(
         self, name: str, widths: Mapping[str, float], options: Sequence[float]
     ) -> list[float]:
-        """Milliseconds that go when one group shrinks to each of ``options``."""
+        """Milliseconds saved when one group shrinks to each of ``options``."""
         (hubs, others), curve = self._factors({**widths, name: math.inf}), self._curves[name][0]
         scale = others if name in self._hubs else self._left(name, widths)
-        scale *= hubs  # at full width the group itself takes nothing away
+        scale *= hubs  # computed with the group itself at full width
         now = self._saved(name, widths)
         return [scale * (curve.at(width) - now) for width in options]
 
     def neighbours(self, name: str) -> frozenset[str]:
-        """The groups that multiply with this one."""
+        """The groups whose savings depend on this one."""
         found = frozenset(self._curves) if name in self._hubs else self._hubs
         return (found | {self._pairs.get(name, name)}) - {name}
 
 
-def _all(curve: LatencyCurve) -> float:
-    """Milliseconds that would go without the last units, too, where they must stay."""
+def _whole(curve: LatencyCurve) -> float:
+    """Milliseconds saved without any units, extrapolated where some must stay."""
     most, least = curve.widths[0], curve.widths[-1]
     return curve.saved[-1] * most / (most - least) if least < most else 0.0

@@ -26,9 +26,9 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the multiply-accumulates of the operators inside a ``with`` block.
 
     Linear maps, convolutions, recurrent layers and the two products of attention count;
-    element-wise work, norms, look-ups, sorts, Fourier transforms and compiled kernels of third
-    parties do not. The formulas are those of torch's own counter and those that it lacks. Its
-    module tracker is left out: it hooks every module of the process, and the parameters.
+    element-wise operators, norms, look-ups, sorts, Fourier transforms and compiled kernels of third
+    parties do not. The formulas are those of torch's ``FlopCounterMode`` and those that it lacks;
+    its module tracker is not used, because it hooks all modules and parameters of the process.
 
     Example:
         >>> with torch.no_grad(), MacCounter() as counter:
@@ -37,19 +37,19 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         60
 
     Args:
-        after: Gets what puts the random state back, should an operator draw from it.
+        after: Stack to which the restoring of the random state is added, once an operator draws.
     """
 
     supports_higher_order_operators = True
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Yes: under any other mode torch gives up compiled parts, for good."""
+        """True: under any other mode torch falls back from compiled code for good."""
         return True
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Likewise; the operators that compiled code calls are counted."""
+        """True: the operators that compiled code calls are counted."""
         return True
 
     def __init__(self, after: ExitStack | None = None) -> None:
@@ -61,7 +61,7 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator and count it; one that is made of others is counted by them."""
+        """Run an operator and count it, or those that it decomposes into."""
         kwargs = kwargs or {}
         operator = getattr(func, "_overloadpacket", func)  # a higher-order operator has none
         formula, doubled = _FORMULAS.get(operator), self._doubled.get(operator)
@@ -83,14 +83,14 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _hold_random_state(self, args: tuple[Any, ...]) -> None:
-        """Put the random state back at the end; one that nobody draws from is not touched."""
+        """Have the random state restored at the end."""
         if self._after is None:
             return
         places = {x.device for x in args if isinstance(x, Tensor) and x.device.type == "cuda"}
         self._after.enter_context(torch.random.fork_rng(devices=list(places)))
 
 
-# Torch keeps account of modes in flags of the process, which threads would put back in any order.
+# Torch keeps modes in flags of the process, which threads would restore in any order.
 _ONE_BY_ONE = threading.RLock()
 
 
@@ -99,7 +99,7 @@ def counting(network: nn.Module) -> Iterator[MacCounter]:
     """A counter for calls of a network, which stays as it is.
 
     The network runs in evaluation mode and without gradients. Modes, buffers and the random state
-    are put back, also after an error.
+    are restored, also after an error.
     """
     held = [(part, dict(part._buffers)) for part in network.modules() if part._buffers]
     buffers = {id(b): b for _, named in held for b in named.values() if b is not None}
@@ -129,7 +129,7 @@ def _lengths(x: Tensor) -> list[int]:
 
 
 def _attention(out: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    """Scores and mixture; keys and values may be shared by several heads of queries."""
+    """Scores and weighted sums; several query heads may share keys and values."""
     if query.is_nested:
         parts = zip(query.unbind(), key.unbind(), value.unbind(), strict=True)
         return sum(_attention(None, *part) for part in parts)
@@ -138,7 +138,7 @@ def _attention(out: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> 
 
 
 def _self_attention(x: Tensor, *weights: Tensor) -> int:
-    """Scores and mixture, and linear maps; the first of them makes queries, keys and values."""
+    """Scores, weighted sums and linear maps, of which the first makes queries, keys and values."""
     lengths, width = _lengths(x), weights[0].shape[0] // 3
     pairs = sum(length**2 for length in lengths)
     return sum(lengths) * sum(w.numel() for w in weights) + 2 * pairs * width
@@ -176,7 +176,7 @@ def _int8(out: Tensor, x: Tensor, *_: Any) -> int:
 
 
 def _by_name() -> Mapping[Any, Callable[..., int]]:
-    """What torch's own counter does not know, by operator; of those that this torch has."""
+    """Formulas that torch's own counter lacks, by operator, for operators of this version."""
     aten = torch.ops.aten
     attention = [
         "flash_attention",
@@ -219,7 +219,7 @@ def _by_name() -> Mapping[Any, Callable[..., int]]:
 _FORMULAS = _by_name()
 
 
-# Questions about the layout of a tensor of a class of its own, which that class answers.
+# Operators that ask for the layout of a tensor subclass, which the subclass answers itself.
 _LAYOUT = {
     overload
     for name in ("is_contiguous", "size", "stride", "storage_offset", "numel", "dim")

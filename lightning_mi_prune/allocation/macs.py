@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_mi_prune.allocation.costs import MacCosts
 from lightning_mi_prune.allocation.mac_counter import MacCounter, counting
-from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision, move_tensors
+from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision
+from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.discovery.groups import DependencyGroup
 
 __all__ = [
@@ -24,8 +25,8 @@ __all__ = [
 def count_macs(network: nn.Module, example: RecordedCall) -> int:
     """Multiply-accumulates of one forward pass, counted operator by operator while it runs.
 
-    What counts is said at :class:`mac_counter.MacCounter`. The network stays as it is: modes, buffers
-    and the random state are put back.
+    :class:`mac_counter.MacCounter` lists what counts. The network stays as it is, with its modes
+    and buffers; so does the random state.
 
     Args:
         network: Module to run, in evaluation mode.
@@ -58,8 +59,8 @@ def macs_of_calls(model: nn.Module, calls: Mapping[str, RecordedCall]) -> int:
     total = 0
     for path, call in calls.items():
         network = model.get_submodule(path)
-        place = next((p.device for p in network.parameters()), None)
-        moved = call if place is None else replace(call, **move_tensors(vars(call), place))
+        device = next((p.device for p in network.parameters()), None)
+        moved = call if device is None else replace(call, **move_tensors(vars(call), device))
         total += count_macs(network, moved)
     return total
 
@@ -70,10 +71,10 @@ def measure_macs(
     calls: Mapping[str, RecordedCall],
     widths: Mapping[str, int] | None = None,
 ) -> MacCosts:
-    """Run each network once on an example and learn what its multiply-accumulates depend on.
+    """Run each network once on an example to find what its multiply-accumulates depend on.
 
-    The sum at the present widths is what :func:`count_macs` counts for these calls. The
-    networks stay as they are: modes, buffers and the random state are put back.
+    The total at the present widths is what :func:`count_macs` counts for these calls. The networks
+    and the random state stay as they are.
 
     Args:
         root: Module from which the groups are named.
@@ -110,20 +111,20 @@ def measure_macs(
         if group.kind != "heads" or not passed:
             continue
         units, work = now[group.name], meter.inside[group.name]
-        # Where no head is left there is nothing to see: scores and mixture of plain attention.
+        # Where no head is left nothing can be counted: assume plain attention.
         products[group.name] = (
             work / units if units and work else 2 * max(passed) * group.entries_at(now)
         )
     products = {n: int(p) if float(p).is_integer() else p for n, p in products.items()}
-    draft = MacCosts(groups, 0, positions, products, held=now)
-    return MacCosts(groups, meter.total - draft.total(now), positions, products, held=now)
+    draft = MacCosts(groups, 0, positions, products, current=now)
+    return MacCosts(groups, meter.total - draft.total(now), positions, products, current=now)
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _Meter:
-    """Hooks that tell the work of weights from the work beside them."""
+    """Hooks that separate the work of weights from all other work."""
 
     def __init__(self, root: nn.Module, groups: Sequence[DependencyGroup]) -> None:
         self.total = 0
@@ -135,10 +136,8 @@ class _Meter:
             self._handles.append(module.register_forward_hook(self._on_weight(module)))
         for group in groups:
             if group.kind == "heads":
-                module, (before, after) = (
-                    root.get_submodule(_common(group)),
-                    self._around(group.name),
-                )
+                module = root.get_submodule(_common(group))
+                before, after = self._around(group.name)
                 self._handles.append(module.register_forward_pre_hook(before))
                 self._handles.append(module.register_forward_hook(after))
 
@@ -150,12 +149,12 @@ class _Meter:
         self.total += self._counter.macs
 
     def close(self) -> None:
-        """Take the hooks down."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def _on_weight(self, module: nn.Module) -> Callable[..., None]:
-        """A hook that adds up what passes through the weight of a module: rows, and their pairs."""
+        """A hook that counts positions through the weight of a module, and pairs of positions."""
         key, weight = _key(module), cast(Tensor, module.weight)
         size, dims, maps = weight.numel(), weight.ndim, isinstance(module, _CONVOLUTIONS)
 
@@ -175,29 +174,28 @@ class _Meter:
         return hook
 
     def _around(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def beside() -> int:
-            return self._counter.macs - self._linear
+        """Hooks that add up the work of a module that is not of weights."""
 
         def before(*_: object) -> None:
-            self.inside[name] -= beside()
+            self.inside[name] -= self._counter.macs - self._linear
 
         def after(*_: object) -> None:
-            self.inside[name] += beside()
+            self.inside[name] += self._counter.macs - self._linear
 
         return before, after
 
 
 def _key(module: nn.Module) -> int:
-    """What tells weights apart: shared ones are one; what stands in may make its own each time."""
+    """Identity of a weight; of the module where each access computes the weight anew."""
     weight = module.weight
     return id(weight) if weight is module.weight else id(module)
 
 
 def _weighted(root: nn.Module, groups: Sequence[DependencyGroup]) -> list[nn.Module]:
-    """Modules that multiply with a weight: linear layers, convolutions, and their stand-ins.
+    """Modules that multiply with a weight: linear layers, convolutions, and what replaced them.
 
-    A layer that has lost all its rows or columns may be of any class by then; it is known by its
-    weight, which a group cuts. Embeddings and normalisations multiply with no matrix.
+    A layer without rows or columns may be of any class; a group cuts its weight. Embeddings and
+    normalisations multiply with no matrix.
     """
     plain = (m for m in root.modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS)))
     found: dict[int, nn.Module] = {id(module): module for module in plain}

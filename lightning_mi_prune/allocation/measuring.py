@@ -36,7 +36,7 @@ __all__ = [
 def measure_latency(
     calls: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, rounds: int = 5
 ) -> dict[str, float]:
-    """Median latency of several calls in ms, measured in turn so that a drifting machine is fair.
+    """Median latency of several calls in ms, measured in turn: a drift of the machine hits all.
 
     Args:
         calls: What to time, by name.
@@ -66,22 +66,22 @@ _GRID = (3 / 4, 1 / 2, 1 / 4, 1 / 8)
 
 
 def device_of(module: nn.Module, calls: Mapping[str, RecordedCall] | None = None) -> Device:
-    """Where a module is now.
+    """The device of a module.
 
     Args:
         module: A module with parameters.
-        calls: Calls of its networks, which know of autocast.
+        calls: Calls of its networks, which tell the type under autocast.
 
     Example:
         >>> device_of(nn.Linear(2, 2)).type
         'cpu'
     """
     parameter = next(p for p in module.parameters() if p.is_floating_point())
-    place = parameter.device
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else _processor()
+    device = parameter.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     cast = next((call.autocast for call in (calls or {}).values()), "")
     kind = cast or str(parameter.dtype).removeprefix("torch.")
-    return Device(place.type, name, torch.get_num_threads(), str(torch.__version__), kind)
+    return Device(device.type, name, torch.get_num_threads(), str(torch.__version__), kind)
 
 
 def cached_table(
@@ -92,13 +92,13 @@ def cached_table(
 ) -> LatencyTable:
     """The table in a file; measured and written first if there is none.
 
-    A table that cannot be written is not lost: it is kept among the known ones, with a warning.
+    A table that cannot be written stays among the known ones, with a warning.
 
     Args:
-        path: The file; None has none.
+        path: The file, if there is one.
         measure: Measures the table, :func:`measure_table` of a model.
-        device: Where the table must have been measured.
-        known: Tables of this run that are in no file; a new one is added.
+        device: Device on which the table must have been measured.
+        known: Tables of this run without a file; a new one is added.
 
     Raises:
         PruningError: If the file holds no table, or one of another device.
@@ -134,18 +134,21 @@ def measure_table(
 ) -> LatencyTable:
     """Time copies of the networks with their groups cut to a few widths, in turn with dense ones.
 
-    All groups of one kind and shape shrink together, and the difference is shared among them. The
-    model itself is only read; it may be cut already, the table is about the model as built.
+    All groups of one kind and shape shrink together and share the difference. The model is only
+    read. It may be cut already; the table describes the model as built.
 
     Args:
         root: Module from which the groups are named.
         groups: All groups of its networks.
-        calls: One call of each network by module path; its batch, its length and its type of
-            numbers (autocast) are what is timed.
+        calls: One call of each network by module path, with the batch, the length and the autocast
+            that are timed.
         kinds: Kinds of groups to measure; default all.
-        multiple: Smallest width of a group of neurons that cannot vanish.
+        multiple: Smallest width of a group of neurons that cannot be empty.
         seconds: Time for each width, and as much for the dense model beside it.
-        clock: Milliseconds of each call by name; default :func:`report.measure_latency`.
+        clock: Measures the milliseconds of each call by name; default :func:`measure_latency`.
+
+    Raises:
+        PruningError: If there is no group to measure.
     """
     timed = partial(measure_latency, seconds=seconds, rounds=3) if clock is None else clock
     dense, cut = (copy_networks(root, {group.network for group in groups}) for _ in range(2))
@@ -185,38 +188,29 @@ def measure_table(
 
 
 def _forward(shell: nn.Module, calls: Mapping[str, RecordedCall]) -> Callable[[], None]:
-    place = next(shell.parameters()).device.type
+    device = next(shell.parameters()).device.type
     work = [
-        (
-            shell.get_submodule(path),
-            call,
-            partial(
-                torch.autocast,
-                place,
-                getattr(torch, call.autocast) if call.autocast else None,
-                enabled=bool(call.autocast),
-            ),
-        )
+        (shell.get_submodule(path), call, getattr(torch, call.autocast) if call.autocast else None)
         for path, call in calls.items()
     ]
 
     def forward() -> None:
         with torch.no_grad():
-            for module, call, context in work:
-                with context():
+            for module, call, dtype in work:
+                with torch.autocast(device, dtype, enabled=dtype is not None):
                     module(*call.args, **call.kwargs)
 
     return forward
 
 
 def _shape(group: DependencyGroup) -> tuple[Any, ...]:
-    """What groups that shrink together have in common."""
+    """What is equal in groups that shrink together."""
     shapes = sorted((s.dim, s.shape) for s in group.tensors)
     return group.network, group.kind, group.size, group.entries, tuple(shapes)
 
 
 def _widths(group: DependencyGroup, multiple: int) -> list[int]:
-    """The grid: full width, some shares of it in whole steps, and the least there can be."""
+    """Widths to measure: the full width, some shares of it in whole steps, and the smallest."""
     step = step_of(group, multiple)
     least = 0 if may_be_empty(group) else min(step, group.size)
     inner = {step * round(share * group.size / step) for share in _GRID}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from lightning_mi_prune.core.running import TensorRecord, map_tensors
 
 __all__ = [
     "RecordedCall",
@@ -20,9 +22,7 @@ __all__ = [
     "first_call",
     "in_weight_precision",
     "is_plain",
-    "map_tensors",
     "merge_calls",
-    "move_tensors",
     "positions_of",
     "select_examples",
     "split_call",
@@ -32,7 +32,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class RecordedCall:
+class RecordedCall(TensorRecord):
     """One real call of a network, or some examples of it, to run the network again.
 
     Args:
@@ -134,29 +134,6 @@ def is_plain(value: Any, *, subclasses: bool = False) -> bool:
     if type(value) is Tensor or (subclasses and isinstance(value, Tensor)):
         return not value.is_nested
     return value is None or type(value) in (bool, int, float, str)
-
-
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nested containers, with every tensor changed.
-
-    Example:
-        >>> map_tensors({"a": [torch.ones(1), "b"]}, lambda x: x + 1)
-        {'a': [tensor([2.]), 'b']}
-    """
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, RecordedCall):
-        return replace(value, **map_tensors(vars(value), change))
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return type(value)(map_tensors(v, change) for v in value)
-    if isinstance(value, Mapping):
-        return {k: map_tensors(v, change) for k, v in value.items()}
-    return value
-
-
-def move_tensors(value: Any, device: torch.device) -> Any:
-    """The same nested containers, with every tensor on a device."""
-    return map_tensors(value, lambda x: x.to(device))
 
 
 def update_calls(

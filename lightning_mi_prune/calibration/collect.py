@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mi_prune.calibration.activations import ActivationRecorder
-from lightning_mi_prune.calibration.calls import move_tensors
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import (
     GradientRecorder,
@@ -19,7 +18,7 @@ from lightning_mi_prune.calibration.gradients import (
 )
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.core.running import call_step, fixed_random_state, undisturbed
+from lightning_mi_prune.core.running import call_step, fixed_random_state, move_tensors, undisturbed
 from lightning_mi_prune.discovery.groups import DependencyGroup
 
 __all__ = [

@@ -16,9 +16,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_mi_prune.calibration.recorder import Recorder
-from lightning_mi_prune.calibration.calls import move_tensors
 from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.calibration.recorder import Recorder
 from lightning_mi_prune.callbacks.distributed import (
     agree,
     broadcast_decision,
@@ -39,6 +38,7 @@ from lightning_mi_prune.callbacks.verification import DryRun
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import Cut, PruningReport
 from lightning_mi_prune.reporting.tables import print_cut
@@ -102,7 +102,7 @@ def roll_back(
     """
     before, current = {id(p) for p in module.parameters()}, tracker.plan
     done = restore_model(
-        module, tracker.graph, trial.plan, trial.weights, current=current, available=tracker.spare
+        module, tracker.graph, trial.plan, trial.weights, current=current, available=tracker.removed_layers
     )
     module.zero_grad(set_to_none=True)  # of the model that is given up
     try:

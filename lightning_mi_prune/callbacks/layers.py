@@ -13,11 +13,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_mi_prune.calibration.recorder import Recorder
-from lightning_mi_prune.calibration.calls import move_tensors, update_calls
+from lightning_mi_prune.calibration.calls import update_calls
 from lightning_mi_prune.calibration.data import CalibrationData, LayerComparison
 from lightning_mi_prune.calibration.layer_outputs import StackRecorder
 from lightning_mi_prune.calibration.layer_similarity import Kernel
+from lightning_mi_prune.calibration.recorder import Recorder
 from lightning_mi_prune.callbacks.base import PruningCallback, as_misconfiguration, checked_options
 from lightning_mi_prune.callbacks.distributed import (
     gather_ranks,
@@ -41,6 +41,7 @@ from lightning_mi_prune.checkpoint.state_dict import Find
 from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.discovery.containers import layer_paths
 from lightning_mi_prune.discovery.families import is_within
 from lightning_mi_prune.discovery.families.stacks import check_stack_paths, find_groups_and_stacks

@@ -132,7 +132,7 @@ class _Once:
         self.step_aside()
         module, tracker, now = self._module, self._tracker, self._tracker.plan
         stacks, then = tracker.graph.stacks, now.joined(self._begun)
-        arrange_layers(module, stacks, self._begun, current=now, available=tracker.spare)
+        arrange_layers(module, stacks, self._begun, current=now, available=tracker.removed_layers)
         empty = empty_linears(module)
         begun = {group.name for group in tracker.graph.groups if then.width(group.name)}
         paths = {

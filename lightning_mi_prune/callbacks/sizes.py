@@ -110,7 +110,7 @@ def _absent(module: pl.LightningModule, tracker: PlanTracker, stacks: Sequence[s
     return sum(
         p.numel()
         for name in stacks
-        for layer in tracker.spare.get(name, {}).values()
+        for layer in tracker.removed_layers.get(name, {}).values()
         if id(layer) not in present
         for p in layer.parameters()
     )
@@ -125,7 +125,7 @@ def begin_report(
     groups = tracker.groups
     gone = count_parameters(groups) - count_parameters(groups, present)
     return PruningReport(
-        parameters=parameters + gone + _absent(module, tracker, list(tracker.spare)),
+        parameters=parameters + gone + _absent(module, tracker, list(tracker.removed_layers)),
         prunable_parameters=count_parameters(chosen),
         start={
             "parameters": parameters,

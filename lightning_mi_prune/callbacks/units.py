@@ -16,8 +16,7 @@ from typing_extensions import override
 
 from lightning_mi_prune.allocation.budget import Budget, budget_of, sparsity_of
 from lightning_mi_prune.calibration.activations import ActivationRecorder
-from lightning_mi_prune.calibration.recorder import Recorder
-from lightning_mi_prune.calibration.calls import move_tensors, update_calls
+from lightning_mi_prune.calibration.calls import update_calls
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import (
     GradientRecorder,
@@ -26,6 +25,7 @@ from lightning_mi_prune.calibration.gradients import (
     empty_sums,
 )
 from lightning_mi_prune.calibration.moments import check_moments
+from lightning_mi_prune.calibration.recorder import Recorder
 from lightning_mi_prune.callbacks.base import PruningCallback, as_misconfiguration, checked_options
 from lightning_mi_prune.callbacks.distributed import (
     gather_ranks,
@@ -44,6 +44,7 @@ from lightning_mi_prune.checkpoint.state_dict import Find
 from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import PruningError, number
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
 from lightning_mi_prune.discovery.graph import choose_groups, summarize_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters

@@ -20,7 +20,7 @@ from lightning_mi_prune.discovery.families import find_groups
 
 __all__ = [
     "load_pruned",
-    "passing_for",
+    "substitute_class",
 ]
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -36,20 +36,20 @@ def load_pruned(
 ) -> Module:
     """Open a checkpoint, pruned or not, without its callback.
 
-    The file is opened with ``weights_only=True``. But one that LightningCLI wrote names the classes
-    of its hyperparameters, and Lightning imports those when ``target`` is a class: of a file that
-    you do not trust, load the weights into a module that you built yourself.
+    The file is opened with ``weights_only=True``. But a file of LightningCLI names the classes of
+    its hyperparameters, which Lightning imports when ``target`` is a class. From a file that you
+    do not trust, load the weights into a module that you built yourself.
 
     ``load_pruned(Classifier, "last.ckpt")`` or ``load_pruned(Classifier(...), "weights.pt")``.
 
     Args:
         target: A LightningModule class, opened as by its ``load_from_checkpoint``; or any module
-            that was built as for training, which is cut to the shape of the file and filled. If
+            that was built as for training, which gets the shape and the weights of the file. If
             the file is refused, the module stays as it was.
         path: A checkpoint of a Trainer; for a module also a saved ``state_dict``, as a file of
             ``torch.save`` or of safetensors.
         map_location: As for ``torch.load``; a given module stays on its own devices.
-        strict: As for ``load_state_dict``; default: what the module says (``strict_loading``).
+        strict: As for ``load_state_dict``; default: ``strict_loading`` of the module.
         kwargs: Hyperparameters and ``hparams_file``, only with a class.
 
     Returns:
@@ -61,14 +61,13 @@ def load_pruned(
     Example:
         >>> import tempfile
         >>> from transformers import BertConfig, BertModel
-        >>> from lightning_mi_prune import Plan
-        >>> from lightning_mi_prune import apply
+        >>> from lightning_mi_prune import PruningPlan, apply_plan
         >>> sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
         >>> sizes |= {"num_attention_heads": 2, "intermediate_size": 6}
         >>> net = BertModel(BertConfig(**sizes))
         >>> tracker, name = PlanTracker.of(net), "encoder.layer.0.ffn"
-        >>> tracker.plan = tracker.plan.then(Plan({name: 6}, {name: (0, 3)}))
-        >>> rewrites = apply(net, tracker.groups, tracker.plan)
+        >>> tracker.plan = tracker.plan.then(PruningPlan({name: 6}, {name: (0, 3)}))
+        >>> rewrites = apply_plan(net, tracker.groups, tracker.plan)
         >>> with tempfile.NamedTemporaryFile() as file:
         ...     torch.save(net.state_dict(), file.name)
         ...     again = load_pruned(BertModel(BertConfig(**sizes)), file.name)
@@ -101,30 +100,30 @@ def load_pruned(
     return target
 
 
-def passing_for(
+def substitute_class(
     cls: type[Any], build: Callable[..., Any], signature: inspect.Signature | None = None
 ) -> Any:
-    """A class that passes for ``cls`` in its class methods, but builds with a function.
+    """A class to call the class methods of ``cls`` on, whose objects are built by a function.
 
-    For class methods that build an object and fill it in one call: what must be done in between
-    is done by ``build``. There are no instances of the class; nothing global changes.
+    For class methods that build an object and load its weights in one call: ``build`` does what
+    must happen in between. The class has no instances, and nothing global changes.
 
     Args:
         cls: The class.
         build: Called in place of ``cls``.
-        signature: What the class says that it takes, if not what ``cls`` takes.
+        signature: Signature that the class shows, if not that of ``cls``.
 
     Example:
         >>> class Net(nn.Linear):
         ...     @classmethod
         ...     def load(cls):
         ...         return cls(2, 1)
-        >>> passing_for(Net, lambda *sizes: Net(*sizes).half()).load().weight.dtype
+        >>> substitute_class(Net, lambda *sizes: Net(*sizes).half()).load().weight.dtype
         torch.float16
     """
 
-    class Unnoticed:
-        """No base class is told of the class: some keep lists of those that inherit from them."""
+    class Unregistered:
+        """Keeps the class out of the lists of subclasses that some base classes keep."""
 
         __slots__ = ()
 
@@ -134,10 +133,10 @@ def passing_for(
     def call(_: type[Any], *args: Any, **kwargs: Any) -> Any:
         return build(*args, **kwargs)
 
-    def knows(_: type[Any], other: type[Any]) -> bool:
+    def includes(_: type[Any], other: type[Any]) -> bool:
         return issubclass(other, cls)
 
-    meta = type(type(cls).__name__, (type(cls),), {"__call__": call, "__subclasscheck__": knows})
+    meta = type(type(cls).__name__, (type(cls),), {"__call__": call, "__subclasscheck__": includes})
     own: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     if signature is not None:
 
@@ -146,49 +145,49 @@ def passing_for(
 
         init.__signature__ = signature  # type: ignore[attr-defined]
         own["__init__"] = init
-    return meta(cls.__name__, (Unnoticed, cls), own | {"__doc__": cls.__doc__})
+    return meta(cls.__name__, (Unregistered, cls), own | {"__doc__": cls.__doc__})
 
 
 def _is_lightning(cls: type[Any]) -> bool:
-    # Known by its method: this file needs no Trainer, and the class may be of pytorch_lightning.
+    # By its method: this file needs no Lightning, and the class may be of pytorch_lightning.
     return hasattr(cls, "load_from_checkpoint")
 
 
 def _build(
     cls: type[Any], path: str | Path, *, map_location: Any, strict: bool | None, **kwargs: Any
 ) -> Any:
-    """``cls.load_from_checkpoint`` with a tracker on the module before the weights arrive."""
+    """``cls.load_from_checkpoint`` with a tracker on the module before its weights load."""
     target, signature = _named_class(cls, path, kwargs)
     options = {"map_location": map_location, "strict": strict, "weights_only": True, **kwargs}
-    keepers: list[PlanTracker] = []
+    trackers: list[PlanTracker] = []
 
     def build(*args: Any, **parameters: Any) -> Any:
         module = target(*args, **parameters)
         if PlanTracker.held_by(module) is None:
-            keepers.append(PlanTracker(module))
+            trackers.append(PlanTracker(module))
         return module
 
     built = None
     try:
-        opener = passing_for(target, build, signature)
+        opener = substitute_class(target, build, signature)
         built = opener.load_from_checkpoint(path, **options)
     except PruningError:
         raise
     except Exception as error:
         if "://" in str(path):
             raise
-        checkpoint = _open(path)  # if the file is at fault, this raises what is wrong with it
+        checkpoint = _open(path)  # raises what is wrong with the file, if it is the file
         if "state_dict" not in checkpoint or "pytorch-lightning_version" not in checkpoint:
             raise PruningError(
                 f"{path} was not saved by a Trainer, so it cannot build a {cls.__name__}; build "
                 f"it and pass that: load_pruned({cls.__name__}(...), path)."
             ) from error
         if "in loading state_dict" in str(error):
-            module = keepers[-1].module if keepers else None
+            module = trackers[-1].module if trackers else None
             raise _misfit(path, target, module, checkpoint["state_dict"], error) from error
         raise
     finally:
-        for tracker in keepers:
+        for tracker in trackers:
             if tracker.module is not built:
                 tracker.close()
     return built
@@ -199,9 +198,9 @@ def _named_class(
 ) -> tuple[type[Any], inspect.Signature | None]:
     """The class that a checkpoint of LightningCLI names, where Lightning would build that.
 
-    Lightning hands the name on to a class with ``**kwargs`` (such as LightningModule itself), and
-    jsonargparse then builds the named class, whatever is asked to open the file. So the named
-    class is asked, with a signature to which the name is not handed on.
+    Lightning passes the name to a class with ``**kwargs`` (such as LightningModule itself), and
+    jsonargparse then builds the named class, whatever class opens the file. So the named class
+    opens it, with a signature to which the name is not passed.
     """
     parameters = inspect.signature(cls.__init__).parameters
     every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -247,7 +246,7 @@ def _fill(module: nn.Module, path: str | Path, map_location: Any, strict: bool |
 
 
 class _Snapshot:
-    """All that loading may change of a module: parts, numbers, configs, values, its tracker."""
+    """All of a module that loading may change: parts, numbers, configs, values, its tracker."""
 
     def __init__(self, module: nn.Module) -> None:
         self._tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
@@ -284,7 +283,7 @@ class _Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back: the very objects, with their values."""
+        """Put everything back: the same objects, with their values."""
         for table, items in self._tables:
             table.clear()
             table.update(items)
@@ -320,10 +319,10 @@ def _misfit(
         name, shape, expected = narrow
         return PruningError(
             f"The weights in {path} look pruned ({name!r} has shape {shape}; this {cls.__name__} "
-            f"has {expected}), but the file holds no plan, so nobody can tell which units they "
-            "are; expected a file with the plan. Save that of the module that was pruned: "
-            "torch.save(module.state_dict(), path) or trainer.save_checkpoint(path), or "
-            "save_pretrained of its network. Or build it with the sizes of the file."
+            f"has {expected}), but the file holds no plan, so it is not known which units "
+            "they are; expected a file with the plan. Save the module that was pruned with "
+            "torch.save(module.state_dict(), path) or trainer.save_checkpoint(path), or its "
+            "network with save_pretrained. Or build it with the sizes of the file."
         )
     return PruningError(
         f"The weights in {path} do not fit this {cls.__name__}. Build it with the configuration "
@@ -334,7 +333,7 @@ def _misfit(
 def _narrower(
     module: nn.Module, state: Mapping[str, Any]
 ) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
-    """The first tensor that has fewer entries than the module's along what can be pruned."""
+    """The first tensor with fewer entries than the module's along a dimension of a group."""
     try:
         groups = find_groups(module)
     except PruningError:
@@ -367,21 +366,21 @@ def _open(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
             "from_pretrained; consolidate a sharded checkpoint first."
         ) from error
     except Exception as error:  # torch raises all kinds
-        strange = re.search(r"GLOBAL (\S+)( whose module \S+ is blocked)?", str(error))
-        if strange is None:
+        blocked = re.search(r"GLOBAL (\S+)( whose module \S+ is blocked)?", str(error))
+        if blocked is None:
             raise PruningError(
                 f"{path} is not a checkpoint, or it is damaged ({type(error).__name__}); expected "
                 "a file of a Trainer or of torch.save(module.state_dict(), path)."
             ) from error
-        if strange[2]:
+        if blocked[2]:
             raise PruningError(
-                f"{path} would run {strange[1]} when opened; expected weights and plain values. "
+                f"{path} would run {blocked[1]} when opened; expected weights and plain values. "
                 "Do not open it; get the file from a source you trust."
             ) from error
         raise PruningError(
-            f"{path} holds a {strange[1]}, which is not opened unasked because it could run code. "
+            f"{path} holds a {blocked[1]}, which is not opened by default: it could run code. "
             "If you trust the file, allow it before: torch.serialization.add_safe_globals("
-            f"[{strange[1]}]). Or save only module.state_dict() and pass a module to load_pruned. "
+            f"[{blocked[1]}]). Or save only module.state_dict() and pass a module to load_pruned. "
             "save_hyperparameters(ignore=...) keeps it out of checkpoints."
         ) from error
     checkpoint: dict[str, Any] = found if isinstance(found, dict) else {}

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_mi_prune.checkpoint.loading import passing_for
+from lightning_mi_prune.checkpoint.loading import substitute_class
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS, empty_linears
-from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.errors import PruningError, require
 from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan, recorded_plan
 from lightning_mi_prune.discovery.families import find_groups, plan_for, present_plan
 from lightning_mi_prune.discovery.families.transformers import MODEL_TYPES
@@ -38,9 +38,8 @@ _HUB = (
     "token",
 )
 
-
-# While it opens a folder, transformers replaces methods of its classes; two threads at once leave
-# them replaced, and no model of the process would have tied weights any more.
+# While it opens a folder, transformers replaces methods of its classes; two threads at once would
+# leave them replaced, and no model of the process would have tied weights any more.
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -49,9 +48,9 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
 
     A pruned Hugging Face model is saved with its own ``save_pretrained``; its config carries the
     plan. transformers builds the model and loads the weights; in between, the model gets the shape
-    that the plan gives it. So all options of ``cls.from_pretrained`` mean what they always mean:
-    ``dtype``, ``device_map``, ``config``, ``num_labels``, ``output_loading_info``, arguments of
-    the model. A head or pooler that is not in the folder is new, with transformers' own warning.
+    of the plan. So all options of ``cls.from_pretrained`` keep their meaning: ``dtype``,
+    ``device_map``, ``config``, ``num_labels``, ``output_loading_info``, arguments of the model. A
+    head or pooler that is not in the folder is new, with the warning of transformers.
 
     Args:
         cls: A model class or Auto class of transformers.
@@ -60,19 +59,20 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
         kwargs: Passed on.
 
     Raises:
-        PruningError: If the plan, the config and the weights do not belong together, or a file is
-            damaged. Errors of transformers about missing files or options pass through.
+        PruningError: If the plan, the config and the weights do not belong together, a file is
+            damaged, or transformers is not installed. Its errors about missing files or options
+            pass through.
 
     Example:
         >>> import tempfile
         >>> from transformers import AutoModel, BertConfig, BertModel
-        >>> from lightning_mi_prune import PruningPlan
-        >>> from lightning_mi_prune import apply
+        >>> from lightning_mi_prune import PruningPlan, apply_plan
         >>> sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
         >>> sizes |= {"num_attention_heads": 2, "intermediate_size": 6}
         >>> net = BertModel(BertConfig(**sizes))
         >>> groups, name = find_groups(net), "encoder.layer.0.ffn"
-        >>> rewrites = apply(net, groups, full_plan(groups).then(PruningPlan({name: 6}, {name: (0, 3)})))
+        >>> plan = full_plan(groups).then(PruningPlan({name: 6}, {name: (0, 3)}))
+        >>> rewrites = apply_plan(net, groups, plan)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     net.save_pretrained(folder)
         ...     again = from_pretrained(AutoModel, folder, dtype="auto")
@@ -97,23 +97,25 @@ def _open(
         cuts.append(cut)
         return network
 
-    # All load_errors are wanted at once, with their names: what may be ignored is decided below.
+    # With all load errors by name, what may be ignored is decided below.
     wanted = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        network, found = passing_for(concrete, build).from_pretrained(name_or_path, *args, **wanted)
+        network, found = substitute_class(concrete, build).from_pretrained(
+            name_or_path, *args, **wanted
+        )
     except Exception as error:
         if _is_clear(error):
             raise
         raise _damage(error, cls, name_or_path) from error
-    forgiving = bool(kwargs.get("ignore_mismatched_sizes"))
     _fill_shared(network, found["missing_keys"])
-    _check_arrived(network, cuts[-1], found, name_or_path, forgiving)
+    ignores = bool(kwargs.get("ignore_mismatched_sizes"))
+    _check_loaded(network, cuts[-1], found, name_or_path, ignores)
     cuts[-1].fill()
     return (network, found) if kwargs.get("output_loading_info") else network
 
 
 def _is_clear(error: Exception) -> bool:
-    """Whether an error says what is wrong, as those of transformers do."""
+    """Whether the message of an error names the problem, as those of transformers do."""
     text = str(error)
     if isinstance(error, OSError):
         return error.errno is None and not isinstance(error, FileNotFoundError)
@@ -127,7 +129,7 @@ def _is_clear(error: Exception) -> bool:
 def _damage(error: Exception, cls: Any, source: str | Path) -> PruningError:
     return PruningError(
         f"{source} cannot be opened as {cls.__name__} ({type(error).__name__}: "
-        f"{' '.join(str(error).split())}); expected what save_pretrained wrote. Is a file damaged "
+        f"{' '.join(str(error).split())}); expected the files of save_pretrained. Is one damaged "
         "or not complete? Copy or save the folder again."
     )
 
@@ -136,32 +138,31 @@ def _plan_to_open(source: str | Path, kwargs: Mapping[str, Any]) -> PruningPlan 
     """The plan with which a folder must be opened, or None.
 
     Raises:
-        PruningError: If a config that was given has another one than the folder.
+        PruningError: If a given config has another plan than the folder.
     """
     given = kwargs.get("config")
     stored = None if source is None else _read(_fields(source, kwargs))
     if given is None:
         return stored
-    mine = _read(vars(given) if hasattr(given, "to_dict") else _fields(given, kwargs))
-    if stored is not None and not stored.is_full and stored != mine:
-        other = "no plan" if mine is None else "another plan"
+    plan = _read(vars(given) if hasattr(given, "to_dict") else _fields(given, kwargs))
+    if stored is not None and not stored.is_full and stored != plan:
+        other = "no plan" if plan is None else "another plan"
         raise PruningError(
-            f"{source} holds a pruned model, but the config that was given has {other}; expected "
+            f"{source} holds a pruned model, but the given config has {other}; expected "
             "the plan of the folder. Make the config from the folder, "
             f"AutoConfig.from_pretrained({str(source)!r}, ...), or leave it out."
         )
-    return mine
+    return plan
 
 
 def _fields(source: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the config file of a folder says; nothing if there is none."""
-    from transformers import PreTrainedConfig
-
+    """Fields of the config file of a folder; none if there is no file."""
+    transformers = require("transformers", "transformers")
     hub = {name: kwargs[name] for name in _HUB if name in kwargs}
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
+        fields, _ = transformers.PreTrainedConfig.get_config_dict(source, **hub)
     except OSError:
-        return {}  # an adapter, or nothing at all: transformers knows what to do or to answer
+        return {}  # an adapter, or no model: transformers opens it or reports what is missing
     if not isinstance(fields, Mapping):
         raise PruningError(
             f"The config.json of {source} is a {type(fields).__name__}; expected an object with "
@@ -176,13 +177,11 @@ def _read(fields: Mapping[str, Any]) -> PruningPlan | None:
 
 
 def _concrete(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> Any:
-    """The model class that opens the folder; an Auto class is asked for it.
+    """The model class that opens the folder; of an Auto class, the class that it chooses.
 
     Raises:
         PruningError: If the folder holds another type of model than the class is for.
     """
-    from transformers import AutoConfig
-
     given: Any = kwargs.get("config")
     if hasattr(cls, "from_config"):
         trust = {n: kwargs[n] for n in ("trust_remote_code", "code_revision") if n in kwargs}
@@ -190,7 +189,8 @@ def _concrete(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> Any:
         try:
             config = copy.deepcopy(given)
             if not hasattr(given, "to_dict"):
-                config = AutoConfig.from_pretrained(given or source, **hub, **trust)
+                opener = require("transformers", "transformers").AutoConfig
+                config = opener.from_pretrained(given or source, **hub, **trust)
             with torch.device("meta"):
                 return type(cls.from_config(config, **trust))
         except Exception as error:
@@ -211,12 +211,12 @@ def _concrete(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> Any:
 def _shaped(
     build: Callable[..., Any], source: str | Path, config: Any, *args: Any, **kwargs: Any
 ) -> tuple[Any, _Cut]:
-    """Build a network in the shape that the plan in its config gives it; nothing is loaded yet.
+    """Build a network in the shape of the plan in its config; no weights are loaded yet.
 
     Args:
         build: The class of the network.
         source: The folder, for messages.
-        config: A config that nobody else holds.
+        config: A config of which no other object holds a reference.
         args: Passed on.
         kwargs: Passed on.
     """
@@ -224,7 +224,7 @@ def _shaped(
     groups = find_groups(network)
     built = _check_numbers(network, groups, present_plan(network, groups), source)
     if any(getattr(config, name) != number for name, number in built.items()):
-        # A part that the folder does not have is cut like the others when it is built like them.
+        # A part that is not in the folder is cut like the others if it is built like them.
         for name, number in built.items():
             setattr(config, name, number)
         network = build(config, *args, **kwargs)
@@ -232,7 +232,7 @@ def _shaped(
     plan = present_plan(network, groups)
     _check_built(network, groups, plan, source)
     reshape_tensors(network, groups, plan)
-    # The state dict of a module with a tracker has its plan too; it is no stranger to this model.
+    # The state dict of a module with a tracker contains the plan, which is expected here.
     known = getattr(network, "_keys_to_ignore_on_load_unexpected", None)
     network._keys_to_ignore_on_load_unexpected = {*(known or ()), r"lightning_mi_prune\.plan"}
     return network, _Cut(network, groups, plan)
@@ -245,7 +245,7 @@ def _check_built(
     wanted = plan_for(network, groups) or plan
     names, kind, base = {group.name for group in groups}, type(network).__name__, _base(network)
     encoder = [name for name in wanted.sizes if name.startswith(base)]
-    # Units of another head than this class has are of no concern.
+    # Units of a head that this class does not have need no check.
     for name in encoder or wanted.sizes:
         if name not in names and wanted.width(name) < wanted.sizes[name]:
             raise PruningError(
@@ -260,13 +260,13 @@ def _check_built(
             if found != size:
                 raise PruningError(
                     f"{kind} builds {s.tensor!r} with {found} entries along dimension {s.dim}; "
-                    f"expected {size}, from which the plan of {source} cuts. Was config.json "
+                    f"expected {size}, the size in the plan of {source}. Was config.json "
                     "edited, or a size passed? Leave the sizes as saved."
                 )
 
 
 def _base(network: nn.Module) -> str:
-    """What the names of tensors of the encoder begin with."""
+    """The start of the names of the encoder's tensors."""
     prefix = str(getattr(network, "base_model_prefix", ""))
     return f"{prefix}." if isinstance(getattr(network, prefix, None), nn.Module) else ""
 
@@ -274,7 +274,7 @@ def _base(network: nn.Module) -> str:
 def _check_numbers(
     network: Any, groups: Sequence[DependencyGroup], plan: PruningPlan, source: str | Path
 ) -> dict[str, int]:
-    """Refuse a config that says other numbers than a cut writes, or than the model had as built.
+    """Refuse a config with other numbers than those a cut writes, or those of the model as built.
 
     Returns:
         The numbers as built.
@@ -283,7 +283,7 @@ def _check_numbers(
     encoder = [_plain(group, config) for group in groups if group.kind != "pooler"]
     built = config_numbers(encoder, full_plan(encoder))
     right = [config_numbers(encoder, plan), config_numbers(groups, plan), built]
-    said = {name: getattr(config, name, None) for name in built}
+    found = {name: getattr(config, name, None) for name in built}
     ties = {group.tie for group in encoder}
     # Heads and what they are tied to are right together or wrong together.
     tied = {
@@ -293,19 +293,19 @@ def _check_numbers(
         for name in (group.config, *group.config_aliases)
     }
     for subset in (tied, *({name} for name in built if name not in tied)):
-        if all(any(said[n] != (built | numbers)[n] for n in subset) for numbers in right):
+        if all(any(found[n] != (built | numbers)[n] for n in subset) for numbers in right):
             expected = built | right[0]
-            wrong = {n: said[n] for n in sorted(subset) if said[n] != expected[n]}
+            wrong = {n: found[n] for n in sorted(subset) if found[n] != expected[n]}
             expected = {n: expected[n] for n in wrong}
             raise PruningError(
-                f"The config of {source} says {wrong}; expected {expected} from its plan. Was "
+                f"The config of {source} has {wrong}; expected {expected} from its plan. Was "
                 "config.json edited, or a size passed? Leave the sizes as saved."
             )
     return built
 
 
 def _plain(group: DependencyGroup, config: Any) -> DependencyGroup:
-    """The group of the stream as an encoder without a head has it: its width is in the config."""
+    """The hidden-size group as in an encoder without a head: its width is in the config."""
     names = MODEL_TYPES.get(str(getattr(config, "model_type", None)))
     if group.kind != "hidden" or group.config is not None or names is None:
         return group
@@ -316,8 +316,8 @@ def _plain(group: DependencyGroup, config: Any) -> DependencyGroup:
     return replace(group, config=names.hidden, config_aliases=config_aliases)
 
 
-def _check_arrived(
-    network: Any, cut: _Cut, found: Mapping[str, Any], source: str | Path, forgiving: bool
+def _check_loaded(
+    network: Any, cut: _Cut, found: Mapping[str, Any], source: str | Path, ignores: bool
 ) -> None:
     """Refuse weights that lack what the plan cuts, or have it in another shape.
 
@@ -328,23 +328,25 @@ def _check_arrived(
     if missing:
         raise PruningError(
             f"{source} lacks {missing[:6]}, which its plan cuts; expected all weights of a "
-            f"{type(network).__name__} but its head. {_saved_from(network)}"
+            f"{type(network).__name__}, except its head. {_saved_from(network)}"
         )
     names = MODEL_TYPES.get(str(getattr(network.config, "model_type", None)))
     between = None if names is None else names.projection
-    strange = [name for name in found["unexpected_keys"] if between in name.split(".")]
-    if strange:  # encoders have it unless embeddings and stream are of one width, as after a cut
+    extra = [name for name in found["unexpected_keys"] if between in name.split(".")]
+    if (
+        extra
+    ):  # encoders have none where embeddings and hidden states have one width, as after a cut
         raise PruningError(
-            f"{source} holds {sorted(strange)}, but its config says that the embeddings are as "
+            f"{source} holds {sorted(extra)}, but its config says that the embeddings are as "
             f"wide as the hidden states, where a {type(network).__name__} has none; expected "
             "embedding_size and hidden_size as the model was built with. Edit the config."
         )
-    odd = sorted(found["mismatched_keys"], key=lambda item: str(item[0]))
-    bad = [item for item in odd if cut.refuses(*item)]
-    if bad or (odd and not forgiving):
-        name, shape, expected = (bad or odd)[0]
+    others = sorted(found["mismatched_keys"], key=lambda item: str(item[0]))
+    bad = [item for item in others if cut.refuses(*item)]
+    if bad or (others and not ignores):
+        name, shape, expected = (bad or others)[0]
         reason = "its plan" if bad else f"this {type(network).__name__}"
-        remedy = "" if bad else " Or start it anew: ignore_mismatched_sizes=True."
+        remedy = "" if bad else " Or initialize it: ignore_mismatched_sizes=True."
         raise PruningError(
             f"{name!r} has shape {tuple(shape)} in {source}; expected {tuple(expected)} from "
             f"{reason}. {_saved_from(network)}{remedy}"
@@ -353,10 +355,10 @@ def _check_arrived(
 
 @torch.no_grad()
 def _fill_shared(network: nn.Module, missing: set[str]) -> None:
-    """Fill what is in the weights under the name of what it was shared with.
+    """Fill tensors that the weights hold only under the name of a tensor they were shared with.
 
-    transformers saves a shared tensor once. But what is shared in a model whose embeddings were
-    resized is not always shared when it is built, and would be new.
+    transformers saves a shared tensor once. But tensors that are shared in a model whose embeddings
+    were resized are not always shared when it is built, and would be new.
     """
     ties = getattr(network, "_tied_weights_keys", None)
     for name, source in ties.items() if isinstance(ties, Mapping) else ():
@@ -383,7 +385,7 @@ def _saved_from(network: Any) -> str:
 
 
 class _Cut:
-    """What a plan cuts of a network, and what of it must be in the weights."""
+    """Tensors of a network that a plan cuts, and which of them must be in the weights."""
 
     def __init__(
         self, network: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan
@@ -400,10 +402,10 @@ class _Cut:
         self.base = _base(network)
 
     def needs(self, name: str, found: Mapping[str, Any]) -> bool:
-        """Whether a tensor that is missing may not be new.
+        """Whether a missing tensor must be in the weights.
 
-        Behind the layers a model has parts that others do not have: a pooler, a head. Such a part
-        is cut with the stream; it is new if nothing of it is there.
+        After the layers a model has parts that others lack: a pooler, a head. Such a part is cut
+        with the hidden size; it is new if all of its tensors are missing.
         """
         if name not in self.dims or 0 in self.shapes[name]:
             return False
@@ -414,7 +416,7 @@ class _Cut:
         return not _others(self.network, name) <= set(found["missing_keys"])
 
     def refuses(self, name: str, shape: Sequence[int], expected: Sequence[int]) -> bool:
-        """Whether a tensor of another shape is one that the plan cuts, along what it cuts."""
+        """Whether a tensor differs in shape along a dimension that the plan cuts."""
         if name not in self.dims:
             return False
         if self.kinds[name] - {"hidden", "pooler"} or len(shape) != len(expected):
@@ -422,7 +424,7 @@ class _Cut:
         return any(shape[dim] != expected[dim] for dim in self.dims[name])
 
     def fill(self) -> None:
-        """Give memory and values to what a cut adds and no file holds: it was built without."""
+        """Give storage and values to tensors that a cut adds and that no file holds."""
         for group in self.groups:
             kept = self.plan.kept[group.name]
             for selects in group.unit_arguments if len(kept) < group.size else ():

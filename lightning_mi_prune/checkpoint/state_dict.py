@@ -33,14 +33,13 @@ from lightning_mi_prune.surgery.transaction import cancel_cut, reshape_model
 
 __all__ = ["Find", "PlanTracker"]
 
-_ATTRIBUTE = "_lightning_mi_prune_keeper"
-
+_ATTRIBUTE = "_lightning_mi_prune_tracker"
 
 Find = Callable[[nn.Module], Sequence[DependencyGroup | LayerStack]]
 
 
 class PlanTracker:
-    """Writes the plan of a module into its state dict, and replays it before weights load.
+    """Writes the plan of a module into its state dict, and applies it before weights load.
 
     The plan is one uint8 tensor of JSON under one reserved key, so it survives
     ``save_weights_only=True`` and loads with ``weights_only=True``.
@@ -51,14 +50,15 @@ class PlanTracker:
 
     Example:
         >>> from lightning_mi_prune.discovery.families.describe import linear_group
-        >>> from lightning_mi_prune.surgery.units import reshape
+        >>> from lightning_mi_prune.surgery.units import apply_plan
         >>> def build():
         ...     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         ...     group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
         ...     return net, PlanTracker(net, lambda module: [group])
         >>> net, tracker = build()
-        >>> _ = reshape(net, tracker.groups, PruningPlan({"hidden": 4}, {"hidden": (1, 2)}))
-        >>> tracker.plan = PruningPlan({"hidden": 4}, {"hidden": (1, 2)})
+        >>> plan = PruningPlan({"hidden": 4}, {"hidden": (1, 2)})
+        >>> rewrites = apply_plan(net, tracker.groups, plan)
+        >>> tracker.plan = plan
         >>> fresh, _ = build()
         >>> fresh.load_state_dict(net.state_dict())
         <All keys matched successfully>
@@ -72,7 +72,7 @@ class PlanTracker:
         self._all_finders: list[Find] = [find]
         self._graph = PruningGraph()
         self._plan: PruningPlan | None = None
-        self._spare: dict[str, dict[int, nn.Module]] = {}
+        self._removed: dict[str, dict[int, nn.Module]] = {}
         self._below: dict[str, PlanTracker] = {}
         self._shared: dict[str, PruningPlan | None] = {}
         self._inside = ""
@@ -82,17 +82,17 @@ class PlanTracker:
                 partial(PlanTracker._write, self)
             ),
             module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-                partial(PlanTracker._replay, self)
+                partial(PlanTracker._apply, self)
             ),
         ]
         module.__dict__[_ATTRIBUTE] = self
 
     @classmethod
     def of(cls, module: nn.Module, find: Find = find_groups) -> PlanTracker:
-        """The one tracker of a module, made if there is none; it stays with copies of the module.
+        """The one tracker of a module, made if there is none; copies of the module have a copy.
 
-        It takes in what keepers of parts of the module know, and forgets networks that were
-        replaced by others: what they can lose is found anew.
+        It merges the graphs and plans of trackers on parts of the module, and drops networks that
+        were replaced by others: their groups are searched for again.
         """
         tracker = cls.held_by(module)
         if tracker is None:
@@ -100,11 +100,11 @@ class PlanTracker:
         elif find not in tracker._all_finders:
             tracker._finders.append(find)
             tracker._all_finders.append(find)
-        tracker._forget_replaced()
+        tracker._drop_replaced()
         for path, part in module.named_modules():
             inner = cls.held_by(part)
             if inner is not None and inner is not tracker and path not in tracker._below:
-                tracker._inherit(path, inner)
+                tracker._merge(path, inner)
         return tracker
 
     @staticmethod
@@ -115,9 +115,9 @@ class PlanTracker:
 
     @property
     def graph(self) -> PruningGraph:
-        """All that the module can lose, as built."""
+        """All groups and stacks of the module, as built."""
         while self._finders:
-            self._learn(self._finders[0](self.module))
+            self._add(self._finders[0](self.module))
             self._finders.pop(0)
             self._share()
         return self._graph
@@ -142,24 +142,24 @@ class PlanTracker:
 
     @property
     def groups(self) -> list[DependencyGroup]:
-        """Groups of the layers that are there, at the paths they have now."""
+        """Groups of the layers that remain, at their present paths."""
         graph = self.graph
         return graph.groups_at(self.plan) if graph.stacks else list(graph.groups)
 
     @property
-    def spare(self) -> RemovedLayers:
-        """Layers that are gone, without their memory."""
-        return self._spare
+    def removed_layers(self) -> RemovedLayers:
+        """Removed layers, without storage of their own."""
+        return self._removed
 
     def store(self, removed: RemovedLayers) -> None:
-        """Keep layers that left, without their memory, to have them where one must come back."""
+        """Keep removed layers, without their storage, for plans that contain them again."""
         for name, layers in removed.items():
-            mine = self._spare.setdefault(name, {})
-            mine |= {place: without_storage(layer) for place, layer in layers.items()}
+            known = self._removed.setdefault(name, {})
+            known |= {place: without_storage(layer) for place, layer in layers.items()}
         self._share()
 
     def close(self) -> None:
-        """Take the hooks of this tracker and of those it made down; the module is ordinary again."""
+        """Remove the hooks of this tracker and of those on parts of the module."""
         for handle in self._handles:
             handle.remove()
         self.module.__dict__.pop(_ATTRIBUTE, None)
@@ -167,8 +167,8 @@ class PlanTracker:
             if PlanTracker.held_by(inner.module) is inner:
                 inner.close()
 
-    def _learn(self, parts: Sequence[DependencyGroup | LayerStack]) -> None:
-        """Take in parts that were found on the module as it stands."""
+    def _add(self, parts: Sequence[DependencyGroup | LayerStack]) -> None:
+        """Add groups and stacks that were found on the module in its present shape."""
         groups = [part for part in parts if isinstance(part, DependencyGroup)]
         stacks = tuple(part for part in parts if isinstance(part, LayerStack))
         sizes = {} if self._plan is None else self._plan.sizes
@@ -190,23 +190,23 @@ class PlanTracker:
     def _standing(self) -> list[DependencyGroup]:
         return [] if self._plan is None else self._graph.groups_at(self._plan)
 
-    def _inherit(self, path: str, inner: PlanTracker) -> None:
-        """Take in what the tracker of a part knows; it stays, and both are kept alike."""
+    def _merge(self, path: str, inner: PlanTracker) -> None:
+        """Add the graph and the plan of a part's tracker, which stays; both are kept equal."""
         plan = inner.plan.prefixed(path)
         own = PruningPlan({}, {}) if self._plan is None else self._plan
         self._plan = own.joined(plan)
         self._graph = inner.graph.prefixed(path).joined(self._graph)
-        self._spare |= {f"{path}.{name}": s for name, s in inner._spare.items()}
+        self._removed |= {f"{path}.{name}": s for name, s in inner._removed.items()}
         self._below[path], self._shared[path] = inner, inner._plan
-        _ = self.plan  # now, while the shapes are those of the inherited plan
+        _ = self.plan  # now, while the shapes are those of the part's plan
 
     def _share(self) -> None:
-        """Let keepers of all networks, and of encoders in them, know what this one knows.
+        """Give all networks, and the encoders in them, trackers with their part of the plan.
 
-        So a network that is taken out of its module, saved or copied by itself, knows its plan.
+        A network that is taken out of its module, saved or copied by itself, so keeps its plan.
         """
         parts = self._graph.parts
-        # A stack that is called itself has its plan in what holds it: from inside it has no name.
+        # From inside, a stack that is the network itself has no name; its parent holds the plan.
         nameless = {"", *(part.name for part in parts)}
         networks = {part.network for part in parts} - nameless
         for path in sorted((networks | {part.scope for part in parts}) - nameless):
@@ -223,7 +223,9 @@ class PlanTracker:
             inner._finders.clear()
             inner._graph = self._graph.under(path)
             dot = f"{path}."
-            inner._spare = {n[len(dot) :]: s for n, s in self._spare.items() if n.startswith(dot)}
+            inner._removed = {
+                n[len(dot) :]: s for n, s in self._removed.items() if n.startswith(dot)
+            }
             if self._plan is not None:
                 inner._plan = self._shared[path] = self._plan.under(path)
         for path, inner in self._below.items():
@@ -231,8 +233,8 @@ class PlanTracker:
             inner._below = {p[len(path) + 1 :]: tracker for p, tracker in deeper.items()}
             inner._shared = {p: tracker._plan for p, tracker in inner._below.items()}
 
-    def _forget_replaced(self) -> None:
-        """Forget networks in whose place others stand now."""
+    def _drop_replaced(self) -> None:
+        """Drop networks that were replaced by others."""
         for path, inner in list(self._below.items()):
             module = module_at(self.module, path)
             if module is not None and PlanTracker.held_by(module) is inner:
@@ -245,7 +247,7 @@ class PlanTracker:
                 return not is_within(name, top)
 
             self._graph = PruningGraph.of(p for p in self._graph.parts if stays(p.name))
-            self._spare = {name: s for name, s in self._spare.items() if stays(name)}
+            self._removed = {name: s for name, s in self._removed.items() if stays(name)}
             if self._plan is not None:
                 self._plan = self._plan.only(filter(stays, self._plan.sizes))
             self._finders = list(self._all_finders)
@@ -253,52 +255,53 @@ class PlanTracker:
     def _write(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         if self._plan is None:
             return
-        mine = self._plan.only(
+        own = self._plan.only(
             n for n in self._plan.sizes if not any(is_within(n, path) for path in self._below)
         )
-        if not mine.is_full:
-            text = mine.to_json().encode()
+        if not own.is_full:
+            text = own.to_json().encode()
             state[prefix + PLAN_KEY] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
-    def _replay(
+    def _apply(
         self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, **__: Any
     ) -> None:
         stored = plan_in_state(state, prefix)
         if stored is None and self._plan is None:
             return
-        arriving = named_from("", state, prefix)
+        weights = named_from("", state, prefix)
         if stored is not None:
             graph = self._graph_for(stored)
-            plan, current = self._completed(stored, graph, arriving)
-            check_weights(module, graph, plan, current, arriving)
-        elif is_uncut(self.graph, self.plan, arriving):
+            plan, current = self._completed(stored, graph, weights)
+            check_weights(module, graph, plan, current, weights)
+        elif is_uncut(self.graph, self.plan, weights):
             graph, current = self.graph, self.plan
             plan = graph.full
         else:
             return  # weights for the present shape, or a part without the cut tensors
-        if _told(plan) != _told(current):
-            self._remodel(graph, plan, current, arriving)
+        if _removals(plan) != _removals(current):
+            self._reshape(graph, plan, current, weights)
         self._graph, self._plan = graph, plan
         self._share()
 
-    def _remodel(
+    def _reshape(
         self,
         graph: PruningGraph,
         plan: PruningPlan,
         current: PruningPlan,
-        arriving: Mapping[str, Any],
+        weights: Mapping[str, Any],
     ) -> None:
-        """Give the module the shape of a plan, unless torch would refuse the weights then."""
+        """Give the module the shape of a plan, unless torch would then refuse the weights."""
         if self._inside:
             raise PruningError(
                 f"The weights have another plan than this {type(self.module).__name__}, which is "
-                f"part of a {self._inside} that would not follow. Load the weights of the whole."
+                f"part of a {self._inside} that would keep its shape. Load the weights of the "
+                f"{self._inside}."
             )
         changed = changed_groups(graph, plan, current)
         done = reshape_model(
-            self.module, graph, plan, current=current, available=self._spare, only=changed
+            self.module, graph, plan, current=current, available=self._removed, only=changed
         )
-        why = load_errors(self.module, arriving, strict=_is_strict())
+        why = load_errors(self.module, weights, strict=_is_strict())
         if why:
             self.store(cancel_cut(self.module, graph, done))
             raise PruningError(
@@ -308,7 +311,7 @@ class PlanTracker:
         self.store(done.removed)
 
     def _graph_for(self, stored: PruningPlan) -> PruningGraph:
-        """What is known, and what is found in the whole module if the plan names more."""
+        """The known graph, and what is found in the module if the plan names more."""
         unknown: PruningError | None = None
         try:
             graph = self.graph
@@ -317,7 +320,7 @@ class PlanTracker:
         for find in (find_groups, find_stacks):
             names = {part.name for part in graph.parts}
             if not set(stored.sizes) <= names:
-                with contextlib.suppress(PruningError):  # no family knows it: said below
+                with contextlib.suppress(PruningError):  # refused below, naming the group
                     found: Sequence[DependencyGroup | LayerStack] = find(self.module)
                     graph = graph.joined(PruningGraph.of(found))
         sizes = {part.name: part.size for part in graph.parts}
@@ -342,7 +345,7 @@ class PlanTracker:
     ) -> tuple[PruningPlan, PruningPlan]:
         """The stored plan over all groups, and the present one.
 
-        A group that the stored one does not name is as built, or stays as it is.
+        A group that the stored one does not name is as built where the weights are, else unchanged.
         """
         now = graph.full.joined(present_plan(self.module, graph.groups))
         if self._plan is not None:
@@ -352,13 +355,13 @@ class PlanTracker:
 
 
 def _is_strict() -> bool:
-    """Whether the ``load_state_dict`` under way is strict, which torch does not tell its hooks."""
+    """Whether the running ``load_state_dict`` is strict, which torch does not pass to its hooks."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
         frame = frame.f_back
     return frame is not None and bool(frame.f_locals.get("strict"))
 
 
-def _told(plan: PruningPlan) -> dict[str, tuple[int, ...]]:
-    """What a plan removes."""
+def _removals(plan: PruningPlan) -> dict[str, tuple[int, ...]]:
+    """The kept positions of the groups and stacks that a plan makes smaller."""
     return {name: kept for name, kept in plan.kept.items() if len(kept) < plan.sizes[name]}

@@ -27,29 +27,26 @@ __all__ = [
     "plan_in_state",
 ]
 
-_NAME = "lightning_mi_prune.core.plan"
+_NAME = "lightning_mi_prune.plan"
 
-
-# A model without a tracker can only show the key, so the key says what to do.
+# torch prints the key where a model has no tracker, so the key itself holds the remedy.
 PLAN_KEY = (
     f"{_NAME} (this checkpoint is pruned: open it with lightning_mi_prune.load_pruned, "
     "or with its callback in the Trainer)"
 )
 
-
 _LARGEST_ENTRY = 64 * 2**20
-
 
 _SHOWN = 6  # names in an error
 
 
 def is_plan(key: str) -> bool:
-    """Whether an entry of a state dict is a plan; savers may have changed the prose of its key."""
+    """Whether an entry of a state dict is a plan; the text of its key may have been changed."""
     return _NAME in key
 
 
 def plan_in_state(state: dict[str, Any], prefix: str) -> PruningPlan | None:
-    """The plan in a state dict, put together from those of all networks, and taken out of it.
+    """The plan in a state dict, joined from those of all networks, and removed from it.
 
     Raises:
         PruningError: If an entry is no plan, or two entries contradict each other.
@@ -57,7 +54,7 @@ def plan_in_state(state: dict[str, Any], prefix: str) -> PruningPlan | None:
     sizes: dict[str, int] = {}
     kept: dict[str, tuple[int, ...]] = {}
     rankings: dict[str, Ranking] = {}
-    # Found by its first words: the rest of the key is prose, and may be put better one day.
+    # Found by the name that the key starts with; the text after it may change.
     keys = [key for key in state if key.startswith(prefix) and _NAME in key]
     for key in keys:
         path = key[len(prefix) : key.index(_NAME, len(prefix))].removesuffix(".")
@@ -94,26 +91,26 @@ def is_group_uncut(group: DependencyGroup, state: Mapping[str, Any]) -> bool:
 
 
 def is_uncut(graph: PruningGraph, current: PruningPlan, state: Mapping[str, Any]) -> bool:
-    """Whether weights without a plan hold, as built, all that the module has lost.
+    """Whether weights without a plan hold, as built, all that was cut from the module.
 
     Args:
-        graph: What the module can lose.
-        current: Plan it carries.
-        state: Weights that arrive, named from it.
+        graph: Groups and stacks of the module.
+        current: Its present plan.
+        state: Weights to load, named from the module.
     """
-    lost = {name for name, size in current.sizes.items() if current.width(name) < size}
-    tops = [f"{s.name}.{s.size - 1}." for s in graph.stacks if s.name in lost]
+    cut = {name for name, size in current.sizes.items() if current.width(name) < size}
+    tops = [f"{s.name}.{s.size - 1}." for s in graph.stacks if s.name in cut]
     return (
-        bool(lost)
+        bool(cut)
         and all(any(key.startswith(top) for key in state) for top in tops)
-        and all(is_group_uncut(group, state) for group in graph.groups if group.name in lost)
+        and all(is_group_uncut(group, state) for group in graph.groups if group.name in cut)
     )
 
 
 def changed_groups(
     graph: PruningGraph, plan: PruningPlan, current: PruningPlan
 ) -> list[DependencyGroup]:
-    """Groups whose units, or places, are others at a plan than at the present one."""
+    """Groups whose kept units, or whose layers, differ between a plan and the present one."""
     moved = tuple(f"{s.name}." for s in graph.stacks if plan.kept[s.name] != current.kept[s.name])
     return [
         group
@@ -129,16 +126,16 @@ def check_weights(
     current: PruningPlan,
     state: Mapping[str, Any],
 ) -> None:
-    """Refuse weights without the tensors that a plan cuts, or with others than it says.
+    """Refuse weights that lack a tensor which a plan cuts, or have it in another shape.
 
-    What is not cut is checked by torch, as in any other module.
+    torch checks all other tensors.
 
     Args:
-        module: The module as it stands.
-        graph: What it can lose, as built.
-        plan: Plan that arrives.
-        current: Plan the module carries.
-        state: What arrives, named from the module.
+        module: The module in its present shape.
+        graph: Its groups and stacks, as built.
+        plan: Plan of the weights.
+        current: Present plan of the module.
+        state: The weights, named from the module.
 
     Raises:
         PruningError: Naming the tensor, before anything is changed.
@@ -153,7 +150,7 @@ def check_weights(
                 "Build the model with the configuration it was trained with."
             )
     present = dict(module.named_parameters(remove_duplicate=False))
-    arriving = {id(p) for name, p in present.items() if name in state}
+    stored = {id(p) for name, p in present.items() if name in state}
     moved = any(plan.kept[s.name] != current.kept[s.name] for s in graph.stacks)
     lengths: dict[str, dict[int, int]] = {}
     for group in changed_groups(graph, plan, current):
@@ -172,7 +169,7 @@ def check_weights(
                     "from its plan and this model. Build the model with the configuration it was "
                     "trained with."
                 )
-        elif 0 not in expected.values() and (moved or id(present.get(name)) not in arriving):
+        elif 0 not in expected.values() and (moved or id(present.get(name)) not in stored):
             raise PruningError(
                 f"The checkpoint has a plan that cuts {name!r}, but not this tensor; expected all "
                 "weights of pruned layers. Save the whole state dict."
@@ -180,20 +177,20 @@ def check_weights(
 
 
 def load_errors(module: nn.Module, state: Mapping[str, Any], *, strict: bool) -> str:
-    """Why torch would refuse weights for a module as it stands; "" if it would not.
+    """Why torch would refuse weights for a module in its present shape; "" if it would not.
 
-    Modules with ways of their own to load, by hooks or by overriding torch's, are left out.
+    Modules that load in their own way, by hooks or by overriding torch's methods, are left out.
 
     Args:
         module: The module.
-        state: What arrives, named from it.
+        state: The weights, named from the module.
         strict: Whether keys must match too.
     """
     wanted: dict[str, Tensor] = {}
     lenient: list[str] = []
     for path, part in module.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
-        if _loads_by_itself(part):
+        if _has_own_loading(part):
             lenient.append(dot)
         wanted |= {dot + n: p for n, p in part._parameters.items() if p is not None}
         wanted |= {
@@ -206,7 +203,7 @@ def load_errors(module: nn.Module, state: Mapping[str, Any], *, strict: bool) ->
         return not name.startswith(tuple(lenient))
 
     missing = [name for name in wanted if strict and name not in state and plain(name)]
-    strange = [name for name in state if strict and name not in wanted and plain(name)]
+    unexpected = [name for name in state if strict and name not in wanted and plain(name)]
     others = [
         f"{name} {tuple(value.shape)} for {tuple(wanted[name].shape)}"
         for name, value in state.items()
@@ -217,7 +214,7 @@ def load_errors(module: nn.Module, state: Mapping[str, Any], *, strict: bool) ->
         and value.shape != wanted[name].shape
         and (value.shape, wanted[name].ndim) != ((1,), 0)  # of the oldest checkpoints
     ]
-    found = {"Missing key(s)": missing, "Unexpected key(s)": strange, "Other shapes": others}
+    found = {"Missing key(s)": missing, "Unexpected key(s)": unexpected, "Other shapes": others}
     return " ".join(
         f"{what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}."
         for what, names in found.items()
@@ -225,11 +222,11 @@ def load_errors(module: nn.Module, state: Mapping[str, Any], *, strict: bool) ->
     )
 
 
-def _loads_by_itself(part: nn.Module) -> bool:
+def _has_own_loading(part: nn.Module) -> bool:
     kind = type(part)
     hooks = part._load_state_dict_pre_hooks.values()
-    ours = f"{__name__.rpartition('.')[0]}.state_dict"
-    foreign = [hook for hook in hooks if _origin(hook) != ours]
+    own = f"{__name__.rpartition('.')[0]}.state_dict"  # PlanTracker's
+    foreign = [hook for hook in hooks if _origin(hook) != own]
     return (
         kind._load_from_state_dict is not nn.Module._load_from_state_dict
         or kind.get_extra_state is not nn.Module.get_extra_state
@@ -238,27 +235,27 @@ def _loads_by_itself(part: nn.Module) -> bool:
 
 
 def _origin(hook: Any) -> str | None:
-    """The package file a hook was written in."""
-    inner = getattr(hook, "hook", hook)  # torch wraps hooks that want the module
+    """The module in which a hook is defined."""
+    inner = getattr(hook, "hook", hook)  # torch wraps hooks that take the module
     return getattr(getattr(inner, "func", inner), "__module__", None)
 
 
 def _read(stored: Any) -> PruningPlan:
-    whole = isinstance(stored, Tensor) and is_plain_tensor(stored) and not stored.is_meta
-    if not whole or stored.dtype != torch.uint8 or stored.ndim != 1:
+    plain = isinstance(stored, Tensor) and is_plain_tensor(stored) and not stored.is_meta
+    if not plain or stored.dtype != torch.uint8 or stored.ndim != 1:
         raise PruningError(
-            f"The entry {_NAME!r} of the checkpoint is not a plan but {described(stored)}; is it "
-            "damaged?"
+            f"The entry {_NAME!r} of the checkpoint is not a plan but {described(stored)}; "
+            "take another checkpoint."
         )
     if stored.numel() > _LARGEST_ENTRY:
         raise PruningError(
-            f"The entry {_NAME!r} holds {counted(stored.numel(), 'byte')}, so it is "
-            "not a plan; take another checkpoint."
+            f"The entry {_NAME!r} of {counted(stored.numel(), 'byte')} is too large, not a plan; "
+            "take another checkpoint."
         )
     try:
         text = stored.detach().cpu().numpy().tobytes().decode()
     except UnicodeDecodeError as error:
         raise PruningError(
-            f"The entry {_NAME!r} of the checkpoint is damaged; take another one."
+            f"The entry {_NAME!r} of the checkpoint is damaged; take another checkpoint."
         ) from error
     return PruningPlan.from_json(text)

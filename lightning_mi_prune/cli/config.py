@@ -1,105 +1,41 @@
-"""The files of a LightningCLI and a command line, as far as one-shot pruning needs them."""
+"""Reads the files of a LightningCLI and the words of a command line."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
-import inspect
 import re
-import shutil
-from argparse import ArgumentError
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
-from docstring_parser import parse as parse_docstring
-from jsonargparse import ArgumentParser, get_loader
+from jsonargparse import get_loader
 
-from lightning_mi_prune.callbacks.units import MutualInformationPruning
 from lightning_mi_prune.core.errors import PruningError
 
 __all__ = [
-    "OPTIONS",
-    "OWN",
     "Block",
-    "Loop",
     "Request",
     "as_yaml",
     "block_of",
-    "help_text",
     "imported",
+    "is_class_path",
     "one_sentence",
-    "options_of",
     "read_file",
     "read_words",
     "refuse_misspelt",
+    "refuse_unknown",
     "section_of",
 ]
 
-Loop = Literal["validate", "test", "none"]
-
-
-# What of MutualInformationPruning means something in one shot, as the help shows it.
-_METHOD = {
-    "how small (one of these; else sparsity 0.5)": (
-        "sparsity",
-        "target_parameters",
-        "target_macs",
-        "target_latency_ms",
-        "keep_information",
-    ),
-    "what may go": (
-        "units",
-        "module",
-        "include",
-        "exclude",
-        "floor",
-        "floors",
-        "caps",
-        "pins",
-        "multiple",
-    ),
-    "how": (
-        "widths",
-        "relevance",
-        "relevance_steps",
-        "selection",
-        "compensate",
-        "reconstruct",
-        "reconstruction_positions",
-        "positions",
-        "latency_table",
-        "latency_batch",
-        "seed",
-    ),
-}
-
-
-OWN: dict[str, tuple[Any, Any]] = {  # options of this command alone: type and default
-    "checkpoint": (str | None, None),
-    "output": (str, "pruned.ckpt"),
-    "evaluate": (Loop, "validate"),
-}
-
-
-OPTIONS = (*OWN, *(name for names in _METHOD.values() for name in names))
-
-
 _STAGES = ("fit", "validate", "test", "predict")
-
 
 _PARTS = ("model", "data", "trainer")
 
-
 _CLASSES = ("model", "data", "cli")
-
-
 _FILES = (".yaml", ".yml", ".json")
-
 
 _ALIKE = 0.85  # "sparsty" is 0.93 like "sparsity", "output_dir" 0.75 like "output"
 
@@ -115,8 +51,8 @@ class Request:
     """What a command line asks for.
 
     Args:
-        files: What the files of ``--config`` hold, in order.
-        classes: Class paths of ``--model``, ``--data`` and ``--cli``.
+        files: Contents of the files of ``--config``, in order.
+        classes: Values of ``--model``, ``--data`` and ``--cli``.
         options: The command's own options.
         others: Options of the model, the data, the trainer and the user's own LightningCLI.
         help: Whether help is all that is wanted.
@@ -136,8 +72,8 @@ class Block:
     Args:
         key: ``"model"`` or ``"data"``.
         path: Class path; None where there is neither a block nor a class.
-        named: Whether a file names the class, beside its ``init_args``; otherwise all that it holds
-            are arguments.
+        named: Whether a file names the class, beside its ``init_args``; otherwise the file holds
+            arguments only.
         given: Whether the command line names the class.
     """
 
@@ -147,7 +83,7 @@ class Block:
     given: bool
 
     def normalized(self, value: Any) -> dict[str, Any]:
-        """What a file says of it, as a parser with this class reads it."""
+        """What a file has for it, in the form that a parser with this class reads."""
         block = _as_block(value)
         if self.named:
             return {**block, "class_path": self.path} if self.given and block else block
@@ -161,7 +97,7 @@ def read_words(words: Sequence[str], options: Collection[str]) -> Request:
 
     Args:
         words: Arguments of the command.
-        options: Names of the command's own options.
+        options: Names of the command's own options, with dots for fields of records.
 
     Raises:
         PruningError: If a word is no option, or a file cannot be read.
@@ -173,6 +109,7 @@ def read_words(words: Sequence[str], options: Collection[str]) -> Request:
             others=[('model.width', '8')], help=False)
     """
     request, unknown = Request(), []
+    outside = (*_PARTS, "seed_everything")
     remaining = iter(words)
     for word in remaining:
         name, equals, value = word.partition("=")
@@ -181,7 +118,7 @@ def read_words(words: Sequence[str], options: Collection[str]) -> Request:
             continue
         name = "--config" if name == "-c" else name
         if not name.startswith("--") or name == "--":
-            raise PruningError(f"{word!r} is no option; expected --name value. See --help.")
+            raise PruningError(f"{word!r} is no option; expected --NAME VALUE. See --help.")
         name = name[2:]
         if not equals:
             value = next(remaining, "--")
@@ -194,24 +131,22 @@ def read_words(words: Sequence[str], options: Collection[str]) -> Request:
             request.files[value] = body if name == "config" else {name: body}
         elif name in _CLASSES:
             request.classes[name] = value
-        elif base.removesuffix("+") in options:
+        elif name.removesuffix("+") in options:
             request.options.append((name, value))
         else:
             request.others.append((name, value))
-            if base not in (*_PARTS, "seed_everything"):
+            if base not in outside:
                 unknown.append(name)
     if unknown and "cli" not in request.classes and not request.help:
-        close = _closest(unknown[0], [*options, *_CLASSES, "config", "trainer", "seed_everything"])
-        hint = f"did you mean --{close}?" if close else "see --help."
-        raise PruningError(f"--{unknown[0]} is no option; {hint}")
+        refuse_unknown(unknown[0], [*options, *outside, "cli", "config"], "--")
     return request
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """The names and values of a YAML or JSON file; parts that it keeps in other files, too.
+    """The names and values of a YAML or JSON file, and of the files that it refers to.
 
     Raises:
-        PruningError: If there is no such file, or it holds something else.
+        PruningError: If a file cannot be read, or holds something else.
     """
     path = Path(path)
     try:
@@ -237,7 +172,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 def section_of(body: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What a file says of ``fit`` (or of the first stage that it has), and the stages left out.
+    """The section of ``fit`` in a file, or of its first stage, and the stages that are left out.
 
     Example:
         >>> section_of({"seed_everything": 1, "fit": {"ckpt_path": None}, "test": {}})
@@ -257,7 +192,7 @@ def block_of(key: str, sections: Iterable[Mapping[str, Any]], given: str | None)
     """The class of the model or the data, and the form that the files give it.
 
     Raises:
-        PruningError: If there is a block whose class nobody names.
+        PruningError: If there is a block without a class.
     """
     blocks = [_as_block(section[key], key) for section in sections if section.get(key) is not None]
     named = [block["class_path"] for block in blocks if "class_path" in block]
@@ -279,11 +214,21 @@ def _as_block(value: Any, key: str = "") -> dict[str, Any]:
     return value or {}
 
 
+def is_class_path(text: str) -> bool:
+    """Whether a text names a class, and not a data set: names with dots, and no file or folder.
+
+    Example:
+        >>> [is_class_path(text) for text in ("mypackage.MyData", "imdb", "org/name", "./rows")]
+        [True, False, False, False]
+    """
+    return bool(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", text)) and not Path(text).exists()
+
+
 def imported(path: str, option: str) -> Any:
     """The class (or function) of a class path.
 
     Raises:
-        PruningError: If it is not there. What its module raises while it is imported, goes on.
+        PruningError: If there is no such class. Errors of its module pass through.
     """
     module, _, name = path.rpartition(".")
     remedy = f"expected {option} mypackage.MyClass, importable from here"
@@ -293,7 +238,7 @@ def imported(path: str, option: str) -> Any:
         found = getattr(importlib.import_module(module), name, None) if module else None
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # something that the user's module itself imports
+            raise  # a module that the user's module imports
         raise PruningError(f"{path!r}: there is no module {error.name!r}; {remedy}.") from error
     if found is None:
         where = f"there is no {name!r} in {module!r}" if module else "its module is missing"
@@ -301,42 +246,38 @@ def imported(path: str, option: str) -> Any:
     return found
 
 
-def options_of(
-    sections: Sequence[Mapping[str, Any]], words: Sequence[tuple[str, str]]
-) -> dict[str, Any]:
-    """Values of the command's own options, of the right types."""
-    parser = ArgumentParser(exit_on_error=False)
-    for name, (kind, default) in OWN.items():
-        parser.add_argument(f"--{name}", type=kind, default=default)
-    signature = inspect.signature(MutualInformationPruning)
-    parser.add_class_arguments(
-        MutualInformationPruning, skip=set(signature.parameters) - set(OPTIONS)
-    )
-    given = {k: v for section in sections for k, v in section.items() if k in OPTIONS}
-    try:
-        found = parser.parse_object(given)
-        found = parser.parse_args([f"--{name}={value}" for name, value in words], found)
-    except ArgumentError as error:
-        raise PruningError(one_sentence(str(error))) from error
-    return dict(found.as_dict())
-
-
-def refuse_misspelt(keys: Iterable[str], options: Collection[str], prefix: str = "") -> None:
-    """Refuse keys of a file that look like an option, but are none.
+def refuse_unknown(name: str, options: Collection[str], dashes: str = "") -> None:
+    """Refuse a name that is no option.
 
     Example:
-        >>> refuse_misspelt(["ckpt_path", "sparsty"], ["sparsity"])
+        >>> refuse_unknown("floors", ["sparsity", "constraints.floors"], "--")
         Traceback (most recent call last):
-        lightning_mi_prune.core.errors.PruningError: 'sparsty' in the file is no option; did you mean \
-'sparsity'? If it belongs to your own LightningCLI, name that with --cli mypackage.MyCLI.
+        lightning_mi_prune.core.errors.PruningError: --floors is no option; did you mean \
+--constraints.floors?
     """
-    for key in keys:
-        close = _closest(key, options)
-        if close:
-            raise PruningError(
-                f"{prefix + key!r} in the file is no option; did you mean {prefix + close!r}? If "
-                "it belongs to your own LightningCLI, name that with --cli mypackage.MyCLI."
-            )
+    if name not in options:
+        fields = [option for option in options if option.endswith(f".{name}")]
+        close = next(iter(fields), None) or _closest(name, options)
+        hint = f"did you mean {dashes}{close}?" if close else "see --help."
+        raise PruningError(f"{dashes}{name} is no option; {hint}")
+
+
+def refuse_misspelt(key: str, options: Collection[str], prefix: str = "") -> None:
+    """Refuse a key of a file that looks like an option, but is none.
+
+    Example:
+        >>> refuse_misspelt("ckpt_path", ["sparsity"])
+        >>> refuse_misspelt("sparsty", ["sparsity"])
+        Traceback (most recent call last):
+        lightning_mi_prune.core.errors.PruningError: 'sparsty' in the file is no option; did you \
+mean 'sparsity'? If it belongs to your own LightningCLI, name that with --cli mypackage.MyCLI.
+    """
+    close = _closest(key, options)
+    if close:
+        raise PruningError(
+            f"{prefix + key!r} in the file is no option; did you mean {prefix + close!r}? If it "
+            "belongs to your own LightningCLI, name that with --cli mypackage.MyCLI."
+        )
 
 
 def _closest(name: str, options: Iterable[str]) -> str | None:
@@ -344,16 +285,16 @@ def _closest(name: str, options: Iterable[str]) -> str | None:
 
 
 def as_yaml(body: Mapping[str, Any]) -> str:
-    """Text that is read back as exactly these values, whatever strings look like."""
+    """YAML in which every string stays a string, whatever it looks like."""
     text: str = yaml.safe_dump(body, default_style='"')
     return text
 
 
 def one_sentence(message: str, takes: Mapping[str, Sequence[str]] | None = None) -> str:
-    """What a parser has to say, in one line and with a remedy.
+    """The message of a parser in one line, with a remedy.
 
     Args:
-        message: Its message: nested lists of all that it tried.
+        message: The message: nested lists of all types that were tried.
         takes: Arguments of the model and of the data.
 
     Example:
@@ -388,6 +329,7 @@ links it with --cli mypackage.MyCLI.'
     text = "; ".join(line.rstrip(".") for line in lines).replace(":;", ":")
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
     text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
+    text = text.replace("a Sequence", "a list").replace("a Mapping", "a mapping")
     text = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", text)
     text = re.sub(r"\ba int\b", "an int", text)
     text = re.sub(r"(: |; |\. )(Expected|Given|Problem|Got|Not)\b", _lower, text)
@@ -399,78 +341,3 @@ links it with --cli mypackage.MyCLI.'
 
 def _lower(found: re.Match[str]) -> str:
     return found[1].replace(". ", "; ") + found[2].lower()
-
-
-def _first_sentence(text: str) -> str:
-    """The first sentence of a description, without markup.
-
-    Example:
-        >>> _first_sentence("Share of ``all``, see :class:`Budget`. Default 0.5.")
-        'Share of all, see Budget.'
-    """
-    plain = re.sub(r":\w+:`~?([^`]*)`", r"\1", " ".join(text.split())).replace("``", "")
-    return plain.partition(". ")[0].rstrip(".") + "."
-
-
-def help_text(command: Callable[..., Any], trainer: Sequence[str]) -> str:
-    """The help: options in groups, as wide as the terminal but no wider than 100 columns.
-
-    Args:
-        command: The function that is run; its docstring describes the options that are not those
-            of :class:`MutualInformationPruning`.
-        trainer: Options of the trainer that count.
-    """
-    width = max(80, min(100, shutil.get_terminal_size().columns))
-    parser = argparse.ArgumentParser(
-        "lightning-mi-prune",
-        usage="%(prog)s --config FILE [--model CLASS] [--data CLASS] [options]",
-        description="Prune a LightningModule on its data in one shot, and save it as a checkpoint.",
-        epilog=(
-            "Arguments of the classes: --model.NAME VALUE, --data.NAME VALUE. Trainer, as in "
-            f"Lightning: --trainer.NAME VALUE with {', '.join(trainer)}. Defaults are in "
-            "[brackets]. Options may stand in the file, too; those given here win. Values are "
-            "YAML: --units '[ffn, heads]', --floors '{ffn$: 0.25}'. An error ends with exit code 2."
-        ),
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=27, width=width),
-        add_help=False,
-    )
-    entries = _entries(command)
-    what = ("config", "model", "data", "cli", "checkpoint", "output", "evaluate")
-    for title, names in {"what to prune": what, **_METHOD}.items():
-        group = parser.add_argument_group(title)
-        for name in names:
-            value, text = entries[name]
-            group.add_argument(f"--{name}", metavar=value, help=text.replace("%", "%%"))
-    return parser.format_help()
-
-
-def _entries(command: Callable[..., Any]) -> dict[str, tuple[str, str]]:
-    """What stands for the value of every option, and its text."""
-    found = {
-        "config": ("FILE", "YAML of a LightningCLI; later ones override."),
-        "model": ("CLASS", "mypackage.MyModel, where the file names no class."),
-        "data": ("CLASS", "mypackage.MyData; none if the model has dataloaders."),
-        "cli": ("CLASS", "Your LightningCLI, for its links and extra arguments."),
-    }
-    hints = {name: kind for name, (kind, _) in OWN.items()}
-    hints |= get_type_hints(MutualInformationPruning.__init__)
-    defaults = {name: default for name, (_, default) in OWN.items()}
-    parameters = inspect.signature(MutualInformationPruning).parameters
-    defaults |= {name: parameter.default for name, parameter in parameters.items()}
-    for documented in (command, MutualInformationPruning):
-        for entry in parse_docstring(inspect.getdoc(documented) or "").params:
-            name, default = entry.arg_name, defaults.get(entry.arg_name)
-            if name in OPTIONS:
-                text = _first_sentence(entry.description or "").replace("None", "null")
-                if default is not None:
-                    text += f" [{str(default).lower()}]"
-                found[name] = (_value_name(hints[name]), text)
-    return found
-
-
-def _value_name(hint: Any) -> str:
-    """What stands for the value of an option in the help."""
-    if type(None) in get_args(hint):
-        return _value_name(get_args(hint)[0])
-    names = {bool: "BOOL", int: "N", float: "X", str: "TEXT", list: "LIST", dict: "MAP"}
-    return "WORD" if get_origin(hint) is Literal else names[get_origin(hint) or hint]

@@ -3,24 +3,25 @@
     lightning-mi-prune --config run.yaml --checkpoint best.ckpt --sparsity 0.75 --output small.ckpt
 
 The files are those of a LightningCLI: its ``model``, ``data`` and ``trainer``, the ``config.yaml``
-that it saves, with or without sections of stages (``fit:``). Where they hold bare arguments, as for
-``LightningCLI(MyModel, MyData)``, the classes are given beside: ``--model mypackage.MyModel --data
-mypackage.MyData``. Whatever else they hold is ignored, and said in one line. Modules of the working
-directory are found, as with ``python -m``.
+that it saves, with or without sections of stages (``fit:``). Where they hold arguments only, as for
+``LightningCLI(MyModel, MyData)``, the classes are options: ``--model mypackage.MyModel --data
+mypackage.MyData``. In place of a DataModule, ``--data`` takes a data set of the ``datasets``
+package. All else in the files is ignored, and named in one line. Modules of the working directory
+are found, as with ``python -m``.
 
 A wrong option, value or file, and pruning that cannot be done, end with one line ``error: ...`` on
-stderr and exit code 2, and leave no file. What the user's own code raises keeps its traceback.
+stderr and exit code 2, and leave no file. Errors of the user's own code keep their traceback.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 import tempfile
 import warnings
 from argparse import ArgumentError
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -34,42 +35,37 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_mi_prune.callbacks.units import MutualInformationPruning
+from lightning_mi_prune.allocation.budget import budget_of
+from lightning_mi_prune.calibration.datasets import batches_of
 from lightning_mi_prune.checkpoint.loading import load_pruned
 from lightning_mi_prune.cli.config import (
-    OPTIONS,
-    OWN,
     Block,
-    Loop,
     Request,
     as_yaml,
     block_of,
-    help_text,
     imported,
+    is_class_path,
     one_sentence,
-    options_of,
     read_words,
     refuse_misspelt,
     section_of,
 )
+from lightning_mi_prune.cli.options import help_text, options_of, values_of
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.core.options import Calibration
-from lightning_mi_prune.pipeline import PipelineOptions, PruneResult, prune
+from lightning_mi_prune.core.options import Importance, check_count
+from lightning_mi_prune.pipeline import PruneResult, prune
 from lightning_mi_prune.reporting.tables import Table, print_table
 
 __all__ = [
+    "OPTIONS",
     "prune_module",
     "run",
 ]
 
-_PRUNE = {
-    "units": "kinds",
-    "module": "module",
-    "include": "include",
-    "exclude": "exclude",
-    "seed": "seed",
-}
+Loop = Literal["validate", "test", "none"]
 
+# Arguments of prune() that a command line cannot give.
+_OBJECTS_OF_PRUNE = ("model", "data", "loss", "forward", "training", "optimizers")
 
 _TRAINER = (
     "accelerator",
@@ -82,9 +78,7 @@ _TRAINER = (
     "enable_progress_bar",
 )
 
-
 _OBJECTS = ("callbacks", "logger", "plugins", "profiler", "strategy")
-
 
 _ONE_DEVICE: dict[str, Any] = {
     "devices": 1,
@@ -98,40 +92,53 @@ _ONE_DEVICE: dict[str, Any] = {
 
 def prune_module(
     model: pl.LightningModule,
-    data: pl.LightningDataModule | None,
+    data: Any,
     trainer: pl.Trainer,
     *,
-    checkpoint: str | Path | None = None,
-    output: str | Path = "pruned.ckpt",
+    checkpoint: str | None = None,
+    output: str = "pruned.ckpt",
     evaluate: Loop = "validate",
+    batch_size: int = 32,
     **options: Any,
 ) -> PruneResult:
     """Prune a module on validation data, and save it as a checkpoint.
 
     Args:
-        model: The module; its ``training_step`` tells what matters, its ``validation_step`` runs.
-        data: Its DataModule; None where the module has dataloaders of its own. Validation batches
-            calibrate, training batches (validation batches where there are none) give gradients.
+        model: The module; gradients are those of its ``training_step``, ``validation_step`` runs.
+        data: Its DataModule, or a data set of the datasets package (its folder or name); None where
+            the module has dataloaders of its own. Activations are collected on validation batches,
+            gradients on training batches, or on validation batches where there are no others.
         trainer: Evaluates and saves, on one device.
         checkpoint: Weights to start from, pruned or not.
         output: Checkpoint to write. load_pruned opens it.
         evaluate: Loop of the trainer to run before and after: ``"validate"``, ``"test"`` or
             ``"none"``.
-        options: Any option of MutualInformationPruning that is not about training.
+        batch_size: Rows of a batch, where data is a data set.
+        options: Options of ``prune``, but those that are objects: loss, forward, training,
+            optimizers.
 
     Raises:
-        PruningError: If the module, the data or the files do not allow it; no file is written.
-        MisconfigurationException: If an option is outside its range, or a loop cannot run.
+        PruningError: If the module, the data, the options or the files do not allow it; no file is
+            written.
+        MisconfigurationException: If a loop cannot run.
     """
-    method = _method(options)
+    names = [name for name in signature(prune).parameters if name not in _OBJECTS_OF_PRUNE]
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        raise PruningError(f"{unknown[0]} is no option of one-shot pruning; expected {names}.")
+    budget_of(*(options.get(name) for name in signature(budget_of).parameters))
+    target = Path(output)
+    _check_files(target, checkpoint)
+    if data is not None and not isinstance(data, pl.LightningDataModule):
+        check_count("batch_size", batch_size, least=1)
+        data = _Rows(batches_of(data, batch_size=batch_size, seed=options.get("seed", 0)))
     source = model if data is None else data
     if not is_overridden("val_dataloader", source):
         remedy = "give a DataModule (--data mypackage.MyData)" if data is None else "write one"
         raise PruningError(
-            f"{type(source).__name__} has no val_dataloader, whose batches calibrate; {remedy}."
+            f"{type(source).__name__} has no val_dataloader, and calibration needs its batches; "
+            f"{remedy}."
         )
-    output = Path(output)
-    _check_files(output, checkpoint)
     if checkpoint is not None:
         load_pruned(model, checkpoint)
     before = _metrics(trainer, model, data, evaluate)
@@ -139,34 +146,57 @@ def prune_module(
         part.trainer = trainer  # as in fit; evaluate="none" attached none
         part.prepare_data()
         part.setup("fit")
-    model.to(trainer.strategy.root_device)  # a loop that is over leaves it on the CPU
+    model.to(trainer.strategy.root_device)  # a finished loop leaves it on the CPU
     validation, training = _Batches(model, data, "val_dataloader", "sequential"), None
-    if method.importance.relevance == "gradient" and is_overridden("train_dataloader", source):
+    relevance = (options.get("importance") or Importance()).relevance
+    if relevance == "gradient" and is_overridden("train_dataloader", source):
         training = _Batches(model, data, "train_dataloader", "max_size_cycle")
-    done = prune(
+    result = prune(
         model,
         validation,
-        method.budget,
-        widths=method.widths,
-        importance=method.importance,
-        constraints=method.constraints,
-        latency=method.latency,
-        reconstruction=method.reconstruction,
         forward=validation.forward if len(validation.loaders.flattened) > 1 else None,
         training=training,
-        calibration=Calibration(
-            options.get("positions") or 16_384, options.get("relevance_steps") or 64
-        ),
-        **{new: options[old] for old, new in _PRUNE.items() if options.get(old) is not None},
+        **options,
     )
     after = _metrics(trainer, model, data, evaluate)
-    _save(trainer, model, output)
-    _tell(done, before, after, output)
-    return done
+    _save(trainer, model, target)
+    _print_result(result, before, after, target)
+    return result
+
+
+_OWN = ("checkpoint", "output", "evaluate", "batch_size")
+
+OPTIONS = (
+    *options_of(prune_module, {"model", "data", "trainer", "options"}),
+    *options_of(prune, _OBJECTS_OF_PRUNE),
+)
+
+_NAMES = tuple(dict.fromkeys(option.name.partition(".")[0] for option in OPTIONS))
+
+_PATHS = {
+    "config": "YAML of a LightningCLI; later ones override.",
+    "model": "mypackage.MyModel, where the file names no class.",
+    "data": "mypackage.MyData, or a folder or name of a data set (datasets).",
+    "cli": "Your LightningCLI, for its links and extra arguments.",
+}
+
+
+class _Rows(pl.LightningDataModule):
+    """Batches of a data set for all loops of evaluation."""
+
+    def __init__(self, batches: Any) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def val_dataloader(self) -> Any:
+        """All batches."""
+        return self.batches
+
+    test_dataloader = val_dataloader
 
 
 class _Batches:
-    """Batches of one hook, moved and transformed as a loop of the trainer does it.
+    """Batches of a dataloader hook, moved and transformed as by the trainer.
 
     Raises:
         PruningError: If there are none.
@@ -201,7 +231,7 @@ class _Batches:
             yield self._hook("on_after_batch_transfer")(batch, index)
 
     def forward(self, model: Any, batch: Any) -> Any:
-        """Validate on a batch of one of several loaders."""
+        """Run ``validation_step`` on a batch of one of several loaders."""
         return model.validation_step(batch, 0, self.index)
 
     def _hook(self, name: str) -> Any:
@@ -227,23 +257,25 @@ def run(words: Sequence[str]) -> None:
 
 
 def _run(words: Sequence[str]) -> None:
-    request = read_words(words, OPTIONS)
+    request = read_words(words, [option.name for option in OPTIONS])
     if request.help:
-        sys.stdout.write(help_text(prune_module, _TRAINER))
+        sys.stdout.write(help_text(OPTIONS, _OWN, _PATHS, _TRAINER))
         return
     sections = [section_of(body)[0] for body in request.files.values()]
-    options = options_of(sections, request.options)
-    _method({name: value for name, value in options.items() if name not in OWN})
+    options = values_of(OPTIONS, sections, request.options)
     _check_files(Path(options["output"]), options["checkpoint"])
-    blocks = [block_of(key, sections, request.classes.get(key)) for key in ("model", "data")]
+    model, data = (block_of(key, sections, request.classes.get(key)) for key in ("model", "data"))
+    rows = None if data.path is None or is_class_path(data.path) else data.path
+    if rows is not None:
+        data = Block("data", None, False, False)
     own = request.classes.get("cli")
     base = _checked(own, "--cli", LightningCLI) if own else LightningCLI
-    consumer = type("_OwnReader", (_Reader, base), {}) if own else _Reader
-    cli = consumer(request, *blocks, checkpoint=options["checkpoint"])
+    builder = type("_OwnBuilder", (_Builder, base), {}) if own else _Builder
+    cli = builder(request, model, data, checkpoint=options["checkpoint"])
     if cli.ignored:
         names = ", ".join(dict.fromkeys(cli.ignored))
-        sys.stderr.write(f"ignored, of no use in one shot: {names}\n")
-    prune_module(cli.model, cli.datamodule, cli.trainer, **options)
+        sys.stderr.write(f"ignored, not used in one-shot pruning: {names}\n")
+    prune_module(cli.model, cli.datamodule if rows is None else rows, cli.trainer, **options)
 
 
 class _Parser(LightningArgumentParser):
@@ -252,18 +284,18 @@ class _Parser(LightningArgumentParser):
     texts: Mapping[str, str] = MappingProxyType({})
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As ever: paths in the file are relative to it."""
+        """As Lightning does, with paths in the file relative to the file."""
         if str(path) not in self.texts:
             return super().parse_path(path, *args, **kwargs)
         with Path_fr(str(path)).relative_path_context():
             return self.parse_string(self.texts[str(path)], **kwargs)
 
 
-class _Reader(LightningCLI):
+class _Builder(LightningCLI):
     """Builds model, data and trainer as a LightningCLI does, and runs nothing.
 
-    Hyperparameters that modules save are plain, so that ``load_from_checkpoint`` opens the result.
-    Mixed with the user's own LightningCLI, only what that one adds to the parser counts.
+    Modules save plain hyperparameters, so that ``load_from_checkpoint`` opens the result. Of the
+    user's own LightningCLI, only the arguments and links that it adds to the parser are used.
     """
 
     def __init__(self, request: Request, model: Block, data: Block, checkpoint: str | None) -> None:
@@ -305,7 +337,7 @@ class _Reader(LightningCLI):
             raise PruningError(one_sentence(str(error), takes)) from error
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse, with files cut down to what the parser knows."""
+        """Parse the files without what the parser does not know."""
         known = {action.dest.partition(".")[0] for action in parser._actions}
         parser.texts = {
             path: as_yaml(self._prepared(body, known)) for path, body in self.request.files.items()
@@ -313,17 +345,17 @@ class _Reader(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Nothing: those of the user's own LightningCLI prepare a run."""
+        """Does nothing: the method of the user's own LightningCLI prepares a run."""
 
     def after_instantiate_classes(self) -> None:
-        """Nothing, likewise."""
+        """Does nothing, likewise."""
 
     def instantiate_classes(self) -> None:
-        """As Lightning does."""
+        """As Lightning does, whatever the user's own LightningCLI does."""
         LightningCLI.instantiate_classes(self)
 
     def instantiate_trainer(self, **_: Any) -> pl.Trainer:
-        """A trainer on one device, with what of the options evaluation needs."""
+        """A trainer on one device, with the options that evaluation needs."""
         given = self.config_init.get("trainer")
         options = {name: given[name] for name in _TRAINER if given.get(name) is not None}
         try:
@@ -332,7 +364,7 @@ class _Reader(LightningCLI):
             raise PruningError(f"trainer: {error}; correct its options.") from error
 
     def _overrides(self) -> Iterator[tuple[str, str]]:
-        """Options of the command line, without those of the trainer that mean nothing here."""
+        """Options of the command line, without those of the trainer that are not used here."""
         for name, value in self.request.others:
             part, _, key = name.partition(".")
             if part == "trainer" and key.partition(".")[0] not in _TRAINER:
@@ -345,19 +377,19 @@ class _Reader(LightningCLI):
                 yield name, value
 
     def _prepared(self, body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-        """One file for the parser; the rest is noted."""
+        """The part of a file that the parser reads; the rest is added to ``ignored``."""
         section, stages = section_of(body)
         prepared: dict[str, Any] = {}
         for key, value in section.items():
             if key in self.blocks:
-                if value is not None:
+                if value is not None and self.blocks[key].path is not None:
                     prepared[key] = self.blocks[key].normalized(value)
             elif key == "trainer":
                 prepared[key] = self._of_trainer(value or {})
             elif key in known:
                 prepared[key] = value
-            elif key not in OPTIONS:
-                refuse_misspelt([key], (*OPTIONS, "model", "data", "trainer", "seed_everything"))
+            elif key not in _NAMES:
+                refuse_misspelt(key, (*_NAMES, "model", "data", "trainer", "seed_everything"))
                 self.ignored.append(key)
         self.ignored += stages
         return prepared
@@ -371,7 +403,7 @@ class _Reader(LightningCLI):
                 kept[key] = value
                 continue
             if key not in defaults:
-                refuse_misspelt([key], _TRAINER, "trainer.")
+                refuse_misspelt(key, _TRAINER, "trainer.")
             elif "cli" in self.request.classes and key not in _OBJECTS and _is_number(value):
                 kept[key] = value  # what may be linked to the model or the data
             if value is not None and value not in (defaults.get(key), _ONE_DEVICE.get(key)):
@@ -397,7 +429,7 @@ def _arguments(found: Any) -> list[str]:
 def _numbers(checkpoint: str | None) -> dict[str, int | float]:
     """Numbers among the hyperparameters of a checkpoint, such as the user's CLI linked.
 
-    Only numbers: a text may name a class, which is not imported because of a file.
+    Only numbers: a text may name a class, and a file must not cause an import.
     """
     if checkpoint is None:
         return {}
@@ -405,7 +437,7 @@ def _numbers(checkpoint: str | None) -> dict[str, int | float]:
         found = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
         stored = found["hyper_parameters"]
         return {name: value for name, value in stored.items() if _is_number(value)}
-    except Exception:  # without hyperparameters; what is wrong with a file is said on loading
+    except Exception:  # without hyperparameters; load_pruned refuses a damaged file
         return {}
 
 
@@ -414,22 +446,14 @@ def _is_number(value: object) -> bool:
 
 
 def _trainer_defaults() -> dict[str, Any]:
-    parameters = inspect.signature(pl.Trainer).parameters
+    parameters = signature(pl.Trainer).parameters
     return {name: parameter.default for name, parameter in parameters.items()}
-
-
-def _method(options: Mapping[str, Any]) -> PipelineOptions:
-    """The method that options ask for; the callback's checks are the only ones there are."""
-    strange = sorted(set(options) - set(OPTIONS))
-    if strange:
-        raise PruningError(f"{strange[0]} is no option of one-shot pruning; expected {OPTIONS}.")
-    return MutualInformationPruning(**options).method
 
 
 def _check_files(output: Path, checkpoint: str | Path | None) -> None:
     """Refuse files that cannot be read or written, before anything runs."""
     if checkpoint is not None and not Path(checkpoint).is_file():
-        raise PruningError(f"checkpoint={str(checkpoint)!r}; expected a file that is there.")
+        raise PruningError(f"checkpoint={str(checkpoint)!r}; expected a file that exists.")
     if checkpoint is not None and output.exists() and output.samefile(checkpoint):
         raise PruningError(f"output={str(output)!r} is the checkpoint; expected another file.")
     if output.is_dir():
@@ -468,12 +492,12 @@ def _metrics(
     return {name: float(value) for part in found for name, value in part.items()}
 
 
-def _tell(
-    done: PruneResult, before: Mapping[str, float], after: Mapping[str, float], path: Path
+def _print_result(
+    result: PruneResult, before: Mapping[str, float], after: Mapping[str, float], path: Path
 ) -> None:
-    sizes = {"parameters": done.parameters, "prunable parameters": done.prunable_parameters}
+    sizes = {"parameters": result.parameters, "prunable parameters": result.prunable_parameters}
     rows = [(name, f"{old:,}", f"{new:,}") for name, (old, new) in sizes.items()]
     rows += [(name, f"{before[name]:.4f}", f"{value:.4f}") for name, value in after.items()]
-    title = f"{done.sparsity:.1%} of the prunable parameters are gone"
-    caption = f"The pruned checkpoint is {path}; open it with load_pruned."
-    print_table(Table(title, ("", "before", "after"), rows, ("",), caption))
+    title = f"{result.sparsity:.1%} of the prunable parameters are gone"
+    print_table(Table(title, ("", "before", "after"), rows, ("",)))
+    sys.stdout.write(f"The pruned checkpoint is {path}; open it with load_pruned.\n")

@@ -1,4 +1,4 @@
-"""EmptyLinear: what is left of a linear layer without inputs or without outputs."""
+"""EmptyLinear: the replacement of a linear layer without inputs or without outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ __all__ = [
 
 KEPT_UNITS = "kept_units"
 
-
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -34,17 +33,17 @@ _HOOKS = (
 
 
 class EmptyLinear(nn.Module):
-    """What is left of a linear layer whose inputs or outputs are all gone: its bias, or nothing.
+    """Replacement of a linear layer that lost all its inputs or outputs: its bias, or nothing.
 
-    A linear layer of zero width would break quantizers, exporters and optimizers that meet it, so
-    it is taken out of the module tree, with its parameters without entries; the bias of a layer
-    that lost its inputs stays where it was. The layer itself is kept beside the tree: it comes
-    back, the very object, when units do.
+    Quantizers, exporters and optimizers fail on linear layers of zero width, so this module takes
+    its place in the module tree, without its empty parameters. A layer without inputs still has
+    its bias. The linear layer itself is kept outside the tree and returns when units do.
 
     Args:
         linear: The layer, its weight without entries.
 
     Example:
+        >>> import torch
         >>> linear = nn.Linear(4, 3)
         >>> linear.weight = nn.Parameter(linear.weight[:, :0])
         >>> empty = EmptyLinear(linear)
@@ -54,8 +53,8 @@ class EmptyLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.__dict__["_linear"] = linear  # beside the tree: no state, no parameters of the module
-        for name in _HOOKS:  # whoever registered them keeps the handles
+        self.__dict__["_linear"] = linear  # not registered: outside the tree
+        for name in _HOOKS:  # shared, so that their handles work
             self.__dict__[name] = getattr(linear, name)
         if linear.weight.shape[0] and linear.bias is not None:
             self._parameters["bias"] = linear.bias
@@ -63,7 +62,7 @@ class EmptyLinear(nn.Module):
 
     @property
     def linear(self) -> nn.Linear:
-        """The layer, with the bias that is in the tree: loading may put another one there."""
+        """The layer, with the bias that is in the tree, which loading may have replaced."""
         linear: nn.Linear = self.__dict__["_linear"]
         if "bias" in self._parameters:
             linear._parameters["bias"] = self._parameters["bias"]
@@ -79,16 +78,16 @@ class EmptyLinear(nn.Module):
             return getattr(linear, name)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name nn.Linear has
-        """The bias for every position; no entries where the outputs are gone."""
+        """The bias at every position, or a tensor without entries if there are no outputs."""
         outputs = self.weight.shape[0]
         if not outputs:
             return input[..., :0]
-        zeros = input.sum(-1, keepdim=True)  # of no entries; whoever made them gets a gradient
+        zeros = input.sum(-1, keepdim=True)  # sums without entries, which pass gradients
         bias: Tensor = input.new_zeros(outputs) if self.bias is None else self.bias
         return zeros + bias
 
     def extra_repr(self) -> str:
-        """As that of a linear layer."""
+        """As for a linear layer."""
         rows, columns = self.weight.shape
         return f"in_features={columns}, out_features={rows}, bias={self.bias is not None}"
 
@@ -101,12 +100,12 @@ class EmptyLinear(nn.Module):
 
 
 def linear_at(module: nn.Module) -> nn.Module:
-    """The module itself, or the linear layer that an :class:`EmptyLinear` stands for."""
+    """The module itself, or the linear layer that an :class:`EmptyLinear` replaces."""
     return module.linear if isinstance(module, EmptyLinear) else module
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by path, as ``named_modules``, and the linear layers beside the tree."""
+    """All modules by path, as ``named_modules``, and the linear layers outside the tree."""
     for path, module in model.named_modules():
         yield path, module
         if isinstance(module, EmptyLinear):
@@ -114,7 +113,7 @@ def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by every name they have, those without entries included."""
+    """All parameters, also those without entries, by every name they have."""
     found = dict(model.named_parameters(remove_duplicate=False))
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, EmptyLinear):
@@ -124,11 +123,11 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def place_linears(model: nn.Module, paths: Iterable[str]) -> None:
-    """Put what stands for a linear layer where its weight has no entries, and the layer elsewhere.
+    """Replace linear layers without entries by :class:`EmptyLinear`, and put the others back.
 
     Args:
         model: Module from which the paths are named.
-        paths: Linear layers, or what stands for them.
+        paths: Paths of linear layers or their replacements.
     """
     changes: dict[int, nn.Module] = {}
     for path in paths:
@@ -138,30 +137,30 @@ def place_linears(model: nn.Module, paths: Iterable[str]) -> None:
             continue
         changes[id(module)] = EmptyLinear(linear) if module is linear else linear
         linear.train(module.training)
-    _exchange(model, changes)
+    _replace_modules(model, changes)
 
 
 def empty_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that stand beside the tree, by path."""
+    """The linear layers outside the tree, by path."""
     return {path: m.linear for path, m in model.named_modules() if isinstance(m, EmptyLinear)}
 
 
 def show_linears(
     model: nn.Module, linears: Mapping[str, nn.Linear], paths: Collection[str]
 ) -> None:
-    """Put linear layers without entries back into the tree, for as long as someone must see them.
+    """Put linear layers without entries back into the tree until :func:`place_linears` is called.
 
     Args:
         model: Module from which the paths are named.
-        linears: What :func:`empty_linears` found; :func:`place_linears` takes them out again.
-        paths: Those of them that are to be seen.
+        linears: What :func:`empty_linears` returned.
+        paths: Paths of those to put back.
     """
     shown = {path: linear for path, linear in linears.items() if path in paths}
-    _exchange(model, {id(model.get_submodule(path)): part for path, part in shown.items()})
+    _replace_modules(model, {id(model.get_submodule(path)): part for path, part in shown.items()})
 
 
-def _exchange(model: nn.Module, changes: Mapping[int, nn.Module]) -> None:
-    """Other modules in the place of some, by the ``id`` of these, wherever they are held."""
+def _replace_modules(model: nn.Module, changes: Mapping[int, nn.Module]) -> None:
+    """Replace modules, given by ``id``, in every module that holds them."""
     for parent in list(model.modules()) if changes else ():
         for name, child in parent._modules.items():
             if id(child) in changes:

@@ -21,28 +21,23 @@ class PruningError(RuntimeError):
     """A request that cannot be carried out; raised before a model, an optimizer or a file changes.
 
     Example:
-        >>> from lightning_mi_prune import Plan
-        >>> from lightning_mi_prune import PruningError
-        >>> try:
-        ...     Plan(sizes={"ffn": 4}, kept={"ffn": (7,)})
-        ... except PruningError as error:
-        ...     print(error)
-        Group 'ffn' keeps position 7; expected 0 to 3.
+        >>> from lightning_mi_prune import PruningPlan
+        >>> PruningPlan(sizes={"ffn": 4}, kept={"ffn": (7,)})
+        Traceback (most recent call last):
+        lightning_mi_prune.core.errors.PruningError: Group 'ffn' keeps unit 7; expected 0 to 3.
     """
 
 
 class PruningWarning(UserWarning):
-    """Something that works but is worth a look: few samples, copies kept, no ranking."""
+    """Something that works but deserves attention, such as too few samples."""
 
 
 _DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
-
-
-_HERE = "\0"  # stands for a number of a path
+_NUMBER = "\0"  # in place of a number of a path
 
 
 def number(value: float) -> str:
-    """A number as people write it: whole with separators, else with four digits that count.
+    """A number with thousands separators if it is whole, else with four significant digits.
 
     Example:
         >>> number(2090950), number(2090950.0), number(1.75), number(0.00123456)
@@ -53,12 +48,7 @@ def number(value: float) -> str:
 
 
 def counted(value: float, noun: str, plural: str | None = None) -> str:
-    """A number with its noun, in the singular where it is one.
-
-    Args:
-        value: The number.
-        noun: The noun in the singular.
-        plural: Its plural; default with an "s".
+    """A number with its noun, whose plural is formed with an "s" unless given.
 
     Example:
         >>> counted(1, "epoch"), counted(1.5, "epoch"), counted(2000, "group", "groups")
@@ -98,11 +88,11 @@ is not installed; run: pip install 'lightning-mi-prune[plots]'
 
 
 def shortened(names: Iterable[str], most: int = 4) -> str:
-    """Paths in few words: those that differ by one number are told together.
+    """A list of paths as short text: those that differ in one number share an entry.
 
     Args:
         names: The paths.
-        most: How many to tell before the rest is only counted.
+        most: Entries to write out; the rest is counted.
 
     Example:
         >>> shortened(["net.layer.0.ffn", "net.layer.1.ffn", "net.layer.3.ffn", "net.pooler"])
@@ -110,23 +100,23 @@ def shortened(names: Iterable[str], most: int = 4) -> str:
         >>> shortened([f"layer.{i}.ffn" for i in range(12)])
         'layer.{0..11}.ffn'
     """
-    alike: dict[str, list[tuple[int, ...]]] = {}
+    shapes: dict[str, list[tuple[int, ...]]] = {}
     for name in names:
-        places = tuple(int(digits) for digits in _DIGITS.findall(name))
-        alike.setdefault(_DIGITS.sub(_HERE, name), []).append(places)
-    found = [text for shape, places in alike.items() for text in _told(shape, sorted(places))]
+        numbers = tuple(int(digits) for digits in _DIGITS.findall(name))
+        shapes.setdefault(_DIGITS.sub(_NUMBER, name), []).append(numbers)
+    found = [text for shape, numbers in shapes.items() for text in _entries(shape, sorted(numbers))]
     rest = len(found) - most
     return ", ".join(found[:most]) + (f" and {number(rest)} more" if rest > 0 else "")
 
 
-def _told(shape: str, places: list[tuple[int, ...]]) -> list[str]:
-    """One text where a single number differs, else one for each."""
-    differ = [i for i, column in enumerate(zip(*places, strict=True)) if len(set(column)) > 1]
+def _entries(shape: str, rows: list[tuple[int, ...]]) -> list[str]:
+    """One entry if the paths differ in at most one number, else one each."""
+    differ = [i for i, column in enumerate(zip(*rows, strict=True)) if len(set(column)) > 1]
     if len(differ) > 1:
-        return [_filled(shape, [str(n) for n in numbers]) for numbers in places]
-    texts = [str(n) for n in places[0]]
+        return [_filled(shape, [str(n) for n in row]) for row in rows]
+    texts = [str(n) for n in rows[0]]
     for i in differ:
-        numbers = sorted({row[i] for row in places})
+        numbers = sorted({row[i] for row in rows})
         run = len(numbers) > 3 and numbers == list(range(numbers[0], numbers[-1] + 1))
         inside = f"{numbers[0]}..{numbers[-1]}" if run else ",".join(map(str, numbers))
         texts[i] = f"{{{inside}}}"
@@ -134,5 +124,5 @@ def _told(shape: str, places: list[tuple[int, ...]]) -> list[str]:
 
 
 def _filled(shape: str, texts: list[str]) -> str:
-    parts = shape.split(_HERE)
+    parts = shape.split(_NUMBER)
     return parts[0] + "".join(t + rest for t, rest in zip(texts, parts[1:], strict=True))

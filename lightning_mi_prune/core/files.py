@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Text files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = [
 
 
 def write_whole(path: str | Path, text: str, what: str) -> None:
-    """Write a text file, or nothing: a crash leaves what was there, a failure no draft.
+    """Replace a text file in one step: after a crash it has its old content.
 
     Args:
-        path: The file; folders are made.
-        text: What it will hold.
-        what: What that is, for the error.
+        path: The file; missing folders are created.
+        text: Its new content.
+        what: Name of the content in the error message.
 
     Raises:
         PruningError: If the file cannot be written.
@@ -36,13 +36,13 @@ def write_whole(path: str | Path, text: str, what: str) -> None:
 
 
 def check_writable(path: str | Path, what: str) -> None:
-    """Refuse a path that :func:`write_whole` could not write to; nothing stays behind.
+    """Refuse a path that :func:`write_whole` could not write to.
 
-    A draft is written and removed, beside the file or in the lowest folder above it that exists.
+    A temporary file is written and removed, in the lowest folder of the path that exists.
 
     Args:
         path: The file.
-        what: What will be written, for the error.
+        what: Name of the content in the error message.
 
     Raises:
         PruningError: If the file could not be written.
@@ -50,11 +50,11 @@ def check_writable(path: str | Path, what: str) -> None:
     target = Path(path)
     with _refusing(target, what):
         if target.exists() and not target.is_file():
-            raise OSError(None, "it is a folder" if target.is_dir() else "it is no regular file")
+            raise OSError(None, "it is a folder" if target.is_dir() else "it is not a regular file")
         folder, missing = target.parent, [target.name]
         while not folder.exists() and folder != folder.parent:
             folder, missing = folder.parent, [folder.name, *missing]
-        for name in missing:  # too long a name, or one with characters that the disk refuses
+        for name in missing:  # fails for names that the disk refuses
             with suppress(FileNotFoundError):
                 os.lstat(folder / name)
         with _draft(folder) as draft:
@@ -63,7 +63,7 @@ def check_writable(path: str | Path, what: str) -> None:
 
 @contextmanager
 def _draft(folder: Path) -> Iterator[Path]:
-    """A path for a draft that nobody else uses, and that is gone afterwards."""
+    """An unused path for a temporary file, which is removed afterwards."""
     draft = folder / f".{uuid4().hex[:16]}.tmp"
     try:
         yield draft

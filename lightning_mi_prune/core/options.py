@@ -316,7 +316,8 @@ def check_number(name: str, value: Any, *, above: float, below: float = math.inf
         PruningError: Naming the option and its value.
     """
     if not _is_number(value) or not above < value < below:
-        raise PruningError(f"{name}={value!r}; expected a number above {above} and below {below}.")
+        limit = "" if below == math.inf else f" and below {below}"
+        raise PruningError(f"{name}={value!r}; expected a number above {above}{limit}.")
 
 
 def _is_number(value: Any) -> bool:

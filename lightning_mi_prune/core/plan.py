@@ -1,4 +1,4 @@
-"""PruningPlan: which units of every group stay, and in which order the others go."""
+"""PruningPlan: the units of every group that stay, and the elimination order of the others."""
 
 from __future__ import annotations
 
@@ -21,28 +21,22 @@ __all__ = [
 ]
 
 CONFIG_FIELD = "pruning_plan"
-
-
 _VERSION = 1
-
-
-_LARGEST_AXIS = 2**24
-
-
-_LARGEST_TEXT = 64 * 2**20  # a plan is a few hundred kB; anything near this is not a plan
+_LARGEST_GROUP = 2**24
+_LARGEST_TEXT = 64 * 2**20  # characters; a plan has a few hundred thousand
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """In which order a group gives up its units, to the last one, and what is lost on the way.
+    """Elimination order of a group's units, to the last one, with its loss curve.
 
     Args:
-        order: Positions in the model as built, the first to go first.
-        loss: Expected rise of the task loss ``J``, in nats an example, after each of them is gone.
-        nats: Information with the layer above that is lost after each of them is gone.
+        order: Units as numbered when built, the first to be removed first.
+        loss: Expected rise of the task loss ``J``, in nats per example, after each removal.
+        nats: Information with the layer above that is lost, after each removal.
 
     Raises:
-        PruningError: If the three differ in length, repeat a position or hold no plain numbers.
+        PruningError: If the three differ in length, a unit is repeated or a number is not finite.
 
     Example:
         >>> Ranking(order=(2, 0, 1), loss=(0.0, 0.1, 0.9), nats=(0.0, 0.5, 2.0)).kept(1)
@@ -56,22 +50,24 @@ class Ranking:
     def __post_init__(self) -> None:
         if not len(self.order) == len(self.loss) == len(self.nats):
             raise PruningError(
-                f"A ranking of {counted(len(self.order), 'position')} has "
+                f"A ranking of {counted(len(self.order), 'unit')} has "
                 f"{counted(len(self.loss), 'loss', 'losses')} and {len(self.nats)} nats; expected "
-                "one of each for each position."
+                "one of each for each unit."
             )
-        if not all(map(_is_count, self.order)) or len(set(self.order)) < len(self.order):
+        if not all(map(_is_whole, self.order)) or len(set(self.order)) < len(self.order):
             raise PruningError(
-                "A ranking repeats a position, or holds one that is no whole number; expected each."
+                "A ranking repeats a unit, or one is not a whole number; expected each unit once."
             )
         try:
             for value in (*self.loss, *self.nats):
                 number(value, 0)
         except (TypeError, ValueError) as error:
-            raise PruningError(f"A ranking has a wrong loss: {error}; rank again.") from error
+            raise PruningError(
+                f"A ranking has an invalid loss: {error}; expected finite numbers of at least 0."
+            ) from error
 
     def kept(self, units: int) -> tuple[int, ...]:
-        """Survivors in increasing order when ``units`` stay."""
+        """The units that stay, in increasing order, when ``units`` of them do."""
         return tuple(sorted(self.order[max(0, len(self.order) - units) :]))
 
     def lost(self, units: int) -> tuple[float, float]:
@@ -82,20 +78,19 @@ class Ranking:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which positions survive on each group, in the numbering of the model as it was built.
+    """The units of each group that stay, as numbered when the model was built.
 
     Because the numbering never changes, a fresh model and the latest plan give the pruned model,
     however many cuts led there.
 
     Args:
         sizes: Size of every group as built, by group name.
-        kept: Surviving positions of every group, strictly increasing, by group name.
-        rankings: The order in which groups would go on to give up their units, if it is known, so
-            that a smaller budget needs no new pass over the data. They decide nothing: two
-            plans that keep the same are equal.
+        kept: Units of every group that stay, strictly increasing, by group name.
+        rankings: Elimination order of groups, if known: a smaller budget then needs no new
+            calibration. Plans are compared without it.
 
     Raises:
-        PruningError: If the two name different groups, or a position is missing, repeated or outside.
+        PruningError: If sizes and kept name different groups, or a unit is repeated or outside.
 
     Example:
         >>> plan = PruningPlan(sizes={"ffn": 4, "heads": 2}, kept={"ffn": (0, 2, 3), "heads": (1,)})
@@ -113,7 +108,7 @@ class PruningPlan:
         if set(self.sizes) != set(self.kept):
             odd = sorted(map(described, set(self.sizes) ^ set(self.kept)))
             raise PruningError(
-                f"A plan needs a size and survivors for each group; check {', '.join(odd[:6])}."
+                f"A plan needs the size and the kept units of every group; see {', '.join(odd[:6])}."
             )
         for name, size in self.sizes.items():
             _check_group(name, size, self.kept[name])
@@ -122,7 +117,7 @@ class PruningPlan:
             if name not in self.sizes or not all(0 <= p < self.sizes[name] for p in ranking.order):
                 raise PruningError(
                     f"The ranking of {described(name)} does not belong to this plan; expected "
-                    "positions of a group that the plan names."
+                    "units of a group that the plan names."
                 )
         known = {n: self.rankings[n] for n in names if n in self.rankings}
         object.__setattr__(self, "rankings", MappingProxyType(known))
@@ -130,7 +125,7 @@ class PruningPlan:
         object.__setattr__(self, "kept", MappingProxyType({n: tuple(self.kept[n]) for n in names}))
 
     def __deepcopy__(self, memo: object) -> PruningPlan:
-        return self  # nothing in it changes, and copies of a model hold it many times
+        return self  # immutable, and held many times by copies of a model
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PruningPlan, (dict(self.sizes), dict(self.kept), dict(self.rankings))
@@ -146,7 +141,7 @@ class PruningPlan:
         return cls(sizes=sizes, kept={name: tuple(range(size)) for name, size in sizes.items()})
 
     def width(self, name: str) -> int:
-        """Number of positions that survive on the group ``name``."""
+        """Number of units of the group ``name`` that stay."""
         return len(self.kept[name])
 
     @property
@@ -158,7 +153,7 @@ class PruningPlan:
         """Compose with a later plan over the same or fewer groups; two cuts are one plan.
 
         Raises:
-            PruningError: If ``later`` brings back a position that this plan removed.
+            PruningError: If ``later`` brings back a unit that this plan removed.
 
         Example:
             >>> first = PruningPlan({"ffn": 4}, {"ffn": (0, 1, 3)})
@@ -175,14 +170,14 @@ class PruningPlan:
             back = sorted(set(later.kept[name]) - set(self.kept[name]))
             if back:
                 raise PruningError(
-                    f"The later plan keeps positions {back[:8]} of group {described(name)}, which "
+                    f"The later plan keeps units {back[:8]} of group {described(name)}, which "
                     "were already removed; expected a subset of what is left."
                 )
         rankings = {**self.rankings, **later.rankings}
         return PruningPlan(self.sizes, {**self.kept, **later.kept}, rankings)
 
     def positions_in(self, current: PruningPlan) -> dict[str, tuple[int, ...]]:
-        """Where this plan's survivors stand in a model that already carries ``current``.
+        """Positions of this plan's kept units in a model that was cut to ``current``.
 
         Example:
             >>> now = PruningPlan({"ffn": 4}, {"ffn": (0, 2, 3)})
@@ -195,31 +190,29 @@ class PruningPlan:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Units that survive on each group."""
+        """Number of units that stay, by group."""
         return {name: len(kept) for name, kept in self.kept.items()}
 
     def under(self, prefix: str) -> PruningPlan:
         """The part of the plan below the module path ``prefix``, named from there."""
         dot = f"{prefix}." if prefix else ""
-        names = [name for name in self.sizes if name.startswith(dot)]
-        cut = len(dot)
-        return PruningPlan(
-            {n[cut:]: self.sizes[n] for n in names},
-            {n[cut:]: self.kept[n] for n in names},
-            {n[cut:]: self.rankings[n] for n in names if n in self.rankings},
-        )
+        return self._renamed({n: n[len(dot) :] for n in self.sizes if n.startswith(dot)})
 
     def prefixed(self, prefix: str) -> PruningPlan:
         """The same plan with every group named from a module that holds this one at ``prefix``."""
         dot = f"{prefix}." if prefix else ""
+        return self._renamed({name: dot + name for name in self.sizes})
+
+    def _renamed(self, names: Mapping[str, str]) -> PruningPlan:
+        """The part of the plan for the groups in ``names``, under the names given there."""
         return PruningPlan(
-            {dot + n: s for n, s in self.sizes.items()},
-            {dot + n: k for n, k in self.kept.items()},
-            {dot + n: r for n, r in self.rankings.items()},
+            {new: self.sizes[name] for name, new in names.items()},
+            {new: self.kept[name] for name, new in names.items()},
+            {new: self.rankings[name] for name, new in names.items() if name in self.rankings},
         )
 
     def joined(self, other: PruningPlan) -> PruningPlan:
-        """Both plans in one; where both name a group, the other holds."""
+        """Both plans in one; where both name a group, ``other`` decides."""
         rankings = {n: r for n, r in self.rankings.items() if n not in other.sizes}
         return PruningPlan(
             {**self.sizes, **other.sizes},
@@ -228,20 +221,15 @@ class PruningPlan:
         )
 
     def only(self, names: Iterable[str]) -> PruningPlan:
-        """The part of the plan that is about some groups, or about those of them that it names."""
-        mine = [name for name in names if name in self.sizes]
-        return PruningPlan(
-            {name: self.sizes[name] for name in mine},
-            {name: self.kept[name] for name in mine},
-            {name: self.rankings[name] for name in mine if name in self.rankings},
-        )
+        """The part of the plan for those of the given groups that it names."""
+        return self._renamed({name: name for name in names if name in self.sizes})
 
     def bare(self) -> PruningPlan:
         """The same plan without rankings."""
         return PruningPlan(self.sizes, self.kept)
 
     def digest(self) -> str:
-        """SHA-256 of what the plan keeps, to compare plans across processes."""
+        """SHA-256 of the plan without rankings, to compare plans across processes."""
         return hashlib.sha256(self.bare().to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -269,7 +257,7 @@ class PruningPlan:
         for name, positions in kept.items():
             if not isinstance(positions, list):
                 raise PruningError(
-                    f"Group {described(name)} keeps {described(positions)}; expected a list of ints."
+                    f"Group {described(name)} keeps {described(positions)}; expected integers."
                 )
         return cls(
             sizes=sizes,
@@ -288,29 +276,27 @@ def _read_rankings(found: Any) -> dict[str, Ranking]:
     return {n: Ranking(*(tuple(ranking[f]) for f in fields)) for n, ranking in found.items()}
 
 
-def _is_count(value: Any) -> bool:
+def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_group(name: str, size: int, kept: tuple[int, ...]) -> None:
-    if not _is_count(size) or not 1 <= size <= _LARGEST_AXIS:
+    if not _is_whole(size) or not 1 <= size <= _LARGEST_GROUP:
         raise PruningError(
-            f"Group {described(name)} has size {described(size)}; expected a whole number from 1 to "
-            f"{_LARGEST_AXIS}."
+            f"Group {described(name)} has size {described(size)}; expected a whole number from 1 "
+            f"to {_LARGEST_GROUP}."
         )
-    if not all(_is_count(p) and 0 <= p < size for p in kept):
-        bad = next(p for p in kept if not _is_count(p) or not 0 <= p < size)
+    if not all(_is_whole(p) and 0 <= p < size for p in kept):
+        bad = next(p for p in kept if not _is_whole(p) or not 0 <= p < size)
         raise PruningError(
-            f"Group {described(name)} keeps position {described(bad)}; expected 0 to {size - 1}."
+            f"Group {described(name)} keeps unit {described(bad)}; expected 0 to {size - 1}."
         )
     if any(a >= b for a, b in pairwise(kept)):
-        raise PruningError(f"Group {described(name)} keeps positions out of order; sort them.")
+        raise PruningError(f"Group {described(name)} keeps units out of order; sort them.")
 
 
 def recorded_plan(network: object) -> PruningPlan | None:
     """The plan recorded in ``network.config``, or None for a network that was never cut.
-
-    The config of a Hugging Face model is saved and loaded with it; so is the plan.
 
     Raises:
         PruningError: If the record is not a plan.

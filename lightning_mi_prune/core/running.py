@@ -1,4 +1,4 @@
-"""Run a user's module on a batch, and leave no trace of it."""
+"""Run a user's module on a batch without any lasting change to it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from torchmetrics import Metric
 from lightning_mi_prune.core.errors import PruningError
 
 __all__ = [
+    "TensorRecord",
     "call_step",
     "copy_networks",
     "evaluating",
     "fixed_random_state",
+    "map_tensors",
+    "move_tensors",
     "run_batch",
     "undisturbed",
 ]
@@ -29,34 +33,39 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients; mode flags are put back."""
+def _evaluation_mode(network: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients; training flags are restored."""
+    with _evaluation_mode(network), torch.no_grad():
+        yield
+
+
 def copy_networks(
     root: nn.Module, networks: Collection[str], shared: Mapping[int, Any] | None = None
 ) -> nn.Module:
-    """A module that holds copies of the networks at their paths, and nothing else.
+    """A module in evaluation mode that holds only copies of some networks, at their paths.
 
     Args:
         root: Module from which the networks are named.
         networks: Their paths.
         shared: Objects that are not copied, by ``id``.
     """
-    memo: dict[int, Any] = dict(shared or {})  # one memo: what networks share stays shared
-    for name in ("_trainer", "_fabric"):  # of a LightningModule; neither can be copied, nor need be
+    memo: dict[int, Any] = dict(shared or {})  # one for all: shared parameters stay shared
+    for name in ("_trainer", "_fabric"):  # of a LightningModule; they cannot be copied
         held = getattr(root, name, None)
         memo |= {} if held is None else {id(held): held}
     for module in (m for path in networks for m in root.get_submodule(path).modules()):
-        for name in _HOOKS:  # of others; what they hold need not be copied, nor can it always
+        for name in _HOOKS:  # their objects cannot always be copied
             memo |= {id(hook): hook for hook in getattr(module, name).values()}
     if "" in networks:
         return copy.deepcopy(root, memo).eval()
@@ -71,8 +80,35 @@ def copy_networks(
     return shell.eval()
 
 
+class TensorRecord:
+    """Base of dataclasses that hold tensors in their fields, for :func:`map_tensors`."""
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested containers, with every tensor changed.
+
+    Example:
+        >>> map_tensors({"a": [torch.ones(1), "b"]}, lambda x: x + 1)
+        {'a': [tensor([2.]), 'b']}
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, TensorRecord):
+        return replace(value, **map_tensors(vars(value), change))  # type: ignore[type-var]
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(map_tensors(v, change) for v in value)
+    if isinstance(value, Mapping):
+        return {k: map_tensors(v, change) for k, v in value.items()}
+    return value
+
+
+def move_tensors(value: Any, device: torch.device) -> Any:
+    """The same nested containers, with every tensor on a device."""
+    return map_tensors(value, lambda x: x.to(device))
+
+
 def call_step(step: Callable[..., Any], batch: Any, loader: int = 0) -> Any:
-    """Call a step as Lightning does: with the index of the batch, and of the loader, if it asks."""
+    """Call a step as Lightning does: with batch and loader index if it takes them."""
     parameters = list(inspect.signature(step).parameters.values())
     many = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
     named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -87,7 +123,7 @@ def run_batch(module: nn.Module, batch: Any) -> Any:
         batch: A mapping of arguments, a sequence of them, or the one argument.
 
     Raises:
-        PruningError: If values by position would end up in another argument than they are for.
+        PruningError: If values by position may be meant for other arguments.
 
     Example:
         >>> run_batch(nn.Identity(), (3,)), run_batch(nn.Identity(), {"input": 4})
@@ -105,24 +141,20 @@ def run_batch(module: nn.Module, batch: Any) -> Any:
 
 
 def _check_positions(module: nn.Module, batch: Sequence[Any]) -> None:
-    """Refuse values by position that would end up in another argument than they are meant for.
-
-    Raises:
-        PruningError: Naming the argument.
-    """
+    """Refuse values by position that may be meant for other arguments."""
     parameters = inspect.signature(module.forward).parameters.values()
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    names = [p.name for p in places]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in positional]
     many = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     name = type(module).__name__
     remedy = "Give a dict that names the values, or forward=lambda model, batch: model(batch[0])."
-    if len(batch) > len(places) and not many:
+    if len(batch) > len(positional) and not many:
         raise PruningError(
             f"A batch of {len(batch)} values does not fit {name}.forward({', '.join(names)}), "
-            f"which takes {len(places)}. {remedy}"
+            f"which takes {len(positional)}. {remedy}"
         )
     for argument, value in list(zip(names, batch, strict=False))[1:]:
-        # Every argument of a Hugging Face model is optional, in an order that data sets ignore.
+        # Arguments of a Hugging Face model are in an order that data sets do not follow.
         if hasattr(module, "base_model_prefix") or ("mask" in argument and not _is_mask(value)):
             raise PruningError(
                 f"A batch of {len(batch)} values would go to {name} by position, and one of them "
@@ -131,7 +163,7 @@ def _check_positions(module: nn.Module, batch: Sequence[Any]) -> None:
 
 
 def _is_mask(value: Any) -> bool:
-    """Whether a value can be a mask: booleans, zeros and ones, or numbers to be added to scores."""
+    """Whether a value can be a mask: boolean, zeros and ones, or added to attention scores."""
     if not isinstance(value, Tensor):
         return value is None
     additive = value.is_floating_point() and bool((value <= 0).all())
@@ -140,8 +172,8 @@ def _is_mask(value: Any) -> bool:
 
 @contextmanager
 def fixed_random_state(module: nn.Module) -> Iterator[None]:
-    """Put the random states of Python, numpy and torch back, on the devices of a module too."""
-    numpy = sys.modules.get("numpy")  # a state that nobody can have used needs no care
+    """Restore the random states of Python, NumPy and torch, also on the devices of a module."""
+    numpy = sys.modules.get("numpy")  # not imported: nobody can have used its state
     devices = {p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"}
     python, array = random.getstate(), numpy.random.get_state() if numpy else None
     try:
@@ -155,24 +187,21 @@ def fixed_random_state(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, gradients and metrics of its own, nothing logged; all is put back."""
-    modes = {part: part.training for part in module.modules()}
+    """Evaluation mode without logging; gradients, metrics and training flags are restored."""
     gradients = {p: p.grad for p in module.parameters()}
     metrics = [part for part in module.modules() if isinstance(part, Metric)]
     states = [_state_of(metric) for metric in metrics]
     own = dict(module.__dict__)
     quiet = [name for name in ("log", "log_dict") if hasattr(module, name)]
-    module.eval()
-    module.__dict__.update(dict.fromkeys(quiet, _ignore))  # there is no loop to log to
+    module.__dict__.update(dict.fromkeys(quiet, _ignore))  # no training loop takes the values
     try:
-        with fixed_random_state(module):  # data loaders draw a seed
+        # Iterating a DataLoader draws a seed.
+        with _evaluation_mode(module), fixed_random_state(module):
             yield
     finally:
         for name in quiet:
             module.__dict__.pop(name)
             module.__dict__ |= {name: own[name]} if name in own else {}
-        for part, mode in modes.items():
-            part.training = mode
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         for metric, state in zip(metrics, states, strict=True):
@@ -180,7 +209,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
 
 def _state_of(metric: Metric) -> dict[str, Any]:
-    """Everything an update of a metric changes, in place too."""
+    """Copies of everything that an update of a metric changes."""
     states = {
         name: value.clone() if isinstance(value, Tensor) else list(value)
         for name, value in metric.metric_state.items()
@@ -189,4 +218,4 @@ def _state_of(metric: Metric) -> dict[str, Any]:
 
 
 def _ignore(*_: object, **__: object) -> None:
-    """Stands in for ``self.log``."""
+    """Replacement of ``self.log``."""

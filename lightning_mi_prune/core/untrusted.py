@@ -1,4 +1,4 @@
-"""Values and text out of files, which are untrusted: of the right type, or an error."""
+"""Checked reading of untrusted values and text from files."""
 
 from __future__ import annotations
 
@@ -24,22 +24,15 @@ __all__ = [
 ]
 
 _LONGEST = 60  # characters of a value in a message
-
-
-_DEEPEST = 64  # containers within containers; what walks them later may recurse
-
-
-_REPEATED = 8  # values that a file may come to for each that it holds
-
-
+_DEEPEST = 64  # nested containers; later code may recurse into them
+_REPEATED = 8  # values after expansion, for each that a file holds
 _FAILURES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def described(value: Any) -> str:
-    """A value in a few words, for an error: bounded in time and length, whatever the value is.
+    """A short description of any value for an error message, in bounded time.
 
-    Tensors are never printed, which may take gigabytes; nor are containers, which may be large or
-    hold themselves.
+    Tensors and containers are not printed: they may be large, and containers may hold themselves.
 
     Example:
         >>> described("a" * 100_000), described([[]]), described(10**400)
@@ -64,11 +57,11 @@ def described(value: Any) -> str:
 
 @contextmanager
 def reading(what: str, remedy: str) -> Iterator[None]:
-    """Whatever is wrong with a file becomes one sentence.
+    """Turn any failure to read a file into one sentence.
 
     Args:
         what: What is read, the start of the sentence.
-        remedy: What to do, the end of it.
+        remedy: What to do, the end of the sentence.
 
     Raises:
         PruningError: For any failure inside.
@@ -77,8 +70,8 @@ def reading(what: str, remedy: str) -> Iterator[None]:
         >>> with reading("The note", "write it again"):
         ...     whole("3")
         Traceback (most recent call last):
-        lightning_mi_prune.core.errors.PruningError: The note is damaged ('3' is no whole number from 0 \
-to 2147483648); write it again.
+        lightning_mi_prune.core.errors.PruningError: The note is damaged ('3' is not a whole \
+number from 0 to 2147483648); write it again.
     """
     try:
         yield
@@ -95,7 +88,7 @@ to 2147483648); write it again.
 def number(value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number in a range."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{described(value)} is no number")
+        raise TypeError(f"{described(value)} is not a number")
     try:
         found = float(value)
     except OverflowError:
@@ -103,14 +96,14 @@ def number(value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     if not math.isfinite(found) or not low <= found <= high:
         bounds = f" from {low}" if low > -math.inf else ""
         bounds += f" to {high}" if high < math.inf else ""
-        raise ValueError(f"{described(value)} is no finite number{bounds}")
+        raise ValueError(f"{described(value)} is not a finite number{bounds}")
     return found
 
 
 def whole(value: Any, high: int = 2**31, low: int = 0) -> int:
     """A whole number in a range."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{described(value)} is no whole number from {low} to {high}")
+        raise ValueError(f"{described(value)} is not a whole number from {low} to {high}")
     return value
 
 
@@ -124,26 +117,26 @@ def flag(value: Any) -> bool:
 def text(value: Any, longest: int = 4096) -> str:
     """Text of a bounded length."""
     if not isinstance(value, str) or len(value) > longest:
-        raise TypeError(f"{described(value)} is no text of up to {longest} characters")
+        raise TypeError(f"{described(value)} is not text of up to {longest} characters")
     return value
 
 
 def listed(value: Any, length: int | None = None) -> Sequence[Any]:
-    """A list or a tuple, of a given length if there is one."""
+    """A list or a tuple, of the given length if one is given."""
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{described(value)} is no list")
+        raise TypeError(f"{described(value)} is not a list")
     if length is not None and len(value) != length:
-        raise ValueError(f"{described(value)} has not {length} entries")
+        raise ValueError(f"{described(value)} does not have {length} entries")
     return value
 
 
 def mapping(value: Any, keys: Sequence[str] | None = None) -> Mapping[str, Any]:
-    """A mapping from text, with exactly the given keys if they are given."""
+    """A mapping from text, with exactly the given keys if any are given."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"{described(value)} is no mapping")
+        raise TypeError(f"{described(value)} is not a mapping")
     odd = next((key for key in value if not isinstance(key, str)), None)
     if odd is not None:
-        raise TypeError(f"{described(odd)} is no name")
+        raise TypeError(f"{described(odd)} is not a name")
     if keys is not None and set(value) != set(keys):
         strange = next((key for key in value if key not in keys), None)
         lacks = next((key for key in keys if key not in value), None)
@@ -153,13 +146,13 @@ def mapping(value: Any, keys: Sequence[str] | None = None) -> Mapping[str, Any]:
 
 
 def check_nesting(value: Any) -> None:
-    """Refuse containers that hold themselves, or come to far more than the file holds.
+    """Refuse containers that hold themselves, or expand to far more values than the file holds.
 
-    A few bytes can say "ten times the list before" again and again. Everything is looked at once,
-    without recursion: the work is in proportion to the file.
+    Shared references can repeat a list ten times at every level of nesting. Every container is
+    visited once, without recursion, so the work is proportional to the size of the file.
 
     Raises:
-        ValueError: If something is nested in itself, too deeply, or repeated without measure.
+        ValueError: If a container holds itself, is nested too deeply or repeated too often.
 
     Example:
         >>> loop = []
@@ -204,16 +197,16 @@ def _parts(value: Any) -> list[Any] | None:
 
 
 def read_json(given: Any, what: str, *, version: int, longest: int) -> dict[str, Any]:
-    """The object in a JSON text of ours, read strictly: no key twice, no NaN, no other version.
+    """The object in a JSON text of this package; duplicate keys and NaN are refused.
 
     Args:
         given: The text.
-        what: What it should be, for the error.
-        version: What its entry ``"version"`` must be.
-        longest: Most characters that are looked at.
+        what: Name of the text in the error message.
+        version: Required value of its entry ``"version"``.
+        longest: Maximal number of characters.
 
     Raises:
-        PruningError: If it is something else.
+        PruningError: If the text is anything else.
 
     Example:
         >>> read_json('{"version": 1, "a": 2}', "The note", version=1, longest=100)["a"]
@@ -255,4 +248,4 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")

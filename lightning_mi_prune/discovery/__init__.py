@@ -1,3 +1,3 @@
-"""What of a model can be pruned: groups of units and stacks of layers."""
+"""Find what can be pruned in a model: dependency groups of units, and stacks of layers."""
 
 __all__: list[str] = []

@@ -13,15 +13,15 @@ __all__ = [
 
 
 def layer_container(model: nn.Module, stack: str) -> nn.ModuleList | nn.Sequential:
-    """The container of a stack, whose layers close up when one goes.
+    """The container of a stack; its layers are renumbered when one is removed.
 
     Args:
         model: Module from which the stack is named.
         stack: Path of the container.
 
     Raises:
-        PruningError: If the path is no ``nn.ModuleList`` or ``nn.Sequential`` of numbered layers,
-            or one of them is there twice.
+        PruningError: If the path is not an ``nn.ModuleList`` or ``nn.Sequential`` of different,
+            numbered layers.
 
     Example:
         >>> len(layer_container(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ""))
@@ -40,13 +40,13 @@ def layer_container(model: nn.Module, stack: str) -> nn.ModuleList | nn.Sequenti
             "nn.Sequential whose layers run one after another."
         )
     names = list(container._modules)
-    if names != [str(place) for place in range(len(names))]:
+    if names != [str(index) for index in range(len(names))]:
         raise PruningError(
-            f"The layers of {stack!r} are named {names[:4]}; expected numbers from 0, which close "
-            "up when one goes. Build the container from a plain list."
+            f"The layers of {stack!r} are named {names[:4]}; expected numbers from 0. Build the "
+            "container from a plain list."
         )
     if len(set(map(id, container))) < len(container):
-        raise PruningError(f"Layers of {stack!r} are one and the same; none can go by itself.")
+        raise PruningError(f"{stack!r} holds a layer twice; expected different layers.")
     return container
 
 
@@ -54,8 +54,7 @@ def layer_paths(model: nn.Module, stack: str) -> list[str]:
     """Paths of the layers of a container, bottom to top.
 
     Raises:
-        PruningError: If the path is no container of two layers or more of one class
-            (:func:`containers.layer_container`).
+        PruningError: If the path is not a container of two or more layers of one class.
 
     Example:
         >>> layer_paths(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "")
@@ -68,4 +67,4 @@ def layer_paths(model: nn.Module, stack: str) -> list[str]:
             f"{stack!r} holds {counted(len(container), 'layer')} of {kinds}; expected two or more, "
             "all of one class."
         )
-    return [f"{stack}.{place}" if stack else str(place) for place in range(len(container))]
+    return [f"{stack}.{index}" if stack else str(index) for index in range(len(container))]

@@ -21,10 +21,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PruningGraph:
-    """What a model can lose, units and layers, in the numbering it was built with.
+    """All groups of units and stacks of layers of a model, as built.
 
-    When a layer goes, those above it move down: their groups keep their names, but their tensors
-    and modules stand at other paths. The units of a layer that is gone are gone.
+    When a layer is removed, those above it get lower numbers: their groups keep their names, but
+    tensors and modules have other paths.
 
     Args:
         groups: Groups of units.
@@ -54,14 +54,14 @@ class PruningGraph:
         names = [part.name for part in self.parts]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise PruningError(f"{twice} name two things that can be lost; expected one of each.")
+            raise PruningError(f"{twice} name several groups or stacks; expected unique names.")
 
     def __deepcopy__(self, memo: object) -> PruningGraph:
-        return self  # nothing in it changes, and copies of a model hold it many times
+        return self  # immutable, and held many times by copies of a model
 
     @classmethod
     def of(cls, parts: Iterable[DependencyGroup | LayerStack]) -> PruningGraph:
-        """Groups and stacks out of one list."""
+        """A graph of the groups and stacks in one list."""
         found = list(parts)
         return cls(
             tuple(part for part in found if isinstance(part, DependencyGroup)),
@@ -79,7 +79,7 @@ class PruningGraph:
         return PruningPlan.full({part.name: part.size for part in self.parts})
 
     def groups_at(self, plan: PruningPlan) -> list[DependencyGroup]:
-        """The groups of the layers that are there at a plan, at the paths they then have."""
+        """The groups of a model cut to a plan, at their paths there; none of removed layers."""
         path = self._paths(plan)
         found = [group.at_paths(path) for group in self.groups]
         return [
@@ -91,7 +91,7 @@ class PruningGraph:
     def named_as_built(
         self, groups: list[DependencyGroup], plan: PruningPlan
     ) -> list[DependencyGroup]:
-        """Groups that were found on a model at a plan, as they were named when it was built."""
+        """Groups found on a model cut to a plan, with the names and paths of the model as built."""
         path = self._paths(plan, back=True)
         names = [path(group.name) or group.name for group in groups]
         return [
@@ -105,23 +105,23 @@ class PruningGraph:
         ]
 
     def keep_layers(self, plan: PruningPlan, layers: Mapping[str, tuple[int, ...]]) -> PruningPlan:
-        """A plan that keeps only the given layers of stacks, and no unit of the others.
+        """A plan that keeps only the given layers of stacks, and no units of removed layers.
 
         Args:
             plan: Plan to start from.
             layers: Layers that stay, as numbered when built, by name of the stack.
 
         Raises:
-            PruningError: If a stack is not known, or a layer is gone already.
+            PruningError: If a layer was removed before.
         """
         sizes = {stack.name: stack.size for stack in self.stacks if stack.name in layers}
         later = plan.then(PruningPlan(sizes, {name: layers[name] for name in sizes}))
-        there = {group.name for group in self.groups_at(later)}
-        gone = {group.name: () for group in self.groups if group.name not in there}
-        return PruningPlan(later.sizes, {**later.kept, **gone}, later.rankings)
+        present = {group.name for group in self.groups_at(later)}
+        removed = {group.name: () for group in self.groups if group.name not in present}
+        return PruningPlan(later.sizes, {**later.kept, **removed}, later.rankings)
 
     def joined(self, other: PruningGraph) -> PruningGraph:
-        """Both in one; what both name is that of this one."""
+        """Both graphs in one; of parts with the same name, those of this graph."""
         names = {part.name for part in self.parts}
         return PruningGraph(
             self.groups + tuple(group for group in other.groups if group.name not in names),
@@ -136,12 +136,12 @@ class PruningGraph:
         )
 
     def under(self, prefix: str) -> PruningGraph:
-        """What lies below a module path, named from there."""
+        """The groups and stacks below a module path, named from there."""
 
         def path(name: str) -> str | None:
             return name[len(prefix) + 1 :] if name.startswith(f"{prefix}.") else None
 
-        def certain(name: str) -> str:
+        def or_empty(name: str) -> str:
             return path(name) or ""
 
         groups = [group for group in self.groups if group.name.startswith(f"{prefix}.")]
@@ -150,30 +150,30 @@ class PruningGraph:
             tuple(
                 replace(
                     a.at_paths(path),
-                    name=certain(a.name),
+                    name=or_empty(a.name),
                     current_name="",
-                    product_with=certain(a.product_with),
+                    product_with=or_empty(a.product_with),
                 )
                 for a in groups
             ),
             tuple(
                 replace(
                     stack,
-                    name=certain(stack.name),
+                    name=or_empty(stack.name),
                     config_fields=tuple(
-                        (certain(module), name)
+                        (or_empty(module), name)
                         for module, name in stack.config_fields
                         if module == prefix or module.startswith(f"{prefix}.")
                     ),
-                    network=certain(stack.network),
-                    scope=certain(stack.scope),
+                    network=or_empty(stack.network),
+                    scope=or_empty(stack.scope),
                 )
                 for stack in stacks
             ),
         )
 
     def _paths(self, plan: PruningPlan, *, back: bool = False) -> Callable[[str], str | None]:
-        """Present paths by those as built (or back); None where the layer is not there."""
+        """Map paths as built to those at a plan, or ``back``; None for paths in removed layers."""
         moves: dict[str, dict[str, str]] = {}
         for stack in self.stacks:
             kept = plan.kept.get(stack.name, tuple(range(stack.size)))
@@ -182,10 +182,10 @@ class PruningGraph:
                 moves[f"{stack.name}."] = {b: a for a, b in pairs} if back else dict(pairs)
 
         def path(name: str) -> str | None:
-            for stem, places in moves.items():
+            for stem, numbers in moves.items():
                 if name.startswith(stem):
                     layer, dot, rest = name[len(stem) :].partition(".")
-                    return f"{stem}{places[layer]}{dot}{rest}" if layer in places else None
+                    return f"{stem}{numbers[layer]}{dot}{rest}" if layer in numbers else None
             return name
 
         return path
@@ -199,16 +199,16 @@ def choose_groups(
     exclude: str | None = None,
     modules: Sequence[str] = (),
 ) -> list[DependencyGroup]:
-    """Narrow the groups by kind and by regular expressions searched in their names.
+    """Choose groups by kind and by regular expressions searched in their names.
 
-    An expression that is also the name of one of ``modules`` was perhaps meant for that module:
-    a PruningWarning then names what it finds instead.
+    If an expression is also the name of one of ``modules``, which it cannot match, a warning
+    names the groups that it matches instead.
 
     Args:
         groups: All groups of a model.
-        kinds: Kinds to keep; None keeps neurons and heads, or every kind where there are neither.
-        include: Only groups whose name this finds.
-        exclude: No groups whose name this finds.
+        kinds: Kinds to choose; None chooses neurons and heads, or every kind if there are neither.
+        include: Choose only groups whose name contains a match.
+        exclude: Leave out groups whose name contains a match.
         modules: Paths of modules without any group (:func:`families.modules_without_groups`).
 
     Raises:
@@ -234,7 +234,7 @@ def choose_groups(
 
 
 def summarize_groups(groups: Sequence[DependencyGroup]) -> str:
-    """How many groups of which kind, and where.
+    """Number and names of the groups of each kind, as text.
 
     Example:
         >>> groups = [DependencyGroup(f"net.{i}.ffn", "ffn", 8, 1, (), ("down",)) for i in (0, 1)]
@@ -251,7 +251,7 @@ def summarize_groups(groups: Sequence[DependencyGroup]) -> str:
 def _found(
     groups: Sequence[DependencyGroup], option: str, expression: str, modules: Sequence[str]
 ) -> list[DependencyGroup]:
-    """The groups that an expression finds; it says which module of the same name it does not."""
+    """The groups that an expression matches; a warning if it is also the name of a module."""
     try:
         pattern = re.compile(expression)
     except re.error as error:
@@ -272,9 +272,9 @@ def _found(
     if namesakes:
         describe = "describe its units with register_family, or "
         warnings.warn(
-            f"{option}={expression!r} finds {summarize_groups(found)}. No group belongs to the module "
-            f"{paths}, which stays as it is: {describe if option == 'include' else ''}write an "
-            f"expression that finds groups only, such as '{found[0].kind}$'.",
+            f"{option}={expression!r} finds {summarize_groups(found)}. No group belongs to the "
+            f"module {paths}, which stays as it is: {describe if option == 'include' else ''}write "
+            f"an expression that finds groups only, such as '{found[0].kind}$'.",
             PruningWarning,
             stacklevel=4,
         )
@@ -282,11 +282,11 @@ def _found(
 
 
 def _namesakes(pattern: re.Pattern[str], modules: Sequence[str]) -> list[str]:
-    """The topmost modules whose path, or its last part, is all that an expression asks for."""
+    """The topmost modules whose path, or its last part, an expression matches completely."""
     top: list[str] = []
     for path in modules:
         below = any(path.startswith(f"{other}.") for other in top)
-        names = {path, path.rpartition(".")[2]}  # numbers are places, which name nothing
+        names = {path, path.rpartition(".")[2]}  # a number is an index, not a name
         if not below and any(pattern.fullmatch(n) for n in names if not n.isdigit()):
             top.append(path)
     return top

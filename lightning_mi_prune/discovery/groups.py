@@ -1,4 +1,4 @@
-"""DependencyGroup and LayerStack: what can be pruned, as names and sizes (plain data, no torch)."""
+"""DependencyGroup and LayerStack: what can be pruned, as names and sizes without torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from lightning_mi_prune.core.plan import PruningPlan
 
@@ -47,13 +44,13 @@ class PrunableDim:
 
 @dataclass(frozen=True)
 class SizeAttribute:
-    """A number on a module that must follow the group: ``module.attribute = units * per_unit``.
+    """A number on a module that depends on the width: ``module.attribute = units * per_unit``.
 
     Args:
         module: Path of the module.
         attribute: Attribute that holds the number.
         per_unit: Amount for each unit.
-        entries: Whether it counts entries: each unit then brings as many as it has.
+        entries: Whether it is also multiplied by the entries per unit.
         sequence: Whether the attribute is a tuple of this one number (``normalized_shape``).
     """
 
@@ -66,19 +63,18 @@ class SizeAttribute:
 
 @dataclass(frozen=True)
 class EmptyForward:
-    """A module whose ``forward`` cannot run without units, and what it then says: nothing.
+    """Replacement of the ``forward`` of a module that cannot run without units.
 
-    While the group is empty, ``forward`` returns the sum of what ``projections`` make of its input
-    (a tensor without entries, through which gradients still pass), read by ``consumer`` if the module
-    holds that too; the residual stream carries on.
+    While the group is empty, it returns the sum of the outputs of ``projections`` (a tensor
+    without entries, through which gradients pass), after ``consumer``, ``dropout`` and ``norm``.
 
     Args:
         module: Path of the module.
-        projections: Paths of the linear modules that make the units.
-        consumer: Path of the linear module that reads them, where the module calls it itself.
-        dropout: Path of what the module then drops out with, if it does.
-        norm: Path of the normalisation of output plus input, where the module holds that too.
-        pair: Whether ``forward`` returns a pair of output and attention weights (None then).
+        projections: Paths of the linear modules that produce the units.
+        consumer: Path of the linear module that reads them, if the module calls it itself.
+        dropout: Path of the dropout that follows, if the module calls it itself.
+        norm: Path of the normalisation of output plus input, if the module calls it itself.
+        pair: Whether ``forward`` returns a pair of output and attention weights (then None).
     """
 
     module: str
@@ -102,10 +98,9 @@ class EmptyForward:
 
 @dataclass(frozen=True)
 class UnitArgument:
-    """An argument of a module's ``forward`` that brings something for every unit as built.
+    """An argument of a module's ``forward`` that always has an entry for every unit as built.
 
-    It is made once for all layers, so it cannot shrink with one of them: the module takes the
-    entries of its own units out of it.
+    It is computed once for all layers, so the module selects the entries of its kept units.
 
     Args:
         module: Path of the module.
@@ -120,18 +115,18 @@ class UnitArgument:
 
 @dataclass(frozen=True)
 class RotatableProjections:
-    """Projections of attention heads whose dimensions can be rotated without a change of the output.
+    """Projections of heads whose dimensions can be rotated without changing the output.
 
-    Only products of queries with keys are seen, and only what ``consumer`` makes of the values: every
-    head may be given other coordinates, in which its dimensions come in the order of their use.
+    Queries and keys only enter as their product, and values only through ``consumer``. So each
+    head can be given coordinates that are ordered by importance.
 
     Args:
         query: Path of the projection of the queries.
         key: Path of the projection of the keys.
         value: Path of the projection of the values.
         consumer: Path of the linear module that reads the heads.
-        rescaled: Whether attention divides by the root of the size that a head has now, not of the
-            one it was built with: the queries then make up for it.
+        rescaled: Whether attention divides by the root of the present head size instead of the
+            one as built, which the queries then compensate.
     """
 
     query: str
@@ -153,7 +148,7 @@ class RotatableProjections:
 
 @dataclass(frozen=True)
 class DependencyGroup:
-    """Units of one kind at one place, and every tensor that must shrink with them.
+    """Units of one kind, with every tensor that must shrink with them.
 
     Args:
         name: Path of the group, ``"encoder.layer.0.ffn"``.
@@ -162,30 +157,29 @@ class DependencyGroup:
         size: Number of units as built (neurons or heads).
         entries: Scalars per unit (1 for a neuron, the head size for a head).
         tensors: The tensors cut together.
-        consumers: Linear modules that read the units: their input is listened to, their output is
-            the layer above, their weight takes the fold-in.
-        consumers_by_input: The consumers in groups that read the same input; empty means one group of all. The
-            residual stream has a site wherever it is read.
-        residual: Module whose input is the residual stream that is added to the consumer's output.
-        above: Linear modules above that read the consumer's output, through norms and skips.
-        norms: Normalisations over the units of the group.
-        empty_forward: What stands in where a module cannot run without units; such a group and one with
-            ``may_be_empty`` may lose all of them.
-        may_be_empty: Whether the group may lose all its units.
-        unit_arguments: Arguments out of which a module takes what belongs to its units.
-        attributes: Numbers on modules that follow the group.
+        consumers: Linear modules that read the units: their inputs are calibrated, their weights
+            compensated.
+        attributes: Numbers on modules that depend on the width.
         network: Path of the network the group belongs to.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
         config: Field of the network's config that holds the width when it is the same everywhere.
-        tie: Config field that must equal ``units * entries`` for an ordinary config: transformers
-            derive the head size from the hidden size and the number of heads.
+        level: Height in the network; groups are scored from the highest level down.
+        consumers_by_input: Consumers with the same input together, if there are several inputs
+            (the residual stream has many); empty if all have the same.
+        residual: Module whose input is the residual stream that is added to the consumer's output.
+        above: Linear modules above that read the consumer's output, directly or through norms.
+        norms: Normalisations over the units of the group.
+        empty_forward: Replacements for modules that cannot run without units.
+        may_be_empty: Whether the group may lose all its units; with ``empty_forward`` it may too.
+        unit_arguments: Arguments with an entry for every unit as built.
+        tie: Config field that must equal ``units * entries``: transformers derive the head size
+            from the hidden size and the number of heads.
         config_aliases: Further config fields that hold the same number as ``config``.
-        level: Height in the network; the sweep runs from the highest level down.
-        product_with: Group that cuts the same dimensions of tensors: every unit of the one has an entry
-            for each unit of the other, as heads and their dimensions do.
-        strided: Whether the entries of a unit lie apart, one in each unit of ``product_with``.
-        rotation: What must be rotated before units can go: they are the directions of a head.
-        current_name: Its name where layers below are gone; the name itself unless layers went.
+        product_with: The other group of a product, such as heads and their dimensions: each unit
+            has an entry for every unit of the other.
+        strided: Whether the entries of a unit are not adjacent, one in each unit of the other.
+        rotation: Projections to rotate before units, the dimensions of heads, are removed.
+        current_name: Its name in the present model, if layers were removed.
     """
 
     name: str
@@ -234,26 +228,22 @@ class DependencyGroup:
         return replace(self.at_paths(path), name=path(self.name), product_with=crossed)
 
     def entries_at(self, widths: Mapping[str, int]) -> int:
-        """Entries per unit at the given widths: what is gone of ``product_with`` has none.
+        """Entries per unit at the given widths.
 
         Example:
-            >>> heads = DependencyGroup("heads", "heads", 12, 32, (), ("o",), product_with="head_dim")
-            >>> heads.entries_at({"heads": 6, "head_dim": 8}), heads.entries_at({"heads": 6})
+            >>> heads = DependencyGroup("h", "heads", 9, 32, (), ("o",), product_with="head_dim")
+            >>> heads.entries_at({"h": 6, "head_dim": 8}), heads.entries_at({"h": 6})
             (8, 32)
         """
         return widths.get(self.product_with, self.entries)
 
     def at_paths(self, path: Callable[[str], str | None]) -> DependencyGroup:
-        """The same group where its modules stand at other paths; those without one are left out.
-
-        Args:
-            path: The present path of a module or tensor by the one it was built at, or None.
-        """
+        """The same group with every path mapped by ``path``; paths mapped to None are left out."""
 
         def paths(names: Sequence[str]) -> tuple[str, ...]:
             return tuple(p for name in names if (p := path(name)) is not None)
 
-        def certain(name: str) -> str:
+        def or_empty(name: str) -> str:
             return path(name) or ""
 
         return replace(
@@ -268,7 +258,7 @@ class DependencyGroup:
             above=paths(self.above),
             norms=paths(self.norms),
             empty_forward=tuple(
-                s.prefixed(certain) for s in self.empty_forward if path(s.module) is not None
+                s.prefixed(or_empty) for s in self.empty_forward if path(s.module) is not None
             ),
             unit_arguments=tuple(
                 replace(s, module=p)
@@ -278,14 +268,14 @@ class DependencyGroup:
             attributes=tuple(
                 replace(c, module=p) for c in self.attributes if (p := path(c.module)) is not None
             ),
-            network=certain(self.network),
-            scope=certain(self.scope),
-            rotation=self.rotation.prefixed(certain) if self.rotation else None,
+            network=or_empty(self.network),
+            scope=or_empty(self.scope),
+            rotation=self.rotation.prefixed(or_empty) if self.rotation else None,
         )
 
 
 def join_path(prefix: str, path: str) -> str:
-    """A path named from a module that holds, at ``prefix``, the one it is named from now."""
+    """A path, named from a module that holds the present one at ``prefix``."""
     return ".".join(filter(None, (prefix, path)))
 
 
@@ -295,7 +285,7 @@ def full_plan(groups: Sequence[DependencyGroup]) -> PruningPlan:
 
 
 def as_built(groups: Sequence[DependencyGroup], sizes: Mapping[str, int]) -> list[DependencyGroup]:
-    """Groups found on an already cut model, restated with the sizes they were built with."""
+    """Groups found on a cut model, with the sizes they were built with."""
     built = {group.name: sizes.get(group.name, group.size) for group in groups}
     grown = {
         (s.tensor, s.dim): built[group.name] * group.entries_at(built)
@@ -327,7 +317,7 @@ def count_parameters(
     Example:
         >>> ffn = DependencyGroup(
         ...     "ffn", "ffn", size=8, entries=1, consumers=("down",),
-        ...     tensors=(PrunableDim("up.weight", 0, (8, 4)), PrunableDim("down.weight", 1, (4, 8))),
+        ...     tensors=(PrunableDim("up", 0, (8, 4)), PrunableDim("down", 1, (4, 8))),
         ... )
         >>> count_parameters([ffn]), count_parameters([ffn], {"ffn": 2})
         (64, 16)
@@ -343,19 +333,18 @@ def count_parameters(
 
 @dataclass(frozen=True)
 class LayerStack:
-    """A stack of layers, and every number that must follow when it gets shorter.
+    """A stack of layers, and every number that depends on its depth.
 
     Args:
         name: Path of the container, ``"bert.encoder.layer"``; layers are its items.
         size: Number of layers as built.
-        fixed: Layers at the bottom that must stay, since others use what they hold.
-        config_fields: Config fields that count the layers, each with the path of the module whose config
-            it is.
+        fixed: Number of layers at the bottom that must stay, since others use parameters of theirs.
+        config_fields: Path of a module and field of its config that counts the layers.
         config_lists: Config fields with an entry for each layer, and those entries as built.
-        index_attributes: Attributes by which modules in a layer know its place (those of KV caches).
-        residual_branches: What a layer adds to the stream, in order: the output projection and the module whose
-            input is the stream it is added to, both seen from the layer; empty if not known.
-        final_norm: The normalisation of that sum which ends a layer, seen from it; "" without one.
+        index_attributes: Attributes of modules with the index of their layer (for KV caches).
+        residual_branches: For each addition to the residual stream the output projection, and the
+            module whose input is the stream, as paths from the layer; empty if not known.
+        final_norm: Normalisation of the stream at the end of a layer, from the layer; "" for none.
         network: Path of the network the stack belongs to.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
     """
@@ -400,27 +389,26 @@ def full_depth(groups: Sequence[LayerStack]) -> PruningPlan:
 
 def entry_positions(
     group: DependencyGroup, kept: Mapping[str, Sequence[int]], widths: Mapping[str, int]
-) -> Tensor:
-    """Where the entries of a group that survive stand now, in the order of the tensor.
+) -> list[int]:
+    """Present positions of the kept entries of a group, in the order of the tensor.
 
     Args:
-        group: The group; what survives of a group that it crosses is looked at too.
-        kept: Survivors of each group that is cut, as positions in the present model.
+        group: The group; kept units of ``product_with`` count too.
+        kept: Kept units of each group that is cut, as positions in the present model.
         widths: Present width of every group.
 
     Example:
         >>> heads = DependencyGroup("heads", "heads", 2, 3, (), ("o",), product_with="head_dim")
         >>> entry_positions(heads, {"heads": (1,), "head_dim": (0, 1)}, {"heads": 2, "head_dim": 3})
-        tensor([3, 4])
+        [3, 4]
     """
-    across = group.entries_at(widths)
-    mine = kept.get(group.name, range(widths[group.name]))
-    others = (
-        kept.get(group.product_with, range(across))
+    entries = group.entries_at(widths)
+    units = kept.get(group.name, range(widths[group.name]))
+    inside = (
+        kept.get(group.product_with, range(entries))
         if group.product_with in widths
-        else range(across)
+        else range(entries)
     )
-    outer, inner = (others, mine) if group.strided else (mine, others)
-    stride = widths[group.name] if group.strided else across
-    rows = torch.tensor([*outer], dtype=torch.long)[:, None] * stride
-    return (rows + torch.tensor([*inner], dtype=torch.long)).flatten()
+    if group.strided:
+        return [i * widths[group.name] + unit for i in inside for unit in units]
+    return [unit * entries + i for unit in units for i in inside]

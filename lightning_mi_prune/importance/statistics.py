@@ -196,7 +196,7 @@ def kept_entries(
     for name in {group.name, group.product_with} & set(current.kept):
         index = {unit: i for i, unit in enumerate(current.kept[name])}
         now[name] = [index[unit] for unit in kept[name]]
-    return entry_positions(group, now, current.widths)
+    return torch.tensor(entry_positions(group, now, current.widths), dtype=torch.long)
 
 
 def entries_of(units: Tensor, entries: int) -> Tensor:

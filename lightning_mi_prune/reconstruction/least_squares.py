@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_mi_prune.calibration.calls import RecordedCall, merge_calls, move_tensors
+from lightning_mi_prune.calibration.calls import RecordedCall, merge_calls
 from lightning_mi_prune.calibration.moments import add_outer, mirror, rounding_variance, stabilize
 from lightning_mi_prune.core.errors import PruningError, counted, number
+from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.discovery.families import is_within
 from lightning_mi_prune.importance.information import mean_variance
 from lightning_mi_prune.reconstruction.layerwise import LayerCall, run_layerwise

@@ -19,28 +19,25 @@ __all__ = [
 ]
 
 Statistics = dict[_BatchNorm, dict[str, Tensor]]
-
-
-_SINGLE = "more than 1 value per channel"  # how torch refuses to normalise by one row
+_SINGLE_ROW_ERROR = "more than 1 value per channel"  # of torch, for a batch of one row
 
 
 def has_running_statistics(model: nn.Module) -> bool:
-    """Whether a model normalises by statistics that it gathered in training."""
+    """Whether a model has BatchNorm layers with running statistics."""
     return bool(_layers(model))
 
 
 def reestimate_batch_norm(
     model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]
 ) -> None:
-    """Estimate the running mean and variance of every BatchNorm layer anew, on some batches.
+    """Estimate the running mean and variance of every BatchNorm layer again.
 
-    A cut changes what the layers above it get; statistics gathered before it are stale until the
-    model trains again. The new ones are the means over the batches (cumulative average, as with
-    ``momentum=None``). Everything else runs in evaluation mode, and stays as it was: parameters,
-    modes, momenta, gradients, metrics, the random state.
+    A cut changes the inputs of the layers above it, so statistics from before it no longer fit.
+    The new ones are means over the batches (as with ``momentum=None``). All other modules run in
+    evaluation mode. Nothing else changes, not even gradients, metrics or the random state.
 
     Args:
-        model: The model, cut; changed in place.
+        model: The model after the cut; changed in place.
         batches: Batches to estimate on; those of a single row are left out.
         forward: Runs the model on a batch, ``forward(model, batch)``.
 
@@ -63,7 +60,7 @@ def reestimate_batch_norm(
                 layer.momentum = None  # a cumulative average
                 layer.train()
             for batch in batches:
-                _add(model, batch, forward, layers)
+                _run_batch(model, batch, forward, layers)
         except BaseException:
             _put_back(before)
             raise
@@ -75,24 +72,24 @@ def reestimate_batch_norm(
     if not ran:
         warnings.warn(
             f"The BatchNorm statistics of this {type(model).__name__} stay as they were before the "
-            "cut: no batch ran through them with two rows or more. Give larger batches.",
+            "cut: none of the batches had two or more rows. Give larger batches.",
             PruningWarning,
             stacklevel=2,
         )
 
 
-def _add(
+def _run_batch(
     model: nn.Module,
     batch: Any,
     forward: Callable[[nn.Module, Any], Any],
     layers: list[_BatchNorm],
 ) -> None:
-    """Run one batch; one that has no variance, as a last one of a single row, leaves no trace."""
+    """Run one batch; the statistics skip a batch of a single row, which has no variance."""
     before = _statistics(layers)
     try:
         forward(model, batch)
     except ValueError as error:
-        if _SINGLE not in str(error):
+        if _SINGLE_ROW_ERROR not in str(error):
             raise
         _put_back(before)
 

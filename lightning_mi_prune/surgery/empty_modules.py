@@ -1,4 +1,4 @@
-"""The ``forward`` of modules whose units are all gone, or that take their units out of an argument."""
+"""Replacements of ``forward`` for modules without units, and for arguments as wide as built."""
 
 from __future__ import annotations
 
@@ -24,19 +24,17 @@ def forward_without_units(
 ) -> Any:
     """The ``forward`` of a module without units: a tensor without entries, or the consumer's bias.
 
-    All parameters take part with gradients of zero entries or zero value, so that nothing is
-    reported as unused.
+    All parameters take part, with zero gradients, so that DDP reports none as unused.
 
     Args:
         module: The module.
-        empty_forward: What it holds, named from it.
-        inputs: What the module is called with; the stream comes first.
-        options: Likewise; only tensors that need gradients matter.
+        empty_forward: Its submodules, named from it.
+        inputs: Positional arguments; the hidden state is the first.
+        options: Keyword arguments; only tensors that need gradients are used.
     """
-    stream = inputs[0] if inputs else options["hidden_states"]
-    output = torch.stack([module.get_submodule(p)(stream) for p in empty_forward.projections]).sum(
-        0
-    )
+    hidden = inputs[0] if inputs else options["hidden_states"]
+    projected = [module.get_submodule(path)(hidden) for path in empty_forward.projections]
+    output = torch.stack(projected).sum(0)
     for other in (*inputs[1:], *options.values()):
         if isinstance(other, Tensor) and other.requires_grad:
             output = output + other.flatten()[:0].sum()
@@ -45,32 +43,32 @@ def forward_without_units(
     if empty_forward.dropout is not None:
         output = module.get_submodule(empty_forward.dropout)(output)
     if empty_forward.norm is not None:
-        output = module.get_submodule(empty_forward.norm)(stream + output)
+        output = module.get_submodule(empty_forward.norm)(hidden + output)
     return (output, None) if empty_forward.pair else output
 
 
 def unit_argument_forward(
-    module: nn.Module, selects: UnitArgument, *inputs: Any, **options: Any
+    module: nn.Module, unit_argument: UnitArgument, *inputs: Any, **options: Any
 ) -> Any:
-    """The ``forward`` of a module that takes its own units out of one argument.
+    """The ``forward`` of a module that selects the entries of its kept units from one argument.
 
     Args:
-        module: The module; its buffer ``kept_units`` holds the positions as built.
-        selects: The argument.
-        inputs: What the module is called with.
-        options: Likewise.
+        module: The module; its buffer ``kept_units`` holds the kept units, as numbered when built.
+        unit_argument: The argument.
+        inputs: Positional arguments.
+        options: Keyword arguments.
     """
     forward = type(module).forward
     call = inspect.signature(forward).bind(module, *inputs, **options)
-    whole = call.arguments.get(selects.argument)
+    whole = call.arguments.get(unit_argument.argument)
     if isinstance(whole, Tensor):
         kept = module.get_buffer(KEPT_UNITS)
-        call.arguments[selects.argument] = whole.index_select(selects.dim, kept)
+        call.arguments[unit_argument.argument] = whole.index_select(unit_argument.dim, kept)
     return forward(*call.args, **call.kwargs)
 
 
 def is_cut_forward(forward: Any) -> bool:
-    """Whether a ``forward`` on a module itself, not on its class, was put there by a cut."""
+    """Whether the ``forward`` of a module instance was replaced by a cut."""
     return isinstance(forward, partial) and forward.func in (
         forward_without_units,
         unit_argument_forward,

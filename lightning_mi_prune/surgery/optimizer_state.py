@@ -1,4 +1,4 @@
-"""What optimizers keep of a parameter, and whether it can follow a cut."""
+"""Optimizer state of parameters: which of it can be cut, and how."""
 
 from __future__ import annotations
 
@@ -24,39 +24,32 @@ __all__ = [
     "followed_dims",
     "is_plain_tensor",
     "is_state_known",
+    "is_state_list",
     "parameters_in",
     "plain_state",
-    "readable",
     "renumbered",
     "state_fits",
 ]
 
 NAMES = "param_names"
-"""Where a group keeps the names of its parameters, if it was made of named ones."""
+"""Key of the parameter names in an optimizer's parameter group, if it has them."""
 
 
-# The dimension that Adafactor of transformers sums away: of a square matrix, no shape tells.
+# The dimension that Adafactor of transformers sums over, which the shape of a square matrix hides.
 _SUMMED: dict[str, int] = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
 
-
-# Where heads are rotated, gradients go the other way than weights. What is kept of either, by name.
+# Gradients rotate inversely to weights. State in the coordinates of weights, by name:
 _OF_WEIGHTS = {"ax", "z", "p0", "acc_delta", "step_size"}  # averages, starting points, steps
-
-
-_SIZES = {"exp_inf", "step_size"}  # without a sign, but no squares
-
-
-_SQUARES = {"square_avg", "acc_delta"}  # though rounding may have left them a sign
-
-
-_MEANS = {"square_avg": "grad_avg"}  # squares that are never less than those of their mean
+_SIZES = {"exp_inf", "step_size"}  # nonnegative, but not squares
+_SQUARES = {"square_avg", "acc_delta"}  # though rounding may make them negative
+_MEANS = {"square_avg": "grad_avg"}  # never less than the square of this mean
 
 
 def check_optimizers(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
     """Refuse optimizers whose state cannot follow a cut of these parameters.
 
     Raises:
-        PruningError: With the optimizer's name, the state it keeps, and what works instead.
+        PruningError: Naming the optimizer, the state and what works instead.
     """
     cut = {id(parameter) for parameter in parameters}
     for optimizer in optimizers:
@@ -72,11 +65,11 @@ def check_optimizers(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Pa
 
 
 def check_kind(optimizer: Optimizer) -> None:
-    """Refuse what is known before the first step, when there is no state to judge yet."""
+    """Refuse optimizers that are known to be unsupported before their first step."""
     name, keeps = type(optimizer).__name__, None
     if isinstance(optimizer, torch.optim.LBFGS):
         keeps = "a history over all parameters flattened together"
-    # bitsandbytes says so here; its state comes in blocks that ignore rows and columns.
+    # Of bitsandbytes: blocks of its state ignore rows and columns.
     if getattr(getattr(optimizer, "args", None), "optim_bits", None) == 8:
         keeps = "its state in blocks of 8-bit numbers"
     if keeps is not None:
@@ -89,8 +82,8 @@ def check_kind(optimizer: Optimizer) -> None:
             if isinstance(inner, Optimizer) and inner is not optimizer:
                 kind = type(inner).__name__
                 raise PruningError(
-                    f"{name} wraps {kind} (in {attribute!r}), whose state a cut would not reach; "
-                    f"use {kind} directly."
+                    f"{name} wraps {kind} (in {attribute!r}), whose state would not be cut; use "
+                    f"{kind} directly."
                 )
     follow = _followed(optimizer)
     for attribute, value in vars(optimizer).items():
@@ -98,20 +91,20 @@ def check_kind(optimizer: Optimizer) -> None:
         if own is not None:
             raise PruningError(
                 f"{name} keeps a tensor of shape {tuple(own.shape)} in its attribute "
-                f"{attribute!r}, where a cut would not reach it; expected all that belongs to "
-                "parameters in its state. Use AdamW, Adam, SGD, RMSprop or Adafactor."
+                f"{attribute!r}, which would not be cut; expected all that belongs to parameters "
+                "in its state. Use AdamW, Adam, SGD, RMSprop or Adafactor."
             )
 
 
 def _followed(optimizer: Optimizer) -> set[int]:
-    """Objects of an optimizer that go along with a cut, or hold nothing of parameters."""
+    """Ids of an optimizer's objects that are updated in a cut, or hold no parameters."""
     groups = optimizer.param_groups
     parts = (optimizer.state, optimizer.defaults, groups, *groups, *(g["params"] for g in groups))
     return {id(part) for part in parts}
 
 
 def _own_tensor(value: Any, follow: set[int], depth: int = 5) -> Tensor | None:
-    """A parameter, or a tensor of several numbers, somewhere in plain containers."""
+    """A parameter or a tensor of several numbers, itself or inside plain containers."""
     if isinstance(value, Tensor):
         return value if isinstance(value, nn.Parameter) or value.numel() > 1 else None
     inside: Iterable[Any] = ()
@@ -125,14 +118,17 @@ def _own_tensor(value: Any, follow: set[int], depth: int = 5) -> Tensor | None:
 
 
 def parameters_in(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], int, nn.Parameter]]:
-    """Every parameter, with its group and its place there."""
+    """Every parameter, with its parameter group and its index there."""
     for group in optimizer.param_groups:
-        for place, parameter in enumerate(group["params"]):
-            yield group, place, parameter
+        for index, parameter in enumerate(group["params"]):
+            yield group, index, parameter
 
 
 def followed_dims(key: str, value: Tensor, shape: Sequence[int]) -> tuple[int | None, ...] | None:
-    """For each dimension of a state tensor the parameter's that it follows; None: not known."""
+    """For each dimension of a state tensor, that of the parameter it belongs to.
+
+    None instead of a dimension means that it belongs to none, None instead of all: not known.
+    """
     drop = _SUMMED.get(key)
     if drop is not None and len(shape) >= 2:
         dims = [dim for dim in range(len(shape)) if dim != len(shape) + drop]
@@ -151,17 +147,17 @@ def cut_state(
     kept: Mapping[int, Tensor],
     rotated: Mapping[int, Tensor],
 ) -> dict[str, Any]:
-    """The state of a parameter after a cut of it.
+    """The optimizer state of a parameter after a cut.
 
-    Of rotated heads, gradients turn the other way than weights; sizes and squares, of which no sign
-    is known, as if the entries of a head were independent. Squares that are kept beside their mean
-    (RMSprop) turn as a variance about it, for their difference must not fall below zero.
+    Gradients of rotated heads rotate inversely to weights; absolute values and squares as if the
+    entries of a head were independent. Squares whose mean is known (RMSprop) rotate as a variance
+    about it, since their difference must not be negative.
 
     Args:
-        state: What is kept of the parameter.
+        state: State of the parameter.
         shape: Its shape before the cut.
-        kept: What survives of its dimensions, as positions.
-        rotated: Maps ``(heads, size, size)`` of its dimensions to new coordinates.
+        kept: Kept positions, by dimension.
+        rotated: Maps ``(heads, size, size)`` to new coordinates, by dimension.
     """
     found = {}
     for key, value in state.items():
@@ -169,46 +165,42 @@ def cut_state(
         if dims is None:
             found[key] = value
             continue
-        turns = [
-            (place, rotated[d]) for place, d in enumerate(dims) if d is not None and d in rotated
-        ]
-        new = _turned_state(key, value, state.get(_MEANS.get(key, "")), turns) if turns else value
-        for place, dim in enumerate(dims):
+        maps = {at: rotated[d] for at, d in enumerate(dims) if d is not None and d in rotated}
+        new = _rotated_state(key, value, state.get(_MEANS.get(key, "")), maps) if maps else value
+        for index, dim in enumerate(dims):
             if dim is not None and dim in kept:
-                new = new.index_select(place, kept[dim].to(new.device))
+                new = new.index_select(index, kept[dim].to(new.device))
         found[key] = new if new is not value or kept else value.clone()
     return found
 
 
-def _turned_state(
-    key: str, value: Tensor, mean: Any, turns: Sequence[tuple[int, Tensor]]
-) -> Tensor:
-    """A state tensor in new coordinates, along each place by its maps."""
-    # Of an unknown name, what has no sign is taken for squares.
+def _rotated_state(key: str, value: Tensor, mean: Any, rotations: Mapping[int, Tensor]) -> Tensor:
+    """A state tensor in new coordinates, given by maps for some of its dimensions."""
+    # Nonnegative state of an unknown name is taken for squares.
     sizes = key in _SIZES
     unsigned = key not in _SIZES | _OF_WEIGHTS and bool((value >= 0).all())
     squares = unsigned or key in _SQUARES
     paired = squares and isinstance(mean, Tensor) and mean.shape == value.shape
     rest = (value - mean.square()).clamp_min(0) if paired else value
-    for place, given in turns:
+    for index, given in rotations.items():
         # Not moved to the state: MPS has no double precision.
         maps = given if key in _OF_WEIGHTS else torch.linalg.inv(given).mT
         rest = rotate_along(
-            rest, place, maps.square() if squares else maps.abs() if sizes else maps
+            rest, index, maps.square() if squares else maps.abs() if sizes else maps
         )
-        mean = rotate_along(mean, place, maps) if paired else mean
+        mean = rotate_along(mean, index, maps) if paired else mean
     return rest + mean.square() if paired else rest
 
 
 def is_state_known(key: str, value: Any, shape: Sequence[int]) -> bool:
-    """Whether it is clear what of a state belongs to which unit of a parameter of that shape."""
+    """Whether the entries of a state can be assigned to those of a parameter of that shape."""
     if not isinstance(value, Tensor):
         return value is None or isinstance(value, (bool, int, float))
     return is_plain_tensor(value) and followed_dims(key, value, shape) is not None
 
 
 def is_plain_tensor(value: Tensor) -> bool:
-    """Whether a tensor is dense and of no other class: its elements lie in its storage."""
+    """Whether a tensor is dense and of no subclass."""
     plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
     return plain and not value.is_quantized and not value.is_nested
 
@@ -223,36 +215,34 @@ def _check_state(name: str, parameter: nn.Parameter, state: Mapping[str, Any]) -
             )
 
 
-def readable(states: Any) -> bool:
-    """Whether something is a list of states by name."""
+def is_state_list(states: Any) -> bool:
+    """Whether a value is a list of states by name."""
     return isinstance(states, Sequence) and all(
         isinstance(saved, Mapping) and all(isinstance(state, Mapping) for state in saved.values())
         for saved in states
     )
 
 
-def follows_alike(key: str, value: Any, new: Tensor, before: Any, old: Tensor) -> bool:
-    """Whether a tensor follows the dimensions that the present one follows."""
+def _same_dims(key: str, value: Any, new: Tensor, before: Any, old: Tensor) -> bool:
+    """Whether a tensor belongs to the same dimensions as the present one."""
     if not isinstance(value, Tensor) or not isinstance(before, Tensor):
         return True
-    now, then = (
-        followed_dims(key, value, new.shape) or (),
-        followed_dims(key, before, old.shape) or (),
-    )
-    # Of a dimension one wide nobody can tell whether it is followed.
+    now = followed_dims(key, value, new.shape) or ()
+    then = followed_dims(key, before, old.shape) or ()
+    # A dimension of size one can be assigned to any.
     sizes = enumerate(zip(new.shape, old.shape, strict=True))
     wide = {dim for dim, both in sizes if min(both) > 1}
     return value.ndim == before.ndim and wide & {*now} == wide & {*then}
 
 
 def state_fits(key: str, value: Any, new: Tensor, present: Mapping[str, Any], old: Tensor) -> bool:
-    """Whether a saved value can take the place of what an optimizer keeps of a parameter now.
+    """Whether a saved value can replace an entry of a parameter's present state.
 
     Args:
         key: Its name.
         value: The value, which is not trusted.
-        new: The parameter it is for; only its shape is looked at.
-        present: What the optimizer keeps of it now.
+        new: The parameter it is for; only the shape matters.
+        present: Present state of the parameter.
         old: The parameter as it is now.
 
     Example:
@@ -263,7 +253,7 @@ def state_fits(key: str, value: Any, new: Tensor, present: Mapping[str, Any], ol
         False
     """
     before = present.get(key)
-    if not is_state_known(key, value, new.shape) or not follows_alike(key, value, new, before, old):
+    if not is_state_known(key, value, new.shape) or not _same_dims(key, value, new, before, old):
         return False
     if not isinstance(value, Tensor) or not isinstance(before, Tensor):
         return before is None or isinstance(value, Tensor) == isinstance(before, Tensor)
@@ -272,9 +262,9 @@ def state_fits(key: str, value: Any, new: Tensor, present: Mapping[str, Any], ol
 
 
 def renumbered(own: str, name: str) -> str:
-    """A name as an optimizer was given it, with the numbers of the present one.
+    """A name given to an optimizer, with the numbers of the parameter's present name.
 
-    Optimizers may be given names from any module, or names of the user's own, which stay.
+    Names may be relative to any module; names of the user's own are not changed.
 
     Example:
         >>> renumbered("layer.4.bias", "model.layer.2.bias"), renumbered("top", "model.bias")
@@ -289,7 +279,7 @@ def renumbered(own: str, name: str) -> str:
 
 
 def as_given(optimizer: Optimizer, name: str, names: Mapping[int, str]) -> str:
-    """A name from the module that the optimizer's other names are given from."""
+    """A name relative to the module that the optimizer's other names are relative to."""
     for group in optimizer.param_groups:
         for parameter, own in zip(group["params"], group.get(NAMES, ()), strict=False):
             whole = names.get(id(parameter), "")
@@ -299,9 +289,9 @@ def as_given(optimizer: Optimizer, name: str, names: Mapping[int, str]) -> str:
 
 
 def plain_state(value: Any) -> Any:
-    """A state as a tensor on the CPU or a plain number, fit for a checkpoint."""
+    """A state entry as a tensor on the CPU or a plain number, for a checkpoint."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
-    # Subclasses (numpy's float64) would not load with weights_only.
+    # Subclasses (float64 of NumPy) do not load with weights_only.
     kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
     return value if kind is None else kind(value)

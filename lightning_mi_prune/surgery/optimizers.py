@@ -1,4 +1,4 @@
-"""Carry optimizer state across a cut: same optimizer object, smaller state."""
+"""Update optimizers after a cut: the same objects, with smaller state."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lightning_mi_prune.surgery.optimizer_state import (
     check_optimizers,
     cut_state,
     is_state_known,
+    is_state_list,
     parameters_in,
     plain_state,
-    readable,
     renumbered,
     state_fits,
 )
@@ -37,65 +37,61 @@ __all__ = [
 def update_optimizers(
     optimizers: Iterable[Optimizer],
     rewrites: Sequence[Rewrite],
-    lost: Iterable[nn.Parameter] = (),
+    removed: Iterable[nn.Parameter] = (),
     names: Mapping[int, str] | None = None,
 ) -> None:
-    """Point optimizers at the cut parameters and keep the state of what survived.
+    """Replace cut parameters in optimizers and keep the state of what stays.
 
-    The optimizer objects, their groups, their order and their hyperparameters stay, so learning
-    rate schedules and gradient scalers that hold them go on. State tensors of the parameter's old
-    shape (Adam's moments, SGD's momentum) and their row and column means (Adafactor) are
-    index-selected; scalars (the step) are kept. Where heads were rotated, so is their state
-    (:func:`optimizer_state.cut_state`). Parameters that left with their layers, and those that are left
-    without entries, leave their groups, which may be empty afterwards: many optimizers, and the
-    largest norm of gradients, cannot do with a tensor of no entries.
+    Optimizer objects, parameter groups and hyperparameters stay, so learning rate schedules and
+    gradient scalers keep working. State tensors of the parameter's old shape (moments of Adam,
+    momentum of SGD) and their row and column means (Adafactor) are cut, those of rotated heads
+    also rotated (:func:`optimizer_state.cut_state`); scalars such as the step are kept. Parameters
+    of removed layers and parameters without entries, on which many optimizers fail, are removed
+    from their groups, which may be empty afterwards.
 
     Args:
         optimizers: All optimizers of the run.
-        rewrites: What :func:`surgery.apply_plan` returned.
-        lost: Parameters that left with their layers.
-        names: Qualified name of each parameter that is left by its ``id``: where layers went,
-            ``param_names`` of groups follow it.
+        rewrites: What :func:`units.apply_plan` returned.
+        removed: Parameters of removed layers.
+        names: Qualified name of each remaining parameter by its ``id``; ``param_names`` of groups
+            are updated to it.
 
     Raises:
-        PruningError: If an optimizer keeps state that cannot be cut; nothing is changed then.
+        PruningError: If an optimizer has state that cannot be cut; nothing is changed then.
 
     Example:
-        >>> from lightning_mi_prune.discovery.families.describe import linear_group
-        >>> from lightning_mi_prune.core.plan import Plan
-        >>> from lightning_mi_prune.surgery.units import apply
+        >>> from lightning_mi_prune import PruningPlan, apply_plan, linear_group
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> import torch
         >>> adam = torch.optim.Adam(net.parameters())
         >>> net(torch.ones(1, 3)).sum().backward(); adam.step()
         >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
-        >>> update_optimizers([adam], apply(net, [group], Plan({"hidden": 4}, {"hidden": (0, 2)})))
+        >>> plan = PruningPlan({"hidden": 4}, {"hidden": (0, 2)})
+        >>> update_optimizers([adam], apply_plan(net, [group], plan))
         >>> adam.state[net[0].weight]["exp_avg"].shape
         torch.Size([2, 3])
     """
     all_optimizers = list(optimizers)
     check_optimizers(all_optimizers, (rewrite.old for rewrite in rewrites))
-    gone = {id(parameter) for parameter in lost}
-    gone |= {id(rewrite.new) for rewrite in rewrites if not rewrite.new.numel()}
+    dropped = {id(parameter) for parameter in removed}
+    dropped |= {id(rewrite.new) for rewrite in rewrites if not rewrite.new.numel()}
     by_old = {id(rewrite.old): rewrite for rewrite in rewrites}
     moves = []  # everything that can fail comes before the first change
     for optimizer in all_optimizers:
-        for group, place, parameter in parameters_in(optimizer):
+        for group, index, parameter in parameters_in(optimizer):
             if (rewrite := by_old.get(id(parameter))) is not None:
                 state = optimizer.state.get(parameter)
-                carried = state and cut_state(
-                    state, rewrite.old.shape, rewrite.kept, rewrite.rotated
-                )
-                moves.append((optimizer, group["params"], place, rewrite, carried))
-    for optimizer, parameters, place, rewrite, carried in moves:
-        parameters[place] = rewrite.new
+                state = state and cut_state(state, rewrite.old.shape, rewrite.kept, rewrite.rotated)
+                moves.append((optimizer, group["params"], index, rewrite, state))
+    for optimizer, parameters, index, rewrite, state in moves:
+        parameters[index] = rewrite.new
         if optimizer.state.pop(rewrite.old, None) is not None:
-            optimizer.state[rewrite.new] = carried
-    for optimizer in all_optimizers if gone else ():
+            optimizer.state[rewrite.new] = state
+    for optimizer in all_optimizers if dropped else ():
         for group in optimizer.param_groups:
-            for parameter in (p for p in group["params"] if id(p) in gone):
+            for parameter in (p for p in group["params"] if id(p) in dropped):
                 optimizer.state.pop(parameter, None)
-            stay = [id(p) not in gone for p in group["params"]]
+            stay = [id(p) not in dropped for p in group["params"]]
             group["params"][:] = compress(group["params"], stay)
             if NAMES in group:
                 group[NAMES] = list(compress(group[NAMES], stay))
@@ -105,7 +101,7 @@ def update_optimizers(
 def parameter_names(
     optimizers: Iterable[Optimizer], names: Mapping[int, str]
 ) -> list[list[list[str]]]:
-    """Which parameters every group of every optimizer holds, by name and in order ("" without)."""
+    """Parameter names in each group of each optimizer, in order; "" for unknown ones."""
     return [
         [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
         for optimizer in optimizers
@@ -119,14 +115,14 @@ def snapshot_state(
 
     Args:
         optimizers: All optimizers of the run.
-        names: Qualified name of each parameter by its ``id``; parameters without are skipped.
+        names: Qualified name of each parameter by its ``id``; other parameters are skipped.
 
     Returns:
-        For each optimizer the state by parameter name, empty before a first step: tensors and
-        plain numbers only, fit for ``torch.load(weights_only=True)``.
+        State by parameter name for each optimizer, empty before the first step, as tensors and
+        plain numbers, for ``torch.load(weights_only=True)``.
 
     Raises:
-        PruningError: As :func:`check_optimizers` raises it for these parameters.
+        PruningError: As :func:`optimizer_state.check_optimizers` does.
 
     Example:
         >>> import torch
@@ -156,18 +152,18 @@ def restore_state(
     groups: Sequence[Sequence[Sequence[str]]] = (),
     returned: Mapping[str, nn.Parameter] | None = None,
 ) -> None:
-    """Point optimizers at parameters that grew back, with the state they had at a snapshot.
+    """Replace parameters in optimizers after a rollback, with the state of a snapshot.
 
     Hyperparameters stay as they are now. A parameter that is not in the snapshot keeps its present
-    state, unless it was replaced and the state does not fit: then it starts afresh.
+    state; if it was replaced and the state does not fit, it has none.
 
     Args:
         optimizers: All optimizers of the run, in the order of the snapshot.
         replaced: New parameters by the ``id`` of the old ones.
         names: Qualified name of each new parameter by its ``id``.
         states: What :func:`snapshot_state` returned; it is not trusted.
-        groups: What :func:`parameter_names` returned then; only needed where parameters return.
-        returned: Parameters of layers that came back, by name; they take their old places.
+        groups: What :func:`parameter_names` returned at the snapshot, if layers were put back.
+        returned: Parameters of layers that were put back, by name.
 
     Raises:
         PruningError: If the snapshot does not fit; nothing is changed then.
@@ -182,46 +178,46 @@ def restore_state(
         {'momentum_buffer': tensor([3., 4.])}
     """
     all_optimizers = list(optimizers)
-    count = len(states) if readable(states) else 0
+    count = len(states) if is_state_list(states) else 0
     if count != len(all_optimizers):
         raise PruningError(
             f"The snapshot holds {count} readable optimizer states; expected "
             f"{len(all_optimizers)}. Configure the optimizers the run had when it was taken."
         )
-    back = dict(returned or {})
-    _check_groups(all_optimizers, groups if back else None)
+    returning = dict(returned or {})
+    _check_groups(all_optimizers, groups if returning else None)
     # All state is built before the first parameter moves: a failure changes nothing.
     planned, joining = [], []
     for number, (optimizer, saved) in enumerate(zip(all_optimizers, states, strict=True)):
         check_kind(optimizer)
-        if back:
-            joining += _joining(optimizer, groups[number], saved, back)
-        for group, place, old in parameters_in(optimizer):
+        if returning:
+            joining += _joining(optimizer, groups[number], saved, returning)
+        for group, index, old in parameters_in(optimizer):
             new = replaced.get(id(old), old)
             name, present = names.get(id(new)), optimizer.state.get(old, {})
             if name is not None and name in saved:
                 what = f"{type(optimizer).__name__} and {name!r}"
-                state = _revived(what, saved[name], group, present, old, new)
+                state = _restored_state(what, saved[name], group, present, old, new)
             else:
                 stays = new is old or all(
                     is_state_known(k, v, new.shape) for k, v in present.items()
                 )
                 state = dict(present) if stays else {}
-            planned.append((optimizer, group, place, old, new, state))
-    for optimizer, group, place, old, new, state in planned:
-        group["params"][place] = new
+            planned.append((optimizer, group, index, old, new, state))
+    for optimizer, group, index, old, new, state in planned:
+        group["params"][index] = new
         optimizer.state.pop(old, None)
         if state:
             optimizer.state[new] = state
-    known_as = dict(names) | {id(parameter): name for name, parameter in back.items()}
+    known_as = dict(names) | {id(parameter): name for name, parameter in returning.items()}
     _rename(all_optimizers, known_as)
     for optimizer, group, below, new, state in joining:
-        here = [known_as.get(id(p)) for p in group["params"]]
-        place = here.index(below) + 1 if below in here else 0
+        present_names = [known_as.get(id(p)) for p in group["params"]]
+        index = present_names.index(below) + 1 if below in present_names else 0
         if NAMES in group:
             name = as_given(optimizer, known_as[id(new)], known_as)
-            group[NAMES] = [*group[NAMES][:place], name, *group[NAMES][place:]]
-        group["params"].insert(place, new)
+            group[NAMES] = [*group[NAMES][:index], name, *group[NAMES][index:]]
+        group["params"].insert(index, new)
         if state:
             optimizer.state[new] = state
 
@@ -230,23 +226,25 @@ def _joining(
     optimizer: Optimizer,
     groups: Sequence[Sequence[str]],
     saved: Mapping[str, Mapping[str, Any]],
-    back: Mapping[str, nn.Parameter],
+    returning: Mapping[str, nn.Parameter],
 ) -> list[tuple[Optimizer, dict[str, Any], str | None, nn.Parameter, dict[str, Any]]]:
-    """What comes back to each group: after which name, which parameter, with which state."""
+    """Parameters to put back: ``(optimizer, group, name before it, parameter, state)``."""
     found = []
     for group, wanted in zip(optimizer.param_groups, groups, strict=True):
         below: str | None = None
         for name in wanted:
-            if name in back:
+            if name in returning:
                 what = f"{type(optimizer).__name__} and {name!r}"
-                state = _revived(what, saved.get(name, {}), group, {}, back[name], back[name])
-                found.append((optimizer, group, below, back[name], state))
+                state = _restored_state(
+                    what, saved.get(name, {}), group, {}, returning[name], returning[name]
+                )
+                found.append((optimizer, group, below, returning[name], state))
             below = name or below
     return found
 
 
 def _rename(optimizers: Iterable[Optimizer], names: Mapping[int, str]) -> None:
-    """Let the names that optimizers keep follow those of the parameters."""
+    """Update the parameter names in optimizers."""
     for optimizer in optimizers:
         for group in optimizer.param_groups if names else ():
             if NAMES in group:
@@ -257,7 +255,7 @@ def _rename(optimizers: Iterable[Optimizer], names: Mapping[int, str]) -> None:
 def _check_groups(
     optimizers: Sequence[Optimizer], groups: Sequence[Sequence[Sequence[str]]] | None
 ) -> None:
-    """Layers that come back must know the groups they come back to."""
+    """Refuse a snapshot of other parameter groups, if layers are put back."""
     held_now = [len(optimizer.param_groups) for optimizer in optimizers]
     then = held_now if groups is None else [len(found) for found in groups]
     if held_now != then:
@@ -267,7 +265,7 @@ def _check_groups(
         )
 
 
-def _revived(
+def _restored_state(
     what: str,
     saved: Mapping[str, Any],
     group: Mapping[str, Any],
@@ -275,21 +273,21 @@ def _revived(
     old: Tensor,
     new: Tensor,
 ) -> dict[str, Any]:
-    """Saved state, checked, copied to where the optimizer wants it."""
+    """Checked copy of saved state, on the device that the optimizer expects."""
     state = {}
     for key, value in saved.items():
         before = present.get(key)
         if not state_fits(key, value, new, present, old):
             raise PruningError(
-                f"The snapshot of {what} holds {key!r} ({described(value)}), which does not fit "
+                f"The snapshot of {what} has {key!r} ({described(value)}), which does not fit "
                 f"a parameter of shape {tuple(new.shape)}. Take one of this model and optimizer."
             )
         if isinstance(value, Tensor):
-            # As torch's load_state_dict has it, unless the optimizer shows where it wants scalars.
+            # As in load_state_dict of torch, unless present state shows the device of scalars.
             on_cpu = key == "step" and not (group.get("fused") or group.get("capturable"))
             on_cpu = before.device.type == "cpu" if isinstance(before, Tensor) else on_cpu
             home = "cpu" if on_cpu and value.ndim == 0 else new.device
-            # A run may resume in another precision than it was saved in.
+            # A run may resume in another precision.
             kind = before.dtype if isinstance(before, Tensor) else value.dtype
             value = value.detach().to(home, kind, copy=True)
         state[key] = value

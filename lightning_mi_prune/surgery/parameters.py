@@ -1,4 +1,4 @@
-"""What a cut does to each parameter, checked before anything is changed."""
+"""The change of each parameter in a cut, checked before the model is changed."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ __all__ = [
 ]
 
 RotationMaps = Mapping[str, Mapping[int, Tensor]]
-"""Maps ``(heads, size, size)`` to new coordinates by name and dimension of a tensor."""
+"""Maps ``(heads, size, size)`` to new coordinates, by name and dimension of a tensor."""
 
 
 def rotate_along(tensor: Tensor, dim: int, maps: Tensor) -> Tensor:
-    """A tensor with the entries of every head along one dimension in new coordinates.
+    """A tensor with one dimension, ``heads * size`` long, in new coordinates for every head.
 
     Example:
         >>> swap = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
@@ -47,7 +47,15 @@ def rotate_along(tensor: Tensor, dim: int, maps: Tensor) -> Tensor:
 
 @dataclass
 class ParameterCut:
-    """One parameter, what is cut off it, new values if it takes over others' work, and turns."""
+    """Change of one parameter: kept positions and maps to new coordinates by dimension, new values.
+
+    Args:
+        name: Name of the parameter.
+        old: The parameter.
+        kept: Kept positions, by dimension.
+        compensated: New values in the final shape, if it is compensated.
+        rotated: Maps ``(heads, size, size)`` to new coordinates, by dimension.
+    """
 
     name: str
     old: nn.Parameter
@@ -59,9 +67,9 @@ class ParameterCut:
 def shapes_at(
     model: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan
 ) -> dict[str, list[int]]:
-    """Shape of every tensor that the groups cut, at a plan; what they do not cut is as it is now.
+    """Shape of every tensor that the groups cut, at a plan.
 
-    A tensor that is not there now, as of a layer that is gone, is as it was built.
+    Dimensions that they do not cut are as now, or as built for a tensor of a removed layer.
     """
     shapes: dict[str, list[int]] = {}
     widths = plan.widths
@@ -78,10 +86,10 @@ def shapes_at(
 
 
 def config_numbers(groups: Sequence[DependencyGroup], plan: PruningPlan) -> dict[str, int]:
-    """What the config fields of one network must say at a plan.
+    """Values of the config fields of one network at a plan.
 
-    One number cannot say several widths, and none can say that nothing is left: the field then
-    stays as built, and the plan tells. Fields that are tied are written together or not at all.
+    A field stays as built where one number is not enough: if groups differ in width or one is
+    empty. Tied fields change together or not at all.
 
     Example:
         >>> parts = {"tensors": (), "consumers": ()}
@@ -106,7 +114,7 @@ def config_numbers(groups: Sequence[DependencyGroup], plan: PruningPlan) -> dict
         tied = [group for group in groups if group.tie == field_name]
         entries = {plan.width(group.name) * group.entries_at(plan.widths) for group in tied}
         ends = [group for group in groups if group.config == field_name]
-        # A config of fewer, narrower heads would scale attention by the size that they have now.
+        # A model built from a config of narrower heads scales attention by their present size.
         narrow = any(group.entries_at(plan.widths) != group.entries for group in tied)
         if (
             narrow
@@ -120,30 +128,30 @@ def config_numbers(groups: Sequence[DependencyGroup], plan: PruningPlan) -> dict
 
 
 def owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every place where each parameter lives, by identity."""
-    places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    """Modules and attributes that hold each parameter, by its ``id``."""
+    found: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for _, module in modules_of(model):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                places[id(parameter)].append((module, attribute))
-    return places
+                found[id(parameter)].append((module, attribute))
+    return found
 
 
 def parameter_cuts(
     model: nn.Module,
     groups: Sequence[DependencyGroup],
     current: PruningPlan,
-    places: Mapping[str, tuple[int, ...]],
+    kept: Mapping[str, tuple[int, ...]],
     compensated: Mapping[str, Tensor],
     rotated: RotationMaps | None = None,
 ) -> list[ParameterCut]:
-    """What a cut would do to each parameter.
+    """The change of each parameter in a cut.
 
     Args:
         model: Module from which the groups are named; only read.
         groups: Groups of the plan.
-        current: Plan the model carries now.
-        places: Survivors of every group that is cut, as positions in the present model.
+        current: Plan of the model now.
+        kept: Kept units of every group that is cut, as positions in the present model.
         compensated: New values of parameters in their final shape, by tensor name.
         rotated: New coordinates in which those values are, by tensor and dimension.
 
@@ -151,7 +159,7 @@ def parameter_cuts(
         PruningError: If a parameter cannot be cut, or does not fit the plan.
     """
     homes, widths = owners(model), current.widths
-    cut = [a for a in groups if a.name in places and len(places[a.name]) < widths[a.name]]
+    cut = [a for a in groups if a.name in kept and len(kept[a.name]) < widths[a.name]]
     paths = {_module(s.tensor) for a in cut for s in a.tensors}
     paths |= {count.module for a in cut for count in a.attributes}
     found_at = [model.get_submodule(path) for path in paths]
@@ -163,7 +171,7 @@ def parameter_cuts(
             old = parameter_of(model, s.tensor)
             key = (id(old), s.dim)
             if cut_by.get(key) in (group.name, group.product_with or group.name):
-                continue  # a tied parameter, reached by its other name, or by what crosses the group
+                continue  # tied under another name, or cut by the other group of the product
             if key in cut_by:
                 raise PruningError(
                     f"{s.tensor!r} is cut by {cut_by[key]!r} and {group.name!r} at once: layers "
@@ -174,28 +182,29 @@ def parameter_cuts(
             if stranger is not None:
                 raise PruningError(
                     f"{s.tensor!r} is shared with a {type(stranger).__name__} outside the group "
-                    f"{group.name!r}, which would break. Exclude the group, or untie the parameter."
+                    f"{group.name!r}, which would fail. Exclude the group, or untie the parameter."
                 )
             width = widths[group.name] * group.entries_at(widths)
             if old.shape[s.dim] != width:
                 raise PruningError(
                     f"{s.tensor!r} has {old.shape[s.dim]} entries along dimension {s.dim}; the "
-                    f"plan expects {width}. The model was changed behind the plan: put a whole new "
-                    "network there, with a config of its own, or load the weights the plan is of."
+                    f"plan expects {width}. The model was changed without the plan: put a new "
+                    "network there, with a config of its own, or load the weights of the plan."
                 )
-            incision = found.setdefault(id(old), ParameterCut(s.tensor, old))
-            incision.kept[s.dim] = entry_positions(group, places, widths).to(old.device)
+            change = found.setdefault(id(old), ParameterCut(s.tensor, old))
+            positions = entry_positions(group, kept, widths)
+            change.kept[s.dim] = torch.tensor(positions, dtype=torch.long, device=old.device)
     for name, values in compensated.items():
         old = parameter_of(model, name)
-        incision = found.setdefault(id(old), ParameterCut(name, old))
-        incision.compensated = values
+        change = found.setdefault(id(old), ParameterCut(name, old))
+        change.compensated = values
     for name, dims in (rotated or {}).items():
         old = parameter_of(model, name)
-        incision = found.setdefault(id(old), ParameterCut(name, old))
-        incision.rotated = dims
-    for incision in found.values():
-        _check_folded(incision)
-        _check_turned(incision)
+        change = found.setdefault(id(old), ParameterCut(name, old))
+        change.rotated = dims
+    for change in found.values():
+        _check_compensated(change)
+        _check_rotated(change)
     return list(found.values())
 
 
@@ -204,10 +213,10 @@ def _module(tensor: str) -> str:
 
 
 def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
-    """The parameter of that name, if a cut of it would be safe.
+    """The parameter of a name, if it can be cut.
 
     Raises:
-        PruningError: If there is none, or it is no plain parameter, or carries hooks.
+        PruningError: If there is none, it is not a plain parameter, or it has hooks.
     """
     try:
         parameter = model.get_parameter(name)
@@ -220,8 +229,8 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
         )
     if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         raise PruningError(
-            f"{name!r} carries gradient hooks, which would stay behind on the old parameter. "
-            "Remove them before the cut and register them again after it."
+            f"{name!r} has gradient hooks, which would remain on the old parameter. Remove them "
+            "before the cut and register them again after it."
         )
     return parameter
 
@@ -230,7 +239,7 @@ def check_empty(model: nn.Module, groups: Sequence[DependencyGroup], plan: Pruni
     """Refuse a plan that empties a group which cannot be empty.
 
     Raises:
-        PruningError: If there is such a group, or a stand-in's place on a module is taken.
+        PruningError: If there is such a group, or a ``forward`` to replace was replaced before.
     """
     for group in groups:
         if group.name not in plan.sizes:
@@ -238,12 +247,13 @@ def check_empty(model: nn.Module, groups: Sequence[DependencyGroup], plan: Pruni
         width = plan.width(group.name)
         if not width and not group.may_be_empty and not group.empty_forward:
             raise PruningError(
-                f"The plan keeps none of {counted(group.size, 'unit')} of group {group.name!r}, which "
-                "cannot be empty; expected at least one. Lower the sparsity, or exclude the group."
+                f"The plan keeps none of {counted(group.size, 'unit')} of group {group.name!r}, "
+                "which cannot be empty; expected one or more. Lower the sparsity, or exclude the "
+                "group."
             )
-        places = [s.module for s in group.empty_forward if not width]
-        places += [s.module for s in group.unit_arguments if width < group.size]
-        for path in places:
+        paths = [s.module for s in group.empty_forward if not width]
+        paths += [s.module for s in group.unit_arguments if width < group.size]
+        for path in paths:
             forward = vars(model.get_submodule(path)).get("forward")
             if forward is not None and not is_cut_forward(forward):
                 raise PruningError(
@@ -253,32 +263,31 @@ def check_empty(model: nn.Module, groups: Sequence[DependencyGroup], plan: Pruni
                 )
 
 
-def _check_folded(incision: ParameterCut) -> None:
-    if incision.compensated is None:
+def _check_compensated(change: ParameterCut) -> None:
+    if change.compensated is None:
         return
-    shape = list(incision.old.shape)
-    for dim, index in incision.kept.items():
+    shape = list(change.old.shape)
+    for dim, index in change.kept.items():
         shape[dim] = len(index)
-    if list(incision.compensated.shape) != shape:
+    if list(change.compensated.shape) != shape:
         raise PruningError(
-            f"The fold-in of {incision.name!r} has shape {tuple(incision.compensated.shape)}; expected "
-            f"{tuple(shape)}. It belongs to another plan."
+            f"The compensated {change.name!r} has shape {tuple(change.compensated.shape)}; "
+            f"expected {tuple(shape)}. It belongs to another plan."
         )
 
 
-def _check_turned(incision: ParameterCut) -> None:
-    for dim, maps in incision.rotated.items():
-        shape, size = tuple(incision.old.shape), 0
+def _check_rotated(change: ParameterCut) -> None:
+    for dim, maps in change.rotated.items():
+        shape, size = tuple(change.old.shape), 0
         square = maps.ndim == 3 and maps.shape[1] == maps.shape[2]
         if square and 0 <= dim < len(shape):
             size = maps.shape[0] * maps.shape[1]
         real = maps.is_floating_point() and not maps.is_meta and bool(maps.isfinite().all())
         if size and real:
             real = not bool(torch.linalg.inv_ex(maps.double().cpu()).info.any())
-        if incision.compensated is None or not real or size != shape[dim]:
+        if change.compensated is None or not real or size != shape[dim]:
             raise PruningError(
-                f"The turn of {incision.name!r} along dimension {dim} has shape "
+                f"The rotation of {change.name!r} along dimension {dim} has shape "
                 f"{tuple(maps.shape)} and type {maps.dtype}; expected (heads, size, size) of "
-                f"{shape}, numbers that can be undone, beside new values. It belongs to another "
-                "plan."
+                f"{shape}, invertible and with compensated values. It belongs to another plan."
             )

@@ -1,8 +1,8 @@
-"""Whole cuts of a model, layers and units alike, that can be undone."""
+"""Cuts of layers and units together, which can be undone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -33,13 +33,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ModelCut:
-    """What was done to a model, and all it takes to cancel it.
+    """A cut that was made, with everything needed to undo it.
 
     Args:
-        before: Plan the model carried.
-        after: Plan it carries now.
+        before: Plan of the model before.
+        after: Plan of the model now.
         rewrites: Parameters that were replaced.
-        removed: Layers that left, by stack and number as built.
+        removed: Layers that were removed, by stack and number as built.
     """
 
     before: PruningPlan
@@ -49,7 +49,7 @@ class ModelCut:
 
     @property
     def removed_parameters(self) -> list[nn.Parameter]:
-        """Parameters that left with their layers."""
+        """Parameters of the removed layers."""
         layers = (layer for stack in self.removed.values() for layer in stack.values())
         return [parameter for layer in layers for parameter in layer.parameters()]
 
@@ -63,29 +63,29 @@ def cut_model(
     compensated: Mapping[str, Tensor] | None = None,
     rotated: RotationMaps | None = None,
 ) -> ModelCut:
-    """Take layers and units out of a model; a refused plan, or an error, leaves it as it was.
+    """Remove layers and units of a model; after an error it is unchanged.
 
     Args:
-        model: Module from which everything is named.
-        graph: What it can lose, as built.
-        plan: Survivors, of all groups and stacks or of some.
-        current: Plan the model carries now.
-        compensated: New values of parameters, as for :func:`units.apply_plan`.
-        rotated: New coordinates of heads, likewise.
+        model: Module from which groups and stacks are named.
+        graph: Groups and stacks as built.
+        plan: Units and layers that stay, of all groups and stacks or of some.
+        current: Plan of the model now.
+        compensated: As for :func:`units.apply_plan`.
+        rotated: As for :func:`units.apply_plan`.
 
     Raises:
-        PruningError: If the plan and the model do not belong together.
+        PruningError: If the plan does not fit the model.
     """
     after = current.then(plan)
     _check_shared(model, graph, current, after)
     removed = arrange_layers(model, graph.stacks, after, current=current)
     try:
-        standing = graph.groups_at(after)
+        groups = graph.groups_at(after)
         rewrites = apply_plan(
-            model, standing, plan, current=current, compensated=compensated, rotated=rotated
+            model, groups, plan, current=current, compensated=compensated, rotated=rotated
         )
     except BaseException:
-        _put_back(model, graph, removed, after, current)
+        _undo_layers(model, graph, removed, after, current)
         raise
     return ModelCut(current, after, tuple(rewrites), removed)
 
@@ -102,21 +102,21 @@ def restore_model(
     """Give a model back the layers, units and values it had at an earlier plan.
 
     Args:
-        model: Module from which everything is named.
-        graph: What it can lose, as built.
+        model: Module from which groups and stacks are named.
+        graph: Groups and stacks as built.
         plan: The earlier plan.
         values: Parameters and buffers of that time, by name.
-        current: Plan the model carries now.
-        available: Layers that are gone, hollow or not.
+        current: Plan of the model now.
+        available: Removed layers, with or without storage.
 
     Raises:
-        PruningError: If the values are not those of this model at this plan; it stays as it was.
+        PruningError: If the values do not fit this model at this plan; it is unchanged then.
     """
     arrange_layers(model, graph.stacks, plan, current=current, available=available)
     try:
         rewrites = restore_plan(model, graph.groups_at(plan), plan, values)
     except BaseException:
-        _put_back(model, graph, {}, plan, current)
+        _undo_layers(model, graph, {}, plan, current)
         raise
     return ModelCut(current, plan, tuple(rewrites), {})
 
@@ -130,43 +130,42 @@ def reshape_model(
     available: RemovedLayers,
     only: Sequence[DependencyGroup] | None = None,
 ) -> ModelCut:
-    """Give a model the layers and shapes of any plan, for weights that follow.
+    """Give a model the layers and shapes of any plan, before weights are loaded.
 
     Args:
-        model: Module from which everything is named.
-        graph: What it can lose, as built.
+        model: Module from which groups and stacks are named.
+        graph: Groups and stacks as built.
         plan: The plan.
-        current: Plan the model carries now.
-        available: Layers that are gone, hollow or not.
-        only: The groups that change, at their places in the plan; default: all.
+        current: Plan of the model now.
+        available: Removed layers, with or without storage.
+        only: The groups that change, at their paths after it; default: all.
 
     Raises:
-        PruningError: If the plan and the model do not belong together; the model is as it was.
+        PruningError: If the plan does not fit the model; it is unchanged then.
     """
     removed = arrange_layers(model, graph.stacks, plan, current=current, available=available)
     try:
         rewrites = reshape_tensors(model, graph.groups_at(plan), plan, only)
     except BaseException:
-        _put_back(model, graph, removed, plan, current)
+        _undo_layers(model, graph, removed, plan, current)
         raise
     return ModelCut(current, plan, tuple(rewrites), removed)
 
 
-def cancel_cut(model: nn.Module, graph: PruningGraph, operation: ModelCut) -> RemovedLayers:
-    """Put everything back that an operation changed: the very parameters and layers.
+def cancel_cut(model: nn.Module, graph: PruningGraph, done: ModelCut) -> RemovedLayers:
+    """Undo a cut: the same parameter objects and layers are put back.
 
     Returns:
-        Layers that had come back, and left again.
+        Layers that the cut had put back, removed again.
     """
-    done = operation
-    gone = arrange_layers(
+    removed = arrange_layers(
         model, graph.stacks, done.before, current=done.after, available=done.removed
     )
     revert_rewrites(model, graph.groups_at(done.before), done.before, done.rewrites)
-    return gone
+    return removed
 
 
-def _put_back(
+def _undo_layers(
     model: nn.Module,
     graph: PruningGraph,
     removed: RemovedLayers,
@@ -180,12 +179,12 @@ def _put_back(
 def _check_shared(
     model: nn.Module, graph: PruningGraph, current: PruningPlan, after: PruningPlan
 ) -> None:
-    """Refuse to take out a layer that holds what others use too."""
+    """Refuse to remove a layer with modules or parameters that are used elsewhere too."""
     homes: dict[int, list[tuple[nn.Module, str]]] | None = None
     for stack in graph.stacks:
         kept = after.kept.get(stack.name, ())
-        places = current.kept.get(stack.name, ())
-        leaving = [new for new, place in enumerate(places) if place not in kept]
+        present = current.kept.get(stack.name, ())
+        leaving = [new for new, index in enumerate(present) if index not in kept]
         for number in leaving if stack.name in after.sizes else ():
             homes = owners(model) if homes is None else homes
             layer = model.get_submodule(f"{stack.name}.{number}")
@@ -194,16 +193,12 @@ def _check_shared(
             for path, module in model.named_modules(remove_duplicate=False):
                 if id(module) in inside and path != top and not path.startswith(f"{top}."):
                     raise PruningError(
-                        f"Layer {number} of {stack.name!r} cannot go: the model holds a part of it "
-                        f"as {path!r} too. Reach it through the stack, or leave the stack out."
+                        f"Layer {number} of {stack.name!r} cannot be removed: the model holds "
+                        f"a part of it as {path!r} too. Use it through the stack, or leave it out."
                     )
             for name, parameter in layer.named_parameters():
-                if _is_elsewhere(homes[id(parameter)], inside):
+                if any(id(module) not in inside for module, _ in homes[id(parameter)]):
                     raise PruningError(
-                        f"Layer {number} of {stack.name!r} cannot go: its {name!r} is shared with "
-                        "another part of the model. Untie it first."
+                        f"Layer {number} of {stack.name!r} cannot be removed: its {name!r} "
+                        "is shared with another part of the model. Untie it first."
                     )
-
-
-def _is_elsewhere(places: Iterable[tuple[nn.Module, str]], inside: set[int]) -> bool:
-    return any(id(module) not in inside for module, _ in places)

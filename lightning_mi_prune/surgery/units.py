@@ -1,4 +1,4 @@
-"""Cut units: apply_plan(model, groups, plan) swaps in smaller dense parameters."""
+"""Cut units: apply_plan(model, groups, plan) replaces parameters by smaller dense ones."""
 
 from __future__ import annotations
 
@@ -43,17 +43,16 @@ __all__ = [
 
 
 def own_config(model: nn.Module, path: str) -> Any:
-    """The config of a network, copied, so that no config the user holds is ever changed.
+    """Replace the configs of a network by copies, so that a config of the user never changes.
 
-    The copies take the place of the originals in the network and in the modules that hold it; what
-    a config shares with another (that of an encoder inside that of the whole) stays shared.
+    This includes those of all modules inside it and around it; shared configs stay shared.
 
     Args:
         model: Module from which the network is named.
         path: Path of the network.
 
     Returns:
-        The copy, or None if the network has no config.
+        The copied config of the network, or None if it has none.
     """
     memo: dict[int, Any] = {}
     for part in _holders(model, path):
@@ -65,7 +64,7 @@ def own_config(model: nn.Module, path: str) -> Any:
 
 
 def _holders(model: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The modules that lead to a network, and all that are inside."""
+    """The modules around a network and all inside it."""
     parts = path.split(".") if path else []
     for depth in range(len(parts)):
         yield model.get_submodule(".".join(parts[:depth]))
@@ -73,14 +72,13 @@ def _holders(model: nn.Module, path: str) -> Iterator[nn.Module]:
 
 
 class Rewrite(NamedTuple):
-    """One parameter before and after a cut; enough to carry its optimizer state across.
+    """One parameter before and after a cut, with what its optimizer state needs to follow.
 
     Args:
         old: The parameter that was replaced.
-        new: The parameter that took its place, everywhere it was used.
-        kept: Surviving indices of every dimension that was cut.
-        rotated: Maps ``(heads, size, size)`` to new coordinates, by dimension; what is kept is kept
-            of the rotated parameter.
+        new: Its replacement, everywhere it was used.
+        kept: Kept positions of every dimension that was cut.
+        rotated: Maps ``(heads, size, size)`` to new coordinates, by dimension; they apply first.
     """
 
     old: nn.Parameter
@@ -98,25 +96,25 @@ def apply_plan(
     compensated: Mapping[str, Tensor] | None = None,
     rotated: RotationMaps | None = None,
 ) -> list[Rewrite]:
-    """Cut a model down to a plan: dense smaller parameters, true sizes, a config that knows.
+    """Cut a model down to a plan: smaller dense parameters, sizes and configs that match.
 
-    Everything is checked first; a refused plan leaves the model as it was. New parameters keep
-    device, dtype and ``requires_grad``; a shared parameter stays shared; gradients are dropped.
+    A plan that is refused leaves the model unchanged. New parameters keep device, dtype and
+    ``requires_grad``; shared parameters stay shared; gradients are dropped.
 
     Args:
         model: Module from which the groups are named.
         groups: Groups of the plan.
-        plan: Survivors, in original positions.
-        current: Plan the model carries now; default: as built.
-        compensated: New values of parameters in the shape the plan gives them, by tensor name
+        plan: Units that stay, as numbered when built.
+        current: Plan of the model now; default: as built.
+        compensated: New values of parameters in their final shape, by tensor name
             (:attr:`Decision.compensated`).
-        rotated: New coordinates of heads in which those values are (:attr:`Decision.head_rotation`).
+        rotated: New coordinates of heads in which those values are (:attr:`Decision.rotated`).
 
     Returns:
-        One record for each parameter that was replaced, to give to :func:`optimizers.update_optimizers`.
+        A record of each replaced parameter, for :func:`optimizers.update_optimizers`.
 
     Raises:
-        PruningError: If the plan and the model do not belong together.
+        PruningError: If the plan does not fit the model.
 
     Example:
         >>> from lightning_mi_prune.discovery.families.describe import linear_group
@@ -131,15 +129,17 @@ def apply_plan(
         )
     """
     now = full_plan(groups) if current is None else current
-    places = plan.positions_in(now)
+    kept = plan.positions_in(now)
     target = now.then(plan)
     check_empty(model, groups, target)
     rewrites = [
-        _rewrite(i) for i in parameter_cuts(model, groups, now, places, compensated or {}, rotated)
+        _rewrite(i) for i in parameter_cuts(model, groups, now, kept, compensated or {}, rotated)
     ]
-    _swap(model, rewrites)
+    _replace(model, rewrites)
     try:
-        _follow(model, groups, target, _touched(model, groups, target, [r.new for r in rewrites]))
+        _update_sizes(
+            model, groups, target, _affected(model, groups, target, [r.new for r in rewrites])
+        )
     except BaseException:
         revert_rewrites(model, groups, now, rewrites)
         raise
@@ -149,7 +149,7 @@ def apply_plan(
 def check_cuttable(
     model: nn.Module, groups: Sequence[DependencyGroup], current: PruningPlan
 ) -> None:
-    """Refuse, as :func:`apply_plan` would, a model that a cut of these groups would break."""
+    """Refuse a model in which :func:`apply_plan` would refuse to cut these groups."""
     parameter_cuts(model, groups, current, {group.name: () for group in groups}, {})
 
 
@@ -159,21 +159,19 @@ def reshape_tensors(
     plan: PruningPlan,
     only: Sequence[DependencyGroup] | None = None,
 ) -> list[Rewrite]:
-    """Give every tensor the shape a plan asks for, growing or shrinking; values are not kept.
-
-    For loading: weights of the right shape follow.
+    """Give every tensor its shape at a plan, with zeros as values, before weights are loaded.
 
     Args:
         model: Module from which the groups are named.
         groups: Groups of the plan.
         plan: The plan.
-        only: The groups that change; default: all. Nothing else of the model is looked at.
+        only: The groups that change; default: all. The rest of the model is ignored.
 
     Returns:
-        One record for each parameter that was replaced.
+        A record of each replaced parameter.
 
     Raises:
-        PruningError: If the plan lacks a group, or has another size for it.
+        PruningError: If the plan has no entry for a group, or one of another size.
     """
     odd = sorted(group.name for group in groups if plan.sizes.get(group.name) != group.size)
     if odd:
@@ -190,8 +188,8 @@ def reshape_tensors(
         Rewrite(old, nn.Parameter(old.detach().new_zeros(shape), old.requires_grad), {})
         for old, shape in changed.values()
     ]
-    _swap(model, rewrites)
-    _follow(model, groups, plan, mine)
+    _replace(model, rewrites)
+    _update_sizes(model, groups, plan, mine)
     return rewrites
 
 
@@ -211,10 +209,10 @@ def restore_plan(
         values: Parameters and buffers of that time, by name.
 
     Returns:
-        One record for each parameter that was replaced.
+        A record of each replaced parameter.
 
     Raises:
-        PruningError: If the values are not those of this model at this plan; it stays as it was.
+        PruningError: If the values do not fit this model at this plan; it is unchanged then.
     """
     check_empty(model, groups, plan)
     every, named = parameters_of(model), shapes_at(model, groups, plan)
@@ -222,7 +220,7 @@ def restore_plan(
     shapes = {id(p): named[n] for n, p in every.items() if n in named}  # tied ones by any name
     for name, parameter in list(old.items()):
         shape = shapes.get(id(parameter), list(parameter.shape))
-        if 0 in shape and name not in values:  # without entries then and now
+        if 0 in shape and name not in values:  # without entries, which are not saved
             del old[name]
         elif name not in values or list(values[name].shape) != shape:
             raise PruningError(
@@ -232,7 +230,7 @@ def restore_plan(
         if type(value) not in (Tensor, nn.Parameter) or value.is_meta or value.is_quantized:
             raise PruningError(
                 f"The snapshot holds {name!r} as a {type(value).__name__} without plain values; "
-                "expected a dense tensor. Take another checkpoint."
+                "expected a dense tensor. Use another checkpoint."
             )
     rewrites = [
         Rewrite(p, nn.Parameter(values[n].to(p, copy=True), requires_grad=p.requires_grad), {})
@@ -240,18 +238,18 @@ def restore_plan(
         if p.shape != values[n].shape
     ]
     buffers = [
-        # A queue may have another length by now, and an expanded one takes no copy.
+        # Replaced, since a buffer may have changed its shape, and an expanded one cannot be set.
         (module, name, values[saved].to(buffer, copy=True))
         for path, module in model.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and (saved := f"{path}.{name}" if path else name) in values
     ]
-    _swap(model, rewrites)  # everything that can fail came before
+    _replace(model, rewrites)  # everything that can fail came before
     for name, parameter in model.named_parameters():
         parameter.copy_(values[name])
     for module, name, buffer in buffers:
         module._buffers[name] = buffer
-    _follow(model, groups, plan, _touched(model, groups, plan, [r.new for r in rewrites]))
+    _update_sizes(model, groups, plan, _affected(model, groups, plan, [r.new for r in rewrites]))
     return rewrites
 
 
@@ -261,15 +259,15 @@ def revert_rewrites(
     plan: PruningPlan,
     rewrites: Sequence[Rewrite],
 ) -> None:
-    """Put the old parameters back where the new ones are, and the numbers of ``plan``."""
-    _swap(model, [Rewrite(r.new, r.old, {}) for r in rewrites])
-    _follow(model, groups, plan, _touched(model, groups, plan, [r.old for r in rewrites]))
+    """Put the old parameters of rewrites back, with the sizes of ``plan``."""
+    _replace(model, [Rewrite(r.new, r.old, {}) for r in rewrites])
+    _update_sizes(model, groups, plan, _affected(model, groups, plan, [r.old for r in rewrites]))
 
 
-def _swap(model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
-    """Replace parameters wherever they live: all of them, or none."""
-    places = owners(model)
-    moves = [(module, name, r) for r in rewrites for module, name in places.get(id(r.old), ())]
+def _replace(model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
+    """Replace parameters in all modules that hold them; after an error none is replaced."""
+    homes = owners(model)
+    moves = [(module, name, r) for r in rewrites for module, name in homes.get(id(r.old), ())]
     try:
         for module, name, rewrite in moves:
             setattr(module, name, rewrite.new)
@@ -280,25 +278,25 @@ def _swap(model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
 
 
 @torch.no_grad()
-def _rewrite(incision: ParameterCut) -> Rewrite:
-    old = incision.old
+def _rewrite(change: ParameterCut) -> Rewrite:
+    old = change.old
     values = old.detach()
-    if incision.compensated is not None:
-        values = incision.compensated.to(old)
+    if change.compensated is not None:
+        values = change.compensated.to(old)
     else:
-        for dim, index in incision.kept.items():
+        for dim, index in change.kept.items():
             values = values.index_select(dim, index)
     new = nn.Parameter(values.clone(), requires_grad=old.requires_grad)
-    return Rewrite(old, new, incision.kept, incision.rotated)
+    return Rewrite(old, new, change.kept, change.rotated)
 
 
-def _follow(
+def _update_sizes(
     model: nn.Module,
     groups: Sequence[DependencyGroup],
     plan: PruningPlan,
     only: Sequence[DependencyGroup] | None = None,
 ) -> None:
-    """Keep the numbers on modules and in configs true, and record the plan in the config."""
+    """Set the sizes on modules and in configs, and record the plan in the configs."""
     widths = plan.widths
     mine = groups if only is None else only
     place_linears(
@@ -310,7 +308,7 @@ def _follow(
             value = widths[group.name] * count.per_unit * each
             module = linear_at(model.get_submodule(count.module))
             setattr(module, count.attribute, (value,) if count.sequence else value)
-        _stand_in(model, group, plan.kept[group.name])
+        _set_forward(model, group, plan.kept[group.name])
     for path in sorted({group.network for group in mine}):
         config = own_config(model, path)
         if config is None:
@@ -325,13 +323,13 @@ def _follow(
             setattr(config, CONFIG_FIELD, record.to_json())
 
 
-def _touched(
+def _affected(
     model: nn.Module,
     groups: Sequence[DependencyGroup],
     plan: PruningPlan,
     changed: Sequence[nn.Parameter],
 ) -> list[DependencyGroup]:
-    """Groups that are cut at a plan, or that cut one of the parameters."""
+    """Groups that are cut at a plan, or hold one of the changed parameters."""
     ids = set(map(id, changed))
     mine = {name for name, parameter in parameters_of(model).items() if id(parameter) in ids}
     return [
@@ -342,24 +340,24 @@ def _touched(
 
 
 def _record(groups: Sequence[DependencyGroup], plan: PruningPlan) -> PruningPlan:
-    """What a config says: whoever opens the folder finds only the layers that are there."""
+    """The plan for a config: groups are named as in a model without the removed layers."""
     names = {group.current_name or group.name: group.name for group in groups}
     kept = {here: plan.kept[name] for here, name in names.items()}
     return PruningPlan({here: plan.sizes[name] for here, name in names.items()}, kept)
 
 
-def _stand_in(model: nn.Module, group: DependencyGroup, kept: Sequence[int]) -> None:
-    """Put the stand-ins of a group in place, or take them away."""
+def _set_forward(model: nn.Module, group: DependencyGroup, kept: Sequence[int]) -> None:
+    """Set or remove the replaced ``forward`` of modules of a group."""
     for path in {s.module for s in group.empty_forward} | {s.module for s in group.unit_arguments}:
         module = model.get_submodule(path)
         if is_cut_forward(module.__dict__.get("forward")):
             del module.__dict__["forward"]
         module._buffers.pop(KEPT_UNITS, None)
-    for selects in group.unit_arguments if len(kept) < group.size else ():
-        module = model.get_submodule(selects.module)
+    for argument in group.unit_arguments if len(kept) < group.size else ():
+        module = model.get_submodule(argument.module)
         index = torch.tensor(kept, dtype=torch.long, device=_device(module))
         module.register_buffer(KEPT_UNITS, index, persistent=False)
-        module.__dict__["forward"] = partial(unit_argument_forward, module, selects)
+        module.__dict__["forward"] = partial(unit_argument_forward, module, argument)
     for empty_forward in group.empty_forward if not kept else ():
         module = model.get_submodule(empty_forward.module)
         inside = empty_forward.prefixed(partial(_below, empty_forward.module))

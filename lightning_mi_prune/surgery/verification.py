@@ -1,8 +1,7 @@
 """Try a cut on a copy of the whole module before the module changes.
 
-A group holds every tensor of a network that must shrink with its units. What a user built around
-the network (a head, a penalty, a metric) is in no group: it is found by running the steps of the
-module once, on one batch, on a copy that was cut.
+Groups cover the tensors of a network. A head, penalty or metric of the user around the network
+may depend on its units too: this shows when the steps of the module run on a copy after the cut.
 """
 
 from __future__ import annotations
@@ -35,21 +34,11 @@ __all__ = [
 ]
 
 Step = Callable[[nn.Module], Any]
-
-
-_DEPTH = 3  # of containers in containers
-
-
-_MOST_LOOKED_AT = 100_000  # a data set in memory holds no parameters
-
-
+_DEPTH = 3  # of nested containers
+_MOST_VALUES = 100_000  # to look at: a data set in memory has more, but no parameters
 _LIBRARIES = ("builtins", "lightning", "pytorch_lightning", "torch", "torchmetrics", "transformers")
-
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-_TORCH = frozenset(vars(nn.Module()))  # attributes of every module, which torch copies itself
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # copied by torch
 
 
 @dataclass(frozen=True)
@@ -58,9 +47,9 @@ class Failure:
 
     Args:
         step: Name of the step.
-        module: Path of the innermost module that was running; "" if none was.
+        module: Path of the innermost running module, "" if none was.
         kind: Class of that module.
-        error: What it raised, in a line.
+        error: Class and first line of the exception.
     """
 
     step: str
@@ -82,23 +71,23 @@ def verify_cut(
     *,
     prepare: Callable[[nn.Module], None] = lambda _: None,
 ) -> str:
-    """Run the steps of a module on a copy that was cut, and refuse a cut that breaks one of them.
+    """Run the steps of a module on a cut copy, and refuse a cut after which one of them fails.
 
-    Nothing of the module changes, nor the random state.
+    The module and the random state do not change.
 
     Args:
         module: The whole module; it is only copied.
-        graph: What it can lose, as built.
-        current: Plan it carries.
+        graph: Groups and stacks as built.
+        current: Plan of the module now.
         plan: Plan to try.
-        steps: What to run, by name: functions of the module.
-        prepare: Called with every copy, to keep its steps from reaching anything but the copy.
+        steps: Functions of the module to run, by name.
+        prepare: Called with every copy, to isolate its steps from trainer and loggers.
 
     Returns:
-        Why a step could not be tried, where it does not run on an uncut copy either; "" otherwise.
+        Why a step fails on an uncut copy too, so that it tests nothing; "" otherwise.
 
     Raises:
-        PruningError: Naming the group, and the module or step that cannot do without its units.
+        PruningError: Naming the group, and the module or step that fails without its units.
     """
 
     def attempt(tried: PruningPlan | None) -> Failure | None:
@@ -127,14 +116,14 @@ def verify_cut(
     name, failure = culprit
     what = repr(name) if name else " and ".join(repr(each) for each, _ in parts[:2])
     raise PruningError(
-        f"A cut of {what} would break {failure}. Expected that whatever reads the units is part "
-        "of their group; leave the group out (exclude, or other units), or let that part follow "
-        "the width of the network."
+        f"A cut of {what} would break {failure}. Expected all consumers of the units in their "
+        "group; leave the group out (exclude, or other kinds), or make that part adapt to the "
+        "width of the network."
     )
 
 
 def half_plan(groups: Sequence[DependencyGroup], current: PruningPlan) -> PruningPlan:
-    """The plan that keeps the first half of what every group has left.
+    """The plan that keeps the first half of every group's present units.
 
     Example:
         >>> group = DependencyGroup("ffn", "ffn", 6, 1, (), ("down",))
@@ -146,12 +135,7 @@ def half_plan(groups: Sequence[DependencyGroup], current: PruningPlan) -> Prunin
 
 
 def compiled_part(module: nn.Module, cut: Iterable[str]) -> str | None:
-    """Path of a compiled module that holds some of what is cut; None if there is none.
-
-    Args:
-        module: The module.
-        cut: Paths of the modules that a cut changes.
-    """
+    """Path of a compiled module that contains one of the modules to cut, or None."""
     paths = list(cut)
     for name, part in module.named_modules():
         compiled = hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None)
@@ -161,13 +145,11 @@ def compiled_part(module: nn.Module, cut: Iterable[str]) -> str | None:
 
 
 def held_elsewhere(owners: Mapping[str, Any], parameters: Iterable[nn.Parameter]) -> list[str]:
-    """Attributes that hold some parameters beside the modules they belong to.
-
-    Lists, dictionaries and objects of the user go on holding the old parameters after a cut.
+    """Attributes, such as lists of the user, that would hold old parameters after a cut.
 
     Args:
-        owners: Objects whose attributes are looked through, by the name they are reported under;
-            for a module, those of all its submodules.
+        owners: Objects whose attributes are searched (for a module, those of all its submodules),
+            by the name they are reported under.
         parameters: Parameters that a cut replaces.
 
     Example:
@@ -176,7 +158,7 @@ def held_elsewhere(owners: Mapping[str, Any], parameters: Iterable[nn.Parameter]
         >>> held_elsewhere({"": net}, [net.weight])
         ['penalized']
     """
-    wanted, left = {id(p) for p in parameters}, _MOST_LOOKED_AT
+    wanted, left = {id(p) for p in parameters}, _MOST_VALUES
     found = []
 
     def holds(value: Any, depth: int) -> bool:
@@ -192,7 +174,7 @@ def held_elsewhere(owners: Mapping[str, Any], parameters: Iterable[nn.Parameter]
             inner = list(value.values())
         elif isinstance(value, (list, tuple, set, frozenset, deque)):
             inner = list(value)
-        elif _is_of_a_user(value):
+        elif _is_user_object(value):
             inner = list(vars(value).values())
         else:
             return False
@@ -202,36 +184,39 @@ def held_elsewhere(owners: Mapping[str, Any], parameters: Iterable[nn.Parameter]
         parts = owner.named_modules() if isinstance(owner, nn.Module) else [("", owner)]
         for path, part in parts:
             for attribute, value in vars(part).items():
-                if attribute not in _TORCH and attribute[:1] != "_" and holds(value, _DEPTH):
+                if (
+                    attribute not in _MODULE_ATTRIBUTES
+                    and attribute[:1] != "_"
+                    and holds(value, _DEPTH)
+                ):
                     found.append(".".join(filter(None, (name, path, attribute))))
     return found
 
 
-def _is_of_a_user(value: Any) -> bool:
-    """Whether an object is of a class that no library of ours keeps parameters in."""
+def _is_user_object(value: Any) -> bool:
+    """Whether an object is an instance of a class outside the libraries used here."""
     library = type(value).__module__.partition(".")[0] in _LIBRARIES
     return hasattr(value, "__dict__") and not library and not isinstance(value, type)
 
 
 def copy_module(module: nn.Module) -> nn.Module:
-    """A deep copy of a module, in the modes it is in, with the hooks of others but not with ours.
+    """A deep copy of a module with its training flags and hooks, but not those of this package.
 
-    Attributes that cannot be copied (open files, locks, tensors in the middle of a graph) are
-    shared with the original.
+    Attributes that cannot be copied (open files, locks, non-leaf tensors) are shared.
 
     Raises:
-        PruningError: If the module cannot be copied even so.
+        PruningError: If the module cannot be copied nevertheless.
     """
     try:
         whole = copy_networks(module, {""})
-    except Exception:  # whatever an attribute of the user raises
+    except Exception:  # any class may be copied
         memo = {id(value): value for value in _uncopyable(module)}
         try:
             whole = copy_networks(module, {""}, memo)
         except Exception as error:
             raise PruningError(
                 f"{type(module).__name__} cannot be copied ({_line(error)}), so no cut can be "
-                "tried first; expected a module that copy.deepcopy takes."
+                "tried first; expected a module that copy.deepcopy can copy."
             ) from error
     pairs = list(zip(module.modules(), whole.modules(), strict=True))
     mine = {id(old): new for old, new in pairs}
@@ -251,11 +236,11 @@ def _uncopyable(module: nn.Module) -> Iterator[Any]:
     """Attributes of modules that ``copy.deepcopy`` refuses."""
     for part in module.modules():
         for name, value in vars(part).items():
-            if name in _TORCH or isinstance(value, nn.Module):
+            if name in _MODULE_ATTRIBUTES or isinstance(value, nn.Module):
                 continue
             try:
                 copy.deepcopy(value)
-            except Exception:  # whatever it raises
+            except Exception:  # any class may be copied
                 yield value
 
 
@@ -264,9 +249,9 @@ def _failure_of(whole: nn.Module, name: str, step: Step) -> Failure | None:
     with _running(whole) as stack:
         try:
             step(whole)
-        except PruningError:  # not of the cut, but of what the step was given
+        except PruningError:  # not caused by the cut
             raise
-        except Exception as error:  # the error of anybody's code
+        except Exception as error:  # any code may run in a step
             path = stack[-1] if stack else ""
             kind = type(whole.get_submodule(path)).__name__ if path else ""
             return Failure(name, path, kind, _line(error))
@@ -275,7 +260,7 @@ def _failure_of(whole: nn.Module, name: str, step: Step) -> Failure | None:
 
 @contextmanager
 def _running(module: nn.Module) -> Iterator[list[str]]:
-    """Paths of the modules that are running, outermost first; those that failed stay."""
+    """Paths of the running modules, outermost first; those that failed are not removed."""
     stack: list[str] = []
     handles = []
 
@@ -302,11 +287,11 @@ def _running(module: nn.Module) -> Iterator[list[str]]:
 def _parts(
     graph: PruningGraph, current: PruningPlan, plan: PruningPlan
 ) -> list[tuple[str, PruningPlan]]:
-    """The plan, one group at a time, the largest kinds of cut first."""
+    """The plan in parts of one group or stack each, the hidden size first."""
     kinds = {part.name: part.kind for part in graph.parts}
-    there = {group.name for group in graph.groups_at(current.then(plan))}
-    there |= {stack.name for stack in graph.stacks}
-    cut = [n for n in plan.sizes if plan.kept[n] != current.kept[n] and n in there]
+    present = {group.name for group in graph.groups_at(current.then(plan))}
+    present |= {stack.name for stack in graph.stacks}
+    cut = [n for n in plan.sizes if plan.kept[n] != current.kept[n] and n in present]
     order = sorted(cut, key=lambda name: (kinds[name] != "hidden", kinds[name], name))
     return [(name, plan.only([name])) for name in order]
 

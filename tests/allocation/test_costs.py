@@ -141,7 +141,7 @@ def test_axes_that_nobody_names_stay_at_their_present_width():
     net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
     low = linear_group(net, "low", kind="ffn", producers=["0"], consumers=["2"])
     high = linear_group(net, "high", kind="ffn", producers=["2"], consumers=["4"])
-    costs = ParameterCosts([low, high], fixed=2, held={"high": 3})
+    costs = ParameterCosts([low, high], fixed=2, current={"high": 3})
     assert costs.total({"low": 5}) == ParameterCosts([low, high], 2).total({"low": 5, "high": 3})
     assert costs.savings("low", {"low": 5}, [4]) == [3 + 1 + 3]
     assert MacCosts([low], fixed=5).total({}) == 5

@@ -79,9 +79,9 @@ def curve(**changes):
         (damaged(version=2), "version 2"),
         (damaged(version=True), "version True"),
         (damaged(device={"type": "cpu"}), "is damaged"),
-        (damaged(device={**vars(HERE), "name": 7}), "7 is no text"),
-        (damaged(device={**vars(HERE), "threads": "two"}), "'two' is no whole number"),
-        (damaged(device={**vars(HERE), "threads": True}), "True is no whole number"),
+        (damaged(device={**vars(HERE), "name": 7}), "7 is not text"),
+        (damaged(device={**vars(HERE), "threads": "two"}), "'two' is not a whole number"),
+        (damaged(device={**vars(HERE), "threads": True}), "True is not a whole number"),
         (damaged(device={**vars(HERE), "more": 1}), "an entry 'more'; expected type, name"),
         (damaged(batch=10**400), "batch=an int of 1329 bits"),
         (damaged(dense_ms=10**400), "dense_ms is an int of 1329 bits"),
@@ -96,7 +96,7 @@ def curve(**changes):
         (damaged(length=True), "length=True"),
         (damaged(dense_ms=0), "dense_ms=0; expected milliseconds above 0"),
         (damaged(dense_ms="fast"), "dense_ms is 'fast'; expected milliseconds"),
-        (damaged(dense_ms=float("nan")), "NaN is no number of JSON"),
+        (damaged(dense_ms=float("nan")), "NaN is not a number in JSON"),
         (damaged(dense_ms=2.0), "'0.ffn' saves 3 of 2 ms"),
         (curve(groups=[]), "belongs to no group"),
         (curve(groups="a"), "is damaged"),
@@ -108,7 +108,7 @@ def curve(**changes):
         (curve(saved=[0.0]), "1 times; expected one time for each"),
         (curve(saved=[0.0, None]), "is None; expected milliseconds"),
         (curve(saved=[0.0, -1.0]), "is -1.0; expected milliseconds from 0"),
-        (curve(saved=[0.0, float("inf")]), "Infinity is no number of JSON"),
+        (curve(saved=[0.0, float("inf")]), "Infinity is not a number in JSON"),
         (curve(saved=[0.5, 1.0]), "expected 0 at full width"),
         (
             curve(widths=[4, 2, 1], saved=[0.0, 1.0, 0.5]),
@@ -263,7 +263,7 @@ def test_costs_add_up_side_by_side():
     assert costs.savings("0.ffn", {**full, "0.ffn": 32}, [31]) == pytest.approx([2 / 32])
     assert costs.savings("0.ffn", full, [63]) == pytest.approx([1 / 32])
     assert costs.neighbours("0.ffn") == frozenset()
-    held = LatencyCosts(TABLE, groups, held={"1.ffn": 32})
+    held = LatencyCosts(TABLE, groups, current={"1.ffn": 32})
     assert held.total({"0.ffn": 64}) == pytest.approx(9.0)
 
 
@@ -354,7 +354,7 @@ def test_costs_of_another_model_are_refused():
     larger = DependencyGroup("0.ffn", "ffn", 128, 1, (), ("down",))
     for group in (stranger, larger):
         with pytest.raises(
-            PruningError, match=f"does not know '{group.name}' of {group.size} units"
+            PruningError, match=f"does not have '{group.name}' of {group.size} units"
         ):
             LatencyCosts(TABLE, [group])
 

@@ -37,7 +37,7 @@ def budget(steps: int = 6):
     return training_of(Epochs(), steps, first_epoch=4, learning_rate=1e-3, seed=0)
 
 
-def axes_of(model: nn.Module):
+def groups_of(model: nn.Module):
     return choose_groups(find_groups(model))
 
 
@@ -51,7 +51,7 @@ def test_a_baseline_removes_what_was_asked(
     if baseline.method.startswith("torch-pruning"):
         pytest.importorskip("torch_pruning")
     dense = build(family)
-    groups, prunable = axes_of(dense), count_parameters(axes_of(dense))
+    groups, prunable = groups_of(dense), count_parameters(groups_of(dense))
     cut = settle(baseline.prune(copy.deepcopy(dense), labelled(range(2)), sparsity, 0))
     size = size_of(cut, groups)
     layers = baseline.method.endswith("-layers")
@@ -84,7 +84,7 @@ def test_what_torch_pruning_leaves_computes_the_same(family: str, lost: tuple[in
     with torch.no_grad():
         if family == "mpnet":
             model.mpnet.encoder.relative_attention_bias.weight.mul_(10)
-        for group in axes_of(model):
+        for group in groups_of(model):
             units = lost if group.kind == "heads" else range(group.size // 2)
             rows = [unit * group.entries + n for unit in units for n in range(group.entries)]
             for s in group.tensors:
@@ -93,7 +93,7 @@ def test_what_torch_pruning_leaves_computes_the_same(family: str, lost: tuple[in
             model.get_parameter(f"{group.consumers[0]}.weight")[:, rows] = 0
     before = outputs(model, batch())
     cut = by_library("magnitude", together=False)(model, labelled(range(1)), 0.5, 0)
-    assert size_of(cut, axes_of(model))["kept"] == {"heads": [2, 2], "ffn": [20, 20]}
+    assert size_of(cut, groups_of(model))["kept"] == {"heads": [2, 2], "ffn": [20, 20]}
     torch.testing.assert_close(outputs(cut, batch()), before, rtol=1e-4, atol=1e-5)
 
 
@@ -118,12 +118,12 @@ def test_the_masks_are_those_of_lightning(family: str, sparsity: float) -> None:
     ours = magnitude_masks(build(family), [], sparsity, 0)
     module = pl.LightningModule()
     module.network = build(family)
-    names = weight_names(axes_of(module.network))
+    names = weight_names(groups_of(module.network))
     paths = [name.removesuffix(".weight") for name in names]
     pruning = ModelPruning(
         "l1_unstructured",
         parameters_to_prune=[(module.network.get_submodule(path), "weight") for path in paths],
-        amount=round(sparsity * count_parameters(axes_of(module.network))),
+        amount=round(sparsity * count_parameters(groups_of(module.network))),
         use_global_unstructured=True,
     )
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -223,7 +223,7 @@ def test_movement_prunes_while_it_trains(family: str) -> None:
     assert shares[-1] > 0.5
     assert all(score.abs().sum() > 0 for score in scores)
     model = movement.finish()
-    size = size_of(model, axes_of(dense))
+    size = size_of(model, groups_of(dense))
     assert size["reached"] == pytest.approx(0.75, abs=0.03)
     assert not size["masked"]
     assert not [name for name, _ in model.named_parameters() if "scores" in name or "orig" in name]

@@ -121,7 +121,7 @@ def test_what_a_reconstruction_sends_is_what_was_worked_out_on_paper() -> None:
     found = CalibrationData(recorder.moments, ranks=[recorder.stored])
     method = Reconstruction(positions=512)
     known = network, groups, full_plan(groups), Decision(plan, {}, {}), method, found
-    reconstruct(*known, add)
+    reconstruct(*known, add=add)
     assert len(sizes) == 9  # six linear layers a layer; query, key and value of the lowest stay
     assert sum(sizes) == reconstruction_bytes(groups, network)
 

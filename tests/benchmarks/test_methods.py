@@ -11,10 +11,11 @@ from benchmarks import ablations
 from benchmarks.ablations import calibrated, measured
 from benchmarks.methods import DEFAULT, OURS, SETTINGS, VARIANTS, Setting
 from benchmarks.subjects import Subject, calibrate_gradients, cut, examine, quality_of, size_of
-from lightning_mi_prune import MutualInformationPruning
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import relevance_of
+from lightning_mi_prune.core.options import Importance
 from lightning_mi_prune.discovery.groups import full_plan
+from lightning_mi_prune.importance.criteria import criterion_of
 from lightning_mi_prune.importance.ranking import rank_groups
 from tests.benchmarks.tiny import labelled, opened, subject
 from tests.support.models import build
@@ -58,9 +59,10 @@ def test_the_calibration_is_of_the_validation_split_alone() -> None:
         assert first.gradients[key].taylor.any()
 
 
-def test_the_ridge_is_that_of_the_callback() -> None:
-    callback = MutualInformationPruning()
-    assert OURS.at(0.5, 0).criterion.ridge == callback.method.criterion.ridge == 1.0
+def test_our_criterion_is_the_default_of_the_package() -> None:
+    default = criterion_of(Importance(), seed=0)
+    assert vars(OURS.options(0.5, 0).criterion) == vars(default)
+    assert vars(DEFAULT.options(0.5, 0).criterion) == vars(default)
 
 
 @pytest.mark.usefixtures("opened")
@@ -78,7 +80,6 @@ def test_a_setting_changes_one_thing_but_for_the_few_that_explain_one() -> None:
     several = {setting.name: setting.changes for setting in SETTINGS}
     assert several.pop("default") == set()
     assert {name for name, changes in several.items() if len(changes) > 1} == {
-        "weights unchanged",
         "top-k, compensation alone",
         "no relevance, uniform",
         "literal reading",
@@ -93,7 +94,7 @@ def test_a_setting_changes_one_thing_but_for_the_few_that_explain_one() -> None:
 def test_calibrations_are_shared_by_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     monkeypatch.setattr(
-        ablations, "calibrate_activations", lambda *a, **b: passes.append(1) or CalibrationData()
+        ablations, "collect_activations", lambda *a, **b: passes.append(1) or CalibrationData()
     )
     monkeypatch.setattr(ablations, "calibrate_gradients", lambda *a, **b: passes.append(2) or {})
     for setting in SETTINGS:

@@ -159,7 +159,9 @@ def test_without_training_steps_or_gradients_there_is_no_relevance():
         PipelineOptions(Budget(sparsity=0.5)),
         PruningPlan.full({a.name: a.size for a in groups}),
     )
-    with pytest.raises(PruningError, match=r"asks for training steps, but none were collected\. Train"):
+    with pytest.raises(
+        PruningError, match=r"asks for training steps, but none were collected\. Train"
+    ):
         decide(method, model, groups, groups, full, CalibrationData({}))
     sums = gradient_sums(model, groups, lambda step: loss(step) * 0.0)
     with pytest.raises(PruningError, match=r"No gradient reached .* in 1 training step"):

@@ -118,7 +118,7 @@ def test_one_call_says_what_is_wrong(case):
         assert not part._state_dict_hooks
         assert not part._forward_hooks
         assert not part._forward_pre_hooks
-        assert "_lightning_mi_prune_keeper" not in vars(part)
+        assert "_lightning_mi_prune_tracker" not in vars(part)
     if hasattr(model, "config"):
         assert not hasattr(model.config, "pruning_plan")
 

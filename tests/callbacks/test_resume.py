@@ -246,7 +246,7 @@ def test_loggers_hear_of_the_size_that_came_back(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_network_that_came_pruned_has_no_second_keeper(tmp_path):
+def test_a_network_that_came_pruned_has_no_second_tracker(tmp_path):
     small = Classifier()
     groups = find_groups(small.model)
     PlanTracker.of(small.model).plan = random_plan(groups, 0.75)

@@ -782,7 +782,7 @@ class Stale(Classifier):
 
 
 @pytest.mark.parametrize(
-    ("module", "message"), [(Tied, "is cut by .* at once"), (Stale, "changed behind the plan")]
+    ("module", "message"), [(Tied, "is cut by .* at once"), (Stale, "changed without the plan")]
 )
 def test_models_that_cannot_be_cut_are_refused_before_the_first_batch(module, message):
     steps = []

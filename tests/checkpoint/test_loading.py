@@ -460,7 +460,7 @@ def same_model(module, other):
     return torch.equal(outputs(module.model, batch()), outputs(other.model, batch()))
 
 
-def test_only_the_returned_module_keeps_a_keeper(tmp_path):
+def test_only_the_returned_module_keeps_a_tracker(tmp_path):
     module = pruned(WithTeacher())
     path = save(module, tmp_path / "a.ckpt")
     again = load_pruned(WithTeacher, path)
@@ -571,14 +571,14 @@ def test_hyperparameters_of_unknown_classes_name_the_way(tmp_path):
     assert same(load_pruned(WithAnything(), tmp_path / "a.pt"), module)
 
 
-@pytest.mark.parametrize("had_a_keeper", [False, True])
-def test_a_refused_file_leaves_the_module_as_it_was(had_a_keeper, tmp_path):
+@pytest.mark.parametrize("had_a_tracker", [False, True])
+def test_a_refused_file_leaves_the_module_as_it_was(had_a_tracker, tmp_path):
     module = pruned(Classifier())
     state = module.state_dict()
     state["model.classifier.weight"] = torch.zeros(3, 5)
     torch.save(state, tmp_path / "a.pt")
     fresh = Classifier()
-    tracker = PlanTracker.of(fresh) if had_a_keeper else None
+    tracker = PlanTracker.of(fresh) if had_a_tracker else None
     before = copy.deepcopy(fresh.state_dict())
     with pytest.raises(PruningError, match=r"'model.classifier.weight' has shape \(3, 5\)"):
         load_pruned(fresh, tmp_path / "a.pt")

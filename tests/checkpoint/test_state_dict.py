@@ -39,9 +39,9 @@ def test_a_state_dict_tells_its_shape_to_a_fresh_model(family, head, tmp_path):
     root, tracker = kept(family, head)
     cut(root, tracker)
     torch.save(root.state_dict(), tmp_path / "weights.pt")
-    fresh, fresh_keeper = kept(family, head)
+    fresh, fresh_tracker = kept(family, head)
     fresh.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
-    assert fresh_keeper.plan == tracker.plan
+    assert fresh_tracker.plan == tracker.plan
     assert torch.equal(outputs(fresh["net"], batch()), outputs(root["net"], batch()))
 
 
@@ -59,7 +59,7 @@ def test_a_larger_checkpoint_makes_the_model_grow():
     assert root["net"].bert.encoder.layer[0].intermediate.dense.out_features == 20
 
 
-def test_without_a_keeper_a_pruned_checkpoint_is_refused_loudly():
+def test_without_a_tracker_a_pruned_checkpoint_is_refused():
     root, tracker = kept()
     cut(root, tracker)
     stranger = nn.ModuleDict({"net": build()})
@@ -70,7 +70,7 @@ def test_without_a_keeper_a_pruned_checkpoint_is_refused_loudly():
     assert not any(map(is_plan, root.state_dict()))
 
 
-def test_a_module_with_a_keeper_can_be_copied_and_pickled():
+def test_a_module_with_a_tracker_can_be_copied_and_pickled():
     root, tracker = kept()
     cut(root, tracker)
     other = copy.deepcopy(root)
@@ -156,10 +156,10 @@ def test_the_wording_of_the_key_may_change():
     keys = [key for key in state if is_plan(key)]
     assert keys == [f"net.bert.{PLAN_KEY}", f"net.{PLAN_KEY}"]
     for key in keys:
-        state[key.replace(PLAN_KEY, "lightning_mi_prune.core.plan (other words)")] = state.pop(key)
-    fresh, fresh_keeper = kept()
+        state[key.replace(PLAN_KEY, "lightning_mi_prune.plan (other words)")] = state.pop(key)
+    fresh, fresh_tracker = kept()
     fresh.load_state_dict(state)
-    assert fresh_keeper.plan == tracker.plan
+    assert fresh_tracker.plan == tracker.plan
 
 
 def two(*, within="", cut_as_built=False):
@@ -173,7 +173,7 @@ def two(*, within="", cut_as_built=False):
 
 @pytest.mark.parametrize("cut_as_built", [False, True])
 @pytest.mark.parametrize(("writer", "consumer"), [("q", "q"), ("q", ""), ("", "q"), ("q", "d")])
-def test_keepers_of_a_part_and_of_the_whole_understand_each_other(writer, consumer, cut_as_built):
+def test_trackers_of_a_part_and_of_the_whole_read_each_other(writer, consumer, cut_as_built):
     root, tracker = two(within=writer, cut_as_built=cut_as_built)
     tracker.plan = tracker.plan.then(
         random_plan([a for a in tracker.groups if a.name.startswith("q.")])
@@ -247,14 +247,14 @@ def test_weights_that_do_not_fit_their_plan_change_nothing(share, entry, value, 
     state = {**root.state_dict(), entry: value}
     if value is None:
         del state[entry]
-    fresh, fresh_keeper = kept()
-    cut(fresh, fresh_keeper, share)
-    before, plan = copy.deepcopy(fresh.state_dict()), fresh_keeper.plan
+    fresh, fresh_tracker = kept()
+    cut(fresh, fresh_tracker, share)
+    before, plan = copy.deepcopy(fresh.state_dict()), fresh_tracker.plan
     for strict in (True, False):
         with pytest.raises(PruningError, match=message):
             fresh.load_state_dict(state, strict=strict)
     assert unchanged(fresh, before)
-    assert fresh_keeper.plan == plan
+    assert fresh_tracker.plan == plan
 
 
 def test_a_plan_of_other_sizes_is_refused_and_nothing_changes():
@@ -275,7 +275,7 @@ def test_a_plan_of_other_sizes_is_refused_and_nothing_changes():
     assert {group.name[0] for group in tracker.groups} == {"q"}
 
 
-def test_a_module_has_one_keeper_and_its_copies_have_their_own():
+def test_a_module_has_one_tracker_and_its_copies_have_their_own():
     root, tracker = kept()
     cut(root, tracker)
     assert PlanTracker.of(root) is tracker

@@ -13,18 +13,19 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from jsonargparse.typing import Path_fr
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
-from lightning_mi_prune import MutualInformationPruning, PruningError, load_pruned, prune
+from lightning_mi_prune import PruningError, load_pruned, options, prune
 from lightning_mi_prune.cli import main
-from lightning_mi_prune.cli.config import OPTIONS, OWN
-from lightning_mi_prune.cli.program import prune_module
+from lightning_mi_prune.cli.program import OPTIONS, prune_module
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import CONFIGS, randomize
+from tests.support.packages import hide
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,9 +177,9 @@ def refused(capsys, *words):
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    lines = [line for line in said.err.splitlines() if not line.startswith("ignored, ")]
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if not line.startswith("ignored, ")]
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert sorted(Path().rglob("*")) == before
@@ -270,8 +271,14 @@ FORMS = {
     "trainer for training": ({**NAMED, "trainer": HOSTILE}, ["--trainer.max_epochs", "3"]),
     "own dataloaders": ({**NAMED, "data": None, "model": named("Own")}, ["--model.num_classes=3"]),
     "options": (
-        {**NAMED, "sparsity": 0.3, "units": ["ffn"], "floors": {"ffn$": 0.25}, "relevance": None},
-        ["--sparsity", "0.5", "--evaluate", "none"],
+        {
+            **NAMED,
+            "sparsity": 0.3,
+            "kinds": ["ffn"],
+            "constraints": {"floors": {"ffn$": 0.25}},
+            "importance": {"relevance": None},
+        },
+        ["--sparsity", "0.5", "--evaluate", "none", "--reconstruction.method", "compensation"],
     ),
     "the user's own": (
         {"trainer": TRAINER, "name": "mine"},
@@ -292,20 +299,26 @@ def test_files_are_laid_over_each_other_and_words_over_files(monkeypatch):
     found = []
     monkeypatch.setattr(
         "lightning_mi_prune.cli.program.prune_module",
-        lambda model, data, trainer, **options: found.append((model.hparams, data, options)),
+        lambda model, data, trainer, **given: found.append((model.hparams, data, given)),
     )
     Path("sub").mkdir()
     write({"num_classes": 4, "lr": 0.5}, "sub/model.yaml")
-    over = {"model": {"lr": 0.25}, "data": {"rows": 8}, "reconstruct": False, "sparsity": 0.25}
-    for body, words in ((BARE, CLASSES), (NAMED, [])):
-        for first in (body, {**body, "model": "sub/model.yaml"} if words else body):
-            given = [*write(first), *write(over, "over.yaml"), *words]
+    over = {"model": {"lr": 0.25}, "data": {"rows": 8}, "sparsity": 0.25}
+    over |= {"constraints": {"multiple": 4, "floor": 0.25}, "batch_norm": False}
+    first = {"constraints": {"caps": {"ffn$": 12}, "floor": 0.5}}
+    for body, words in (({**BARE, **first}, CLASSES), ({**NAMED, **first}, [])):
+        for under in (body, {**body, "model": "sub/model.yaml"} if words else body):
+            given = [*write(under), *write(over, "over.yaml"), *words, "--constraints.floor", "0.1"]
             main([*given, "--data.rows", "16", "--sparsity=0.125"])
-            hparams, data, options = found.pop()
-            assert hparams["num_classes"] == (3 if first is body else 4)
+            hparams, data, used = found.pop()
+            assert hparams["num_classes"] == (3 if under is body else 4)
             assert hparams["lr"] == 0.25
             assert data.rows == 16
-            assert (options["reconstruct"], options["sparsity"]) == (False, 0.125)
+            assert (used["batch_norm"], used["sparsity"]) == (False, 0.125)
+            assert used["constraints"] == options.Constraints(
+                caps={"ffn$": 12}, floor=0.1, multiple=4
+            )
+            assert used["reconstruction"] == options.Reconstruction()
     main([*write(over, "over.yaml"), *write(NAMED), "--data.init_args.rows", "24"])
     assert found.pop()[1].rows == 24
 
@@ -371,12 +384,23 @@ WRONG = {
     "out of range": ([*CLASSES, "--sparsity", "60"], r"sparsity=60.*above 0 and below 1"),
     "two budgets": ([*CLASSES, "--sparsity=.5", "--target_macs=9"], r"exactly one of"),
     "a choice": (
-        [*CLASSES, "--relevance", "abc"],
-        r"relevance: expected one of 'gradient', 'weights'; given value: abc",
+        [*CLASSES, "--importance.relevance", "abc"],
+        r"importance.relevance: expected one of 'gradient', 'weights'; given value: abc",
     ),
     "a loop": ([*CLASSES, "--evaluate", "abc"], r"expected one of 'validate', 'test', 'none'"),
-    "not a list": ([*CLASSES, "--units", "heads"], r"units: expected a list.*heads"),
-    "floor": ([*CLASSES, "--floor", "2"], r"floor=2.* below 1"),
+    "not a list": ([*CLASSES, "--kinds", "3"], r"kinds: expected a list.*3"),
+    "floor": ([*CLASSES, "--constraints.floor", "2"], r"floor=2.* below 1"),
+    "a field": ([*CLASSES, "--floor", "2"], r"--floor is no.*did you mean --constraints.floor\?"),
+    "no field": (
+        [*CLASSES, "--constraints.flor", "2"],
+        r"--constraints.flor is no option; did you mean --constraints.floor\?",
+    ),
+    "no kind": ([*CLASSES, "--kinds", "[zork]"], r"zork"),
+    "no data set": (
+        ["--model", named("Net"), "--model.num_classes=3", "--data", "nowhere/rows"],
+        r"data set 'nowhere/rows' cannot be opened.*save_to_disk",
+    ),
+    "rows of a batch": ([*CLASSES, "--batch_size", "few"], r"batch_size: expected an int"),
     "out of reach": ([*CLASSES, "--target_parameters", "5"], r"out of reach"),
     "nothing": ([*CLASSES, "--include", "nowhere"], r"include='nowhere' matches no"),
     "no class": ([*CLASSES[:2], "--data", "tests.nix.Rows"], r"no module 'tests.nix'.*--data my"),
@@ -425,13 +449,18 @@ BODIES = {
     "no model": ({"trainer": TRAINER}, r"There is no model"),
     "no data": ({**NAMED, "data": None}, r"Net has no val_dataloader.*--data mypackage.MyData"),
     "misspelt": ({**NAMED, "sparsty": 0.6}, r"'sparsty' in the file.*'sparsity'.*--cli"),
-    "misspelt beside stages": ({"fit": {**NAMED, "relevence": None}}, r"'relevence'.*'relevance'"),
+    "misspelt beside stages": ({"fit": {**NAMED, "inclde": None}}, r"'inclde'.*'include'"),
+    "misspelt field": (
+        {**NAMED, "constraints": {"flors": {}}},
+        r"constraints.flors is no option; did you mean constraints.floors\?",
+    ),
     "trainer": ({**NAMED, "trainer": {"acelerator": "cpu"}}, r"'trainer.acelerator'"),
     "trainer is a list": ({**NAMED, "trainer": [1]}, r"trainer=\[1\]"),
     "stage is a list": ({"fit": [1]}, r"fit=\[1\]; expected names"),
     "range": ({**NAMED, "sparsity": 60}, r"sparsity=60.*above 0 and below 1"),
     "type": ({**NAMED, "sparsity": "lots"}, r"sparsity: expected a float; given value: lots"),
-    "map": ({**NAMED, "floors": 3}, r"floors: expected a .*dict.*3"),
+    "map": ({**NAMED, "constraints": {"floors": 3}}, r"floors: expected a mapping.*3"),
+    "record": ({**NAMED, "constraints": 3}, r"constraints=3; expected names with values"),
     "model": ({**NAMED, "model": 3}, r"model=3; expected names with values, or a class path"),
     "class": ({**NAMED, "model": {"class_path": 3}}, r"model.class_path=3"),
     "path": ({**NAMED, "model": "nix.Net"}, r"'nix.Net': there is no module 'nix'"),
@@ -459,7 +488,7 @@ def test_what_is_wrong_in_a_file_is_one_line(case, capsys):
 def test_a_failure_leaves_what_was_there(capsys, monkeypatch):
     """Neither half a file nor the loss of an older one, wherever it fails."""
     Path("pruned.ckpt").write_text("older")
-    refused(capsys, *write(NAMED), "--pins", "{ffn: 41}")
+    refused(capsys, *write(NAMED), "--constraints.pins", "{ffn: 41}")
 
     def full(self, path, **_):
         Path(path).write_text("half")
@@ -505,28 +534,56 @@ def test_help_is_short_plain_and_complete(capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", columns)
         main(["--help"])
         text = capsys.readouterr().out
-        assert len(text.splitlines()) < 70
+        assert len(text.splitlines()) < 90
         assert max(map(len, text.splitlines())) <= 100
         assert not re.search(r":\w+:`|``|\bNone\b", text)
-        for name in (*OPTIONS, "config", "model", "data", "cli"):
+        for name in (*(option.name for option in OPTIONS), "config", "model", "data", "cli"):
             assert re.search(rf"^  --{name} [A-Z]", text, re.M), name
     main(["--model", "anything", "-h"])
     assert capsys.readouterr().out == text
 
 
-def test_options_are_those_of_the_callback_and_of_the_function():
-    callback = inspect.signature(MutualInformationPruning).parameters
+def test_options_are_those_of_the_function_and_of_its_records():
+    given = {option.name: option.default for option in OPTIONS}
+    own = set(inspect.signature(prune_module).parameters) - {"model", "data", "trainer", "options"}
     for name, parameter in inspect.signature(prune).parameters.items():
-        if name in callback:
-            assert name in OPTIONS
-            assert (parameter.default or None) == (callback[name].default or None)
-    for name, (_, default) in OWN.items():
-        assert inspect.signature(prune_module).parameters[name].default == default
-    assert set(OPTIONS) - set(OWN) <= set(callback)
-    training = {"ramp", "cuts", "first_epoch", "last_epoch", "verbose", "max_drop", "monitor"}
-    assert set(callback) - set(OPTIONS) == training | {"mode", "on_drop", "best_of"}
+        record = getattr(options, name.title(), None)
+        fields = [] if record is None else list(inspect.signature(record).parameters)
+        for field in fields:
+            assert given.pop(f"{name}.{field}") == getattr(record(), field)
+        if not fields and name not in (
+            "model",
+            "data",
+            "loss",
+            "forward",
+            "training",
+            "optimizers",
+        ):
+            assert given.pop(name) == parameter.default
+    assert set(given) == own == {"checkpoint", "output", "evaluate", "batch_size"}
     with pytest.raises(PruningError, match="cuts is no option of one-shot pruning"):
         prune_module(Net(3), Rows(), trainer(), cuts=3)
+
+
+@pytest.mark.parametrize("form", ["words", "file"])
+@pytest.mark.parametrize("loop", ["validate", "none"])
+def test_a_data_set_in_place_of_a_datamodule(form, loop, capsys):
+    rows = [Sentences(48, seed=1)[i] for i in range(48)]
+    columns = {name: [row[name].tolist() for row in rows] for name in rows[0]}
+    Dataset.from_dict(columns).save_to_disk("rows")
+    capsys.readouterr()
+    body = {"trainer": TRAINER, **({"data": "./rows"} if form == "file" else {})}
+    words = [] if form == "file" else ["--data", "rows"]
+    words += ["--model", named("Net"), "--model.num_classes", "3", "--evaluate", loop]
+    main([*write(body), *words, "--batch_size", "16"])
+    assert ("val_loss" in capsys.readouterr().out) == (loop == "validate")
+    opened()
+
+
+def test_without_jsonargparse_the_command_names_its_extra(capsys, monkeypatch):
+    hide(monkeypatch, "jsonargparse")
+    line = refused(capsys, "--help")
+    assert re.search(r"'jsonargparse'.*pip install 'lightning-mi-prune\[cli\]'", line)
 
 
 def test_modules_of_the_working_directory_are_found(tmp_path):

@@ -51,10 +51,10 @@ def test_prefixes_come_and_go():
 @pytest.mark.parametrize(
     ("sizes", "kept", "message"),
     [
-        ({"a": 2}, {}, "survivors for each group"),
-        ({"a": 2}, {"a": (0, 2)}, "position 2"),
-        ({"a": 2}, {"a": (-1,)}, "position -1"),
-        ({"a": 2}, {"a": (True,)}, "position True"),
+        ({"a": 2}, {}, "kept units of every group"),
+        ({"a": 2}, {"a": (0, 2)}, "unit 2"),
+        ({"a": 2}, {"a": (-1,)}, "unit -1"),
+        ({"a": 2}, {"a": (True,)}, "unit True"),
         ({"a": 3}, {"a": (1, 0)}, "out of order"),
         ({"a": 3}, {"a": (1, 1)}, "out of order"),
         ({"a": 0}, {"a": (0,)}, "size 0"),
@@ -70,7 +70,7 @@ def test_a_wrong_plan_is_refused(sizes, kept, message):
 @pytest.mark.parametrize(
     ("later", "message"),
     [
-        (PruningPlan({"a": 4}, {"a": (0,)}), r"positions \[0\].*already removed"),
+        (PruningPlan({"a": 4}, {"a": (0,)}), r"units \[0\].*already removed"),
         (PruningPlan({"a": 5}, {"a": (1,)}), "not in the earlier plan"),
         (PruningPlan({"c": 4}, {"c": (1,)}), "not in the earlier plan"),
     ],
@@ -87,8 +87,8 @@ def test_plans_that_do_not_compose(later, message):
         ("[]", "is a list of 0; expected a JSON object"),
         ('{"version": 99}', "version 99"),
         ('{"version": 1, "sizes": {}}', "'sizes' and 'kept'"),
-        ('{"version": 1, "sizes": {"a": 2}, "kept": {"a": "0"}}', "list of ints"),
-        ('{"version": 1, "sizes": {"a": 2}, "kept": {"a": [0.5]}}', "position 0.5"),
+        ('{"version": 1, "sizes": {"a": 2}, "kept": {"a": "0"}}', "expected integers"),
+        ('{"version": 1, "sizes": {"a": 2}, "kept": {"a": [0.5]}}', "unit 0.5"),
         ("[" * 100_000, "not valid JSON"),
     ],
 )

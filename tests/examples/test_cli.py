@@ -121,21 +121,21 @@ def test_fit_reports_and_its_results_open_again(config: Path) -> None:
     assert sum(p.numel() for p in reloaded.parameters()) == report["after"]["parameters"]
 
 
-def test_the_held_out_rows_are_never_listened_to(
+def test_test_rows_are_not_used_for_calibration(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[torch.Tensor] = []
+    used: list[torch.Tensor] = []
     inner = TextClassifier.validation_step
 
-    def listen(self: TextClassifier, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
-        heard.append(batch["input_ids"][:, 2])  # the word that tells the row
+    def record(self: TextClassifier, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        used.append(batch["input_ids"][:, 2])  # the word that identifies the row
         inner(self, batch, batch_idx)
 
-    monkeypatch.setattr(TextClassifier, "validation_step", listen)
+    monkeypatch.setattr(TextClassifier, "validation_step", record)
     cli = run("fit", "--config", str(config), "--control", "false")
     test_rows = {ids[2] for ids in cli.datamodule.splits["test"]["input_ids"][:]}
     assert len(test_rows) == 58
-    assert not test_rows & set(torch.cat(heard).tolist())
+    assert not test_rows & set(torch.cat(used).tolist())
     report = json.loads(Path("runs/demo/report.json").read_text())
     assert report["before"]["metrics"] == {}
 
@@ -147,7 +147,7 @@ def test_validate_and_predict(config: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == 58
     assert {row["predicted"] for row in rows} <= {"a", "b"}
-    for row in rows:  # the text tells its own label
+    for row in rows:  # the text determines its label
         number = int(row["text"].split()[1].removeprefix("w"))
         assert row["label"] == "ab"[number % 2]
 
@@ -235,5 +235,5 @@ def test_two_ranks_write_one_report(config):
 
 def test_predictions_of_shares_are_refused():
     stub = SimpleNamespace(trainer=SimpleNamespace(world_size=2))
-    with pytest.raises(MisconfigurationException, match="2 processes have a share"):
+    with pytest.raises(MisconfigurationException, match="each of 2 processes has only a share"):
         TextClassificationCLI.after_predict(stub)

@@ -28,7 +28,7 @@ def rows(numbers: Iterable[int], classes: int = 2) -> list[Row]:
 
 
 def write(path: Path, table: list[Row]) -> str:
-    """Writes rows as the type that the file's name says."""
+    """Writes rows in the format of the file's name."""
     if path.suffix == ".parquet":
         parquet.write_table(Dataset.from_list(table).data.table, path)
     elif path.suffix == ".json":

@@ -39,7 +39,7 @@ def body(model):
     return PruningGraph(tuple(units), tuple(find_stacks(model)))
 
 
-def without(graph, *gone, current=None):
+def without_layers(graph, *gone, current=None):
     """A plan in which no stack has these layers."""
     now = graph.full if current is None else current
     layers = {s.name: tuple(i for i in now.kept[s.name] if i not in gone) for s in graph.stacks}
@@ -104,7 +104,7 @@ def test_every_family_comes_closer_to_what_it_said(kind):
     model, call = known(kind)
     graph = body(model)
     stacks = [s for s in graph.stacks if s.size > 1]
-    plan = without(graph, 1)
+    plan = without_layers(graph, 1)
     plain, _ = shorter(model, graph, plan, call, take=False)
     cut, selection = shorter(model, graph, plan, call)
     assert selection.compensated
@@ -122,7 +122,7 @@ def test_a_constant_that_layers_added_is_taken_over_to_the_last_digit():
         for projection, _ in stack.residual_branches:
             model.get_submodule(f"{stack.name}.1.{projection}").weight.zero_()
     call = call_of(pictures(64))
-    plan = without(graph, 1)
+    plan = without_layers(graph, 1)
     plain, _ = shorter(model, graph, plan, call, take=False)
     cut, _ = shorter(model, graph, plan, call)
     dense = states(model, stack.name, call)
@@ -134,7 +134,7 @@ def test_layers_that_hand_on_what_they_get_leave_no_change():
     model = deep_bert().eval()
     graph = body(model)
     call = call_of(batch(64))
-    cut, selection = shorter(model, graph, without(graph, 2, 3), call)
+    cut, selection = shorter(model, graph, without_layers(graph, 2, 3), call)
     dense = states(model, STACK, call)
     assert torch.allclose(states(cut, STACK, call), dense, atol=1e-3)
     assert {name.split(".")[3] for name in selection.compensated} == {"1", "2", "3"}
@@ -145,7 +145,7 @@ def test_the_model_is_only_run():
     before = {n: t.clone() for n, t in model.state_dict().items()}
     ids, state = [id(p) for p in model.parameters()], torch.get_rng_state()
     graph = body(model)
-    _, selection = shorter(model, graph, without(graph, 1, 4), call_of(batch(64)))
+    _, selection = shorter(model, graph, without_layers(graph, 1, 4), call_of(batch(64)))
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert [id(p) for p in model.parameters()] == ids
     assert model.training
@@ -156,7 +156,7 @@ def test_the_model_is_only_run():
 
 def test_who_takes_over_from_whom():
     graph = body(deep_bert())
-    found = replacements_for(graph, graph.full, without(graph, 1, 2, 5))
+    found = replacements_for(graph, graph.full, without_layers(graph, 1, 2, 5))
     ends = [(r.layer, r.target.layer) for r in found.layers if ".attention" not in r.layer]
     path = "{}.{}.output.dense"
     assert ends == [
@@ -172,7 +172,7 @@ def test_who_takes_over_from_whom():
         norm.format(STACK, new): norm.format(STACK, old) for new, old in ((0, 2), (2, 5))
     }
     # Layers at the bottom leave no heir; those above say again what they said.
-    found = replacements_for(graph, graph.full, without(graph, 0, 1))
+    found = replacements_for(graph, graph.full, without_layers(graph, 0, 1))
     assert not found.norms
     assert [r.target.layer.split(".")[3] for r in found.layers] == list("22334455")
 
@@ -180,10 +180,10 @@ def test_who_takes_over_from_whom():
 def test_paths_of_a_second_cut_are_those_of_today():
     model, call = deep_bert(copies=()).eval(), call_of(batch(64))
     graph = body(model)
-    first = without(graph, 1)
+    first = without_layers(graph, 1)
     short, _ = shorter(model, graph, first, call)
     dense = states(short, STACK, call)
-    plan = without(graph, 3, current=first)
+    plan = without_layers(graph, 3, current=first)
     plain, _ = shorter(short, graph, plan, call, take=False, current=first)
     cut, selection = shorter(short, graph, plan, call, current=first)
     assert len(cut.bert.encoder.layer) == 4
@@ -196,7 +196,7 @@ def test_projections_that_are_not_known_stay():
     model = made("gpt2")
     graph = PruningGraph(stacks=tuple(find_stacks(model)))
     call = call_of({"input_ids": batch(8)["input_ids"]})
-    _, selection = shorter(model, graph, without(graph, 1), call)
+    _, selection = shorter(model, graph, without_layers(graph, 1), call)
     assert not selection.compensated
 
 
@@ -205,14 +205,14 @@ def test_what_is_no_linear_module_is_named():
     model.bert.encoder.layer[0].output.dense = nn.Sequential(nn.Linear(40, 24))
     graph = PruningGraph(stacks=tuple(find_stacks(model)))
     with pytest.raises(PruningError, match=r"layer\.0\.output\.dense' is a Sequential; expected"):
-        shorter(model, graph, without(graph, 1), call_of(batch(8)))
+        shorter(model, graph, without_layers(graph, 1), call_of(batch(8)))
 
 
 def test_calls_that_never_reach_the_layers_are_named():
     model = deep_bert()
     graph = body(model)
     heard = CalibrationData(ranks=[{"classifier": [RecordedCall((torch.ones(50, 24),), {})]}])
-    selection = Decision(without(graph, 1), {}, {})
+    selection = Decision(without_layers(graph, 1), {}, {})
     with pytest.raises(PruningError, match=r"No stored input reaches .*layer\.0\.output\.dense"):
         compensate_removed_layers(model, graph, graph.full, selection, heard, positions=100)
 
@@ -227,7 +227,7 @@ def solve_on_a_rank(rows):
     heard = CalibrationData(
         ranks=[{"": [call_of(p)]} if len(p["input_ids"]) else {} for p in parts]
     )
-    selection = Decision(without(graph, 1, 4), {}, {})
+    selection = Decision(without_layers(graph, 1, 4), {}, {})
     options = {"positions": 10**5, "add": added, "rank": rank, "world": world}
     found = compensate_removed_layers(model, graph, graph.full, selection, heard, **options)
     return {name: value.tolist() for name, value in found.compensated.items()}

@@ -145,8 +145,8 @@ CASES: dict[str, Case] = {
     "killed in surgery, some parameters made": Case(before(units, "_rewrite"), 2, 4),
     "killed in surgery, some parameters in place": Case(SWAP, 2, 4),
     "killed in surgery, decision saved": Case(SWAP, 2, 4, saves="epochs"),
-    "killed in surgery, sizes not yet true": Case(before(units, "_follow"), 2),
-    "killed carrying the optimizer across": Case(before(optimizers, "followed"), 2, 7),
+    "killed in surgery, sizes not yet true": Case(before(units, "_update_sizes"), 2),
+    "killed carrying the optimizer across": Case(before(optimizers, "cut_state"), 2, 7),
     "killed before wrapping again": Case(before(steps, "rewrap_ddp"), 2),
     "killed before the report": Case(before(widths, "describe"), 2),
     "killed taking layers out": Case(REMOVE, 1, saves="epochs", method=GONE),
@@ -154,7 +154,7 @@ CASES: dict[str, Case] = {
     "killed putting layers back": Case(REMOVE, 3, saves="epochs", method=MISSED),
     "killed taking a cut back": Case(SWAP, 2, 4, method=WRONG),
     "killed taking a cut back, optimizer half undone": Case(
-        before(optimizers, "_revived"), 2, 7, saves="epochs", method=WRONG
+        before(optimizers, "_restored_state"), 2, 7, saves="epochs", method=WRONG
     ),
     "killed writing, half of the bytes": Case(half_written, 2, 1),
     "killed writing, half of the last.ckpt": Case(half_written, 2, 2),
@@ -186,7 +186,7 @@ HALF_CUT: dict[str, Case] = {
     "exception taking layers out": Case(TELL, 1, 1, "both", "raise", method=GONE),
     "exception in surgery": Case(SWAP, 2, 4, "both", "raise"),
     "exception carrying the optimizer across": Case(
-        before(optimizers, "followed"), 2, 7, "both", "raise"
+        before(optimizers, "cut_state"), 2, 7, "both", "raise"
     ),
     "exception after a cut": Case(before(steps, "restart_comparison"), 2, 1, "both", "raise"),
 }

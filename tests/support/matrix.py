@@ -1,6 +1,7 @@
-"""Strategy x precision x optimizer x resume point; ``python -m tests.support.matrix`` writes the page.
+"""Strategy x precision x optimizer x resume point, and what is refused.
 
-Every cell is a run that was stopped at a point, resumed from its checkpoint with
+``python -m tests.support.matrix`` writes docs/matrix.md; with ``--refused`` it only updates the
+errors, which takes seconds. Every cell is a run that was stopped at a point, resumed from its checkpoint with
 ``weights_only=True``, and compared with the straight run after every epoch, bit for bit.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import sys
 import tempfile
 import time
 import warnings
@@ -174,15 +176,14 @@ def page(results: dict[str, Found], seconds: float) -> str:
     lines = [
         "# What can be stopped and resumed",
         "",
-        "Written by `make matrix`. Every cell is a run of four epochs with cuts at the start of",
-        "the second and third that was stopped at a point, resumed from its checkpoint",
-        "(`weights_only=True`), and compared with a run that was never stopped, after every later",
-        "epoch: weights, optimizer state, learning rates, plan, metrics and cuts, bit for bit, on",
-        "every rank. `=` means equal. Batches come from a loader that can resume inside an epoch.",
+        "Written by `make matrix`. Every cell is a run of four epochs, with cuts at the start of the",
+        "second and third, that was stopped at a point, resumed from its checkpoint",
+        "(`weights_only=True`) and compared with a run that was not stopped, after every later",
+        "epoch and on every rank: weights, optimizer state, learning rates, plan, metrics and cuts,",
+        "bit for bit. `=` means equal. Batches come from a loader that can resume inside an epoch.",
         "",
-        f"{good} of {cells} cells are equal. {_machine()}, {seconds / 60:.1f} minutes,",
-        "one thread a process. fp16 (`16-mixed`) runs with a GradScaler on the CPU. No GPU was at",
-        "hand; tests for GPUs skip without one.",
+        f"{good} of {cells} cells are equal. {_machine()}, {seconds / 60:.1f} minutes, one",
+        "thread per process. fp16 (`16-mixed`) runs with a GradScaler on the CPU; no GPU was used.",
         "",
     ]
     for strategy, found in results.items():
@@ -192,8 +193,13 @@ def page(results: dict[str, Found], seconds: float) -> str:
             marks = " | ".join(row[point] or "=" for point in points)
             lines.append(f"| {precision} | {optimizer} | {marks} |")
         lines.append("")
-    lines += ["## Refused", "", "In `setup`, or before the first cut, in one sentence:", ""]
-    lines += ["| what | the sentence |", "|---|---|"]
+    return "\n".join(lines) + "\n" + refusals()
+
+
+def refusals() -> str:
+    """The last part of the page."""
+    lines = ["## Refused", "", "With an error in `setup` or before the first cut:", ""]
+    lines += ["| what | error |", "|---|---|"]
     lines += [f"| {name} | {sentence(refused)} |" for name, refused in REFUSED.items()]
     return "\n".join(lines) + "\n"
 
@@ -209,6 +215,10 @@ def main() -> None:
     """Run every cell and write the page."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if "--refused" in sys.argv:
+        cells, _, _ = PAGE.read_text(encoding="utf-8").partition("## Refused")
+        PAGE.write_text(cells + refusals(), encoding="utf-8")
+        return
     torch.set_num_threads(1)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

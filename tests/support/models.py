@@ -170,7 +170,8 @@ def masked_copy(model: nn.Module, groups: list[DependencyGroup], plan: PruningPl
             if group.kind == "hidden":
                 continue  # its norms would have to know: tests/discovery/test_hidden_size.py
             gone = sorted(set(range(group.size)) - set(plan.kept[group.name]))
-            place = entry_positions(group, {group.name: gone}, {group.name: group.size})
+            found = entry_positions(group, {group.name: gone}, {group.name: group.size})
+            place = torch.tensor(found, dtype=torch.long)
             if group.rotation is None:
                 for consumer in group.consumers:
                     masked.get_parameter(f"{consumer}.weight")[:, place] = 0

@@ -154,7 +154,7 @@ POINTS: dict[str, Point] = {
     "inside an epoch": Point("on_train_batch_end", 1, 1),
     "after its last batch": Point("on_train_batch_end", 1, 3),
     "validation begins": Point("on_validation_start", 1),
-    "validation half heard": Point("on_validation_batch_end", 1, 1),
+    "inside a validation": Point("on_validation_batch_end", 1, 1),
     "cut pending, validation over": Point("on_validation_end", 1),
     "cut pending, epoch over": Point("on_train_epoch_end", 1),
     "after the last cut": Point("on_train_batch_end", 2, 2),

@@ -27,7 +27,7 @@ FAMILIES = [(f, "sequence") for f in CONFIGS] + [(f, "image") for f in PICTURES]
 GONE = ("heads", "ffn")
 
 
-def keep_layers(model, kinds=GONE, layers=99):
+def without_units(model, kinds=GONE, layers=99):
     """The model without units of some kinds, its groups and the plan."""
     groups = find_groups(model)
     full = full_plan(groups)
@@ -39,7 +39,7 @@ def keep_layers(model, kinds=GONE, layers=99):
 @pytest.mark.parametrize(("family", "head"), FAMILIES)
 def test_nothing_of_zero_width_is_left_in_the_tree(family, head):
     model, inputs = build(family, head), inputs_of(head)
-    groups, plan = without(model)
+    groups, plan = without_units(model)
     keys = set(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters())
     update_optimizers([optimizer], apply_plan(model, groups, plan))
@@ -61,7 +61,7 @@ def test_nothing_of_zero_width_is_left_in_the_tree(family, head):
 
 def test_layers_beside_the_tree_follow_the_device():
     model = build()
-    groups, plan = without(model)
+    groups, plan = without_units(model)
     apply_plan(model, groups, plan)
     moved = model.to("meta")
     reshape_tensors(moved, groups, full_plan(groups))
@@ -71,7 +71,7 @@ def test_layers_beside_the_tree_follow_the_device():
 @pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
 def test_hooks_of_the_user_stay(family):
     model, seen = build(family), []
-    groups, plan = without(model)
+    groups, plan = without_units(model)
     consumers = [group.consumers[0] for group in groups if group.kind in GONE]
     handles = [
         model.get_submodule(path).register_forward_hook(lambda *_, path=path: seen.append(path))
@@ -90,7 +90,7 @@ def test_hooks_of_the_user_stay(family):
 @pytest.mark.parametrize(("family", "head"), [("bert", "sequence"), ("vit", "image")])
 def test_dynamic_int8_is_as_close_as_that_of_a_dense_model(family, head):
     model, inputs = build(family, head), inputs_of(head)
-    groups, plan = without(model, layers=2)
+    groups, plan = without_units(model, layers=2)
     apply_plan(model, groups, plan)
     with pytest.warns(Warning, match="deprecated"):
         small = torch.ao.quantization.quantize_dynamic(
@@ -135,7 +135,7 @@ def test_training_goes_on_after_sublayers_vanished(name, norm):
         optimizer.step()
 
     step()
-    groups, plan = without(model)
+    groups, plan = without_units(model)
     update_optimizers([optimizer], apply_plan(model, groups, plan))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     step()

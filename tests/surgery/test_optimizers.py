@@ -682,7 +682,7 @@ def broken(states, **changes):
         (lambda s: {"0": s[0]}, "holds 0 readable"),
         (lambda s: [[1]], "holds 0 readable"),
         (lambda s: [{"2.weight": torch.zeros(3)}], "holds 0 readable"),
-        (lambda s: broken(s, exp_avg=torch.zeros(3, 7)), r"'2\.weight' holds 'exp_avg'.*\(3, 7\)"),
+        (lambda s: broken(s, exp_avg=torch.zeros(3, 7)), r"'2\.weight' has 'exp_avg'.*\(3, 7\)"),
         (lambda s: broken(s, exp_avg=torch.zeros(8, 3)), "does not fit"),
         (lambda s: broken(s, exp_avg=torch.zeros(1, 8)), "does not fit"),
         (lambda s: broken(s, exp_avg=torch.zeros(1)), "does not fit"),

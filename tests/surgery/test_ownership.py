@@ -233,13 +233,13 @@ def test_contradicting_plans_are_refused_and_equal_ones_pass():
     state = root.state_dict()
     groups = tracker.groups
     text = tracker.plan.under("net").to_json()
-    state["net.lightning_mi_prune.core.plan (again)"] = entry(text)
+    state["net.lightning_mi_prune.plan (again)"] = entry(text)
     fresh = nn.ModuleDict({"net": build()})
     mine = PlanTracker.of(fresh)
     fresh.load_state_dict(state)
     assert mine.plan == tracker.plan
     contrary = random_plan(groups, 0.75).under("net").to_json()
-    state["net.lightning_mi_prune.core.plan (again)"] = entry(contrary)
+    state["net.lightning_mi_prune.plan (again)"] = entry(contrary)
     with pytest.raises(PruningError, match="two plans that differ in group"):
         fresh.load_state_dict(state)
     assert mine.plan == tracker.plan
@@ -361,7 +361,7 @@ def test_a_network_in_the_place_of_another_is_found_anew():
     assert all(set(later.kept[name]) <= set(kept.kept[name]) for name in kept.kept)
 
 
-def test_latest_weights_of_a_closed_keeper_carry_no_plan():
+def test_latest_weights_of_a_closed_tracker_carry_no_plan():
     module = nn.ModuleDict({"net": build()})
     tracker = cut(module)
     tracker.close()

@@ -186,7 +186,7 @@ def test_what_would_break_is_refused_and_changes_nothing():
         remove_layers(model, stacks, plan_of(stacks, drop=range(4)))
     assert model.config.to_dict() == before
     assert [len(model.get_submodule(a.name)) for a in stacks] == [4, 3]
-    with pytest.raises(PruningError, match="changed behind the plan"):
+    with pytest.raises(PruningError, match="changed without the plan"):
         remove_layers(model, stacks, plan_of(stacks, drop=(1, 2)), current=plan_of(stacks))
     with pytest.raises(PruningError, match="ALBERT runs one layer many times"):
         find_stacks(build("albert"))

@@ -151,7 +151,7 @@ def test_without_spare_layers_nothing_comes_back():
     model, graph = body()
     plan = graph.keep_layers(graph.full, {STACK: (0, 1)})
     cut_model(model, graph, plan, current=graph.full)
-    with pytest.raises(PruningError, match=r"Layer 2 of .* is gone, and nothing is kept"):
+    with pytest.raises(PruningError, match=r"Layer 2 of .* was removed and no copy"):
         restore_model(model, graph, graph.full, {}, current=plan, available={})
     assert len(model.bert.encoder.layer) == 2
 
@@ -178,7 +178,7 @@ def test_an_error_while_units_go_puts_layers_back(monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("lightning_mi_prune.surgery.units.apply", fail)
+    monkeypatch.setattr("lightning_mi_prune.surgery.transaction.apply_plan", fail)
     with pytest.raises(RuntimeError, match="boom"):
         cut_model(model, graph, graph.keep_layers(graph.full, {STACK: (1,)}), current=graph.full)
     after, config = state(model)
@@ -234,7 +234,7 @@ def test_weights_of_other_layers_than_the_plan_says_are_refused():
     assert state(fresh.module["net"]) == before
 
 
-def test_a_keeper_of_the_whole_takes_over_from_that_of_a_part():
+def test_a_tracker_of_the_whole_takes_over_from_that_of_a_part():
     inner = PlanTracker(deep_bert().eval(), parts)
     graph = inner.graph
     plan = graph.keep_layers(graph.full, {STACK: (0, 3)})

@@ -1,4 +1,4 @@
-"""WHOSE    which groups a model has: a list of families, tried in order on every module."""
+"""Groups of known model families, and the registration of others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import nn
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan, recorded_plan
 from lightning_mi_prune.discovery.families import transformers
-from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.discovery.groups import DependencyGroup, as_built
 
 __all__ = [
@@ -23,8 +22,6 @@ __all__ = [
 ]
 
 Matches = Callable[[nn.Module], bool]
-
-
 Describe = Callable[[nn.Module], Sequence[DependencyGroup]]
 
 
@@ -41,23 +38,24 @@ _FAMILIES: list[_Family] = [
 
 
 def register_family(name: str, matches: Matches) -> Callable[[Describe], Describe]:
-    """Decorate a function that describes the groups of a model the package does not know.
+    """Decorate a function that returns the groups of a model the package does not know.
 
     Args:
-        name: A name of your own, once.
-        matches: Whether the function describes this module; tried before the built-in families.
+        name: A unique name.
+        matches: Whether the function describes a module; tried before the built-in families.
 
     Raises:
         PruningError: If the name is taken.
 
     Example:
+        >>> from lightning_mi_prune import linear_group
         >>> class MLP(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.up, self.down = nn.Linear(4, 16), nn.Linear(16, 2)
         >>> @register_family("docs-mlp", matches=lambda module: isinstance(module, MLP))
-        ... def mlp(module):
-        ...     return [linear_group(module, "ffn", kind="ffn", producers=["up"], consumers=["down"])]
+        ... def mlp(net):
+        ...     return [linear_group(net, "ffn", kind="ffn", producers=["up"], consumers=["down"])]
         >>> [(group.name, group.size) for group in find_groups(nn.ModuleDict({"net": MLP()}))]
         [('net.ffn', 16)]
     """
@@ -107,7 +105,7 @@ def find_groups(module: nn.Module, within: str = "") -> list[DependencyGroup]:
 
 
 def present_plan(module: nn.Module, groups: Sequence[DependencyGroup]) -> PruningPlan:
-    """The plan that ``module`` carries: full, unless a pruned network was loaded into it."""
+    """The plan of ``module`` now: full, unless it contains a pruned network."""
     kept: dict[str, tuple[int, ...]] = {group.name: tuple(range(group.size)) for group in groups}
     for path in {group.network for group in groups}:
         mine = [group for group in groups if group.network == path]
@@ -123,8 +121,8 @@ def plan_for(
 ) -> PruningPlan | None:
     """The plan recorded in the config of a network, named from that network.
 
-    The record may have been made on the encoder alone or on an encoder with a head: an encoder
-    reads its part of it, and a model with a head finds that of its encoder.
+    A plan recorded on an encoder is also found for a model with a head around it, and the other
+    way round.
 
     Args:
         network: A network of a known family.
@@ -154,7 +152,7 @@ def is_within(path: str, top: str) -> bool:
 def modules_without_groups(
     module: nn.Module, groups: Sequence[DependencyGroup], within: str = ""
 ) -> list[str]:
-    """Paths of the modules with weight matrices of which no group can cut or read anything.
+    """Paths of the modules with weight matrices that take part in no group.
 
     Args:
         module: Module from which the groups are named.
@@ -162,8 +160,10 @@ def modules_without_groups(
         within: Path of a submodule to look at instead of all of ``module``.
 
     Example:
+        >>> from lightning_mi_prune import linear_group
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2), nn.Linear(2, 2))
-        >>> modules_without_groups(net, [linear_group(net, "ffn", kind="ffn", producers=["0"], consumers=["2"])])
+        >>> group = linear_group(net, "ffn", kind="ffn", producers=["0"], consumers=["2"])
+        >>> modules_without_groups(net, [group])
         ['3']
     """
     touched = {""}
@@ -181,10 +181,10 @@ def modules_without_groups(
 
 
 def _unknown(module: nn.Module) -> str:
-    stranger = transformers.nearest_unknown(module) or module
-    kind = getattr(getattr(stranger, "config", None), "model_type", None)
-    name = type(stranger).__name__
-    linear = [path for path, part in stranger.named_modules() if type(part) is nn.Linear and path]
+    unknown = transformers.first_unknown(module) or module
+    kind = getattr(getattr(unknown, "config", None), "model_type", None)
+    name = type(unknown).__name__
+    linear = [path for path, part in unknown.named_modules() if type(part) is nn.Linear and path]
     up, down = (*linear, "up", "down")[:2] if len(linear) != 1 else (linear[0], "down")
     return (
         f"Nothing to prune was found in {name}{f' (model type {kind!r})' if kind else ''}. Known "

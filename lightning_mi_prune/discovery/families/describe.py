@@ -1,4 +1,4 @@
-"""From the names of linear layers to a group, with every shape checked."""
+"""Build a group from the paths of linear layers, with checked shapes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def linear_group(
     config: str | None = None,
     level: int = 0,
 ) -> DependencyGroup:
-    """Group of the units between linear layers that make them and linear layers that read them.
+    """Group of the units between linear layers that produce and consume them.
 
     Args:
         network: Module that holds the layers.
@@ -37,10 +37,10 @@ def linear_group(
         producers: Paths of ``nn.Linear`` whose output rows are the units.
         consumers: Paths of ``nn.Linear`` whose input columns are the same units.
         entries: Entries per unit (the head size for heads).
-        attributes: Further numbers that follow; ``out_features`` and ``in_features`` do by themselves.
+        attributes: Further numbers that depend on the width, besides in and out features.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
         config: Config field that holds the number of units when it is the same in every layer.
-        level: Height in the network, for the top-down sweep.
+        level: Height in the network; groups are scored from the highest level down.
 
     Raises:
         PruningError: If a layer is missing, is not a plain ``nn.Linear``, or the widths disagree.
@@ -69,7 +69,7 @@ def linear_group(
     width = next(iter(widths.values()))
     if len(set(widths.values())) != 1 or width % entries:
         raise PruningError(
-            f"The layers of group {name!r} carry {widths} entries; expected one common width, a "
+            f"The layers of group {name!r} have {widths} entries; expected one common width, a "
             f"multiple of {entries}."
         )
     return DependencyGroup(
@@ -91,8 +91,8 @@ def _linear(network: nn.Module, path: str, group: str) -> nn.Linear:
         layer = linear_at(network.get_submodule(path))
     except AttributeError as error:
         raise PruningError(
-            f"Group {group!r} needs the layer {path!r}, which {type(network).__name__} does not have"
-            "; expected a path as named_modules() has it."
+            f"Group {group!r} needs the layer {path!r}, which {type(network).__name__} does not "
+            "have; expected a path as named_modules() has it."
         ) from error
     if type(layer) is not nn.Linear:
         raise PruningError(

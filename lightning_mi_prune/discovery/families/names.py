@@ -1,4 +1,4 @@
-"""What a table of a transformer family says: where the parts of a network are."""
+"""Tables of a transformer family: the paths of the parts of a network."""
 
 from __future__ import annotations
 
@@ -14,30 +14,29 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LayerNames:
-    """Where the parts of one layer are, seen from the layer.
+    """Paths of the parts of one layer, from the layer.
 
     Args:
-        attention: Module that counts the heads, and stands in when there are none.
+        attention: Module with the number of heads; its ``forward`` is replaced without heads.
         query: Projection of the queries.
         key: Projection of the keys.
-        value: Projection of the values; first of its site, since nothing else ever passes it.
+        value: Projection of the values.
         out: Linear module that reads the heads.
-        ffn_in: Linear module that makes the neurons.
+        ffn_in: Linear module that produces the neurons.
         ffn_out: Linear module that reads them.
-        skips: Modules whose input is the stream that is added to what heads and neurons say.
+        residual_inputs: Modules whose input is the residual stream, for heads and neurons.
         norms: Normalisations over the stream.
-        positions: Further projections of the heads, where the layer has them; they read a stream
-            of their own, of positions.
+        positions: Further projections of the heads, of relative positions, if the layer has them.
         heads: Attribute of ``attention`` with the number of heads.
         head_size: Attribute of ``attention`` with the size of a head.
         width: Attribute of ``attention`` with the product of both.
-        turns: Whether nothing but the product of queries and keys is seen of them, so that the
-            dimensions of heads can be rotated.
-        rescales: Whether attention divides by the root of the size that a head has now.
+        rotatable: Whether queries and keys are only used in their product, so that the dimensions
+            of heads can be rotated.
+        rescaled: Whether attention divides by the root of the present head size.
         hidden: Attribute of ``attention`` with the width of the stream.
-        selects: Argument of ``attention`` that brings something for every head as built.
-        dropout: What ``attention`` drops out with behind ``out``, where it holds the norm too.
-        norm: The normalisation that ``attention`` holds itself.
+        unit_argument: Argument of ``attention`` with an entry for every head as built.
+        dropout: Dropout behind ``out``, if ``attention`` calls it.
+        norm: Normalisation behind ``dropout``, if ``attention`` calls it.
     """
 
     attention: str
@@ -47,35 +46,34 @@ class LayerNames:
     out: str
     ffn_in: str
     ffn_out: str
-    skips: tuple[str, str]
+    residual_inputs: tuple[str, str]
     norms: tuple[str, ...]
     positions: tuple[str, ...] = ()
     heads: str = "num_attention_heads"
     head_size: str = "attention_head_size"
     width: str | None = "all_head_size"
-    turns: bool = True
-    rescales: bool = False
+    rotatable: bool = True
+    rescaled: bool = False
     hidden: str | None = None
-    selects: str | None = None
+    unit_argument: str | None = None
     dropout: str | None = None
     norm: str | None = None
 
 
 @dataclass(frozen=True)
 class HeadNames:
-    """What stands above an encoder, seen from the network.
+    """Paths of the parts above an encoder, from the network.
 
     Args:
-        reads: Linear modules that read the last state of the stream, each its own input.
+        consumers: Linear modules that read the last hidden state.
         pooler: Two dense layers: the units between them can be cut.
-        transform: The dense layer (it reads the stream), the normalisation and the decoder of a
-            masked-LM head: the decoder's weight is that of the word embeddings, so the units
-            between them are those of the stream. The decoder may be missing.
-        square: Whether a layer in ``reads`` makes as many units as the config says the stream has,
-            without being part of any group: the config must then stay as built.
+        transform: Dense layer, normalisation and decoder (or None) of a masked-LM head. The
+            decoder's weight is tied to the word embeddings, so its inputs are hidden units too.
+        square: Whether a layer in ``consumers`` has as many outputs as the hidden size in the
+            config, in no group: the config must then stay as built.
     """
 
-    reads: tuple[str, ...] = ()
+    consumers: tuple[str, ...] = ()
     pooler: tuple[str, str] | None = None
     transform: tuple[str, str, str | None] | None = None
     square: bool = False
@@ -83,30 +81,30 @@ class HeadNames:
 
 @dataclass(frozen=True)
 class FamilyNames:
-    """Where the parts of an encoder are, seen from the encoder.
+    """Paths of the parts of an encoder, from the encoder.
 
     Args:
-        classes: What the class names begin with.
+        classes: Common prefix of the class names.
         layer: Parts of a layer.
-        heads: What stands above the encoder, by the rest of the class name.
+        heads: Parts above the encoder, by the rest of the class name.
         stack: List of layers; the second name is that of a list in each item of the first.
         repeats: Whether one item of the stack runs many times.
-        embeddings: Embedding modules, where they exist.
+        embeddings: Embedding modules, if they exist.
         embedding_norm: Normalisation over the embeddings, of their own width.
-        projection: Linear module from the width of the embeddings to that of the stream; where the
-            encoder has it, the stream begins there and the embeddings are no part of it.
-        positions: Embedding module whose width is that of the stream in any case, if it exists.
-        tokens: Parameters whose last dimension is the stream.
-        patches: Convolution that makes the stream.
-        mixer: Convolution over positions that reads the stream and adds to it.
-        norms: Normalisations over the stream outside the layers, where they exist.
-        pooler: Linear module in the encoder that reads the last state, where it exists.
-        free_pooler: Whether the config has a width of its own for it.
-        hidden: Config field of the width of the stream.
+        projection: Linear module from the width of the embeddings to the hidden size; with it,
+            the embeddings are not part of the residual stream.
+        positions: Embedding module that always has the hidden size, if it exists.
+        tokens: Parameters whose last dimension has the hidden size.
+        patches: Convolution that produces the residual stream.
+        mixer: Convolution over positions that reads the residual stream and adds to it.
+        norms: Normalisations over the residual stream outside the layers, if they exist.
+        pooler: Linear module in the encoder that reads the last hidden state, if it exists.
+        free_pooler: Whether the config has a separate width for it.
+        hidden: Config field of the hidden size.
         ffn_width: Config field of the number of neurons.
-        head_count: Config field of the number of heads; None if heads cannot be said by it.
-        head_size: Config field that, where the config has it, frees heads from the stream's width.
-        config_aliases: Config fields that must equal ``hidden``, where they do.
+        head_count: Config field of the number of heads; None if it is not enough.
+        head_size: Config field that, if present, makes heads independent of the hidden size.
+        config_aliases: Config fields that must equal ``hidden`` if they do as built.
     """
 
     classes: str

@@ -1,4 +1,4 @@
-"""The residual stream: one group tied through every layer of an encoder."""
+"""The hidden size of an encoder: one group through all layers."""
 
 from __future__ import annotations
 
@@ -14,28 +14,25 @@ from lightning_mi_prune.discovery.groups import DependencyGroup, PrunableDim, Si
 __all__ = [
     "hidden_group",
     "module_at",
-    "state_readers",
+    "state_consumers",
 ]
 
 
 def module_at(network: nn.Module, path: str | None) -> nn.Module | None:
-    """The module at a path, or None where a model of the family has none.
-
-    A linear layer that lost all its units is still one of the family.
-    """
+    """The module at a path, or None; a linear layer instead of its empty replacement."""
     try:
         return None if path is None else linear_at(network.get_submodule(path))
     except AttributeError:
         return None
 
 
-def state_readers(network: nn.Module, prefix: str, names: FamilyNames) -> list[str]:
-    """Linear modules above the layers that read the last state of the stream."""
+def state_consumers(network: nn.Module, prefix: str, names: FamilyNames) -> list[str]:
+    """Linear modules above the layers that read the last hidden state."""
     head = names.heads.get(_head_name(network, names))
     paths = [f"{prefix}{names.pooler}"] if names.pooler else []
     if head is not None:
         paths += [head.pooler[0]] if head.pooler else []
-        paths += [*head.reads, *(head.transform[:1] if head.transform else ())]
+        paths += [*head.consumers, *(head.transform[:1] if head.transform else ())]
     found = [p for p in dict.fromkeys(paths) if module_at(network, p) is not None]
     return [p for p in found if type(module_at(network, p)) is nn.Linear]
 
@@ -46,16 +43,13 @@ def hidden_group(
     names: FamilyNames,
     layers: Sequence[tuple[str, nn.Module]],
 ) -> DependencyGroup | None:
-    """Entries of the stream: embeddings, norms, whatever writes it and whatever reads it.
+    """The group of the residual stream: embeddings, norms, producers and consumers.
 
-    Where the embeddings have a width of their own, the group begins at the projection behind them.
-    The transform of a masked-LM head shrinks with it, since its decoder is tied to the embeddings.
-    Position biases that are no part of the stream but are read like it (DeBERTa) shrink with it.
-    The last state of an encoder that stands alone gets narrower, as does what a user builds on it.
+    Embeddings of another width are not part of it. The transform of a masked-LM head is, since its
+    decoder is tied to the embeddings, and so are the relative positions of DeBERTa.
 
     Returns:
-        The group, or None if the class has a head that no table describes, cross-attention, or a
-        layer of an unknown kind.
+        The group, or None if the class has an unknown head, cross-attention or an unknown layer.
     """
     head = names.heads.get(_head_name(network, names))
     config = network.config
@@ -65,20 +59,20 @@ def hidden_group(
     projected = _begin(parts, prefix, names)
     for path, _ in layers:
         _add_layer(parts, path, names.layer)
-    above = state_readers(network, prefix, names)
+    above = state_consumers(network, prefix, names)
     for path in above:
         parts.read(path)
     square = head.square
     pooler = f"{prefix}{names.pooler}"
     if pooler in above and not names.free_pooler:
         square = square or head.pooler is None or head.pooler[0] != pooler
-    wanted = [*head.reads, *(head.pooler or ())[:1], *(head.transform or ())[:1]]
+    wanted = [*head.consumers, *(head.pooler or ())[:1], *(head.transform or ())[:1]]
     if head.transform is not None and not projected:
         dense, norm, decoder = head.transform
         parts.write(dense)
         parts.norm(norm)
         parts.decode(decoder)
-    if parts.strange or not set(wanted) <= set(above) or len(set(parts.widths)) != 1:
+    if parts.unknown or not set(wanted) <= set(above) or len(set(parts.widths)) != 1:
         return None
     hidden = int(getattr(config, names.hidden))
     config_aliases = tuple(t for t in names.config_aliases if getattr(config, t, None) == hidden)
@@ -106,7 +100,7 @@ def _head_name(network: nn.Module, names: FamilyNames) -> str:
 
 @dataclass
 class _Parts:
-    """Tensors and numbers of the group, collected; ``strange`` if a part is of an unknown kind."""
+    """Collected tensors and numbers of the group; ``unknown`` if a part is of an unknown class."""
 
     network: nn.Module
     tensors: list[PrunableDim] = field(default_factory=list)
@@ -114,7 +108,7 @@ class _Parts:
     norms: list[str] = field(default_factory=list)
     consumers_by_input: list[tuple[str, ...]] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
-    strange: bool = False
+    unknown: bool = False
     _seen: set[tuple[int, int]] = field(default_factory=set)
 
     def tensor(self, module: nn.Module, path: str, name: str, dim: int) -> None:
@@ -122,9 +116,9 @@ class _Parts:
         if parameter is None:
             return
         if not isinstance(parameter, nn.Parameter) or parameter.ndim <= dim:
-            self.strange = True
+            self.unknown = True
             return
-        # A tied tensor stands here once, so that it is counted once; surgery knows it by identity.
+        # A tied tensor is listed once, so that it is counted once; surgery finds it by identity.
         key = (id(parameter), dim)
         if key in self._seen:
             return
@@ -134,7 +128,7 @@ class _Parts:
 
     def part(self, path: str, kinds: tuple[type[nn.Module], ...]) -> nn.Module | None:
         module = module_at(self.network, path)
-        self.strange = self.strange or (module is not None and type(module) not in kinds)
+        self.unknown = self.unknown or (module is not None and type(module) not in kinds)
         return module if type(module) in kinds else None
 
     def add(
@@ -165,20 +159,19 @@ class _Parts:
     def write(self, path: str) -> bool:
         return self.add(path, (nn.Linear,), {"weight": 0, "bias": 0}, "out_features")
 
-    def read(self, *paths: str, listen: bool = True) -> None:
+    def read(self, *paths: str, calibrated: bool = True) -> None:
         found = [p for p in paths if self.add(p, (nn.Linear,), {"weight": 1}, "in_features")]
-        if listen and found:
+        if calibrated and found:
             self.consumers_by_input.append(tuple(found))
 
     def decode(self, path: str | None) -> None:
         if path is not None:
-            self.read(
-                path, listen=False
-            )  # its weight is that of the embeddings: not to be compensated
+            # Its weight is that of the embeddings: not to be compensated.
+            self.read(path, calibrated=False)
 
 
 def _begin(parts: _Parts, prefix: str, names: FamilyNames) -> bool:
-    """Everything below and beside the layers; whether embeddings have a width of their own."""
+    """Add all parts outside the layers; return whether embeddings have another width."""
     projected = names.projection is not None and parts.write(f"{prefix}{names.projection}")
     if not projected:
         for name in names.embeddings:
@@ -200,17 +193,17 @@ def _begin(parts: _Parts, prefix: str, names: FamilyNames) -> bool:
         path = f"{prefix}{names.mixer}"
         parts.add(path, (nn.Conv1d,), {"weight": 0, "bias": 0}, "out_channels")
         parts.add(path, (nn.Conv1d,), {"weight": 1}, "in_channels")
-        parts.strange = parts.strange or getattr(mixer, "groups", 1) != 1
+        parts.unknown = parts.unknown or getattr(mixer, "groups", 1) != 1
     for name in names.norms:
         parts.norm(f"{prefix}{name}")
     return projected
 
 
 def _add_layer(parts: _Parts, path: str, names: LayerNames) -> None:
-    # The values come first: their input is the stream and nothing else.
+    # The values come first, since their input is always the residual stream itself.
     parts.read(*(f"{path}.{part}" for part in (names.value, names.query, names.key)))
     for part in names.positions:
-        parts.read(f"{path}.{part}", listen=False)
+        parts.read(f"{path}.{part}", calibrated=False)
     parts.write(f"{path}.{names.out}")
     parts.read(f"{path}.{names.ffn_in}")
     parts.write(f"{path}.{names.ffn_out}")

@@ -1,4 +1,4 @@
-"""Stacks of layers of Hugging Face models, encoders and decoders apart: a table of paths."""
+"""Stacks of layers of Hugging Face models, from a table of paths."""
 
 from __future__ import annotations
 
@@ -28,21 +28,19 @@ __all__ = [
 
 _LISTS = ("layer_types", "mlp_layer_types")
 
-
-# One table of names a model type serves layers and units alike where both are known.
 _UNITS = {**TEXT, **VISION}
 
 
 @dataclass(frozen=True)
 class StackNames:
-    """A stack of a model type, seen from the base model.
+    """A stack of a model type, as paths from the base model.
 
     Args:
         path: The container.
         field: Config field that counts its layers.
-        holder: Path of the half of the model that has a config of its own, "" for none.
-        whole: Field of the config of the whole that counts them too.
-        fixed: Layers at the bottom that must stay.
+        holder: Path of the encoder or decoder, if it has its own config; "" otherwise.
+        whole: Field of the config of the whole model that counts them too.
+        fixed: Number of layers at the bottom that must stay.
         adds: As for :class:`LayerStack`.
         closing: As for :class:`LayerStack`.
     """
@@ -58,12 +56,15 @@ class StackNames:
 
 def _encoder(kind: str, field: str = "num_hidden_layers") -> tuple[StackNames, ...]:
     names = _UNITS[kind].layer
-    pre_norm = names.skips[1] in names.norms
+    pre_norm = names.residual_inputs[1] in names.norms
     return (
         StackNames(
             _UNITS[kind].stack[0],
             field,
-            residual_branches=((names.out, names.skips[0]), (names.ffn_out, names.skips[1])),
+            residual_branches=(
+                (names.out, names.residual_inputs[0]),
+                (names.ffn_out, names.residual_inputs[1]),
+            ),
             final_norm="" if pre_norm else names.norms[-1],
         ),
     )
@@ -79,21 +80,13 @@ _DECODER = (
     ),
 )
 
-
 _BART_ENDS = (("self_attn.out_proj", "self_attn"), ("fc2", "fc1"))
-
-
 _BART_CROSS = ("encoder_attn.out_proj", "encoder_attn")
-
-
 _T5_SELF = ("layer.0.SelfAttention.o", "layer.0.layer_norm")
-
-
 _T5_CROSS = ("layer.1.EncDecAttention.o", "layer.1.layer_norm")
 
-
-# T5 keeps a config for each half beside the one of the whole; its first blocks hold the bias of
-# relative positions that all others add. GPT-2's projections are no linear modules.
+# Encoder and decoder of T5 have a config each beside that of the whole; their first blocks hold
+# the relative position bias of all others. Projections of GPT-2 are not linear modules.
 STACKS: Mapping[str, tuple[StackNames, ...]] = {
     **{kind: _encoder(kind) for kind in ("bert", "roberta", "xlm-roberta", "electra", "mpnet")},
     **{kind: _encoder(kind) for kind in ("deberta-v2", "vit", "deit")},
@@ -146,7 +139,7 @@ def find_stacks(module: nn.Module) -> list[LayerStack]:
         module: Any module that holds a network of a known family, at any depth.
 
     Raises:
-        PruningError: If there is none, or its layers share their weights.
+        PruningError: If there is none, or all layers are one (ALBERT).
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -184,7 +177,7 @@ def choose_stacks(
     """The stacks at the given paths, or all that a family knows below ``within``.
 
     Raises:
-        PruningError: If there is none, or a path is no container of layers of one class.
+        PruningError: If there is none, or a path is not a container of layers of one class.
     """
     if paths is None:
         found = [stack for stack in find_stacks(module) if is_within(stack.name, within)]
@@ -193,12 +186,12 @@ def choose_stacks(
             raise PruningError(f"module={within!r} holds no stack of layers; there are {names}.")
         return found
     known: dict[str, LayerStack] = {}
-    with contextlib.suppress(PruningError):  # a model of no known family: paths will do
+    with contextlib.suppress(PruningError):  # of an unknown family: paths are enough
         known = {stack.name: stack for stack in find_stacks(module)}
     chosen = []
     for path in dict.fromkeys(paths):
         stack = known.get(path) or stack_at(module, path)
-        if stack is None or stack.size > 1:  # one that was cut to one layer is still a stack
+        if stack is None or stack.size > 1:  # a stack may have been cut to one layer
             layer_paths(module, path)
         chosen += [] if stack is None else [stack]
     return chosen
@@ -207,37 +200,37 @@ def choose_stacks(
 def find_groups_and_stacks(
     module: nn.Module, stacks: Sequence[str] | None = None, within: str = ""
 ) -> list[DependencyGroup | LayerStack]:
-    """The chosen stacks, and the groups of all units where a family knows them.
+    """The chosen stacks, and all groups of units of known families.
 
     Raises:
-        PruningError: As :func:`choose_stacks` raises it.
+        PruningError: As for :func:`choose_stacks`.
     """
     found: list[DependencyGroup | LayerStack] = []
-    with contextlib.suppress(PruningError):  # units no family knows are simply not followed
+    with contextlib.suppress(PruningError):  # of an unknown family
         found += find_groups(module)
     return found + choose_stacks(module, stacks, within)
 
 
 def check_stack_paths(module: nn.Module, stacks: Sequence[str]) -> None:
-    """Refuse stacks that only a wrapper's shortcuts lead to.
+    """Refuse stacks that are only reached through attribute access of a wrapper.
 
     Raises:
-        PruningError: If a path is none of the module's own.
+        PruningError: If a path is not in ``named_modules``.
     """
-    strange = sorted(set(stacks) - {name for name, _ in module.named_modules()})
-    if strange:
+    unknown = sorted(set(stacks) - {name for name, _ in module.named_modules()})
+    if unknown:
         raise PruningError(
-            f"{strange} are reached through a wrapper, such as that of PEFT; expected paths of "
+            f"{unknown} are reached through a wrapper, such as that of PEFT; expected paths of "
             "modules. Merge adapters first (merge_and_unload), or add them with add_adapter."
         )
 
 
 def stack_at(module: nn.Module, path: str) -> LayerStack | None:
-    """The stack whose container is at a path, or None if no container of numbered layers is."""
+    """The stack of the container at a path, or None if there is no container."""
     container = module_at(module, path)
     if not isinstance(container, (nn.ModuleList, nn.Sequential)) or not len(container):
         return None
-    # A ModuleList is never called itself; what holds it is.
+    # A ModuleList is not called itself, but its parent is.
     scope = path if isinstance(container, nn.Sequential) else path.rpartition(".")[0]
     return LayerStack(name=path, size=len(container), network=scope, scope=scope)
 
@@ -254,7 +247,7 @@ def _describe(network: nn.Module, kind: str) -> Iterator[LayerStack]:
             continue
         if getattr(config, "scale_attn_by_inverse_layer_idx", False):
             raise PruningError(
-                f"{type(network).__name__} scales attention by the place of a layer, so what is "
+                f"{type(network).__name__} scales attention by the index of a layer, so layers "
                 "above a removed one would change. Set scale_attn_by_inverse_layer_idx=False."
             )
         half = f"{at}{names.holder}" if names.holder else scope

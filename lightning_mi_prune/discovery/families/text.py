@@ -1,4 +1,4 @@
-"""Hugging Face text encoders, a table of names each."""
+"""Tables of names of Hugging Face text encoders."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ __all__ = [
     "TEXT",
 ]
 
-_TOKEN = HeadNames(reads=("classifier",))
-
-
-_QUESTION = HeadNames(reads=("qa_outputs",))
-
-
+_TOKEN = HeadNames(consumers=("classifier",))
+_QUESTION = HeadNames(consumers=("qa_outputs",))
 _DENSE = HeadNames(pooler=("classifier.dense", "classifier.out_proj"))
-
-
-_NOTHING = HeadNames()  # the encoder alone, or its own pooler below a head
-
+_NOTHING = HeadNames()  # no consumers besides the pooler of the encoder
 
 _BERT_LAYER = LayerNames(
     attention="attention.self",
@@ -28,10 +21,9 @@ _BERT_LAYER = LayerNames(
     out="attention.output.dense",
     ffn_in="intermediate.dense",
     ffn_out="output.dense",
-    skips=("attention.self.query", "intermediate.dense"),
+    residual_inputs=("attention.self.query", "intermediate.dense"),
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
 )
-
 
 _BERT_LM = HeadNames(
     transform=(
@@ -40,7 +32,6 @@ _BERT_LM = HeadNames(
         "cls.predictions.decoder",
     )
 )
-
 
 _BERT = FamilyNames(
     classes="Bert",
@@ -83,7 +74,7 @@ _ELECTRA = FamilyNames(
         "ForSequenceClassification": _DENSE,
         "ForTokenClassification": _TOKEN,
         "ForQuestionAnswering": _QUESTION,
-        "ForPreTraining": HeadNames(reads=("discriminator_predictions.dense",), square=True),
+        "ForPreTraining": HeadNames(consumers=("discriminator_predictions.dense",), square=True),
         "ForMaskedLM": HeadNames(
             transform=(
                 "generator_predictions.dense",
@@ -96,7 +87,6 @@ _ELECTRA = FamilyNames(
     config_aliases=("embedding_size",),
 )
 
-
 _DISTILBERT = FamilyNames(
     classes="DistilBert",
     layer=LayerNames(
@@ -107,7 +97,7 @@ _DISTILBERT = FamilyNames(
         out="attention.out_lin",
         ffn_in="ffn.lin1",
         ffn_out="ffn.lin2",
-        skips=("attention.q_lin", "ffn.lin1"),
+        residual_inputs=("attention.q_lin", "ffn.lin1"),
         norms=("sa_layer_norm", "output_layer_norm"),
         heads="n_heads",
         width=None,
@@ -128,9 +118,8 @@ _DISTILBERT = FamilyNames(
     head_count="n_heads",
 )
 
-
-# One table of position biases, a column a head, is made for all layers: a layer that lost heads
-# takes the columns of the others out of it, and the config cannot say so.
+# One table of position biases, with a column per head, is computed for all layers: a layer that
+# lost heads selects its columns, which no config can express.
 _MPNET = FamilyNames(
     classes="MPNet",
     layer=LayerNames(
@@ -141,10 +130,10 @@ _MPNET = FamilyNames(
         out="attention.attn.o",
         ffn_in="intermediate.dense",
         ffn_out="output.dense",
-        skips=("attention.attn.q", "intermediate.dense"),
+        residual_inputs=("attention.attn.q", "intermediate.dense"),
         norms=("attention.LayerNorm", "output.LayerNorm"),
-        rescales=True,
-        selects="position_bias",
+        rescaled=True,
+        unit_argument="position_bias",
     ),
     heads={
         "Model": _NOTHING,
@@ -159,9 +148,8 @@ _MPNET = FamilyNames(
     head_count=None,
 )
 
-
-# Queries and keys may pass the relative positions too, a stream beside that of the tokens: what
-# they are multiplied with is then another thing in each place, and no one turn fits all.
+# Queries and keys are also multiplied with those of relative positions, so no rotation of heads
+# leaves all products unchanged.
 _DEBERTA = FamilyNames(
     classes="DebertaV2",
     layer=LayerNames(
@@ -173,9 +161,9 @@ _DEBERTA = FamilyNames(
         out="attention.output.dense",
         ffn_in="intermediate.dense",
         ffn_out="output.dense",
-        skips=("attention.self", "intermediate.dense"),
+        residual_inputs=("attention.self", "intermediate.dense"),
         norms=("attention.output.LayerNorm", "output.LayerNorm"),
-        turns=False,
+        rotatable=False,
     ),
     heads={
         "Model": _NOTHING,
@@ -199,8 +187,7 @@ _DEBERTA = FamilyNames(
     config_aliases=("pooler_hidden_size",),
 )
 
-
-# One group of layers runs many times: one set of groups, whose consumers are called many times.
+# Layers run many times: there is one set of groups, whose consumers are called many times.
 _ALBERT = FamilyNames(
     classes="Albert",
     layer=LayerNames(
@@ -211,9 +198,9 @@ _ALBERT = FamilyNames(
         out="attention.dense",
         ffn_in="ffn",
         ffn_out="ffn_output",
-        skips=("attention.query", "ffn"),
+        residual_inputs=("attention.query", "ffn"),
         norms=("attention.LayerNorm", "full_layer_layer_norm"),
-        turns=False,
+        rotatable=False,
         hidden="hidden_size",
         dropout="attention.output_dropout",
         norm="attention.LayerNorm",
@@ -223,7 +210,7 @@ _ALBERT = FamilyNames(
         "ForSequenceClassification": HeadNames(pooler=("albert.pooler", "classifier")),
         "ForTokenClassification": _TOKEN,
         "ForQuestionAnswering": _QUESTION,
-        "ForMaskedLM": HeadNames(reads=("predictions.dense",)),
+        "ForMaskedLM": HeadNames(consumers=("predictions.dense",)),
         "ForMultipleChoice": _NOTHING,
     },
     stack=("encoder.albert_layer_groups", "albert_layers"),
@@ -231,7 +218,6 @@ _ALBERT = FamilyNames(
     projection="encoder.embedding_hidden_mapping_in",
     pooler="pooler",
 )
-
 
 TEXT: dict[str, FamilyNames] = {
     "bert": _BERT,

@@ -1,4 +1,4 @@
-"""Hugging Face encoders: their groups, read off one table of names a family, no tracing."""
+"""Groups of Hugging Face encoders, from one table of names per family."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.discovery.families.names import FamilyNames, LayerNames
-from lightning_mi_prune.discovery.families.residual import hidden_group, module_at, state_readers
+from lightning_mi_prune.discovery.families.residual import hidden_group, module_at, state_consumers
 from lightning_mi_prune.discovery.families.text import TEXT
 from lightning_mi_prune.discovery.families.vision import VISION
 from lightning_mi_prune.discovery.groups import (
@@ -24,8 +24,8 @@ from lightning_mi_prune.discovery.groups import (
 __all__ = [
     "MODEL_TYPES",
     "describe",
+    "first_unknown",
     "matches",
-    "nearest_unknown",
 ]
 
 MODEL_TYPES: dict[str, FamilyNames] = {**TEXT, **VISION}
@@ -33,7 +33,7 @@ MODEL_TYPES: dict[str, FamilyNames] = {**TEXT, **VISION}
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer, where it stands, and the item of the stack it belongs to."""
+    """A layer, its path, and the index of its item in the stack."""
 
     path: str
     module: nn.Module
@@ -52,21 +52,21 @@ def _base(network: nn.Module) -> tuple[str, nn.Module]:
 
 
 def matches(module: nn.Module) -> bool:
-    """Whether the module is a Hugging Face model of a known family, with or without a head."""
+    """Whether a module is a Hugging Face model of a known family, with or without a head."""
     kind = _model_type(module)
     if kind not in MODEL_TYPES:
         return False
     return module_at(_base(module)[1], MODEL_TYPES[kind].stack[0]) is not None
 
 
-def nearest_unknown(module: nn.Module) -> nn.Module | None:
-    """The first Hugging Face model inside that no table describes."""
-    strangers = (m for m in module.modules() if _model_type(m) is not None and not matches(m))
-    return next(strangers, None)
+def first_unknown(module: nn.Module) -> nn.Module | None:
+    """The first Hugging Face model inside ``module`` that no table describes."""
+    unknown = (m for m in module.modules() if _model_type(m) is not None and not matches(m))
+    return next(unknown, None)
 
 
 def describe(network: nn.Module) -> list[DependencyGroup]:
-    """Groups of one network: neurons, heads, their dimensions, the head's units, the stream.
+    """Groups of one network: neurons, heads, dimensions of heads, pooler and hidden size.
 
     Raises:
         PruningError: If a layer is not a plain ``nn.Linear`` or its widths disagree.
@@ -76,12 +76,12 @@ def describe(network: nn.Module) -> list[DependencyGroup]:
     prefix = f"{scope}." if scope else ""
     if getattr(network.config, "chunk_size_feed_forward", 0):
         raise PruningError(
-            f"{type(network).__name__} cuts its sequences into chunks, where padding cannot be "
-            "told from text. Set config.chunk_size_feed_forward=0 when the model is built."
+            f"{type(network).__name__} splits its sequences into chunks, where padding cannot be "
+            "identified. Set config.chunk_size_feed_forward=0 when the model is built."
         )
     layers = _layers(base, prefix, names.stack)
     residual = hidden_group(network, prefix, names, [(one.path, one.module) for one in layers])
-    state = state_readers(network, prefix, names)
+    state = state_consumers(network, prefix, names)
     groups: list[DependencyGroup] = []
     for index, layer in enumerate(layers):
         again = [one for one in layers if names.repeats and one.item == layer.item]
@@ -91,7 +91,7 @@ def describe(network: nn.Module) -> list[DependencyGroup]:
         )
     groups = [replace(group, above=(*group.above, *state)) for group in groups]
     head = names.heads.get(type(network).__name__.removeprefix(names.classes))
-    # With a head of the user's own above the pooler, its units are not known to be units.
+    # A head of the user above the pooler may use its outputs in any way.
     plain = (
         head is not None
         and head.pooler is not None
@@ -107,13 +107,13 @@ def describe(network: nn.Module) -> list[DependencyGroup]:
             scope=scope,
             level=2 * len(groups),
         )
-        # The config has one number for these units and for those of the stream.
+        # The config has one number for these units and for the hidden size.
         groups.append(replace(pooler, tie=names.hidden))
     return groups if residual is None else [*groups, residual]
 
 
 def _layers(base: nn.Module, prefix: str, stack: tuple[str, ...]) -> list[_Layer]:
-    """The layers in the order they run; one that stands twice is there once."""
+    """The layers in the order in which they run, without repetition."""
     found: list[_Layer] = []
     seen: set[int] = set()
     for item, part in base.get_submodule(stack[0])._modules.items():
@@ -167,7 +167,7 @@ def _layer_groups(
         config=names.ffn_width,
         level=level + 1,
     )
-    # Attention that keeps what it has seen would lose count of the positions without its heads.
+    # Attention with a KV cache would lose the number of positions without its heads.
     may_be_empty = not getattr(network.config, "is_decoder", False)
     inside = parts.out.startswith(f"{parts.attention}.")
     empty_forward = EmptyForward(
@@ -178,7 +178,9 @@ def _layer_groups(
         norm=None if parts.norm is None else f"{path}.{parts.norm}",
     )
     selects = (
-        () if parts.selects is None else (UnitArgument(f"{path}.{parts.attention}", parts.selects),)
+        ()
+        if parts.unit_argument is None
+        else (UnitArgument(f"{path}.{parts.attention}", parts.unit_argument),)
     )
     free = names.head_size is not None and hasattr(network.config, names.head_size)
     beyond = [
@@ -188,7 +190,7 @@ def _layer_groups(
     ]
     heads = replace(
         heads,
-        residual=f"{path}.{parts.skips[0]}",
+        residual=f"{path}.{parts.residual_inputs[0]}",
         above=tuple(dict.fromkeys([f"{path}.{parts.ffn_in}", *beyond])),
         empty_forward=(empty_forward,) if may_be_empty else (),
         may_be_empty=may_be_empty,
@@ -196,24 +198,26 @@ def _layer_groups(
         tie=None if free or names.head_count is None else names.hidden,
     )
     ffn = replace(
-        ffn, residual=f"{path}.{parts.skips[1]}", above=tuple(beyond), may_be_empty=may_be_empty
+        ffn,
+        residual=f"{path}.{parts.residual_inputs[1]}",
+        above=tuple(beyond),
+        may_be_empty=may_be_empty,
     )
-    # ALBERT's one layer is rotated once for all its calls, which no one set of sums can tell.
-    if not parts.turns:
+    if not parts.rotatable:
         return [heads, ffn]
     heads = replace(heads, product_with=f"{path}.head_dim")
     return [heads, _dims(heads, layer, parts), ffn]
 
 
 def _dims(heads: DependencyGroup, layer: _Layer, parts: LayerNames) -> DependencyGroup:
-    """The dimensions of all heads of a layer: a group across that of the heads."""
+    """The group of the dimensions of all heads of a layer, in a product with the heads."""
     path = layer.path
-    turn = RotatableProjections(
+    rotation = RotatableProjections(
         query=f"{path}.{parts.query}",
         key=f"{path}.{parts.key}",
         value=f"{path}.{parts.value}",
         consumer=f"{path}.{parts.out}",
-        rescaled=parts.rescales,
+        rescaled=parts.rescaled,
     )
     return DependencyGroup(
         name=heads.product_with,
@@ -221,14 +225,14 @@ def _dims(heads: DependencyGroup, layer: _Layer, parts: LayerNames) -> Dependenc
         size=heads.entries,
         entries=heads.size,
         tensors=heads.tensors,
-        consumers=(turn.query, turn.key, turn.consumer),
-        consumers_by_input=((turn.query,), (turn.key,), (turn.consumer,)),
+        consumers=(rotation.query, rotation.key, rotation.consumer),
+        consumers_by_input=((rotation.query,), (rotation.key,), (rotation.consumer,)),
         attributes=(SizeAttribute(f"{path}.{parts.attention}", parts.head_size),),
         scope=heads.scope,
         level=heads.level,
         product_with=heads.name,
         strided=True,
-        rotation=turn,
+        rotation=rotation,
     )
 
 

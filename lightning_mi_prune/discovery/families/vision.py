@@ -1,4 +1,4 @@
-"""Hugging Face image encoders, a table of names each."""
+"""Tables of names of Hugging Face image encoders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = [
     "VISION",
 ]
 
-_CLASSIFIER = HeadNames(reads=("classifier",))
+_CLASSIFIER = HeadNames(consumers=("classifier",))
 
 
 def _vit(classes: str, heads: Mapping[str, HeadNames], tokens: tuple[str, ...] = ()) -> FamilyNames:
@@ -24,7 +24,7 @@ def _vit(classes: str, heads: Mapping[str, HeadNames], tokens: tuple[str, ...] =
             out="attention.o_proj",
             ffn_in="mlp.fc1",
             ffn_out="mlp.fc2",
-            skips=("layernorm_before", "layernorm_after"),
+            residual_inputs=("layernorm_before", "layernorm_after"),
             norms=("layernorm_before", "layernorm_after"),
             head_size="head_dim",
             width=None,
@@ -53,7 +53,7 @@ VISION: dict[str, FamilyNames] = {
         {
             "ForImageClassification": _CLASSIFIER,
             "ForImageClassificationWithTeacher": HeadNames(
-                reads=("cls_classifier", "distillation_classifier")
+                consumers=("cls_classifier", "distillation_classifier")
             ),
         },
         tokens=("embeddings.distillation_token",),

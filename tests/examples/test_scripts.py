@@ -1,0 +1,61 @@
+"""The short scripts of the examples run as they are."""
+
+import contextlib
+import io
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tests.support.ranks import launch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+# Tiny models on random data: few samples for their sizes.
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
+
+
+def printed(name: str) -> str:
+    """What a script prints, run as ``python examples/NAME.py`` runs it."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return output.getvalue()
+
+
+def test_one_shot() -> None:
+    text = printed("one_shot")
+    before, after = re.search(r"([\d,]+) parameters before, ([\d,]+) after", text).groups()
+    assert int(after.replace(",", "")) < 0.6 * int(before.replace(",", ""))
+    assert text.count("of the information") == 6
+    assert "gives the same outputs: True" in text
+
+
+def test_own_network() -> None:
+    text = printed("own_network")
+    widths = list(map(int, re.search(r"each block: \[(.+)\]", text)[1].split(", ")))
+    assert len(widths) == 3
+    assert sum(widths) <= 0.25 * 3 * 128
+    assert float(re.search(r"Accuracy: (.+)%", text)[1]) > 80
+
+
+def test_layers_then_units() -> None:
+    text = printed("layers_then_units")
+    layers, units = re.findall(r"^epoch \d+: ([\d,]+) parameters", text, re.M)
+    assert int(units.replace(",", "")) < int(layers.replace(",", ""))
+    assert re.search(
+        r"^epoch \d+: layers \(\d,\) of network.bert.encoder.layer removed$", text, re.M
+    )
+    assert text.endswith("3 layers are left\n")
+
+
+def test_ddp() -> None:
+    lines = {rank: text.splitlines()[-1] for rank, text in launch(2, printed, "ddp").items()}
+    assert sorted(line[:6] for line in lines.values()) == ["rank 0", "rank 1"]
+    assert len({line[6:] for line in lines.values()}) == 1  # the same plan, the same weights
+
+
+def test_every_script_is_short_and_tested() -> None:
+    scripts = sorted(EXAMPLES.glob("*.py"))
+    assert [path.stem for path in scripts if f"test_{path.stem}" not in globals()] == []
+    assert [path.name for path in scripts if len(path.read_text().splitlines()) >= 80] == []
