@@ -4,7 +4,6 @@
     python -m benchmarks run recovery --tasks trec-6 --seeds 0 --sparsities 0.75 --steps 100
     python -m benchmarks run --quick recovery ablations --records runs/quick
     python -m benchmarks tables
-    python -m benchmarks tables --only comparison --records runs/quick
     python -m benchmarks plots
 
 What has a record is not measured again, so a run that was stopped continues.

@@ -18,7 +18,6 @@ from benchmarks.subjects import (
     quality_of,
 )
 from benchmarks.tasks import SEEDS
-from lightning_mi_prune import PruningPlan
 from lightning_mi_prune.allocation.macs import measure_macs
 from lightning_mi_prune.calibration.collect import collect_activations
 from lightning_mi_prune.calibration.data import CalibrationData
@@ -85,21 +84,16 @@ def measured(task: str, seed: int, setting: Setting, sparsity: float) -> Figures
     work = measure_macs(subject.model, subject.groups, subject.calibration.examples)
     if setting.counted == "MACs":
         plain = replace(DEFAULT, weights="compensation")
-        _, default = cut(calibrated(task, seed, DEFAULT), plain, sparsity)
-        budget = work.total(widths_of(default))
+        _, default = cut(calibrated(task, seed, DEFAULT), plain.options(sparsity, seed))
+        budget = work.total(default.widths)
     started = time.process_time()
-    model, plan = cut(subject, setting, budget, ridge=setting.reconstruction_ridge)
+    model, plan = cut(subject, setting.options(budget, seed), ridge=setting.reconstruction_ridge)
     seconds = time.process_time() - started
     before, left = (sum(p.numel() for p in net.parameters()) for net in (subject.model, model))
     return {
         **quality_of(subject, model),
         "reached": (before - left) / prunable,
-        "macs": work.total(widths_of(plan)),
-        "dense_macs": work.total(widths_of(full_plan(subject.groups))),
+        "macs": work.total(plan.widths),
+        "dense_macs": work.total(full_plan(subject.groups).widths),
         "cpu_seconds": seconds,
     }
-
-
-def widths_of(plan: PruningPlan) -> dict[str, int]:
-    """Units that a plan keeps, by group name."""
-    return {name: plan.width(name) for name in plan.kept}

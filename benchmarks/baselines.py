@@ -94,9 +94,7 @@ def without_layers(criterion: LayerCriterion) -> Prune:
             left = layers_left(stack.size, sparsity)
             selector = LayerSelector(None, target=left, criterion=criterion)
             kept[stack.name] = selector.choose(stack.name, compared[stack.name]).after
-        remove_layers(
-            model, stacks, PruningPlan({stack.name: stack.size for stack in stacks}, kept)
-        )
+        remove_layers(model, stacks, PruningPlan({s.name: s.size for s in stacks}, kept))
         return model
 
     return cut
@@ -178,11 +176,8 @@ class Movement:
         for path in self.scored:
             parametrize.remove_parametrizations(self.model.get_submodule(path), "weight")
         places = {g.name: tuple(kept[g.consumers[0]].flatten().tolist()) for g in self.groups}
-        apply_plan(
-            self.model,
-            self.groups,
-            PruningPlan({group.name: group.size for group in self.groups}, places),
-        )
+        sizes = {group.name: group.size for group in self.groups}
+        apply_plan(self.model, self.groups, PruningPlan(sizes, places))
         return self.model
 
 
@@ -291,11 +286,8 @@ def pruned_by_library(
             # One head must stay: a layer that would lose all of its heads is left whole.
             most = min(most, 1 - 1 / group.size - 1e-6)
     # The hidden size stays: neither embeddings nor what writes into the residual stream is pruned.
-    fixed = [
-        module
-        for module in cut.modules()
-        if isinstance(module, nn.Linear | nn.Embedding) and module not in producers
-    ]
+    kinds = nn.Linear | nn.Embedding
+    fixed = [m for m in cut.modules() if isinstance(m, kinds) and m not in producers]
     # MPNet has one table of position biases, a column a head, for all layers: the package would
     # keep every head for it. Without a gradient it is ignored, and is indexed below.
     sharing = [group for group in groups if group.unit_arguments]

@@ -54,6 +54,7 @@ FAST: dict[str, Any] = {"seconds": 0.02, "rounds": 1}
 TINY: dict[str, Any] = {"shapes": ["tiny"], "repeats": 1}
 BASELINES = ["relevance-mi", "taylor", "movement-units"]
 PAIR = ["default", "MACs"]
+METHODS = [*dict.fromkeys(entry.method for entry in recovery.ENTRIES)]
 CASES = {
     case.name: case
     for case in (
@@ -72,14 +73,11 @@ CASES = {
         Case("demo", costs.demo, {"seeds": [0]}),
     )
 }
-
-
-_METHODS = [*dict.fromkeys(entry.method for entry in recovery.ENTRIES)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "tasks": {"nargs": "+", "choices": [*RECIPES]},
     "seeds": {"nargs": "+", "type": int},
     "sparsities": {"nargs": "+", "type": float},
-    "methods": {"nargs": "+", "choices": _METHODS},
+    "methods": {"nargs": "+", "choices": METHODS},
     "settings": {"nargs": "+", "choices": [setting.name for setting in SETTINGS]},
     "steps": {"nargs": "+", "type": int},
     "lengths": {"nargs": "+", "type": int},

@@ -139,8 +139,8 @@ def facts(records: Sequence[Record]) -> list[str]:
     rows = []
     for task in sorted({record["task"] for record in records}):
         same = [record for record in records if record["task"] == task]
-        rows_, seeds = ({record[name] for record in same} for name in ("n_test", "seed"))
-        cells = [task, ", ".join(map(str, sorted(rows_))), ", ".join(map(str, sorted(seeds)))]
+        known = (sorted({record[name] for record in same}) for name in ("n_test", "seed"))
+        cells = [task, *(", ".join(map(str, values)) for values in known)]
         for steps in counts:
             # A dense control belongs to a seed, however many records name it.
             dense = {r.seed: r["dense_accuracy"] for r in same if r["steps"] == steps}

@@ -108,9 +108,8 @@ class Run:
 
     def calibration(self) -> Cost:
         """What hooks and sums take in a validation."""
-        recorder = ActivationRecorder(
-            self.model, self.groups, positions=self.positions, batches=self.batches
-        )
+        sizes = {"positions": self.positions, "batches": self.batches}
+        recorder = ActivationRecorder(self.model, self.groups, **sizes)
         modules = [self.model.get_submodule(group.consumers[0]) for group in self.groups]
         cost = cost_of_hooks(modules, recorder, self.validation)
         self.moments = recorder.moments
@@ -129,10 +128,8 @@ class Run:
 
     def cut(self) -> None:
         """Remove half of every group, of a copy."""
-        plan = PruningPlan(
-            self.sizes, {n: tuple(range(size // 2)) for n, size in self.sizes.items()}
-        )
-        apply_plan(copy.deepcopy(self.model), self.groups, plan)
+        kept = {name: tuple(range(size // 2)) for name, size in self.sizes.items()}
+        apply_plan(copy.deepcopy(self.model), self.groups, PruningPlan(self.sizes, kept))
 
 
 def costs(shapes: Sequence[str] = REAL, repeats: int = 3) -> Iterator[Job]:
@@ -147,9 +144,8 @@ def parts_of(shape: str, repeats: int) -> Figures:
     layers = SHAPES[shape]["num_hidden_layers"]
     run = Run(SHAPES[shape], rows, length, batches, batches * rows * length, few_batches)
     rounds = partial(take_turns, repeats=repeats)
-    parts = rounds(
-        _sums(run.groups[: len(run.groups) // layers], rows * length, layers * batches), warm=True
-    )
+    lowest = run.groups[: len(run.groups) // layers]
+    parts = rounds(_sums(lowest, rows * length, layers * batches), warm=True)
     part = partial(Part, timed=few_batches, of=batches, unit="batches")
     parts |= rounds({"validation": part(run.validation), "calibration": part(run.calibration)})
     # As if the measured batches were repeated until there are all of them.

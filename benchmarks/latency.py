@@ -142,9 +142,7 @@ def lengths(
             about |= {"method": method, "widths": widths, "weights": weights}
             same = Store("recovery", folder).find(**about)
             if not same:
-                raise LookupError(
-                    f"no record of {about}: `python -m benchmarks run recovery` first"
-                )
+                raise LookupError(f"no record of {about}: run `python -m benchmarks run recovery`")
             kept = same[0]["kept"]
             setting = {"task": task, "length": length, "compiled": compiled, "widths": name}
             setting |= {"sparsity": sparsity, "cpu": cpu_name(), "kept": kept}

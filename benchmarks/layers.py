@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.latency import timed
 from benchmarks.records import Figures, Job, single
-from benchmarks.subjects import opened, score
-from benchmarks.tasks import RECIPES, task_data, trainer_for
+from benchmarks.subjects import opened, quality_of
+from benchmarks.tasks import RECIPES, keep_first_layers, task_data, trainer_for
 from examples.text_classification.model import TextClassifier
-from lightning_mi_prune import CKALayerPruning, PruningPlan, options
+from lightning_mi_prune import CKALayerPruning, options
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.layer_outputs import StackRecorder
 from lightning_mi_prune.discovery.families.stacks import find_stacks
@@ -24,7 +24,6 @@ from lightning_mi_prune.discovery.groups import LayerStack
 from lightning_mi_prune.importance.layer_criteria import LayerSelector
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reconstruction.removed_layers import compensate_removed_layers
-from lightning_mi_prune.surgery.layers import remove_layers
 from lightning_mi_prune.surgery.transaction import cut_model
 
 __all__ = ["layers", "layers_one_shot", "layers_speed"]
@@ -88,19 +87,11 @@ def trained(task: str, seed: int, variant: LayerVariant) -> Figures:
     module.network.float()
     callbacks: list[CKALayerPruning] = []
     if variant.criterion != "none":
-        criterion: Any = variant.criterion
+        given: dict[str, Any] = {"target_layers": variant.layers, "criterion": variant.criterion}
         method: Any = "layerwise" if variant.reconstruction else "none"
-        callbacks = [
-            CKALayerPruning(
-                None,
-                target_layers=variant.layers,
-                criterion=criterion,
-                reconstruction=options.Reconstruction(method=method),
-                schedule=options.Schedule(cuts=1, first_epoch=variant.first_epoch),
-                seed=seed,
-                verbose=False,
-            )
-        ]
+        given["reconstruction"] = options.Reconstruction(method)
+        given["schedule"] = options.Schedule(cuts=1, first_epoch=variant.first_epoch)
+        callbacks = [CKALayerPruning(None, seed=seed, verbose=False, **given)]
     trainer = trainer_for(EPOCHS.get(task, 2), callbacks)
     trainer.fit(module, data)
     cuts = [cut for callback in callbacks for cut in callback.report.cuts]
@@ -128,8 +119,8 @@ def compared(task: str, seed: int) -> tuple[StackRecorder, LayerStack]:
     """The layers of a fine-tuned model, compared on the validation split."""
     subject, _ = opened(task, seed, calibrated=False)
     (stack,) = find_stacks(subject.model)
-    options = {"calls": POSITIONS, "batches": len(subject.validation), "positions": 256}
-    recorder = StackRecorder(subject.model, [stack], seed=seed, **options)
+    sizes = {"calls": POSITIONS, "batches": len(subject.validation), "positions": 256}
+    recorder = StackRecorder(subject.model, [stack], seed=seed, **sizes)
     with torch.no_grad(), recorder:
         for batch in subject.validation:
             recorder.start_batch()
@@ -145,26 +136,14 @@ def shortened(task: str, seed: int, layers: int, reconstruction: bool) -> Figure
     similarity = recorder.compared(graph.full)[stack.name]
     cut = LayerSelector(None, target=layers).choose(stack.name, similarity)
     plan = graph.keep_layers(graph.full, {stack.name: cut.after})
-    selection = Decision(plan, {}, {})
+    decision = Decision(plan, {}, {})
     if reconstruction:
-        known = (
-            subject.model,
-            graph,
-            graph.full,
-            selection,
-            CalibrationData(ranks=[recorder.stored]),
-        )
-        selection = compensate_removed_layers(*known, positions=POSITIONS)
+        known = subject.model, graph, graph.full, decision
+        data = CalibrationData(ranks=[recorder.stored])
+        decision = compensate_removed_layers(*known, data, positions=POSITIONS)
     model = copy.deepcopy(subject.model)
-    cut_model(model, graph, plan, current=graph.full, compensated=selection.compensated)
-    accuracy, cross_entropy = score(model.eval(), subject.test)
-    return {
-        "removed": [*cut.removed],
-        "n_test": sum(len(batch["labels"]) for batch in subject.test),
-        "accuracy": accuracy,
-        "dense_accuracy": subject.accuracy,
-        "cross_entropy": cross_entropy,
-    }
+    cut_model(model, graph, plan, current=graph.full, compensated=decision.compensated)
+    return {"removed": [*cut.removed], **quality_of(subject, model.eval())}
 
 
 def layers_speed(seconds: float = 10.0, rounds: int = 20) -> Iterator[Job]:
@@ -177,9 +156,5 @@ def _latency(seconds: float, rounds: int) -> Figures:
     networks = {}
     for number in (6, 4, 3):
         network = networks[f"{number}_"] = copy.deepcopy(encoder)
-        stacks = find_stacks(network)
-        kept = {stack.name: tuple(range(number)) for stack in stacks}
-        remove_layers(
-            network, stacks, PruningPlan({stack.name: stack.size for stack in stacks}, kept)
-        )
+        keep_first_layers(network, number)
     return timed(networks, LENGTH, seconds=seconds, rounds=rounds)

@@ -69,11 +69,9 @@ def cost_parts(records: Records) -> list[str]:
 
     def share(part: Mapping[str, Any]) -> str:
         unit = next((key.removeprefix("timed_") for key in part if key.startswith("timed_")), None)
-        return (
-            f"{part[f'timed_{unit}']:,} of {part[unit]:,} {unit.replace('_', ' ')}"
-            if unit
-            else "all"
-        )
+        if unit is None:
+            return "all"
+        return f"{part[f'timed_{unit}']:,} of {part[unit]:,} {unit.replace('_', ' ')}"
 
     head = [f"{r['shape']}, {unit}" for r in records for unit in ("s", "CPU s", "peak MB")]
     rows = []
@@ -93,9 +91,8 @@ def growth(records: Records) -> list[str]:
         sizes, seconds = r["sizes"], r["cpu_s"]
         cells = [r["grows"], f"{sizes[0]:,} .. {sizes[-1]:,}", r["part"].replace("_", " ")]
         cells.append(f"{digits(seconds[0])} .. {digits(seconds[-1])}")
-        rows.append(
-            row([*cells, *(f"{r[f'{clock}_s_exponent']:.2f}" for clock in ("cpu", "wall"))])
-        )
+        cells += [f"{r[f'{clock}_s_exponent']:.2f}" for clock in ("cpu", "wall")]
+        rows.append(row(cells))
     return with_head(head, rows, 3)
 
 

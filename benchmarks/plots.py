@@ -44,8 +44,6 @@ LOOKS: dict[Name, tuple[str, str, str]] = {
     ("cka-layers", "uniform", "none"): ("layers by CKA", PURPLE, ">"),
     ("small-dense", "uniform", "none"): ("small dense model", PURPLE, "d"),
 }
-
-
 LABELS = {"size": "prunable parameters that are left (methods moved apart)"}
 LABELS |= {f"speed-b{rows}": f"measured speed-up, batch of {rows}" for rows in BATCHES}
 XTICKS = {"size": (0.1, 0.25, 0.5)} | {
@@ -118,15 +116,11 @@ def _method(axes: Axes, name: Name, records: Sequence[tuple[Record, float]]) -> 
         down.append(max(0.0, heights[-1] - min(gaps)))
         up.append(max(0.0, max(gaps) - heights[-1]))
     label, color, marker = LOOKS[name]
-    look: dict[str, Any] = {
-        "color": color,
-        "marker": marker,
-        "markersize": 10 if marker == "*" else 5,
-    }
+    ours = name == OURS.name
+    look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 10 if ours else 5}
     look |= {"markeredgecolor": "white", "markeredgewidth": 0.5, "elinewidth": 0.8}
-    width = 2.0 if name == OURS.name else 0.6
-    spread = [down, up]
-    axes.errorbar(places, heights, yerr=spread, label=label, linewidth=width, clip_on=False, **look)
+    look |= {"linewidth": 2.0 if ours else 0.6, "label": label, "clip_on": False}
+    axes.errorbar(places, heights, yerr=[down, up], **look)
 
 
 def drawn(names: Sequence[str], target: Path, folder: Path = FOLDER) -> list[Path]:

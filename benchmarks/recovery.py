@@ -94,8 +94,8 @@ def measured(task: str, seed: int, entry: Entry, sparsity: float, steps: int) ->
     """Prune a copy of the dense model, train and test it."""
     subject, _ = opened(task, seed)
     before, pruning = pruned(task, seed, entry, sparsity)
-    units = entry.units if isinstance(entry, Variant) else ()
-    dims = subject.of(("head_dim",)) if "head_dim" in units else ()
+    narrower = isinstance(entry, Variant) and "head_dim" in entry.units
+    dims = subject.of(("head_dim",)) if narrower else ()
     training, started = training_after(task, seed, steps), time.process_time()
     model = trained(copy.deepcopy(before), entry, sparsity, training)
     seconds = pruning + time.process_time() - started
@@ -125,7 +125,7 @@ def pruned(task: str, seed: int, entry: Entry, sparsity: float) -> tuple[nn.Modu
         return small, dense_record(task, seed, layers)["cpu_seconds"]
     started = time.process_time()
     if isinstance(entry, Variant):
-        model = cut(subject.cutting(entry.units), entry, sparsity)[0]
+        model = cut(subject.cutting(entry.units), entry.options(sparsity, seed))[0]
     else:
         model = copy.deepcopy(subject.model)
         if entry.prune is not None:

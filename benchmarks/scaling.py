@@ -35,7 +35,6 @@ __all__ = [
     "scaling",
 ]
 
-
 # Sizes of what grows: neurons of a layer (four times its outputs), layers, positions that are
 # samples, batches of validation.
 SIZES = {
@@ -45,7 +44,7 @@ SIZES = {
     "validation": (8, 16, 32, 64),
 }
 TINY = {"width": (16, 32, 64), "depth": (1, 2), "positions": (128, 256), "validation": (2, 4)}
-# What stays meanwhile, of all and of the tiny ones.
+# What stays meanwhile.
 FIXED = {"samples": 4096, "hidden": 192, "rows": 16, "length": 32, "neurons": 8}
 TINY_FIXED = {"samples": 128, "hidden": 24, "rows": 4, "length": 16, "neurons": 2}
 LAYERS = 2
@@ -149,10 +148,8 @@ def reduced_bytes(
     """
     size = 0
     for group in groups:
-        d, rows = (
-            group.size * group.entries,
-            len(network.get_parameter(f"{group.consumers[0]}.weight")),
-        )
+        d = group.size * group.entries
+        rows = len(network.get_parameter(f"{group.consumers[0]}.weight"))
         squares = (n * n if whole else n * (n + 1) // 2 for n in (d, rows))
         size += 8 * (1 + d + 3 + group.size + sum(squares))
     return size

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,18 +44,10 @@ __all__ = [
 
 UNITS = ("ffn", "heads")
 EVERY_UNIT = (*UNITS, "head_dim")
-# Samples of each group, positions whose inputs are stored for the reconstruction, and batches
-# whose gradients are taken.
+# Samples of each group, positions of stored inputs, and batches whose gradients are taken.
 POSITIONS, STORED, STEPS = 40_000, 65_536, 64
 
 Kept = dict[str, list[int]]
-
-
-class Way(Protocol):
-    """A way to prune that this package has."""
-
-    def options(self, amount: float, seed: int, /) -> PipelineOptions:
-        """The options of the package for one budget."""
 
 
 def calibrate_gradients(
@@ -81,7 +73,6 @@ class Subject:
     """A dense model with its calibration, the same for every method.
 
     Args:
-        task: Name of the task.
         seed: Seed of the split and the model.
         model: The network, in evaluation mode; only run and copied.
         groups: Everything in it that can be cut.
@@ -93,7 +84,6 @@ class Subject:
         cross_entropy: Mean cross-entropy on it, in nats.
     """
 
-    task: str
     seed: int
     model: nn.Module
     groups: Sequence[DependencyGroup]
@@ -114,7 +104,6 @@ class Subject:
 
 
 def examine(
-    task: str,
     seed: int,
     model: nn.Module,
     validation: Sequence[Batch],
@@ -131,7 +120,7 @@ def examine(
         calibration = collect_activations(model, every, validation, run_batch, **sizes)
         calibration.gradients = calibrate_gradients(model, every, validation)
     known = model, groups, choose_groups(groups, kinds=UNITS), calibration, validation, test
-    return Subject(task, seed, *known, *score(model, test))
+    return Subject(seed, *known, *score(model, test))
 
 
 @lru_cache(maxsize=1)  # jobs of one model follow one another
@@ -139,7 +128,7 @@ def opened(task: str, seed: int, *, calibrated: bool = True) -> tuple[Subject, A
     """The fine-tuned model of a task, calibrated or not, and its data."""
     model, data = finetuned(task, seed)
     rows, test = [*data.val_dataloader()], [*data.test_dataloader()]
-    return examine(task, seed, model, rows, test, calibrated=calibrated), data
+    return examine(seed, model, rows, test, calibrated=calibrated), data
 
 
 @torch.no_grad()
@@ -155,15 +144,14 @@ def score(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
 
 
 def cut(
-    subject: Subject, way: Way, amount: float, *, ridge: float = 1e-2
+    subject: Subject, options: PipelineOptions, *, ridge: float = 1e-2
 ) -> tuple[nn.Module, PruningPlan]:
-    """Prune a copy of the model one way, with this ridge of the reconstruction; also the plan."""
-    options, data, groups = way.options(amount, subject.seed), subject.calibration, subject.groups
+    """Prune a copy of the model, with this ridge of the reconstruction; also returns the plan."""
+    data, groups, reconstruction = subject.calibration, subject.groups, options.reconstruction
     model, plan = copy.deepcopy(subject.model), full_plan(groups)
     decision = decide(options, model, groups, subject.chosen, plan, data)
     if decision is None:  # the model is as small already
         return model, plan
-    reconstruction = options.reconstruction
     decision = reconstruct(model, groups, plan, decision, reconstruction, data, ridge=ridge)
     apply_plan(model, groups, decision.plan, current=plan, compensated=decision.compensated)
     return model, plan.then(decision.plan)
@@ -189,12 +177,12 @@ def size_of(
     Args:
         model: The pruned model.
         groups: Neurons and heads of the dense one.
-        dims: Dimensions of heads, where they may have gone.
+        dims: Dimensions of heads, where they may have been removed.
 
     Returns:
-        ``reached``, the share of the prunable parameters that is gone or zero; whether any are
-        ``masked``, so that nothing got smaller; the ``parameters`` that are left; the units that
-        are ``kept`` in every layer that is there, bottom to top, by kind of group.
+        ``reached``, the share of the prunable parameters that was removed or is zero; ``masked``,
+        whether any are zero; the ``parameters`` that are left; ``kept``, the units of every layer
+        that is left, bottom to top, by kind of group.
     """
     modules = dict(model.named_modules())
     sizes = {}
@@ -214,7 +202,9 @@ def size_of(
             kept.setdefault(group.kind, []).append(widths[group.name])
     # Layers are numbered anew when some are removed, so it is the top ones that have no width.
     left = count_parameters(groups, {group.name: widths.get(group.name, 0) for group in groups})
-    zeros = sum(zeros_of(model, name) for name in weight_names(groups))
+    weights = dict(model.named_parameters(remove_duplicate=False))  # without those of such layers
+    known = (weights[name] for name in weight_names(groups) if name in weights)
+    zeros = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in known)
     reached = 1 - (left - zeros) / count_parameters(groups)
     parameters = sum(parameter.numel() for parameter in model.parameters()) - zeros
     return {"reached": reached, "masked": zeros > 0, "parameters": parameters, "kept": kept}
@@ -237,12 +227,3 @@ def settle(model: nn.Module) -> nn.Module:
 def width_of(model: nn.Module, group: DependencyGroup, entries: int) -> int:
     """Units of a group that are there, each of so many entries."""
     return model.get_parameter(f"{group.consumers[0]}.weight").shape[1] // entries
-
-
-def zeros_of(model: nn.Module, name: str) -> int:
-    """Entries of a tensor that are exactly zero; none where there is no such tensor."""
-    try:
-        tensor = model.get_parameter(name)
-    except AttributeError:
-        return 0
-    return int(torch.count_nonzero(tensor == 0))

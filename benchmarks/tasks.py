@@ -37,6 +37,7 @@ __all__ = [
     "Training",
     "dense_record",
     "finetuned",
+    "keep_first_layers",
     "labels_loss",
     "task_data",
     "token_ids",
@@ -132,7 +133,7 @@ def token_ids(rows: int, length: int) -> Batch:
 def finetuned(
     task: str, seed: int, layers: int | None = None
 ) -> tuple[PreTrainedModel, TextDataModule]:
-    """A fine-tuned classifier in evaluation mode and its data; trained where that was never done.
+    """A fine-tuned classifier in evaluation mode and its data; trained where no folder has it.
 
     Split, head and order of training change with the seed. Random states are left as they were.
 
@@ -142,7 +143,8 @@ def finetuned(
         layers: Layers of the pretrained encoder to begin with, from the bottom; None is all.
     """
     data, folder = task_data(task, seed), folder_of(task, seed, layers)
-    if not _is_done(folder / RECORD, settings(task, seed, layers)):
+    done = (folder / RECORD).exists() and dense_record(task, seed, layers)["settings"]
+    if done != settings(task, seed, layers):
         with isolate_rng():
             _finetune(task, seed, data, folder, layers)
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
@@ -158,8 +160,8 @@ def folder_of(task: str, seed: int, layers: int | None = None) -> Path:
 
 def dense_record(task: str, seed: int, layers: int | None = None) -> dict[str, Any]:
     """What is known of a fine-tuned classifier: accuracies, rows, seconds, settings."""
-    text = (folder_of(task, seed, layers) / RECORD).read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
+    path = folder_of(task, seed, layers) / RECORD
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -167,13 +169,6 @@ def settings(task: str, seed: int, layers: int | None = None) -> dict[str, Any]:
     """Everything a fine-tuned classifier depends on but the machine, less what is None."""
     known = {"task": task, "seed": seed, **asdict(RECIPES[task]), "layers": layers}
     return {name: value for name, value in known.items() if value is not None}
-
-
-def _is_done(path: Path, expected: dict[str, Any]) -> bool:
-    if not path.exists():
-        return False
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    return found == expected
 
 
 def _finetune(task: str, seed: int, data: TextDataModule, folder: Path, layers: int | None) -> None:
@@ -184,9 +179,7 @@ def _finetune(task: str, seed: int, data: TextDataModule, folder: Path, layers: 
     module = TextClassifier(recipe.model, data.num_classes, recipe.learning_rate)
     module.network.float()
     if layers is not None:
-        stacks = find_stacks(module.network)
-        kept = {stack.name: tuple(range(layers)) for stack in stacks}
-        remove_layers(module.network, stacks, PruningPlan({s.name: s.size for s in stacks}, kept))
+        keep_first_layers(module.network, layers)
     trainer = trainer_for(recipe.epochs)
     processor = time.process_time()
     trainer.fit(module, data)
@@ -205,6 +198,13 @@ def _finetune(task: str, seed: int, data: TextDataModule, folder: Path, layers: 
     partial = folder / f"{RECORD}.partial"
     partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / RECORD)
+
+
+def keep_first_layers(network: nn.Module, layers: int) -> None:
+    """Remove all layers of every stack but this many, from the bottom."""
+    stacks = find_stacks(network)
+    kept = {stack.name: tuple(range(layers)) for stack in stacks}
+    remove_layers(network, stacks, PruningPlan({s.name: s.size for s in stacks}, kept))
 
 
 def trainer_for(epochs: int, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:

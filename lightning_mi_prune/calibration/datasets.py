@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_mi_prune.core.errors import PruningError, require
+from lightning_mi_prune.core.options import check_count
 
 __all__ = [
     "DatasetBatches",
@@ -35,10 +36,12 @@ class DatasetBatches:
         seed: Seed of the order.
 
     Raises:
-        PruningError: If there are no rows, or a column is text or cannot be stacked.
+        PruningError: If there are no rows, a column is text or cannot be stacked, or the size is no
+            whole number from 1.
     """
 
     def __init__(self, data: Any, *, batch_size: int, seed: int) -> None:
+        check_count("batch_size", batch_size, least=1)
         if not len(data):
             raise PruningError("The data set has no rows; expected a few thousand. Check filters.")
         if "label" in data.column_names and "labels" not in data.column_names:

@@ -52,7 +52,7 @@ from lightning_mi_prune.cli.config import (
 )
 from lightning_mi_prune.cli.options import help_text, options_of, values_of
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.core.options import Importance, check_count
+from lightning_mi_prune.core.options import Importance
 from lightning_mi_prune.pipeline import PruneResult, prune
 from lightning_mi_prune.reporting.tables import Table, print_table
 
@@ -98,7 +98,6 @@ def prune_module(
     checkpoint: str | None = None,
     output: str = "pruned.ckpt",
     evaluate: Loop = "validate",
-    batch_size: int = 32,
     **options: Any,
 ) -> PruneResult:
     """Prune a module on validation data, and save it as a checkpoint.
@@ -113,7 +112,6 @@ def prune_module(
         output: Checkpoint to write. load_pruned opens it.
         evaluate: Loop of the trainer to run before and after: ``"validate"``, ``"test"`` or
             ``"none"``.
-        batch_size: Rows of a batch, where data is a data set.
         options: Options of ``prune``, but those that are objects: loss, forward, training,
             optimizers.
 
@@ -130,8 +128,8 @@ def prune_module(
     target = Path(output)
     _check_files(target, checkpoint)
     if data is not None and not isinstance(data, pl.LightningDataModule):
-        check_count("batch_size", batch_size, least=1)
-        data = _Rows(batches_of(data, batch_size=batch_size, seed=options.get("seed", 0)))
+        sizes = {name: options[name] for name in ("batch_size", "seed") if name in options}
+        data = _Rows(batches_of(data, **sizes))
     source = model if data is None else data
     if not is_overridden("val_dataloader", source):
         remedy = "give a DataModule (--data mypackage.MyData)" if data is None else "write one"

@@ -73,7 +73,9 @@ def test_a_table_without_dimensions_of_heads_is_refused(tmp_path):
     measure_table(model, groups, {"": call}, kinds=["ffn", "heads"], clock=ruler).write(path)
     budget = Budget(target_latency_ms=0.5)
     method = {"importance": Importance(relevance="gradient"), "latency": Latency(str(path))}
-    with pytest.raises(PruningError, match=r"does not have .*head_dim' of 6 units.*Measure it again"):
+    with pytest.raises(
+        PruningError, match=r"does not have .*head_dim' of 6 units.*Measure it again"
+    ):
         prune(model, lesson("bert"), budget, loss=loss, kinds=UNITS, **method)
 
 

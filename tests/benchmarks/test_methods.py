@@ -27,7 +27,7 @@ NAMED = {setting.name: setting for setting in SETTINGS}
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(variant.name))
 def test_every_variant_reaches_its_sparsity_and_leaves_the_dense_model(subject, variant) -> None:
     before = copy.deepcopy(subject.model.state_dict())
-    model, plan = cut(subject.cutting(variant.units), variant, 0.75)
+    model, plan = cut(subject.cutting(variant.units), variant.options(0.75, 0))
     dims = subject.of(("head_dim",)) if "head_dim" in variant.units else ()
     figures = quality_of(subject, model) | size_of(model, subject.chosen, dims)
     assert figures["reached"] >= 0.75
@@ -49,7 +49,7 @@ def test_every_variant_reaches_its_sparsity_and_leaves_the_dense_model(subject, 
 def test_the_calibration_is_of_the_validation_split_alone() -> None:
     rows = labelled(range(12))
     first, second = (
-        examine("trec-6", 0, build(), rows, labelled(range(n, n + 2))).calibration for n in (20, 30)
+        examine(0, build(), rows, labelled(range(n, n + 2))).calibration for n in (20, 30)
     )
     stored = [call for calls in first.ranks[0].values() for call in calls]
     assert sum(call.rows for call in stored) == 12 * 32
@@ -135,7 +135,7 @@ def test_with_gradients_top_down_and_bottom_up_are_one_order() -> None:
 @pytest.mark.usefixtures("opened")
 def test_the_default_setting_is_our_variant() -> None:
     subject: Subject = calibrated("trec-6", 0, DEFAULT)
-    (ours, plan), (mine, other) = (cut(subject, way, 0.6) for way in (OURS, DEFAULT))
+    (ours, plan), (mine, other) = (cut(subject, way.options(0.6, 0)) for way in (OURS, DEFAULT))
     assert plan.kept == other.kept
     for name, value in ours.state_dict().items():
         assert torch.equal(value, mine.state_dict()[name]), name

@@ -115,7 +115,7 @@ def test_every_case_names_its_jobs_before_anything_is_opened(name: str, tmp_path
 
 
 def test_a_shape_without_a_record_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LookupError, match=r"'sparsity': 0.5.*run recovery` first"):
+    with pytest.raises(LookupError, match=r"'sparsity': 0.5.*run recovery`"):
         [*missing_jobs(CASES["lengths"], {}, tmp_path, quick=False)]
 
 

@@ -121,7 +121,7 @@ def test_terms_are_those_of_the_papers() -> None:
 def test_padding_and_embeddings_teach_nothing(subject: Subject) -> None:
     (batch,) = labelled(range(1))
     mask = batch["attention_mask"].bool()
-    student, teacher = cut(subject, OURS, 0.75)[0], subject.model
+    student, teacher = cut(subject, OURS.options(0.75, 0))[0], subject.model
     with torch.no_grad():
         mine, wanted = (m(**batch, output_hidden_states=True) for m in (student, teacher))
         parts = [
@@ -137,7 +137,8 @@ def test_padding_and_embeddings_teach_nothing(subject: Subject) -> None:
 
 
 def test_a_teacher_is_only_run_and_a_student_comes_nearer(subject: Subject) -> None:
-    student, weights = cut(subject, OURS, 0.75)[0], copy.deepcopy(subject.model.state_dict())
+    student = cut(subject, OURS.options(0.75, 0))[0]
+    weights = copy.deepcopy(subject.model.state_dict())
     (batch,) = labelled(range(20, 21))
     loss = losses(subject.model)["predictions and states"]
     with torch.no_grad():

@@ -45,7 +45,7 @@ class Data:
 
 @pytest.fixture(scope="session")
 def subject() -> Subject:
-    return examine("trec-6", 0, build(), labelled(range(12)), labelled(range(12, 14)))
+    return examine(0, build(), labelled(range(12)), labelled(range(12, 14)))
 
 
 @pytest.fixture

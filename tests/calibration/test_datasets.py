@@ -115,6 +115,8 @@ def test_other_data_is_refused(tmp_path):
         batches_of(data.to_iterable_dataset())
     with pytest.raises(PruningError, match=r"splits \['a', 'b'\]; pass one: data\['a'\]"):
         batches_of(DatasetDict(a=data, b=data))
+    with pytest.raises(PruningError, match="batch_size=0"):
+        batches_of(data, batch_size=0)
     with pytest.raises(PruningError, match="'nowhere' cannot be opened"):
         batches_of("nowhere")
     (tmp_path / "state.json").write_text("{")

@@ -560,7 +560,7 @@ def test_options_are_those_of_the_function_and_of_its_records():
             "optimizers",
         ):
             assert given.pop(name) == parameter.default
-    assert set(given) == own == {"checkpoint", "output", "evaluate", "batch_size"}
+    assert set(given) == own == {"checkpoint", "output", "evaluate"}
     with pytest.raises(PruningError, match="cuts is no option of one-shot pruning"):
         prune_module(Net(3), Rows(), trainer(), cuts=3)
 

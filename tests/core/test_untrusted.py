@@ -685,8 +685,8 @@ def test_pictures_of_stacks_with_odd_names_have_names_of_files(tmp_path):
     cut = replace(CUT, groups=(), stacks=(odd,))
     PruningReport(30, 12, 9, cuts=[cut]).write(tmp_path / "deep" / "report.json")
     assert len(content(tmp_path)) == 3
-    told = json.loads((tmp_path / "deep" / "report.json").read_text())
-    assert (tmp_path / "deep" / told["cuts"][0]["stacks"][0]["picture"]).is_file()
+    written = json.loads((tmp_path / "deep" / "report.json").read_text())
+    assert (tmp_path / "deep" / written["cuts"][0]["stacks"][0]["picture"]).is_file()
 
 
 def test_a_pipe_in_place_of_a_table_is_refused(tmp_path):
@@ -753,9 +753,9 @@ def test_a_table_is_measured_once_in_a_run_wherever_it_stays(written, tmp_path, 
         )
         with pytest.warns(
             PruningWarning, match=r"cannot be written to .*\(full\).* in memory"
-        ) as told:
+        ) as found:
             trainer(callback, max_epochs=6).fit(Classifier())
-        assert sum("in memory" in str(w.message) for w in told) == 1
+        assert sum("in memory" in str(w.message) for w in found) == 1
     else:
         trainer(callback, max_epochs=6).fit(Classifier())
     assert callback.report.cuts

@@ -123,7 +123,7 @@ def test_layers_that_do_not_fit_together(options, message):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_axes_of_a_cut_model_are_those_it_was_built_with(family):
+def test_groups_of_a_cut_model_are_those_as_built(family):
     model = build(family)
     groups = find_groups(model)
     plan = random_plan(groups)
@@ -140,7 +140,7 @@ def test_a_damaged_record_is_refused():
         find_groups(model)
 
 
-def test_axes_hold_no_tensors():
+def test_groups_hold_no_tensors():
     for group in find_groups(build()):
         assert not any(isinstance(value, torch.Tensor) for value in vars(group).values())
 

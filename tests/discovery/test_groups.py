@@ -16,7 +16,7 @@ def group(name, kind="ffn", size=8, entries=1, tensors=()):
     return DependencyGroup(name, kind, size, entries, tensors, ("down",))
 
 
-def test_a_tensor_cut_along_two_axes_counts_once():
+def test_a_tensor_in_two_groups_counts_once():
     square = (PrunableDim("w", 0, (6, 4)),), (PrunableDim("w", 1, (6, 4)),)
     groups = [
         group("rows", size=6, tensors=square[0]),
@@ -26,7 +26,7 @@ def test_a_tensor_cut_along_two_axes_counts_once():
     assert count_parameters(groups, {"rows": 3, "columns": 1}) == 3 * 2
 
 
-def test_axes_of_a_cut_model_are_restated_as_built():
+def test_groups_of_a_cut_model_get_their_built_sizes():
     cut = group(
         "a", size=3, entries=2, tensors=(PrunableDim("w", 0, (6, 4)), PrunableDim("v", 1, (5, 6)))
     )
@@ -45,18 +45,18 @@ def test_prefix_reaches_every_name():
     assert (moved.network, moved.scope) == ("net", "net")
 
 
-AXES = [group("layer.0.ffn"), group("layer.1.ffn"), group("layer.0.heads", "heads")]
+GROUPS = [group("layer.0.ffn"), group("layer.1.ffn"), group("layer.0.heads", "heads")]
 
 
 def test_by_itself_neurons_and_heads_are_chosen_or_whatever_there_is():
-    assert choose_groups(AXES) == AXES
+    assert choose_groups(GROUPS) == GROUPS
     assert choose_groups([group("a"), group("b", "pooler")]) == [group("a")]
     assert choose_groups([group("b", "channels")]) == [group("b", "channels")]
 
 
 def test_choose_by_kind_and_name():
     def names(**options):
-        return [a.name for a in choose_groups(AXES, **options)]
+        return [a.name for a in choose_groups(GROUPS, **options)]
 
     assert names(kinds=["ffn"]) == ["layer.0.ffn", "layer.1.ffn"]
     assert names(kinds=["ffn", "heads"], include=r"layer\.0") == ["layer.0.ffn", "layer.0.heads"]
@@ -75,4 +75,4 @@ def test_choose_by_kind_and_name():
 )
 def test_choices_that_leave_nothing_or_match_nothing(options, message):
     with pytest.raises(PruningError, match=message):
-        choose_groups(AXES, **options)
+        choose_groups(GROUPS, **options)

@@ -1,4 +1,4 @@
-"""The residual stream is cut like any other group, once for all layers."""
+"""The hidden size: one group of all layers, cut like any other."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class MaskedLayerNorm(nn.Module):
 
 @torch.no_grad()
 def masked_stream(model, groups, plan):
-    """The uncut model with dropped entries of the stream zero wherever they are written or read."""
+    """The uncut model with dropped hidden units zero wherever they are produced or consumed."""
     model = masked_copy(model, groups, plan)
     (group,) = (group for group in groups if group.kind == "hidden")
     kept = plan.kept[group.name]
@@ -85,7 +85,7 @@ def stirred(family, head="sequence", **options):
 
 
 @EVERY
-def test_a_cut_stream_is_the_masked_stream(family, head):
+def test_a_cut_hidden_size_equals_the_masked_model(family, head):
     model = stirred(family, head)
     groups = find_groups(model)
     plan = random_plan(groups, residual=True)
@@ -99,8 +99,8 @@ def test_a_cut_stream_is_the_masked_stream(family, head):
 
 
 @EVERY
-def test_the_stream_is_described_whole(family, head):
-    """Whatever is as wide as the stream and is no other group is cut with it."""
+def test_every_tensor_of_hidden_size_is_in_the_group(family, head):
+    """Every dimension of hidden size that is in no other group is cut."""
     model = build(family, head)
     groups = find_groups(model)
     (group,) = (group for group in groups if group.kind == "hidden")
@@ -110,7 +110,7 @@ def test_the_stream_is_described_whole(family, head):
             if width == 24 and (id(parameter), dim) not in cut:
                 assert name.endswith("predictions.dense.weight"), (name, dim)
     assert set(group.consumers) == {
-        consumer for site in group.consumers_by_input for consumer in site
+        consumer for consumers in group.consumers_by_input for consumer in consumers
     }
     assert len(group.inputs) == len(group.consumers_by_input)
     assert group.level == min(a.level for a in groups) == -1
@@ -124,7 +124,7 @@ def test_the_stream_is_described_whole(family, head):
 
 @EVERY
 def test_skips_and_readers_above(family, head):
-    """The skip brings what is added to the consumer's output; the modules above hear of it."""
+    """The residual input is added to the consumer's output, which the modules above read."""
     model = stirred(family, head)
     groups = [group for group in find_groups(model) if group.kind in ("ffn", "heads")]
     order: list[str] = []
@@ -195,7 +195,7 @@ def test_a_head_size_in_the_config_frees_the_heads(tmp_path):
     assert torch.equal(outputs(again, inputs_of(head)), outputs(model, inputs_of(head)))
 
 
-def test_plans_from_before_there_was_this_axis_still_open(tmp_path):
+def test_plans_without_the_hidden_size_open(tmp_path):
     model = build()
     groups = [group for group in find_groups(model) if group.kind != "hidden"]
     apply_plan(model, groups, random_plan(groups))
@@ -311,7 +311,7 @@ def test_values_in_final_shape_for_every_kind_of_parameter():
     apply_plan(small, groups, plan)
     names = [
         "bert.encoder.layer.0.output.LayerNorm.weight",
-        "bert.encoder.layer.0.output.dense.weight",  # columns by neurons, rows by the stream
+        "bert.encoder.layer.0.output.dense.weight",  # columns by neurons, rows by the hidden size
         "bert.encoder.layer.0.output.dense.bias",
         "bert.embeddings.position_embeddings.weight",
         "classifier.bias",  # not cut at all
@@ -326,7 +326,7 @@ def test_values_in_final_shape_for_every_kind_of_parameter():
         apply_plan(stirred("bert"), groups, plan, compensated=wrong)
 
 
-def test_an_empty_stream_is_refused():
+def test_an_empty_hidden_size_is_refused():
     model = stirred("bert")
     groups = find_groups(model)
     before = copy.deepcopy(model.state_dict())
@@ -389,12 +389,12 @@ def test_encoders_alone_and_other_heads(tmp_path):
         models.randomize(model.eval())
         groups = find_groups(model)
         plan = random_plan(groups, residual=True)
-        (stream,) = (group for group in groups if group.kind == "hidden")
+        (hidden,) = (group for group in groups if group.kind == "hidden")
         masked = masked_stream(model, groups, plan)
         apply_plan(model, groups, plan)
         expected = masked(**inputs)[name]
         if name == "last_hidden_state":
-            expected = expected[..., list(plan.kept[stream.name])]
+            expected = expected[..., list(plan.kept[hidden.name])]
         assert torch.allclose(model(**inputs)[name], expected, atol=1e-5)
         folder = tmp_path / type(model).__name__
         model.save_pretrained(folder)
@@ -420,7 +420,7 @@ def test_heads_that_no_table_describes_have_no_such_group():
             choose_groups(find_groups(model), kinds=["hidden"])
 
 
-def test_a_strange_embedding_leaves_the_other_axes_alone():
+def test_an_unknown_embedding_leaves_the_other_groups():
     class Own(nn.Embedding):
         pass
 
@@ -429,7 +429,7 @@ def test_a_strange_embedding_leaves_the_other_axes_alone():
     assert {group.kind for group in find_groups(model)} == {"ffn", "heads", "head_dim", "pooler"}
 
 
-def test_two_networks_have_two_streams():
+def test_two_networks_have_two_hidden_sizes():
     root = nn.ModuleDict({"a": build(), "b": build(seed=1)})
     groups = find_groups(root)
     names = [group.name for group in groups if group.kind == "hidden"]

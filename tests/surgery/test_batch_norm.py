@@ -91,7 +91,7 @@ def test_without_statistics_no_batch_is_run():
 
 
 def test_a_last_batch_of_one_row_is_left_out():
-    """As a loader gives it where the rows do not divide; nothing can be told from it."""
+    """As a loader gives it where the rows do not divide; it has no variance."""
     several, one = trained(), trained()
     reestimate_batch_norm(several, ROWS, lambda net, x: net(x))
     reestimate_batch_norm(one, [*ROWS, ROWS[0][:1]], lambda net, x: net(x))

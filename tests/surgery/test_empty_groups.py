@@ -256,7 +256,7 @@ def test_decoders_keep_a_head_and_a_neuron():
     assert not any(group.may_be_empty or group.empty_forward for group in groups)
 
 
-def test_any_linear_axis_may_be_told_to_vanish():
+def test_any_linear_group_may_be_allowed_to_be_empty():
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
     with pytest.raises(PruningError, match="cannot be empty"):

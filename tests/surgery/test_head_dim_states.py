@@ -1,4 +1,4 @@
-"""Dimensions of heads: what an optimizer holds turns with its parameter."""
+"""Dimensions of heads: optimizer state rotates with its parameter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_momentum_turns_with_its_parameter(momentum):
+def test_momentum_rotates_with_its_parameter(momentum):
     """Training a rotated problem and turning a trained one are one thing."""
     generator = torch.Generator().manual_seed(0)
     maps, _ = torch.linalg.qr(torch.randn(2, 3, 3, generator=generator, dtype=torch.float64))
@@ -88,7 +88,7 @@ def test_squares_stay_at_least_those_of_their_mean():
     assert new.isfinite().all()
 
 
-def test_averages_of_weights_turn_as_weights_do():
+def test_averages_of_weights_rotate_like_weights():
     def make(parameters):
         return torch.optim.ASGD(parameters, lr=0.01, t0=0)
 

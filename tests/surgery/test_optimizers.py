@@ -97,7 +97,7 @@ def test_after_a_cut_every_step_equals_the_sliced_problem(kind):
 
 
 def sliced_by_hand(tensor, name, groups, plan):
-    """Cut a tensor by what the groups say of its name, without surgery."""
+    """Cut a tensor as the groups with its name do, without surgery."""
     for group in groups:
         for s in group.tensors:
             if s.tensor == name:
@@ -491,8 +491,8 @@ def test_a_parameter_held_twice_is_refused_where_it_is_cut():
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4), (4, 1), (1, 4)])
-def test_rows_and_columns_of_a_square_are_told_apart(shape, dim):
-    """Cut a dimension of constant tensors: what follows it loses the same tensors, the rest none."""
+def test_rows_and_columns_of_a_square_are_distinguished(shape, dim):
+    """A cut of one dimension shortens exactly the state tensors that follow it."""
     old = nn.Parameter(torch.ones(shape))
     kept = torch.tensor([1, 3] if shape[dim] == 4 else [0])
     new = nn.Parameter(old.detach().index_select(dim, kept))
@@ -648,7 +648,7 @@ def test_two_optimizers_are_restored_each_from_its_own():
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="optimizers keep no names")
 @pytest.mark.parametrize("at", ["", "net."])
-def test_names_follow_parameters_that_leave_and_return(at):
+def test_names_follow_removed_and_restored_parameters(at):
     net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
     full = dict(net.named_parameters())
     first = [(at + n, p) for n, p in full.items() if n[0] in "01"]

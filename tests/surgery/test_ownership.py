@@ -361,7 +361,7 @@ def test_a_network_in_the_place_of_another_is_found_anew():
     assert all(set(later.kept[name]) <= set(kept.kept[name]) for name in kept.kept)
 
 
-def test_latest_weights_of_a_closed_tracker_carry_no_plan():
+def test_latest_weights_of_a_closed_tracker_have_no_plan():
     module = nn.ModuleDict({"net": build()})
     tracker = cut(module)
     tracker.close()

@@ -87,18 +87,18 @@ def test_cancelling_puts_the_very_parameters_back():
 def test_recovering_brings_hollow_layers_back_to_the_bit():
     model, graph = body()
     values = {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
-    says = outputs(model, batch())
+    expected = outputs(model, batch())
     plan = graph.keep_layers(graph.full.then(units(graph, graph.full)), {STACK: (0, 1)})
     done = cut_model(model, graph, plan, current=graph.full)
-    spare = {
+    available = {
         n: {i: without_storage(x) for i, x in layers.items()} for n, layers in done.removed.items()
     }
     assert all(
-        p.is_meta for layers in spare.values() for x in layers.values() for p in x.parameters()
+        p.is_meta for layers in available.values() for x in layers.values() for p in x.parameters()
     )
-    back = restore_model(model, graph, graph.full, values, current=plan, available=spare)
+    back = restore_model(model, graph, graph.full, values, current=plan, available=available)
     assert back.after == graph.full
-    assert torch.equal(outputs(model, batch()), says)
+    assert torch.equal(outputs(model, batch()), expected)
     assert not any(p.is_meta for p in model.parameters())
 
 
@@ -110,7 +110,7 @@ def test_layers_come_back_in_the_precision_of_those_that_stayed(precision):
         layer.register_buffer("scale", torch.ones(3))
     plan = graph.keep_layers(graph.full, {STACK: (0, 1)})
     done = cut_model(model, graph, plan, current=graph.full)
-    spare = {
+    available = {
         n: {i: without_storage(x) for i, x in layers.items()} for n, layers in done.removed.items()
     }
     model.to(precision)
@@ -120,7 +120,7 @@ def test_layers_come_back_in_the_precision_of_those_that_stayed(precision):
     for place in range(2, 6):
         mine = {n.replace("layer.1.", f"layer.{place}."): t for n, t in values.items()}
         values |= {n: t for n, t in mine.items() if n not in values}
-    restore_model(model, graph, graph.full, values, current=plan, available=spare)
+    restore_model(model, graph, graph.full, values, current=plan, available=available)
     first, *others = ({n: t.dtype for n, t in x.state_dict().items()} for x in layers_of(model))
     assert all(other == first for other in others)
     assert first["output.dense.weight"] == first["scale"] == precision
@@ -137,17 +137,17 @@ def test_a_snapshot_that_does_not_fit_changes_nothing():
     values = {n: t.clone() for n, t in model.named_parameters()}
     plan = graph.keep_layers(graph.full, {STACK: (0, 1)})
     done = cut_model(model, graph, plan, current=graph.full)
-    spare = {
+    available = {
         n: {i: without_storage(x) for i, x in layers.items()} for n, layers in done.removed.items()
     }
     before = state(model)
     values.pop("bert.encoder.layer.4.output.dense.bias")
     with pytest.raises(PruningError, match=r"snapshot has no 'bert\.encoder\.layer\.4"):
-        restore_model(model, graph, graph.full, values, current=plan, available=spare)
+        restore_model(model, graph, graph.full, values, current=plan, available=available)
     assert state(model) == before
 
 
-def test_without_spare_layers_nothing_comes_back():
+def test_without_available_layers_nothing_is_restored():
     model, graph = body()
     plan = graph.keep_layers(graph.full, {STACK: (0, 1)})
     cut_model(model, graph, plan, current=graph.full)
@@ -209,10 +209,10 @@ def test_state_dicts_of_any_depth_and_width_follow_one_another():
     fresh = kept(deep_bert().eval())
     for owner in (tracker, fresh):
         for place in (0, 2, 1, 0, 1, 2):
-            weights, plan, says = saved[place]
+            weights, plan, expected = saved[place]
             owner.module.load_state_dict(copy.deepcopy(weights))
             assert owner.plan == plan
-            assert torch.equal(outputs(owner.module["net"], batch()), says)
+            assert torch.equal(outputs(owner.module["net"], batch()), expected)
             depth = len(plan.kept[f"net.{STACK}"])
             assert owner.module["net"].config.num_hidden_layers == depth
     full = {f"net.{n}": t for n, t in deep_bert().state_dict().items()}
@@ -253,7 +253,7 @@ def test_a_tracker_of_the_whole_takes_over_from_that_of_a_part():
     assert len(root["net"].bert.encoder.layer) == 6
 
 
-def test_axes_found_later_are_named_as_built():
+def test_groups_found_later_are_named_as_built():
     """A second finder sees the shortened model only."""
     model = deep_bert().eval()
     tracker = PlanTracker(model, find_stacks)

@@ -213,12 +213,12 @@ def subclass_a_parameter(model, groups):
     return random_plan(groups), {}
 
 
-def fold_of_another_plan(model, groups):
+def values_of_another_plan(model, groups):
     name = "bert.encoder.layer.1.output.dense.weight"
     return random_plan(groups), {name: torch.zeros(24, 3)}
 
 
-def fold_of_nothing(model, groups):
+def values_of_nothing(model, groups):
     return random_plan(groups), {"bert.nothing.weight": torch.zeros(1)}
 
 
@@ -236,8 +236,8 @@ def plan_of_another_model(model, groups):
         (shrink_behind, "changed without the plan"),
         (hook_a_parameter, "has gradient hooks"),
         (subclass_a_parameter, "is a Sharded; expected a plain"),
-        (fold_of_another_plan, r"has shape \(24, 3\); expected \(24, 20\)"),
-        (fold_of_nothing, "has no parameter 'bert.nothing.weight'"),
+        (values_of_another_plan, r"has shape \(24, 3\); expected \(24, 20\)"),
+        (values_of_nothing, "has no parameter 'bert.nothing.weight'"),
         (plan_of_another_model, "not in the earlier plan"),
     ],
 )

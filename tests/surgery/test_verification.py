@@ -265,7 +265,7 @@ class Singular(Classifier):
         return super().training_step(batch, index)
 
 
-def test_a_step_that_runs_on_no_copy_is_told_of_and_goes_on():
+def test_a_step_that_fails_on_every_copy_is_reported_and_skipped():
     with pytest.warns(PruningWarning, match=r"could not be tried.*training_step.*not me"):
         fitted(Singular(), MutualInformationPruning(0.5, verbose=False))
 
