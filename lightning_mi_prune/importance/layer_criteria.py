@@ -150,7 +150,7 @@ def smallest_angles(angles: Sequence[Sequence[float]], count: int) -> tuple[int,
 
     Args:
         angles: Mean angle between every pair of states, input of the first layer first
-            (:class:`layer_similarity.LayerAngles`): one more than there are layers.
+            (:class:`layers.LayerAngles`): one more than there are layers.
         count: Layers to remove.
 
     Example:
