@@ -16,8 +16,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_mi_prune.calibration.activations import Recorder
 from lightning_mi_prune.calibration.data import CalibrationData
-from lightning_mi_prune.calibration.recorder import Recorder
 from lightning_mi_prune.callbacks.distributed import (
     agree,
     broadcast_decision,
