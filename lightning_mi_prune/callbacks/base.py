@@ -19,8 +19,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_mi_prune.calibration.activations import Recorder
 from lightning_mi_prune.calibration.data import CalibrationData
-from lightning_mi_prune.calibration.recorder import Recorder
 from lightning_mi_prune.callbacks.distributed import agree, on_all_ranks, refuse_unsupported
 from lightning_mi_prune.callbacks.engine import PruningEngine, check_metric
 from lightning_mi_prune.callbacks.monitors import check_monitor, without_best

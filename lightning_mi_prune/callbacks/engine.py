@@ -16,8 +16,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_mi_prune.calibration.activations import Recorder
 from lightning_mi_prune.calibration.data import CalibrationData
-from lightning_mi_prune.calibration.recorder import Recorder
 from lightning_mi_prune.callbacks.distributed import (
     agree,
     broadcast_decision,
@@ -102,7 +102,12 @@ def roll_back(
     """
     before, current = {id(p) for p in module.parameters()}, tracker.plan
     done = restore_model(
-        module, tracker.graph, trial.plan, trial.weights, current=current, available=tracker.removed_layers
+        module,
+        tracker.graph,
+        trial.plan,
+        trial.weights,
+        current=current,
+        available=tracker.removed_layers,
     )
     module.zero_grad(set_to_none=True)  # of the model that is given up
     try:

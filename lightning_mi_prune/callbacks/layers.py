@@ -13,11 +13,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_mi_prune.calibration.activations import Recorder
 from lightning_mi_prune.calibration.calls import update_calls
 from lightning_mi_prune.calibration.data import CalibrationData, LayerComparison
-from lightning_mi_prune.calibration.layer_outputs import StackRecorder
-from lightning_mi_prune.calibration.layer_similarity import Kernel
-from lightning_mi_prune.calibration.recorder import Recorder
+from lightning_mi_prune.calibration.layers import Kernel, StackRecorder
 from lightning_mi_prune.callbacks.base import PruningCallback, as_misconfiguration, checked_options
 from lightning_mi_prune.callbacks.distributed import (
     gather_ranks,

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mi_prune.allocation.budget import Budget, budget_of, sparsity_of
-from lightning_mi_prune.calibration.activations import ActivationRecorder
+from lightning_mi_prune.calibration.activations import ActivationRecorder, Recorder
 from lightning_mi_prune.calibration.calls import update_calls
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import (
@@ -25,7 +25,6 @@ from lightning_mi_prune.calibration.gradients import (
     empty_sums,
 )
 from lightning_mi_prune.calibration.moments import check_moments
-from lightning_mi_prune.calibration.recorder import Recorder
 from lightning_mi_prune.callbacks.base import PruningCallback, as_misconfiguration, checked_options
 from lightning_mi_prune.callbacks.distributed import (
     gather_ranks,

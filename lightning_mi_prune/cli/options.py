@@ -29,6 +29,8 @@ __all__ = [
 
 _VALUES = {bool: "BOOL", int: "N", float: "X", str: "TEXT", Sequence: "LIST", Mapping: "MAP"}
 
+_RECORDS = [kind for _, kind in inspect.getmembers(records, is_dataclass)]
+
 _BUDGETS = tuple(inspect.signature(budget_of).parameters)
 
 

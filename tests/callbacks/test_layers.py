@@ -536,13 +536,13 @@ def test_two_ranks_remove_what_one_does_and_stay_equal(tmp_path):
 
 
 BAD_OPTIONS = [
-    ({"threshold": 0}, r"threshold=0; expected a likeness above 0 and up to 1"),
+    ({"threshold": 0}, r"threshold=0; expected a number above 0 and up to 1"),
     ({"threshold": 98}, r"threshold=98; .* \(not a percentage\)"),
     ({"threshold": "high"}, r"threshold='high'; expected a number"),
-    ({"threshold": None}, "says nothing of how many layers go; expected target_layers"),
-    ({"criterion": "last"}, "criterion='last'.* says nothing of how many"),
+    ({"threshold": None}, "do not determine how many layers to remove; expected target_layers"),
+    ({"criterion": "last"}, "criterion='last'.* do not determine how many"),
     ({"criterion": "first", "target_layers": 4}, "criterion='first'; expected one of"),
-    ({"target_layers": 0}, "target_layers=0; expected a whole number from 1"),
+    ({"target_layers": 0}, "target_layers=0; expected a whole number of at least 1"),
     ({"target_layers": 2.5}, "target_layers=2.5; expected a whole number"),
     ({"kernel": "cosine"}, "kernel='cosine'; expected one of"),
     ({"bandwidth": 0}, "bandwidth=0; expected a number above 0"),

@@ -317,7 +317,7 @@ def test_no_samples_are_refused():
     net, group = two_layers()
     with ActivationRecorder(net, [group]) as recorder:
         pass
-    with pytest.raises(PruningError, match="Nothing was heard"):
+    with pytest.raises(PruningError, match="No activations were collected"):
         select_units(
             [group],
             recorder.moments,
