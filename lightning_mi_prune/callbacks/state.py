@@ -356,12 +356,12 @@ def _write_calibration(data: CalibrationData) -> dict[str, Any]:
         {
             path: plain
             for path, calls in rank.items()
-            if (plain := [vars(call) for call in calls if is_plain(vars(call))])
+            if (plain := [call for call in calls if is_plain(vars(call))])
         }
         for rank in data.ranks
     ]
-    found = {f.name: write(getattr(data, f.name)) for f in fields(data) if f.name != "ranks"}
-    return {**found, "ranks": ranks, "examples": {}}
+    parts = {**vars(data), "ranks": ranks, "examples": {}}
+    return {name: write(part) for name, part in parts.items()}
 
 
 def _read_moments(value: Any) -> Moments:
