@@ -24,7 +24,7 @@ from benchmarks.methods import Name, Widths
 from benchmarks.subjects import size_of, weight_names, width_of
 from benchmarks.tasks import Batch
 from lightning_mi_prune import PruningPlan, apply_plan, find_groups
-from lightning_mi_prune.calibration.layer_outputs import StackRecorder
+from lightning_mi_prune.calibration.layers import StackRecorder
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS
 from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.discovery.graph import choose_groups

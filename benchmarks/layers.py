@@ -17,7 +17,7 @@ from benchmarks.tasks import RECIPES, keep_first_layers, task_data, trainer_for
 from examples.text_classification.model import TextClassifier
 from lightning_mi_prune import CKALayerPruning, options
 from lightning_mi_prune.calibration.data import CalibrationData
-from lightning_mi_prune.calibration.layer_outputs import StackRecorder
+from lightning_mi_prune.calibration.layers import StackRecorder
 from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.discovery.graph import PruningGraph
 from lightning_mi_prune.discovery.groups import LayerStack

@@ -26,6 +26,7 @@ SHOWS = {  # what the blocks of a page print, in their order
     r"out_features=24, .*\(1348, 508\)",
     "docs/deploy.md": "",
     "docs/layers.md": r"^3 \(",
+    "docs/method.md": r"Linear\(in_features=32, out_features=24, ",
     "docs/training.md": "",
 }
 

@@ -35,11 +35,7 @@ __all__ = [
 ]
 
 NATS = 1e-9  # information below this is rounding
-
-
 _SLACK = 1e-12
-
-
 _GRID = 10**6
 
 

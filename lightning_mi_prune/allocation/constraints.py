@@ -24,8 +24,6 @@ __all__ = [
 ]
 
 Bounds = Mapping[str, tuple[int, int]]
-
-
 _SLACK = 1e-9
 
 

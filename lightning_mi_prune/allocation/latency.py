@@ -35,14 +35,8 @@ __all__ = [
 ]
 
 _VERSION = 1
-
-
 _LARGEST_TEXT = 2**24
-
-
 _WIDEST = 2**31
-
-
 _CURVE = ("groups", "widths", "saved")
 
 

@@ -217,8 +217,6 @@ def _by_name() -> Mapping[Any, Callable[..., int]]:
 
 
 _FORMULAS = _by_name()
-
-
 # Operators that ask for the layout of a tensor subclass, which the subclass answers itself.
 _LAYOUT = {
     overload

@@ -60,8 +60,6 @@ def measure_latency(
 
 
 Clock = Callable[[Mapping[str, Callable[[], Any]]], Mapping[str, float]]
-
-
 _GRID = (3 / 4, 1 / 2, 1 / 4, 1 / 8)
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_mi_prune.calibration.activations import ModuleHooks
 from lightning_mi_prune.calibration.calls import batch_size_of
 from lightning_mi_prune.calibration.moments import check_packed, pack_symmetric, unpack_symmetric
 from lightning_mi_prune.calibration.padding import Padding
-from lightning_mi_prune.calibration.recorder import ModuleHooks
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.groups import DependencyGroup

@@ -15,7 +15,6 @@ from lightning_mi_prune.importance.information import cholesky, diagonal_blocks,
 __all__ = [
     "Elimination",
     "eliminate",
-    "eliminate_together",
 ]
 
 _BLOCK = 64  # eliminations between two flushes of the delayed updates
@@ -23,10 +22,10 @@ _BLOCK = 64  # eliminations between two flushes of the delayed updates
 
 @dataclass(frozen=True)
 class Elimination:
-    """Units in the order in which they are given up, cheapest first, and what each one costs.
+    """Units in the order in which they are removed, cheapest first, and the cost of each.
 
     Args:
-        order: Positions of the eliminated units.
+        order: Positions of the removed units.
         costs: Cost of each step; for exact elimination nats of ``I(X_kept; Y)`` lost by the step.
     """
 
@@ -34,13 +33,13 @@ class Elimination:
     costs: tuple[float, ...]
 
     def keep(self, units: int, total: int) -> tuple[int, ...]:
-        """Survivors, in increasing order, when ``units`` of ``total`` stay."""
-        gone = set(self.order[: total - units])
-        return tuple(i for i in range(total) if i not in gone)
+        """The kept units, in increasing order, when ``units`` of ``total`` stay."""
+        removed = set(self.order[: total - units])
+        return tuple(i for i in range(total) if i not in removed)
 
 
 class _Precision:
-    """A precision matrix that forgets groups: down-dates are collected and applied in blocks."""
+    """A precision matrix from which units are removed: down-dates are applied in blocks."""
 
     def __init__(self, matrix: Tensor, entries: int) -> None:
         self.matrix, self.entries = matrix.clone(), entries
@@ -48,10 +47,10 @@ class _Precision:
         self.used = 0
         self.blocks = diagonal_blocks(matrix, entries)
 
-    def forget(self, group: int) -> None:
-        """Marginalise one group: ``P -= P[:, g] P[g, g]^-1 P[g, :]``."""
+    def remove(self, unit: int) -> None:
+        """Marginalize one unit with entries g: ``P -= P[:, g] P[g, g]^-1 P[g, :]``."""
         g = self.entries
-        rows = slice(group * g, group * g + g)
+        rows = slice(unit * g, unit * g + g)
         done = self.factors[:, : self.used]
         column = self.matrix[rows].mT - done @ done[rows].mT
         own = (column[rows] + column[rows].mT) / 2
@@ -63,19 +62,19 @@ class _Precision:
         self.used += g
         parts = factor.view(-1, g, g)
         self.blocks -= parts @ parts.mT if g > 1 else parts.square()
-        # What is left of the forgotten block is rounding; as it was, its logarithm stays sane.
-        self.blocks[group] = own
+        # The rest of the removed block is rounding; as it was, its logarithm is finite.
+        self.blocks[unit] = own
 
-    def flush(self, forgotten: Tensor) -> None:
-        """Apply what was collected, as one product of matrices."""
+    def flush(self, removed: Tensor) -> None:
+        """Apply the delayed down-dates, as one product of matrices."""
         done = self.factors[:, : self.used]
         self.matrix.addmm_(done, done.mT, alpha=-1)
         before, self.blocks = self.blocks, diagonal_blocks(self.matrix, self.entries)
-        self.blocks[forgotten] = before[forgotten]
+        self.blocks[removed] = before[removed]
         self.used = 0
 
     def shrink(self, alive: Tensor) -> None:
-        """Drop the rows and columns of forgotten groups; to be called right after a flush."""
+        """Drop the rows and columns of removed units; call it right after a flush."""
         g = self.entries
         index = (alive[:, None] * g + torch.arange(g, device=alive.device)).flatten()
         self.matrix = self.matrix[index][:, index]
@@ -84,45 +83,32 @@ class _Precision:
 
 
 def eliminate(
-    precision: Tensor, posterior: Tensor, *, keep: int = 1, entries: int = 1
+    precisions: Sequence[tuple[Tensor, Tensor]], *, keep: int = 1, entries: int = 1
 ) -> Elimination:
     """Exact backward elimination on the joint information with the layer above.
 
-    With ``P = Cov(x)^-1`` and ``Q = Cov(x | y)^-1``, giving up group g of the units that are left
-    costs ``1/2 (ln|Q_gg| - ln|P_gg|)`` nats of ``I(X_kept; Y)``. The cheapest goes, both inverses
-    forget it, and so on: the costs add up to the information lost (chain rule). Down-dates are
-    delayed and applied in blocks, so nearly all of the ``O(d^3)`` work is matrix products.
+    With ``P = Cov(x)^-1`` and ``Q = Cov(x | y)^-1``, removing unit g from those that are left costs
+    ``1/2 (ln|Q_gg| - ln|P_gg|)`` nats of ``I(X_kept; Y)``. The cheapest unit is removed from both
+    inverses, and so on: the costs add up to the information lost (chain rule). Down-dates are
+    delayed and applied in blocks, so nearly all of the ``O(d^3)`` work is matrix products. For
+    units at several inputs, the costs of all of them add up.
 
     Args:
-        precision: ``P (d, d)``.
-        posterior: ``Q (d, d)``.
+        precisions: ``P (d, d)`` and ``Q (d, d)`` at each input.
         keep: Units that stay; 0 gives the whole order.
-        entries: Entries per unit ``g``; ``d`` is a multiple of it.
-
-    Example:
-        >>> sxx = torch.eye(2, dtype=torch.float64)
-        >>> posterior = torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64))
-        >>> eliminate(sxx, posterior).order
-        (1,)
-    """
-    return eliminate_together([(precision, posterior)], keep=keep, entries=entries)
-
-
-def eliminate_together(
-    consumer_sets: Sequence[tuple[Tensor, Tensor]], *, keep: int = 1, entries: int = 1
-) -> Elimination:
-    """The same for units that are read at several places: the costs of all places add up.
-
-    Args:
-        consumer_sets: ``(P, Q)`` of each place, all of one shape.
-        keep: Units that stay; 0 gives the whole order.
-        entries: Entries per unit.
+        entries: Entries per unit; ``d`` is a multiple of it.
 
     Raises:
         PruningError: If a matrix is not positive.
+
+    Example:
+        >>> precision = torch.eye(2, dtype=torch.float64)
+        >>> posterior = torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64))
+        >>> eliminate([(precision, posterior)]).order
+        (1,)
     """
-    pairs = [(_Precision(p, entries), _Precision(q, entries)) for p, q in consumer_sets]
-    first = consumer_sets[0][0]
+    pairs = [(_Precision(p, entries), _Precision(q, entries)) for p, q in precisions]
+    first = precisions[0][0]
     units = first.shape[0] // entries
     names = torch.arange(units, device=first.device)
     alive = torch.ones(units, dtype=torch.bool, device=first.device)
@@ -131,19 +117,19 @@ def eliminate_together(
     for step in range(1, units - keep + 1):
         gains = [log_det_blocks(q.blocks) - log_det_blocks(p.blocks) for p, q in pairs]
         cost = gains[0] / 2 if len(gains) == 1 else torch.stack(gains).sum(0) / 2
-        group = int(torch.where(alive, cost, math.inf).argmin())
-        nats = float(cost[group])
-        if not math.isfinite(nats):  # NaN of a matrix that lost its last digits comes first
+        unit = int(torch.where(alive, cost, math.inf).argmin())
+        nats = float(cost[unit])
+        if not math.isfinite(nats):  # argmin takes NaN first, of a matrix that lost its digits
             raise PruningError(
                 f"The information of {int(alive.sum())} of {counted(units, 'unit')} is {nats}, not "
                 "a number of nats: their covariance is not positive. Validate on more data, raise "
                 "positions, or give MutualInformation a larger ridge."
             )
-        order.append(int(names[group]))
+        order.append(int(names[unit]))
         costs.append(max(0.0, nats))
         for matrix in (m for pair in pairs for m in pair):
-            matrix.forget(group)
-        alive[group] = False
+            matrix.remove(unit)
+        alive[unit] = False
         if step % _BLOCK == 0:
             smaller = 4 * int(alive.sum()) <= 3 * len(alive)
             left = alive.nonzero().flatten()

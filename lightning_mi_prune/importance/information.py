@@ -1,8 +1,8 @@
 """Gaussian mutual information in nats, shrinkage and regression: pure functions on tensors.
 
 Notation: ``x`` are the units of a layer ``(d,)``, ``y`` the kept units of the layer above ``(m,)``,
-``N`` samples; ``sxx (d, d)``, ``syy (m, m)``, ``sxy (d, m)`` are covariances. A unit may have
-several entries (an attention head): then consecutive entries belong together.
+``N`` samples; ``sxx (d, d)``, ``syy (m, m)``, ``sxy (d, m)`` are covariances. The entries of a unit
+with several of them (an attention head) are consecutive.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = [
     "unit_information",
 ]
 
-# Units are observed through noise of this share of their variance, so that exact duplicates and
-# dead units leave every matrix invertible; float64 keeps ten digits beyond it.
+# Noise added to every unit, as a share of its variance, so that matrices with exact copies and
+# constant units are invertible; float64 keeps ten digits beyond it.
 JITTER = 1e-6
 
 
-# Where all units of a layer are constant: small enough to say nothing, and large enough that its
-# inverse and a share of it are still ordinary numbers of float64.
+# Variance where all units of a layer are constant: negligible, but large enough that its inverse
+# and a share of it are ordinary numbers of float64.
 NOTHING = 1e-150
 
 
@@ -68,12 +68,10 @@ def mean_variance(covariance: Tensor) -> Tensor:
 
 
 def inverse(matrix: Tensor, jitter: float = JITTER) -> Tensor:
-    """Inverse of a covariance whose entries are observed through a little noise.
+    """Inverse of a covariance ``(d, d)`` with a little noise added to its entries.
 
-    Args:
-        matrix: Covariance ``(d, d)``.
-        jitter: Noise variance as a share of each entry's own variance (of the mean variance where
-            the entry is constant).
+    The noise is a share ``jitter`` of each entry's own variance, or of the mean variance where the
+    entry is constant.
     """
     variance = matrix.diagonal()
     mean = mean_variance(matrix)
@@ -100,7 +98,7 @@ def joint_information(sxx: Tensor, sxy: Tensor, syy: Tensor) -> Tensor:
 
 
 def unit_information(sxx: Tensor, sxy: Tensor, syy: Tensor, entries: int = 1) -> Tensor:
-    """Information of every single unit with the whole kept set, in nats, shape ``(d / entries,)``.
+    """Information of every single unit with all of ``y``, in nats, shape ``(d / entries,)``.
 
     ``I(x_i; Y) = -1/2 ln(1 - R_i^2)``; for a group of entries ``1/2 ln(|S_gg| / |B_gg|)`` with
     ``B = Cov(x | y)``. One Cholesky of ``syy`` scores the whole layer. A constant unit scores 0.
@@ -128,8 +126,8 @@ def plugin_bias(samples: int, dimension: float, entries: int = 1) -> float:
     """Expected plug-in estimate of a unit's ``I(x_i; Y)`` when there is none, in nats.
 
     ``1/2 [psi((N-1)/2) - psi((N-1-m)/2)]`` for one entry, the same for every unit of a layer and
-    for every true value, because the log-determinant of a Wishart matrix only shifts; a group
-    adds one such term an entry, with one sample less each. With a ridge on the target, pass its
+    for every true value, because the log-determinant of a Wishart matrix only shifts; several
+    entries add one such term each, with one sample less each. With a ridge on ``y``, pass its
     effective dimension ``tr(syy (syy + ridge)^-1)``.
 
     Example:
@@ -143,14 +141,14 @@ def plugin_bias(samples: int, dimension: float, entries: int = 1) -> float:
 
 
 def shrink(covariance: Tensor, samples: int) -> Tensor:
-    """Pull correlations towards 0 as far as so many samples ask for.
+    """Shrink correlations towards 0, the more the fewer samples there are.
 
     Oracle-approximating shrinkage (Chen et al. 2010, eq. 23) on the scale of correlations: next to
     nothing with many samples an entry, and still invertible with fewer samples than entries.
 
     Args:
         covariance: Plug-in covariance ``(d, d)``.
-        samples: Samples behind it.
+        samples: Samples it was estimated from.
 
     Example:
         >>> few = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
@@ -162,7 +160,7 @@ def shrink(covariance: Tensor, samples: int) -> Tensor:
 
 
 def shrinkage(covariance: Tensor, samples: int) -> Tensor:
-    """How far :func:`shrink` pulls correlations towards 0: a share from 0 to 1."""
+    """How far :func:`shrink` moves correlations towards 0: a share from 0 to 1."""
     size = covariance.shape[0]
     variance = covariance.diagonal()
     scale = torch.where(variance > 0, variance, 1.0).rsqrt()
@@ -178,8 +176,8 @@ def regression(covariance: Tensor, kept: Tensor, dropped: Tensor, samples: int) 
     """Least-squares coefficients of the dropped entries on the kept ones, ``(dropped, kept)``.
 
     ``M = S_DK S_KK^-1``, each row scaled by the share of its ``R^2`` that is expected to hold on
-    fresh samples (Stein's formula, Darlington 1968), so that fitted noise is not used: exact
-    relations stay exact, and with no more samples than kept entries only the means are left.
+    new samples (Stein's formula, Darlington 1968), so that fitted noise is not used: exact
+    relations stay exact, and with no more samples than kept entries all coefficients are 0.
     """
     skk, skd = covariance[kept][:, kept], covariance[kept][:, dropped]
     freedom = samples - len(kept) - 2

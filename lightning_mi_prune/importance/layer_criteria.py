@@ -1,4 +1,4 @@
-"""Which layers of a stack go, by one of five criteria (no torch)."""
+"""Which layers of a stack are removed, by one of five criteria (no torch)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from lightning_mi_prune.calibration.data import LayerComparison, Matrix
 from lightning_mi_prune.core.errors import PruningError, counted
+from lightning_mi_prune.core.options import check_choice, check_count
 from lightning_mi_prune.core.untrusted import listed, mapping, number, text, whole
 
 __all__ = [
@@ -17,45 +18,43 @@ __all__ = [
     "LayerCriterion",
     "LayerSelector",
     "StackCut",
-    "cheapest",
-    "closest_run",
+    "cheapest_clusters",
     "clusters_of",
     "last_layers",
-    "least_turning",
     "random_layers",
-    "redundant",
-    "square",
+    "redundant_layers",
+    "smallest_angle_run",
+    "smallest_angles",
 ]
 
 Cluster = tuple[int, ...]
 
 
 def clusters_of(similarity: Sequence[Sequence[float]], threshold: float = 0.98) -> list[Cluster]:
-    """Runs of neighbouring layers, each as alike to the first of its run as the threshold asks.
+    """Runs of neighboring layers that are similar to the first of their run.
 
-    The leader scan of MPruner (Hu et al. 2024, arXiv 2408.13482; read off the authors' script): a
-    layer joins while it is alike to the *first* of the cluster, else it begins the next.
+    The leader scan of MPruner (Hu et al. 2024, arXiv 2408.13482, as in the authors' script): a
+    layer joins while it is similar to the *first* of the cluster, else it starts the next.
 
     Args:
-        similarity: Likeness of every pair of layers, bottom to top, 1 for copies.
-        threshold: Least likeness to the first of a cluster, above 0 and up to 1.
+        similarity: Similarity of every pair of layers, bottom to top, 1 for copies.
+        threshold: Least similarity to the first of a cluster, above 0 and up to 1.
 
     Raises:
         PruningError: If the threshold is out of range, or the matrix is not one of layers.
 
     Example:
-        >>> alike = [[1.0, 0.99, 0.7], [0.99, 1.0, 0.99], [0.7, 0.99, 1.0]]
-        >>> clusters_of(alike, 0.98)
+        >>> similar = [[1.0, 0.99, 0.7], [0.99, 1.0, 0.99], [0.7, 0.99, 1.0]]
+        >>> clusters_of(similar, 0.98)
         [(0, 1), (2,)]
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-        raise PruningError(f"threshold={threshold!r}; expected a number above 0 and up to 1.")
-    if not 0 < threshold <= 1:
+    numeric = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if not numeric or not 0 < threshold <= 1:
         raise PruningError(
-            f"threshold={threshold}; expected a likeness above 0 and up to 1, such as 0.98 "
-            "(not a percentage)."
+            f"threshold={threshold!r}; expected a number above 0 and up to 1, such as 0.98 (not a "
+            "percentage)."
         )
-    count = square(similarity, "similarity")
+    count = _check_square(similarity, "similarity")
     found = [[0]]
     for layer in range(1, count):
         if similarity[found[-1][0]][layer] >= threshold:
@@ -65,67 +64,69 @@ def clusters_of(similarity: Sequence[Sequence[float]], threshold: float = 0.98) 
     return [tuple(cluster) for cluster in found]
 
 
-def redundant(clusters: Sequence[Cluster], every: int = 1) -> tuple[int, ...]:
-    """The layers that may go: of each cluster ``cluster[1::every]``, never the first.
+def redundant_layers(clusters: Sequence[Cluster], every: int = 1) -> tuple[int, ...]:
+    """The layers to remove: of each cluster ``cluster[1::every]``, never the first.
 
     Args:
         clusters: Clusters of layers.
-        every: 1 leaves only the first of each cluster, 2 drops every second layer, and so on.
+        every: 1 leaves only the first of each cluster, 2 removes every second layer, and so on.
 
     Raises:
-        PruningError: If ``every`` is no whole number from 1.
+        PruningError: If ``every`` is no whole number of at least 1.
 
     Example:
-        >>> redundant([(0, 1, 2, 3), (4,), (5, 6)]), redundant([(0, 1, 2, 3), (4,), (5, 6)], 2)
+        >>> clusters = [(0, 1, 2, 3), (4,), (5, 6)]
+        >>> redundant_layers(clusters), redundant_layers(clusters, 2)
         ((1, 2, 3, 6), (1, 3, 6))
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise PruningError(f"every={every!r}; expected a whole number from 1.")
+    check_count("every", every, least=1)
     return tuple(sorted(layer for cluster in clusters for layer in cluster[1::every]))
 
 
-def cheapest(similarity: Sequence[Sequence[float]], count: int, fixed: int = 0) -> list[Cluster]:
-    """The clusters that can lose ``count`` layers, all but the first of each, at the least loss.
+def cheapest_clusters(
+    similarity: Sequence[Sequence[float]], count: int, fixed: int = 0
+) -> list[Cluster]:
+    """The clusters that lose ``count`` layers, all but the first of each, at the least cost.
 
-    A cluster that loses ``n`` layers is charged ``n (1 - CKA)`` of its first and its last layer:
-    the first has to say alone what all of them said, and that gets harder with every layer.
+    A cluster that loses ``n`` layers costs ``n (1 - CKA)`` of its first and its last layer, as its
+    first layer replaces all of them.
 
     Args:
-        similarity: Likeness of every pair of layers.
-        count: Layers that shall go, fewer than there are.
+        similarity: Similarity of every pair of layers.
+        count: Layers to remove, fewer than there are.
         fixed: Layers at the bottom that must stay.
 
     Raises:
-        PruningError: If so many cannot go.
+        PruningError: If so many cannot be removed.
 
     Example:
-        >>> alike = [[1.0, 0.94, 0.83, 0.6], [0.94, 1.0, 0.9, 0.7], [0.83, 0.9, 1.0, 0.8]]
-        >>> cheapest([*alike, [0.6, 0.7, 0.8, 1.0]], 2)
+        >>> similar = [[1.0, 0.94, 0.83, 0.6], [0.94, 1.0, 0.9, 0.7], [0.83, 0.9, 1.0, 0.8]]
+        >>> cheapest_clusters([*similar, [0.6, 0.7, 0.8, 1.0]], 2)
         [(0, 1), (2, 3)]
     """
-    size = square(similarity, "similarity")
+    size = _check_square(similarity, "similarity")
     best: dict[tuple[int, int], tuple[float, list[Cluster]]] = {(0, 0): (0.0, [])}
     for end in range(1, size + 1):
         for first in range(end):
             more = end - 1 - first
             if more and first + 1 < fixed:
                 continue
-            charge = more * (1 - similarity[first][end - 1])
-            for gone in range(count - more + 1):
-                loss, clusters = best.get((first, gone), (math.inf, []))
-                found = (loss + charge, [*clusters, tuple(range(first, end))])
-                known = best.get((end, gone + more), (math.inf, []))
-                best[end, gone + more] = min(known, found, key=lambda pair: pair[0])
-    loss, clusters = best.get((size, count), (math.inf, []))
-    if math.isinf(loss):
+            cost = more * (1 - similarity[first][end - 1])
+            for removed in range(count - more + 1):
+                total, clusters = best.get((first, removed), (math.inf, []))
+                found = (total + cost, [*clusters, tuple(range(first, end))])
+                known = best.get((end, removed + more), (math.inf, []))
+                best[end, removed + more] = min(known, found, key=lambda pair: pair[0])
+    total, clusters = best.get((size, count), (math.inf, []))
+    if math.isinf(total):
         raise PruningError(
-            f"{count} of {counted(size, 'layer')} cannot go, {fixed} of them must stay; expected "
-            f"at most {size - max(1, fixed)}."
+            f"{count} of {counted(size, 'layer')} cannot be removed, {fixed} of them must stay; "
+            f"expected at most {size - max(1, fixed)}."
         )
     return clusters
 
 
-def square(matrix: Sequence[Sequence[float]], name: str) -> int:
+def _check_square(matrix: Sequence[Sequence[float]], name: str) -> int:
     """Rows of a matrix of finite numbers, as many as columns."""
     count = len(matrix)
     if not count or any(len(row) != count for row in matrix):
@@ -135,47 +136,48 @@ def square(matrix: Sequence[Sequence[float]], name: str) -> int:
         )
     odd = [i for i, row in enumerate(matrix) if not all(map(math.isfinite, row))]
     if odd:
-        raise PruningError(f"Rows {odd} of {name} are not finite; nothing can be said of them.")
+        raise PruningError(
+            f"Rows {odd} of {name} are not finite; expected finite numbers. Collect them again."
+        )
     return count
 
 
-def least_turning(angles: Sequence[Sequence[float]], count: int) -> tuple[int, ...]:
-    """The layers that turn their input least, each by itself (ShortGPT's block influence).
+def smallest_angles(angles: Sequence[Sequence[float]], count: int) -> tuple[int, ...]:
+    """The layers with the smallest angles between input and output (ShortGPT's block influence).
 
-    Men et al. 2024 (arXiv 2403.03853) rank by ``1 - cos`` of input and output; the angle gives the
-    same order for one sample, and is what is averaged here.
+    Men et al. 2024 (arXiv 2403.03853) rank by the mean of ``1 - cos`` instead of the mean angle;
+    for one sample the order is the same.
 
     Args:
         angles: Mean angle between every pair of states, input of the first layer first
-            (:class:`layer_similarity.LayerAngles`): one more than there are layers.
+            (:class:`layers.LayerAngles`): one more than there are layers.
         count: Layers to remove.
 
     Example:
-        >>> least_turning([[0.0, 0.4, 0.5], [0.4, 0.0, 0.1], [0.5, 0.1, 0.0]], 1)
+        >>> smallest_angles([[0.0, 0.4, 0.5], [0.4, 0.0, 0.1], [0.5, 0.1, 0.0]], 1)
         (1,)
     """
-    layers = square(angles, "angles") - 1
-    check_count(count, layers)
-    rotated = [angles[layer][layer + 1] for layer in range(layers)]
-    return tuple(sorted(sorted(range(layers), key=lambda layer: (rotated[layer], layer))[:count]))
+    layers = _check_square(angles, "angles") - 1
+    _check_removable(count, layers)
+    order = sorted(range(layers), key=lambda layer: (angles[layer][layer + 1], layer))
+    return tuple(sorted(order[:count]))
 
 
-def closest_run(angles: Sequence[Sequence[float]], count: int) -> tuple[int, ...]:
-    """The ``count`` neighbouring layers that together turn their input least.
+def smallest_angle_run(angles: Sequence[Sequence[float]], count: int) -> tuple[int, ...]:
+    """The run of ``count`` layers with the smallest angle between its input and output.
 
-    Gromov et al. 2024 (arXiv 2403.17887): the run from ``l`` with the least distance between the
-    states ``l`` and ``l + count``.
+    Gromov et al. 2024 (arXiv 2403.17887): the angle between the states ``l`` and ``l + count``.
 
     Args:
         angles: Mean angle between every pair of states, input of the first layer first.
         count: Layers to remove.
 
     Example:
-        >>> closest_run([[0.0, 0.4, 0.5], [0.4, 0.0, 0.1], [0.5, 0.1, 0.0]], 1)
+        >>> smallest_angle_run([[0.0, 0.4, 0.5], [0.4, 0.0, 0.1], [0.5, 0.1, 0.0]], 1)
         (1,)
     """
-    layers = square(angles, "angles") - 1
-    check_count(count, layers)
+    layers = _check_square(angles, "angles") - 1
+    _check_removable(count, layers)
     first = min(range(layers - count + 1), key=lambda at: (angles[at][at + count], at))
     return tuple(range(first, first + count))
 
@@ -187,7 +189,7 @@ def last_layers(layers: int, count: int) -> tuple[int, ...]:
         >>> last_layers(6, 2)
         (4, 5)
     """
-    check_count(count, layers)
+    _check_removable(count, layers)
     return tuple(range(layers - count, layers))
 
 
@@ -198,7 +200,7 @@ def random_layers(layers: int, count: int, seed: int = 0) -> tuple[int, ...]:
         >>> random_layers(6, 2, seed=1) == random_layers(6, 2, seed=1)
         True
     """
-    check_count(count, layers)
+    _check_removable(count, layers)
     return tuple(sorted(random.Random(seed).sample(range(layers), count)))  # noqa: S311
 
 
@@ -206,18 +208,18 @@ def _layers(value: object) -> tuple[int, ...]:
     return tuple(whole(layer) for layer in listed(value))
 
 
-def check_count(count: int, layers: int) -> None:
+def _check_removable(count: int, layers: int) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < layers:
         raise PruningError(
-            f"count={count!r}; expected whole layers to remove, from 0 and below the {layers} "
-            "there are."
+            f"count={count!r}; expected a whole number of layers to remove, from 0 and below the "
+            f"{layers} there are."
         )
 
 
 LayerCriterion = Literal["cka", "angle", "angular_run", "last", "random"]
-"""``"cka"``: clusters of alike layers (MPruner); ``"angle"``: the layers that turn their input
-least (ShortGPT); ``"angular_run"``: the run of layers that together turn it least (Gromov et al.);
-``"last"``: the top ones; ``"random"``: any."""
+"""``"cka"``: clusters of similar layers (MPruner); ``"angle"``: the layers with the smallest angles
+between input and output (ShortGPT); ``"angular_run"``: the run of layers with the smallest angle
+(Gromov et al.); ``"last"``: the top ones; ``"random"``: any."""
 
 
 @dataclass(frozen=True)
@@ -229,10 +231,10 @@ class StackCut:
         before: Layers before.
         after: Layers that stay.
         similarity: CKA of every pair of layers before.
-        clusters: Runs of alike layers; every layer by itself where clusters decide nothing.
-        criterion: What decided.
-        threshold: Least likeness to the first of its cluster that a layer has (``"cka"``).
-        every: Of each cluster every so manieth layer goes, never the first.
+        clusters: Runs of similar layers; single layers unless the criterion is ``"cka"``.
+        criterion: The :data:`LayerCriterion`.
+        threshold: Least similarity of a layer to the first of its cluster (``"cka"``).
+        every: Of each cluster every ``every``-th layer is removed, never the first.
     """
 
     name: str
@@ -246,12 +248,12 @@ class StackCut:
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """Layers that go."""
+        """Layers that are removed."""
         return tuple(layer for layer in self.before if layer not in self.after)
 
     @classmethod
     def read(cls, state: object) -> StackCut:
-        """What :func:`dataclasses.asdict` made, also through a checkpoint or JSON.
+        """Read what :func:`dataclasses.asdict` made, also after a checkpoint or JSON.
 
         Raises:
             TypeError: If a part is of another type.
@@ -264,7 +266,7 @@ class StackCut:
         if not before or len(set(before)) < len(before) or not set(after) <= set(before):
             raise ValueError(f"{len(after)} layers stay of {len(before)}, or one occurs twice")
         if not all(cluster and set(cluster) <= set(before) for cluster in clusters):
-            raise ValueError("a cluster is empty or holds a layer that was not there")
+            raise ValueError("a cluster is empty or holds an unknown layer")
         rows = listed(found["similarity"], len(before))
         return cls(
             name=text(found["name"]),
@@ -280,24 +282,24 @@ class StackCut:
 
 @dataclass(frozen=True)
 class LayerSelector:
-    """How the layers that go are chosen.
+    """Selects the layers to remove.
 
     Args:
-        threshold: Least CKA with the first layer of a cluster, above 0 and up to 1; None takes
-            the clusters that lose least on the way to ``target`` (:func:`layer_criteria.cheapest`).
+        threshold: Least CKA with the first layer of a cluster, above 0 and up to 1; None takes the
+            :func:`cheapest_clusters` that lead to ``target``.
         target: Fewest layers that stay in every stack; None leaves it to the threshold.
-        criterion: What decides (:data:`LayerCriterion`).
+        criterion: The :data:`LayerCriterion`.
         seed: Seed of ``"random"``.
 
     Raises:
         PruningError: If an option is out of range, or the criterion needs a target.
 
     Example:
-        >>> alike = ((1.0, 0.99, 0.9), (0.99, 1.0, 0.97), (0.9, 0.97, 1.0))
-        >>> rotated = ((0.0,) * 4,) * 4
-        >>> LayerSelector().choose("layers", LayerComparison((0, 1, 2), alike, rotated)).removed
+        >>> similarity = ((1.0, 0.99, 0.9), (0.99, 1.0, 0.97), (0.9, 0.97, 1.0))
+        >>> compared = LayerComparison((0, 1, 2), similarity, angles=((0.0,) * 4,) * 4)
+        >>> LayerSelector().choose("layers", compared).removed
         (1,)
-        >>> LayerSelector(None, target=1).choose("layers", LayerComparison((0, 1, 2), alike, rotated)).removed
+        >>> LayerSelector(None, target=1).choose("layers", compared).removed
         (1, 2)
     """
 
@@ -307,21 +309,15 @@ class LayerSelector:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.criterion not in get_args(LayerCriterion):
-            raise PruningError(
-                f"criterion={self.criterion!r}; expected one of {get_args(LayerCriterion)}."
-            )
+        check_choice("criterion", self.criterion, get_args(LayerCriterion))
         if self.threshold is not None:
             clusters_of(((1.0,),), self.threshold)
-        target = self.target
-        if target is not None and (
-            isinstance(target, bool) or not isinstance(target, int) or target < 1
-        ):
-            raise PruningError(f"target_layers={target!r}; expected a whole number from 1.")
-        if target is None and (self.threshold is None or self.criterion != "cka"):
-            asked = f"criterion={self.criterion!r}, threshold={self.threshold}"
+        if self.target is not None:
+            check_count("target_layers", self.target, least=1)
+        elif self.threshold is None or self.criterion != "cka":
             raise PruningError(
-                f"{asked} says nothing of how many layers go; expected target_layers too."
+                f"criterion={self.criterion!r}, threshold={self.threshold} do not determine how "
+                "many layers to remove; expected target_layers too."
             )
 
     def choose(
@@ -333,12 +329,12 @@ class LayerSelector:
         progress: float = 1.0,
         built: int = 0,
     ) -> StackCut:
-        """Which layers of a stack go now.
+        """Select the layers of a stack to remove now.
 
         Args:
             name: Path of the stack.
-            compared: How alike its layers are.
-            every: Of each cluster every so manieth layer goes (``"cka"``).
+            compared: How similar its layers are.
+            every: Of each cluster every ``every``-th layer is removed (``"cka"``).
             progress: Share of the way from the stack as built to the target.
             built: Layers as built; default: those that were compared.
         """
@@ -353,17 +349,16 @@ class LayerSelector:
             if self.threshold is not None:
                 clusters = clusters_of(compared.similarity, self.threshold)
             elif most:
-                clusters = cheapest(compared.similarity, most, compared.fixed)
-                heads = {place: cluster[0] for cluster in clusters for place in cluster}
-                threshold = min(compared.similarity[heads[place]][place] for place in heads)
-            gone = _closest(clusters, redundant(clusters, every), compared, most)
+                clusters = cheapest_clusters(compared.similarity, most, compared.fixed)
+                threshold = min(compared.similarity[c[0]][place] for c in clusters for place in c)
+            removed = _most_similar(clusters, every, compared, most)
         else:
-            gone = set(self._rival(compared, most))
+            removed = set(self._without_clusters(compared, most))
         places = compared.layers
         return StackCut(
             name=name,
             before=places,
-            after=tuple(layer for place, layer in enumerate(places) if place not in gone),
+            after=tuple(layer for place, layer in enumerate(places) if place not in removed),
             similarity=compared.similarity,
             clusters=tuple(tuple(places[place] for place in cluster) for cluster in clusters),
             criterion=self.criterion,
@@ -371,17 +366,17 @@ class LayerSelector:
             every=every,
         )
 
-    def _rival(self, compared: LayerComparison, count: int) -> Sequence[int]:
-        """Places of ``count`` layers, none of the fixed ones."""
+    def _without_clusters(self, compared: LayerComparison, count: int) -> Sequence[int]:
+        """Places of ``count`` layers by the other criteria, none of the fixed ones."""
         fixed = compared.fixed
         angles = [row[fixed:] for row in compared.angles[fixed:]]
         layers = len(compared.layers) - fixed
         if count >= layers:  # all that are free
             return range(fixed, fixed + layers)
         if self.criterion == "angle":
-            found = least_turning(angles, count)
+            found = smallest_angles(angles, count)
         elif self.criterion == "angular_run":
-            found = closest_run(angles, count)
+            found = smallest_angle_run(angles, count)
         elif self.criterion == "last":
             found = last_layers(layers, count)
         else:
@@ -389,11 +384,11 @@ class LayerSelector:
         return [place + fixed for place in found]
 
 
-def _closest(
-    clusters: Sequence[Cluster], gone: Sequence[int], compared: LayerComparison, most: int
+def _most_similar(
+    clusters: Sequence[Cluster], every: int, compared: LayerComparison, most: int
 ) -> set[int]:
-    """At most so many of the layers that may go: those most alike to the first of their cluster."""
+    """At most so many redundant layers, those most similar to the first of their cluster."""
     first = {place: cluster[0] for cluster in clusters for place in cluster}
-    free = [place for place in gone if place >= compared.fixed]
+    free = [place for place in redundant_layers(clusters, every) if place >= compared.fixed]
     free.sort(key=lambda place: (-compared.similarity[first[place]][place], place))
     return set(free[:most])

@@ -50,54 +50,59 @@ def rank_groups(
     widths: Mapping[str, int] | None = None,
     crossed_kept: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Ranking]:
-    """Put the units of every group in the order in which they may go, once for all budgets.
+    """Rank the units of every group once for all budgets.
 
-    Each group is judged against what is kept above it. Cutting above does not change what is below,
-    so one validation pass serves the whole sweep exactly.
+    Each group is scored against what is kept above it. Cutting above does not change what is below,
+    so one validation pass is enough, and exact, for all groups.
 
     Args:
         groups: Groups to rank.
-        moments: What was heard at each place, by key.
-        weights: Parameters of the model as it stands, by qualified name; only read.
+        moments: Sums of activations, by key of the input.
+        weights: Parameters of the model as it is now, by qualified name; only read.
         current: The plan the model carries now.
-        criterion: Who judges; default conditional mutual information.
-        relevance: Which part of the layer above matters: gathered from training steps
-            (:func:`gradients.relevance_of`), ``"weights"`` for the weights that are kept above,
-            or None for all of it alike.
-        widths: Units expected to stay on each group, for what is kept above others; default all.
-        crossed_kept: Units expected to stay on groups that are crossed by others, in positions of the
-            model as built: heads are judged by the dimensions that stay, dimensions by the heads.
+        criterion: The criterion; default conditional mutual information.
+        relevance: How much the loss depends on each part of the layer above: collected from
+            training steps (:func:`gradients.relevance_of`), ``"weights"`` for the weights that are
+            kept above, or None for all parts equally.
+        widths: Units expected to stay of each group, for what is kept above others; default all.
+        crossed_kept: Units expected to stay of the :attr:`DependencyGroup.product_with` of others,
+            in positions of the model as built: heads are scored by the dimensions that stay,
+            dimensions by the heads.
 
     Returns:
         A ranking of all present units by group name, in positions of the model as built.
 
     Raises:
-        PruningError: If a group was heard too little to score.
+        PruningError: If a group has not enough samples to score.
     """
-    judge = MutualInformation() if criterion is None else criterion
+    criterion = MutualInformation() if criterion is None else criterion
     kept = dict(current.kept)
     found: dict[str, Ranking] = {}
     for group in sorted(groups, key=lambda group: -group.level):
-        known = _weigh(group, weights, kept, current, groups, relevance)
-        consumer_sets = unit_statistics(group, moments, weights, kept, current, groups, known)
+        if relevance == "weights":
+            tensors = [f"{consumer}.weight" for consumer in group.above]
+            rows = {name: kept_rows(name, kept, current, groups) for name in tensors}
+            known: Mapping[str, Relevance] | None = relevance_of_weights(group, weights, rows)
+        else:
+            known = relevance
+        statistics = unit_statistics(group, moments, weights, kept, current, groups, known)
         now = current.kept[group.name]
         across = (crossed_kept or {}).get(group.product_with)
         if group.rotation is not None:
-            heads = _places(across, current.kept.get(group.product_with), group.entries)
-            order, loss, nats = _silent(len(now))
-            if heads:
-                new = head_rotation(group, consumer_sets[0], moments, weights, known)
-                order, loss, nats = _directions(
-                    new, consumer_sets[0], heads, getattr(judge, "ridge", 1.0)
-                )
+            heads = _positions(across, current.kept.get(group.product_with), group.entries)
+            order, loss, nats = [*reversed(range(len(now)))], [0.0] * len(now), [0.0] * len(now)
+            if heads:  # else no head is left that could lose dimensions
+                new = head_rotation(group, statistics[0], moments, weights, known)
+                ridge = getattr(criterion, "ridge", 1.0)
+                loss, nats = _curves_of_directions(new, statistics[0], heads, ridge)
         else:
             if across is not None and len(across) < current.width(group.product_with):
                 (dims,) = (other for other in groups if other.name == group.product_with)
-                values = replace(consumer_sets[0], entries=len(now))
+                values = replace(statistics[0], entries=len(now))
                 new = head_rotation(dims, values, moments, weights, known)
-                consumer_sets = [new.select(e, range(len(now)), len(across)) for e in consumer_sets]
-            order, costs = _whole(judge, consumer_sets)
-            loss, nats = loss_curve(consumer_sets, order), [*accumulate(costs)]
+                statistics = [new.select(s, range(len(now)), len(across)) for s in statistics]
+            order, costs = _whole_order(criterion, statistics)
+            loss, nats = loss_curve(statistics, order), [*accumulate(costs)]
         found[group.name] = Ranking(
             order=tuple(now[i] for i in order),
             loss=tuple(float(f"{lost:.6g}") for lost in loss),
@@ -108,104 +113,86 @@ def rank_groups(
     return found
 
 
-def loss_curve(consumer_sets: Sequence[UnitStatistics], order: Sequence[int]) -> list[float]:
-    """Expected rise of the loss after each unit of an order is gone, in nats an example.
+def loss_curve(statistics: Sequence[UnitStatistics], order: Sequence[int]) -> list[float]:
+    """Expected rise of the loss after each unit of an order is removed, in nats an example.
 
     ``J = 1/2 tr(T Cov(x | x_kept) T')``, the least-squares residual of the layer above. In the
-    basis of innovations (a Cholesky factor, the last survivors first) every unit adds its own
-    share, so one factorisation gives the whole curve.
+    basis of a Cholesky factor, with the units in reverse order, every unit adds its own share, so
+    one factorization gives the whole curve.
 
     Args:
-        consumer_sets: What is known at each place; losses add up.
-        order: All units, the first to go first.
+        statistics: Statistics at each input; losses add up.
+        order: All units, the first to be removed first.
 
     Example:
         >>> two = torch.eye(2, dtype=torch.float64)
         >>> readout = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-        >>> curve = loss_curve([UnitStatistics("ffn", 1, 100, torch.zeros(2), two, readout)], (1, 0))
-        >>> [round(loss, 6) for loss in curve]
+        >>> statistics = UnitStatistics("ffn", 1, 100, torch.zeros(2), two, readout)
+        >>> [round(loss, 6) for loss in loss_curve([statistics], (1, 0))]
         [0.5, 2.5]
     """
     total = torch.zeros(len(order), dtype=torch.float64)
     backwards = torch.tensor(tuple(reversed(order)), dtype=torch.long)
-    for evidence in consumer_sets:
-        place = entries_of(backwards.to(evidence.mean.device), evidence.entries)
-        covariance = evidence.covariance
-        if evidence.samples < 2 * len(covariance):
-            covariance = shrink(covariance, evidence.samples)
-        jitter = JITTER**2 * mean_variance(covariance) * torch.eye(len(place)).to(covariance)
-        innovations = evidence.readout[:, place] @ cholesky(covariance[place][:, place] + jitter)
-        shares = innovations.square().sum(0).view(-1, evidence.entries).sum(1)
+    for each in statistics:
+        index = entries_of(backwards.to(each.mean.device), each.entries)
+        covariance = each.covariance
+        if each.samples < 2 * len(covariance):
+            covariance = shrink(covariance, each.samples)
+        jitter = JITTER**2 * mean_variance(covariance) * torch.eye(len(index)).to(covariance)
+        factor = each.readout[:, index] @ cholesky(covariance[index][:, index] + jitter)
+        shares = factor.square().sum(0).view(-1, each.entries).sum(1)
         total += shares.flip(0).cumsum(0).cpu() / 2
     return [float(loss) for loss in total]
 
 
-def _whole(
-    judge: Criterion, consumer_sets: Sequence[UnitStatistics]
+def _whole_order(
+    criterion: Criterion, statistics: Sequence[UnitStatistics]
 ) -> tuple[list[int], list[float]]:
-    """The order of all units, whatever the criterion left out at its end."""
-    found = judge.rank(consumer_sets, 0)
-    rest = sorted(set(range(consumer_sets[0].units)) - set(found.order))
+    """Order and costs of all units, also of those that the criterion left out at the end."""
+    found = criterion.rank(statistics, 0)
+    rest = sorted(set(range(statistics[0].units)) - set(found.order))
     costs = [*found.costs, *([found.costs[-1] if found.costs else 0.0] * len(rest))]
     return [*found.order, *rest], [max(0.0, cost) for cost in costs]
 
 
-def _silent(units: int) -> tuple[list[int], list[float], list[float]]:
-    """Order of the dimensions where no head is left to lose them: nothing is lost."""
-    return [*reversed(range(units))], [0.0] * units, [0.0] * units
-
-
-def _places(kept: tuple[int, ...] | None, present: tuple[int, ...] | None, count: int) -> list[int]:
-    """Where units stand now: all of them where nothing is known of those that stay."""
+def _positions(
+    kept: tuple[int, ...] | None, present: tuple[int, ...] | None, count: int
+) -> list[int]:
+    """Present positions of the kept units; of all units where ``kept`` is None."""
     now = range(count) if present is None else present
-    return [place for place, unit in enumerate(now) if kept is None or unit in set(kept)]
+    return [i for i, unit in enumerate(now) if kept is None or unit in set(kept)]
 
 
-def _directions(
-    new: HeadRotation, evidence: UnitStatistics, heads: Sequence[int], ridge: float
-) -> tuple[list[int], list[float], list[float]]:
-    """Order of the principal directions of heads, the loss and the nats as they go: last first."""
-    apart = new.by_dimension(evidence, heads)
-    order = [*reversed(range(new.value.shape[-1]))]
-    noise = apart.noise(ridge) or 1.0  # where nothing changes above, nothing is told
+def _curves_of_directions(
+    new: HeadRotation, statistics: UnitStatistics, heads: Sequence[int], ridge: float
+) -> tuple[list[float], list[float]]:
+    """Loss and nats as the principal directions of heads are removed, from the last one."""
+    by_dimension = new.by_dimension(statistics, heads)
+    noise = by_dimension.noise(ridge) or 1.0  # a constant layer above has no information
     scores = new.scores[list(heads)].sum(0).flip(0).clamp_min(0)
-    silent = (2 * scores / noise).log1p() / 2
-    loss = torch.tensor(loss_curve([apart], order)) + scores.cumsum(0).cpu()
-    nats = torch.tensor(_forgotten(apart, noise)) + silent.cumsum(0).cpu()
-    lost, gone = ([*accumulate(map(float, x.clamp_min(0)), max)] for x in (loss, nats))
-    return order, lost, gone
+    order = [*reversed(range(len(scores)))]
+    loss = torch.tensor(loss_curve([by_dimension], order)) + scores.cumsum(0).cpu()
+    score_nats = (2 * scores / noise).log1p() / 2
+    nats = torch.tensor(_nats_lost(by_dimension, noise)) + score_nats.cumsum(0).cpu()
+    # Neither falls as more is removed, but rounding could make it.
+    losses, lost = ([*accumulate(map(float, x.clamp_min(0)), max)] for x in (loss, nats))
+    return losses, lost
 
 
-def _forgotten(evidence: UnitStatistics, noise: float) -> list[float]:
-    """Nats of ``I(X; Y)`` that are lost after each unit is gone, the last unit first.
+def _nats_lost(statistics: UnitStatistics, noise: float) -> list[float]:
+    """Nats of ``I(X; Y)`` that are lost after each unit is removed, the last unit first.
 
-    Leading minors of one Cholesky factor tell of the first 1, 2, ... units.
+    The leading minors of one Cholesky factor give the information of the first 1, 2, ... units.
     """
-    covariance = evidence.covariance
-    plain = covariance + JITTER * mean_variance(covariance) * torch.eye(len(covariance)).to(
-        covariance
-    )
-    above = noise * torch.eye(len(evidence.readout)).to(plain)
-    cross = evidence.readout @ plain
-    given = conditional_covariance(plain, cross.mT, above + cross @ evidence.readout.mT)
+    covariance, readout = statistics.covariance, statistics.readout
+    eye = torch.eye(len(covariance)).to(covariance)
+    plain = covariance + JITTER * mean_variance(covariance) * eye
+    cross = readout @ plain
+    above = noise * torch.eye(len(readout)).to(plain) + cross @ readout.mT
+    given = conditional_covariance(plain, cross.mT, above)
     logs = [
-        2 * cholesky((m + m.mT) / 2).diagonal().log().view(-1, evidence.entries).sum(1)
+        2 * cholesky((m + m.mT) / 2).diagonal().log().view(-1, statistics.entries).sum(1)
         for m in (plain, given)
     ]
     kept = torch.nn.functional.pad(((logs[0] - logs[1]) / 2).cumsum(0), (1, 0))
     return [float(kept[-1] - part) for part in kept.flip(0)[1:]]
-
-
-def _weigh(
-    group: DependencyGroup,
-    weights: Mapping[str, Tensor],
-    kept: Mapping[str, tuple[int, ...]],
-    current: PruningPlan,
-    groups: Sequence[DependencyGroup],
-    relevance: RelevanceSource,
-) -> Mapping[str, Relevance] | None:
-    if relevance != "weights":
-        return relevance
-    tensors = [f"{consumer}.weight" for consumer in group.above]
-    rows = {name: kept_rows(name, kept, current, groups) for name in tensors}
-    return relevance_of_weights(group, weights, rows)

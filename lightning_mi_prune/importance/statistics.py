@@ -25,17 +25,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """All that is known of the units of a group at one place; plain tensors in float64.
+    """Statistics of a group's units at one input of consumers; plain tensors in float64.
 
     Args:
         name: Name of the group.
         entries: Entries per unit ``g``.
-        samples: Samples ``N`` behind the moments.
+        samples: Samples ``N`` of the moments.
         mean: Mean of the entries ``(d,)``.
         covariance: Covariance of the entries ``(d, d)``.
-        readout: Linear map ``T (m, d)`` to what is kept above. Weighting it by relevance,
-            ``T = G^(1/2) W``, changes what counts as information, nothing else.
-        rows: The weight rows ``(units, w)`` that make each unit, for criteria that look at them.
+        readout: Linear map ``T (m, d)`` to the kept units above. Relevance only weights it:
+            ``T = G^(1/2) W``.
+        rows: The weight rows ``(units, w)`` that produce each unit, for criteria of weights.
         weight: The weights ``W (rows, d)`` that read the entries; default the readout.
         taylor: First-order change of the loss without each unit ``(units,)``, if it is known.
     """
@@ -56,11 +56,11 @@ class UnitStatistics:
 
     @property
     def units(self) -> int:
-        """Number of units on the group now."""
+        """Number of units now."""
         return self.covariance.shape[0] // self.entries
 
     def above(self) -> Tensor:
-        """Covariance ``(m, m)`` of the layer above, a linear read-out of the entries."""
+        """Covariance ``(m, m)`` of the layer above, a linear map of the entries."""
         return self.readout @ self.covariance @ self.readout.mT
 
     def joint(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,12 +70,12 @@ class UnitStatistics:
 
     def noise(self, ridge: float) -> float:
         """Noise variance on the layer above: ``ridge`` times its mean variance, 0 for no layer."""
-        if not len(self.readout):  # nothing was kept above
+        if not len(self.readout):  # no unit is kept above
             return 0.0
         return ridge * float(self.joint()[2].diagonal().mean())
 
     def check(self) -> None:
-        """Refuse evidence too thin to score.
+        """Refuse too few samples to score.
 
         Raises:
             PruningError: If ``N <= m + g``: too few for the layer above and one unit.
@@ -99,31 +99,35 @@ def unit_statistics(
     groups: Sequence[DependencyGroup],
     relevance: Mapping[str, Relevance] | None = None,
 ) -> list[UnitStatistics]:
-    """What is known of a group at each place where it is read.
+    """Statistics of a group's units at each input that consists of them.
 
     Args:
         group: The group.
-        moments: Sums at each place, by key (:attr:`DependencyGroup.inputs`).
-        weights: Parameters of the model as it stands, by qualified name; only read.
-        kept: What is kept on the groups above, in positions of the model as built.
+        moments: Sums of activations, by key of the input (:attr:`DependencyGroup.inputs`).
+        weights: Parameters of the model as it is now, by qualified name; only read.
+        kept: Units kept of the groups above, in positions of the model as built.
         current: The plan the model carries now.
         groups: All groups that are being cut.
-        relevance: Which part of what is above matters to the loss, by key; None: all of it alike.
+        relevance: How much the loss depends on each part of the layer above, by key; None weights
+            all parts equally.
 
     Raises:
-        PruningError: If nothing was heard at a place.
+        PruningError: If there are no samples at an input.
     """
     width = len(current.kept[group.name])
     tensors = () if group.strided else group.tensors
-    makers = [_by_unit(weights[s.tensor], width) for s in tensors if s.dim == 0]
-    rows = torch.cat(makers, dim=1).double() if makers else torch.zeros(width, 0)
+    producers = [_by_unit(weights[s.tensor], width) for s in tensors if s.dim == 0]
+    rows = torch.cat(producers, dim=1).double() if producers else torch.zeros(width, 0)
     found = []
     for key, consumers in group.unit_inputs.items():
         if int(moments[key].count) == 0:
-            raise PruningError(f"Nothing was heard at {key!r}; run validation first.")
+            raise PruningError(
+                f"No activations were collected at {key!r}, so its units cannot be scored. Run "
+                "validation first."
+            )
         mean, covariance = moments[key].stabilized()
         known = None if relevance is None else relevance.get(key)
-        weight, above = _read(consumers, weights, kept, current, groups, covariance)
+        weight, above = _kept_weight(consumers, weights, kept, current, groups, covariance)
         readout = weight
         if known is not None:
             matrix = known.matrix.to(covariance)
@@ -145,7 +149,7 @@ def unit_statistics(
     return found
 
 
-def _read(
+def _kept_weight(
     consumers: Sequence[str],
     weights: Mapping[str, Tensor],
     kept: Mapping[str, tuple[int, ...]],
@@ -153,7 +157,7 @@ def _read(
     groups: Sequence[DependencyGroup],
     like: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The kept rows of all consumers of one place, and which rows of the first consumer they are."""
+    """The kept rows of all consumers of one input, and the indices of those of the first one."""
     parts: list[Tensor] = []
     first = torch.empty(0, dtype=torch.long)
     for consumer in consumers:
@@ -171,7 +175,7 @@ def kept_rows(
     current: PruningPlan,
     groups: Sequence[DependencyGroup],
 ) -> Tensor | None:
-    """Rows of a tensor that survive, as it stands now, or None where its rows are not cut."""
+    """Rows of a tensor that are kept, as it is now, or None where its rows are not cut."""
     for group in groups:
         if any(s.tensor == tensor and s.dim == 0 for s in group.tensors):
             return kept_entries(group, kept, current)
@@ -181,19 +185,18 @@ def kept_rows(
 def kept_entries(
     group: DependencyGroup, kept: Mapping[str, tuple[int, ...]], current: PruningPlan
 ) -> Tensor:
-    """Positions of the entries of a group that survive, in the model as it stands.
+    """Positions of the kept entries of a group, in the model as it is now.
 
     Args:
-        group: The group; what is kept of a group that it crosses counts too.
-        kept: What is kept, in positions of the model as built.
+        group: The group; the kept units of :attr:`DependencyGroup.product_with` count too.
+        kept: Units kept, in positions of the model as built.
         current: The plan the model carries now.
     """
     now = {}
     for name in {group.name, group.product_with} & set(current.kept):
-        place = {p: i for i, p in enumerate(current.kept[name])}
-        now[name] = [place[p] for p in kept[name]]
-    positions = entry_positions(group, now, current.widths)
-    return torch.tensor(positions, dtype=torch.long)
+        index = {unit: i for i, unit in enumerate(current.kept[name])}
+        now[name] = [index[unit] for unit in kept[name]]
+    return torch.tensor(entry_positions(group, now, current.widths), dtype=torch.long)
 
 
 def entries_of(units: Tensor, entries: int) -> Tensor:
@@ -202,12 +205,12 @@ def entries_of(units: Tensor, entries: int) -> Tensor:
 
 
 def _factor(matrix: Tensor) -> Tensor:
-    """``F`` with ``F'F = G`` for a symmetric ``G`` that is positive but for rounding."""
+    """``F`` with ``F'F = G`` for a symmetric ``G`` that is positive up to rounding."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     factor: Tensor = values.clamp_min(0).sqrt()[:, None] * vectors.mT
     return factor
 
 
 def _by_unit(weight: Tensor, width: int) -> Tensor:
-    """A weight with a row for each unit; a group that is empty has none."""
+    """A weight with one row a unit; none for an empty group."""
     return weight.detach().reshape(width, weight.numel() // max(1, width))

@@ -207,14 +207,7 @@ def _cut_tensor(
 
 @dataclass(frozen=True)
 class _Fit:
-    """Linear regression of the dropped entries of an input on the kept ones.
-
-    Args:
-        values: Statistics of the input.
-        kept: Positions of the entries that stay.
-        dropped: Positions of the others.
-        coefficients: ``M (dropped, kept)``.
-    """
+    """Regression ``M (dropped, kept)`` of the dropped entries of an input on the kept ones."""
 
     values: UnitStatistics
     kept: Tensor

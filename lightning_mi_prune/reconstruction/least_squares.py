@@ -32,11 +32,7 @@ __all__ = [
 ]
 
 Sum = Callable[[Tensor], Tensor]
-
-
 _PIECE = 4096
-
-
 # Positions that the sample may have for each that was asked for, where padding cannot be cut off.
 _PADDING = 3
 

@@ -105,7 +105,7 @@ def test_a_whole_sublayer_goes_when_half_of_it_is_no_cheaper():
     assert allocate(groups, Budget(sparsity=0.5), **options) == {"a": 4, "b": 0}
 
 
-def test_only_axes_that_may_vanish_do():
+def test_only_groups_that_may_be_empty_lose_all_units():
     groups = [group("a", 16), group("b", 4, entries=4), group("c", 16, may_be_empty=True)]
     rankings = {one.name: ranking([1e-9] * one.size) for one in groups}
     costs = ParameterCosts(groups)
@@ -116,7 +116,7 @@ def test_only_axes_that_may_vanish_do():
         allocate(groups, Budget(target_parameters=least - 1), costs=costs, rankings=rankings)
 
 
-def test_the_last_jump_is_no_longer_than_it_must_be_and_steps_come_back():
+def test_the_last_jump_is_as_short_as_possible_and_steps_that_fit_are_undone():
     groups = [group("big", 4, entries=10, may_be_empty=True), group("small", 8, may_be_empty=True)]
     small = ranking([0.1 * i for i in range(1, 9)])
     rankings = {"big": ranking([5.0, 0.2, 0.2, 0.2]), "small": small}
@@ -142,7 +142,7 @@ def one_step_more(groups, widths, current, costs, multiple=8):
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("convex", [True, False])
 @pytest.mark.parametrize("share", [0.8, 0.5, 0.3])
-def test_size_budgets_are_met_and_no_step_fits_back(coupled, convex, share):
+def test_size_budgets_are_met_and_no_further_step_fits(coupled, convex, share):
     groups = stream() if coupled else encoder(3, 16, 32, 4)
     rankings = ranked(groups, 3, convex=convex)
     parameters = ParameterCosts(groups, fixed=100)
@@ -222,7 +222,7 @@ def test_progress_goes_part_of_the_way_and_no_further_than_the_end():
 
 
 @pytest.mark.parametrize("mode", ["global", "uniform"])
-def test_what_is_small_enough_stays_and_nothing_grows(mode):
+def test_a_small_enough_model_stays_and_no_group_grows(mode):
     groups = encoder(2, 16, 32, 4)
     now = {one.name: 3 if one.kind == "heads" else 16 for one in groups} | {"0.ffn": 8}
     rankings = {n: ranking([1.0] * w) for n, w in now.items()}
@@ -240,7 +240,7 @@ def test_what_is_small_enough_stays_and_nothing_grows(mode):
 
 
 @pytest.mark.parametrize("mode", ["global", "uniform"])
-def test_limits_hold(mode):
+def test_constraints_hold(mode):
     groups = encoder(3, 16, 64, 4)
     constraints = Constraints(floors={"heads": 2}, caps={r"^1\.ffn": 0.5}, pins={r"^2\.ffn": 20})
     options = {
@@ -265,7 +265,7 @@ def test_rankings_of_the_model_as_built_serve_a_later_cut():
     assert allocate(groups, budget, **options) == {"a": 2, "b": 2}
 
 
-def test_equals_share_the_loss():
+def test_equal_groups_share_the_loss():
     groups = encoder(4, 16, 64, 4)
     rankings = {one.name: ranking([1.0 / one.size] * one.size) for one in groups}
     widths = allocate(groups, Budget(sparsity=0.5), costs=ParameterCosts(groups), rankings=rankings)
@@ -273,7 +273,7 @@ def test_equals_share_the_loss():
     assert max(neurons) - min(neurons) <= 8
 
 
-def test_bert_base_is_allotted_in_time():
+def test_widths_of_bert_base():
     groups = stream(layers=12, hidden=768, neurons=3072, heads=12)
     rankings, costs = ranked(groups), ParameterCosts(groups)
     widths = allocate(groups, Budget(sparsity=0.75), costs=costs, rankings=rankings)
@@ -302,7 +302,7 @@ def test_bert_base_is_allotted_in_time():
         ),
     ],
 )
-def test_what_cannot_be_done_is_refused(change, message):
+def test_contradictory_arguments_are_refused(change, message):
     groups = [group("a", 16), group("b", 16)]
     options = {
         "budget": Budget(sparsity=0.5),
@@ -313,7 +313,7 @@ def test_what_cannot_be_done_is_refused(change, message):
         allocate(groups, options.pop("budget"), **options)
 
 
-def test_a_race_that_cannot_meet_its_target_says_so():
+def test_an_unreachable_target_is_refused():
     groups = [group("a", 16)]
     with pytest.raises(PruningError, match="A cost of 10 parameters is out of reach; at least 32"):
         allocate_by_loss(groups, ranked(groups), ParameterCosts(groups), 10, bounds={"a": (8, 16)})

@@ -92,12 +92,12 @@ def test_floors_hold():
     assert min(w for n, w in widths.items() if "heads" in n) >= 5
 
 
-def test_an_impossible_budget_names_what_is_possible():
+def test_the_error_of_an_impossible_budget_names_a_possible_one():
     with pytest.raises(PruningError, match=r"sparsity=0.97 is out of reach.*0\.9\d+"):
         uniform_widths(encoder(), 0.97)
 
 
-def test_a_budget_says_what_it_counts():
+def test_a_budget_knows_its_measure():
     kinds = [
         (Budget(sparsity=0.5), "sparsity", 0.5, "parameters"),
         (Budget(target_parameters=9), "target_parameters", 9, "parameters"),
@@ -127,12 +127,12 @@ def test_a_budget_says_what_it_counts():
         ({"target_latency_ms": "fast"}, "target_latency_ms='fast'"),
     ],
 )
-def test_budgets_that_say_too_little_too_much_or_nonsense(options, message):
+def test_incomplete_or_contradictory_budgets_are_refused(options, message):
     with pytest.raises(PruningError, match=message):
         Budget(**options)
 
 
-def test_targets_lie_on_the_way_from_the_model_as_built():
+def test_targets_lie_between_the_model_as_built_and_the_budget():
     groups = encoder(2, 16, 32, 4)
     costs = ParameterCosts(groups, fixed=1000)
     prunable = count_parameters(groups)
@@ -154,12 +154,12 @@ def test_an_impossible_budget_is_refused_before_anything_is_ranked():
         check_reach(groups, Budget(target_macs=5), costs=costs)
 
 
-def test_uniform_cuts_keep_a_step_where_a_competition_could_empty():
-    vanishing = [replace(a, may_be_empty=True) for a in encoder(2, 16, 32, 4)]
-    budget, costs = Budget(target_parameters=1), ParameterCosts(vanishing)
-    check_reach(vanishing, Budget(target_parameters=1), costs=costs)
+def test_uniform_widths_keep_a_step_where_global_ones_may_be_empty():
+    groups = [replace(a, may_be_empty=True) for a in encoder(2, 16, 32, 4)]
+    budget, costs = Budget(target_parameters=1), ParameterCosts(groups)
+    check_reach(groups, Budget(target_parameters=1), costs=costs)
     with pytest.raises(PruningError, match="no fewer than 1,024 parameters"):
-        check_reach(vanishing, budget, costs=costs, widths="uniform")
+        check_reach(groups, budget, costs=costs, widths="uniform")
 
 
 def test_uniform_widths_meet_any_cost_closely():

@@ -17,7 +17,7 @@ def tall(**options):
     )
 
 
-def test_limits_speak_of_units_or_shares():
+def test_constraints_count_units_or_shares():
     groups = encoder(2, 16, 64, 4)
     constraints = Constraints(
         floors={"ffn": 0.3, r"^0\.ffn": 30},
@@ -37,10 +37,10 @@ def test_limits_speak_of_units_or_shares():
     assert copy.deepcopy(constraints) == constraints
 
 
-def test_an_axis_that_may_vanish_has_no_floor_of_its_own():
+def test_only_groups_that_may_not_be_empty_keep_a_step():
     empty, kept = tall(may_be_empty=True), tall()
-    silent = tall(empty_forward=(EmptyForward("attention", ("query",)),))
-    for one in (empty, silent):
+    forward = tall(empty_forward=(EmptyForward("attention", ("query",)),))
+    for one in (empty, forward):
         assert resolve_bounds(Constraints(), [one]) == {"tall": (0, 100)}
     assert resolve_bounds(Constraints(), [kept]) == {"tall": (8, 100)}
     assert resolve_bounds(Constraints(floor=0.05), [empty]) == {"tall": (8, 100)}
@@ -75,6 +75,6 @@ def test_an_axis_that_may_vanish_has_no_floor_of_its_own():
         ({"floor": False}, 100, "floor=False"),
     ],
 )
-def test_limits_that_contradict_or_match_nothing(options, now, message):
+def test_constraints_that_contradict_or_match_nothing_are_refused(options, now, message):
     with pytest.raises(PruningError, match=message):
         resolve_bounds(Constraints(**options), [tall()], {"tall": now})

@@ -30,15 +30,15 @@ def plans(groups):
     whole = sizes(groups)
     random = {a.name: 1 + 7 * i % a.size for i, a in enumerate(groups)}
     empty = {a.name: 0 if a.name.endswith("0.ffn") else max(1, a.size // 2) for a in groups}
-    silent = {a.name: 0 if a.may_be_empty and a.kind == "heads" else a.size for a in groups}
+    headless = {a.name: 0 if a.may_be_empty and a.kind == "heads" else a.size for a in groups}
     yield random_plan(groups)
-    for widths in (random, empty, silent):
+    for widths in (random, empty, headless):
         yield PruningPlan(whole, {name: tuple(range(width)) for name, width in widths.items()})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("head", ["sequence", "masked-lm"])
-def test_costs_are_those_of_models_that_are_really_cut(family, head):
+def test_costs_are_those_of_models_that_are_cut(family, head):
     model = build(family, head)
     groups = find_groups(model)
     macs = measure_macs(model, groups, {"": ONE})
@@ -53,12 +53,12 @@ def test_costs_are_those_of_models_that_are_really_cut(family, head):
         assert parameters.total(widths) == sum(p.numel() for p in cut.parameters())
 
 
-def test_a_cut_model_tells_what_it_cost_as_built():
+def test_costs_as_built_are_found_on_a_cut_model():
     model = build("bert")
     groups = find_groups(model)
     built = count_macs(model, ONE)
-    (*_, silent) = plans(groups)
-    for plan in (random_plan(groups), silent):
+    (*_, headless) = plans(groups)
+    for plan in (random_plan(groups), headless):
         cut = copy.deepcopy(model)
         apply_plan(cut, groups, plan)
         widths = {name: len(kept) for name, kept in plan.kept.items()}
@@ -78,13 +78,13 @@ def test_heads_cost_their_products_over_all_pairs_of_positions():
     assert macs.savings(heads.name, sizes(groups), [heads.size - 1]) == [expected]
 
 
-def test_a_network_inside_a_module_is_heard_by_its_call():
+def test_a_network_inside_a_module_is_counted_by_its_call():
     model = build("bert")
     root = nn.ModuleDict({"net": nn.ModuleDict({"inner": model})})
     groups = find_groups(root)
-    with ActivationRecorder(root, groups) as heard:
+    with ActivationRecorder(root, groups) as recorder:
         model(**batch(4))
-    macs = measure_macs(root, groups, heard.calls(groups))
+    macs = measure_macs(root, groups, recorder.calls(groups))
     assert macs.total({}) == count_macs(model, ONE)
 
 
@@ -137,7 +137,7 @@ def test_savings_are_differences_of_totals(name):
     assert costs.savings(group.name, now, options) == expected
 
 
-def test_axes_that_nobody_names_stay_at_their_present_width():
+def test_groups_that_are_not_named_keep_their_present_width():
     net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
     low = linear_group(net, "low", kind="ffn", producers=["0"], consumers=["2"])
     high = linear_group(net, "high", kind="ffn", producers=["2"], consumers=["4"])

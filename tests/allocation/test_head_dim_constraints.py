@@ -1,4 +1,4 @@
-"""Dimensions of heads: what they cost, what is refused, and what is rare."""
+"""Dimensions of heads: what they cost, what is refused, and rare cases."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.
 every = pytest.mark.parametrize("family", FAMILIES)
 
 
-def test_nothing_tells_which_dimensions_matter_without_gradients():
+def test_dimensions_cannot_be_ranked_without_gradients():
     model = build()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PruningError, match="relevance='weights': gradients tell which"):
@@ -79,7 +79,7 @@ def test_a_table_without_dimensions_of_heads_is_refused(tmp_path):
         prune(model, lesson("bert"), budget, loss=loss, kinds=UNITS, **method)
 
 
-def test_heads_and_their_dimensions_lose_the_same_information():
+def test_information_is_no_budget_for_heads_and_their_dimensions():
     budget = Budget(keep_information=0.8)
     with pytest.raises(PruningError, match=r"keep_information=0.8 cannot be shared by .*heads"):
         prune(build(), lesson("bert"), budget, loss=loss, kinds=UNITS)
@@ -87,7 +87,7 @@ def test_heads_and_their_dimensions_lose_the_same_information():
 
 
 @pytest.mark.parametrize(("one", "other"), [("query", "key"), ("key", "value")])
-def test_projections_that_are_one_cannot_be_turned_apart(one, other):
+def test_projections_with_one_weight_cannot_be_rotated(one, other):
     model = build()
     inner = model.bert.encoder.layer[1].attention.self
     getattr(inner, other).weight = getattr(inner, one).weight
@@ -100,14 +100,14 @@ def test_projections_that_are_one_cannot_be_turned_apart(one, other):
 
 @pytest.mark.parametrize("units", [["head_dim"], UNITS])
 @pytest.mark.parametrize(
-    ("silent", "heads"),
+    ("zeroed", "heads"),
     [(names, count) for names in (("query", "key"), ("key",), ("value",)) for count in (1, 4)],
 )
-def test_silent_heads_harm_nothing(silent, heads, units):
+def test_heads_with_weights_of_zero(zeroed, heads, units):
     model = build()
     inner = model.bert.encoder.layer[0].attention.self
     with torch.no_grad():
-        for name in silent:
+        for name in zeroed:
             getattr(inner, name).weight[: 6 * heads] = 0.0
     prune(model, lesson("bert"), 0.3, loss=loss, kinds=units)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
@@ -117,7 +117,7 @@ def test_silent_heads_harm_nothing(silent, heads, units):
 @pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-7])
 @pytest.mark.parametrize("bias", [2, 50])
 def test_keys_that_hardly_change_keep_a_bias_that_half_precision_holds(size, bias):
-    """Their directions are made louder, and with them the mean, which softmax does not see."""
+    """Their directions are scaled up, and with them the mean, which softmax ignores."""
     model = build()
     inner = model.bert.encoder.layer[0].attention.self
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_no_config_scales_attention_by_fewer_dimensions(family, tmp_path):
     assert torch.equal(outputs(again, inputs), outputs(model, inputs))
 
 
-def test_a_turn_of_another_model_is_refused():
+def test_a_rotation_of_another_model_is_refused():
     model = build()
     groups = find_groups(model)
     name = "bert.encoder.layer.0.attention.self.query.weight"
@@ -149,16 +149,16 @@ def test_a_turn_of_another_model_is_refused():
     for maps in (torch.eye(5).expand(4, 5, 5), torch.eye(6)):
         with pytest.raises(PruningError, match=r"expected \(heads, size, size\) of \(24, 24\)"):
             apply_plan(model, groups, plan, compensated=values, rotated={name: {0: maps}})
-    with pytest.raises(PruningError, match="beside new values"):
+    with pytest.raises(PruningError, match="with compensated values"):
         apply_plan(model, groups, plan, rotated={name: {0: torch.eye(6).expand(4, 6, 6)}})
 
 
 @pytest.mark.parametrize("family", ["albert", "deberta-v2"])
-def test_families_that_see_more_than_products_have_no_such_group(family):
+def test_attention_that_needs_more_than_products_has_no_such_group(family):
     assert not any(group.kind == "head_dim" for group in find_groups(build(family)))
 
 
-def test_axes_described_after_a_layer_went_cross_their_own_layer():
+def test_groups_found_after_a_layer_was_removed_are_paired_in_their_own_layer():
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**{**SMALL, "num_hidden_layers": 3}))
     tracker = PlanTracker.of(model, find_stacks)
@@ -174,7 +174,7 @@ def test_axes_described_after_a_layer_went_cross_their_own_layer():
         assert name.rpartition(".")[0] == crossed.rpartition(".")[0]
 
 
-def test_axes_keep_what_crosses_them_wherever_they_stand():
+def test_groups_keep_their_pair_under_other_paths():
     net = nn.ModuleDict({"inner": build()})
     pairs = {group.name: group.product_with for group in find_groups(net) if group.product_with}
     assert pairs

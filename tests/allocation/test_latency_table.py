@@ -37,7 +37,7 @@ def axes_of_table(**options):
 
 
 def ruler(calls):
-    """A clock that is never late: a thousandth of the products of each call, and 1 ms for it."""
+    """A deterministic clock: a thousandth of the products of each call, and 1 ms for it."""
     found = {}
     for name, call in calls.items():
         with FlopCounterMode(display=False) as counter:
@@ -173,7 +173,7 @@ def test_the_device_is_named():
     assert device_of(nn.Linear(2, 2), {"": replace(TWO, autocast="float16")}).dtype == "float16"
 
 
-def test_axes_are_measured_together_and_only_read():
+def test_groups_of_one_shape_are_measured_together_on_copies():
     root = nn.ModuleDict({"net": nn.ModuleDict({"inner": build("bert")}), "other": nn.Linear(2, 2)})
     groups, calls = find_groups(root), {"net.inner": TWO}
     before = copy.deepcopy(root.state_dict())
@@ -201,7 +201,7 @@ def test_a_cut_model_is_measured_as_it_was_built():
     assert [p.shape for p in model.parameters()] == shapes
 
 
-def test_calls_are_timed_in_the_numbers_they_were_heard_in():
+def test_calls_are_timed_in_the_dtype_they_were_recorded_in():
     model, seen = build("bert"), []
     groups = find_groups(model)
     with (
@@ -267,7 +267,7 @@ def test_costs_add_up_side_by_side():
     assert held.total({"0.ffn": 64}) == pytest.approx(9.0)
 
 
-def test_the_residual_stream_multiplies_with_the_rest():
+def test_the_hidden_size_multiplies_with_the_rest():
     tensors = {n: (PrunableDim(n, 0, (64, 32)),) for n in ("0.ffn", "1.ffn")}
     groups = [replace(a, tensors=tensors[a.name]) for a in axes_of_table() if a.kind == "ffn"]
     both = tuple(PrunableDim(name, 1, (64, 32)) for name in tensors)
@@ -323,7 +323,7 @@ def test_heads_and_their_dimensions_share_the_time_of_one_attention():
     assert costs.neighbours("0.head_dim") == {"0.heads"}
 
 
-def test_what_must_stay_takes_its_share_of_an_attention():
+def test_heads_that_must_stay_keep_their_share_of_an_attention():
     """A quarter of the heads with a quarter of their dimensions is a sixteenth of the work."""
     groups = [replace(group, may_be_empty=False) for group in crossing()[0][:2]]
     curves = (
@@ -336,7 +336,7 @@ def test_what_must_stay_takes_its_share_of_an_attention():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_savings_of_axes_that_cross_are_differences_of_totals(stream):
+def test_savings_of_pairs_are_differences_of_totals(stream):
     groups, costs = crossing(stream)
     assert costs.neighbours("0.head_dim") >= {"0.heads"}
     assert ("stream" in costs.neighbours("0.head_dim")) is stream
@@ -385,7 +385,7 @@ def test_a_latency_budget_is_met_on_the_table():
         check_reach(groups, Budget(target_latency_ms=2.9), costs=costs)
 
 
-def test_a_table_predicts_models_that_are_really_cut():
+def test_a_table_predicts_models_that_are_cut():
     model = build("bert")
     groups = find_groups(model)
     costs = LatencyCosts(measure_table(model, groups, {"": TWO}, clock=ruler), groups)

@@ -1,4 +1,4 @@
-"""Multiply-accumulates: every family and operator, in report and cost model, nothing disturbed."""
+"""Multiply-accumulates of every family and operator, in report and cost model."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_the_fast_path_of_torchs_attention():
     assert fast == count_macs(Own(False), RecordedCall((x.transpose(0, 1),), {})) == 10 * 256 + 800
 
 
-def test_threads_count_for_themselves_and_no_switch_is_touched():
+def test_threads_count_separately_and_global_state_stays():
     def flags():
         cuda = torch.backends.cuda
         kernels = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled)
@@ -344,7 +344,7 @@ def test_the_network_stays_as_it_is(fails, count):
     assert count_hooks(net) == hooks
 
 
-def test_a_random_state_that_nobody_draws_from_is_not_written(monkeypatch):
+def test_a_random_state_without_draws_is_not_written(monkeypatch):
     """Another thread may be drawing from it."""
     monkeypatch.setattr(torch, "set_rng_state", pytest.fail)
     count_macs(build(), first(batch(1)))
@@ -369,8 +369,8 @@ class Absent(nn.Module):
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-def test_what_stands_in_for_a_layer_without_units_tells_what_passes(fresh):
-    """Of any class: it is known by its weight, which a group cuts."""
+def test_a_layer_without_units_counts_the_positions_that_pass(fresh):
+    """It may be of any class: a group cuts its weight."""
     model, one = build(), first(batch(1))
     groups, built = find_groups(model), count_macs(model, one)
     kept = {a.name: () if a.kind == "ffn" else tuple(range(a.size)) for a in groups}
@@ -422,7 +422,7 @@ def test_compiled_parts_are_counted_and_stay_compiled(whole):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_attention_with_a_score_of_its_own():
+def test_attention_with_a_score_function():
     q, k = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 7, 16)
     net = Calls(lambda w, q, k: flex_attention(q, k, k))
     assert count_macs(net, RecordedCall((q, k), {})) == 2 * 2 * 5 * 7 * 16

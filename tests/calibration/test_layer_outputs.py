@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mi_prune.calibration.layer_outputs import LayerRecorder
-from lightning_mi_prune.calibration.layer_similarity import LayerAngles, LayerCKA
+from lightning_mi_prune.calibration.layers import LayerAngles, LayerCKA, LayerRecorder
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.discovery.containers import layer_paths
 from tests.support.models import batch, build

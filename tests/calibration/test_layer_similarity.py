@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_mi_prune.calibration.layer_similarity import LayerCKA, u_centered
+from lightning_mi_prune.calibration.layers import LayerCKA, u_centered
 from lightning_mi_prune.core.errors import PruningError
 from tests.support.ranks import grouped, launch, place
 

@@ -19,7 +19,7 @@ from lightning_mi_prune.allocation.measuring import measure_table
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.calls import RecordedCall, merge_calls, split_call
 from lightning_mi_prune.calibration.gradients import GradientRecorder
-from lightning_mi_prune.calibration.layer_outputs import LayerRecorder
+from lightning_mi_prune.calibration.layers import LayerRecorder
 from lightning_mi_prune.core.options import Importance, Reconstruction
 from lightning_mi_prune.discovery.containers import layer_paths
 from lightning_mi_prune.discovery.families import find_groups, register_family

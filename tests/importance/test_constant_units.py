@@ -1,4 +1,4 @@
-"""Layers whose units never change, or hardly: they go first, and what they added stays."""
+"""Units that are constant, or nearly: they are removed first, and their bias stays."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARTS = {"heads": "attention.self.value", "ffn": "intermediate.dense"}
 
 
 def constant(kind, size=1.0):
-    """A model of which one layer says the same whatever it hears: only its bias is left."""
+    """A model in which the outputs of one layer are constant: only its bias is not zero."""
     model = build()
     with torch.no_grad():
         layer = model.get_submodule(LAYER + PARTS[kind])
@@ -37,8 +37,8 @@ def constant(kind, size=1.0):
 @pytest.mark.parametrize("kind", sorted(PARTS))
 @pytest.mark.parametrize("size", [1e-4, 1.0, 30.0])
 @pytest.mark.parametrize("reconstruct", [False, True])
-def test_what_never_changes_goes_at_no_loss(kind, size, reconstruct):
-    """All of it, also where no unit of the group says anything."""
+def test_constant_units_are_removed_without_loss(kind, size, reconstruct):
+    """Also where all units of the group are constant."""
     model, inputs = constant(kind, size), inputs_of("sequence")
     before = outputs(model, inputs)
     method = {
@@ -53,9 +53,9 @@ def test_what_never_changes_goes_at_no_loss(kind, size, reconstruct):
     assert torch.allclose(outputs(model, inputs), before, atol=1e-5)
 
 
-WAYS = [
-    (judge, relevance)
-    for judge in (
+SCORES = [
+    (criterion, relevance)
+    for criterion in (
         {},
         {"selection": "topk"},
         {"criterion": "activation_norm"},
@@ -66,12 +66,12 @@ WAYS = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "way", "widths"), half(sorted(PARTS), WAYS, ["global", "uniform"])
+    ("kind", "score", "widths"), half(sorted(PARTS), SCORES, ["global", "uniform"])
 )
-def test_every_way_to_judge_takes_constants(kind, way, widths):
-    judge, relevance = way
+def test_every_criterion_accepts_constant_units(kind, score, widths):
+    criterion, relevance = score
     model = constant(kind)
-    method = {"importance": Importance(**judge, relevance=relevance), "widths": widths}
+    method = {"importance": Importance(**criterion, relevance=relevance), "widths": widths}
     done = prune(model, lesson("bert"), 0.4, loss=loss, **method)
     assert done.sparsity >= 0.4
     assert all(bool(p.isfinite().all()) for p in model.parameters())
@@ -87,7 +87,7 @@ def test_every_way_to_judge_takes_constants(kind, way, widths):
         (["ffn", "heads", "head_dim"], "gradient"),
     ],
 )
-def test_other_axes_of_the_layer_may_be_cut_too(kind, units, relevance):
+def test_other_groups_of_the_layer_may_be_cut_too(kind, units, relevance):
     model = constant(kind)
     done = prune(
         model,
@@ -105,8 +105,8 @@ def test_other_axes_of_the_layer_may_be_cut_too(kind, units, relevance):
     ("kind", "size", "copies", "double"),
     half(sorted(PARTS), [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7], [False, True], [False, True]),
 )
-def test_what_hardly_changes_is_no_harder(kind, size, copies, double):
-    """Between what is heard and what is rounding there is no width at which a layer breaks."""
+def test_nearly_constant_units_cause_no_error(kind, size, copies, double):
+    """There is no scale between signal and rounding at which a cut breaks the layer."""
     model = build().double() if double else build()
     layer = model.get_submodule(LAYER + PARTS[kind])
     with torch.no_grad():
@@ -122,8 +122,8 @@ def test_what_hardly_changes_is_no_harder(kind, size, copies, double):
     assert torch.allclose(outputs(model, inputs), before, atol=50 * size)
 
 
-def test_no_nats_hang_on_the_scale_of_the_loss():
-    """Nothing can be told of a layer that never changes, however much the loss would listen."""
+def test_nats_do_not_depend_on_the_scale_of_the_loss():
+    """A constant layer has no information, however steep the loss is."""
     lost = []
     for scale in (1.0, 1e6):
         done = prune(
@@ -154,21 +154,21 @@ def test_rounding_of_a_large_mean_is_no_variance(mean, count):
     assert torch.allclose(covariance[1:, 1:], x[:, 1:].mT.cov(correction=0), atol=1e-9)
 
 
-def test_a_small_change_about_a_large_mean_is_heard():
-    """What single precision can tell from none counts, a hundred of its steps and less."""
+def test_a_small_variance_about_a_large_mean_counts():
+    """Variance that single precision can represent counts, a hundred of its steps and less."""
     x = 1.0 + 1e-5 * torch.randn(1_000, 1, generator=torch.manual_seed(0))
     moments = Moments(1)
     moments.update(x)
     assert moments.stabilized()[1].item() == pytest.approx(1e-10, rel=0.1)
 
 
-def test_nothing_can_be_inverted_and_counted():
+def test_a_zero_covariance_can_be_inverted():
     zero = torch.zeros(4, 4, dtype=F64)
     precision = inverse(zero)
     assert torch.isfinite(precision).all()
     posterior = precision + 1e6 * torch.ones(4, 4, dtype=F64)
     for entries in (1, 2):
-        assert eliminate(precision, posterior, keep=0, entries=entries).costs == (0.0,) * (
+        assert eliminate([(precision, posterior)], keep=0, entries=entries).costs == (0.0,) * (
             4 // entries
         )
     assert mean_variance(zero) == NOTHING
@@ -177,15 +177,15 @@ def test_nothing_can_be_inverted_and_counted():
 
 @pytest.mark.parametrize("entries", [1, 2])
 @pytest.mark.parametrize("scale", [1e-150, 1e-30, 1e30])
-def test_elimination_does_not_see_the_scale(entries, scale):
-    """Rounding grows with the numbers: what is left of a forgotten unit must not break the rest."""
-    size = 300 * entries  # flushed once before forgotten units are left out
+def test_elimination_does_not_depend_on_the_scale(entries, scale):
+    """Rounding grows with the numbers: the rest of a removed unit must not change the others."""
+    size = 300 * entries  # flushed once before removed units are dropped
     a = torch.randn(size, 2 * size, generator=torch.manual_seed(0), dtype=F64)
     precision = torch.linalg.inv(a @ a.mT / size)
     b = torch.randn(5, size, generator=torch.manual_seed(1), dtype=F64)
     posterior = precision + b.mT @ b
-    plain = eliminate(precision, posterior, keep=0, entries=entries)
-    other = eliminate(precision / scale, posterior / scale, keep=0, entries=entries)
+    plain = eliminate([(precision, posterior)], keep=0, entries=entries)
+    other = eliminate([(precision / scale, posterior / scale)], keep=0, entries=entries)
     assert other.order == plain.order
     assert other.costs == pytest.approx(plain.costs, rel=1e-6, abs=1e-9)
 

@@ -15,7 +15,7 @@ def test_costs_of_eliminated_units_add_up_to_the_information_lost(d, entries):
     """Chain rule; 150 units make the delayed updates flush twice and shrink."""
     sxx, sxy, syy = gaussian(d, 6)
     posterior = torch.linalg.inv(conditional_covariance(sxx, sxy, syy))
-    result = eliminate(torch.linalg.inv(sxx), posterior, keep=1, entries=entries)
+    result = eliminate([(torch.linalg.inv(sxx), posterior)], keep=1, entries=entries)
     total = joint_information(sxx, sxy, syy).item()
     units = d // entries
     for keep in {1, units // 2, units - 1}:
@@ -30,7 +30,7 @@ def test_costs_of_eliminated_units_add_up_to_the_information_lost(d, entries):
 def test_elimination_is_what_brute_force_does(d, entries):
     sxx, sxy, syy = gaussian(d, 4)
     posterior = torch.linalg.inv(conditional_covariance(sxx, sxy, syy))
-    result = eliminate(torch.linalg.inv(sxx), posterior, keep=d // entries - 5, entries=entries)
+    result = eliminate([(torch.linalg.inv(sxx), posterior)], keep=d // entries - 5, entries=entries)
     left = list(range(d // entries))
     for unit, cost in zip(result.order, result.costs, strict=True):
 
@@ -51,7 +51,7 @@ def test_elimination_leaves_its_arguments_alone():
     precision = torch.linalg.inv(sxx)
     posterior = torch.linalg.inv(conditional_covariance(sxx, sxy, syy))
     copies = precision.clone(), posterior.clone()
-    eliminate(precision, posterior)
+    eliminate([(precision, posterior)])
     assert torch.equal(precision, copies[0])
     assert torch.equal(posterior, copies[1])
 
@@ -61,6 +61,6 @@ def test_leave_one_out_cost_is_half_the_log_ratio_of_precisions():
     p = torch.linalg.inv(sxx)
     q = torch.linalg.inv(conditional_covariance(sxx, sxy, syy))
     expected = (q.diagonal() / p.diagonal()).log() / 2
-    result = eliminate(p, q, keep=5)
+    result = eliminate([(p, q)], keep=5)
     assert result.order == (int(expected.argmin()),)
     assert result.costs[0] == pytest.approx(expected.min().item())

@@ -1,4 +1,4 @@
-"""Dimensions of heads: rotated with no change of the output, cut at no loss, and carried."""
+"""Dimensions of heads: rotated with no change of the output, cut without loss, saved and loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_mi_prune.discovery.groups import as_built, count_parameters, full
 from lightning_mi_prune.importance.ranking import rank_groups
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.covering import half
-from tests.support.head_dims import FAMILIES, UNITS, known, lesson, loss, narrow, tiny, turns
+from tests.support.head_dims import FAMILIES, UNITS, known, lesson, loss, narrow, rotations, tiny
 from tests.support.models import (
     batch,
     build,
@@ -30,12 +30,12 @@ every = pytest.mark.parametrize("family", FAMILIES)
 
 
 @every
-def test_a_turn_changes_no_output(family):
+def test_a_rotation_changes_no_output(family):
     model, inputs = tiny(family)
     before = outputs(model, inputs)
-    for _, turn, _ in turns(model, family):
+    for _, rotation, _ in rotations(model, family):
         weights = dict(model.named_parameters())
-        new = turn.weights(weights)
+        new = rotation.weights(weights)
         assert any(not torch.equal(new[name], weights[name]) for name in new)
         for name, value in new.items():
             weights[name].data.copy_(value)
@@ -43,17 +43,17 @@ def test_a_turn_changes_no_output(family):
 
 
 def test_the_directions_are_those_of_a_balanced_system():
-    """Both Gramians are diagonal and fall; values are rotated by a rotation."""
-    ((group, turn, values), *_) = turns(build())
-    seen = turn.select(values, range(group.entries), group.size)
-    eye = torch.eye(group.size, dtype=torch.float64).expand_as(turn.value)
-    assert torch.allclose(turn.value @ turn.value.mT, eye, atol=1e-9)
-    assert torch.allclose(turn.query @ turn.key.mT, eye, atol=1e-6)
+    """Both Gramians are diagonal and fall; those of the values are orthogonal."""
+    ((group, rotation, values), *_) = rotations(build())
+    rotated = rotation.select(values, range(group.entries), group.size)
+    eye = torch.eye(group.size, dtype=torch.float64).expand_as(rotation.value)
+    assert torch.allclose(rotation.value @ rotation.value.mT, eye, atol=1e-9)
+    assert torch.allclose(rotation.query @ rotation.key.mT, eye, atol=1e-6)
     # By what remains unexplained: the first d of the best basis beat those of any other.
     for size in (1, 3):
         block = slice(0, group.size)
-        covariance = seen.covariance[block, block]
-        read = seen.readout[:, block]
+        covariance = rotated.covariance[block, block]
+        read = rotated.readout[:, block]
 
         def left(basis, covariance=covariance, read=read):
             both = torch.linalg.inv(basis @ covariance @ basis.mT)
@@ -69,7 +69,7 @@ def test_the_directions_are_those_of_a_balanced_system():
 
 @every
 @pytest.mark.parametrize("dims", [2, 3])
-def test_what_heads_never_used_goes_without_a_trace(family, dims):
+def test_dimensions_that_heads_never_use_are_removed_without_loss(family, dims):
     model, inputs = tiny(family)
     groups = find_groups(model)
     narrow(model, groups, 2)
@@ -206,44 +206,44 @@ def test_costs_are_those_of_the_cut_model():
 
 
 def test_rankings_end_with_all_the_loss_and_all_the_information():
-    """Without the last dimension the values say nothing: as much as without the last head."""
+    """Without the last dimension as much is lost as without the last head."""
     model = build()
     groups = find_groups(model)
     weights = dict(model.named_parameters())
     moments, relevance = known(model, groups)
     chosen = [group for group in groups if group.kind in ("heads", "head_dim")]
     found = rank_groups(chosen, moments, weights, full_plan(groups), relevance=relevance)
-    for group, turn, _ in turns(model):
+    for group, rotation, _ in rotations(model):
         dims, heads = found[group.name], found[group.product_with]
         assert dims.order == tuple(reversed(range(group.size)))
         assert list(dims.loss) == sorted(dims.loss)
         assert list(dims.nats) == sorted(dims.nats)
-        silent = float(turn.scores.sum())
-        assert dims.loss[-1] - silent == pytest.approx(heads.loss[-1], rel=1e-3)
+        of_scores = float(rotation.scores.sum())
+        assert dims.loss[-1] - of_scores == pytest.approx(heads.loss[-1], rel=1e-3)
         assert dims.nats[-1] > heads.nats[-1]
 
 
-def test_heads_are_judged_by_the_dimensions_that_stay():
-    """A head that only speaks in what goes has nothing to lose."""
+def test_heads_are_scored_by_the_dimensions_that_stay():
+    """A head that only uses removed dimensions has nothing to lose."""
     model = build()
     groups = find_groups(model)
     group = next(group for group in groups if group.kind == "head_dim")
     weights = dict(model.named_parameters())
     moments, relevance = known(model, groups)
-    said = (moments, weights, full_plan(groups))
+    given = (moments, weights, full_plan(groups))
     pair = [a for a in groups if a.name in (group.name, group.product_with)]
-    alone = rank_groups(pair, *said, relevance=relevance)
-    beside = rank_groups(
+    alone = rank_groups(pair, *given, relevance=relevance)
+    crossed = rank_groups(
         pair,
-        *said,
+        *given,
         relevance=relevance,
         crossed_kept={group.name: (0,), group.product_with: (0, 2)},
     )
-    assert beside[group.product_with].loss[-1] < alone[group.product_with].loss[-1]
-    assert beside[group.name].loss[-1] < alone[group.name].loss[-1]
+    assert crossed[group.product_with].loss[-1] < alone[group.product_with].loss[-1]
+    assert crossed[group.name].loss[-1] < alone[group.name].loss[-1]
     same = rank_groups(
         pair,
-        *said,
+        *given,
         relevance=relevance,
         crossed_kept={
             group.name: (*range(group.size),),

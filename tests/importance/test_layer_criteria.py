@@ -1,4 +1,4 @@
-"""Which layers may go: clusters of what is alike, and the rivals' choices."""
+"""Layers to remove: clusters of similar layers, and the other criteria."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import pytest
 
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.importance.layer_criteria import (
-    cheapest,
-    closest_run,
+    cheapest_clusters,
     clusters_of,
     last_layers,
-    least_turning,
     random_layers,
-    redundant,
+    redundant_layers,
+    smallest_angle_run,
+    smallest_angles,
 )
 
-ALIKE = [
+SIMILARITY = [
     [1.00, 0.99, 0.98, 0.90, 0.50],
     [0.99, 1.00, 0.99, 0.99, 0.60],
     [0.98, 0.99, 1.00, 0.99, 0.70],
@@ -30,31 +30,31 @@ ALIKE = [
 @pytest.mark.parametrize(
     ("threshold", "expected"),
     [
-        (0.98, [(0, 1, 2), (3, 4)]),  # 3 is alike to 2, but not to the first of the cluster
+        (0.98, [(0, 1, 2), (3, 4)]),  # 3 is similar to 2, but not to the first of the cluster
         (0.995, [(0,), (1,), (2,), (3,), (4,)]),
         (0.5, [(0, 1, 2, 3, 4)]),
         (1, [(0,), (1,), (2,), (3,), (4,)]),
     ],
 )
-def test_clusters_are_runs_alike_to_their_first(threshold, expected):
-    assert clusters_of(ALIKE, threshold) == expected
+def test_clusters_are_runs_similar_to_their_first(threshold, expected):
+    assert clusters_of(SIMILARITY, threshold) == expected
 
 
-def test_of_a_cluster_every_kth_goes_and_never_the_first():
+def test_of_a_cluster_every_kth_is_removed_and_never_the_first():
     clusters = [(0, 1, 2, 3, 4, 5, 6, 7), (8,)]
-    assert redundant(clusters) == (1, 2, 3, 4, 5, 6, 7)
-    assert redundant(clusters, 2) == (1, 3, 5, 7)
-    assert redundant(clusters, 3) == (1, 4, 7)
-    assert redundant([(0,), (1,)]) == ()
+    assert redundant_layers(clusters) == (1, 2, 3, 4, 5, 6, 7)
+    assert redundant_layers(clusters, 2) == (1, 3, 5, 7)
+    assert redundant_layers(clusters, 3) == (1, 4, 7)
+    assert redundant_layers([(0,), (1,)]) == ()
 
 
 @pytest.mark.parametrize("threshold", [0, -1, 98, 1.01, float("nan"), True, "0.9"])
 def test_a_threshold_out_of_range_is_named(threshold):
     with pytest.raises(PruningError, match="threshold="):
-        clusters_of(ALIKE, threshold)
+        clusters_of(SIMILARITY, threshold)
 
 
-def test_a_matrix_that_is_none_is_refused():
+def test_a_malformed_matrix_is_refused():
     with pytest.raises(PruningError, match="square"):
         clusters_of([[1.0, 0.5]])
     with pytest.raises(PruningError, match="square"):
@@ -62,11 +62,11 @@ def test_a_matrix_that_is_none_is_refused():
     with pytest.raises(PruningError, match=r"Rows \[1\] of similarity are not finite"):
         clusters_of([[1.0, 0.5], [float("nan"), 1.0]])
     with pytest.raises(PruningError, match="every=0"):
-        redundant([(0, 1)], 0)
+        redundant_layers([(0, 1)], 0)
 
 
-# Angles between the input of four layers and their outputs: the third turns least by itself, the
-# first two together.
+# Angles between the input of four layers and their outputs: that of the third is the smallest of
+# a single layer, that of the first two the smallest of a pair.
 ANGLES = [
     [0.00, 0.20, 0.15, 0.30, 0.50],
     [0.20, 0.00, 0.22, 0.25, 0.45],
@@ -76,16 +76,16 @@ ANGLES = [
 ]
 
 
-def test_rivals_choose_what_their_papers_say():
-    assert least_turning(ANGLES, 1) == closest_run(ANGLES, 1) == (2,)
-    assert least_turning(ANGLES, 2) == (0, 2)
-    assert closest_run(ANGLES, 2) == (0, 1)
-    assert closest_run(ANGLES, 3) == (0, 1, 2)
+def test_other_criteria_choose_as_in_their_papers():
+    assert smallest_angles(ANGLES, 1) == smallest_angle_run(ANGLES, 1) == (2,)
+    assert smallest_angles(ANGLES, 2) == (0, 2)
+    assert smallest_angle_run(ANGLES, 2) == (0, 1)
+    assert smallest_angle_run(ANGLES, 3) == (0, 1, 2)
     assert last_layers(4, 2) == (2, 3)
-    assert last_layers(4, 0) == least_turning(ANGLES, 0) == ()
+    assert last_layers(4, 0) == smallest_angles(ANGLES, 0) == ()
 
 
-def test_any_layers_are_the_same_for_the_same_seed():
+def test_random_layers_are_the_same_for_the_same_seed():
     draws = {random_layers(12, 4, seed) for seed in range(20)}
     assert len(draws) > 10
     assert random_layers(12, 4, 3) == random_layers(12, 4, 3)
@@ -94,7 +94,10 @@ def test_any_layers_are_the_same_for_the_same_seed():
 
 @pytest.mark.parametrize("count", [-1, 4, True, 1.5])
 def test_a_count_out_of_range_is_named(count):
-    for choose in (lambda: least_turning(ANGLES, count), lambda: closest_run(ANGLES, count)):
+    for choose in (
+        lambda: smallest_angles(ANGLES, count),
+        lambda: smallest_angle_run(ANGLES, count),
+    ):
         with pytest.raises(PruningError, match=r"count=.*below the 4"):
             choose()
     for choose in (lambda: last_layers(4, count), lambda: random_layers(4, count)):
@@ -123,17 +126,17 @@ def test_the_cheapest_clusters_are_the_best_of_all(seed, fixed):
     for a, b in itertools.combinations(range(size), 2):
         similarity[a][b] = similarity[b][a] = draw.uniform(-0.1, 1)
     for count in range(size - max(1, fixed) + 1):
-        found = cheapest(similarity, count, fixed)
+        found = cheapest_clusters(similarity, count, fixed)
         assert sum(len(c) - 1 for c in found) == count
         assert [place for cluster in found for place in cluster] == list(range(size))
         ways = [loss(similarity, way) for way in every_way(size, count, fixed)]
         assert loss(similarity, found) == pytest.approx(min(ways))
     with pytest.raises(PruningError, match=f"expected at most {size - max(1, fixed)}"):
-        cheapest(similarity, size - max(1, fixed) + 1, fixed)
+        cheapest_clusters(similarity, size - max(1, fixed) + 1, fixed)
 
 
-def test_copies_go_together_and_others_one_by_one():
+def test_copies_are_removed_together_and_others_one_by_one():
     copies = [[1.0, 1.0, 1.0, 0.9], [1.0, 1.0, 1.0, 0.9], [1.0, 1.0, 1.0, 0.9], [0.9] * 3 + [1.0]]
-    assert cheapest(copies, 2) == [(0, 1, 2), (3,)]
+    assert cheapest_clusters(copies, 2) == [(0, 1, 2), (3,)]
     far = [[1.0, 0.94, 0.83, 0.6], [0.94, 1.0, 0.91, 0.7], [0.83, 0.91, 1.0, 0.82]]
-    assert cheapest([*far, [0.6, 0.7, 0.82, 1.0]], 2) == [(0, 1), (2, 3)]
+    assert cheapest_clusters([*far, [0.6, 0.7, 0.82, 1.0]], 2) == [(0, 1), (2, 3)]

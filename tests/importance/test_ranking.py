@@ -26,7 +26,7 @@ from lightning_mi_prune.importance.criteria import (
     Random,
     Taylor,
 )
-from lightning_mi_prune.importance.elimination import eliminate_together
+from lightning_mi_prune.importance.elimination import eliminate
 from lightning_mi_prune.importance.information import inverse
 from lightning_mi_prune.importance.ranking import loss_curve, rank_groups
 from lightning_mi_prune.importance.statistics import UnitStatistics, unit_statistics
@@ -43,17 +43,17 @@ def covariance(d, seed=0):
     return root @ root.mT / (3 * d)
 
 
-def evidence(d=6, m=3, entries=1, seed=0, samples=100_000):
+def statistics(d=6, m=3, entries=1, seed=0, samples=100_000):
     g = torch.Generator().manual_seed(seed + 1)
     readout = torch.randn(m, d, generator=g, dtype=torch.float64)
     zeros = torch.zeros(d, dtype=torch.float64)
     return UnitStatistics("ffn", entries, samples, zeros, covariance(d, seed), readout)
 
 
-def residual(site, kept):
+def residual(each, kept):
     """Least-squares residual of the layer above given some units, straight from its definition."""
-    place = [i * site.entries + e for i in kept for e in range(site.entries)]
-    s, t = site.covariance, site.readout
+    place = [i * each.entries + e for i in kept for e in range(each.entries)]
+    s, t = each.covariance, each.readout
     if not place:
         return float((t @ s @ t.mT).trace()) / 2
     cross, inner = (t @ s)[:, place], s[place][:, place]
@@ -61,20 +61,20 @@ def residual(site, kept):
 
 
 @pytest.mark.parametrize("entries", [1, 2])
-@pytest.mark.parametrize("consumer_sets", [1, 3])
-def test_the_loss_curve_is_the_brute_force_residual_at_every_step(entries, consumer_sets):
-    found = [evidence(8, 3, entries, seed) for seed in range(consumer_sets)]
+@pytest.mark.parametrize("inputs_count", [1, 3])
+def test_the_loss_curve_is_the_brute_force_residual_at_every_step(entries, inputs_count):
+    found = [statistics(8, 3, entries, seed) for seed in range(inputs_count)]
     order = torch.randperm(8 // entries, generator=torch.Generator().manual_seed(3)).tolist()
     curve = loss_curve(found, order)
     for step in range(1, len(order) + 1):
-        wanted = sum(residual(site, sorted(order[step:])) for site in found)
+        wanted = sum(residual(each, sorted(order[step:])) for each in found)
         assert curve[step - 1] == pytest.approx(wanted, rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("consumer_sets", [1, 2])
-def test_every_step_drops_what_costs_least_over_all_sites(consumer_sets):
+@pytest.mark.parametrize("inputs_count", [1, 2])
+def test_every_step_removes_the_unit_that_costs_least_over_all_inputs(inputs_count):
     """Brute force: log-determinants of the joint information after each possible step."""
-    found = [evidence(6, 3, 1, seed) for seed in range(consumer_sets)]
+    found = [statistics(6, 3, 1, seed) for seed in range(inputs_count)]
     noise = 0.3
     pairs = [((p := inverse(e.covariance)), p + e.readout.mT @ e.readout / noise) for e in found]
 
@@ -88,7 +88,7 @@ def test_every_step_drops_what_costs_least_over_all_sites(consumer_sets):
             total += float(torch.logdet(above) - torch.logdet(given)) / 2
         return total
 
-    result = eliminate_together(pairs, keep=0)
+    result = eliminate(pairs, keep=0)
     left = list(range(6))
     for unit, cost in zip(result.order, result.costs, strict=True):
         options = {
@@ -105,30 +105,30 @@ def two_layers(d=8, m=3):
     return net, linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
 
 
-def listen(net, groups, inputs, **options):
-    with ActivationRecorder(net, groups, **options) as heard, torch.no_grad():
+def collect(net, groups, inputs, **options):
+    with ActivationRecorder(net, groups, **options) as recorder, torch.no_grad():
         net(**inputs) if isinstance(inputs, dict) else net(inputs)
-    return heard
+    return recorder
 
 
-def test_relevance_keeps_what_the_loss_listens_to():
-    """Two halves feed two outputs; the loss reads one of them, the louder one is ignored."""
+def test_relevance_keeps_what_the_loss_depends_on():
+    """Two halves feed two outputs; the loss reads one of them, the larger one is ignored."""
     torch.manual_seed(0)
     net, group = two_layers(8, 2)
     with torch.no_grad():
         net[2].weight[0, 4:], net[2].weight[1, :4] = 0.0, 0.0
         net[2].weight[1] *= 20
     x = torch.randn(3000, 6)
-    heard = listen(net, [group], x)
-    with GradientRecorder(net, [group]) as felt, felt.step(0):
+    recorder = collect(net, [group], x)
+    with GradientRecorder(net, [group]) as gradients, gradients.step(0):
         net(x)[:, 0].square().mean().backward()
     weights = dict(net.named_parameters())
-    options = (heard.moments, weights, {"hidden": 4}, full_plan([group]))
-    blind = select_units([group], *options)
-    seeing = select_units([group], *options, relevance=relevance_of(felt.sums))
-    assert seeing.plan.kept["hidden"] == (0, 1, 2, 3)
-    assert set(blind.plan.kept["hidden"]) & {4, 5, 6, 7}
-    assert seeing.plan.rankings["hidden"].loss[3] == pytest.approx(0, abs=1e-9)
+    options = (recorder.moments, weights, {"hidden": 4}, full_plan([group]))
+    plain = select_units([group], *options)
+    weighted = select_units([group], *options, relevance=relevance_of(gradients.sums))
+    assert weighted.plan.kept["hidden"] == (0, 1, 2, 3)
+    assert set(plain.plan.kept["hidden"]) & {4, 5, 6, 7}
+    assert weighted.plan.rankings["hidden"].loss[3] == pytest.approx(0, abs=1e-9)
 
 
 def test_loss_of_an_order_predicts_the_rise_of_a_quadratic_loss():
@@ -136,21 +136,21 @@ def test_loss_of_an_order_predicts_the_rise_of_a_quadratic_loss():
     torch.manual_seed(0)
     net, group = two_layers(8, 3)
     x = torch.randn(20_000, 6)
-    heard = listen(net, [group], x, positions=20_000)
+    recorder = collect(net, [group], x, positions=20_000)
     scale = torch.tensor([1.0, 2.0, 0.5])
     # Of targets drawn around the outputs, the gradient has the Hessian as its second moment.
-    with GradientRecorder(net, [group], steps=1) as felt, felt.step(0):
+    with GradientRecorder(net, [group], steps=1) as gradients, gradients.step(0):
         z = net(x)
         target = z.detach() + torch.randn_like(z) / scale.sqrt()
         ((z - target).square() * scale).sum(1).mean().div(2).backward()
     plan = full_plan([group])
     chosen = select_units(
         [group],
-        heard.moments,
+        recorder.moments,
         dict(net.named_parameters()),
         {"hidden": 5},
         plan,
-        relevance=relevance_of(felt.sums),
+        relevance=relevance_of(gradients.sums),
     )
     before = net(x).detach()
     apply_plan(net, [group], chosen.plan, compensated=chosen.compensated)
@@ -158,7 +158,7 @@ def test_loss_of_an_order_predicts_the_rise_of_a_quadratic_loss():
     assert chosen.plan.rankings["hidden"].lost(5)[0] == pytest.approx(rise, rel=0.05)
 
 
-def test_without_gradients_the_kept_readers_above_say_what_matters():
+def test_without_gradients_the_kept_weights_above_give_the_relevance():
     net, group = build(), None
     groups = [a for a in find_groups(net) if a.kind in ("ffn", "heads")]
     group = next(a for a in groups if a.kind == "heads")
@@ -172,11 +172,11 @@ def test_without_gradients_the_kept_readers_above_say_what_matters():
         wanted += w.mT @ w
     assert len(group.above) > 4
     assert torch.allclose(found, wanted)
-    heard = listen(net, groups, batch(64))
+    recorder = collect(net, groups, batch(64))
     widths = {a.name: a.size // 2 for a in groups}
-    first = rank_groups(groups, heard.moments, weights, full_plan(groups), relevance="weights")
+    first = rank_groups(groups, recorder.moments, weights, full_plan(groups), relevance="weights")
     second = rank_groups(
-        groups, heard.moments, weights, full_plan(groups), relevance="weights", widths=widths
+        groups, recorder.moments, weights, full_plan(groups), relevance="weights", widths=widths
     )
     top = max(groups, key=lambda a: a.level).name
     assert first[top] == second[top]  # nothing is cut above the top
@@ -195,21 +195,21 @@ def test_without_gradients_the_kept_readers_above_say_what_matters():
     ],
     ids=lambda c: f"{type(c).__name__}-{getattr(c, 'selection', '')}",
 )
-def test_every_criterion_ranks_every_kind_of_axis_to_its_last_unit(criterion):
+def test_every_criterion_ranks_every_kind_of_group_to_its_last_unit(criterion):
     net = build()
     groups = [group for group in find_groups(net) if group.kind != "head_dim"]  # no criterion's own
     assert {a.kind for a in groups} == {"ffn", "heads", "pooler", "hidden"}
     inputs = batch(128)
-    heard = listen(net, groups, inputs)
-    with GradientRecorder(net, groups, taylor=True) as felt, felt.step(0):
+    recorder = collect(net, groups, inputs)
+    with GradientRecorder(net, groups, taylor=True) as gradients, gradients.step(0):
         net(**inputs, labels=torch.randint(0, 3, (128,))).loss.backward()
     found = rank_groups(
         groups,
-        heard.moments,
+        recorder.moments,
         dict(net.named_parameters()),
         full_plan(groups),
         criterion,
-        relevance=relevance_of(felt.sums),
+        relevance=relevance_of(gradients.sums),
     )
     for group in groups:
         ranking = found[group.name]
@@ -222,59 +222,59 @@ def test_every_criterion_ranks_every_kind_of_axis_to_its_last_unit(criterion):
 def test_taylor_is_the_first_order_change_of_each_example():
     net, group = two_layers(4, 2)
     x = torch.randn(7, 3, 6)
-    with GradientRecorder(net, [group], taylor=True) as felt, felt.step(0):
+    with GradientRecorder(net, [group], taylor=True) as gradients, gradients.step(0):
         net(x).pow(3).sum((1, 2)).mean().backward()
     hidden = torch.tanh(net[0](x)).detach().requires_grad_()
     net[2](hidden).pow(3).sum().backward()
     change = (hidden * hidden.grad).sum(1).square().mean(0).sqrt()
-    found = relevance_of(felt.sums)["hidden"].taylor
+    found = relevance_of(gradients.sums)["hidden"].taylor
     assert torch.allclose(found, change.detach().double(), rtol=1e-4)
     with pytest.raises(PruningError, match="needs gradients at 'ffn'"):
-        Taylor().rank([evidence()], 2)
+        Taylor().rank([statistics()], 2)
 
 
 def test_a_smaller_budget_needs_no_new_pass():
     net = build()
     groups = [a for a in find_groups(net) if a.kind in ("ffn", "heads")]
-    heard = listen(net, groups, batch(256))
+    recorder = collect(net, groups, batch(256))
     weights, plan = dict(net.named_parameters()), full_plan(groups)
     half = {a.name: a.size // 2 for a in groups}
-    rankings = rank_groups(groups, heard.moments, weights, plan)
-    large = select_units(groups, heard.moments, weights, half, plan, rankings=rankings)
+    rankings = rank_groups(groups, recorder.moments, weights, plan)
+    large = select_units(groups, recorder.moments, weights, half, plan, rankings=rankings)
     for group in groups:
         known = large.plan.rankings[group.name]
         quarter = known.kept(group.size // 4)
         assert set(quarter) < set(large.plan.kept[group.name])
         direct = select_units(
-            groups, heard.moments, weights, {**half, group.name: len(quarter)}, plan
+            groups, recorder.moments, weights, {**half, group.name: len(quarter)}, plan
         )
         assert direct.plan.kept[group.name] == quarter
 
 
-def test_evidence_of_a_stream_has_one_site_wherever_it_is_read():
+def test_the_hidden_size_has_statistics_of_each_input():
     net = build()
     groups = find_groups(net)
-    stream = next(a for a in groups if a.kind == "hidden")
-    heard = listen(net, groups, batch(64))
-    consumer_sets = unit_statistics(
-        stream,
-        heard.moments,
+    hidden = next(a for a in groups if a.kind == "hidden")
+    recorder = collect(net, groups, batch(64))
+    found = unit_statistics(
+        hidden,
+        recorder.moments,
         dict(net.named_parameters()),
         full_plan(groups).kept,
         full_plan(groups),
         groups,
     )
-    assert len(consumer_sets) == len(stream.consumers_by_input) == 2 * 2 + 1
-    assert all(len(site.mean) == stream.size for site in consumer_sets)
-    whole = Relevance(torch.eye(stream.size, dtype=torch.float64), over_units=True)
+    assert len(found) == len(hidden.consumers_by_input) == 2 * 2 + 1
+    assert all(len(each.mean) == hidden.size for each in found)
+    whole = Relevance(torch.eye(hidden.size, dtype=torch.float64), over_units=True)
     seen = unit_statistics(
-        stream,
-        heard.moments,
+        hidden,
+        recorder.moments,
         dict(net.named_parameters()),
         full_plan(groups).kept,
         full_plan(groups),
         groups,
-        dict.fromkeys(stream.inputs, whole),
+        dict.fromkeys(hidden.inputs, whole),
     )
     assert all(torch.allclose(s.above(), s.covariance) for s in seen)
 
@@ -283,4 +283,4 @@ def test_a_matrix_that_is_not_positive_is_named_before_an_order_comes_of_it():
     identity = torch.eye(3, dtype=torch.float64)
     broken = torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 9.0]]).double()
     with pytest.raises(PruningError, match=r"information of \d of 3 units .* larger ridge"):
-        eliminate_together([(identity, broken)], keep=0)
+        eliminate([(identity, broken)], keep=0)

@@ -30,16 +30,16 @@ from tests.support.models import CONFIGS, HEADS, batch, build, duplicate, make_c
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 
 
-def hear(model, groups, rows=400):
-    with ActivationRecorder(model, groups) as heard, torch.no_grad():
+def moments_of(model, groups, rows=400):
+    with ActivationRecorder(model, groups) as recorder, torch.no_grad():
         model(**batch(rows))
-    return heard.moments
+    return recorder.moments
 
 
 def choose(model, groups, widths, criterion=None, **options):
     weights = dict(model.named_parameters(remove_duplicate=False))
     return select_units(
-        groups, hear(model, groups), weights, widths, full_plan(groups), criterion, **options
+        groups, moments_of(model, groups), weights, widths, full_plan(groups), criterion, **options
     )
 
 
@@ -48,17 +48,17 @@ def two_layers(d=8, m=3, *, bias=True):
     return net, linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
 
 
-def listen_to(net, group, n=2000):
+def record(net, group, n=2000):
     x = torch.randn(n, 6)
-    with ActivationRecorder(net, [group], positions=n) as heard, torch.no_grad():
+    with ActivationRecorder(net, [group], positions=n) as recorder, torch.no_grad():
         net(x)
-    return x, heard.moments
+    return x, recorder.moments
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("selection", ["conditional", "topk"])
-def test_exact_duplicates_and_constants_can_go_without_a_trace(family, head, selection):
+def test_removing_duplicates_and_constants_keeps_the_outputs(family, head, selection):
     """Neurons in pairs and two constant ones, heads in pairs: half of it is free."""
     model = build(family, head)
     groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
@@ -74,8 +74,8 @@ def test_exact_duplicates_and_constants_can_go_without_a_trace(family, head, sel
     chosen = choose(model, groups, widths, MutualInformation(selection, 0.1))
     apply_plan(model, groups, chosen.plan, compensated=chosen.compensated)
     assert all(chosen.information[a.name].fraction > 0.999 for a in groups)
-    # A copy is told by its twin through noise of a millionth of its variance (JITTER), layer after
-    # layer; the one layer of ALBERT runs again and again.
+    # Regression on the copy has a ridge of a millionth of its variance (JITTER) in every layer, and
+    # the one layer of ALBERT runs many times.
     rounding = 1e-4 if family == "albert" else 2e-5
     assert torch.allclose(outputs(model, batch(16, seed=5)), before, atol=rounding)
 
@@ -86,7 +86,7 @@ def test_conditional_keeps_one_of_each_pair_where_topk_keeps_both():
         net[0].weight[4:] = net[0].weight[:4]
         net[0].bias[4:] = net[0].bias[:4]
         net[2].weight[:, 4:] = net[2].weight[:, :4]
-    _, moments = listen_to(net, group)
+    _, moments = record(net, group)
     weights = dict(net.named_parameters())
 
     def pairs(criterion):
@@ -102,7 +102,7 @@ def test_conditional_keeps_one_of_each_pair_where_topk_keeps_both():
 
 def test_information_kept_is_total_less_the_costs():
     net, group = two_layers(8, 3)
-    _, moments = listen_to(net, group, n=200_000)
+    _, moments = record(net, group, n=200_000)
     weights = dict(net.named_parameters())
     chosen = select_units(
         [group],
@@ -115,18 +115,18 @@ def test_information_kept_is_total_less_the_costs():
     )
     mean, sxx = moments["hidden"].compute()
     readout = net[2].weight.detach().double()
-    evidence = UnitStatistics("hidden", 1, 200_000, mean, sxx, readout)
-    order = MutualInformation("conditional", 0.1).rank([evidence], 5)
-    syy = evidence.above() + evidence.noise(0.1) * torch.eye(3, dtype=torch.float64)
+    statistics = UnitStatistics("hidden", 1, 200_000, mean, sxx, readout)
+    order = MutualInformation("conditional", 0.1).rank([statistics], 5)
+    syy = statistics.above() + statistics.noise(0.1) * torch.eye(3, dtype=torch.float64)
     total = joint_information(sxx, sxx @ readout.T, syy).item()
     info = chosen.information["hidden"]
     assert info.total == pytest.approx(total, rel=1e-6)
     assert info.total - info.kept == pytest.approx(sum(order.costs[:3]), rel=1e-3)
 
 
-def test_fold_in_is_the_least_squares_solution():
+def test_compensation_is_the_least_squares_solution():
     net, group = two_layers(8, 3)
-    x, moments = listen_to(net, group, n=200_000)
+    x, moments = record(net, group, n=200_000)
     weights = {k: v.detach().clone() for k, v in net.named_parameters()}
     chosen = select_units([group], moments, weights, {"hidden": 4}, full_plan([group]))
     kept = list(chosen.plan.kept["hidden"])
@@ -138,9 +138,9 @@ def test_fold_in_is_the_least_squares_solution():
     assert torch.allclose(chosen.compensated["2.bias"].double(), best[-1], atol=1e-4)
 
 
-def test_fold_in_without_a_bias_fits_raw_moments():
+def test_compensation_without_a_bias_fits_raw_moments():
     net, group = two_layers(8, 3, bias=False)
-    x, moments = listen_to(net, group, n=200_000)
+    x, moments = record(net, group, n=200_000)
     chosen = select_units(
         [group], moments, dict(net.named_parameters()), {"hidden": 4}, full_plan([group])
     )
@@ -152,9 +152,9 @@ def test_fold_in_without_a_bias_fits_raw_moments():
     assert torch.allclose(chosen.compensated["2.weight"].double(), best.T, atol=1e-4)
 
 
-def test_fold_in_can_be_left_out():
+def test_compensation_can_be_left_out():
     net, group = two_layers()
-    _, moments = listen_to(net, group)
+    _, moments = record(net, group)
     chosen = select_units(
         [group],
         moments,
@@ -166,8 +166,8 @@ def test_fold_in_can_be_left_out():
     assert chosen.compensated == {}
 
 
-def test_the_sweep_judges_against_what_was_kept_above():
-    """Units that feed only dropped units above are worth nothing."""
+def test_units_are_scored_against_the_units_kept_above():
+    """Units that feed only dropped units above have no importance."""
     net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 2))
     low = linear_group(net, "low", kind="ffn", producers=["0"], consumers=["1"], level=0)
     high = linear_group(net, "high", kind="ffn", producers=["1"], consumers=["2"], level=1)
@@ -176,37 +176,37 @@ def test_the_sweep_judges_against_what_was_kept_above():
         net[1].weight.zero_()
         net[1].weight[:2, :3] = torch.randn(2, 3)  # above 0, 1 read below 0..2
         net[1].weight[2:, 3:] = 9 * torch.randn(2, 3)  # above 2, 3 read below 3..5
-        net[2].weight[:, 2:] = 0  # nobody reads above 2, 3
-    with ActivationRecorder(net, [low, high]) as heard, torch.no_grad():
+        net[2].weight[:, 2:] = 0  # no consumer of above 2, 3
+    with ActivationRecorder(net, [low, high]) as recorder, torch.no_grad():
         net(torch.randn(3000, 4))
     weights = dict(net.named_parameters())
     widths = {"low": 3, "high": 2}
     chosen = select_units(
-        [low, high], heard.moments, weights, widths, full_plan([low, high]), compensate=False
+        [low, high], recorder.moments, weights, widths, full_plan([low, high]), compensate=False
     )
     assert chosen.plan.kept["high"] == (0, 1)
     alone = select_units(
-        [low], {"low": heard.moments["low"]}, weights, widths, full_plan([low]), compensate=False
+        [low], {"low": recorder.moments["low"]}, weights, widths, full_plan([low]), compensate=False
     )
     lost = UnitStatistics(
-        "low", 1, 3000, *heard.moments["low"].compute(), net[1].weight[:2].detach().double()
+        "low", 1, 3000, *recorder.moments["low"].compute(), net[1].weight[:2].detach().double()
     )
     order = MutualInformation().rank([lost], 3)
     assert chosen.plan.kept["low"] == order.keep(3, 6)
     assert chosen.plan.kept["low"] != alone.plan.kept["low"]
 
 
-def test_a_second_cut_speaks_in_original_positions():
+def test_a_second_cut_numbers_units_as_built():
     net, group = two_layers(8, 3)
-    x, moments = listen_to(net, group)
+    x, moments = record(net, group)
     first = select_units(
         [group], moments, dict(net.named_parameters()), {"hidden": 6}, full_plan([group])
     )
     apply_plan(net, [group], first.plan, compensated=first.compensated)
-    with ActivationRecorder(net, [group]) as heard, torch.no_grad():
+    with ActivationRecorder(net, [group]) as recorder, torch.no_grad():
         net(x)
     second = select_units(
-        [group], heard.moments, dict(net.named_parameters()), {"hidden": 3}, first.plan
+        [group], recorder.moments, dict(net.named_parameters()), {"hidden": 3}, first.plan
     )
     assert set(second.plan.kept["hidden"]) < set(first.plan.kept["hidden"])
     apply_plan(net, [group], second.plan, current=first.plan, compensated=second.compensated)
@@ -227,12 +227,12 @@ def test_every_criterion_orders_every_kind_of_unit(criterion):
     assert choose(model, groups, widths, criterion).plan == chosen.plan
 
 
-def test_magnitude_and_activation_norm_know_what_matters():
+def test_magnitude_and_activation_norm_drop_a_small_unit():
     net, group = two_layers()
     with torch.no_grad():
         net[0].weight[2] *= 0.01
         net[2].weight[:, 2] *= 0.01
-    _, moments = listen_to(net, group)
+    _, moments = record(net, group)
     for criterion in (Magnitude(), ActivationNorm()):
         chosen = select_units(
             [group],
@@ -245,7 +245,7 @@ def test_magnitude_and_activation_norm_know_what_matters():
         assert 2 not in chosen.plan.kept["hidden"]
 
 
-def evidence(samples=1000, m=3, d=8, name="hidden"):
+def statistics(samples=1000, m=3, d=8, name="hidden"):
     torch.manual_seed(1)
     a = torch.randn(d, 2 * d, dtype=torch.float64)
     return UnitStatistics(
@@ -262,9 +262,9 @@ def test_too_few_samples_are_refused_and_few_are_warned_about():
     with pytest.raises(
         PruningError, match=r"Only 4 samples at 'hidden'.*3 units above needs more than 4"
     ):
-        MutualInformation().rank([evidence(samples=4)], 4)
+        MutualInformation().rank([statistics(samples=4)], 4)
     net, group = two_layers()
-    _, moments = listen_to(net, group, n=30)
+    _, moments = record(net, group, n=30)
     with pytest.warns(PruningWarning, match="fewer than 20 samples"):
         select_units(
             [group], moments, dict(net.named_parameters()), {"hidden": 4}, full_plan([group])
@@ -274,12 +274,12 @@ def test_too_few_samples_are_refused_and_few_are_warned_about():
 @pytest.mark.parametrize("m", [8, 20])
 def test_a_layer_above_that_determines_every_unit_is_no_ranking(m):
     with pytest.raises(PruningError, match="ridge=0 gives no ranking"):
-        MutualInformation("topk", 0.0).rank([evidence(m=m)], 4)
-    MutualInformation("topk", 0.01).rank([evidence(m=m)], 4)
+        MutualInformation("topk", 0.0).rank([statistics(m=m)], 4)
+    MutualInformation("topk", 0.01).rank([statistics(m=m)], 4)
 
 
 def test_equal_scores_are_warned_about():
-    same = evidence(m=8)
+    same = statistics(m=8)
     same = UnitStatistics(
         "hidden",
         1,
@@ -292,8 +292,8 @@ def test_equal_scores_are_warned_about():
         MutualInformation("topk", 0.01).rank([same], 4)
 
 
-def test_bias_does_not_move_a_ranking():
-    few, many = evidence(samples=50), evidence(samples=10**9)
+def test_correction_for_few_samples_does_not_change_a_ranking():
+    few, many = statistics(samples=50), statistics(samples=10**9)
     criterion = MutualInformation("topk", 0.01)
     assert criterion.rank([few], 4).order == criterion.rank([many], 4).order
     assert (criterion.scores(few) < criterion.scores(many)).all()
@@ -313,14 +313,14 @@ def test_criterion_options(options, message):
         MutualInformation(**options)
 
 
-def test_nothing_heard_is_refused():
+def test_no_samples_are_refused():
     net, group = two_layers()
-    with ActivationRecorder(net, [group]) as heard:
+    with ActivationRecorder(net, [group]) as recorder:
         pass
-    with pytest.raises(PruningError, match="Nothing was heard"):
+    with pytest.raises(PruningError, match="No activations were collected"):
         select_units(
             [group],
-            heard.moments,
+            recorder.moments,
             dict(net.named_parameters()),
             {"hidden": 4},
             PruningPlan.full({"hidden": 8}),
@@ -328,8 +328,8 @@ def test_nothing_heard_is_refused():
 
 
 @pytest.mark.parametrize("n", [180, 200, 260, 400])
-def test_with_few_samples_fold_in_does_not_fit_noise(n):
-    """Independent units: the kept ones know nothing of the dropped ones, whatever n suggests."""
+def test_with_few_samples_compensation_does_not_fit_noise(n):
+    """Independent units: the kept ones do not predict the dropped ones, whatever n suggests."""
     d, m, keep = 256, 8, 192
     net = nn.Sequential(nn.Identity(), nn.Linear(d, m)).double()
     group = DependencyGroup(
@@ -342,13 +342,13 @@ def test_with_few_samples_fold_in_does_not_fit_noise(n):
         (SizeAttribute("1", "in_features"),),
     )
     x, fresh = torch.randn(n, d, dtype=torch.float64), torch.randn(4000, d, dtype=torch.float64)
-    with ActivationRecorder(net, [group]) as heard, torch.no_grad():
+    with ActivationRecorder(net, [group]) as recorder, torch.no_grad():
         net(x)
     with torch.no_grad():
         target = net(fresh)
     weights = {name: p.detach().clone() for name, p in net.named_parameters()}
     with pytest.warns(PruningWarning, match="or 2 for each entry"):
-        chosen = select_units([group], heard.moments, weights, {"x": keep}, full_plan([group]))
+        chosen = select_units([group], recorder.moments, weights, {"x": keep}, full_plan([group]))
     kept = list(chosen.plan.kept["x"])
     with torch.no_grad():
         compensated = (
@@ -360,15 +360,15 @@ def test_with_few_samples_fold_in_does_not_fit_noise(n):
     assert chosen.information["x"].fraction < 0.95
 
 
-def test_an_axis_of_one_entry_and_an_axis_that_stays_are_no_trouble():
+def test_a_group_of_one_entry_and_a_group_that_stays():
     net = nn.Sequential(nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 2))
     one = linear_group(net, "one", kind="ffn", producers=["0"], consumers=["2"])
     many = linear_group(net, "many", kind="ffn", producers=["2"], consumers=["4"], level=1)
-    with ActivationRecorder(net, [one, many]) as heard, torch.no_grad():
+    with ActivationRecorder(net, [one, many]) as recorder, torch.no_grad():
         net(torch.randn(9, 4))
     weights = dict(net.named_parameters())
     chosen = select_units(
-        [one, many], heard.moments, weights, {"one": 1, "many": 4}, full_plan([one, many])
+        [one, many], recorder.moments, weights, {"one": 1, "many": 4}, full_plan([one, many])
     )
     assert chosen.plan.width("many") == 4
     assert chosen.information["one"].fraction == pytest.approx(1)

@@ -17,7 +17,7 @@ LAYERS = ("bert.encoder.layer.0.output.dense", "bert.encoder.layer.1.output.dens
 
 
 @dataclass(frozen=True)
-class Spot:
+class Layer:
     layer: str
     residual: str | None = None
 
@@ -27,47 +27,47 @@ def call_of(rows, length=8, seed=0):
     return RecordedCall((), inputs, inputs["attention_mask"])
 
 
-def test_each_layer_hears_all_calls_and_what_it_says_goes_on():
-    """Calls of different lengths; a layer that is silenced changes what the next one hears."""
+def test_each_layer_gets_all_calls_and_its_new_outputs_go_on():
+    """Calls of different lengths; an output of zeros changes the input of the next layer."""
     model, calls = build(), [call_of(3, 6), call_of(2, 9, seed=1), call_of(1, 4, seed=2)]
-    heard = []
+    inputs_seen = []
 
-    def act(spot, parts):
-        heard.append((spot.layer, [p.x.shape[:2] for p in parts], [p.call for p in parts]))
-        return [torch.zeros_like(p.output) if spot.layer == LAYERS[0] else p.output for p in parts]
+    def process(layer, parts):
+        inputs_seen.append((layer.layer, [p.x.shape[:2] for p in parts], [p.call for p in parts]))
+        return [torch.zeros_like(p.output) if layer.layer == LAYERS[0] else p.output for p in parts]
 
     outputs = {}
 
-    def last(spot, parts):
+    def last(layer, parts):
         outputs[len(parts)] = outputs.get(len(parts), []) + [
-            p.valid(p.output) for p in parts if spot.layer == LAYERS[1]
+            p.valid(p.output) for p in parts if layer.layer == LAYERS[1]
         ]
-        return act(spot, parts)
+        return process(layer, parts)
 
-    spots = [Spot(layer) for layer in LAYERS]
-    run_layerwise(model, spots, "", calls, last)
-    assert [layer for layer, *_ in heard] == list(LAYERS)
-    for _, shapes, whose in heard:
+    layers = [Layer(layer) for layer in LAYERS]
+    run_layerwise(model, layers, "", calls, last)
+    assert [layer for layer, *_ in inputs_seen] == list(LAYERS)
+    for _, shapes, whose in inputs_seen:
         assert [tuple(shape) for shape in shapes] == [(3, 6), (2, 9), (1, 4)]
         assert all(mine is call for mine, call in zip(whose, calls, strict=True))
     for call in calls:
-        run_layerwise(model, spots, "", [call], last)
+        run_layerwise(model, layers, "", [call], last)
     for one, other in zip(outputs[3], outputs[1], strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("once", [True, False])
-def test_a_run_leaves_nothing_behind(once):
+def test_a_run_leaves_no_hooks_and_the_mode_as_it_was(once):
     model = build().train()
     hooks, ran = count_hooks(model), []
     model.classifier.register_forward_hook(lambda *_: ran.append(1))
 
-    def act(spot, parts):
+    def process(layer, parts):
         assert not torch.is_grad_enabled()
         assert not model.training
         return [p.output for p in parts]
 
-    run_layerwise(model, [Spot(LAYERS[1])], "", [call_of(2), call_of(3)], act, once=once)
+    run_layerwise(model, [Layer(LAYERS[1])], "", [call_of(2), call_of(3)], process, once=once)
     assert len(ran) == (0 if once else 2)
     assert model.training
     assert torch.is_grad_enabled()
@@ -78,11 +78,11 @@ def test_an_error_at_a_layer_ends_all_calls():
     model = build().train()
     hooks = count_hooks(model)
 
-    def act(spot, parts):
+    def process(layer, parts):
         raise PruningError("enough")
 
     with pytest.raises(PruningError, match="enough"):
-        run_layerwise(model, [Spot(LAYERS[0])], "", [call_of(2), call_of(3)], act)
+        run_layerwise(model, [Layer(LAYERS[0])], "", [call_of(2), call_of(3)], process)
     assert model.training
     assert torch.is_grad_enabled()
     assert count_hooks(model) == hooks
@@ -101,12 +101,12 @@ def test_an_error_inside_a_call_is_that_of_the_network():
             return self.second(x)
 
     calls = [RecordedCall((torch.ones(rows, 2),), {}) for rows in (2, 3, 4)]
-    spots = [Spot("first"), Spot("second")]
+    layers = [Layer("first"), Layer("second")]
     with pytest.raises(ValueError, match="three"):
-        run_layerwise(Picky(), spots, "", calls, lambda spot, parts: [p.output for p in parts])
+        run_layerwise(Picky(), layers, "", calls, lambda layer, parts: [p.output for p in parts])
 
 
-def test_a_layer_that_some_calls_skip_is_asked_for_those_that_come():
+def test_a_layer_that_some_calls_skip_gets_the_others():
     class Skipping(nn.Module):
         def __init__(self):
             super().__init__()
@@ -117,12 +117,12 @@ def test_a_layer_that_some_calls_skip_is_asked_for_those_that_come():
 
     seen = []
 
-    def act(spot, parts):
-        seen.append((spot.layer, [len(p.x) for p in parts]))
+    def process(layer, parts):
+        seen.append((layer.layer, [len(p.x) for p in parts]))
         return [p.output for p in parts]
 
     calls = [RecordedCall((torch.ones(rows, 2),), {}) for rows in (3, 2, 4)]
-    run_layerwise(Skipping(), [Spot("first"), Spot("second")], "", calls, act)
+    run_layerwise(Skipping(), [Layer("first"), Layer("second")], "", calls, process)
     assert seen == [("first", [3, 4]), ("second", [3, 2, 4])]
 
 

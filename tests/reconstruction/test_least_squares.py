@@ -1,4 +1,4 @@
-"""The cut model is pulled back to the dense one: exactly where it can be, never away from it."""
+"""Reconstruction brings the cut model back to the dense one: exactly where that is possible."""
 
 from __future__ import annotations
 
@@ -50,11 +50,12 @@ from tests.support.models import (
     pictures,
     random_plan,
 )
-from tests.support.ranks import added, grouped, launch, place
+from tests.support.ranks import added, check_ranks, place
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 FAMILIES = [(family, "sequence") for family in CONFIGS] + [(f, "image") for f in PICTURES]
 METHOD = Reconstruction()
+RIDGE = 1e-6
 
 
 def many(head):
@@ -82,7 +83,15 @@ def test_nothing_cut_is_nothing_changed(family, head):
     keep = Decision(full_plan(groups), {}, {})
     assert layers_to_reconstruct(groups, full_plan(groups), keep.plan) == []
     assert (
-        reconstruct(model, groups, full_plan(groups), keep, METHOD, calibration_data(many(head)))
+        reconstruct(
+            model,
+            groups,
+            full_plan(groups),
+            keep,
+            METHOD,
+            calibration_data(many(head)),
+            ridge=RIDGE,
+        )
         is keep
     )
 
@@ -105,8 +114,8 @@ def test_solving_an_uncut_model_again_leaves_its_outputs(family, head):
 
 
 @pytest.mark.parametrize(("family", "head"), FAMILIES)
-def test_duplicates_come_back_through_several_layers(family, head):
-    """Without fold-in every layer is off by half of its units; reconstruct finds all of it again."""
+def test_duplicates_are_made_up_for_through_several_layers(family, head):
+    """Without compensation every layer lacks half of its units; reconstruction restores them."""
     model = build(family, head)
     groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
     every = find_groups(model)
@@ -119,13 +128,12 @@ def test_duplicates_come_back_through_several_layers(family, head):
     selection = Decision(PruningPlan({a.name: a.size for a in every}, kept), {}, {})
     wanted = outputs(model, inputs_of(head))
     plain = outputs(cut_by(model, every, selection.plan), inputs_of(head))
-    method = Reconstruction()
     found = reconstruct(
-        model, every, full_plan(every), selection, method, calibration_data(many(head))
+        model, every, full_plan(every), selection, METHOD, calibration_data(many(head)), ridge=1e-9
     )
     back = outputs(cut_by(model, every, found.plan, found.compensated), inputs_of(head))
     assert (plain - wanted).abs().max() > 1e-2
-    if family == "albert":  # a shared layer stays as folding in left it
+    if family == "albert":  # a shared layer stays as it is
         assert set(found.compensated) == {"albert.pooler.weight", "albert.pooler.bias"}
     else:
         assert torch.allclose(back, wanted, atol=1e-4)
@@ -133,7 +141,7 @@ def test_duplicates_come_back_through_several_layers(family, head):
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("family", "head"), [f for f in FAMILIES if f[0] != "albert"])
-def test_a_refitted_model_is_nearer_to_the_dense_one(family, head, residual):
+def test_a_reconstructed_model_is_nearer_to_the_dense_one(family, head, residual):
     model = build(family, head, seed=3)
     groups = find_groups(model)
     plan = random_plan(groups, 0.75, residual=residual)
@@ -149,7 +157,7 @@ def test_a_refitted_model_is_nearer_to_the_dense_one(family, head, residual):
         bool([r for r in found if r.residual is None and not r.optional]) == residual
     )  # the norms
     kept = reconstruct(
-        model, groups, full_plan(groups), selection, METHOD, calibration_data(inputs)
+        model, groups, full_plan(groups), selection, METHOD, calibration_data(inputs), ridge=RIDGE
     )
     assert set(kept.compensated) >= {f"{r.layer}.weight" for r in found if r.residual is not None}
     plain, fitted = (
@@ -160,8 +168,8 @@ def test_a_refitted_model_is_nearer_to_the_dense_one(family, head, residual):
     errors = []
     for cut in (plain, fitted):
         own = [type(last)(last.layer, last.residual, None)]
-        said = Targets(cut, own, "", call).take(last.layer)
-        errors.append(float((said - wanted).square().mean()))
+        found_output = Targets(cut, own, "", call).take(last.layer)
+        errors.append(float((found_output - wanted).square().mean()))
     assert errors[1] < errors[0]
     assert model.config.to_dict() == build(family, head, seed=3).config.to_dict()
 
@@ -193,8 +201,8 @@ def test_a_few_targets_at_a_time_are_the_same_targets(family, room):
         assert len(runs) == 1 + len(ran) if room == 1 else 2 < len(runs) < 1 + len(ran)
 
 
-def test_the_stream_is_pulled_back_with_its_skip():
-    """What the skip already lost is part of what an output projection makes up for."""
+def test_layers_above_the_lowest_cut_are_solved():
+    """An output projection also makes up for losses of the residual stream below it."""
     model, _inputs = build(), many("sequence")
     groups = find_groups(model)
     low = next(a for a in groups if a.kind == "ffn")
@@ -207,18 +215,24 @@ def test_the_stream_is_pulled_back_with_its_skip():
     assert not any("layer.0.attention" in layer for layer in layers)  # below the cut
 
 
-def test_a_sample_smaller_than_its_unknowns_is_refused_and_readers_are_spared():
+def test_too_small_samples_are_refused_and_optional_layers_left_out():
     model = build()
     groups = find_groups(model)
     selection = Decision(random_plan(groups, 0.5), {}, {})
     before = {n: p.clone() for n, p in model.named_parameters()}
     with pytest.raises(PruningError, match=r"Only .* positions? to reconstruct .* raise the pos"):
         reconstruct(
-            model, groups, full_plan(groups), selection, METHOD, calibration_data(batch(1, 8))
+            model,
+            groups,
+            full_plan(groups),
+            selection,
+            METHOD,
+            calibration_data(batch(1, 8)),
+            ridge=RIDGE,
         )
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     few = calibration_data(batch(16))  # more than 24 positions, but only 16 pooled ones
-    found = reconstruct(model, groups, full_plan(groups), selection, METHOD, few)
+    found = reconstruct(model, groups, full_plan(groups), selection, METHOD, few, ridge=RIDGE)
     assert "bert.pooler.dense.weight" not in found.compensated
 
 
@@ -228,7 +242,13 @@ def test_mode_hooks_gradients_and_random_state_stay():
     state = torch.get_rng_state()
     selection = Decision(random_plan(groups, 0.5), {}, {})
     found = reconstruct(
-        model, groups, full_plan(groups), selection, METHOD, calibration_data(batch(128))
+        model,
+        groups,
+        full_plan(groups),
+        selection,
+        METHOD,
+        calibration_data(batch(128)),
+        ridge=RIDGE,
     )
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -245,24 +265,16 @@ def solve_on_a_rank(rows):
     parts = [{k: v[r] for k, v in inputs.items()} for r in rows]
     ranks = [{"": [call_of(p)]} if len(p["input_ids"]) else {} for p in parts]
     selection = Decision(random_plan(groups, 0.5), {}, {})
-    heard = CalibrationData({}, ranks=ranks)
-    method = Reconstruction()
+    data = CalibrationData({}, ranks=ranks)
     found = reconstruct(
-        model, groups, full_plan(groups), selection, method, heard, added, rank, world
+        model, groups, full_plan(groups), selection, METHOD, data, add=added, rank=rank, world=world
     )
     return {name: value.tolist() for name, value in found.compensated.items()}
 
 
 def test_two_ranks_solve_what_one_does():
-    """Also where one rank heard nothing and only keeps the other company."""
-    alone = solve_on_a_rank([slice(0, 64)])
-    shares = [(slice(0, 40), slice(40, 64)), (slice(0, 64), slice(0, 0))]
-    found = launch(2, grouped, solve_on_a_rank, shares)
-    assert found[0] == found[1]
-    for both in found[0]:
-        assert set(both) == set(alone)
-        for name, value in alone.items():
-            assert torch.allclose(torch.tensor(both[name]), torch.tensor(value), atol=1e-4), name
+    """Also where one rank has no calls and only takes part in the sums."""
+    check_ranks(solve_on_a_rank, rows=64, atol=1e-4)
 
 
 def test_calls_of_different_length_become_one():
@@ -278,7 +290,7 @@ def test_calls_of_different_length_become_one():
     assert short.mask.shape == (3, int(short.mask.sum(1).max()))  # without padding of all
     assert merge_calls([], 10) is None
     bare = [RecordedCall((torch.ones(3, n),), {}) for n in (4, 5, 4)]
-    assert merge_calls(bare, 100).rows == 6  # nothing tells padding apart, so one length only
+    assert merge_calls(bare, 100).rows == 6  # padding is not known, so only one length
 
 
 def test_padding_at_the_end_of_all_goes_and_nothing_else():
@@ -293,7 +305,7 @@ def test_padding_at_the_end_of_all_goes_and_nothing_else():
     assert call.kwargs["labels"].tolist() == [1, 0]
     for values in ((ids.flip(1),), (ids, states), (ids, torch.arange(4)[None]), (ids.float(),)):
         whole = RecordedCall(values, {"mask": mask}, mask)
-        assert trim_padding(whole) is whole  # something else has that length, or speaks there
+        assert trim_padding(whole) is whole  # something else has that length, or values there
     for odd in (mask.flip(1), torch.zeros(2, 4), mask[:, None], None):
         whole = RecordedCall((ids,), {}, odd)
         assert trim_padding(whole) is whole
@@ -305,22 +317,22 @@ def test_targets_of_padded_texts_are_those_of_each_text_alone():
     inputs["input_ids"][:, 5:] = 0
     lengths = []
     model.bert.embeddings.register_forward_hook(lambda *call: lengths.append(call[2].shape[1]))
-    reading = ReconstructedLayer("bert.encoder.layer.1.output.dense", None, None)
-    said = Targets(model, [reading], "", call_of(inputs)).take(reading.layer)
+    layer = ReconstructedLayer("bert.encoder.layer.1.output.dense", None, None)
+    found_output = Targets(model, [layer], "", call_of(inputs)).take(layer.layer)
     assert max(lengths) <= 5
     alone = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(12)]
-    parts = [Targets(model, [reading], "", call_of(one)).take(reading.layer) for one in alone]
-    assert torch.allclose(torch.cat(parts), said, atol=1e-5)
+    parts = [Targets(model, [layer], "", call_of(one)).take(layer.layer) for one in alone]
+    assert torch.allclose(torch.cat(parts), found_output, atol=1e-5)
 
 
-def test_listening_stores_calls_in_their_bounds():
+def test_stored_calls_keep_to_the_bound():
     model = build()
     groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
-    with ActivationRecorder(model, groups, batches=4, calls=100) as heard, torch.no_grad():
+    with ActivationRecorder(model, groups, batches=4, calls=100) as recorder, torch.no_grad():
         for seed in range(4):
-            heard.start_batch(32, padded=2)
+            recorder.start_batch(32, padded=2)
             model(**batch(seed=seed))
-    stored = heard.stored[""]
+    stored = recorder.stored[""]
     assert len(stored) == 4
     assert 60 <= sum(int(call.mask.sum()) for call in stored) <= 112  # some 8 a row, whole rows
 
@@ -329,11 +341,11 @@ def test_listening_stores_calls_in_their_bounds():
 def test_pictures_are_stored_within_the_bound_however_many_batches_there_are(batches):
     model = build("vit", "image")
     groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
-    with ActivationRecorder(model, groups, batches=batches, calls=200) as heard, torch.no_grad():
+    with ActivationRecorder(model, groups, batches=batches, calls=200) as recorder, torch.no_grad():
         for _ in range(40):
-            heard.start_batch()
+            recorder.start_batch()
             model(**pictures(4))
-    (calls,) = heard.stored.values()
+    (calls,) = recorder.stored.values()
     each = (model.config.image_size // model.config.patch_size) ** 2 + 1
     assert 200 - 4 * each < sum(call.rows for call in calls) * each <= 200
     with ActivationRecorder(model, groups, batches=40, calls=2) as few, torch.no_grad():
@@ -360,13 +372,12 @@ def test_pieces_give_what_the_whole_gives(family, head, monkeypatch):
     model, inputs = build(family, head), many(head)
     groups = find_groups(model)
     plan = random_plan(groups, 0.75, residual=True)
-    method = Reconstruction()
     args = (
         model,
         groups,
         full_plan(groups),
         Decision(plan, {}, {}),
-        method,
+        METHOD,
         calibration_data(inputs),
     )
     parts = reconstruct(*args).compensated
@@ -391,7 +402,7 @@ def test_room_holds_however_padding_is_spread():
     assert 0 < held <= room
 
 
-def test_what_autocast_made_coarse_runs_again_in_full():
+def test_calls_recorded_under_autocast_run_in_full_precision():
     class Fed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -406,32 +417,31 @@ def test_what_autocast_made_coarse_runs_again_in_full():
     model = Fed()
     group = linear_group(model.net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
     group = replace(group.prefixed("net"), residual=None)
-    coarse, heard = (
+    coarse, recorder = (
         torch.autocast("cpu", torch.bfloat16),
         ActivationRecorder(model, [group], calls=64),
     )
-    with torch.no_grad(), coarse, heard:
+    with torch.no_grad(), coarse, recorder:
         model(torch.randn(64, 5))
-    ((path, (call,)),) = heard.stored.items()
+    ((path, (call,)),) = recorder.stored.items()
     assert call.args[0].dtype == torch.bfloat16
     network = model.get_submodule(path)
     call = in_weight_precision(call, network)
     with evaluating(network):
         network(*call.args, **call.kwargs)
-    assert measure_macs(model, [group], heard.calls([group])).total({}) == 6 * 16 + 16 * 3
+    assert measure_macs(model, [group], recorder.calls([group])).total({}) == 6 * 16 + 16 * 3
 
 
-def test_fold_in_then_refit_beats_fold_in_on_data_that_was_not_heard():
+def test_reconstruction_beats_compensation_on_new_data():
     model = build(seed=5)
     groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
-    with ActivationRecorder(model, groups, calls=4000) as heard, torch.no_grad():
+    with ActivationRecorder(model, groups, calls=4000) as recorder, torch.no_grad():
         model(**batch(300))
     widths = {a.name: a.size // 2 for a in groups}
     plan, weights = full_plan(groups), dict(model.named_parameters())
-    compensated = select_units(groups, heard.moments, weights, widths, plan)
-    method = Reconstruction()
+    compensated = select_units(groups, recorder.moments, weights, widths, plan)
     fitted = reconstruct(
-        model, groups, plan, compensated, method, CalibrationData({}, ranks=[heard.stored])
+        model, groups, plan, compensated, METHOD, CalibrationData({}, ranks=[recorder.stored])
     )
     fresh = batch(200, seed=9)
     wanted = outputs(model, fresh)

@@ -1,4 +1,4 @@
-"""Layers that stay say what removed ones said: closer to the dense model, exact where it can be."""
+"""Layers that stay reproduce removed ones: closer to the dense model, exactly where possible."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_mi_prune.reconstruction.removed_layers import (
 )
 from lightning_mi_prune.surgery.transaction import cut_model
 from tests.support.models import batch, build, pictures
-from tests.support.ranks import added, grouped, launch, place
+from tests.support.ranks import added, check_ranks, place
 from tests.support.stacks import deep_bert
 from tests.surgery.test_removed_layers_surgery import BOTH, DECODERS, ENCODERS, made
 
@@ -51,9 +51,9 @@ def shorter(model, graph, plan, call, *, take=True, current=None, **options):
     now = graph.full if current is None else current
     selection = Decision(plan, {}, {})
     if take:
-        heard = CalibrationData(ranks=[{"": [call]}])
+        data = CalibrationData(ranks=[{"": [call]}])
         selection = compensate_removed_layers(
-            model, graph, now, selection, heard, positions=10**5, **options
+            model, graph, now, selection, data, positions=10**5, **options
         )
     cut = copy.deepcopy(model)
     cut_model(cut, graph, plan, current=now, compensated=selection.compensated)
@@ -61,7 +61,7 @@ def shorter(model, graph, plan, call, *, take=True, current=None, **options):
 
 
 def states(model, stack, call):
-    """What the last layer of a stack hands on."""
+    """Outputs of the last layer of a stack."""
     found = []
     layer = model.get_submodule(stack)[-1]
     hook = layer.register_forward_hook(
@@ -100,7 +100,7 @@ def known(kind):
 @pytest.mark.parametrize(
     "kind", [f for f, _ in ENCODERS] + [k for k in (*DECODERS, *BOTH) if k != "gpt2"]
 )
-def test_every_family_comes_closer_to_what_it_said(kind):
+def test_outputs_of_every_family_come_closer_to_the_dense_model(kind):
     model, call = known(kind)
     graph = body(model)
     stacks = [s for s in graph.stacks if s.size > 1]
@@ -114,7 +114,7 @@ def test_every_family_comes_closer_to_what_it_said(kind):
         assert near < 0.9 * far, (stack.name, near, far)
 
 
-def test_a_constant_that_layers_added_is_taken_over_to_the_last_digit():
+def test_a_constant_that_layers_added_is_reproduced_exactly():
     model = random_numbers(build("vit", "image"))
     graph = body(model)
     (stack,) = graph.stacks
@@ -130,7 +130,7 @@ def test_a_constant_that_layers_added_is_taken_over_to_the_last_digit():
     assert torch.allclose(states(cut, stack.name, call), dense, atol=1e-4)
 
 
-def test_layers_that_hand_on_what_they_get_leave_no_change():
+def test_removing_identity_layers_changes_nothing():
     model = deep_bert().eval()
     graph = body(model)
     call = call_of(batch(64))
@@ -154,7 +154,7 @@ def test_the_model_is_only_run():
     assert not any(t.requires_grad for t in selection.compensated.values())
 
 
-def test_who_takes_over_from_whom():
+def test_which_layer_replaces_which():
     graph = body(deep_bert())
     found = replacements_for(graph, graph.full, without_layers(graph, 1, 2, 5))
     ends = [(r.layer, r.target.layer) for r in found.layers if ".attention" not in r.layer]
@@ -171,13 +171,13 @@ def test_who_takes_over_from_whom():
     assert found.norms == {
         norm.format(STACK, new): norm.format(STACK, old) for new, old in ((0, 2), (2, 5))
     }
-    # Layers at the bottom leave no heir; those above say again what they said.
+    # Layers removed at the bottom are not replaced; those above reproduce their own outputs.
     found = replacements_for(graph, graph.full, without_layers(graph, 0, 1))
     assert not found.norms
     assert [r.target.layer.split(".")[3] for r in found.layers] == list("22334455")
 
 
-def test_paths_of_a_second_cut_are_those_of_today():
+def test_a_second_cut_uses_the_present_paths():
     model, call = deep_bert(copies=()).eval(), call_of(batch(64))
     graph = body(model)
     first = without_layers(graph, 1)
@@ -192,7 +192,7 @@ def test_paths_of_a_second_cut_are_those_of_today():
     assert near < 0.9 * far
 
 
-def test_projections_that_are_not_known_stay():
+def test_unknown_projections_stay():
     model = made("gpt2")
     graph = PruningGraph(stacks=tuple(find_stacks(model)))
     call = call_of({"input_ids": batch(8)["input_ids"]})
@@ -200,7 +200,7 @@ def test_projections_that_are_not_known_stay():
     assert not selection.compensated
 
 
-def test_what_is_no_linear_module_is_named():
+def test_a_projection_that_is_not_linear_is_refused():
     model = deep_bert()
     model.bert.encoder.layer[0].output.dense = nn.Sequential(nn.Linear(40, 24))
     graph = PruningGraph(stacks=tuple(find_stacks(model)))
@@ -208,38 +208,29 @@ def test_what_is_no_linear_module_is_named():
         shorter(model, graph, without_layers(graph, 1), call_of(batch(8)))
 
 
-def test_calls_that_never_reach_the_layers_are_named():
+def test_calls_that_never_reach_the_layers_are_refused():
     model = deep_bert()
     graph = body(model)
-    heard = CalibrationData(ranks=[{"classifier": [RecordedCall((torch.ones(50, 24),), {})]}])
+    data = CalibrationData(ranks=[{"classifier": [RecordedCall((torch.ones(50, 24),), {})]}])
     selection = Decision(without_layers(graph, 1), {}, {})
     with pytest.raises(PruningError, match=r"No stored input reaches .*layer\.0\.output\.dense"):
-        compensate_removed_layers(model, graph, graph.full, selection, heard, positions=100)
+        compensate_removed_layers(model, graph, graph.full, selection, data, positions=100)
 
 
 def solve_on_a_rank(rows):
-    """One rank of two, or the only one: take over on its share of the calls."""
+    """One rank of two, or the only one: solve on its share of the calls."""
     rank, world = place()
     model = deep_bert(copies=()).eval()
     graph = body(model)
     inputs = batch(64)
     parts = [{k: v[r] for k, v in inputs.items()} for r in rows]
-    heard = CalibrationData(
-        ranks=[{"": [call_of(p)]} if len(p["input_ids"]) else {} for p in parts]
-    )
+    data = CalibrationData(ranks=[{"": [call_of(p)]} if len(p["input_ids"]) else {} for p in parts])
     selection = Decision(without_layers(graph, 1, 4), {}, {})
     options = {"positions": 10**5, "add": added, "rank": rank, "world": world}
-    found = compensate_removed_layers(model, graph, graph.full, selection, heard, **options)
+    found = compensate_removed_layers(model, graph, graph.full, selection, data, **options)
     return {name: value.tolist() for name, value in found.compensated.items()}
 
 
-def test_two_ranks_take_over_what_one_does():
-    """Also where one rank heard nothing and only keeps the other company."""
-    alone = solve_on_a_rank([slice(0, 64)])
-    shares = [(slice(0, 40), slice(40, 64)), (slice(0, 64), slice(0, 0))]
-    found = launch(2, grouped, solve_on_a_rank, shares)
-    assert found[0] == found[1]
-    for both in found[0]:
-        assert set(both) == set(alone)
-        for name, value in alone.items():
-            assert torch.allclose(torch.tensor(both[name]), torch.tensor(value), atol=1e-3), name
+def test_two_ranks_solve_what_one_does():
+    """Also where one rank has no calls and only takes part in the sums."""
+    check_ranks(solve_on_a_rank, rows=64, atol=1e-3)

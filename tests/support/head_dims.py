@@ -59,8 +59,8 @@ def known(model, groups, family="bert"):
     return heard.moments, relevance_of(felt.sums)
 
 
-def turns(model, family="bert"):
-    """The turn of every layer of a model, with what the values were known by."""
+def rotations(model, family="bert"):
+    """The rotation of every layer of a model, with the statistics of the values."""
     groups, weights = find_groups(model), dict(model.named_parameters())
     moments, relevance = known(model, groups, family)
     plan = full_plan(groups)

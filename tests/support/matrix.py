@@ -1,8 +1,9 @@
 """Strategy x precision x optimizer x resume point, and what is refused.
 
 ``python -m tests.support.matrix`` writes docs/matrix.md; with ``--refused`` it only updates the
-errors, which takes seconds. Every cell is a run that was stopped at a point, resumed from its checkpoint with
-``weights_only=True``, and compared with the straight run after every epoch, bit for bit.
+errors, which takes seconds. Every cell is a run that was stopped at a point, resumed from its
+checkpoint with ``weights_only=True``, and compared with an uninterrupted run after every epoch, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -176,11 +177,12 @@ def page(results: dict[str, Found], seconds: float) -> str:
     lines = [
         "# What can be stopped and resumed",
         "",
-        "Written by `make matrix`. Every cell is a run of four epochs, with cuts at the start of the",
-        "second and third, that was stopped at a point, resumed from its checkpoint",
+        "Written by `make matrix`. Every cell is a run of four epochs, with cuts at the start of",
+        "the second and third, that was stopped at a point, resumed from its checkpoint",
         "(`weights_only=True`) and compared with a run that was not stopped, after every later",
-        "epoch and on every rank: weights, optimizer state, learning rates, plan, metrics and cuts,",
-        "bit for bit. `=` means equal. Batches come from a loader that can resume inside an epoch.",
+        "epoch and on every rank: weights, optimizer state, learning rates, plan, metrics and",
+        "cuts, bit for bit. `=` means equal. Batches come from a loader that can resume inside an",
+        "epoch.",
         "",
         f"{good} of {cells} cells are equal. {_machine()}, {seconds / 60:.1f} minutes, one",
         "thread per process. fp16 (`16-mixed`) runs with a GradScaler on the CPU; no GPU was used.",

@@ -21,7 +21,16 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tests.support.models import build
 from tests.support.runs import fit
 
-__all__ = ["added", "grouped", "imported", "launch", "launch_nodes", "place", "recorded"]
+__all__ = [
+    "added",
+    "check_ranks",
+    "grouped",
+    "imported",
+    "launch",
+    "launch_nodes",
+    "place",
+    "recorded",
+]
 
 LIMIT = 300.0  # seconds; a rank that runs for longer waits for another that never comes
 
@@ -40,6 +49,25 @@ def launch(world: int, function: Callable[..., Any], *args: Any) -> dict[int, An
     imported()
     config = _config(world, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
     return elastic_launch(config, _quietly)(function, *args)
+
+
+def check_ranks(solve: Callable[..., dict[str, Any]], rows: int, atol: float) -> None:
+    """Two ranks solve what one does, with all examples on one of them or some on each.
+
+    Args:
+        solve: Values by name, from the rows of each rank.
+        rows: Rows in all.
+        atol: Largest difference.
+    """
+    alone = solve([slice(0, rows)])
+    most = rows * 5 // 8
+    shares = [(slice(0, most), slice(most, rows)), (slice(0, rows), slice(0, 0))]
+    found = launch(2, grouped, solve, shares)
+    assert found[0] == found[1]
+    for both in found[0]:
+        assert set(both) == set(alone)
+        for name, value in alone.items():
+            assert torch.allclose(torch.tensor(both[name]), torch.tensor(value), atol=atol), name
 
 
 def launch_nodes(nodes: int, function: Callable[..., Any], *args: Any) -> list[int | None]:
