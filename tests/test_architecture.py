@@ -123,7 +123,7 @@ def test_the_package_has_few_entries() -> None:
 
 def test_folders_are_neither_crowded_nor_nearly_empty() -> None:
     for folder in {path.parent for path in FILES.values()} - {PACKAGE}:
-        count = len([*folder.glob("*.py")])
+        count = len({*folder.glob("*.py")} - {folder / "__init__.py"})
         assert 3 <= count <= 10, f"{folder.name}: {count} files"
 
 
@@ -384,6 +384,14 @@ def test_the_readme_shows_the_yaml_of_the_demo() -> None:
     demo = (ROOT / "examples/text_classification/demo.yaml").read_text()
     assert f"```yaml\n{demo}```" in readme
     assert yaml.safe_load(demo)["trainer"]["callbacks"]
+
+
+def test_the_files_that_are_run_first_are_there() -> None:
+    stems = [path.stem for path in (ROOT / "tests").rglob("test_*.py")]
+    longest = re.findall(r'^    "(test_\w+)",$', (ROOT / "conftest.py").read_text(), re.M)
+    assert longest
+    for name in longest:
+        assert stems.count(name) == 1, name
 
 
 def test_constraints_pin_every_requirement() -> None:
