@@ -29,7 +29,7 @@ __all__ = [
 
 _VALUES = {bool: "BOOL", int: "N", float: "X", str: "TEXT", Sequence: "LIST", Mapping: "MAP"}
 
-_RECORDS = [kind for _, kind in inspect.getmembers(records, is_dataclass)]
+_RECORDS: list[Any] = [kind for _, kind in inspect.getmembers(records, is_dataclass)]
 
 _BUDGETS = tuple(inspect.signature(budget_of).parameters)
 
