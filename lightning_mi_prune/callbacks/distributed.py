@@ -1,4 +1,4 @@
-"""One plan on all ranks, and DDP wrapped again; the only file that touches a strategy."""
+"""One plan on all ranks, and DDP wrapped again after a cut."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from lightning.pytorch.strategies.xla import XLAStrategy
+from torch.utils.data import DistributedSampler
 
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.surgery.verification import compiled_part
@@ -35,6 +36,7 @@ __all__ = [
     "differences",
     "gather_ranks",
     "on_all_ranks",
+    "padded_rows",
     "refuse_compiled",
     "refuse_unsupported",
     "rewrap_ddp",
@@ -79,14 +81,14 @@ def world_size(strategy: Strategy) -> int:
 
 
 def agree(strategy: Strategy, subject: str, statement: str | Mapping[str, object]) -> None:
-    """Make sure that every rank would state the same; 32 bytes a rank are gathered.
+    """Make sure that every rank has the same; 32 bytes a rank are gathered.
 
-    Only where they differ are the statements themselves gathered, to name what differs.
+    Only where they differ are the values themselves gathered, to name what differs.
 
     Args:
         strategy: Strategy of the run.
-        subject: What the statement is about, for the error.
-        statement: What this rank states: a text, or values by name.
+        subject: What is compared, for the error.
+        statement: What this rank has: a text, or values by name.
 
     Raises:
         PruningError: On every rank, naming those that differ from rank 0 and the values that do, so
@@ -111,7 +113,7 @@ def agree(strategy: Strategy, subject: str, statement: str | Mapping[str, object
 def differences(entries: Sequence[Mapping[str, str]]) -> str:
     """What differs between the entries of ranks, in words: at most five of them.
 
-    Where a rank failed, that is why it stated nothing, and all there is to tell.
+    Where a rank failed, only its error counts.
 
     Args:
         entries: Values by name, for every rank.
@@ -197,9 +199,9 @@ class Sums(Protocol):
 
 
 def sum_over_ranks(strategy: Strategy, moments: Mapping[str, Sums]) -> None:
-    """Add up what all ranks heard, in place, with one all-reduce of float64 sums.
+    """Add up the sums of all ranks, in place, with one all-reduce in float64.
 
-    Every rank must call it, also one that heard nothing; all end with the same sums. A group of
+    Every rank must call it, also one without samples; all end with the same sums. A group of
     ``d`` entries takes ``8 (1 + d + d (d + 1) / 2)`` bytes.
     """
     if world_size(strategy) == 1:
@@ -236,7 +238,7 @@ def gather_ranks(strategy: Strategy, mine: T) -> list[T]:
 
 
 def broadcast_decision(strategy: Strategy, decide: Callable[[], T]) -> T:
-    """Let rank 0 decide and tell the others; if deciding fails there, it fails everywhere.
+    """Let rank 0 decide for all; if deciding fails there, it fails everywhere.
 
     Raises:
         PruningError: With the error of rank 0, on every other rank.
@@ -344,3 +346,27 @@ def _refuse_strategy(strategy: Strategy) -> None:
         raise MisconfigurationException(
             f"{name} is not known to survive a cut; use Trainer(strategy='ddp') or one device."
         )
+
+
+def padded_rows(trainer: pl.Trainer, batch: int, loader: int) -> tuple[int | None, int]:
+    """Examples of a validation batch, and how many at its end a distributed sampler repeated.
+
+    A DistributedSampler gives the last ranks one example of another rank when the data do not
+    divide evenly; it comes last.
+    """
+    found = trainer.val_dataloaders
+    loaders = list(found.values()) if isinstance(found, dict) else found
+    source = loaders[loader] if isinstance(loaders, (list, tuple)) else loaders
+    samplers = (
+        getattr(source, "sampler", None),
+        getattr(getattr(source, "batch_sampler", None), "sampler", None),
+    )
+    sampler = next((s for s in samplers if isinstance(s, DistributedSampler)), None)
+    size = getattr(source, "batch_size", None)
+    if sampler is None or size is None:
+        return None, 0
+    extra = len(sampler.dataset) % sampler.num_replicas  # type: ignore[arg-type]
+    rows = min(size, sampler.num_samples - batch * size)
+    ends = batch * size + rows == sampler.num_samples
+    repeats = ends and not sampler.drop_last and extra > 0 and sampler.rank >= extra
+    return rows, int(repeats)

@@ -1,14 +1,13 @@
-"""What happens at each step of a run: decide, cut, roll back."""
+"""RunEngine: collect, decide, cut and roll back in one run of the Trainer."""
 
 from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
@@ -22,348 +21,628 @@ from lightning_mi_prune.callbacks.distributed import (
     agree,
     broadcast_decision,
     on_all_ranks,
+    padded_rows,
+    refuse_unsupported,
     rewrap_ddp,
 )
 from lightning_mi_prune.callbacks.monitors import (
     BestOf,
     EarlyStoppingHold,
     MetricGuard,
+    check_monitor,
+    compare_metric,
     restart_comparison,
+    without_best,
 )
-from lightning_mi_prune.callbacks.schedule import Schedule, fit_schedule, judging_epoch
-from lightning_mi_prune.callbacks.sizes import macs_of, report_no_cut
-from lightning_mi_prune.callbacks.state import PendingCut, RunState, Snapshot
-from lightning_mi_prune.callbacks.trainer import is_dev_run, is_last_validation, run_length
+from lightning_mi_prune.callbacks.resume import (
+    OptimizerPlan,
+    check_snapshot,
+    forget_metric,
+    rerun_validation,
+    resumed,
+    roll_back,
+    take_snapshot,
+)
+from lightning_mi_prune.callbacks.schedule import (
+    CutSchedule,
+    decision_epoch,
+    fit_schedule,
+    is_dev_run,
+    is_last_validation,
+    run_length,
+    validation_batches,
+)
+from lightning_mi_prune.callbacks.state import PendingCut, RunState, Session
 from lightning_mi_prune.callbacks.verification import DryRun
-from lightning_mi_prune.checkpoint.state_dict import PlanTracker
+from lightning_mi_prune.checkpoint.state_dict import Find, PlanTracker
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted
+from lightning_mi_prune.core.options import Schedule
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import Cut, PruningReport
 from lightning_mi_prune.reporting.tables import print_cut
-from lightning_mi_prune.surgery.optimizers import (
-    parameter_names,
-    restore_state,
-    snapshot_state,
-    update_optimizers,
-)
-from lightning_mi_prune.surgery.transaction import cancel_cut, cut_model, restore_model
-from lightning_mi_prune.surgery.verification import held_elsewhere
+from lightning_mi_prune.surgery.optimizer_state import check_optimizers
+from lightning_mi_prune.surgery.optimizers import update_optimizers
+from lightning_mi_prune.surgery.transaction import cancel_cut, cut_model
 
 __all__ = [
-    "PruningEngine",
-    "check_metric",
-    "roll_back",
-    "take_snapshot",
+    "PruningStrategy",
+    "RunEngine",
+    "StepRecorder",
 ]
 
 
-def take_snapshot(
-    trainer: pl.Trainer, module: pl.LightningModule, plan: PruningPlan, epoch: int, run: RunState
-) -> Snapshot:
-    """Keep what it takes to undo the cut that comes now: copies on the CPU."""
-    tensors = chain(module.named_parameters(), module.named_buffers())
-    names = {id(p): name for name, p in module.named_parameters()}
-    return Snapshot(
-        epoch=epoch,
-        reached=run.reached,
-        kept=run.kept,
-        plan=plan,
-        weights={name: t.detach().to("cpu", copy=True) for name, t in tensors},
-        optimizers=snapshot_state(trainer.strategy.optimizers, names),
-        groups=parameter_names(trainer.strategy.optimizers, names),
-    )
+class StepRecorder(Protocol):
+    """Records training steps of the epoch before a cut, into ``state.gradients``."""
+
+    def begin(self, session: Session, index: int) -> None:
+        """A training step begins."""
+
+    def end(self) -> None:
+        """A training step is over."""
+
+    def close(self) -> None:
+        """Take all hooks down."""
+
+    def save(self, session: Session, state: dict[str, Any]) -> None:
+        """Complete the state of the callback in a checkpoint; every rank must call it."""
 
 
-def check_metric(
-    trainer: pl.Trainer, budget: MetricGuard, run: RunState, end: float
-) -> tuple[Snapshot | None, float | None]:
-    """The trial and the best value after a validation: accepted, failed, or still open."""
-    value, trial = budget.value(trainer), run.trial
-    if trial is None:
-        return None, budget.better(value, run.best)
-    following = next((e for e in run.schedule.left(run.reached) if e > trial.epoch), None)
-    every = trainer.check_val_every_n_epoch or 1
-    due = judging_epoch(trial.epoch, following, end, every)
-    if trainer.current_epoch < due or not is_last_validation(trainer):
-        return trial, run.best
-    if budget.exceeded(value, run.best):
-        return replace(trial, failed_at=trainer.current_epoch), run.best
-    return None, budget.better(value, run.best)
+class PruningStrategy(Protocol):
+    """What is removed, units or layers, and how it is chosen; the engine knows when.
 
-
-def roll_back(
-    trainer: pl.Trainer, module: pl.LightningModule, tracker: PlanTracker, trial: Snapshot
-) -> None:
-    """Undo the last cut: shapes, weights, optimizer state and plan are as before it.
-
-    Learning rates and everything else that follows time goes on.
+    Attributes:
+        order: Strategies of one run take turns in this order: layers go first.
+        find: What finds all that a module can lose.
+        schedule: When to cut, as the user asks for it.
+        goal: Where the schedule ends: a sparsity, or 1 for all of the way to another budget.
+        late: Whether a single cut comes as late as it may.
     """
-    before, current = {id(p) for p in module.parameters()}, tracker.plan
-    done = restore_model(
-        module,
-        tracker.graph,
-        trial.plan,
-        trial.weights,
-        current=current,
-        available=tracker.removed_layers,
-    )
-    module.zero_grad(set_to_none=True)  # of the model that is given up
-    try:
-        replaced = {id(r.old): r.new for r in done.rewrites if id(r.old) in before}
-        known = before | {id(new) for new in replaced.values()}
-        names = {id(p): name for name, p in module.named_parameters()}
-        returned = {name: p for name, p in module.named_parameters() if id(p) not in known}
-        optimizers, states = trainer.strategy.optimizers, trial.optimizers
-        restore_state(optimizers, replaced, names, states, trial.groups, returned)
-    except BaseException:
-        tracker.store(cancel_cut(module, tracker.graph, done))
-        raise
-    tracker.plan = trial.plan
+
+    order: int
+    find: Find
+    schedule: Schedule
+    goal: float
+    late: bool
+
+    @property
+    def steps(self) -> StepRecorder | None:
+        """What records training steps; None needs none."""
+
+    def prepare(self, session: Session) -> Mapping[str, object]:
+        """Choose what may go and check what can be known; what all ranks must have alike."""
+
+    def reconcile(self, session: Session) -> list[str]:
+        """Drop what does not fit the options a run resumes with; says what, in sentences."""
+
+    def parameters(self, session: Session) -> list[nn.Parameter]:
+        """All parameters that a cut may replace or remove."""
+
+    def plan_to_verify(self, session: Session) -> PruningPlan | None:
+        """A cut to try on a copy before the first one; None where nothing is left to cut."""
+
+    def recorder(self, session: Session) -> Recorder:
+        """What records the validation that begins."""
+
+    def collect(self, session: Session, recorder: Recorder) -> CalibrationData | None:
+        """What all ranks recorded; None, with a warning, where that is not enough."""
+
+    def decide(self, session: Session, data: CalibrationData, goal: float) -> Decision | None:
+        """What stays at a goal of the schedule; None where the model is that small."""
+
+    def reconstruct(self, session: Session, decision: Decision, data: CalibrationData) -> Decision:
+        """The decision with weights that make up for the cut; every rank must call it."""
+
+    def record(self, session: Session, pending: PendingCut, before: PruningPlan) -> Cut:
+        """The cut that was just made, for the report."""
+
+    def sizes(self, session: Session) -> dict[str, float]:
+        """What loggers get after every epoch, and the ``"sparsity"``."""
+
+    def retry(self, session: Session, failed: float, end: float) -> str:
+        """Schedule what comes after a cut to ``failed`` was rolled back; says it in words."""
+
+    def name_goal(self, goal: float) -> str:
+        """A goal of the schedule, in words."""
+
+    def no_cut(self, session: Session, data: CalibrationData, goal: float) -> tuple[str, str]:
+        """Why nothing is cut for a goal, and what to change for a cut, in a sentence each."""
 
 
-class PruningEngine(pl.Callback, ABC):
-    """The steps of a pruning method; subclasses say what may go, when, and who judges.
+class RunEngine:
+    """The steps of a run; the callback calls each from the hook of that name.
 
     Args:
-        module: Path of the submodule to search for prunable networks; "" searches all.
-        seed: Seed of the draw of positions.
-        verbose: Whether each cut prints a table on rank zero.
+        strategy: What is removed, and how it is chosen.
+        name: Name of the callback, for messages.
+        options: Options that decide on the result, by name; all ranks must have them alike.
+        guard: What a cut may cost before it is rolled back; None keeps every cut.
         best_of: What monitors may compare (:func:`monitors.restart_comparison`).
-        budget: What a cut may cost before it is taken back; None keeps every cut.
+        verbose: Whether each cut prints a table on rank zero.
     """
-
-    order: ClassVar[int]
 
     def __init__(
         self,
+        strategy: PruningStrategy,
         *,
-        module: str,
-        seed: int,
-        verbose: bool,
+        name: str,
+        options: Mapping[str, object],
+        guard: MetricGuard | None,
         best_of: BestOf,
-        budget: MetricGuard | None,
+        verbose: bool,
     ) -> None:
-        super().__init__()
-        self.report = PruningReport()
-        self._within, self._seed = module, seed
-        self._verbose, self._best_of, self._budget = verbose, best_of, budget
+        self.strategy, self.name, self.options = strategy, name, options
+        self.guard, self.best_of, self.verbose = guard, best_of, verbose
+        self.state = RunState()
+        self.recorder: Recorder | None = None
         self._tracker: PlanTracker | None = None
-        self._recorder: Recorder | None = None
         self._patience = EarlyStoppingHold()
-        self._run = RunState()
+        self._optimizers = OptimizerPlan()
         self._dry_run = DryRun()
-        self._waits = False
-        self._share = ""
-        self._options: dict[str, object] = {}  # that decide on the result, for ranks to compare
-        self._first: int | None = None
-        self._last: int | None = None
-
-    @abstractmethod
-    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, object]:
-        """Find what may go and check what can be known; returns what all ranks must agree on."""
-
-    @abstractmethod
-    def schedule(self, length: float, every: int, begin: int) -> Schedule:
-        """The cuts of a run of ``length`` epochs, from ``begin``, validated after ``every``."""
-
-    @abstractmethod
-    def decide(
-        self, module: pl.LightningModule, heard: CalibrationData, goal: float, kept: float
-    ) -> Decision | None:
-        """What stays at a goal of the schedule; None where the model is that small."""
-
-    @abstractmethod
-    def describe(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        pending: PendingCut,
-        before: PruningPlan,
-    ) -> Cut:
-        """The cut that was just made, from the plan ``before`` it."""
-
-    @abstractmethod
-    def curves(self, module: pl.LightningModule) -> dict[str, float]:
-        """What loggers get after every epoch of what this callback may cut."""
-
-    @abstractmethod
-    def sparsity(self, module: pl.LightningModule) -> float:
-        """Share of the parameters this callback may cut that is gone, of the model as built."""
-
-    @abstractmethod
-    def check_state(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Refuse optimizers whose state could not follow."""
-
-    @abstractmethod
-    def retry(self, trainer: pl.Trainer, trial: Snapshot, failed: float) -> str:
-        """Say in the run what comes after a cut to ``failed`` was taken back; and in words."""
-
-    @abstractmethod
-    def plan_to_verify(self) -> PruningPlan | None:
-        """A cut to try on a copy of the module before the first one; None where none is left."""
-
-    def reconstruct(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        selection: Decision,
-        heard: CalibrationData,
-    ) -> Decision:
-        """The selection with weights that make up for the cut; every rank comes by."""
-        return selection
-
-    def warn_of_holders(
-        self, trainer: pl.Trainer, module: pl.LightningModule, cut: Sequence[nn.Parameter]
-    ) -> None:
-        """Name what would go on holding parameters that a cut replaces."""
-        others: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        strangers = {
-            type(c).__name__: c
-            for c in others
-            if not isinstance(c, PruningEngine) and not type(c).__module__.startswith("lightning.")
-        }
-        held = held_elsewhere({"": module, **strangers}, cut)
-        if held:
-            rank_zero_warn(
-                f"{', '.join(map(repr, held[:6]))} hold parameters that a cut replaces, and would "
-                "go on with the old ones. Read them from the module where they are used "
-                "(named_parameters), or collect them again in on_train_epoch_start.",
-                category=PruningWarning,
-            )
-
-    def quiet(self) -> None:
-        """Take down all hooks that are up."""
-        self._close()
+        self._warned = False  # why a cut waits
+        self._turn = ""
 
     @property
     def plan(self) -> PruningPlan | None:
         """The plan the module carries now; None before ``setup``."""
         return None if self._tracker is None else self._tracker.plan
 
-    def _decide(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
-        run = self._run
-        goal = run.schedule.due(epoch, run.reached)
-        if goal is None or run.heard is None or is_dev_run(trainer):
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Attach the plan to the module's state dict; refuse what cannot work."""
+        alike = [e for e in self._others(trainer) if e.strategy.order == self.strategy.order]
+        if alike:
+            raise MisconfigurationException(
+                f"{len(alike) + 1} {self.name} in one Trainer would each cut by a plan of their "
+                "own; expected one. Give one of them all there is to cut, or fit twice."
+            )
+        self._tracker = PlanTracker.of(module, self.strategy.find)
+        if stage == "fit":
+            refuse_unsupported(trainer, layers=self.strategy.order == 0)
+            self.state, self._optimizers, self._dry_run = RunState(), OptimizerPlan(), DryRun()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint was written."""
+        self.state = RunState.from_dict(state)
+
+    def save(self, trainer: pl.Trainer, checkpoint: dict[str, Any], key: str) -> None:
+        """Complete a checkpoint: a validation that is needed is run again, whole, on resuming."""
+        state = self.state
+        collects = self._collects(trainer) and state.calibration is None
+        compares = state.snapshot is not None and state.snapshot.failed_epoch is None
+        if (collects or compares) and "loops" in checkpoint:
+            rerun_validation(trainer, checkpoint["loops"])
+        self._optimizers.save(checkpoint)
+        mine = checkpoint.get("callbacks", {}).get(key)
+        if self.strategy.steps is not None and mine is not None and self._tracker is not None:
+            session = self._session(trainer, trainer.lightning_module)
+            self.strategy.steps.save(session, mine)
+
+    def load_optimizers(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: Mapping[str, Any]
+    ) -> None:
+        """Let the optimizers be made as those of the checkpoint were."""
+        if trainer.state.fn == "fit":
+            self._optimizers.load(module, self._tracked(), checkpoint)
+
+    def begin_fit(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Find what may go and check everything that can be known before the first batch."""
+        session = self._session(trainer, module)
+
+        def prepare() -> Mapping[str, object]:
+            found = self.strategy.prepare(session)
+            return {**self.options, **found, **resumed(self.state, session.plan)}
+
+        on_all_ranks(trainer.strategy, "what to prune and how", prepare)
+        if self.guard is not None:
+            check_monitor(trainer, module, self.guard.monitor)
+        for dropped in [*self.strategy.reconcile(session), *forget_metric(self.state, self.guard)]:
+            rank_zero_warn(dropped)
+        for other in self._others(trainer):  # one run, one report: that of the first turn
+            first, second = sorted((self, other), key=lambda engine: engine.strategy.order)
+            second.state.report = first.state.report
+        self._optimizers.begin(session.tracker)
+
+    def check_metric_is_logged(self, trainer: pl.Trainer) -> None:
+        """Refuse a run whose sanity check logs no metric to compare."""
+        if self.guard is not None:
+            self.guard.value(trainer)
+
+    def begin_training(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Fit the schedule into the run, now that its length is known."""
+        state, session = self.state, self._session(trainer, module)
+        if state.snapshot is not None:  # of a resumed run, whose optimizers have their state now
+            known = (state.snapshot, module, session.graph, session.plan)
+            on_all_ranks(
+                trainer.strategy,
+                "the snapshot before the last cut",
+                lambda: check_snapshot(*known, trainer.strategy.optimizers),
+            )
+        if is_dev_run(trainer):
+            rank_zero_info("fast_dev_run: calibration to validation, but no cut is made.")
+            state.schedule = CutSchedule((trainer.current_epoch + 1,), (1.0,))
             return
-        started, heard, plan = time.perf_counter(), run.heard, self._tracked().plan
-        agree(trainer.strategy, "the cut", f"epoch {epoch}, to {goal}, of {plan.digest()}")
-        self.check_state(trainer, module)
-        run.heard = None  # validation runs again if this fails; training steps do not
+        validates = validation_batches(trainer) != 0
+        agree(trainer.strategy, "whether there are validation batches", str(validates))
+        if not validates:
+            raise MisconfigurationException(
+                "Pruning calibrates in validation, but this run has none. Give the trainer a "
+                "val_dataloader and a validation_step, with limit_val_batches above 0."
+            )
+        begin = self._begin(trainer)
+        if self._others(trainer):
+            self._turn = (
+                f" Layers and units share this run of {counted(run_length(trainer), 'epoch')}: "
+                f"{self.name} has epochs {begin} to {math.ceil(self._end(trainer)) - 1}."
+            )
+        fitted = on_all_ranks(
+            trainer.strategy,
+            "the schedule of the cuts",
+            lambda: self._fit(self._end(trainer), trainer.check_val_every_n_epoch or 1, begin),
+        )
+        if fitted != state.fitted:
+            state.fitted, state.schedule, state.begin = fitted, fitted, begin
+
+    def begin_validation(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Record, if the next epoch starts with a cut; the last validation before it counts."""
+        self._forget_outdated(trainer)
+        self._hold_patience(trainer)
+        if not self._collects(trainer) or not is_last_validation(trainer):
+            return
+        self._stop_recording()
+        self.state.calibration = None
+        self.recorder = self.strategy.recorder(self._session(trainer, module)).__enter__()
+
+    def begin_validation_batch(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int, loader: int
+    ) -> None:
+        """Try a cut on the first batch; give every batch its share of the positions."""
+        self._try(trainer, module, "validation_step", batch, loader)
+        if self.recorder is not None:
+            self.recorder.start_batch(*padded_rows(trainer, index, loader))
+
+    def end_validation(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Accept or refuse the last cut, add up what all ranks recorded, decide if it is time."""
+        state, recorder = self.state, self._stop_recording()
+        if self.guard is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            snapshot, best = compare_metric(trainer, self.guard, state, self._end(trainer))
+            # What layers were allowed to cost before is not charged to units.
+            if trainer.current_epoch >= self._begin(trainer):
+                state.snapshot, state.best = snapshot, best
+            if state.snapshot is None and state.pending is None:
+                state.comparison.ranks = ()  # accepted: nothing will be chosen from it again
+        if recorder is None or self._has_failed():
+            return
+        data = self.strategy.collect(self._session(trainer, module), recorder)
+        if data is None:
+            self._warned = True
+            return
+        state.calibration, state.calibration_epoch = data, trainer.current_epoch
+        if state.examples and not state.report.macs:  # a logged curve begins before the first cut
+            state.report.macs = self._session(trainer, module).count_macs()
+        if trainer.is_last_batch:
+            self._decide(trainer, module, trainer.current_epoch + 1)
+
+    def end_epoch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Log sizes; decide what to cut at the start of the next epoch, if that is open."""
+        self._hold_patience(trainer)
+        for name, value in self._logged(trainer, module).items():
+            module.log(
+                f"prune/{name}", float(value), on_step=False, on_epoch=True, rank_zero_only=True
+            )
+        if not self._collects(trainer) or self._has_failed() or is_dev_run(trainer):
+            return
+        if self.state.calibration is None and self._warned:
+            self._warned = False
+            return
+        if self.state.calibration is None:
+            rank_zero_warn(
+                f"The cut of epoch {trainer.current_epoch + 1} waits: no validation ran in this "
+                "epoch. Validate in every epoch that comes before a cut."
+            )
+            return
+        self._decide(trainer, module, trainer.current_epoch + 1)
+
+    def carry_out(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """As an epoch starts: cut, or roll the last cut back.
+
+        Some resumptions skip the end of an epoch, and what would have been decided there.
+        """
+        state, epoch = self.state, trainer.current_epoch
+        if state.snapshot is not None and state.snapshot.failed_epoch is not None:
+            if epoch <= state.snapshot.failed_epoch:
+                return
+            self._roll_back(trainer, module)
+        collected = state.calibration is not None and state.calibration_epoch < epoch
+        if state.pending is None and collected:
+            self._decide(trainer, module, epoch)
+        if state.pending is not None and state.pending.epoch <= epoch:
+            self._cut(trainer, module, state.pending)
+
+    def begin_step(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int
+    ) -> None:
+        """Try a cut on the first batch; some resumptions skip the start of an epoch."""
+        self._try(trainer, module, "training_step", batch)
+        self.carry_out(trainer, module)
+        steps = self.strategy.steps
+        if steps is not None and self.state.calibration is None and self._collects(trainer):
+            steps.begin(self._session(trainer, module), index)
+
+    def end_step(self) -> None:
+        """Add what a training step recorded."""
+        if self.strategy.steps is not None:
+            self.strategy.steps.end()
+
+    def end_training(self, trainer: pl.Trainer) -> None:
+        """Warn if the run ended before the schedule did."""
+        state = self.state
+        left = () if is_dev_run(trainer) else state.schedule.left(state.reached)
+        if left:
+            total = len(state.schedule.epochs)
+            rank_zero_warn(
+                f"Training ended after {total - len(left)} of {counted(total, 'cut')} (the next "
+                f"was due at epoch {left[0]}); the model is larger than asked for."
+            )
+        if self.best_of != "any_size" and state.report.cuts and self._is_last(trainer):
+            for metric in without_best(trainer):
+                rank_zero_warn(
+                    f"ModelCheckpoint(monitor={metric!r}) saved no model of the final size, so it "
+                    "has no best one; save after the last cut, or pass "
+                    "monitoring=Monitoring(best_of='any_size')."
+                )
+        if state.snapshot is not None:
+            rank_zero_warn(
+                f"Training ended before the cut of epoch {state.snapshot.epoch} could be accepted "
+                "or rolled back; train longer, or compare the metric yourself."
+            )
+
+    def close(self, module: pl.LightningModule | None = None) -> None:
+        """Take all hooks down and release early stopping; after an error, with the module."""
+        self._stop_all()
+        self._patience.release()
+        if module is not None:
+            self._optimizers.abandon(module)
+
+    # Cuts
+
+    def _decide(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
+        state, session = self.state, self._session(trainer, module)
+        goal, data = state.schedule.due(epoch, state.reached), state.calibration
+        if goal is None or data is None or is_dev_run(trainer):
+            return
+        started, strategy = time.perf_counter(), trainer.strategy
+        agree(strategy, "the cut", f"epoch {epoch}, to {goal}, of {session.plan.digest()}")
+        check_optimizers(strategy.optimizers, self.strategy.parameters(session))
+        state.calibration = None  # validation runs again if this fails; training steps do not
 
         def choose() -> Decision | None:
-            chosen = self.decide(module, heard, goal, run.kept)
+            chosen = self.strategy.decide(session, data, goal)
             return None if chosen is None else _on_cpu(chosen)
 
-        selection = broadcast_decision(trainer.strategy, choose)
-        run.seconds["ranking"] = time.perf_counter() - started
-        if selection is None:
-            self._reached(trainer, heard, goal)
-            run.reached, run.felt = goal, None
+        decision = broadcast_decision(strategy, choose)
+        state.seconds["ranking"] = time.perf_counter() - started
+        if decision is None:
+            _report_no_cut(
+                state.report, *self.strategy.no_cut(session, data, goal), state.schedule.left(goal)
+            )
+            state.reached, state.gradients = goal, None
             return
-        self._check_steps(trainer, module, selection.plan)
+        self._verify(session, decision.plan)
         started = time.perf_counter()
-        heard.moments = {}  # as large as the model; what follows needs the room
-        refitted = _on_cpu(self.reconstruct(trainer, module, selection, heard))
+        data.moments = {}  # as large as the model; what follows needs the room
+        solved = _on_cpu(self.strategy.reconstruct(session, decision, data))
         # All ranks solved the same sums; with other processors they may differ in the last digit.
-        refitted = broadcast_decision(trainer.strategy, lambda: refitted)
-        run.pending, run.felt = PendingCut(epoch, goal, refitted), None
-        # Only a cut that may be taken back is chosen again from the same calls.
-        ranks = heard.ranks if heard.stacks and self._budget is not None else ()
-        run.compared = CalibrationData(stacks=heard.stacks, ranks=ranks)
-        run.seconds["reconstruction"] = time.perf_counter() - started
+        solved = broadcast_decision(strategy, lambda: solved)
+        state.pending, state.gradients = PendingCut(epoch, goal, solved), None
+        # Only a cut that may be rolled back is chosen again from the same calls.
+        ranks = data.ranks if data.stacks and self.guard is not None else ()
+        state.comparison = CalibrationData(stacks=data.stacks, ranks=ranks)
+        state.seconds["reconstruction"] = time.perf_counter() - started
 
-    def _check_steps(
-        self, trainer: pl.Trainer, module: pl.LightningModule, plan: PruningPlan
-    ) -> None:
+    def _verify(self, session: Session, plan: PruningPlan) -> None:
         """Try a cut that does more than the one before the first: it empties groups, or layers go.
 
         Raises:
             PruningError: If a step of the module cannot do without what the plan removes.
         """
-        graph, current = self._tracked().graph, self._tracked().plan
-        stacks = {stack.name for stack in graph.stacks}
-        more = (n in stacks or not plan.width(n) for n in plan.sizes if current.width(n))
-        if any(more):
+        current = session.plan
+        stacks = {stack.name for stack in session.graph.stacks}
+        if any(n in stacks or not plan.width(n) for n in plan.sizes if current.width(n)):
+            check = partial(self._dry_run.check, session.trainer, session.module, session.graph)
             on_all_ranks(
-                trainer.strategy,
+                session.trainer.strategy,
                 "a cut of a copy of the module",
-                lambda: self._dry_run.check(trainer, module, graph, current, plan),
+                lambda: check(current, plan),
             )
 
-    def _reached(self, trainer: pl.Trainer, heard: CalibrationData, goal: float) -> None:
-        """Say that no cut is needed for a goal."""
-        met = f"The model meets {self._named(goal)} already: no cut."
-        report_no_cut(self.report, met, "Ask for less.", last=not self._run.schedule.left(goal))
+    def _try(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        step: str,
+        batch: Any,
+        loader: int = 0,
+    ) -> None:
+        """Run a step once, on a copy of the whole module that was cut."""
+        over = self.state.fitted.epochs and self._is_finished()
+        if trainer.state.fn != "fit" or self._dry_run.has(step) or over:
+            return
+        self._dry_run.remember(step, batch, loader)
+        session = self._session(trainer, module)
+        plan = self.strategy.plan_to_verify(session)
+        if plan is not None:
+            check = partial(self._dry_run.check, trainer, module, session.graph, session.plan)
+            on_all_ranks(
+                trainer.strategy,
+                f"a cut of a copy of the module, tried in {step}",
+                lambda: check(plan, only=step),
+            )
 
     def _cut(self, trainer: pl.Trainer, module: pl.LightningModule, pending: PendingCut) -> None:
-        run, tracker, selection = self._run, self._tracked(), pending.selection
-        started, current = time.perf_counter(), tracker.plan
-        macs_before = self.report.macs if self.report.cuts else macs_of(trainer, module, run)
-        self.check_state(trainer, module)
-        if self._budget is not None:
-            run.trial = take_snapshot(trainer, module, current, pending.epoch, run)
-        compensated, rotated = selection.compensated, selection.rotated
+        state, session, decision = self.state, self._session(trainer, module), pending.decision
+        tracker, optimizers = session.tracker, trainer.strategy.optimizers
+        started, current, report = time.perf_counter(), session.plan, state.report
+        macs_before = report.macs if report.cuts else session.count_macs()
+        check_optimizers(optimizers, self.strategy.parameters(session))
+        if self.guard is not None:
+            state.snapshot = take_snapshot(module, optimizers, current, pending.epoch, state)
         done = cut_model(
             module,
             tracker.graph,
-            selection.plan,
+            decision.plan,
             current=current,
-            compensated=compensated,
-            rotated=rotated,
+            compensated=decision.compensated,
+            rotated=decision.rotated,
         )
         try:
             tracker.plan = done.after
-            cut = self.describe(trainer, module, pending, current)
+            cut = self.strategy.record(session, pending, current)
             names = {id(p): name for name, p in module.named_parameters()}
-            update_optimizers(
-                trainer.strategy.optimizers, done.rewrites, done.removed_parameters, names
-            )
+            update_optimizers(optimizers, done.rewrites, done.removed_parameters, names)
         except BaseException:  # a checkpoint that is written now must hold a whole model
             cancel_cut(module, tracker.graph, done)
-            tracker.plan, run.trial = current, None
+            tracker.plan, state.snapshot = current, None
             raise
         tracker.store(done.removed)
         del done  # the last to hold the old parameters
-        run.pending, run.reached = None, pending.sparsity
-        run.kept *= selection.kept_share
-        self.report.macs = macs_before
-        self.report.cuts.append(cut)
-        self._resized(trainer)
-        seconds = {**run.seconds, "surgery": time.perf_counter() - started}
-        self.report.cuts[-1] = replace(cut, seconds=seconds)
-        if self._verbose and trainer.is_global_zero:
-            print_cut(self.report.cuts[-1], self.report)
+        state.pending, state.reached = None, pending.sparsity
+        state.information_kept *= decision.kept_share
+        report.macs = macs_before
+        report.cuts.append(cut)
+        self._follow_size(trainer)
+        seconds = {**state.seconds, "surgery": time.perf_counter() - started}
+        report.cuts[-1] = replace(cut, seconds=seconds)
+        if self.verbose and trainer.is_global_zero:
+            print_cut(report.cuts[-1], report)
 
-    def _take_back(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        run, budget, trial = self._run, self._budget, self._run.trial
-        if budget is None or trial is None:
+    def _roll_back(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        state, session, snapshot = self.state, self._session(trainer, module), self.state.snapshot
+        if self.guard is None or snapshot is None:
             return
-        roll_back(trainer, module, self._tracked(), trial)
-        self.quiet()
-        run.felt = None
-        failed, run.reached, run.trial, run.pending = run.reached, trial.reached, None, None
-        run.kept = trial.kept
-        if self.report.cuts:
-            self.report.undone.append(self.report.cuts.pop())
-        then = self.retry(trainer, trial, failed)
-        self._resized(trainer)
+        roll_back(module, trainer.strategy.optimizers, session.tracker, snapshot)
+        self._stop_all()
+        failed, state.reached = state.reached, snapshot.reached
+        state.information_kept = snapshot.information_kept
+        state.snapshot = state.pending = state.gradients = None
+        if state.report.cuts:
+            state.report.undone.append(state.report.cuts.pop())
+        then = self.strategy.retry(session, failed, self._end(trainer))
+        self._follow_size(trainer)
         rank_zero_info(
-            f"The cut of epoch {trial.epoch} to {self._named(failed)} cost more than {budget} and "
-            f"was taken back; next: {then}."
+            f"The cut of epoch {snapshot.epoch} to {self.strategy.name_goal(failed)} cost more "
+            f"than {self.guard} and was rolled back; next: {then}."
         )
 
-    def _named(self, goal: float) -> str:
-        return f"sparsity {goal:.3f}"
-
-    def _resized(self, trainer: pl.Trainer) -> None:
+    def _follow_size(self, trainer: pl.Trainer) -> None:
         """What must follow whenever the model has another size."""
         rewrap_ddp(trainer.strategy)
         agree(trainer.strategy, "the plan after the cut", self._tracked().plan.digest())
-        self._run.stale = True
-        if self._best_of != "any_size":
-            restart_comparison(trainer, self._best_of)
+        self.state.outdated = True
+        if self.best_of != "any_size":
+            restart_comparison(trainer, self.best_of)
+
+    # Time
+
+    def _fit(self, length: float, every: int, begin: int) -> CutSchedule:
+        """The cuts of a run of ``length`` epochs, from ``begin``, validated after ``every``."""
+        asked = self.strategy.schedule
+        try:
+            found = fit_schedule(
+                length,
+                self.strategy.goal,
+                ramp=asked.ramp,
+                cuts=asked.cuts,
+                first_epoch=asked.first_epoch,
+                last_epoch=asked.last_epoch,
+                every=every,
+                begin=begin,
+                recovery=1 if self.guard is None else 2,
+                late=self.strategy.late,
+            )
+        except PruningError as error:
+            raise MisconfigurationException(f"{error}{self._turn}") from error
+        due = decision_epoch(found.epochs[-1], None, length, every)
+        if self.guard is not None and (due + 1) % every:
+            raise MisconfigurationException(
+                f"No validation comes after the last cut at epoch {found.epochs[-1]} in time to "
+                f"roll it back in a run of {counted(length, 'epoch')}; lower last_epoch or raise "
+                "max_epochs."
+            )
+        return found
+
+    def _begin(self, trainer: pl.Trainer) -> int:
+        """Epochs that are over when the turn of this strategy begins."""
+        begin = self.state.begin if self.state.fitted.epochs else trainer.current_epoch
+        order = self.strategy.order
+        earlier = [other for other in self._others(trainer) if other.strategy.order < order]
+        return max([begin, *(math.ceil(other._end(trainer)) for other in earlier)])
+
+    def _end(self, trainer: pl.Trainer) -> float:
+        """Epoch at which the turn of this strategy is over: half-way if one follows."""
+        length, begin = run_length(trainer), self._begin(trainer)
+        return length if self._is_last(trainer) else begin + (length - begin) // 2
+
+    def _others(self, trainer: pl.Trainer) -> list[RunEngine]:
+        return [engine for engine in _engines(trainer) if engine is not self]
+
+    def _is_last(self, trainer: pl.Trainer) -> bool:
+        order = self.strategy.order
+        return not any(other.strategy.order > order for other in self._others(trainer))
+
+    def _collects(self, trainer: pl.Trainer) -> bool:
+        """Whether the epoch that runs ends with a decision."""
+        state, epoch = self.state, trainer.current_epoch + 1
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        due = state.schedule.due(epoch, state.reached)
+        if not fitting or state.pending is not None or due is None:
+            return False
+        # A cut that a missed validation made late must be followed by training.
+        return is_dev_run(trainer) or epoch < self._end(trainer)
+
+    def _has_failed(self) -> bool:
+        return self.state.snapshot is not None and self.state.snapshot.failed_epoch is not None
+
+    def _is_finished(self) -> bool:
+        state = self.state
+        accepted = state.pending is None and state.snapshot is None and not state.outdated
+        return accepted and not state.schedule.left(state.reached)
+
+    # Metrics
+
+    def _logged(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+        """Sizes of what this strategy removes; of the whole module once a run."""
+        found, report = self.strategy.sizes(self._session(trainer, module)), self.state.report
+        sparsity = found.pop("sparsity")
+        if self._is_last(trainer):
+            found["parameters"] = sum(p.numel() for p in module.parameters())
+            found["sparsity"] = sparsity
+            macs = report.cuts[-1].macs if report.cuts else report.macs
+            found |= {"macs": macs} if macs else {}
+        return found
+
+    def _hold_patience(self, trainer: pl.Trainer) -> None:
+        if not self._is_last(trainer):
+            return
+        held = trainer.state.fn == "fit" and self.best_of != "any_size"
+        finished = all(engine._is_finished() for engine in (self, *self._others(trainer)))
+        if held and not finished and not is_dev_run(trainer):
+            self._patience.hold(trainer)
+        else:
+            self._patience.release()
+
+    def _forget_outdated(self, trainer: pl.Trainer) -> None:
+        """Forget what was compared between a change of size and the validation that starts now."""
+        if not self.state.outdated or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self.state.outdated = False
+        if self.best_of != "any_size":
+            restart_comparison(trainer, "final_size")
+
+    # Hooks
+
+    def _session(self, trainer: pl.Trainer, module: pl.LightningModule) -> Session:
+        return Session(trainer, module, self._tracked(), self.state)
 
     def _tracked(self) -> PlanTracker:
         if self._tracker is None:
@@ -372,84 +651,35 @@ class PruningEngine(pl.Callback, ABC):
             )
         return self._tracker
 
-    def _fit(self, length: float, goal: float, every: int, begin: int, **options: Any) -> Schedule:
-        """:func:`fit_schedule` with the epochs and the recovery this callback asks for."""
-        try:
-            found = fit_schedule(
-                length,
-                goal,
-                first_epoch=self._first,
-                last_epoch=self._last,
-                every=every,
-                begin=begin,
-                recovery=1 if self._budget is None else 2,
-                **options,
-            )
-        except PruningError as error:
-            raise MisconfigurationException(f"{error}{self._share}") from error
-        judged = judging_epoch(found.epochs[-1], None, length, every)
-        if self._budget is not None and (judged + 1) % every:
-            raise MisconfigurationException(
-                f"No validation comes after the last cut at epoch {found.epochs[-1]} in time to "
-                f"take it back in a run of {counted(length, 'epoch')}; lower last_epoch or raise "
-                "max_epochs."
-            )
-        return found
-
-    def _others(self, trainer: pl.Trainer) -> list[PruningEngine]:
-        """Other pruning callbacks of the run: layers go first, then units."""
-        found: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        return [c for c in found if isinstance(c, PruningEngine) and c is not self]
-
-    def _is_last(self, trainer: pl.Trainer) -> bool:
-        return not any(other.order > self.order for other in self._others(trainer))
-
-    def _begin(self, trainer: pl.Trainer) -> int:
-        """Epochs that are over when this callback's part of the run begins."""
-        begin = self._run.begin if self._run.fitted.epochs else trainer.current_epoch
-        earlier = [other for other in self._others(trainer) if other.order < self.order]
-        return max([begin, *(math.ceil(other._end(trainer)) for other in earlier)])
-
-    def _end(self, trainer: pl.Trainer) -> float:
-        """Epoch at which this callback's part of the run is over: half-way if one follows."""
-        length, begin = run_length(trainer), self._begin(trainer)
-        return length if self._is_last(trainer) else begin + (length - begin) // 2
-
-    def _listens(self, trainer: pl.Trainer) -> bool:
-        run, fitting = self._run, trainer.state.fn == "fit" and not trainer.sanity_checking
-        epoch = trainer.current_epoch + 1
-        if not fitting or run.pending is not None or run.schedule.due(epoch, run.reached) is None:
-            return False
-        # A cut that a missed validation made late must still be followed by training.
-        return is_dev_run(trainer) or epoch < self._end(trainer)
-
-    def _is_failed(self) -> bool:
-        return self._run.trial is not None and self._run.trial.failed_at is not None
-
-    def _is_finished(self) -> bool:
-        run = self._run
-        decided = run.pending is None and run.trial is None and not run.stale
-        return decided and not run.schedule.left(run.reached)
-
-    def _forget_stale(self, trainer: pl.Trainer) -> None:
-        """What was compared between a change of size and the validation that starts now."""
-        if not self._run.stale or trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        self._run.stale = False
-        if self._best_of != "any_size":
-            restart_comparison(trainer, "final_size")
-
-    def _close(self) -> Recorder | None:
-        """Take our hooks down; returns what listened."""
-        recorder, self._recorder = self._recorder, None
+    def _stop_recording(self) -> Recorder | None:
+        """Take the hooks of validation down; returns their recorder."""
+        recorder, self.recorder = self.recorder, None
         if recorder is not None:
             recorder.close()
         return recorder
 
+    def _stop_all(self) -> None:
+        self._stop_recording()
+        if self.strategy.steps is not None:
+            self.strategy.steps.close()
 
-def _on_cpu(selection: Decision) -> Decision:
-    cpu = torch.device("cpu")
-    compensated, rotated = (
-        move_tensors(given, cpu) for given in (selection.compensated, selection.rotated)
-    )
-    return replace(selection, compensated=compensated, rotated=rotated)
+
+def _engines(trainer: pl.Trainer) -> list[RunEngine]:
+    """Engines of all pruning callbacks of a run: layers go first, then units."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    found = (getattr(callback, "engine", None) for callback in callbacks)
+    return [engine for engine in found if isinstance(engine, RunEngine)]
+
+
+def _report_no_cut(report: PruningReport, met: str, remedy: str, left: Sequence[int]) -> None:
+    """Say that no cut is needed; a warning where the run ends as it began."""
+    if report.cuts or report.undone or left:
+        rank_zero_info(met)
+    else:
+        text = f"{met} Nothing was cut in this run. {remedy}"
+        rank_zero_warn(text, category=PruningWarning)
+
+
+def _on_cpu(decision: Decision) -> Decision:
+    move: Callable[[Any], Any] = partial(move_tensors, device=torch.device("cpu"))
+    return replace(decision, compensated=move(decision.compensated), rotated=move(decision.rotated))

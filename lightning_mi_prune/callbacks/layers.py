@@ -5,37 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from typing_extensions import override
+from torch import nn
 
 from lightning_mi_prune.calibration.activations import Recorder
 from lightning_mi_prune.calibration.calls import update_calls
-from lightning_mi_prune.calibration.data import CalibrationData, LayerComparison
-from lightning_mi_prune.calibration.layers import Kernel, StackRecorder
+from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.calibration.layers import StackRecorder
 from lightning_mi_prune.callbacks.base import PruningCallback, as_misconfiguration, checked_options
-from lightning_mi_prune.callbacks.distributed import (
-    gather_ranks,
-    refuse_compiled,
-    sum_over_ranks,
-    sum_tensor,
-    world_size,
-)
-from lightning_mi_prune.callbacks.monitors import BestOf, MetricGuard, guard_of
-from lightning_mi_prune.callbacks.resume import resumed, watch_anew
-from lightning_mi_prune.callbacks.schedule import Schedule
-from lightning_mi_prune.callbacks.sizes import (
-    begin_layer_report,
-    layer_cut_record,
-    layer_parameters,
-    report_no_cut,
-)
-from lightning_mi_prune.callbacks.state import PendingCut, Snapshot
-from lightning_mi_prune.callbacks.trainer import validation_batches, without_frozen
+from lightning_mi_prune.callbacks.distributed import gather_ranks, sum_over_ranks, sum_tensor
+from lightning_mi_prune.callbacks.schedule import CutSchedule, validation_batches
+from lightning_mi_prune.callbacks.state import PendingCut, Session
+from lightning_mi_prune.callbacks.verification import check_surroundings, without_frozen
 from lightning_mi_prune.checkpoint.state_dict import Find
 from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import PruningError, counted
@@ -53,269 +37,50 @@ from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 
 __all__ = [
     "CKALayerPruning",
-    "LayerPruning",
+    "LayerStrategy",
 ]
 
-_SPARSEST = 3  # MPruner gives up when every third layer of a cluster is too much to lose
+_LARGEST_STEP = 3  # MPruner stops when every third layer of a cluster is too much to lose
 
 
-class LayerPruning(PruningCallback):
+class LayerStrategy:
     """Removes layers.
 
     Args:
-        thinning: How the layers that go are chosen.
-        kernel: Kernel of the comparison.
-        bandwidth: Its width.
-        positions: Positions to compare in a batch of validation.
-        calls: Positions of the inputs to store in it, over all ranks; 0 stores none.
+        selector: How the layers that go are chosen.
+        similarity: How they are compared.
+        reconstruction: Whether the layers that stay make up for them.
+        schedule: When to cut; ``cuts`` is the largest number of attempts.
         stacks: Paths of the containers; None finds them.
         module: Path of the submodule to search for them; "" searches all.
-        cuts: Most attempts.
-        first_epoch: Epoch that starts with the first cut (``trainer.current_epoch``).
-        last_epoch: Epoch of the last attempt, likewise.
-        seed: Seed of the draw of positions.
-        verbose: Whether each cut prints a table on rank zero.
-        best_of: What monitors may compare (:func:`monitors.restart_comparison`).
-        budget: What a cut may cost before it is taken back; None keeps every cut.
+        guarded: Whether a cut that costs too much is rolled back.
     """
 
-    order: ClassVar[int] = 0
+    order = 0
+    goal = 1.0
+    late: bool
+    steps = None
 
     def __init__(
         self,
-        thinning: LayerSelector,
+        selector: LayerSelector,
+        similarity: options.Similarity,
+        reconstruction: options.Reconstruction,
+        schedule: options.Schedule,
         *,
-        kernel: Kernel,
-        bandwidth: float,
-        positions: int,
-        calls: int,
         stacks: list[str] | None,
         module: str,
-        cuts: int | None,
-        first_epoch: int | None,
-        last_epoch: int | None,
-        seed: int,
-        verbose: bool,
-        best_of: BestOf,
-        budget: MetricGuard | None,
+        guarded: bool,
     ) -> None:
-        super().__init__(module=module, seed=seed, verbose=verbose, best_of=best_of, budget=budget)
-        self.thinning = thinning
-        self._kernel, self._bandwidth, self._positions = kernel, bandwidth, positions
-        self._calls, self._paths, self._cuts = calls, stacks, cuts
-        self._first, self._last = first_epoch, last_epoch
+        cuts = schedule.cuts if schedule.cuts is not None or guarded else 1
+        self.schedule = replace(schedule, ramp="linear", cuts=cuts)
+        # Layers are reconstructed best in a well-trained model; attempts need time to be undone.
+        self.late = not guarded
+        self.find: Find = partial(find_groups_and_stacks, stacks=stacks, within=module)
+        self.selector = selector
+        self._similarity, self._calls = similarity, reconstruction.stored_positions
+        self._paths, self._within = stacks, module
         self._stacks: list[LayerStack] = []
-
-    @override
-    def finder(self) -> Find:
-        return partial(find_groups_and_stacks, stacks=self._paths, within=self._within)
-
-    @override
-    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, object]:
-        tracker = self._tracked()
-        stacks = tracker.graph.stacks
-        if self._paths is None:  # one layer, as in a short decoder, is no stack to thin
-            mine = [stack for stack in stacks if is_within(stack.name, self._within)]
-            mine = [stack for stack in mine if stack.size > 1] or mine
-        else:
-            mine = [stack for stack in stacks if stack.name in self._paths]
-        self._stacks = without_frozen(module, mine)
-        check_stack_paths(module, self._names)
-        refuse_compiled(module, self._names)
-        layers = [module.get_submodule(name) for name in self._names]
-        self.warn_of_holders(trainer, module, [p for part in layers for p in part.parameters()])
-        for stack in self._stacks:
-            if tracker.plan.width(stack.name) > 1 or stack.size < 2:
-                layer_paths(module, stack.name)
-            target = self.thinning.target or 1
-            if target > stack.size:
-                raise PruningError(
-                    f"target_layers={target}, but {stack.name!r} has "
-                    f"{counted(stack.size, 'layer')} as built; expected no more."
-                )
-        if not self._run.fitted.epochs:
-            self.report = begin_layer_report(module, tracker, self._names)
-        self.check_state(trainer, module)
-        sizes = {f"the size of {stack.name!r}": stack.size for stack in self._stacks}
-        return self._options | sizes | resumed(self._run, tracker.plan)
-
-    @override
-    def reconcile(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
-        run, surprises = self._run, []
-        plan, names = self._tracked().plan, set(self._names)
-        present = {name: plan.kept[name] for name in names if plan.width(name) > 1}
-        if run.heard is not None and {n: c.layers for n, c in run.heard.stacks.items()} != present:
-            run.heard = None
-            surprises.append("What was heard was of other layers; a cut waits for validation.")
-        elif run.heard is not None and self._stored and not any(run.heard.ranks):
-            run.heard = None
-            surprises.append("Nothing was stored for a reconstruct; a cut waits for validation.")
-        if run.pending is not None and not (
-            set(run.compared.stacks) <= names and self._would_choose(run.pending)
-        ):
-            run.pending = None
-            surprises.append("The pending cut was chosen by other options; it is chosen again.")
-        return surprises + watch_anew(run, self._budget)
-
-    @override
-    def schedule(self, length: float, every: int, begin: int) -> Schedule:
-        cuts = self._cuts if self._cuts is not None or self._budget is not None else 1
-        # Layers take over what a well-trained model says; attempts need time to be taken back.
-        late = self._budget is None
-        return self._fit(length, 1.0, every, begin, ramp="linear", cuts=cuts, late=late)
-
-    @override
-    def plan_to_verify(self) -> PruningPlan | None:
-        tracker = self._tracked()
-        shorter = {
-            stack.name: tracker.plan.kept[stack.name][:-1]
-            for stack in self._stacks
-            if tracker.plan.width(stack.name) > max(1, stack.fixed)
-        }
-        return tracker.graph.keep_layers(tracker.plan, shorter) if shorter else None
-
-    @override
-    def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> StackRecorder:
-        stacks = [stack for stack in self._stacks if self._tracked().plan.width(stack.name) > 1]
-        return StackRecorder(
-            module,
-            stacks,
-            positions=self._positions,
-            kernel=self._kernel,
-            bandwidth=self._bandwidth,
-            seed=self._seed,
-            calls=-(-self._stored // world_size(trainer.strategy)),
-            batches=validation_batches(trainer),
-        )
-
-    @override
-    def hear(self, trainer: pl.Trainer, recorder: Recorder) -> CalibrationData | None:
-        assert isinstance(recorder, StackRecorder)  # noqa: S101
-        self._run.examples = update_calls(self._run.examples, recorder.examples)
-        self._run.seconds = {"calibration": recorder.seconds}
-        sum_over_ranks(trainer.strategy, recorder.sums)
-        heard = CalibrationData(stacks=recorder.compared(self._tracked().plan))
-        if self._stored:
-            heard.ranks = gather_ranks(
-                trainer.strategy, move_tensors(recorder.stored, torch.device("cpu"))
-            )
-        return heard
-
-    @override
-    def decide(
-        self, module: pl.LightningModule, heard: CalibrationData, goal: float, kept: float
-    ) -> Decision | None:
-        choices = self._choices(heard.stacks, goal)
-        layers = {choice.name: choice.after for choice in choices if choice.removed}
-        tracker = self._tracked()
-        return Decision(tracker.graph.keep_layers(tracker.plan, layers), {}, {}) if layers else None
-
-    @override
-    def reconstruct(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        selection: Decision,
-        heard: CalibrationData,
-    ) -> Decision:
-        tracker, strategy = self._tracked(), trainer.strategy
-        if not self._stored:
-            if self._calls:
-                rank_zero_info(
-                    f"Nothing takes over: what layers of {self._names} add is not known."
-                )
-            return selection
-        try:
-            return compensate_removed_layers(
-                module,
-                tracker.graph,
-                tracker.plan,
-                selection,
-                heard,
-                positions=self._calls,
-                add=partial(sum_tensor, strategy),
-                rank=trainer.global_rank,
-                world=world_size(strategy),
-            )
-        except PruningError as error:  # a layer can go without; training will make up for it
-            rank_zero_warn(f"No layer takes over what the removed ones said: {error}")
-            return selection
-
-    def _choices(self, stacks: Mapping[str, LayerComparison], goal: float) -> tuple[StackCut, ...]:
-        sizes = {stack.name: stack.size for stack in self._stacks}
-        return tuple(
-            self.thinning.choose(
-                name, compared, every=self._run.every, progress=goal, built=sizes[name]
-            )
-            for name, compared in sorted(stacks.items())
-        )
-
-    @override
-    def describe(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        pending: PendingCut,
-        before: PruningPlan,
-    ) -> Cut:
-        told = [c for c in self._choices(self._run.compared.stacks, pending.sparsity) if c.removed]
-        built = self.report.prunable_parameters
-        return layer_cut_record(trainer, module, self._run, built, self._names, pending, told)
-
-    @override
-    def curves(self, module: pl.LightningModule) -> dict[str, float]:
-        plan = self._tracked().plan
-        return {f"depth/{name}": plan.width(name) for name in self._names}
-
-    @override
-    def sparsity(self, module: pl.LightningModule) -> float:
-        return 1 - layer_parameters(module, self._names) / self.report.prunable_parameters
-
-    @override
-    def check_state(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        layers = [module.get_submodule(name) for name in self._names]
-        parameters = [parameter for layer in layers for parameter in layer.parameters()]
-        check_optimizers(trainer.strategy.optimizers, parameters)
-
-    @override
-    def retry(self, trainer: pl.Trainer, trial: Snapshot, failed: float) -> str:
-        run, epoch = self._run, trainer.current_epoch
-        left, tried = run.schedule.left(failed), self._removed(failed)
-        run.schedule, run.every = Schedule(), run.every + 1
-        while run.every <= _SPARSEST and self._removed(failed) == tried:
-            run.every += 1
-        if not left or run.every > _SPARSEST or self.thinning.criterion != "cka":
-            return "no further cut"
-        # The model is the one that was compared: it need not be heard again.
-        run.heard, run.heard_at = replace(run.compared), epoch - 1
-        step = (1 - failed) / max(1, len(left) - 1)
-        goals = tuple(failed + step * place for place in range(len(left)))
-        run.schedule = Schedule((epoch, *left[1:]), goals)
-        return f"one of {run.every} layers of a cluster now"
-
-    @override
-    def _reached(self, trainer: pl.Trainer, heard: CalibrationData, goal: float) -> None:
-        self._run.schedule = Schedule()
-        near = [f"{c.largest_neighbor_cka:.3f} in {name!r}" for name, c in heard.stacks.items()]
-        met = (
-            f"No layer is left to remove: the most alike neighbours have CKA "
-            f"{', '.join(near) or '(none)'}, threshold={self.thinning.threshold}, "
-            f"target_layers={self.thinning.target}."
-        )
-        report_no_cut(self.report, met, "Lower threshold, or set target_layers and threshold=None.")
-
-    @override
-    def _named(self, goal: float) -> str:
-        return "fewer layers"
-
-    def _would_choose(self, pending: PendingCut) -> bool:
-        """Whether the options of today lead to a cut that is decided."""
-        kept = pending.selection.plan.kept
-        choices = self._choices(self._run.compared.stacks, pending.sparsity)
-        return all(kept.get(choice.name, choice.before) == choice.after for choice in choices)
-
-    def _removed(self, goal: float) -> list[tuple[int, ...]]:
-        return [choice.removed for choice in self._choices(self._run.compared.stacks, goal)]
 
     @property
     def _stored(self) -> int:
@@ -326,14 +91,200 @@ class LayerPruning(PruningCallback):
     def _names(self) -> list[str]:
         return [stack.name for stack in self._stacks]
 
+    def prepare(self, session: Session) -> Mapping[str, object]:
+        module, stacks, state = session.module, session.graph.stacks, session.state
+        if self._paths is None:  # one layer, as in a short decoder, is no stack to shorten
+            mine = [stack for stack in stacks if is_within(stack.name, self._within)]
+            mine = [stack for stack in mine if stack.size > 1] or mine
+        else:
+            mine = [stack for stack in stacks if stack.name in self._paths]
+        self._stacks = without_frozen(module, mine)
+        check_stack_paths(module, self._names)
+        check_surroundings(session, self.parameters(session), set(self._names))
+        for stack in self._stacks:
+            if session.plan.width(stack.name) > 1 or stack.size < 2:
+                layer_paths(module, stack.name)
+            target = self.selector.target or 1
+            if target > stack.size:
+                raise PruningError(
+                    f"target_layers={target}, but {stack.name!r} has "
+                    f"{counted(stack.size, 'layer')} as built; expected no more."
+                )
+        if not state.fitted.epochs:
+            left, report = self._parameters_left(session), session.begin_report()
+            state.report = replace(
+                report,
+                prunable_parameters=left + session.absent_parameters(self._names),
+                start={**report.start, "prunable_parameters": left},
+            )
+        check_optimizers(session.trainer.strategy.optimizers, self.parameters(session))
+        return {f"the size of {stack.name!r}": stack.size for stack in self._stacks}
 
-class CKALayerPruning(LayerPruning):
-    """Take layers out of a model while it trains, where others say the same.
+    def reconcile(self, session: Session) -> list[str]:
+        state, plan, dropped = session.state, session.plan, []
+        names, data = set(self._names), state.calibration
+        present = {name: plan.kept[name] for name in names if plan.width(name) > 1}
+        if data is not None and {n: c.layers for n, c in data.stacks.items()} != present:
+            state.calibration = None
+            dropped.append("Calibration was of other layers; a cut waits for validation.")
+        elif data is not None and self._stored and not any(data.ranks):
+            state.calibration = None
+            dropped.append("No inputs were stored to reconstruct from; a cut waits for validation.")
+        if state.pending is not None and not (
+            set(state.comparison.stacks) <= names and self._would_choose(session, state.pending)
+        ):
+            state.pending = None
+            dropped.append("The pending cut was chosen by other options; it is chosen again.")
+        return dropped
+
+    def _would_choose(self, session: Session, pending: PendingCut) -> bool:
+        """Whether the present options lead to a cut that is decided."""
+        kept = pending.decision.plan.kept
+        choices = self._choices(session, session.state.comparison, pending.sparsity)
+        return all(kept.get(choice.name, choice.before) == choice.after for choice in choices)
+
+    def parameters(self, session: Session) -> list[nn.Parameter]:
+        layers = [session.module.get_submodule(name) for name in self._names]
+        return [parameter for layer in layers for parameter in layer.parameters()]
+
+    def _parameters_left(self, session: Session) -> int:
+        return sum(p.numel() for p in self.parameters(session))
+
+    def plan_to_verify(self, session: Session) -> PruningPlan | None:
+        plan = session.plan
+        shorter = {
+            stack.name: plan.kept[stack.name][:-1]
+            for stack in self._stacks
+            if plan.width(stack.name) > max(1, stack.fixed)
+        }
+        return session.graph.keep_layers(plan, shorter) if shorter else None
+
+    def recorder(self, session: Session) -> StackRecorder:
+        return StackRecorder(
+            session.module,
+            [stack for stack in self._stacks if session.plan.width(stack.name) > 1],
+            positions=self._similarity.positions,
+            kernel=self._similarity.kernel,
+            bandwidth=self._similarity.bandwidth,
+            seed=self.selector.seed,
+            calls=-(-self._stored // session.world),
+            batches=validation_batches(session.trainer),
+        )
+
+    def collect(self, session: Session, recorder: Recorder) -> CalibrationData | None:
+        assert isinstance(recorder, StackRecorder)  # noqa: S101
+        state, strategy = session.state, session.trainer.strategy
+        state.examples = update_calls(state.examples, recorder.examples)
+        state.seconds = {"calibration": recorder.seconds}
+        sum_over_ranks(strategy, recorder.sums)
+        data = CalibrationData(stacks=recorder.compared(session.plan))
+        if self._stored:
+            data.ranks = gather_ranks(strategy, move_tensors(recorder.stored, torch.device("cpu")))
+        return data
+
+    def decide(self, session: Session, data: CalibrationData, goal: float) -> Decision | None:
+        choices = self._choices(session, data, goal)
+        layers = {choice.name: choice.after for choice in choices if choice.removed}
+        return Decision(session.graph.keep_layers(session.plan, layers), {}, {}) if layers else None
+
+    def _choices(
+        self, session: Session, data: CalibrationData, goal: float
+    ) -> tuple[StackCut, ...]:
+        sizes = {stack.name: stack.size for stack in self._stacks}
+        return tuple(
+            self.selector.choose(
+                name,
+                compared,
+                every=session.state.cluster_step,
+                progress=goal,
+                built=sizes[name],
+            )
+            for name, compared in sorted(data.stacks.items())
+        )
+
+    def reconstruct(self, session: Session, decision: Decision, data: CalibrationData) -> Decision:
+        if not self._stored:
+            if self._calls:
+                rank_zero_info(
+                    f"Nothing is reconstructed: what layers of {self._names} add is not known."
+                )
+            return decision
+        try:
+            return compensate_removed_layers(
+                session.module,
+                session.graph,
+                session.plan,
+                decision,
+                data,
+                positions=self._calls,
+                add=partial(sum_tensor, session.trainer.strategy),
+                rank=session.trainer.global_rank,
+                world=session.world,
+            )
+        except PruningError as error:  # a layer can go without; training will make up for it
+            rank_zero_warn(f"No layer makes up for the removed ones: {error}")
+            return decision
+
+    def record(self, session: Session, pending: PendingCut, before: PruningPlan) -> Cut:
+        state, left = session.state, self._parameters_left(session)
+        choices = self._choices(session, state.comparison, pending.sparsity)
+        return Cut(
+            epoch=pending.epoch,
+            sparsity=1 - left / state.report.prunable_parameters,
+            parameters=sum(p.numel() for p in session.module.parameters()),
+            prunable_parameters=left,
+            macs=session.count_macs(),
+            groups=(),
+            seconds=state.seconds,
+            stacks=tuple(choice for choice in choices if choice.removed),
+        )
+
+    def sizes(self, session: Session) -> dict[str, float]:
+        left, built = self._parameters_left(session), session.state.report.prunable_parameters
+        depths = {f"depth/{name}": session.plan.width(name) for name in self._names}
+        return {**depths, "sparsity": 1 - left / built}
+
+    def retry(self, session: Session, failed: float, end: float) -> str:
+        state, epoch = session.state, session.trainer.current_epoch
+
+        def removed() -> list[tuple[int, ...]]:
+            choices = self._choices(session, state.comparison, failed)
+            return [choice.removed for choice in choices]
+
+        left, tried = state.schedule.left(failed), removed()
+        state.schedule, state.cluster_step = CutSchedule(), state.cluster_step + 1
+        while state.cluster_step <= _LARGEST_STEP and removed() == tried:
+            state.cluster_step += 1
+        if not left or state.cluster_step > _LARGEST_STEP or self.selector.criterion != "cka":
+            return "no further cut"
+        # The model is the one that was compared: it needs no calibration again.
+        state.calibration, state.calibration_epoch = replace(state.comparison), epoch - 1
+        step = (1 - failed) / max(1, len(left) - 1)
+        goals = tuple(failed + step * place for place in range(len(left)))
+        state.schedule = CutSchedule((epoch, *left[1:]), goals)
+        return f"one of {state.cluster_step} layers of a cluster now"
+
+    def name_goal(self, goal: float) -> str:
+        return "fewer layers"
+
+    def no_cut(self, session: Session, data: CalibrationData, goal: float) -> tuple[str, str]:
+        session.state.schedule = CutSchedule()
+        near = [f"{c.largest_neighbor_cka:.3f} in {name!r}" for name, c in data.stacks.items()]
+        return (
+            f"No layer is left to remove: the most alike neighbours have CKA "
+            f"{', '.join(near) or '(none)'}, threshold={self.selector.threshold}, "
+            f"target_layers={self.selector.target}.",
+            "Lower threshold, or set target_layers and threshold=None.",
+        )
+
+
+class CKALayerPruning(PruningCallback):
+    """Take layers out of a model while it trains, where others compute much the same.
 
     Validation compares all layers of a stack (centered kernel alignment). Neighbours that are alike
-    form clusters; the next epoch starts with all but the first of each taken out. The first takes
-    over what the others said, and training goes on. With ``max_drop`` a cut that costs too much
-    after its recovery is taken back exactly, and every second, then every third layer of a cluster
+    form clusters; the next epoch starts with all but the first of each taken out. The first makes
+    up for the others, and training goes on. With ``max_drop`` a cut that costs too much
+    after its recovery is rolled back exactly, and every second, then every third layer of a cluster
     is tried instead.
 
     Args:
@@ -402,21 +353,20 @@ class CKALayerPruning(LayerPruning):
                 "where whole layers go."
             )
         with as_misconfiguration():
-            thinning = LayerSelector(threshold, target_layers, criterion, seed)
+            selector = LayerSelector(threshold, target_layers, criterion, seed)
         super().__init__(
-            thinning,
-            kernel=similarity.kernel,
-            bandwidth=similarity.bandwidth,
-            positions=similarity.positions,
-            calls=reconstruction.stored_positions,
-            stacks=stacks,
-            module=module or "",
-            cuts=schedule.cuts,
-            first_epoch=schedule.first_epoch,
-            last_epoch=schedule.last_epoch,
-            seed=seed,
+            LayerStrategy(
+                selector,
+                similarity,
+                reconstruction,
+                schedule,
+                stacks=stacks,
+                module=module or "",
+                guarded=max_drop is not None,
+            ),
+            given,
+            max_drop=max_drop,
+            monitor=monitor,
+            monitoring=monitoring,
             verbose=verbose,
-            best_of=monitoring.best_of,
-            budget=guard_of(max_drop, monitor, monitoring),
         )
-        self._options = given

@@ -8,7 +8,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Literal
 
@@ -19,6 +19,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_mi_prune.callbacks.distributed import broadcast_decision
+from lightning_mi_prune.callbacks.schedule import decision_epoch, is_last_validation
+from lightning_mi_prune.callbacks.state import RunState, Snapshot
 from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import number
 
@@ -27,6 +29,7 @@ __all__ = [
     "EarlyStoppingHold",
     "MetricGuard",
     "check_monitor",
+    "compare_metric",
     "guard_of",
     "logged_in_code",
     "logged_in_validation",
@@ -55,16 +58,16 @@ def check_monitor(trainer: pl.Trainer, module: pl.LightningModule, monitor: str)
     if names is None or {stem, stem.removesuffix("_epoch"), stem.removesuffix("_step")} & names:
         return
     raise MisconfigurationException(
-        f"max_drop watches monitor={monitor!r}, which {type(module).__name__} never logs; expected "
+        f"max_drop compares monitor={monitor!r}, which {type(module).__name__} never logs; expected "
         f"one of {sorted(names)}. Log it in validation_step, or change monitor."
     )
 
 
 def logged_in_code(objects: Iterable[object]) -> set[str] | None:
-    """Names that validation logs under, by the code of some classes; None if it does not tell all.
+    """Names that validation logs under, by the code of some classes; None if others may be logged.
 
-    Names that are put together as the code runs, and a module that is handed on to others, who may
-    log with it, leave it open.
+    So it is with names that are put together as the code runs, and with a module that is given to
+    other objects, which may log with it.
 
     Args:
         objects: The module and the callbacks of a run; those of libraries log nothing here.
@@ -182,7 +185,7 @@ class MetricGuard:
             if self.monitor in logged:
                 return float(logged[self.monitor])
             raise MisconfigurationException(
-                f"max_drop watches monitor={self.monitor!r}, which was not logged in validation; "
+                f"max_drop compares monitor={self.monitor!r}, which was not logged in validation; "
                 f"expected one of {logged_in_validation(trainer)}. Log it in validation_step, or "
                 "change monitor."
             )
@@ -201,6 +204,27 @@ class MetricGuard:
             return False
         drop = best - value if self.mode == "max" else value - best
         return not drop <= self.max_drop
+
+
+def compare_metric(
+    trainer: pl.Trainer, guard: MetricGuard, state: RunState, end: float
+) -> tuple[Snapshot | None, float | None]:
+    """The snapshot and the best value after a validation.
+
+    There is no snapshot any more where the cut after it is accepted, and one with a
+    ``failed_epoch`` where that is to be rolled back.
+    """
+    value, snapshot = guard.value(trainer), state.snapshot
+    if snapshot is None:
+        return None, guard.better(value, state.best)
+    following = next((e for e in state.schedule.left(state.reached) if e > snapshot.epoch), None)
+    every = trainer.check_val_every_n_epoch or 1
+    due = decision_epoch(snapshot.epoch, following, end, every)
+    if trainer.current_epoch < due or not is_last_validation(trainer):
+        return snapshot, state.best
+    if guard.exceeded(value, state.best):
+        return replace(snapshot, failed_epoch=trainer.current_epoch), state.best
+    return None, guard.better(value, state.best)
 
 
 def guard_of(

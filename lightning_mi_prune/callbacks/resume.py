@@ -1,4 +1,4 @@
-"""What a resumed run must check, drop or build again.
+"""Go on from a checkpoint, or back to a snapshot: what a run must check, drop or build again.
 
 Lightning calls ``configure_optimizers`` of a resumed run when layers, and all units of others, have
 left the model already. Groups that are made by layer, by parameter or by position would then be
@@ -8,8 +8,8 @@ others than those of the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from functools import update_wrapper
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_mi_prune.calibration.gradients import GradientSums, empty_sums
 from lightning_mi_prune.callbacks.monitors import MetricGuard
-from lightning_mi_prune.callbacks.schedule import Schedule
+from lightning_mi_prune.callbacks.schedule import CutSchedule, validates_after
 from lightning_mi_prune.callbacks.state import RunState, Snapshot
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.empty_linear import empty_linears, place_linears, show_linears
@@ -29,16 +29,24 @@ from lightning_mi_prune.discovery.graph import PruningGraph
 from lightning_mi_prune.discovery.groups import DependencyGroup
 from lightning_mi_prune.surgery.layers import arrange_layers
 from lightning_mi_prune.surgery.optimizer_state import parameters_in, state_fits
-from lightning_mi_prune.surgery.optimizers import update_optimizers
+from lightning_mi_prune.surgery.optimizers import (
+    parameter_names,
+    restore_state,
+    snapshot_state,
+    update_optimizers,
+)
 from lightning_mi_prune.surgery.parameters import shapes_at
+from lightning_mi_prune.surgery.transaction import cancel_cut, restore_model
 
 __all__ = [
     "OptimizerPlan",
-    "RunOptions",
     "check_snapshot",
-    "reconcile",
+    "forget_metric",
+    "reconcile_units",
+    "rerun_validation",
     "resumed",
-    "watch_anew",
+    "roll_back",
+    "take_snapshot",
 ]
 
 _KEY, _ENTRY = "lightning_mi_prune", "optimizers_of"
@@ -48,25 +56,25 @@ _HOOK = "configure_optimizers"
 
 
 class OptimizerPlan:
-    """The plan at which the optimizers of a run were made; it travels with its checkpoints."""
+    """The plan at which the optimizers of a run were made; it is kept in its checkpoints."""
 
     def __init__(self) -> None:
-        self._begun: PruningPlan | None = None
+        self._plan: PruningPlan | None = None
 
     def begin(self, tracker: PlanTracker) -> None:
-        """Note the plan that the model carries, unless a checkpoint told of another one."""
-        if self._begun is None:
-            self._begun = tracker.plan.bare()
+        """Note the plan that the model carries, unless a checkpoint named another one."""
+        if self._plan is None:
+            self._plan = tracker.plan.bare()
 
     def save(self, checkpoint: MutableMapping[str, Any]) -> None:
-        """Tell a checkpoint."""
-        if self._begun is not None and self._begun.sizes:
-            checkpoint[_KEY] = {_ENTRY: self._begun.to_json()}
+        """Write the plan into a checkpoint."""
+        if self._plan is not None and self._plan.sizes:
+            checkpoint[_KEY] = {_ENTRY: self._plan.to_json()}
 
     def load(
         self, module: pl.LightningModule, tracker: PlanTracker, checkpoint: Mapping[str, Any]
     ) -> None:
-        """Let the next ``configure_optimizers`` see the parameters that a checkpoint tells of.
+        """Let the next ``configure_optimizers`` see the parameters that a checkpoint names.
 
         What is gone leaves its groups afterwards, as it did when it was cut.
 
@@ -76,10 +84,10 @@ class OptimizerPlan:
             checkpoint: The checkpoint, which is not trusted.
 
         Raises:
-            PruningError: If it tells of something else.
+            PruningError: If it holds something else.
         """
         noted = checkpoint.get(_KEY)
-        if noted is None or self._begun is not None:  # a finder of learning rates loads again
+        if noted is None or self._plan is not None:  # a finder of learning rates loads again
             return
         text = noted.get(_ENTRY) if isinstance(noted, Mapping) else None
         if not isinstance(text, str):
@@ -87,17 +95,17 @@ class OptimizerPlan:
                 f"The checkpoint holds {described(noted)} under {_KEY!r}; expected the plan at "
                 "which its optimizers were made. Take another checkpoint."
             )
-        self._begun = PruningPlan.from_json(text)
-        alone = not isinstance(module.__dict__.get(_HOOK), _Once)  # of two callbacks one does it
+        self._plan = PruningPlan.from_json(text)
+        first = not isinstance(module.__dict__.get(_HOOK), _Once)  # of two callbacks one does it
         now = tracker.plan
-        begun = self._begun.only(now.sizes)
+        begun = self._plan.only(now.sizes)
         stacks = {stack.name for stack in tracker.graph.stacks}
         lost = [
             name
             for name, kept in begun.kept.items()
             if (kept != now.kept[name] if name in stacks else kept and not now.kept[name])
         ]
-        if alone and lost:
+        if first and lost:
             sizes = _sizes_in(checkpoint["optimizer_states"])
             module.__dict__[_HOOK] = _Once(module, tracker, begun, sizes)
 
@@ -105,11 +113,11 @@ class OptimizerPlan:
         """Leave the module alone, if ``configure_optimizers`` was never called."""
         once = module.__dict__.get(_HOOK)
         if isinstance(once, _Once):
-            once.step_aside()
+            once.restore()
 
 
 class _Once:
-    """Stands in for ``configure_optimizers`` of a module, for one call."""
+    """Replaces ``configure_optimizers`` of a module for one call."""
 
     def __init__(
         self,
@@ -118,21 +126,21 @@ class _Once:
         begun: PruningPlan,
         sizes: list[list[int]],
     ) -> None:
-        self._module, self._tracker, self._begun, self._sizes = module, tracker, begun, sizes
+        self._module, self._tracker, self._plan, self._sizes = module, tracker, begun, sizes
         self._set = module.__dict__.get(_HOOK)  # the user's own, as of LightningCLI
         self._configure = module.configure_optimizers
         update_wrapper(self, self._configure)
 
-    def step_aside(self) -> None:
+    def restore(self) -> None:
         del self._module.__dict__[_HOOK]
         if self._set is not None:
             self._module.__dict__[_HOOK] = self._set
 
     def __call__(self) -> Any:
-        self.step_aside()
+        self.restore()
         module, tracker, now = self._module, self._tracker, self._tracker.plan
-        stacks, then = tracker.graph.stacks, now.joined(self._begun)
-        arrange_layers(module, stacks, self._begun, current=now, available=tracker.removed_layers)
+        stacks, then = tracker.graph.stacks, now.joined(self._plan)
+        arrange_layers(module, stacks, self._plan, current=now, available=tracker.removed_layers)
         empty = empty_linears(module)
         begun = {group.name for group in tracker.graph.groups if then.width(group.name)}
         paths = {
@@ -177,87 +185,157 @@ def _sizes_in(states: Sequence[Any]) -> list[list[int]]:
     return [[len(group["params"]) for group in s["param_groups"]] for s in states if s]
 
 
+def rerun_validation(trainer: pl.Trainer, loops: dict[str, Any]) -> None:
+    """Let a run that resumes here repeat the validation it stopped in, from its start.
+
+    Lightning skips what is left of a validation when it resumes, and with it the epoch's end when
+    the checkpoint was written after the last training batch. Does nothing for a checkpoint that was
+    written elsewhere.
+
+    Args:
+        trainer: Trainer that writes a checkpoint.
+        loops: Its entry ``"loops"``, changed in place.
+    """
+    fit = loops["fit_loop"]
+    epoch, batches = fit["epoch_progress"]["current"], fit["epoch_loop.batch_progress"]
+    current = batches["current"]
+    in_epoch = epoch["ready"] == epoch["started"] == epoch["processed"] + 1
+    if not in_epoch or not current["ready"] == current["processed"] > 0:
+        return
+    if not validates_after(trainer, current["ready"] - 1):
+        return
+    for counts in (batches["total"], current):
+        counts["completed"] = counts["processed"]
+    validation = fit["epoch_loop.val_loop.batch_progress"]
+    ready = max(1, validation["total"]["ready"])
+    validation["total"] |= {"ready": ready, "started": ready}
+    validation["total"] |= {"processed": ready - 1, "completed": ready - 1}
+    validation["current"] = dict.fromkeys(validation["current"], 0)
+    validation["is_last_batch"] = False
+
+
 _REMEDY = "take another checkpoint, or resume without max_drop, which keeps the last cut"
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What the options of a run ask for.
-
-    Args:
-        budget: What a cut may cost.
-        aim: What the schedule leads to, where that is not a sparsity.
-        calls: Positions of calls to store; 0 stores none.
-        steps: Training steps to take gradients from.
-    """
-
-    budget: MetricGuard | None = None
-    aim: str = ""
-    calls: int = 0
-    steps: int = 0
-
-
-def reconcile(
-    run: RunState,
-    groups: list[DependencyGroup],
+def reconcile_units(
+    state: RunState,
+    groups: Sequence[DependencyGroup],
     module: nn.Module,
     plan: PruningPlan,
-    asked: RunOptions,
+    *,
+    budget: str,
+    calls: int,
+    steps: int,
 ) -> list[str]:
-    """Let go of what does not fit the options a run resumes with.
+    """Drop what does not fit the options a run resumes with.
 
     Args:
-        run: The run, as it was read.
+        state: The run, as it was read.
         groups: Groups that may be cut now.
         module: The model.
         plan: The plan it carries.
-        asked: What is asked for now.
+        budget: What the schedule leads to now, where that is not a sparsity.
+        calls: Positions of calls to store now; 0 stores none.
+        steps: Training steps to take gradients from now; 0 takes none.
 
     Returns:
-        What was let go of, in a sentence each.
+        What was dropped, in a sentence each.
     """
-    budget, aim = asked.budget, asked.aim
-    surprises, names = [], {group.name for group in groups}
+    dropped, names = [], {group.name for group in groups}
     places = {key: consumers[0] for group in groups for key, consumers in group.inputs.items()}
     widths = {key: module.get_parameter(f"{r}.weight").shape[1] for key, r in places.items()}
-    shapes, heard = _shapes(empty_sums(module, groups, plan)), run.heard
-    if run.felt is not None and (not asked.steps or _shapes(run.felt) != shapes):
-        run.felt = None  # the rest of the epoch is felt anew
-    if heard is not None and {key: m.dimension for key, m in heard.moments.items()} != widths:
-        run.heard = None
-        surprises.append("What was heard was of other groups; a cut waits for the next validation.")
-    elif heard is not None and (
-        (asked.calls and not any(stored for rank in heard.ranks for stored in rank.values()))
-        or (asked.steps and _shapes(heard.gradients or {}) != shapes)
+    shapes, data = _shapes(empty_sums(module, groups, plan)), state.calibration
+    if state.gradients is not None and (not steps or _shapes(state.gradients) != shapes):
+        state.gradients = None  # collected anew in the rest of the epoch
+    if data is not None and {key: m.dimension for key, m in data.moments.items()} != widths:
+        state.calibration = None
+        dropped.append("Calibration was of other groups; a cut waits for the next validation.")
+    elif data is not None and (
+        (calls and not any(stored for rank in data.ranks for stored in rank.values()))
+        or (steps and _shapes(data.gradients or {}) != shapes)
     ):
-        run.heard = None
-        surprises.append(
-            "What was heard is less than the options ask for now; a cut waits for the next "
+        state.calibration = None
+        dropped.append(
+            "Calibration has less than the options ask for now; a cut waits for the next "
             "validation."
         )
-    if run.pending is not None and set(run.pending.selection.information) != names:
-        run.pending = None
-        surprises.append("The pending cut was chosen for other groups; it will be chosen again.")
-    if run.aim != aim and run.fitted.epochs:
+    if state.pending is not None and set(state.pending.decision.information) != names:
+        state.pending = None
+        dropped.append("The pending cut was chosen for other groups; it will be chosen again.")
+    if state.budget != budget and state.fitted.epochs:
         # Goals are counted from the model as built: what is reached already asks for no cut.
-        run.reached, run.fitted, run.schedule, run.pending = 0.0, Schedule(), Schedule(), None
-        surprises.append(f"The budget was {run.aim or 'a sparsity'}; the schedule begins anew.")
-    run.aim = aim
-    return surprises + watch_anew(run, budget)
+        state.reached, state.pending = 0.0, None
+        state.fitted = state.schedule = CutSchedule()
+        dropped.append(f"The budget was {state.budget or 'a sparsity'}; the schedule begins anew.")
+    state.budget = budget
+    return dropped
 
 
-def resumed(run: RunState, plan: PruningPlan) -> dict[str, object]:
+def resumed(state: RunState, plan: PruningPlan) -> dict[str, object]:
     """What all ranks must have read from the same checkpoint, by name."""
     return {
         "the plan of the model": plan.digest(),
-        "the sparsity reached": run.reached,
-        "the epoch of the cut on probation": run.trial and run.trial.epoch,
-        "the epoch of the pending cut": run.pending and run.pending.epoch,
+        "the sparsity reached": state.reached,
+        "the epoch of the last cut, not accepted yet": state.snapshot and state.snapshot.epoch,
+        "the epoch of the pending cut": state.pending and state.pending.epoch,
     }
 
 
+def take_snapshot(
+    module: pl.LightningModule,
+    optimizers: Sequence[Optimizer],
+    plan: PruningPlan,
+    epoch: int,
+    state: RunState,
+) -> Snapshot:
+    """Keep what it takes to undo the cut that comes now: copies on the CPU."""
+    tensors = chain(module.named_parameters(), module.named_buffers())
+    names = {id(p): name for name, p in module.named_parameters()}
+    return Snapshot(
+        epoch=epoch,
+        reached=state.reached,
+        information_kept=state.information_kept,
+        plan=plan,
+        weights={name: t.detach().to("cpu", copy=True) for name, t in tensors},
+        optimizers=snapshot_state(optimizers, names),
+        groups=parameter_names(optimizers, names),
+    )
+
+
+def roll_back(
+    module: pl.LightningModule,
+    optimizers: Sequence[Optimizer],
+    tracker: PlanTracker,
+    snapshot: Snapshot,
+) -> None:
+    """Undo the last cut: shapes, weights, optimizer state and plan are as before it.
+
+    Learning rates and everything else that follows time goes on.
+    """
+    before, current = {id(p) for p in module.parameters()}, tracker.plan
+    done = restore_model(
+        module,
+        tracker.graph,
+        snapshot.plan,
+        snapshot.weights,
+        current=current,
+        available=tracker.removed_layers,
+    )
+    module.zero_grad(set_to_none=True)  # of the model that is given up
+    try:
+        replaced = {id(r.old): r.new for r in done.rewrites if id(r.old) in before}
+        known = before | {id(new) for new in replaced.values()}
+        names = {id(p): name for name, p in module.named_parameters()}
+        returned = {name: p for name, p in module.named_parameters() if id(p) not in known}
+        restore_state(optimizers, replaced, names, snapshot.optimizers, snapshot.groups, returned)
+    except BaseException:
+        tracker.store(cancel_cut(module, tracker.graph, done))
+        raise
+    tracker.plan = snapshot.plan
+
+
 def check_snapshot(
-    trial: Snapshot,
+    snapshot: Snapshot,
     module: nn.Module,
     graph: PruningGraph,
     current: PruningPlan,
@@ -266,7 +344,7 @@ def check_snapshot(
     """Refuse, before the first batch, a snapshot that a rollback could not go back to.
 
     Args:
-        trial: The cut on probation, as a checkpoint holds it.
+        snapshot: The model before the last cut, as a checkpoint holds it.
         module: The model.
         graph: What it can lose, as built.
         current: Plan it carries.
@@ -276,7 +354,7 @@ def check_snapshot(
         PruningError: If names, shapes or kinds of weights or of states are others.
     """
     with reading("The snapshot before the last cut", _REMEDY):
-        before = trial.plan
+        before = snapshot.plan
         for name in set(before.sizes) & set(current.sizes):
             if before.sizes[name] != current.sizes[name]:
                 sizes = f"{before.sizes[name]}, not {current.sizes[name]}"
@@ -288,12 +366,14 @@ def check_snapshot(
             for stack in graph.stacks
             if before.kept.get(stack.name) != current.kept.get(stack.name)
         )
-        _check_weights(trial, module, shapes_at(module, graph.groups_at(before), before), changed)
-        _check_optimizers(trial, module, optimizers, changed)
+        _check_weights(
+            snapshot, module, shapes_at(module, graph.groups_at(before), before), changed
+        )
+        _check_optimizers(snapshot, module, optimizers, changed)
 
 
 def _check_weights(
-    trial: Snapshot, module: nn.Module, shapes: Mapping[str, list[int]], changed: tuple[str, ...]
+    snapshot: Snapshot, module: nn.Module, shapes: Mapping[str, list[int]], changed: tuple[str, ...]
 ) -> None:
     """Names below ``changed`` are others where layers went since; the rollback compares those."""
     every = module.named_parameters(remove_duplicate=False)
@@ -301,14 +381,14 @@ def _check_weights(
     for name, parameter in module.named_parameters():
         if name.startswith(changed):
             continue
-        shape, saved = cut.get(id(parameter), list(parameter.shape)), trial.weights.get(name)
+        shape, saved = cut.get(id(parameter), list(parameter.shape)), snapshot.weights.get(name)
         if saved is None or list(saved.shape) != shape:
             found = "nothing" if saved is None else described(saved)
             raise ValueError(f"{name!r} is {found}; expected shape {tuple(shape)}")
         _check_alike(name, saved, parameter)
     for name, buffer in module.named_buffers():  # their shapes may change as training goes on
-        if name in trial.weights and not name.startswith(changed):
-            _check_alike(name, trial.weights[name], buffer)
+        if name in snapshot.weights and not name.startswith(changed):
+            _check_alike(name, snapshot.weights[name], buffer)
 
 
 def _check_alike(name: str, saved: Tensor, present: Tensor) -> None:
@@ -320,12 +400,12 @@ def _check_alike(name: str, saved: Tensor, present: Tensor) -> None:
 
 
 def _check_optimizers(
-    trial: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer], changed: tuple[str, ...]
+    snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer], changed: tuple[str, ...]
 ) -> None:
-    if len(trial.optimizers) != len(optimizers):
-        raise ValueError(f"it has {len(trial.optimizers)} optimizers, not {len(optimizers)}")
+    if len(snapshot.optimizers) != len(optimizers):
+        raise ValueError(f"it has {len(snapshot.optimizers)} optimizers, not {len(optimizers)}")
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    for optimizer, states in zip(optimizers, trial.optimizers, strict=True):
+    for optimizer, states in zip(optimizers, snapshot.optimizers, strict=True):
         kind = type(optimizer).__name__
         # Those of torch keep everything of a parameter from its first step on.
         whole = type(optimizer).__module__.startswith("torch.optim")
@@ -335,7 +415,7 @@ def _check_optimizers(
             if not saved or name.startswith(changed):
                 continue
             for key, value in saved.items():
-                if not state_fits(key, value, trial.weights[name], present, parameter):
+                if not state_fits(key, value, snapshot.weights[name], present, parameter):
                     what = f"{described(key)} of {name!r} is {described(value)}"
                     now = described(present[key]) if key in present else "another kind"
                     raise ValueError(f"{what}; {kind} keeps {now}")
@@ -345,16 +425,16 @@ def _check_optimizers(
                 )
 
 
-def watch_anew(run: RunState, budget: MetricGuard | None) -> list[str]:
-    """Forget what another metric said; says so, if a cut was on probation."""
-    surprises = []
-    watched = "" if budget is None else f"{budget.monitor} {budget.mode}"
-    if run.watched != watched:
-        if run.trial is not None:
-            run.trial = None
-            surprises.append("max_drop watches something else now: the last cut is kept.")
-        run.best, run.watched = None, watched
-    return surprises
+def forget_metric(state: RunState, guard: MetricGuard | None) -> list[str]:
+    """Forget values of another metric; says so, if a cut was not accepted yet."""
+    dropped = []
+    monitored = "" if guard is None else f"{guard.monitor} {guard.mode}"
+    if state.monitored != monitored:
+        if state.snapshot is not None:
+            state.snapshot = None
+            dropped.append("max_drop compares something else now: the last cut is kept.")
+        state.best, state.monitored = None, monitored
+    return dropped
 
 
 def _shapes(sums: Mapping[str, GradientSums]) -> dict[str, tuple[int, int, bool]]:

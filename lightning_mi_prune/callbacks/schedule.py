@@ -1,4 +1,4 @@
-"""When to cut how much: pure functions from the length of a run to a schedule."""
+"""When a run cuts how much: its length, its validations, and the cuts that fit into it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,31 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
 from lightning_mi_prune.core.errors import PruningError, counted
 
 __all__ = [
+    "CutSchedule",
     "Ramp",
-    "Schedule",
+    "decision_epoch",
     "fit_schedule",
-    "judging_epoch",
+    "is_dev_run",
+    "is_last_validation",
+    "run_length",
+    "validates_after",
+    "validation_batches",
 ]
 
 Ramp = Literal["cubic", "linear", "one_shot"]
-
 
 _MOST_CUTS = 4  # automatic schedules; each cut wants an epoch to recover in
 
 
 @dataclass(frozen=True)
-class Schedule:
+class CutSchedule:
     """Sparsity to reach at the start of each cutting epoch, in order.
 
     Args:
@@ -43,19 +51,21 @@ class Schedule:
         """Epochs of the cuts that are still to come after sparsity ``reached``."""
         return tuple(e for e, s in zip(self.epochs, self.sparsities, strict=True) if s > reached)
 
-    def halved(self, epoch: int, reached: float, failed: float, last: int, every: int) -> Schedule:
+    def halved(
+        self, epoch: int, reached: float, failed: float, last: int, every: int
+    ) -> CutSchedule:
         """Go on from ``reached`` with half of the step that ``failed``, as far as the run allows.
 
         Args:
             epoch: First epoch that may start with a cut.
-            reached: Sparsity of the model that was brought back.
-            failed: Sparsity of the cut that was undone.
+            reached: Sparsity of the model before that cut.
+            failed: Sparsity of the cut that was rolled back.
             last: Last epoch that may start with a cut.
             every: Validation runs after every so many epochs.
 
         Example:
-            >>> Schedule((1, 3, 5), (0.2, 0.4, 0.6)).halved(6, 0.2, 0.4, last=8, every=1)
-            Schedule(epochs=(6, 8), sparsities=(0.3, 0.4))
+            >>> CutSchedule((1, 3, 5), (0.2, 0.4, 0.6)).halved(6, 0.2, 0.4, last=8, every=1)
+            CutSchedule(epochs=(6, 8), sparsities=(0.3, 0.4))
         """
         gaps = [b - a for a, b in pairwise(self.epochs)]
         stride = max(every, *gaps) if gaps else every
@@ -66,23 +76,23 @@ class Schedule:
             for i, e in enumerate(range(first, last + 1, stride))
             if reached + step * i < end
         ]
-        return Schedule(tuple(e for e, _ in cuts), tuple(round(s, 12) for _, s in cuts))
+        return CutSchedule(tuple(e for e, _ in cuts), tuple(round(s, 12) for _, s in cuts))
 
 
-def judging_epoch(cut: int, following: int | None, length: float, every: int) -> int:
-    """Epoch whose validation judges the cut made at the start of epoch ``cut``.
+def decision_epoch(cut: int, following: int | None, length: float, every: int) -> int:
+    """Epoch whose validation decides on the cut made at the start of epoch ``cut``.
 
     The last one before the ``following`` cut; after the last cut, half-way through what is left of
-    the run, so that there is time to train what was taken back, or to try a smaller step.
+    the run, so that there is time to train on after a rollback, or to try a smaller step.
 
     Example:
-        >>> judging_epoch(1, 3, 8, 1), judging_epoch(4, None, 8, 1), judging_epoch(4, None, 8, 2)
+        >>> decision_epoch(1, 3, 8, 1), decision_epoch(4, None, 8, 1), decision_epoch(4, None, 8, 2)
         (2, 5, 5)
     """
     end = math.ceil(length - 1e-9) - 1
     half = following if following is not None else cut + max(1, -(-(end - cut) // 2))
-    judged = -(-half // every) * every - 1
-    return max(cut, judged if judged < end else end // every * every - 1)
+    found = -(-half // every) * every - 1
+    return max(cut, found if found < end else end // every * every - 1)
 
 
 def fit_schedule(
@@ -97,7 +107,7 @@ def fit_schedule(
     begin: int = 0,
     recovery: int = 1,
     late: bool = False,
-) -> Schedule:
+) -> CutSchedule:
     """Fit the cuts into a run.
 
     Cuts happen at the start of an epoch that follows a validation. Without ``last_epoch`` the last
@@ -122,7 +132,7 @@ def fit_schedule(
 
     Example:
         >>> fit_schedule(8, 0.8, ramp="linear")
-        Schedule(epochs=(1, 2, 3, 4), sparsities=(0.2, 0.4, 0.6, 0.8))
+        CutSchedule(epochs=(1, 2, 3, 4), sparsities=(0.2, 0.4, 0.6, 0.8))
     """
     epochs = f"{counted(length, 'epoch')}, which count from 0"
     latest = math.floor(length - recovery + 1e-9)
@@ -146,7 +156,7 @@ def fit_schedule(
             f"{named} comes after the last cut at epoch {last} of {epochs}; lower first_epoch, "
             "set a later last_epoch, or raise max_epochs."
         )
-    # A validation before it, to listen to, and one after it, to know what it cost.
+    # A validation before it, to calibrate in, and one after it, to know what it cost.
     open_epochs = [
         epoch
         for epoch in range(first, last + 1)
@@ -166,11 +176,93 @@ def fit_schedule(
     if count == 1:
         given = first_epoch is not None or (last_epoch is None and not late)
         place = 0 if given else len(open_epochs) - 1
-        return Schedule((open_epochs[place],), (sparsity,))
+        return CutSchedule((open_epochs[place],), (sparsity,))
     spread = [round(i * (len(open_epochs) - 1) / (count - 1)) for i in range(count)]
     shares = [(i + 1) / count for i in range(count)]
     power = 3 if ramp == "cubic" else 1
-    return Schedule(
+    return CutSchedule(
         tuple(open_epochs[i] for i in spread),
         tuple(round(sparsity * (1 - (1 - share) ** power), 12) for share in shares),
     )
+
+
+def is_dev_run(trainer: pl.Trainer) -> bool:
+    """Whether this is ``fast_dev_run``."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def validation_batches(trainer: pl.Trainer) -> int | None:
+    """Batches of one validation run, over all loaders; 0 without validation, None if unknown."""
+    if not trainer.enable_validation:
+        return 0
+    counts = trainer.num_val_batches or [math.inf]  # empty until the loaders were asked for
+    numbers = counts if isinstance(counts, list) else [counts]
+    if not numbers and trainer.enable_validation:  # the loaders come with the first validation
+        return None
+    return None if any(math.isinf(n) for n in numbers) else sum(int(n) for n in numbers)
+
+
+def run_length(trainer: pl.Trainer) -> float:
+    """Epochs of the run, a fraction when ``max_steps`` ends it inside one.
+
+    Raises:
+        MisconfigurationException: If neither ``max_epochs`` nor ``max_steps`` bounds the run.
+    """
+    length = math.inf
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        length = float(trainer.max_epochs)
+    module = trainer.lightning_module
+    if not module.automatic_optimization and math.isinf(length):
+        raise MisconfigurationException(
+            "Under manual optimization max_steps counts the steps of every optimizer, not epochs, so "
+            "no schedule fits. Set max_epochs too."
+        )
+    if trainer.max_steps is not None and trainer.max_steps >= 0 and module.automatic_optimization:
+        length = min(length, _epochs_of(trainer, trainer.max_steps))
+    if math.isinf(length) or length == 0:
+        raise MisconfigurationException(
+            "The length of the run is not known, so no schedule fits. Set max_epochs, or max_steps "
+            "with a training set of known length."
+        )
+    return length
+
+
+def _epochs_of(trainer: pl.Trainer, steps: int) -> float:
+    """How many epochs so many optimizer steps last, with gradient accumulation as scheduled."""
+    batches = trainer.num_training_batches
+    if math.isinf(batches):
+        return math.inf
+    factors: dict[int, int] = {0: trainer.accumulate_grad_batches}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            factors = dict(callback.scheduling)
+    changes = [*sorted(factors), math.inf]
+    epochs, left = 0.0, float(steps)
+    for start, end in pairwise(changes):
+        in_an_epoch = math.ceil(batches / factors[int(start)])
+        span = min(end - start, left / in_an_epoch)
+        epochs, left = epochs + span, left - span * in_an_epoch
+    return epochs
+
+
+def validates_after(trainer: pl.Trainer, batch: int) -> bool:
+    """Whether validation follows a training batch (index within the epoch), as far as is known."""
+    every_epochs, interval = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    if every_epochs is not None and (trainer.current_epoch + 1) % every_epochs:
+        return False
+    if interval is None:  # every so many minutes
+        return False
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    if math.isinf(interval):  # of unknown length: the loader knows when it is over
+        return bool(progress.is_last_batch)
+    before = progress.total.ready - progress.current.ready if every_epochs is None else 0
+    return bool((before + batch + 1) % interval == 0)
+
+
+def is_last_validation(trainer: pl.Trainer) -> bool:
+    """Whether the validation that runs now is the last of its epoch, as far as is known."""
+    batches = trainer.num_training_batches
+    if math.isinf(batches):
+        return True
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return not any(validates_after(trainer, batch) for batch in range(done, int(batches)))

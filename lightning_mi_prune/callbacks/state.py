@@ -1,20 +1,26 @@
-"""RunState: what a run must store to go on after a crash, as plain containers and tensors."""
+"""RunState: what a run must store to go on, and the codec that checkpoints keep it by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_mi_prune.allocation.latency import Device, LatencyTable
+from lightning_mi_prune.allocation.macs import macs_of_calls
 from lightning_mi_prune.calibration.calls import RecordedCall, is_plain
 from lightning_mi_prune.calibration.data import CalibrationData, LayerComparison
 from lightning_mi_prune.calibration.gradients import GradientSums
 from lightning_mi_prune.calibration.moments import Moments
-from lightning_mi_prune.callbacks.schedule import Schedule
+from lightning_mi_prune.callbacks.distributed import world_size
+from lightning_mi_prune.callbacks.schedule import CutSchedule
+from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.untrusted import (
@@ -28,33 +34,281 @@ from lightning_mi_prune.core.untrusted import (
     text,
     whole,
 )
-from lightning_mi_prune.reconstruction.compensation import Decision, GroupInformation
+from lightning_mi_prune.discovery.graph import PruningGraph
+from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
+from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import PruningReport, read_report
 from lightning_mi_prune.surgery.optimizer_state import is_plain_tensor, is_state_known
 
 __all__ = [
     "PendingCut",
     "RunState",
+    "Session",
     "Snapshot",
-    "check_finite",
     "check_tensors",
-    "read_calibration",
-    "read_example",
-    "read_gradients",
-    "read_pending",
-    "read_snapshot",
-    "tensor",
-    "tensors",
-    "write_calibration",
-    "write_gradients",
-    "write_pending",
-    "write_snapshot",
+    "read",
+    "write",
 ]
 
+_VERSION = 5
 _REPEATED = 8  # bytes that tensors may show for each that the file holds
-
-
 _SMALL = 2**20
+_LARGEST = 2**20  # entries of a group
+
+T = TypeVar("T")
+Share = Annotated[float, (0, 1)]
+
+
+@dataclass(frozen=True)
+class PendingCut:
+    """A cut that is decided and not yet made.
+
+    Args:
+        epoch: Epoch that starts with it.
+        sparsity: Sparsity it reaches, or how far it goes to another budget.
+        decision: What is cut.
+    """
+
+    epoch: int
+    sparsity: Share
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The model before a cut that is not accepted yet.
+
+    Args:
+        epoch: Epoch that started with the cut.
+        reached: Sparsity before it.
+        information_kept: Share of the information that was left before it.
+        plan: Plan before it.
+        weights: Parameters and buffers before it, by name, on the CPU.
+        optimizers: State of every optimizer before it, by parameter name, on the CPU.
+        groups: Names of the parameters in every group of every optimizer before it.
+        failed_epoch: Epoch at whose end the cut was found to cost too much and after which it is
+            rolled back, or None.
+    """
+
+    epoch: int
+    reached: float
+    information_kept: float
+    plan: PruningPlan
+    weights: Mapping[str, Tensor]
+    optimizers: list[dict[str, dict[str, Any]]]
+    groups: list[list[list[str]]]
+    failed_epoch: int | None = None
+
+
+@dataclass
+class RunState:
+    """Everything of a run that is not in the model, the optimizers or the loops.
+
+    Args:
+        fitted: The schedule as it was fitted to the run.
+        schedule: The schedule now; another one after a rollback.
+        reached: Sparsity that was asked for last, and met.
+        information_kept: Share of the information that the cuts so far have left.
+        begin: Epochs that were over when the schedule was fitted.
+        gradients: Sums of gradients of the training steps of this epoch, of this rank.
+        calibration: What the last validation collected, until a cut is decided from it.
+        calibration_epoch: Epoch of that validation.
+        pending: The cut that comes next.
+        snapshot: The model before the last cut, until that is accepted.
+        best: Best value of the monitored metric of an accepted model.
+        budget: What the schedule leads to, where that is not a sparsity.
+        monitored: The monitored metric, and whether more of it is better.
+        examples: One call of each network, to count its work.
+        seconds: Time spent on the cut that comes next.
+        cluster_step: 1 removes all layers of a cluster but the first, 2 every second, 3 every
+            third; one more after a rollback.
+        comparison: What the last cut of layers was decided from.
+        outdated: Whether no validation ran since the size changed: the logged metrics are older.
+        report: Every cut so far.
+        tables: Latencies that were measured in this process and are in no file; not saved.
+    """
+
+    fitted: CutSchedule = field(default_factory=CutSchedule)
+    schedule: CutSchedule = field(default_factory=CutSchedule)
+    reached: Share = 0.0
+    information_kept: Share = 1.0
+    begin: int = 0
+    gradients: Mapping[str, GradientSums] | None = None
+    calibration: CalibrationData | None = None
+    calibration_epoch: int = 0
+    pending: PendingCut | None = None
+    snapshot: Snapshot | None = None
+    best: float | None = None
+    budget: str = ""
+    monitored: str = ""
+    examples: Mapping[str, RecordedCall] = field(default_factory=dict)
+    seconds: dict[str, Annotated[float, (0, 2**31)]] = field(default_factory=dict)
+    cluster_step: Annotated[int, (1, 2**31)] = 1
+    comparison: CalibrationData = field(default_factory=CalibrationData)
+    outdated: bool = False
+    report: PruningReport = field(default_factory=PruningReport)
+    tables: dict[Device, LatencyTable] = field(default_factory=dict, metadata={"saved": False})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors, which ``torch.load(weights_only=True)`` opens."""
+        examples = {path: c for path, c in self.examples.items() if is_plain(vars(c))}
+        return {"version": _VERSION, **write(replace(self, examples=examples))}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> RunState:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            PruningError: If it is something else.
+        """
+        version = state.get("version") if isinstance(state, Mapping) else state
+        if type(version) is not int or version != _VERSION:
+            raise PruningError(
+                f"The checkpoint holds a pruning run of version {described(version)}; this package "
+                f"reads version {_VERSION}."
+            )
+        with reading("The pruning state of the checkpoint", "take another checkpoint"):
+            check_nesting(state)
+            check_tensors(state)
+            return read(cls, {name: state[name] for name in state if name != "version"})
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a step of a run works on.
+
+    Args:
+        trainer: The trainer.
+        module: The module as it stands.
+        tracker: What can be pruned, and the plan the module carries.
+        state: The run so far.
+    """
+
+    trainer: pl.Trainer
+    module: pl.LightningModule
+    tracker: PlanTracker
+    state: RunState
+
+    @property
+    def plan(self) -> PruningPlan:
+        """The plan the module carries."""
+        return self.tracker.plan
+
+    @property
+    def graph(self) -> PruningGraph:
+        """All that the module can lose, as built."""
+        return self.tracker.graph
+
+    @property
+    def world(self) -> int:
+        """Processes that train together."""
+        return world_size(self.trainer.strategy)
+
+    def begin_report(self, chosen: Sequence[DependencyGroup] = ()) -> PruningReport:
+        """The report of a run that starts with the module as it stands.
+
+        Args:
+            chosen: Groups that may be cut.
+        """
+        present = {name: len(kept) for name, kept in self.plan.kept.items()}
+        parameters, groups = sum(p.numel() for p in self.module.parameters()), self.tracker.groups
+        gone = count_parameters(groups) - count_parameters(groups, present)
+        prunable = count_parameters(chosen, present)
+        return PruningReport(
+            parameters=parameters
+            + gone
+            + self.absent_parameters(list(self.tracker.removed_layers)),
+            prunable_parameters=count_parameters(chosen),
+            start={"parameters": parameters, "prunable_parameters": prunable},
+        )
+
+    def absent_parameters(self, stacks: Sequence[str]) -> int:
+        """Parameters of layers that were removed; empty copies that came back do not count."""
+        present = {id(part) for part in self.module.modules()}
+        return sum(
+            p.numel()
+            for name in stacks
+            for layer in self.tracker.removed_layers.get(name, {}).values()
+            if id(layer) not in present
+            for p in layer.parameters()
+        )
+
+    def count_macs(self) -> int:
+        """Multiply-accumulates of one example of every network; 0 where they cannot be counted."""
+        examples = self.state.examples
+        if not examples:  # layers of a stack that was given by path may be called one by one
+            rank_zero_warn(
+                "MACs are not counted and are reported as 0: the module that holds the layers was "
+                "never called itself. Call it, as self(x), instead of its layers one by one."
+            )
+            return 0
+        try:
+            with self.trainer.precision_plugin.forward_context():
+                return macs_of_calls(self.module, examples)
+        except Exception as error:  # a number for the report is not worth a training run
+            rank_zero_warn(f"MACs could not be counted and are reported as 0: {error}")
+            return 0
+
+
+def write(value: Any) -> Any:
+    """Plain containers and tensors of a record, its parts, or containers of them."""
+    if type(value) in _WRITERS:
+        return _WRITERS[type(value)](value)
+    if is_dataclass(value):
+        return {f.name: write(getattr(value, f.name)) for f in _saved(type(value))}
+    if isinstance(value, Mapping):
+        return {key: write(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [write(part) for part in value]
+    return value
+
+
+def read(kind: type[T], value: Any) -> T:
+    """A value of a type out of what :func:`write` made of it; trusts nothing.
+
+    Args:
+        kind: A record, or a type that a field of one has; numbers may have a range as annotation.
+        value: What a checkpoint holds.
+
+    Raises:
+        Exception: A plain one, if it is something else (:func:`untrusted.reading` makes one
+            sentence of it).
+
+    Example:
+        >>> read(CutSchedule, write(CutSchedule((1, 2), (0.2, 0.5))))
+        CutSchedule(epochs=(1, 2), sparsities=(0.2, 0.5))
+    """
+    return _read(kind, value)  # type: ignore[no-any-return]
+
+
+def _read(kind: Any, value: Any) -> Any:
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind in _READERS:
+        return _READERS[kind](value)
+    if origin is Annotated:
+        low, high = parts[1]
+        return whole(value, high, low) if parts[0] is int else number(value, low, high)
+    if origin in (Union, types.UnionType):  # with None, which is the last of the two
+        return None if value is None else _read(parts[0], value)
+    if origin is tuple:
+        return tuple(_read(parts[0], part) for part in listed(value))
+    if origin in (list, Sequence):
+        return [_read(parts[0], part) for part in listed(value)]
+    if origin in (dict, Mapping):
+        if parts[0] is int and not isinstance(value, Mapping):
+            raise TypeError(f"{described(value)} is no mapping")
+        found = mapping(value) if parts[0] is str else value
+        return {_read(parts[0], key): _read(parts[1], part) for key, part in found.items()}
+    hints, names = get_type_hints(kind, include_extras=True), [f.name for f in _saved(kind)]
+    found = mapping(value, names)
+    made = kind(**{name: _read(hints[name], found[name]) for name in names})
+    if kind in _CHECKS:
+        _CHECKS[kind](made)
+    return made
+
+
+def _saved(kind: Any) -> list[Any]:
+    return [f for f in fields(kind) if f.metadata.get("saved", True)]
 
 
 def check_tensors(state: Any) -> None:
@@ -89,113 +343,50 @@ def check_tensors(state: Any) -> None:
         raise ValueError("its tensors show the same few elements again and again")
 
 
-def tensor(value: Any) -> Tensor:
-    """A plain dense tensor."""
+def _tensor(value: Any) -> Tensor:
+    """A plain dense tensor of finite values."""
     if not isinstance(value, Tensor) or not is_plain_tensor(value):
         raise TypeError(f"{described(value)} is no plain dense tensor")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{described(value)} holds NaN or infinite values")
     return value.detach()
 
 
-def tensors(value: Any) -> dict[str, Tensor]:
-    """Plain dense tensors by name."""
-    return {name: tensor(found) for name, found in mapping(value).items()}
-
-
-def check_finite(found: Mapping[str, Tensor]) -> None:
-    """Refuse NaN and infinite values; numbers that are no fractions never are."""
-    for name, value in found.items():
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"{described(name)} holds NaN or infinite values")
-
-
-_LARGEST = 2**20
-
-
-def write_calibration(heard: CalibrationData) -> dict[str, Any]:
+def _write_calibration(data: CalibrationData) -> dict[str, Any]:
     """Everything a cut is decided from; calls that hold more than plain values are left out."""
-    return {
-        "moments": {n: (m.dimension, m.packed()) for n, m in heard.moments.items()},
-        "gradients": None if heard.gradients is None else write_gradients(heard.gradients),
-        "calls": [
-            {
-                path: plain
-                for path, calls in rank.items()
-                if (plain := [vars(call) for call in calls if is_plain(vars(call))])
-            }
-            for rank in heard.ranks
-        ],
-        "stacks": _write_compared(heard.stacks),
-    }
-
-
-def read_calibration(state: Mapping[str, Any]) -> CalibrationData:
-    """What :func:`write_calibration` wrote; raises a plain exception for anything else."""
-    moments = {}
-    for name, entry in mapping(mapping(state)["moments"]).items():
-        dimension, packed = listed(entry, 2)
-        sums = tensor(packed)
-        if sums.numel() < whole(dimension, _LARGEST) ** 2 // 2:  # before it is made that large
-            raise ValueError(f"{sums.numel()} sums for a group of {dimension}")
-        check_finite({name: sums})
-        moments[name] = Moments(dimension).unpack(sums)
-    gradients = state["gradients"]
-    return CalibrationData(
-        moments=moments,
-        gradients=None if gradients is None else read_gradients(gradients),
-        ranks=[
-            {path: [read_example(call) for call in listed(calls)] for path, calls in rank.items()}
-            for rank in map(mapping, listed(state["calls"]))
-        ],
-        stacks=_read_compared(state["stacks"]),
-    )
-
-
-def write_gradients(sums: Mapping[str, GradientSums]) -> dict[str, Any]:
-    """Sums of gradients by key."""
-    return {n: (s.dimension, s.units, s.over_units, s.packed()) for n, s in sums.items()}
-
-
-def read_gradients(state: Mapping[str, Any]) -> dict[str, GradientSums]:
-    """What :func:`write_gradients` wrote; raises a plain exception for anything else."""
-    found = {}
-    for name, entry in mapping(state).items():
-        dimension, units, over_units, packed = listed(entry, 4)
-        sums = tensor(packed)
-        if sums.numel() < whole(dimension, _LARGEST) ** 2 // 2 + whole(units, _LARGEST):
-            raise ValueError(f"{sums.numel()} sums of gradients for {dimension} outputs")
-        check_finite({name: sums})
-        found[name] = GradientSums(dimension, units, over_units=flag(over_units)).unpack(sums)
-    return found
-
-
-def _write_compared(stacks: Mapping[str, LayerComparison]) -> dict[str, Any]:
-    """How alike the layers of stacks are, as plain lists."""
-    return {name: asdict(compared) for name, compared in stacks.items()}
-
-
-def _read_compared(state: Mapping[str, Any]) -> dict[str, LayerComparison]:
-    """What :func:`_write_compared` wrote; raises a plain exception for anything else."""
-    found = {}
-    for name, parts in mapping(state).items():
-        layers = tuple(whole(layer) for layer in listed(mapping(parts)["layers"]))
-        sizes = {"similarity": len(layers), "angles": len(layers) + 1}
-        matrices = {
-            key: tuple(
-                tuple(number(value) for value in listed(row, size))
-                for row in listed(parts[key], size)
-            )
-            for key, size in sizes.items()
+    ranks = [
+        {
+            path: plain
+            for path, calls in rank.items()
+            if (plain := [call for call in calls if is_plain(vars(call))])
         }
-        found[name] = LayerComparison(layers, **matrices, fixed=whole(parts["fixed"], len(layers)))
-    return found
+        for rank in data.ranks
+    ]
+    parts = {**vars(data), "ranks": ranks, "examples": {}}
+    return {name: write(part) for name, part in parts.items()}
 
 
-def read_example(state: Mapping[str, Any]) -> RecordedCall:
-    """One call; raises a plain exception for anything else."""
-    args, kwargs, mask = (mapping(state)[key] for key in ("args", "kwargs", "mask"))
+def _read_moments(value: Any) -> Moments:
+    dimension, packed = listed(value, 2)
+    sums = _tensor(packed)
+    if sums.numel() < whole(dimension, _LARGEST) ** 2 // 2:  # before it is made that large
+        raise ValueError(f"{sums.numel()} sums for a group of {dimension}")
+    return Moments(dimension).unpack(sums)
+
+
+def _read_gradients(value: Any) -> GradientSums:
+    dimension, units, over_units, packed = listed(value, 4)
+    sums = _tensor(packed)
+    if sums.numel() < whole(dimension, _LARGEST) ** 2 // 2 + whole(units, _LARGEST):
+        raise ValueError(f"{sums.numel()} sums of gradients for {dimension} outputs")
+    return GradientSums(dimension, units, over_units=flag(over_units)).unpack(sums)
+
+
+def _read_call(value: Any) -> RecordedCall:
+    args, kwargs, mask = (mapping(value)[key] for key in ("args", "kwargs", "mask"))
     if not isinstance(args, tuple) or not isinstance(mask, (Tensor, type(None))):
         raise TypeError(f"a call with {described(args)} and the mask {described(mask)}")
-    autocast = state.get("autocast", "")
+    autocast = value.get("autocast", "")
     if not is_plain([args, mapping(kwargs), mask]):
         raise TypeError("a call with something else than tensors and plain values")
     if not isinstance(autocast, str) or autocast not in ("", "bfloat16", "float16"):
@@ -203,74 +394,51 @@ def read_example(state: Mapping[str, Any]) -> RecordedCall:
     return RecordedCall(args, dict(kwargs), mask, autocast)
 
 
-@dataclass(frozen=True)
-class PendingCut:
-    """A cut that is decided and not yet made.
+def _check_comparison(found: LayerComparison) -> None:
+    count = len(found.layers)
+    for matrix, size in ((found.similarity, count), (found.angles, count + 1)):
+        if len(matrix) != size or any(len(row) != size for row in matrix):
+            raise ValueError(f"a comparison of {count} layers that is not square")
+    whole(found.fixed, count)
+    for layer in found.layers:
+        whole(layer)
 
-    Args:
-        epoch: Epoch it belongs to the start of.
-        sparsity: Sparsity it reaches.
-        selection: What is cut.
+
+def _check_schedule(found: CutSchedule) -> None:
+    if len(found.sparsities) != len(found.epochs):
+        raise ValueError(f"{len(found.epochs)} epochs with {len(found.sparsities)} sparsities")
+    for sparsity in found.sparsities:
+        number(sparsity, 0, 1)
+
+
+def _read_snapshot(state: Any) -> Snapshot:
+    """A snapshot; what an optimizer keeps must follow the parameter of that name.
+
+    It must be of one kind for all parameters of the optimizer. Parameters that were trained, and
+    what is kept of them, hold no NaN: training would only spread it. Buffers and parameters that
+    were not trained may hold anything: a mask is infinite, and an empty statistic may be NaN. So
+    may squares of gradients overflow in half precision: their parameters only stop moving.
     """
-
-    epoch: int
-    sparsity: float
-    selection: Decision
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A cut on probation, and all that is needed to take it back.
-
-    Args:
-        epoch: Epoch that started with it.
-        reached: Sparsity before it.
-        kept: Share of the information that was left before it.
-        plan: Plan before it.
-        weights: Parameters and buffers before it, by name, on the CPU.
-        optimizers: State of every optimizer before it, by parameter name, on the CPU.
-        groups: Names of the parameters in every group of every optimizer before it.
-        failed_at: Epoch at whose end it failed and after which it is taken back, or None.
-    """
-
-    epoch: int
-    reached: float
-    kept: float
-    plan: PruningPlan
-    weights: Mapping[str, Tensor]
-    optimizers: list[dict[str, dict[str, Any]]]
-    groups: list[list[list[str]]]
-    failed_at: int | None = None
-
-
-def read_snapshot(state: Mapping[str, Any]) -> Snapshot:
-    """What :func:`write_snapshot` wrote; raises a plain exception for anything else.
-
-    What an optimizer keeps must follow the parameter of that name, and be of one kind for all of
-    its parameters. Parameters that were trained, and what is kept of them, hold no NaN: training
-    would only spread it. Buffers and parameters that were not trained may hold anything: a mask is
-    infinite, and an empty statistic may be NaN. So may squares of gradients overflow in half
-    precision: they only stand still.
-    """
-    weights = {name: _weight(found) for name, found in mapping(mapping(state)["weights"]).items()}
-    optimizers = [_read_states(states, weights) for states in listed(state["optimizers"])]
+    found = mapping(state, [f.name for f in fields(Snapshot)])
+    weights = {name: _weight(value) for name, value in mapping(found["weights"]).items()}
+    optimizers = [_read_states(states, weights) for states in listed(found["optimizers"])]
     groups = [
         [[text(name) for name in listed(names)] for names in listed(held)]
-        for held in listed(state["groups"], len(optimizers))
+        for held in listed(found["groups"], len(optimizers))
     ]
     for states, held in zip(optimizers, groups, strict=True):
         strange = set(states) - {name for names in held for name in names}
         if strange:
             raise ValueError(f"no group of an optimizer holds {described(min(strange))}")
     return Snapshot(
-        epoch=whole(state["epoch"]),
-        reached=number(state["reached"], 0, 1),
-        kept=number(state["kept"], 0, 1),
-        plan=PruningPlan.from_json(state["plan"]),
+        epoch=whole(found["epoch"]),
+        reached=number(found["reached"], 0, 1),
+        information_kept=number(found["information_kept"], 0, 1),
+        plan=PruningPlan.from_json(found["plan"]),
         weights=weights,
         optimizers=optimizers,
         groups=groups,
-        failed_at=None if state["failed_at"] is None else whole(state["failed_at"]),
+        failed_epoch=None if found["failed_epoch"] is None else whole(found["failed_epoch"]),
     )
 
 
@@ -317,169 +485,29 @@ def _check_trained(what: str, value: Any, *, overflow: bool = False) -> None:
         raise ValueError(f"{what} holds NaN or infinite values")
 
 
-def write_snapshot(trial: Snapshot) -> dict[str, Any]:
-    """Plain containers and tensors for a checkpoint."""
-    return {**vars(trial), "plan": trial.plan.to_json()}
-
-
-def write_pending(pending: PendingCut) -> dict[str, Any]:
-    """Plain containers and tensors for a checkpoint."""
-    selection = pending.selection
-    return {
-        "epoch": pending.epoch,
-        "sparsity": pending.sparsity,
-        "plan": selection.plan.to_json(),
-        "compensated": dict(selection.compensated),
-        "rotated": {name: dict(dims) for name, dims in selection.rotated.items()},
-        "information": {name: vars(i) for name, i in selection.information.items()},
-    }
-
-
-def read_pending(state: Mapping[str, Any]) -> PendingCut:
-    """What :func:`write_pending` wrote; raises a plain exception for anything else."""
-    information = {
-        name: GroupInformation(number(mapping(i)["total"]), number(i["kept"]))
-        for name, i in mapping(mapping(state)["information"]).items()
-    }
-    plan, compensated = PruningPlan.from_json(state["plan"]), tensors(state["compensated"])
-    check_finite(compensated)
-    rotated = {name: _read_maps(dims) for name, dims in mapping(state.get("rotated", {})).items()}
-    selection = Decision(plan, compensated, information, rotated)
-    return PendingCut(whole(state["epoch"]), number(state["sparsity"], 0, 1), selection)
-
-
-def _read_maps(state: Any) -> dict[int, Tensor]:
-    if not isinstance(state, Mapping):
-        raise TypeError(f"{described(state)} is no mapping")
-    found = {whole(dim): tensor(maps) for dim, maps in state.items()}
-    check_finite({f"the map of dimension {dim}": maps for dim, maps in found.items()})
-    return found
-
-
-T = TypeVar("T")
-
-
-_VERSION = 4
-
-
-@dataclass
-class RunState:
-    """Everything of a run that is not in the model, the optimizers or the loops.
-
-    Args:
-        fitted: The schedule as it was fitted to the run.
-        schedule: The schedule now; another one after a cut was taken back.
-        reached: Sparsity that was asked for last, and given.
-        kept: Share of the information that the cuts so far have left.
-        begin: Epochs that were over when the schedule was fitted.
-        felt: Sums of gradients of the training steps of this epoch, of this rank.
-        heard: What the last validation said, until a cut is decided from it.
-        heard_at: Epoch of that validation.
-        pending: The cut that comes next.
-        trial: The last cut, until it is accepted.
-        best: Best value of the monitored metric of an accepted model.
-        aim: What the schedule leads to, where that is not a sparsity.
-        watched: Which metric that is, and whether more of it is better.
-        examples: One call of each network, to count its work.
-        seconds: Time spent on the cut that comes next.
-        every: Of each cluster of layers every so manieth goes; one more after a failure.
-        compared: What was heard of the layers when the last cut of them was decided.
-        stale: Whether no validation ran since the size changed: the logged metrics are older.
-        tables: Latencies that were measured in this process and are in no file; not saved.
-    """
-
-    fitted: Schedule = field(default_factory=Schedule)
-    schedule: Schedule = field(default_factory=Schedule)
-    reached: float = 0.0
-    kept: float = 1.0
-    begin: int = 0
-    felt: Mapping[str, GradientSums] | None = None
-    heard: CalibrationData | None = None
-    heard_at: int = 0
-    pending: PendingCut | None = None
-    trial: Snapshot | None = None
-    best: float | None = None
-    aim: str = ""
-    watched: str = ""
-    examples: Mapping[str, RecordedCall] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    every: int = 1
-    compared: CalibrationData = field(default_factory=CalibrationData)
-    stale: bool = False
-    tables: dict[Device, LatencyTable] = field(default_factory=dict)
-
-    def to_dict(self, report: PruningReport) -> dict[str, Any]:
-        """Plain containers and tensors, which ``torch.load(weights_only=True)`` opens."""
-        return {
-            "version": _VERSION,
-            "fitted": _write_schedule(self.fitted),
-            "schedule": _write_schedule(self.schedule),
-            "reached": self.reached,
-            "kept": self.kept,
-            "begin": self.begin,
-            "heard_at": self.heard_at,
-            "aim": self.aim,
-            "watched": self.watched,
-            "felt": self.felt and write_gradients(self.felt),
-            "heard": self.heard and write_calibration(self.heard),
-            "pending": self.pending and write_pending(self.pending),
-            "trial": self.trial and write_snapshot(self.trial),
-            "best": self.best,
-            "examples": {p: vars(e) for p, e in self.examples.items() if is_plain(vars(e))},
-            "seconds": dict(self.seconds),
-            "every": self.every,
-            "compared": write_calibration(self.compared),
-            "stale": self.stale,
-            "report": report.state_dict(),
-        }
-
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> tuple[RunState, PruningReport]:
-        """Read what :meth:`to_dict` wrote.
-
-        Raises:
-            PruningError: If it is something else.
-        """
-        version = state.get("version") if isinstance(state, Mapping) else state
-        if type(version) is not int or version != _VERSION:
-            raise PruningError(
-                f"The checkpoint holds a pruning run of version {described(version)}; this package "
-                f"reads version {_VERSION}."
-            )
-        with reading("The pruning state of the checkpoint", "take another checkpoint"):
-            check_nesting(state)
-            check_tensors(state)
-            return cls(
-                fitted=_read_schedule(state["fitted"]),
-                schedule=_read_schedule(state["schedule"]),
-                reached=number(state["reached"], 0, 1),
-                kept=number(state["kept"], 0, 1),
-                begin=whole(state["begin"]),
-                felt=_unless_none(read_gradients, state["felt"]),
-                heard=_unless_none(read_calibration, state["heard"]),
-                heard_at=whole(state["heard_at"]),
-                pending=_unless_none(read_pending, state["pending"]),
-                trial=_unless_none(read_snapshot, state["trial"]),
-                best=_unless_none(number, state["best"]),
-                aim=text(state["aim"]),
-                watched=text(state["watched"]),
-                examples={p: read_example(call) for p, call in mapping(state["examples"]).items()},
-                seconds={name: number(s, 0) for name, s in mapping(state["seconds"]).items()},
-                every=whole(state["every"], low=1),
-                compared=read_calibration(state["compared"]),
-                stale=flag(state["stale"]),
-            ), read_report(state["report"])
-
-
-def _write_schedule(schedule: Schedule) -> dict[str, list[float]]:
-    return {name: list(values) for name, values in asdict(schedule).items()}
-
-
-def _unless_none(read: Callable[[Any], T], value: Any) -> T | None:
-    return None if value is None else read(value)
-
-
-def _read_schedule(state: Mapping[str, Any]) -> Schedule:
-    epochs = tuple(whole(epoch) for epoch in listed(mapping(state)["epochs"]))
-    sparsities = tuple(number(s, 0, 1) for s in listed(state["sparsities"], len(epochs)))
-    return Schedule(epochs, sparsities)
+_WRITERS: dict[type, Callable[[Any], Any]] = {
+    CalibrationData: _write_calibration,
+    GradientSums: lambda sums: (sums.dimension, sums.units, sums.over_units, sums.packed()),
+    Moments: lambda moments: (moments.dimension, moments.packed()),
+    PruningPlan: lambda plan: plan.to_json(),
+    PruningReport: lambda report: report.state_dict(),
+    RecordedCall: lambda call: dict(vars(call)),
+    Snapshot: lambda snapshot: {**vars(snapshot), "plan": snapshot.plan.to_json()},
+}
+_READERS: dict[Any, Callable[[Any], Any]] = {
+    GradientSums: _read_gradients,
+    Moments: _read_moments,
+    PruningPlan: PruningPlan.from_json,
+    PruningReport: read_report,
+    RecordedCall: _read_call,
+    Snapshot: _read_snapshot,
+    Tensor: _tensor,
+    bool: flag,
+    float: number,
+    int: whole,
+    str: text,
+}
+_CHECKS: dict[type, Callable[[Any], None]] = {
+    CutSchedule: _check_schedule,
+    LayerComparison: _check_comparison,
+}

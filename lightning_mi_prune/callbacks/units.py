@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from typing_extensions import override
+from torch import nn
 
 from lightning_mi_prune.allocation.budget import Budget, budget_of, sparsity_of
 from lightning_mi_prune.calibration.activations import ActivationRecorder, Recorder
@@ -28,17 +27,14 @@ from lightning_mi_prune.calibration.moments import check_moments
 from lightning_mi_prune.callbacks.base import PruningCallback, as_misconfiguration, checked_options
 from lightning_mi_prune.callbacks.distributed import (
     gather_ranks,
-    refuse_compiled,
     sum_over_ranks,
     sum_tensor,
     world_size,
 )
-from lightning_mi_prune.callbacks.monitors import BestOf, MetricGuard, guard_of
-from lightning_mi_prune.callbacks.resume import RunOptions, reconcile, resumed
-from lightning_mi_prune.callbacks.schedule import Ramp, Schedule
-from lightning_mi_prune.callbacks.sizes import begin_report, unit_cut_record
-from lightning_mi_prune.callbacks.state import PendingCut, RunState, Snapshot, write_gradients
-from lightning_mi_prune.callbacks.trainer import validation_batches, without_frozen
+from lightning_mi_prune.callbacks.resume import reconcile_units
+from lightning_mi_prune.callbacks.schedule import CutSchedule, validation_batches
+from lightning_mi_prune.callbacks.state import PendingCut, Session, write
+from lightning_mi_prune.callbacks.verification import check_surroundings, without_frozen
 from lightning_mi_prune.checkpoint.state_dict import Find
 from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import PruningError, number
@@ -50,7 +46,7 @@ from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameter
 from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
 from lightning_mi_prune.pipeline import check as check_options
 from lightning_mi_prune.reconstruction.compensation import Decision
-from lightning_mi_prune.reporting.report import Cut
+from lightning_mi_prune.reporting.report import Cut, group_cuts
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.units import check_cuttable
 from lightning_mi_prune.surgery.verification import half_plan
@@ -58,57 +54,49 @@ from lightning_mi_prune.surgery.verification import half_plan
 __all__ = [
     "GradientCollection",
     "MutualInformationPruning",
-    "UnitPruning",
-    "copies",
-    "is_scaled",
-    "pooled",
-    "store_gradients",
+    "UnitStrategy",
 ]
 
 
 class GradientCollection:
-    """Hooks that are up in the training steps of an epoch that ends with a choice.
+    """Records gradients in the training steps of an epoch that ends with a decision.
 
     Args:
         steps: Training steps to take gradients from, over all ranks.
+        groups: The groups that may be cut, of the layers that are there.
     """
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, steps: int, groups: Callable[[Session], list[DependencyGroup]]) -> None:
+        self._steps, self._groups = steps, groups
         self._recorder: GradientRecorder | None = None
         self._scale = 1.0
-        self.whole = False
+        self._whole = False  # whether every step of the epoch was seen
 
-    def begin(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        groups: Sequence[DependencyGroup],
-        plan: PruningPlan,
-        run: RunState,
-        index: int,
-    ) -> None:
+    def begin(self, session: Session, index: int) -> None:
         """A training step begins; the first of an epoch begins anew."""
+        trainer, state = session.trainer, session.state
         if index == 0:
             self.close()
-            run.felt, self.whole = None, True
+            state.gradients, self._whole = None, True
         if self._recorder is None:
             batches = trainer.num_training_batches
-            self.whole = self.whole and index == 0
+            self._whole = self._whole and index == 0
             self._recorder = GradientRecorder(
-                module,
-                groups,
-                steps=-(-self._steps // world_size(trainer.strategy)),
+                session.module,
+                self._groups(session),
+                steps=-(-self._steps // session.world),
                 batches=None if math.isinf(batches) else int(batches),
-                plan=plan,
+                plan=session.plan,
             )
-            if run.felt is not None:  # of a run that stopped inside this epoch
-                self._recorder.sums = dict(run.felt)
-            run.felt = self._recorder.sums
+            if state.gradients is not None:  # of a run that stopped inside this epoch
+                self._recorder.sums = dict(state.gradients)
+            state.gradients = self._recorder.sums
             self._recorder.__enter__()
         # The scale of this step: the optimizer step inside it may change that of the next.
-        accumulated = trainer.accumulate_grad_batches if module.automatic_optimization else 1
-        self._scale = _scaler(trainer) / accumulated
+        automatic = session.module.automatic_optimization
+        scaler = _scaler(trainer)
+        scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        self._scale = scale / (trainer.accumulate_grad_batches if automatic else 1)
         self._recorder.begin(index)
 
     def end(self) -> None:
@@ -117,278 +105,264 @@ class GradientCollection:
             self._recorder.end(scale=self._scale)
 
     def close(self) -> None:
-        """Take the hooks down; what was felt stays in the run."""
+        """Take the hooks down; the sums stay in the state of the run."""
         if self._recorder is not None:
             self._recorder.close()
         self._recorder = None
 
+    def save(self, session: Session, state: dict[str, Any]) -> None:
+        """Put the sums of all ranks into the callback's part of a checkpoint.
 
-def copies(felt: Mapping[str, GradientSums]) -> dict[str, GradientSums]:
-    """The same sums once more."""
-    return {
-        key: GradientSums(s.dimension, s.units, over_units=s.over_units).unpack(s.packed())
-        for key, s in felt.items()
-    }
+        Only rank 0 writes; the others go on from nothing, so the sum over ranks is the same.
+        """
+        gradients = session.state.gradients
+        if gradients is not None and session.world > 1:
+            state["gradients"] = write(_summed(session.trainer, gradients))
 
-
-def pooled(trainer: pl.Trainer, felt: Mapping[str, GradientSums]) -> dict[str, GradientSums]:
-    """What all ranks felt; every rank must call it."""
-    together = copies(felt)
-    sum_over_ranks(trainer.strategy, together)
-    return together
-
-
-def is_scaled(trainer: pl.Trainer) -> bool:
-    """Whether a gradient scaler runs."""
-    return getattr(trainer.precision_plugin, "scaler", None) is not None
-
-
-def _scaler(trainer: pl.Trainer) -> float:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None else 1.0
-
-
-def store_gradients(
-    trainer: pl.Trainer, felt: Mapping[str, GradientSums] | None, state: dict[str, Any] | None
-) -> None:
-    """Put what all ranks felt into the callback's part of a checkpoint.
-
-    Only rank 0 writes; the others go on from nothing, so the sum over ranks is the same.
-    """
-    if felt is not None and state is not None and world_size(trainer.strategy) > 1:
-        state["felt"] = write_gradients(pooled(trainer, felt))
-
-
-class UnitPruning(PruningCallback):
-    """Prunes units: neurons, heads, the width of the stream.
-
-    Args:
-        module: Path of the submodule to search for prunable networks; "" searches all.
-        positions: Samples to listen to on each group in one validation run, over all ranks.
-        calls: Positions of the inputs to store in it, over all ranks; 0 stores none.
-        steps: Training steps to take gradients from, over all ranks; 0 takes none.
-        seed: Seed of the draw of positions.
-        verbose: Whether each cut prints a table on rank zero.
-        best_of: What monitors may compare (:func:`monitors.restart_comparison`).
-        budget: What a cut may cost before it is taken back; None keeps every cut.
-    """
-
-    order: ClassVar[int] = 1
-
-    def __init__(
-        self,
-        *,
-        module: str,
-        positions: int,
-        calls: int,
-        steps: int,
-        seed: int,
-        verbose: bool,
-        best_of: BestOf,
-        budget: MetricGuard | None,
-    ) -> None:
-        super().__init__(module=module, seed=seed, verbose=verbose, best_of=best_of, budget=budget)
-        self._positions, self._calls, self._steps = positions, calls, steps
-        self._feeling = GradientCollection(steps)
-        self._chosen: list[DependencyGroup] = []
-
-    @abstractmethod
-    def choose(self, groups: list[DependencyGroup], modules: list[str]) -> list[DependencyGroup]:
-        """The groups that may be cut; ``modules`` are those without any."""
-
-    @abstractmethod
-    def check(
-        self, module: pl.LightningModule, groups: list[DependencyGroup], widths: Mapping[str, int]
-    ) -> None:
-        """Refuse a budget that these groups cannot meet from their present widths."""
-
-    @abstractmethod
-    def aim(self) -> str:
-        """What the schedule leads to, in words; empty where it counts sparsities."""
-
-    @override
-    def finder(self) -> Find:
-        return partial(find_groups, within=self._within)
-
-    @override
-    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, object]:
-        tracker = self._tracked()
-        mine = [group for group in tracker.graph.groups if is_within(group.name, self._within)]
-        others = modules_without_groups(module, tracker.graph.groups, self._within)
-        self._chosen = self.choose(without_frozen(module, mine), others)
-        rank_zero_info(f"Pruning may cut {summarize_groups(self._chosen)}.")
-        check_cuttable(module, self._standing, tracker.plan)
-        tensors = {s.tensor for group in self._standing for s in group.tensors}
-        refuse_compiled(module, {name.rpartition(".")[0] for name in tensors})
-        self.warn_of_holders(trainer, module, [module.get_parameter(name) for name in tensors])
-        if not self._run.fitted.epochs:
-            self.report = begin_report(module, tracker, self._chosen)
-        self.check_state(trainer, module)
-        present = {name: len(kept) for name, kept in tracker.plan.kept.items()}
-        self.check(module, self._standing, present)
-        sizes = {f"the size of {group.name!r}": group.size for group in self._chosen}
-        return self._options | sizes | resumed(self._run, tracker.plan)
-
-    @override
-    def reconcile(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
-        asked = RunOptions(self._budget, self.aim(), self._calls, self._steps)
-        surprises = reconcile(self._run, self._standing, module, self._tracked().plan, asked)
-        if trainer.global_rank and self._run.felt is not None:  # rank 0 goes on with all of it
-            self._run.felt = empty_sums(module, self._standing, self._tracked().plan)
-        return surprises
-
-    @override
-    def plan_to_verify(self) -> PruningPlan | None:
-        return half_plan(self._standing, self._tracked().plan) if self._standing else None
-
-    @override
-    def listen(self, trainer: pl.Trainer, module: pl.LightningModule) -> ActivationRecorder:
-        world = world_size(trainer.strategy)
-        return ActivationRecorder(
-            module,
-            self._standing,
-            positions=-(-self._positions // world),
-            batches=validation_batches(trainer),
-            seed=self._seed,
-            calls=-(-self._calls // world),
-        )
-
-    @override
-    def hear(self, trainer: pl.Trainer, recorder: Recorder) -> CalibrationData | None:
-        assert isinstance(recorder, ActivationRecorder)  # noqa: S101
-        run = self._run
-        run.examples = update_calls(run.examples, recorder.calls(self._standing))
-        run.seconds = {"calibration": recorder.seconds}
-        sum_over_ranks(trainer.strategy, recorder.moments)
-        check_moments(recorder.moments)
-        gradients = self._felt(trainer)
-        if self._steps and gradients is None:
-            return None
-        heard = CalibrationData(recorder.moments, gradients)
-        if self._calls:
-            stored = move_tensors(recorder.stored, torch.device("cpu"))
-            heard.ranks = gather_ranks(trainer.strategy, stored)
-        return heard
-
-    @override
-    def describe(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        pending: PendingCut,
-        before: PruningPlan,
-    ) -> Cut:
-        return unit_cut_record(
-            trainer,
-            module,
-            self._run,
-            self._standing,
-            self._chosen,
-            pending,
-            before,
-            self._tracked().plan,
-        )
-
-    @override
-    def curves(self, module: pl.LightningModule) -> dict[str, float]:
-        plan = self._tracked().plan
-        widths = {f"width/{group.name}": plan.width(group.name) for group in self._chosen}
-        return {"information_kept": self._run.kept, **widths}
-
-    @override
-    def sparsity(self, module: pl.LightningModule) -> float:
-        plan = self._tracked().plan
-        return sparsity_of(self._chosen, {a.name: plan.width(a.name) for a in self._chosen})
-
-    @override
-    def check_state(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        cut = [module.get_parameter(s.tensor) for a in self._standing for s in a.tensors]
-        check_optimizers(trainer.strategy.optimizers, cut)
-
-    @override
-    def retry(self, trainer: pl.Trainer, trial: Snapshot, failed: float) -> str:
-        run, every = self._run, trainer.check_val_every_n_epoch or 1
-        schedule, run.schedule = run.schedule, Schedule()
-        if self._budget is not None and self._budget.on_drop == "halve":
-            last = int(self._end(trainer) + 1e-9) - 2
-            epoch = trainer.current_epoch + 1
-            run.schedule = schedule.halved(epoch, run.reached, failed, last, every)
-        steps = zip(*vars(run.schedule).values(), strict=True)
-        return ", ".join(f"{s:.3f} at epoch {e}" for e, s in steps) or "no further cut"
-
-    @override
-    def _named(self, goal: float) -> str:
-        aim = self.aim()
-        if not aim:
-            return super()._named(goal)
-        return aim if goal >= 1 else f"{goal:.3f} of the way to {aim}"
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        store_gradients(
-            trainer, self._run.felt, checkpoint.get("callbacks", {}).get(self.state_key)
-        )
-
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._steps and self._run.heard is None and self._listens(trainer):
-            known = (self._standing, self._tracked().plan)
-            self._feeling.begin(trainer, pl_module, *known, self._run, batch_idx)
-
-    @override
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Add what the training step let feel to the sums."""
-        self._feeling.end()
-
-    @override
-    def quiet(self) -> None:
-        super().quiet()
-        self._feeling.close()
-
-    def left_to_reach(self, sparsity: float) -> float:
-        """Sparsity of the layers that are there which makes up for one of all: gone ones count."""
-        built, standing = count_parameters(self._chosen), count_parameters(self._standing)
-        return sparsity if built == standing else 1 - (1 - sparsity) * built / standing
-
-    @property
-    def _standing(self) -> list[DependencyGroup]:
-        """The groups that may be cut, of the layers that are there."""
-        names = {group.name for group in self._chosen}
-        return [group for group in self._tracked().groups if group.name in names]
-
-    def _felt(self, trainer: pl.Trainer) -> dict[str, GradientSums] | None:
-        """What all ranks felt in this epoch; None, with a warning, where all of it was missed."""
-        self._feeling.close()
-        if not self._steps:
-            return None
-        empty = empty_sums(trainer.lightning_module, self._standing, self._tracked().plan)
-        sums = pooled(trainer, self._run.felt or empty)
+    def collect(self, session: Session) -> dict[str, GradientSums] | None:
+        """The sums of all ranks over this epoch; None, with a warning, where there are none."""
+        self.close()
+        trainer, groups = session.trainer, self._groups(session)
+        empty = empty_sums(session.module, groups, session.plan)
+        sums = _summed(trainer, session.state.gradients or empty)
         missed = not any(s.counts.any() for s in sums.values())
-        if missed and not (self._feeling.whole and trainer.is_last_batch):
+        if missed and not (self._whole and trainer.is_last_batch):
             rank_zero_warn(
                 f"The cut of epoch {trainer.current_epoch + 1} waits: no training step to take "
                 "gradients from ran before the last validation of this epoch."
             )
-            self._waits = True
             return None
-        check_gradients(sums, scaled=is_scaled(trainer))
+        check_gradients(sums, scaled=_scaler(trainer) is not None)
         return sums
 
 
-class MutualInformationPruning(UnitPruning):
+def _summed(trainer: pl.Trainer, sums: Mapping[str, GradientSums]) -> dict[str, GradientSums]:
+    """The sums over all ranks, in sums of their own; every rank must call it."""
+    together = {
+        key: GradientSums(s.dimension, s.units, over_units=s.over_units).unpack(s.packed())
+        for key, s in sums.items()
+    }
+    sum_over_ranks(trainer.strategy, together)
+    return together
+
+
+def _scaler(trainer: pl.Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+class UnitStrategy:
+    """Removes units: neurons, heads, dimensions of heads and of the hidden state.
+
+    Args:
+        pipeline: How units are chosen, and weights solved again.
+        calibration: How much is collected.
+        schedule: When to cut.
+        choose: Chooses the groups that may be cut, of groups and of the modules without any.
+        module: Path of the submodule to search for prunable networks; "" searches all.
+        halve: Whether half of a step is tried after its cut was rolled back.
+    """
+
+    order = 1
+    late = False
+
+    def __init__(
+        self,
+        pipeline: PipelineOptions,
+        calibration: options.Calibration,
+        schedule: options.Schedule,
+        *,
+        choose: Callable[[list[DependencyGroup], list[str]], list[DependencyGroup]],
+        module: str,
+        halve: bool,
+    ) -> None:
+        budget = pipeline.budget
+        self.pipeline, self.schedule = pipeline, schedule
+        self.goal = budget.amount if budget.kind == "sparsity" else 1.0
+        self.find: Find = partial(find_groups, within=module)
+        self.chosen: list[DependencyGroup] = []
+        self._positions, self._stored = (
+            calibration.positions,
+            pipeline.reconstruction.stored_positions,
+        )
+        self._steps = (
+            calibration.gradient_steps if pipeline.importance.relevance == "gradient" else 0
+        )
+        self.steps = GradientCollection(self._steps, self._present) if self._steps else None
+        self._choose, self._within, self._halve = choose, module, halve
+        self._budget = "" if budget.kind == "sparsity" else str(budget)
+
+    def _present(self, session: Session) -> list[DependencyGroup]:
+        """The groups that may be cut, of the layers that are there."""
+        names = {group.name for group in self.chosen}
+        return [group for group in session.tracker.groups if group.name in names]
+
+    def prepare(self, session: Session) -> Mapping[str, object]:
+        module, plan, groups = session.module, session.plan, session.graph.groups
+        mine = [group for group in groups if is_within(group.name, self._within)]
+        others = modules_without_groups(module, groups, self._within)
+        self.chosen = self._choose(without_frozen(module, mine), others)
+        rank_zero_info(f"Pruning may cut {summarize_groups(self.chosen)}.")
+        present = self._present(session)
+        check_cuttable(module, present, plan)
+        tensors = {s.tensor for group in present for s in group.tensors}
+        paths = {name.rpartition(".")[0] for name in tensors}
+        check_surroundings(session, [module.get_parameter(name) for name in tensors], paths)
+        if not session.state.fitted.epochs:
+            session.state.report = session.begin_report(self.chosen)
+        check_optimizers(session.trainer.strategy.optimizers, self.parameters(session))
+        self._check_budget(session, present)
+        return {f"the size of {group.name!r}": group.size for group in self.chosen}
+
+    def _check_budget(self, session: Session, present: list[DependencyGroup]) -> None:
+        """Refuse a budget that these groups cannot meet from their present widths."""
+        pipeline, module = self.pipeline, session.module
+        if pipeline.budget.kind == "sparsity":
+            sparsity = self._left(session, self.goal)
+            if sparsity <= 0:  # layers that are gone were enough
+                return
+            pipeline = replace(pipeline, budget=Budget(sparsity))
+        allowed, has = (
+            pipeline.budget.target_parameters,
+            sum(p.numel() for p in module.parameters()),
+        )
+        if allowed is not None and allowed >= has and session.plan.is_full:
+            raise PruningError(
+                f"target_parameters={allowed}, but the module has {number(has)} as built: "
+                "nothing to cut. Ask for fewer."
+            )
+        widths = {name: len(kept) for name, kept in session.plan.kept.items()}
+        writes = session.trainer.is_global_zero
+        check_options(pipeline, module, session.tracker.groups, present, widths, writes=writes)
+
+    def _left(self, session: Session, sparsity: float) -> float:
+        """Sparsity of the layers that are there which makes up for one of all layers."""
+        built = count_parameters(self.chosen)
+        present = count_parameters(self._present(session))
+        return sparsity if built == present else 1 - (1 - sparsity) * built / present
+
+    def reconcile(self, session: Session) -> list[str]:
+        groups, state = self._present(session), session.state
+        dropped = reconcile_units(
+            state,
+            groups,
+            session.module,
+            session.plan,
+            budget=self._budget,
+            calls=self._stored,
+            steps=self._steps,
+        )
+        if session.trainer.global_rank and state.gradients is not None:  # rank 0 has all of it
+            state.gradients = empty_sums(session.module, groups, session.plan)
+        return dropped
+
+    def parameters(self, session: Session) -> list[nn.Parameter]:
+        groups = self._present(session)
+        return [session.module.get_parameter(s.tensor) for a in groups for s in a.tensors]
+
+    def plan_to_verify(self, session: Session) -> PruningPlan | None:
+        present = self._present(session)
+        return half_plan(present, session.plan) if present else None
+
+    def recorder(self, session: Session) -> ActivationRecorder:
+        return ActivationRecorder(
+            session.module,
+            self._present(session),
+            positions=-(-self._positions // session.world),
+            batches=validation_batches(session.trainer),
+            seed=self.pipeline.seed,
+            calls=-(-self._stored // session.world),
+        )
+
+    def collect(self, session: Session, recorder: Recorder) -> CalibrationData | None:
+        assert isinstance(recorder, ActivationRecorder)  # noqa: S101
+        state, strategy = session.state, session.trainer.strategy
+        state.examples = update_calls(state.examples, recorder.calls(self._present(session)))
+        state.seconds = {"calibration": recorder.seconds}
+        sum_over_ranks(strategy, recorder.moments)
+        check_moments(recorder.moments)
+        gradients = None if self.steps is None else self.steps.collect(session)
+        if self.steps is not None and gradients is None:
+            return None
+        data = CalibrationData(recorder.moments, gradients)
+        if self._stored:
+            stored = move_tensors(recorder.stored, torch.device("cpu"))
+            data.ranks = gather_ranks(strategy, stored)
+        return data
+
+    def decide(self, session: Session, data: CalibrationData, goal: float) -> Decision | None:
+        data.examples = session.state.examples
+        if self.pipeline.budget.kind == "sparsity":
+            goal = self._left(session, goal)
+        if goal <= 0:
+            return None
+        return decide(
+            self.pipeline,
+            session.module,
+            session.tracker.groups,
+            self._present(session),
+            session.plan,
+            data,
+            progress=min(1.0, goal / self.goal),
+            kept=session.state.information_kept,
+            tables=session.state.tables,
+        )
+
+    def reconstruct(self, session: Session, decision: Decision, data: CalibrationData) -> Decision:
+        strategy = session.trainer.strategy
+        return reconstruct(
+            session.module,
+            session.tracker.groups,
+            session.plan,
+            decision,
+            self.pipeline.reconstruction,
+            data,
+            add=partial(sum_tensor, strategy),
+            rank=session.trainer.global_rank,
+            world=world_size(strategy),
+        )
+
+    def record(self, session: Session, pending: PendingCut, before: PruningPlan) -> Cut:
+        widths = {group.name: before.width(group.name) for group in self.chosen}
+        after = {group.name: session.plan.width(group.name) for group in self.chosen}
+        decision, state = pending.decision, session.state
+        return Cut(
+            epoch=pending.epoch,
+            sparsity=sparsity_of(self.chosen, after),
+            parameters=sum(p.numel() for p in session.module.parameters()),
+            prunable_parameters=count_parameters(self.chosen, after),
+            macs=session.count_macs(),
+            groups=group_cuts(self._present(session), widths, after, decision.information),
+            seconds=state.seconds,
+            information_kept=state.information_kept * decision.kept_share,
+        )
+
+    def sizes(self, session: Session) -> dict[str, float]:
+        widths = {group.name: session.plan.width(group.name) for group in self.chosen}
+        return {
+            "information_kept": session.state.information_kept,
+            **{f"width/{name}": width for name, width in widths.items()},
+            "sparsity": sparsity_of(self.chosen, widths),
+        }
+
+    def retry(self, session: Session, failed: float, end: float) -> str:
+        state, every = session.state, session.trainer.check_val_every_n_epoch or 1
+        schedule, state.schedule = state.schedule, CutSchedule()
+        if self._halve:
+            last, epoch = int(end + 1e-9) - 2, session.trainer.current_epoch + 1
+            state.schedule = schedule.halved(epoch, state.reached, failed, last, every)
+        steps = zip(*vars(state.schedule).values(), strict=True)
+        return ", ".join(f"{s:.3f} at epoch {e}" for e, s in steps) or "no further cut"
+
+    def name_goal(self, goal: float) -> str:
+        if not self._budget:
+            return f"sparsity {goal:.3f}"
+        return self._budget if goal >= 1 else f"{goal:.3f} of the way to {self._budget}"
+
+    def no_cut(self, session: Session, data: CalibrationData, goal: float) -> tuple[str, str]:
+        return f"The model meets {self.name_goal(goal)} already: no cut.", "Ask for less."
+
+
+class MutualInformationPruning(PruningCallback):
     """Make a network smaller while it trains, keeping the units that inform the layer above.
 
     Validation collects the inputs of the consumers. At the end of the epoch the units of every
@@ -473,113 +447,24 @@ class MutualInformationPruning(UnitPruning):
             self.method = PipelineOptions(
                 budget, widths, importance, constraints, latency, reconstruction, seed=seed
             )
-        super().__init__(
-            module=module or "",
-            positions=calibration.positions,
-            calls=reconstruction.stored_positions,
-            steps=calibration.gradient_steps if importance.relevance == "gradient" else 0,
-            seed=seed,
-            verbose=verbose,
-            best_of=monitoring.best_of,
-            budget=guard_of(max_drop, monitor, monitoring),
-        )
-        self._options = given
-        self._units, self._include, self._exclude = kinds, include, exclude
-        self._ramp: Ramp = schedule.ramp
-        self._cuts, self._first, self._last = (
-            schedule.cuts,
-            schedule.first_epoch,
-            schedule.last_epoch,
-        )
 
-    @override
-    def choose(self, groups: list[DependencyGroup], modules: list[str]) -> list[DependencyGroup]:
-        return choose_groups(
-            groups,
-            kinds=self._units,
-            include=self._include,
-            exclude=self._exclude,
-            modules=modules,
-        )
-
-    @override
-    def check(
-        self, module: pl.LightningModule, groups: list[DependencyGroup], widths: Mapping[str, int]
-    ) -> None:
-        method, sparsity = self.method, self.left_to_reach(self._goal)
-        if method.budget.kind == "sparsity":
-            if sparsity <= 0:  # layers that are gone were enough
-                return
-            method = replace(method, budget=Budget(sparsity))
-        allowed, has = method.budget.target_parameters, sum(p.numel() for p in module.parameters())
-        if allowed is not None and allowed >= has and self._tracked().plan.is_full:
-            raise PruningError(
-                f"target_parameters={allowed}, but the module has {number(has)} as built: "
-                "nothing to cut. Ask for fewer."
+        def choose(groups: list[DependencyGroup], modules: list[str]) -> list[DependencyGroup]:
+            return choose_groups(
+                groups, kinds=kinds, include=include, exclude=exclude, modules=modules
             )
-        check_options(
-            method,
-            module,
-            self._tracked().groups,
-            groups,
-            widths,
-            writes=module.trainer.is_global_zero,
-        )
 
-    @property
-    def _goal(self) -> float:
-        """Where the schedule ends: the sparsity, or all of the way to another budget."""
-        budget = self.method.budget
-        return budget.amount if budget.kind == "sparsity" else 1.0
-
-    @override
-    def aim(self) -> str:
-        budget = self.method.budget
-        return "" if budget.kind == "sparsity" else str(budget)
-
-    @override
-    def schedule(self, length: float, every: int, begin: int) -> Schedule:
-        return self._fit(length, self._goal, every, begin, ramp=self._ramp, cuts=self._cuts)
-
-    @override
-    def decide(
-        self, module: pl.LightningModule, heard: CalibrationData, goal: float, kept: float
-    ) -> Decision | None:
-        tracker = self._tracked()
-        heard.examples = self._run.examples
-        if self.method.budget.kind == "sparsity":
-            goal = self.left_to_reach(goal)
-        if goal <= 0:
-            return None
-        return decide(
-            self.method,
-            module,
-            tracker.groups,
-            self._standing,
-            tracker.plan,
-            heard,
-            progress=min(1.0, goal / self._goal),
-            kept=kept,
-            tables=self._run.tables,
-        )
-
-    @override
-    def reconstruct(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        selection: Decision,
-        heard: CalibrationData,
-    ) -> Decision:
-        tracker, strategy = self._tracked(), trainer.strategy
-        return reconstruct(
-            module,
-            tracker.groups,
-            tracker.plan,
-            selection,
-            self.method.reconstruction,
-            heard,
-            add=partial(sum_tensor, strategy),
-            rank=trainer.global_rank,
-            world=world_size(strategy),
+        super().__init__(
+            UnitStrategy(
+                self.method,
+                calibration,
+                schedule,
+                choose=choose,
+                module=module or "",
+                halve=monitoring.on_drop == "halve",
+            ),
+            given,
+            max_drop=max_drop,
+            monitor=monitor,
+            monitoring=monitoring,
+            verbose=verbose,
         )

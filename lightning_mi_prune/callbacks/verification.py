@@ -1,11 +1,11 @@
-"""Run the steps of a LightningModule on a copy of it."""
+"""What is checked before a cut: steps run on a copy, and what else holds what is cut."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -15,15 +15,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import Self
 
+from lightning_mi_prune.callbacks.distributed import refuse_compiled
+from lightning_mi_prune.callbacks.state import Session
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import call_step
 from lightning_mi_prune.discovery.graph import PruningGraph
-from lightning_mi_prune.surgery.verification import verify_cut
+from lightning_mi_prune.discovery.groups import DependencyGroup, LayerStack
+from lightning_mi_prune.surgery.verification import held_elsewhere, verify_cut
 
 __all__ = [
     "DryRun",
+    "check_surroundings",
+    "without_frozen",
 ]
+
+Part = TypeVar("Part", DependencyGroup, LayerStack)
 
 
 class DryRun:
@@ -32,7 +39,7 @@ class DryRun:
     def __init__(self) -> None:
         self._batches: dict[str, tuple[Any, int]] = {}
 
-    def knows(self, step: str) -> bool:
+    def has(self, step: str) -> bool:
         """Whether a batch of a step was given."""
         return step in self._batches
 
@@ -56,7 +63,7 @@ class DryRun:
         *,
         only: str | None = None,
     ) -> None:
-        """Run the steps on a copy that was cut; every rank comes by.
+        """Run the steps on a copy that was cut; every rank must call it.
 
         Args:
             trainer: The trainer.
@@ -71,9 +78,9 @@ class DryRun:
         """
         names = [name for name in self._batches if only in (None, name)]
         steps = {name: self._step(trainer, module, name) for name in names}
-        apart = _apart_from(trainer)
+        detach = _detached_from(trainer)
         try:
-            why = verify_cut(module, graph, current, plan, steps, prepare=apart)
+            why = verify_cut(module, graph, current, plan, steps, prepare=detach)
         except PruningError as error:
             if "cannot be copied" not in str(error):
                 raise
@@ -107,7 +114,7 @@ class DryRun:
 
 
 class _Inert:
-    """Stands in for an optimizer or a schedule of a run: it can be read, and does nothing."""
+    """Replaces an optimizer or a schedule of a run: it can be read, and does nothing."""
 
     def __init__(self, real: Any = None) -> None:
         self._real = real
@@ -125,15 +132,15 @@ class _Inert:
         return None
 
 
-def _apart_from(trainer: pl.Trainer) -> Callable[[nn.Module], None]:
+def _detached_from(trainer: pl.Trainer) -> Callable[[nn.Module], None]:
     """What keeps a copy of the module from logging, stepping and stopping in a run."""
-    quiet = copy.copy(trainer)  # what a step sets on its trainer is set on this one
-    quiet.loggers = [DummyLogger() for _ in trainer.loggers]
+    silenced = copy.copy(trainer)  # what a step sets on its trainer is set on this one
+    silenced.loggers = [DummyLogger() for _ in trainer.loggers]
 
     def prepare(whole: nn.Module) -> None:
         if not isinstance(whole, pl.LightningModule):
             return
-        whole.trainer = quiet
+        whole.trainer = silenced
         real, schedules = whole.optimizers, whole.lr_schedulers
         whole.__dict__.update(
             dict.fromkeys(
@@ -165,7 +172,7 @@ def _inert(read: Callable[[], Any]) -> Any:
 
 
 def _nothing(*_: object, **__: object) -> None:
-    """Stands in for what a step tells its run."""
+    """Replaces what a step would log or do."""
 
 
 def _no_context(*_: object, **__: object) -> AbstractContextManager[None]:
@@ -179,3 +186,41 @@ def _copied(batch: Any, device: torch.device) -> Any:
     except Exception:  # of whatever class it is; then it is shared
         return batch
     return move_data_to_device(batch, device)
+
+
+def check_surroundings(session: Session, parameters: Sequence[nn.Parameter], cut: set[str]) -> None:
+    """Refuse compiled modules that a cut changes; warn of what holds parameters that it replaces.
+
+    Args:
+        session: The run.
+        parameters: The parameters.
+        cut: Paths of the modules that a cut changes.
+
+    Raises:
+        MisconfigurationException: Naming the module.
+    """
+    refuse_compiled(session.module, cut)
+    others: list[pl.Callback] = session.trainer.callbacks  # type: ignore[attr-defined]
+    strangers = {
+        type(c).__name__: c
+        for c in others
+        if not type(c).__module__.startswith(("lightning.", "lightning_mi_prune."))
+    }
+    held = held_elsewhere({"": session.module, **strangers}, parameters)
+    if held:
+        rank_zero_warn(
+            f"{', '.join(map(repr, held[:6]))} hold parameters that a cut replaces, and would "
+            "go on with the old ones. Read them from the module where they are used "
+            "(named_parameters), or collect them again in on_train_epoch_start.",
+            category=PruningWarning,
+        )
+
+
+def without_frozen(module: pl.LightningModule, parts: list[Part]) -> list[Part]:
+    """Leave out networks that are frozen whole, such as a teacher, beside one that is trained."""
+    trained = {
+        path
+        for path in {part.network for part in parts}
+        if any(p.requires_grad for p in module.get_submodule(path).parameters())
+    }
+    return [part for part in parts if part.network in trained] or parts

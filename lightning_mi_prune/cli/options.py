@@ -85,9 +85,7 @@ def options_of(function: Callable[..., Any], skip: Collection[str]) -> Iterator[
         if name in skip:
             continue
         members = get_args(hints[name]) or (hints[name],)
-        record = next(
-            (m for m in members if getattr(m, "__module__", "") == records.__name__), None
-        )
+        record = next((kind for kind in _RECORDS if kind in members), None)
         if record is None:
             plain = tuple(m for m in members if not is_dataclass(m))  # a Budget has no text
             kind = hints[name] if plain == members else Union[plain]  # noqa: UP007

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import warnings
 from argparse import ArgumentError
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -52,6 +51,7 @@ from lightning_mi_prune.cli.config import (
 )
 from lightning_mi_prune.cli.options import help_text, options_of, values_of
 from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.files import check_writable
 from lightning_mi_prune.core.options import Importance
 from lightning_mi_prune.pipeline import PruneResult, prune
 from lightning_mi_prune.reporting.tables import Table, print_table
@@ -78,7 +78,7 @@ _TRAINER = (
     "enable_progress_bar",
 )
 
-_OBJECTS = ("callbacks", "logger", "plugins", "profiler", "strategy")
+_OBJECTS = ("callbacks", "logger", "plugins", "profiler", "strategy")  # cannot be linked
 
 _ONE_DEVICE: dict[str, Any] = {
     "devices": 1,
@@ -132,11 +132,9 @@ def prune_module(
         data = _Rows(batches_of(data, **sizes))
     source = model if data is None else data
     if not is_overridden("val_dataloader", source):
-        remedy = "give a DataModule (--data mypackage.MyData)" if data is None else "write one"
-        raise PruningError(
-            f"{type(source).__name__} has no val_dataloader, and calibration needs its batches; "
-            f"{remedy}."
-        )
+        remedy = "give a DataModule, --data mypackage.MyData" if data is None else "write one"
+        name = type(source).__name__
+        raise PruningError(f"{name} has no val_dataloader, which calibration needs; {remedy}.")
     if checkpoint is not None:
         load_pruned(model, checkpoint)
     before = _metrics(trainer, model, data, evaluate)
@@ -454,26 +452,14 @@ def _check_files(output: Path, checkpoint: str | Path | None) -> None:
         raise PruningError(f"checkpoint={str(checkpoint)!r}; expected a file that exists.")
     if checkpoint is not None and output.exists() and output.samefile(checkpoint):
         raise PruningError(f"output={str(output)!r} is the checkpoint; expected another file.")
-    if output.is_dir():
-        raise PruningError(f"output={str(output)!r} is a folder; expected the path of a file.")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-        if output.exists():
-            with output.open("ab"):
-                pass
-    except OSError as error:
-        raise PruningError(
-            f"output={str(output)!r} cannot be written: {error.strerror}; expected a file in a "
-            "folder that may be written."
-        ) from error
+    check_writable(output, "The pruned checkpoint")
 
 
 def _save(trainer: pl.Trainer, model: pl.LightningModule, output: Path) -> None:
     """Write all of the checkpoint, or none."""
     draft = output.with_name(f".{output.name}.part")
     trainer.strategy.connect(model)
+    output.parent.mkdir(parents=True, exist_ok=True)
     try:
         trainer.save_checkpoint(draft, weights_only=True)
         draft.replace(output)

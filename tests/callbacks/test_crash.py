@@ -150,7 +150,7 @@ def test_a_decided_cut_is_in_the_checkpoint(results, name):
     ],
 )
 def test_a_cut_on_probation_is_in_the_checkpoint(results, name):
-    held = {k: v["trial"] for k, v in results["cases"][name]["checkpoints"].items()}
+    held = {k: v["snapshot"] for k, v in results["cases"][name]["checkpoints"].items()}
     assert all(held.values()), f"holds what it takes to undo the cut: {held}"
 
 

@@ -20,9 +20,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.utils.data import DataLoader
 
-from lightning_mi_prune import MutualInformationPruning
 from lightning_mi_prune.callbacks import units as mutual_information
 from lightning_mi_prune.callbacks.distributed import _forget_shapes
+from lightning_mi_prune.callbacks.engine import RunEngine
+from lightning_mi_prune.callbacks.units import UnitStrategy
 from lightning_mi_prune.core.plan import PruningPlan
 from tests.support.boring import Sentences, trainer
 from tests.support.ranks import launch, launch_nodes, recorded
@@ -66,7 +67,7 @@ class Log(pl.Callback):
         trainer.strategy._setup_model = setup_model
 
     def on_validation_end(self, trainer, pl_module):
-        pending = trainer.callbacks[0]._run.pending
+        pending = trainer.callbacks[0].engine.state.pending
         if pending is not None:
             self.old = [weakref.ref(p) for p in pl_module.parameters()]
 
@@ -233,9 +234,9 @@ def two_ranks(folder):
         },
     }
     found["epoch"] = late(folder) if rank else failing(folder)
-    original, MutualInformationPruning.decide = MutualInformationPruning.decide, broken
+    original, UnitStrategy.decide = UnitStrategy.decide, broken
     found["bug"] = failing(folder)
-    MutualInformationPruning.decide = original
+    UnitStrategy.decide = original
     found["after"] = seen(folder)["digests"]
     return found
 
@@ -247,7 +248,7 @@ def late(folder):
         raise ValueError("no epoch is left")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MutualInformationPruning, "schedule", fail)
+        patch.setattr(RunEngine, "_fit", fail)
         return failing(folder)
 
 

@@ -851,7 +851,7 @@ def test_only_what_takes_over_gets_other_values(tmp_path, method):
 
 
 def test_too_little_to_learn_from_is_said_and_layers_go_all_the_same(tmp_path):
-    with pytest.warns(UserWarning, match=r"No layer takes over .* raise the positions"):
+    with pytest.warns(UserWarning, match=r"No layer makes up .* raise"):
         _, module, _ = fit(
             tmp_path, layers={"reconstruction_positions": 2}, module=Deep, max_epochs=2
         )
@@ -862,7 +862,7 @@ def test_what_was_heard_without_calls_is_heard_again_where_they_are_asked_for(tm
     points = {"heard": Point("on_train_batch_end", 0, 3)}
     options = {"module": Deep, "val_check_interval": 3, "max_epochs": 3}
     fit(tmp_path, points=points, layers={"method": "none"}, **options)
-    with pytest.warns(UserWarning, match="Nothing was stored for a reconstruct"):
+    with pytest.warns(UserWarning, match="No inputs were stored to reconstruct"):
         _, module, watch = fit(tmp_path, resume=tmp_path / "0.ckpt", layers={}, **options)
     assert watch.pruning.report.cuts[0].epoch == 2
     assert len(module.model.bert.encoder.layer) == 4

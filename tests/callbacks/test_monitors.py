@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader
 from lightning_mi_prune import MutualInformationPruning, PruningError, find_groups
 from lightning_mi_prune.callbacks.distributed import refuse_unsupported
 from lightning_mi_prune.callbacks.monitors import BestOf, restart_comparison
-from lightning_mi_prune.callbacks.trainer import run_length
+from lightning_mi_prune.callbacks.schedule import run_length
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import build
@@ -490,7 +490,7 @@ def test_tuning_before_fit_listens_to_nothing_and_cuts_nothing(tune, tmp_path):
     assert prune.report.cuts == []
     assert size(module.state_dict()) == BUILT
     assert count_hooks(module) == 0
-    assert prune._recorder is None
+    assert prune.engine.recorder is None
     built = sum(p.numel() for p in module.parameters())
     tuned.fit(module)
     is_cut_and_clean(module, prune)
@@ -655,7 +655,7 @@ def test_every_logger_gets_every_cut(tmp_path):
     seen = []
     files = [CSVLogger(tmp_path), CSVLogger(tmp_path / "second")]
     _, prune = run(Module(), logger=[*files, Scalars(tmp_path / "board")], log_every_n_steps=1)
-    names = {f"prune/width/{group.name}" for group in prune._chosen}
+    names = {f"prune/width/{group.name}" for group in prune.engine.strategy.chosen}
     names |= {"prune/parameters", "prune/sparsity", "prune/macs", "prune/information_kept"}
     assert names <= set(logged(tmp_path))
     assert names <= set(logged(tmp_path / "second"))
@@ -678,15 +678,18 @@ QUIET = {"sparsity": 0.5, "multiple": 2, "ramp": "linear", "verbose": False}
 
 
 class Count(MutualInformationPruning):
-    """Notes how much each cut heard, and when."""
+    """Notes how many samples each cut is decided from."""
 
     def __init__(self, **options):
         super().__init__(**records(MutualInformationPruning, {**QUIET, **options}))
         self.counts = []
+        decide = self.engine.strategy.decide
 
-    def decide(self, module, heard, *rest):
-        self.counts.append({int(m.count) for m in heard.moments.values()})
-        return super().decide(module, heard, *rest)
+        def noting(session, data, goal):
+            self.counts.append({int(m.count) for m in data.moments.values()})
+            return decide(session, data, goal)
+
+        self.engine.strategy.decide = noting
 
 
 def loader(rows, seed=1, size=32):

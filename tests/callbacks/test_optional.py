@@ -76,7 +76,7 @@ def test_layers_go_where_values_may_not_be_replaced(tmp_path, change, said):
             super().__init__(**options)
             change(self.model.bert.encoder.layer[5])
 
-    with pytest.warns(UserWarning, match=rf"No layer takes over.*layer\.5\..*({said})"):
+    with pytest.warns(UserWarning, match=rf"No layer makes up.*layer\.5\..*({said})"):
         _, module, _ = fit(tmp_path, layers={}, module=Special, max_epochs=2)
     assert len(module.model.bert.encoder.layer) == 4
 
@@ -93,7 +93,7 @@ def test_inputs_leave_the_checkpoints_with_the_last_use_for_them(tmp_path, layer
     def calls(place):
         states = torch.load(tmp_path / f"{place}.ckpt", weights_only=True)["callbacks"]
         (state,) = (s for name, s in states.items() if name.startswith("CKALayerPruning"))
-        return [call for rank in state["compared"]["calls"] for call in rank]
+        return [call for rank in state["comparison"]["ranks"] for call in rank]
 
     assert bool(calls(0)) == kept
     assert not calls(1)

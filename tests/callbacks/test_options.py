@@ -28,7 +28,6 @@ from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.discovery.families import find_groups, modules_without_groups
 from lightning_mi_prune.discovery.graph import choose_groups, summarize_groups
 from lightning_mi_prune.discovery.groups import DependencyGroup
-from lightning_mi_prune.pipeline import PipelineOptions
 from tests.support.boring import Classifier, trainer
 from tests.support.models import build
 from tests.support.pruning import made, pruning_layers, pruning_units
@@ -154,7 +153,7 @@ def test_no_message_is_in_powers_of_ten_or_counts_one_as_many():
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_max_drop_is_in_the_units_of_the_metric(callback, mode):
     """A drop of 2 from a best value of 50 costs 2, whichever callback watches it."""
-    budget = made(callback, max_drop=1.5, monitor="m", mode=mode)._budget
+    budget = made(callback, max_drop=1.5, monitor="m", mode=mode).engine.guard
     assert budget == MetricGuard(1.5, "m", mode)
     worse = -1 if mode == "max" else 1
     for best in (50.0, 0.0, -50.0):
@@ -188,9 +187,7 @@ def test_the_first_cut_is_made_as_that_epoch_of_the_trainer_starts(first):
     assert smaller == list(range(first, 4))
 
 
-@pytest.mark.parametrize(
-    "made", [*BOTH, PipelineOptions, prune_module], ids=lambda made: made.__name__
-)
+@pytest.mark.parametrize("made", [*BOTH, prune_module], ids=lambda made: made.__name__)
 def test_help_is_plain_text(made):
     parser = ArgumentParser(exit_on_error=False)
     if isinstance(made, type):
@@ -223,7 +220,7 @@ def test_every_curve_begins_before_the_first_cut_and_information_never_rises(tmp
     cuts = {cut.epoch: cut for cut in prune.report.cuts}
     assert sorted(cuts) == [1, 2, 3]
     assert all(row.keys() == rows[0].keys() for row in rows.values())
-    full = {f"prune/width/{group.name}": group.size for group in prune._chosen}
+    full = {f"prune/width/{group.name}": group.size for group in prune.engine.strategy.chosen}
     assert rows[0] == {
         "prune/parameters": size,
         "prune/sparsity": 0,

@@ -108,7 +108,7 @@ def test_a_cut_that_is_taken_back_is_named_by_its_budget(caplog):
     with caplog.at_level("INFO"):
         run.fit(module)
     assert callback.report.undone
-    said = [r.getMessage() for r in caplog.records if "taken back" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "rolled back" in r.getMessage()]
     assert said
     assert said[0].startswith("The cut of epoch 1 to target_macs=70000 cost more than")
 

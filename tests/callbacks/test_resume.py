@@ -112,9 +112,7 @@ def test_what_the_options_now_ask_for_is_heard_anew(tmp_path, before, after, bat
     options = {"val_check_interval": 3, "max_epochs": 3}
     path = stopped(tmp_path, Point("on_train_batch_end", 0, batch), pruning=before, **options)
     lacks = batch == 3 and after != {"relevance": None}
-    match = (
-        "What was heard (is less than the options ask for|was of other groups)" if lacks else None
-    )
+    match = "Calibration (has less than the options ask for|was of other groups)" if lacks else None
     _, _, watch = resumed(tmp_path, path, match, pruning=after, **options)
     (cut,) = watch.pruning.report.cuts
     assert cut.epoch == 1 + lacks
@@ -137,7 +135,7 @@ def test_without_its_budget_a_trial_ends_and_the_cut_stays(tmp_path):
     _, _, watch = resumed(
         tmp_path, path, "the last cut is kept", pruning=free, callbacks=[stopping], **run
     )
-    assert watch.pruning._run.trial is None
+    assert watch.pruning.engine.state.snapshot is None
     assert len(watch.pruning.report.cuts) == 2
     assert max(watch.digests) < 7
 
@@ -148,7 +146,7 @@ def test_the_best_of_another_metric_is_not_compared(tmp_path):
     other = {**BUDGET, "monitor": "val_loss", "mode": "min", "max_drop": 0.5}
     _, _, watch = resumed(tmp_path, path, pruning=other, **run)
     assert watch.pruning.report.undone == []
-    assert watch.pruning._run.best < 3
+    assert watch.pruning.engine.state.best < 3
 
 
 @pytest.mark.parametrize(
@@ -281,28 +279,36 @@ def test_plans_of_parts_are_read_by_the_whole():
     assert outer.plan == plan.prefixed("part")
 
 
-GOOD = RunState().to_dict(PruningReport())
+GOOD = RunState().to_dict()
 LYING = torch.zeros(1, dtype=torch.float64).expand(1 + 20_000 + 20_000 * 20_001 // 2)
 NAN = torch.full((3,), torch.nan, dtype=torch.float64)
-FELT = (1, 1, False, torch.ones(5, dtype=torch.float64))
+SUMS = (1, 1, False, torch.ones(5, dtype=torch.float64))
 CALL = vars(RecordedCall((torch.ones(1, 2),), {}, torch.ones(1, 2)))
-HEARD = {
+DATA = {
     "moments": {"a": (1, torch.ones(3, dtype=torch.float64))},
-    "gradients": {"a": FELT},
-    "calls": [{"": [CALL]}],
+    "gradients": {"a": SUMS},
+    "ranks": [{"": [CALL]}],
+    "examples": {},
     "stacks": {},
 }
 
 
-def heard(**change):
-    return {"heard": {**HEARD, **change}}
+def collected(**change):
+    return {"calibration": {**DATA, **change}}
 
 
-PENDING = {"epoch": 1, "sparsity": 0.5, "plan": "{}", "compensated": {}, "information": {}}
-TRIAL = {"epoch": 1, "reached": 0.0, "kept": 1.0, "plan": "{}", "weights": {}, "optimizers": [],
-         "groups": [], "failed_at": None}  # fmt: skip
+DECISION = {"plan": "{}", "compensated": {}, "information": {}, "rotated": {}}
+PENDING = {"epoch": 1, "sparsity": 0.5, "decision": DECISION}
+SNAPSHOT = {"epoch": 1, "reached": 0.0, "information_kept": 1.0, "plan": "{}", "weights": {}, "optimizers": [],
+         "groups": [], "failed_epoch": None}  # fmt: skip
 ALIKE = {"layers": [0, 2], "similarity": [[1.0, 0.5], [0.5, 1.0]], "angles": [[0.0] * 3] * 3,
          "fixed": 0}  # fmt: skip
+
+
+def pending(**change):
+    return {"pending": {**PENDING, "decision": {**DECISION, **change}}}
+
+
 PLAN = '{"kept":{"a":[0]},"sizes":{"a":2},"version":1}'
 
 
@@ -321,58 +327,63 @@ PLAN = '{"kept":{"a":[0]},"sizes":{"a":2},"version":1}'
         {"best": "x"},
         {"begin": -1},
         {"begin": 2**70},
-        {"heard_at": 0.5},
+        {"calibration_epoch": 0.5},
         {"fitted": {"epochs": [float("inf")], "sparsities": [0.5]}},
         {"fitted": {"epochs": [1, 2], "sparsities": [0.5]}},
         {"schedule": {"epochs": [1], "sparsities": [1.5]}},
         {"schedule": 3},
-        {"kept": 1.5},
-        {"kept": None},
-        {"felt": 3},
-        {"felt": {"a": FELT[:3]}},
-        {"felt": {"a": (20_000, 1, False, LYING)}},
-        {"felt": {"a": (-1, 1, False, FELT[3])}},
-        {"felt": {"a": (1, 2**62, False, FELT[3])}},
-        {"felt": {"a": (2, 1, False, FELT[3])}},
-        {"felt": {"a": (*FELT[:3], FELT[3] * torch.inf)}},
-        {"felt": {"a": (*FELT[:3], FELT[3].float())}},
-        {"felt": {"a": (*FELT[:3], None)}},
-        {"heard": {}},
-        heard(moments={"a": (20_000, LYING)}),
-        heard(moments={"a": (-1, torch.zeros(3))}),
-        heard(moments={"a": (2**62, torch.zeros(3))}),
-        heard(moments={"a": (100_000, torch.zeros(3))}),
-        heard(moments={"a": (1, torch.zeros(3))}),
-        heard(moments={"a": (1, NAN)}),
-        heard(moments={"a": 3}),
-        heard(gradients={"a": (1, 1, False, LYING)}),
-        heard(gradients={"a": (1, 1, False, NAN)}),
-        heard(gradients=[FELT]),
-        heard(calls=None),
-        heard(calls=[3]),
-        heard(calls=[{"": [{}]}]),
-        heard(calls=[{"": [{**CALL, "args": CALL["args"][0]}]}]),
-        heard(calls=[{"": [{**CALL, "args": ({"x": [LYING]},)}]}]),
-        heard(calls=[{"": [{**CALL, "mask": LYING}]}]),
-        heard(stacks=None),
-        heard(stacks={"a": {**ALIKE, "similarity": [[1.0]]}}),
-        {"compared": {"a": {**ALIKE, "angles": [[0.0] * 3, [0.0] * 3, [0.0]]}}},
-        {"compared": {"a": {**ALIKE, "layers": [0, -1]}}},
-        {"compared": {"a": {**ALIKE, "fixed": 3}}},
-        {"compared": {"a": {**ALIKE, "angles": [[float("nan")] * 3] * 3}}},
-        {"every": -1},
+        {"information_kept": 1.5},
+        {"information_kept": None},
+        {"gradients": 3},
+        {"gradients": {"a": SUMS[:3]}},
+        {"gradients": {"a": (20_000, 1, False, LYING)}},
+        {"gradients": {"a": (-1, 1, False, SUMS[3])}},
+        {"gradients": {"a": (1, 2**62, False, SUMS[3])}},
+        {"gradients": {"a": (2, 1, False, SUMS[3])}},
+        {"gradients": {"a": (*SUMS[:3], SUMS[3] * torch.inf)}},
+        {"gradients": {"a": (*SUMS[:3], SUMS[3].float())}},
+        {"gradients": {"a": (*SUMS[:3], None)}},
+        {"calibration": {}},
+        collected(moments={"a": (20_000, LYING)}),
+        collected(moments={"a": (-1, torch.zeros(3))}),
+        collected(moments={"a": (2**62, torch.zeros(3))}),
+        collected(moments={"a": (100_000, torch.zeros(3))}),
+        collected(moments={"a": (1, torch.zeros(3))}),
+        collected(moments={"a": (1, NAN)}),
+        collected(moments={"a": 3}),
+        collected(gradients={"a": (1, 1, False, LYING)}),
+        collected(gradients={"a": (1, 1, False, NAN)}),
+        collected(gradients=[SUMS]),
+        collected(ranks=None),
+        collected(ranks=[3]),
+        collected(ranks=[{"": [{}]}]),
+        collected(ranks=[{"": [{**CALL, "args": CALL["args"][0]}]}]),
+        collected(ranks=[{"": [{**CALL, "args": ({"x": [LYING]},)}]}]),
+        collected(ranks=[{"": [{**CALL, "mask": LYING}]}]),
+        collected(stacks=None),
+        collected(stacks={"a": {**ALIKE, "similarity": [[1.0]]}}),
+        {
+            "comparison": {
+                **DATA,
+                "stacks": {"a": {**ALIKE, "angles": [[0.0] * 3, [0.0] * 3, [0.0]]}},
+            }
+        },
+        {"comparison": {**DATA, "stacks": {"a": {**ALIKE, "layers": [0, -1]}}}},
+        {"comparison": {**DATA, "stacks": {"a": {**ALIKE, "fixed": 3}}}},
+        {"comparison": {**DATA, "stacks": {"a": {**ALIKE, "angles": [[float("nan")] * 3] * 3}}}},
+        {"cluster_step": -1},
         {"pending": {}},
         {"pending": PENDING},
-        {"pending": {**PENDING, "plan": PLAN, "compensated": {"x": 3}}},
-        {"pending": {**PENDING, "plan": PLAN, "compensated": {"x": LYING}}},
-        {"pending": {**PENDING, "plan": PLAN, "epoch": "1"}},
-        {"trial": TRIAL},
-        {"trial": {**TRIAL, "plan": PLAN, "weights": None}},
-        {"trial": {**TRIAL, "plan": PLAN, "weights": {"w": LYING}}},
-        {"trial": {**TRIAL, "plan": PLAN, "failed_at": "no"}},
-        {"trial": {**TRIAL, "plan": PLAN, "kept": float("nan")}},
-        {"trial": {**TRIAL, "plan": PLAN, "optimizers": [3]}},
-        {"trial": {**TRIAL, "plan": PLAN, "groups": [3]}},
+        pending(plan=PLAN, compensated={"x": 3}),
+        pending(plan=PLAN, compensated={"x": LYING}),
+        {"pending": {**pending(plan=PLAN)["pending"], "epoch": "1"}},
+        {"snapshot": SNAPSHOT},
+        {"snapshot": {**SNAPSHOT, "plan": PLAN, "weights": None}},
+        {"snapshot": {**SNAPSHOT, "plan": PLAN, "weights": {"w": LYING}}},
+        {"snapshot": {**SNAPSHOT, "plan": PLAN, "failed_epoch": "no"}},
+        {"snapshot": {**SNAPSHOT, "plan": PLAN, "information_kept": float("nan")}},
+        {"snapshot": {**SNAPSHOT, "plan": PLAN, "optimizers": [3]}},
+        {"snapshot": {**SNAPSHOT, "plan": PLAN, "groups": [3]}},
         {"examples": {"a": {"args": 3, "kwargs": {}, "mask": None}}},
         {"examples": {"a": {"args": (), "kwargs": {}, "mask": None, "autocast": "exec"}}},
         {"seconds": {"a": None}},
@@ -391,7 +402,12 @@ def test_an_undamaged_state_is_read():
     callback = MutualInformationPruning()
     callback.load_state_dict(GOOD)
     assert callback.state_dict() == GOOD
-    for part in (heard(), {"felt": {"a": FELT}, "kept": 0.5}, {"trial": {**TRIAL, "plan": PLAN}}):
+    for part in (
+        collected(),
+        {"gradients": {"a": SUMS}, "information_kept": 0.5},
+        pending(plan=PLAN),
+        {"snapshot": {**SNAPSHOT, "plan": PLAN}},
+    ):
         callback.load_state_dict(GOOD | part)
         assert sha(callback.state_dict()) == sha(GOOD | part)
     assert Batches(64, 16, seed=0).state_dict() == {"served": 0}
@@ -404,5 +420,5 @@ def test_a_cut_that_is_too_late_to_train_on_is_not_made(tmp_path):
         _, module, watch = fit(
             tmp_path, max_epochs=3, check_val_every_n_epoch=None, val_check_interval=11
         )
-    assert watch.pruning._run.pending is None
+    assert watch.pruning.engine.state.pending is None
     assert widths(module, "ffn") == [40, 40]

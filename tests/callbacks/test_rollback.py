@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_mi_prune.callbacks.monitors import MetricGuard
-from lightning_mi_prune.callbacks.schedule import Schedule, fit_schedule, judging_epoch
+from lightning_mi_prune.callbacks.schedule import CutSchedule, decision_epoch, fit_schedule
 from lightning_mi_prune.core.errors import PruningError
 from tests.support.pruning import pruning_units
 from tests.support.ranks import launch
@@ -209,11 +209,11 @@ def test_budget_values():
 
 
 def test_halved_schedules():
-    schedule = Schedule((1, 2), (0.3, 0.6))
-    assert schedule.halved(3, 0.0, 0.3, 8, 1) == Schedule((3, 4, 5, 6), (0.15, 0.3, 0.45, 0.6))
-    assert schedule.halved(3, 0.3, 0.6, 3, 1) == Schedule((3,), (0.45,))
-    assert schedule.halved(3, 0.3, 0.6, 2, 1) == Schedule()
-    assert Schedule((2, 6), (0.2, 0.4)).halved(7, 0.2, 0.4, 30, 2).epochs == (8, 12)
+    schedule = CutSchedule((1, 2), (0.3, 0.6))
+    assert schedule.halved(3, 0.0, 0.3, 8, 1) == CutSchedule((3, 4, 5, 6), (0.15, 0.3, 0.45, 0.6))
+    assert schedule.halved(3, 0.3, 0.6, 3, 1) == CutSchedule((3,), (0.45,))
+    assert schedule.halved(3, 0.3, 0.6, 2, 1) == CutSchedule()
+    assert CutSchedule((2, 6), (0.2, 0.4)).halved(7, 0.2, 0.4, 30, 2).epochs == (8, 12)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_halved_schedules():
 def test_every_cut_of_a_fitted_schedule_is_judged_after_it_and_before_the_end(length, every):
     schedule = fit_schedule(length, 0.5, every=every, recovery=2)
     for cut, following in zip(schedule.epochs, [*schedule.epochs[1:], None], strict=True):
-        judged = judging_epoch(cut, following, length, every)
+        judged = decision_epoch(cut, following, length, every)
         assert cut <= judged < (following or length - 1)
         assert (judged + 1) % every == 0
 
@@ -276,5 +276,5 @@ def test_a_run_that_ends_on_trial_says_so(tmp_path):
             trainer.should_stop = trainer.current_epoch == 1
 
     budget = {**BUDGET, "cuts": 1, "last_epoch": 1}
-    with pytest.warns(UserWarning, match="before the cut of epoch 1 could be judged"):
+    with pytest.warns(UserWarning, match="before the cut of epoch 1 could be accepted"):
         fit(tmp_path, module=Scored, pruning=budget, callbacks=[Stop()], max_epochs=6)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_mi_prune.callbacks.schedule import Schedule, fit_schedule
+from lightning_mi_prune.callbacks.schedule import CutSchedule, fit_schedule
 from lightning_mi_prune.core.errors import PruningError
 
 
@@ -19,8 +19,8 @@ def test_by_itself_it_ends_half_way_and_leaves_an_epoch(length, ramp):
 
 
 def test_ramps():
-    assert fit_schedule(8, 0.8, ramp="one_shot") == Schedule((1,), (0.8,))
-    assert fit_schedule(8, 0.8, ramp="linear", cuts=2) == Schedule((1, 4), (0.4, 0.8))
+    assert fit_schedule(8, 0.8, ramp="one_shot") == CutSchedule((1,), (0.8,))
+    assert fit_schedule(8, 0.8, ramp="linear", cuts=2) == CutSchedule((1, 4), (0.4, 0.8))
     cubic = fit_schedule(8, 0.8, ramp="cubic").sparsities
     steps = [b - a for a, b in zip((0, *cubic), cubic, strict=False)]
     assert steps == sorted(steps, reverse=True)
@@ -43,7 +43,7 @@ def test_only_epochs_after_a_validation():
 
 
 def test_due():
-    schedule = Schedule((1, 3), (0.2, 0.5))
+    schedule = CutSchedule((1, 3), (0.2, 0.5))
     assert [schedule.due(e, 0) for e in range(5)] == [None, 0.2, 0.2, 0.5, 0.5]
     assert [schedule.due(e, 0.2) for e in range(5)] == [None, None, None, 0.5, 0.5]
     assert schedule.due(4, 0.5) is None

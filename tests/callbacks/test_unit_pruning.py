@@ -44,16 +44,21 @@ class Recorder(MutualInformationPruning):
     def __init__(self, *args, **options):
         super().__init__(*args, verbose=False, **records(MutualInformationPruning, options))
         self.counts, self.gradients, self.rows = [], [], []
+        decide = self.engine.strategy.decide
 
-    def decide(self, module, heard, *rest):
-        self.counts.append({int(m.count) for m in heard.moments.values()})
-        self.gradients.append({tuple(g.counts.tolist()) for g in heard.gradients.values()})
-        self.rows.append([sum(c.rows for c in rank["model"]) for rank in heard.ranks])
-        return super().decide(module, heard, *rest)
+        def noting(session, data, goal):
+            self.counts.append({int(m.count) for m in data.moments.values()})
+            self.gradients.append({tuple(g.counts.tolist()) for g in data.gradients.values()})
+            self.rows.append([sum(c.rows for c in rank["model"]) for rank in data.ranks])
+            return decide(session, data, goal)
+
+        self.engine.strategy.decide = noting
 
 
 def present(callback):
-    return {group.name: callback.plan.width(group.name) for group in callback._chosen}
+    return {
+        group.name: callback.plan.width(group.name) for group in callback.engine.strategy.chosen
+    }
 
 
 def widths(module, kind):
@@ -71,7 +76,7 @@ def test_one_line_makes_the_model_smaller(family):
     assert sum(widths(module, "ffn")) < 80
     assert sum(p.numel() for p in module.parameters()) < before
     assert callback.plan is not None
-    assert set(callback.plan.rankings) == {group.name for group in callback._chosen}
+    assert set(callback.plan.rankings) == {group.name for group in callback.engine.strategy.chosen}
     assert 0.5 <= run.callback_metrics["prune/sparsity"] < 0.6
 
 
@@ -97,7 +102,7 @@ def test_the_ramp_is_nested_and_ends_where_one_shot_ends(shape):
     assert epochs == [1, 2, 3, 4]
     sparsities = [cut.sparsity for cut in callback.report.cuts]
     assert sparsities == sorted(sparsities)
-    assert 0.6 <= sparsity_of(callback._chosen, present(callback)) < 0.63
+    assert 0.6 <= sparsity_of(callback.engine.strategy.chosen, present(callback)) < 0.63
 
 
 def test_weights_are_cut_at_the_start_of_the_epoch_and_not_before():
@@ -272,7 +277,7 @@ def test_the_sanity_check_is_not_heard():
     class Watch(pl.Callback):
         def on_sanity_check_end(self, trainer, pl_module):
             assert count_hooks(pl_module) == 0
-            assert callback._recorder is None
+            assert callback.engine.recorder is None
 
     trainer(callback, Watch(), num_sanity_val_steps=2, max_epochs=2).fit(module)
     assert len(callback.report.cuts) == 1
@@ -317,7 +322,7 @@ def test_a_second_fit_goes_on_from_the_smaller_model():
     trainer(second, max_epochs=2).fit(module)
     assert widths(module, "ffn") < first
     assert second.plan.sizes["model.bert.encoder.layer.0.ffn"] == 40
-    assert sparsity_of(second._chosen, present(second)) >= 0.6
+    assert sparsity_of(second.engine.strategy.chosen, present(second)) >= 0.6
     third = quiet(0.3)
     trainer(third, max_epochs=2).fit(module)
     assert third.report.cuts == []
@@ -712,8 +717,8 @@ def test_a_batch_that_runs_the_encoder_twice_gets_one_share():
 
     class Count(MutualInformationPruning):
         def on_validation_batch_end(self, *args):
-            if self._recorder is not None:
-                counts.append(int(next(iter(self._recorder.moments.values())).count))
+            if self.engine.recorder is not None:
+                counts.append(int(next(iter(self.engine.recorder.moments.values())).count))
 
     trainer(made(Count, 0.5, verbose=False, positions=800), max_epochs=2).fit(
         Twice(validation_rows=512)
@@ -739,7 +744,7 @@ def test_macs_that_cannot_be_counted_do_not_stop_the_run(monkeypatch):
     def fail(*args):
         raise RuntimeError("opaque kernel")
 
-    monkeypatch.setattr("lightning_mi_prune.callbacks.sizes.macs_of_calls", fail)
+    monkeypatch.setattr("lightning_mi_prune.callbacks.state.macs_of_calls", fail)
     callback, module = even(0.5), Classifier()
     with pytest.warns(UserWarning, match="MACs could not be counted.*opaque kernel"):
         trainer(callback, max_epochs=2).fit(module)

@@ -1,4 +1,4 @@
-"""A pruned checkpoint opens with one call, and what cannot be opened says why."""
+"""A pruned checkpoint opens with one call, and errors name the reason."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Late(Classifier):
 
 
 class WithTeacher(Classifier):
-    """Holds another module of its own class, and listens to what is loaded."""
+    """Holds another module of its own class, and keeps the version of what it loads."""
 
     def __init__(self, teacher: bool = True) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class WithTeacher(Classifier):
 
 
 class Anything:
-    """A class that torch does not know."""
+    """A class that torch does not allow."""
 
     def __eq__(self, other):
         return isinstance(other, Anything)
@@ -84,7 +84,7 @@ class Runs:
 
 
 class Takes(WithOptions):
-    """Hands its options on, as LightningModule itself does."""
+    """Passes its options on, as LightningModule itself does."""
 
     def __init__(self, name: str = "bert", **options: object) -> None:
         super().__init__(name, **options)
@@ -119,7 +119,7 @@ EVERY = pytest.mark.parametrize("cls", CLASSES)
 
 
 def pruned(module):
-    """What the callback leaves behind: a cut module with its plan."""
+    """A cut module with its plan, as after a run with the callback."""
     module.configure_model()
     tracker = PlanTracker.of(module)
     plan = random_plan(tracker.groups)
@@ -190,7 +190,7 @@ def test_a_module(cls, tmp_path):
 
 
 @EVERY
-def test_what_was_never_cut(cls, tmp_path):
+def test_an_uncut_module(cls, tmp_path):
     module = CLASSES[cls]()
     module.configure_model()
     path = save(module, tmp_path / "a.ckpt")
@@ -199,7 +199,7 @@ def test_what_was_never_cut(cls, tmp_path):
     assert same(load_pruned(load_pruned(pruned(CLASSES[cls]()), path), path), module)
 
 
-def test_a_whole_run_and_its_weights_alone(tmp_path):
+def test_a_checkpoint_of_a_run_and_its_weights_only(tmp_path):
     module, run = pruned(WithOptions("bert")), trainer(max_epochs=1)
     run.fit(module)
     for weights_only in (False, True):
@@ -209,7 +209,7 @@ def test_a_whole_run_and_its_weights_alone(tmp_path):
         assert same(load_pruned(WithOptions("bert"), path), module)
 
 
-def test_modules_that_know_nothing_of_lightning(tmp_path):
+def test_modules_without_lightning(tmp_path):
     net = pruned(Classifier()).model
     root = nn.ModuleDict({"model": net})
     tracker = PlanTracker.of(root)
@@ -282,7 +282,7 @@ def test_many_threads_at_once(tmp_path):
     assert same(found[0], found[-1])
 
 
-def test_no_class_is_seen_but_that_of_the_user(tmp_path):
+def test_base_classes_see_only_the_class_of_the_user(tmp_path):
     path = save(pruned(Registered()), tmp_path / "a.ckpt")
     Registered.made.clear()
     again = load_pruned(Registered, path)
@@ -393,7 +393,7 @@ def test_a_refused_load_leaves_the_module_as_it_was(kind, before, tmp_path):
     assert same(load_pruned(module, path), pruned(Classifier()))
 
 
-def test_weights_without_their_plan_name_the_file_to_save(tmp_path):
+def test_the_error_for_weights_without_a_plan_names_the_remedy(tmp_path):
     module = pruned(Classifier())
     state = {k: v for k, v in module.state_dict().items() if "lightning_mi_prune" not in k}
     torch.save(state, tmp_path / "a.pt")
@@ -440,11 +440,11 @@ def test_hyperparameters_may_be_given(tmp_path):
         load_pruned(WithOptions("bert"), path, width=4)
     with pytest.raises(PruningError, match="weights_only is always True"):
         load_pruned(WithOptions, path, weights_only=False)
-    with pytest.raises(TypeError, match="'name'"):  # as Lightning says it
+    with pytest.raises(TypeError, match="'name'"):  # the error of Lightning
         load_pruned(WithOptions, save(pruned(Classifier()), tmp_path / "b.ckpt"))
 
 
-def test_strictness_is_what_the_module_says(tmp_path):
+def test_strictness_is_that_of_the_module(tmp_path):
     module = pruned(Classifier())
     path = save(module, tmp_path / "a.ckpt")
     wider = WithOptions("bert")
@@ -472,7 +472,7 @@ def test_only_the_returned_module_keeps_a_tracker(tmp_path):
     assert PlanTracker.held_by(WithTeacher()) is None
 
 
-def test_the_ordinary_way_names_the_remedy(tmp_path):
+def test_load_from_checkpoint_names_the_remedy(tmp_path):
     module = pruned(Classifier())
     path = save(module, tmp_path / "a.ckpt")
     remedy = "open it with lightning_mi_prune.load_pruned"
@@ -535,7 +535,7 @@ def test_files_that_are_no_checkpoints(kind, message, tmp_path):
     assert all(torch.equal(module.state_dict()[name], before[name]) for name in before)
 
 
-def test_weights_alone_do_not_build_a_class(tmp_path):
+def test_weights_only_do_not_build_a_class(tmp_path):
     torch.save(Classifier().state_dict(), tmp_path / "a.pt")
     torch.save({"state_dict": Classifier().state_dict()}, tmp_path / "b.pt")
     for name in ("a.pt", "b.pt"):
@@ -558,7 +558,7 @@ def test_targets_that_are_no_modules(target, message, tmp_path):
         load_pruned(target, tmp_path / "a.ckpt")
 
 
-def test_hyperparameters_of_unknown_classes_name_the_way(tmp_path):
+def test_hyperparameters_of_unknown_classes_name_the_remedy(tmp_path):
     module = pruned(WithAnything(Anything()))
     path = save(module, tmp_path / "a.ckpt")
     for target in (WithAnything, WithAnything()):
@@ -592,10 +592,10 @@ def test_errors_of_the_module_itself_pass_through(tmp_path):
 
     class Broken(Classifier):
         def on_load_checkpoint(self, checkpoint):
-            raise KeyError("mine")
+            raise KeyError("own error")
 
     for target in (Broken, Broken()):
-        with pytest.raises(KeyError, match="mine"):
+        with pytest.raises(KeyError, match="own error"):
             load_pruned(target, path)
     with pytest.raises(Exception, match="nowhere") as error:
         load_pruned(Classifier, "nowhere://a.ckpt")
@@ -626,7 +626,7 @@ def test_a_network_that_was_opened_cut_loads_its_own_training(tmp_path):
 
 
 class Answers(Module):
-    """Predicts logits and keeps what each of the three loops answered."""
+    """Predicts logits and keeps what each of the three loops predicted."""
 
     def predict_step(self, batch, index):
         return self.model(**batch).logits
@@ -638,11 +638,11 @@ class Answers(Module):
 @pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_right_after_fit_every_loop_opens_every_checkpoint(tmp_path):
-    """Larger and smaller ones, while the smallest model is in memory; bit-equal answers."""
+    """Larger and smaller ones, while the smallest model is in memory; bit-equal predictions."""
     keep = ModelCheckpoint(
         tmp_path, filename="{epoch}", monitor="val_loss", save_top_k=-1, save_last=True
     )
-    answers: dict[str, torch.Tensor] = {}
+    predictions: dict[str, torch.Tensor] = {}
 
     def logits(module):
         with torch.no_grad():
@@ -651,17 +651,19 @@ def test_right_after_fit_every_loop_opens_every_checkpoint(tmp_path):
     class Remember(pl.Callback):
         def on_validation_end(self, trainer, pl_module):
             if trainer.state.fn == "fit":
-                answers[str(tmp_path / f"epoch={trainer.current_epoch}.ckpt")] = logits(pl_module)
+                predictions[str(tmp_path / f"epoch={trainer.current_epoch}.ckpt")] = logits(
+                    pl_module
+                )
 
     run, module, _ = fit(
         tmp_path, module=Answers, callbacks=[keep, Remember()], enable_checkpointing=True
     )
-    answers["best"] = answers[keep.best_model_path]
-    answers["last"] = answers[str(tmp_path / "epoch=3.ckpt")]
-    assert len(answers) == 6
+    predictions["best"] = predictions[keep.best_model_path]
+    predictions["last"] = predictions[str(tmp_path / "epoch=3.ckpt")]
+    assert len(predictions) == 6
     assert len({sum(p.numel() for p in module.parameters())}) == 1
     sizes = set()
-    for path, expected in [*answers.items(), *reversed(answers.items())]:
+    for path, expected in [*predictions.items(), *reversed(predictions.items())]:
         options = {"ckpt_path": path, "weights_only": True}
         assert torch.equal(torch.cat(run.predict(module, **options)), expected)
         for loop, name in ((run.validate, "val"), (run.test, "test")):

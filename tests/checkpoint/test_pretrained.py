@@ -37,6 +37,7 @@ from lightning_mi_prune.discovery.families import find_groups, present_plan
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support import models
 from tests.support.models import CONFIGS, batch, build, inputs_of, outputs, pictures, random_plan
+from tests.support.packages import hide
 
 ENCODERS = [*CONFIGS, *models.PICTURES]
 WITHOUT = [family for family in ENCODERS if family not in ("distilbert", "electra", "deberta-v2")]
@@ -93,8 +94,8 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture
-def mine(folder, tmp_path):
-    return shutil.copytree(folder, tmp_path / "mine")
+def damaged(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "damaged")
 
 
 def edit(folder, **fields):
@@ -136,7 +137,7 @@ def test_every_family_opens_in_every_way(family, head, cut, tmp_path):
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_what_was_opened_empty_moves_and_takes_all_units_back(family, tmp_path):
+def test_empty_groups_move_and_get_all_units_back(family, tmp_path):
     head = "image" if family in models.PICTURES else "sequence"
     model, whole, inputs = (
         emptied(build(family, head)),
@@ -211,7 +212,7 @@ def test_the_encoder_of_a_folder_with_a_head(folder):
         assert torch.equal(states(from_pretrained(cls, folder, **options)), states(whole.bert))
 
 
-def test_other_labels_are_a_new_head_if_the_user_says_so(folder):
+def test_other_labels_are_a_new_head_if_the_user_asks_for_it(folder):
     with pytest.raises(PruningError, match=r"'classifier.bias' has shape \(3,\).*expected \(7,\)"):
         from_pretrained(BertForSequenceClassification, folder, num_labels=7)
     again, found = from_pretrained(
@@ -232,7 +233,7 @@ def test_other_labels_are_a_new_head_if_the_user_says_so(folder):
     )
 
 
-def test_precision_is_that_of_the_folder_or_the_one_asked_for(tmp_path):
+def test_precision_is_that_of_the_folder_or_the_requested_one(tmp_path):
     pruned().to(torch.bfloat16).save_pretrained(tmp_path)
     for options, dtype in (
         ({}, torch.bfloat16),
@@ -360,7 +361,7 @@ def test_classes_of_the_user(tmp_path):
     assert not Registered.__subclasses__()
 
 
-def test_what_is_opened_is_an_ordinary_model(folder):
+def test_an_opened_model_is_an_ordinary_model(folder):
     again = from_pretrained(BertForSequenceClassification, folder)
     file = io.BytesIO()
     torch.save(again, file)
@@ -417,9 +418,9 @@ def test_an_untied_language_model_resized(family, tmp_path):
                 p.add_(torch.randn_like(p))
     model.save_pretrained(tmp_path)
     # transformers leaves a bias of RoBERTa's behind, which nothing reads.
-    forgiving = {"ignore_mismatched_sizes": "roberta" in family}
+    ignores = {"ignore_mismatched_sizes": "roberta" in family}
     again, found = from_pretrained(
-        AutoModelForMaskedLM, tmp_path, output_loading_info=True, **forgiving
+        AutoModelForMaskedLM, tmp_path, output_loading_info=True, **ignores
     )
     assert not found["missing_keys"]
     assert torch.allclose(outputs(again, batch()), outputs(model, batch()), atol=1e-6)
@@ -464,11 +465,11 @@ def test_a_tied_language_model_resized(tmp_path):
     ],
 )
 @pytest.mark.parametrize("cls", [BertForSequenceClassification, BertModel])
-def test_a_config_that_was_edited_is_refused(fields, message, cls, mine):
-    edit(mine, **fields)
+def test_a_config_that_was_edited_is_refused(fields, message, cls, damaged):
+    edit(damaged, **fields)
     for options in ({}, {"ignore_mismatched_sizes": True}):
         with pytest.raises(PruningError, match=message):
-            from_pretrained(cls, mine, **options)
+            from_pretrained(cls, damaged, **options)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -480,7 +481,7 @@ def test_a_number_that_disagrees_never_changes_the_outputs(family, residual, tmp
     model.save_pretrained(tmp_path)
     before = outputs(model, inputs_of(head))
     fields = {group.config for group in find_groups(model)} - {None}
-    fields |= {twin for group in find_groups(model) for twin in group.config_aliases if residual}
+    fields |= {alias for group in find_groups(model) for alias in group.config_aliases if residual}
     original = (tmp_path / "config.json").read_text()
     for name, number in itertools.product(fields, (48, 12, 2)):
         (tmp_path / "config.json").write_text(original)
@@ -499,8 +500,8 @@ def test_a_number_given_as_an_option_is_refused_as_well(folder):
 
 @pytest.mark.parametrize("name", ["layer.0.output.dense.weight", "layer.1.intermediate.dense.bias"])
 @pytest.mark.parametrize("kind", ["missing", "narrower", "wider", "as built", "flat"])
-@pytest.mark.parametrize("forgiving", [False, True])
-def test_cut_tensors_must_be_there_in_their_shape(name, kind, forgiving, mine):
+@pytest.mark.parametrize("ignores", [False, True])
+def test_cut_tensors_must_be_there_in_their_shape(name, kind, ignores, damaged):
     full = build().state_dict()
 
     def spoil(weights):
@@ -517,10 +518,10 @@ def test_cut_tensors_must_be_there_in_their_shape(name, kind, forgiving, mine):
         if kind == "flat":
             weights[f"bert.encoder.{name}"] = old.flatten()[None].clone()
 
-    change(mine, spoil)
+    change(damaged, spoil)
     message = "lacks .*which its plan cuts" if kind == "missing" else "has shape .* from its plan"
     with pytest.raises(PruningError, match=message):
-        from_pretrained(BertForSequenceClassification, mine, ignore_mismatched_sizes=forgiving)
+        from_pretrained(BertForSequenceClassification, damaged, ignore_mismatched_sizes=ignores)
 
 
 @pytest.mark.parametrize(
@@ -532,20 +533,20 @@ def test_cut_tensors_must_be_there_in_their_shape(name, kind, forgiving, mine):
         "classifier.weight",
     ],
 )
-def test_a_part_of_the_stream_must_be_there_when_the_stream_was_cut(name, tmp_path):
+def test_a_part_of_the_hidden_size_must_be_there_when_it_was_cut(name, tmp_path):
     pruned(residual=True).save_pretrained(tmp_path)
     change(tmp_path, lambda weights: weights.pop(name))
     with pytest.raises(PruningError, match=f"lacks .*{name}"):
         from_pretrained(BertForSequenceClassification, tmp_path)
 
 
-def test_what_was_not_cut_is_the_business_of_transformers(mine):
+def test_tensors_that_were_not_cut_are_left_to_transformers(damaged):
     def spoil(weights):
         weights.pop("bert.encoder.layer.0.output.LayerNorm.bias")
         weights["something.else"] = torch.zeros(2)
 
-    change(mine, spoil)
-    _, found = from_pretrained(BertForSequenceClassification, mine, output_loading_info=True)
+    change(damaged, spoil)
+    _, found = from_pretrained(BertForSequenceClassification, damaged, output_loading_info=True)
     assert found["missing_keys"] == {"bert.encoder.layer.0.output.LayerNorm.bias"}
     assert found["unexpected_keys"] == {"something.else"}
 
@@ -581,14 +582,14 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_files_are_refused(kind, folder, shards, tmp_path):
     name, content = DAMAGE[kind]
-    path = shutil.copytree(shards if name == INDEX else folder, tmp_path / "mine")
+    path = shutil.copytree(shards if name == INDEX else folder, tmp_path / "damaged")
     (path / name).write_bytes(content)
     for cls in (BertForSequenceClassification, AutoModelForSequenceClassification):
         with pytest.raises(PruningError, match="Copy or save the folder again"):
             from_pretrained(cls, path)
 
 
-def test_files_that_are_cut_short_or_gone(folder, shards, tmp_path):
+def test_files_that_are_truncated_or_missing(folder, shards, tmp_path):
     for number, size in enumerate((0, 1, 7, 100, -100, -1)):
         path = shutil.copytree(folder, tmp_path / str(number))
         (path / NAME).write_bytes((folder / NAME).read_bytes()[:size])
@@ -606,7 +607,7 @@ def test_files_that_are_cut_short_or_gone(folder, shards, tmp_path):
     (path / NAME).unlink()
     with pytest.raises(
         OSError, match=r"no file named model.safetensors"
-    ):  # as transformers says it
+    ):  # the error of transformers
         from_pretrained(BertForSequenceClassification, path)
     for content in (b"", b"hello", "half", "list"):
         if isinstance(content, bytes):
@@ -628,7 +629,7 @@ def test_files_that_are_cut_short_or_gone(folder, shards, tmp_path):
         from_pretrained(BertForSequenceClassification, tmp_path / "nowhere")
 
 
-def test_a_width_of_the_stream_that_is_that_of_the_embeddings_by_chance(tmp_path):
+def test_a_hidden_size_that_equals_that_of_the_embeddings_by_chance(tmp_path):
     """The config would build an encoder without the projection between the two."""
     config = CONFIGS["electra"]().to_dict() | {"embedding_size": 12}
     model = ElectraForTokenClassification(ElectraConfig(**config))
@@ -644,15 +645,21 @@ def test_a_width_of_the_stream_that_is_that_of_the_embeddings_by_chance(tmp_path
 def test_errors_of_a_model_pass_through(folder):
     class Broken(BertForSequenceClassification):
         def __init__(self, config):
-            raise ValueError("mine")
+            raise ValueError("own error")
 
-    with pytest.raises(ValueError, match=r"^mine$"):
+    with pytest.raises(ValueError, match=r"^own error$"):
         from_pretrained(Broken, folder)
 
 
-def test_an_uncut_folder_goes_the_ordinary_way(tmp_path):
+def test_an_uncut_folder_opens_without_a_plan(tmp_path):
     build().save_pretrained(tmp_path)
     assert BertConfig.from_pretrained(tmp_path)
     again = from_pretrained(AutoModelForSequenceClassification, tmp_path, dtype="auto")
     assert torch.equal(outputs(again, batch()), outputs(build(), batch()))
     assert isinstance(again, nn.Module)
+
+
+def test_without_transformers_the_error_names_the_extra(folder, monkeypatch):
+    hide(monkeypatch, "transformers")
+    with pytest.raises(PruningError, match=r"pip install 'lightning-mi-prune\[transformers\]'"):
+        from_pretrained(BertModel, folder)

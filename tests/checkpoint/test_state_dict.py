@@ -35,7 +35,7 @@ def cut(root, tracker, share=0.5):
 
 
 @EVERY
-def test_a_state_dict_tells_its_shape_to_a_fresh_model(family, head, tmp_path):
+def test_a_state_dict_gives_its_shape_to_a_fresh_model(family, head, tmp_path):
     root, tracker = kept(family, head)
     cut(root, tracker)
     torch.save(root.state_dict(), tmp_path / "weights.pt")
@@ -118,7 +118,7 @@ def test_save_pretrained_and_back(family, head, tmp_path):
         assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
 
 
-def test_a_model_class_is_as_good_as_an_auto_class(tmp_path):
+def test_a_model_class_works_like_an_auto_class(tmp_path):
     model = build()
     groups = find_groups(model)
     apply_plan(model, groups, random_plan(groups))
@@ -172,8 +172,8 @@ def two(*, within="", cut_as_built=False):
 
 
 @pytest.mark.parametrize("cut_as_built", [False, True])
-@pytest.mark.parametrize(("writer", "consumer"), [("q", "q"), ("q", ""), ("", "q"), ("q", "d")])
-def test_trackers_of_a_part_and_of_the_whole_read_each_other(writer, consumer, cut_as_built):
+@pytest.mark.parametrize(("writer", "loader"), [("q", "q"), ("q", ""), ("", "q"), ("q", "d")])
+def test_trackers_of_a_part_and_of_the_whole_read_each_other(writer, loader, cut_as_built):
     root, tracker = two(within=writer, cut_as_built=cut_as_built)
     tracker.plan = tracker.plan.then(
         random_plan([a for a in tracker.groups if a.name.startswith("q.")])
@@ -183,7 +183,7 @@ def test_trackers_of_a_part_and_of_the_whole_read_each_other(writer, consumer, c
         [a for a in tracker.groups if a.name.startswith("q.")],
         tracker.plan.under("q").prefixed("q"),
     )
-    fresh, other = two(within=consumer, cut_as_built=cut_as_built)
+    fresh, other = two(within=loader, cut_as_built=cut_as_built)
     fresh.load_state_dict(root.state_dict())
     for name in ("q", "d"):
         assert torch.equal(outputs(fresh[name], batch()), outputs(root[name], batch()))
@@ -194,7 +194,7 @@ def test_trackers_of_a_part_and_of_the_whole_read_each_other(writer, consumer, c
     assert torch.equal(outputs(again["q"], batch()), outputs(root["q"], batch()))
 
 
-def test_an_axis_without_a_stored_plan_goes_back_to_how_it_was_built():
+def test_a_group_without_a_stored_plan_becomes_as_built():
     root, tracker = two(within="q")
     cut(root, tracker)
     fresh, other = two()
@@ -204,7 +204,7 @@ def test_an_axis_without_a_stored_plan_goes_back_to_how_it_was_built():
     assert other.plan.under("d").is_full
 
 
-def test_an_axis_that_gets_neither_plan_nor_weights_stays_as_it_is():
+def test_a_group_that_gets_neither_plan_nor_weights_stays_as_it_is():
     def pair(*names):
         root = nn.ModuleDict(
             {n: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for n in names}
@@ -280,9 +280,9 @@ def test_a_module_has_one_tracker_and_its_copies_have_their_own():
     cut(root, tracker)
     assert PlanTracker.of(root) is tracker
     other = copy.deepcopy(root)
-    mine = PlanTracker.of(other)
-    assert mine is not tracker
-    assert mine.plan == tracker.plan
+    own = PlanTracker.of(other)
+    assert own is not tracker
+    assert own.plan == tracker.plan
     other.load_state_dict(root.state_dict())
     assert torch.equal(outputs(other["net"], batch()), outputs(root["net"], batch()))
 

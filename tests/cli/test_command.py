@@ -164,8 +164,8 @@ def write(body, name="run.yaml"):
 def opened(path="pruned.ckpt", cls=Net):
     """The checkpoint, opened with the class and into a module: the same, smaller module."""
     module, other = load_pruned(cls, path), load_pruned(cls(3), path)
-    state, twin = module.state_dict(), other.state_dict()
-    assert all(torch.equal(state[name], twin[name]) for name in state)
+    state, same = module.state_dict(), other.state_dict()
+    assert all(torch.equal(state[name], same[name]) for name in state)
     size = sum(p.numel() for p in module.parameters())
     assert size < sum(p.numel() for p in cls(3).parameters())
     return module
@@ -421,8 +421,14 @@ WRONG = {
     "precision": ([*CLASSES, "--trainer.precision", "abc"], r"trainer.precision: .*abc"),
     "no checkpoint": ([*CLASSES, "--checkpoint", "nix"], r"checkpoint='nix'; expected a file"),
     "no such weights": ([*CLASSES, "--checkpoint", "run.yaml"], r"run.yaml is not a checkpoint"),
-    "a folder": ([*CLASSES, "--output", "."], r"output='\.' is a folder"),
-    "no folder": ([*CLASSES, "--output", "run.yaml/x.ckpt"], r"output='run.yaml/x.ckpt' cannot be"),
+    "a folder": (
+        [*CLASSES, "--output", "."],
+        r"checkpoint cannot be written to \. \(it is a folder\)",
+    ),
+    "no folder": (
+        [*CLASSES, "--output", "run.yaml/x.ckpt"],
+        r"cannot be written to run.yaml/x.ckpt",
+    ),
     "itself": (
         [*CLASSES, "--output", "./run.yaml", "--checkpoint", "run.yaml"],
         r"output='run.yaml' is the checkpoint",

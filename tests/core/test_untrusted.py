@@ -25,7 +25,7 @@ from lightning_mi_prune.allocation.measuring import cached_table, measure_table
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.callbacks.distributed import differences
 from lightning_mi_prune.callbacks.resume import check_snapshot
-from lightning_mi_prune.callbacks.state import RunState, Snapshot, read_snapshot, write_snapshot
+from lightning_mi_prune.callbacks.state import RunState, Snapshot, read, write
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import PLAN_KEY
 from lightning_mi_prune.core.errors import PruningWarning
@@ -167,24 +167,27 @@ def state(stopped):
     """The state of its callback, with everything in it that there can be."""
     saved = torch.load(stopped, weights_only=True)
     (state,) = (s for key, s in saved["callbacks"].items() if "MutualInformation" in key)
-    assert state["trial"] is not None
+    assert state["snapshot"] is not None
     call = vars(RecordedCall((torch.ones(1, 2),), {"x": [1, "a", None]}, torch.ones(1, 2)))
     sums = (1, 1, False, torch.ones(5, dtype=torch.float64))
     alike = {"layers": [0, 2], "similarity": [[1.0, 0.5], [0.5, 1.0]], "angles": [[0.0] * 3] * 3}
-    state["heard"] = state["compared"] = {
+    state["calibration"] = state["comparison"] = {
         "moments": {"a": (1, torch.ones(3, dtype=torch.float64))},
         "gradients": {"a": sums},
-        "calls": [{"": [call]}],
+        "ranks": [{"": [call]}],
+        "examples": {},
         "stacks": {"s": {**alike, "fixed": 0}},
     }
     ranking = {"a": Ranking((1, 0), (0.0, 1.0), (0.0, 2.0))}
     state["pending"] = {
         "epoch": 1,
         "sparsity": 0.5,
-        "plan": PruningPlan({"a": 2}, {"a": (0,)}, ranking).to_json(),
-        "compensated": {"w": torch.ones(2)},
-        "rotated": {"w": {0: torch.ones(1, 2, 2)}},
-        "information": {"a": {"total": 2.0, "kept": 1.0}},
+        "decision": {
+            "plan": PruningPlan({"a": 2}, {"a": (0,)}, ranking).to_json(),
+            "compensated": {"w": torch.ones(2)},
+            "rotated": {"w": {0: torch.ones(1, 2, 2)}},
+            "information": {"a": {"total": 2.0, "kept": 1.0}},
+        },
     }
     layers = replace(CUT, groups=(), stacks=(stack_cut(),))
     state["report"] = PruningReport(100, 80, 9, [CUT, layers], {"macs": 1}, [CUT]).state_dict()
@@ -273,14 +276,25 @@ def test_mutated_states_are_read_or_refused_in_one_sentence_with_bounded_work(st
 
 @pytest.mark.parametrize("value", JUNK, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize(
-    "key", ["version", "stale", "aim", "heard", "trial", "report", "examples", "seconds", "every"]
+    "key",
+    [
+        "version",
+        "outdated",
+        "budget",
+        "calibration",
+        "snapshot",
+        "report",
+        "examples",
+        "seconds",
+        "cluster_step",
+    ],
 )
 def test_junk_for_any_entry_is_one_sentence(state, key, value):
     callback = MutualInformationPruning()
-    harmless = (key == "stale" and value is True) or (
-        key == "aim" and type(value) is str and value == ""
+    harmless = (key == "outdated" and value is True) or (
+        key == "budget" and type(value) is str and value == ""
     )
-    harmless |= value is None and key in ("heard", "trial")
+    harmless |= value is None and key in ("calibration", "snapshot")
     harmless |= isinstance(value, dict) and not value and key in ("examples", "seconds")
     if harmless:
         return
@@ -296,7 +310,7 @@ def test_a_thousand_views_of_one_tensor_are_refused(state):
     large = torch.zeros(2**16)
     weights = {f"w{i}": large.view(-1) for i in range(10_000)}
     with Touched() as touched, pytest.raises(PruningError, match="again and again"):
-        RunState.from_dict({**state, "trial": {**state["trial"], "weights": weights}})
+        RunState.from_dict({**state, "snapshot": {**state["snapshot"], "weights": weights}})
     assert touched.count < 10**6
 
 
@@ -323,7 +337,7 @@ def trained(optimizer=torch.optim.AdamW, steps=1):
 
 
 def known(trial):
-    return read_snapshot(write_snapshot(trial))
+    return read(Snapshot, write(trial))
 
 
 def edited(trial, name, **change):
@@ -402,7 +416,7 @@ def test_a_damaged_trial_is_refused_when_it_is_read(change, message):
 def test_parts_of_a_trial_that_do_not_belong_together_are_refused(change, message):
     _, _, _, trial = trained()
     with pytest.raises((ValueError, TypeError, PruningError), match=message):
-        read_snapshot({**write_snapshot(trial), **change(trial)})
+        read(Snapshot, {**write(trial), **change(trial)})
 
 
 @pytest.mark.parametrize(
@@ -448,7 +462,7 @@ def test_a_trial_of_another_model_or_optimizer_is_refused(change, message):
 def test_a_run_refuses_a_damaged_trial_before_its_first_batch(stopped, tmp_path):
     saved = torch.load(stopped, weights_only=True)
     (state,) = (s for key, s in saved["callbacks"].items() if "MutualInformation" in key)
-    for values in state["trial"]["optimizers"][0].values():
+    for values in state["snapshot"]["optimizers"][0].values():
         values.pop("exp_avg", None)
     torch.save(saved, tmp_path / "damaged.ckpt")
     steps = []
@@ -789,7 +803,7 @@ def test_every_option_that_decides_on_the_result_is_compared():
         for name, parameter in inspect.signature(kind).parameters.items():
             values = vars(parameter.default) if is_dataclass(parameter.default) else None
             named |= {name} if values is None else {f"{name}.{field}" for field in values}
-        assert set(kind()._options) == named - {"verbose", "latency.table"}
+        assert set(kind().engine.options) == named - {"verbose", "latency.table"}
 
 
 @pytest.mark.parametrize(

@@ -123,11 +123,11 @@ BATCH = before(base.PruningCallback, "on_validation_batch_start")
 FEEL = before(gradients.GradientRecorder, "_add_gradient")
 JUDGE = before(ranking, "unit_statistics")
 REFIT = before(reconstruct, "_solve")
-CUT = before(steps.PruningEngine, "_cut")
+CUT = before(steps.RunEngine, "_cut")
 SWAP = before(torch.nn.Module, "register_parameter")
 STEP = before(pl.Callback, "on_before_optimizer_step")
 REMOVE = before(layers, "_numbers")
-TELL = before(steps, "rebind")
+TELL = before(steps, "update_optimizers")
 GONE = {"layers": {}}
 MISSED = {"layers": {"max_drop": 1e-9, "monitor": "val_falling", "cuts": 1}}
 WRONG = {"max_drop": 1e-9, "monitor": "val_falling"}  # every cut is taken back
@@ -148,7 +148,7 @@ CASES: dict[str, Case] = {
     "killed in surgery, sizes not yet true": Case(before(units, "_update_sizes"), 2),
     "killed carrying the optimizer across": Case(before(optimizers, "cut_state"), 2, 7),
     "killed before wrapping again": Case(before(steps, "rewrap_ddp"), 2),
-    "killed before the report": Case(before(widths, "describe"), 2),
+    "killed before the report": Case(before(widths.UnitStrategy, "record"), 2),
     "killed taking layers out": Case(REMOVE, 1, saves="epochs", method=GONE),
     "killed with layers out, optimizer not told": Case(TELL, 1, saves="epochs", method=GONE),
     "killed putting layers back": Case(REMOVE, 3, saves="epochs", method=MISSED),
@@ -391,7 +391,7 @@ def kept(folder: Path) -> tuple[dict[str, Any], Path | None]:
         found[path.name] = {
             "step": content["global_step"],
             "pending": state["pending"] is not None,
-            "trial": state["trial"] is not None,
+            "snapshot": state["snapshot"] is not None,
             "cuts": len(state["report"]["cuts"]),
         }
         order.append((path.stat().st_mtime_ns, path))
