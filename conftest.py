@@ -15,15 +15,18 @@ import pytest
 # Two busy processes with two threads each are several times slower than with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# The longest first, so that the workers end together.
+# Files that take more than twenty seconds, the longest first, so that the workers end together.
 LONGEST = (
     "test_layers",
     "test_crash",
     "test_matrix",
-    "test_distributed",
     "test_monitors",
-    "test_unit_pruning",
+    "test_golden",
+    "test_distributed",
+    "test_rollback",
     "test_resume",
+    "test_unit_pruning",
+    "test_untrusted",
 )
 
 

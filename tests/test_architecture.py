@@ -386,6 +386,14 @@ def test_the_readme_shows_the_yaml_of_the_demo() -> None:
     assert yaml.safe_load(demo)["trainer"]["callbacks"]
 
 
+def test_the_files_that_are_run_first_are_there() -> None:
+    stems = [path.stem for path in (ROOT / "tests").rglob("test_*.py")]
+    longest = re.findall(r'^    "(test_\w+)",$', (ROOT / "conftest.py").read_text(), re.M)
+    assert longest
+    for name in longest:
+        assert stems.count(name) == 1, name
+
+
 def test_constraints_pin_every_requirement() -> None:
     pins = set(re.findall(r"^([A-Za-z0-9_.-]+)==", (ROOT / "constraints.txt").read_text(), re.M))
     pins = {pin.lower().replace("_", "-") for pin in pins}

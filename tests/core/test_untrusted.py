@@ -58,7 +58,7 @@ LOOP.append(LOOP)
 CIRCLE: dict = {}
 CIRCLE["a"] = {"b": CIRCLE}
 
-FFN = "bert.encoder.layer.0.ffn"
+NEURONS = "bert.encoder.layer.0.ffn"
 
 
 def doubled(times):
@@ -440,7 +440,7 @@ def test_parts_of_a_trial_that_do_not_belong_together_are_refused(change, messag
             lambda t: replace(t, weights={**t.weights, "constant": torch.ones(2).int()}),
             "'constant' is a Tensor .*int32; expected",
         ),
-        (lambda t: replace(t, plan=PruningPlan.full({**t.plan.sizes, FFN: 41})),
+        (lambda t: replace(t, plan=PruningPlan.full({**t.plan.sizes, NEURONS: 41})),
          "has size 41, not 40"),
         (
             lambda t: replace(t, plan=t.plan.then(
