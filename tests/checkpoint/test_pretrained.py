@@ -457,7 +457,7 @@ def test_a_tied_language_model_resized(tmp_path):
         ({"model_type": "roberta"}, "type 'roberta'.*is for the type 'bert'"),
         ({"pruning_plan": 3}, "pruning_plan is 3"),
         ({"pruning_plan": "{"}, "not valid JSON"),
-        ({"pruning_plan": '{"version": 1, "sizes": {"a": 2}, "kept": {"a": [5]}}'}, "position 5"),
+        ({"pruning_plan": '{"version": 1, "sizes": {"a": 2}, "kept": {"a": [5]}}'}, "unit 5"),
         (
             {"pruning_plan": '{"version": 1, "sizes": {"a": 2}, "kept": {"a": [0]}}'},
             "cuts 'a', which",
