@@ -263,7 +263,7 @@ def merge_calls(calls: Sequence[RecordedCall], most: int) -> RecordedCall | None
 def split_call(call: RecordedCall) -> list[RecordedCall]:
     """The examples of a call in several calls, so that a layer's outputs need less memory.
 
-    Sizes are never all equal, so that tensors without a dimension of examples can be told.
+    Sizes are never all equal, so that tensors without a dimension of examples are noticed.
     """
     sizes = _sizes(_lengths(call))
     if len(sizes) == 1:

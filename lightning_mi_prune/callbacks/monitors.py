@@ -58,8 +58,8 @@ def check_monitor(trainer: pl.Trainer, module: pl.LightningModule, monitor: str)
     if names is None or {stem, stem.removesuffix("_epoch"), stem.removesuffix("_step")} & names:
         return
     raise MisconfigurationException(
-        f"max_drop compares monitor={monitor!r}, which {type(module).__name__} never logs; expected "
-        f"one of {sorted(names)}. Log it in validation_step, or change monitor."
+        f"max_drop compares monitor={monitor!r}, which {type(module).__name__} never logs; "
+        f"expected one of {sorted(names)}. Log it in validation_step, or change monitor."
     )
 
 

@@ -214,8 +214,8 @@ def run_length(trainer: pl.Trainer) -> float:
     module = trainer.lightning_module
     if not module.automatic_optimization and math.isinf(length):
         raise MisconfigurationException(
-            "Under manual optimization max_steps counts the steps of every optimizer, not epochs, so "
-            "no schedule fits. Set max_epochs too."
+            "Under manual optimization max_steps counts the steps of every optimizer, not epochs, "
+            "so no schedule fits. Set max_epochs too."
         )
     if trainer.max_steps is not None and trainer.max_steps >= 0 and module.automatic_optimization:
         length = min(length, _epochs_of(trainer, trainer.max_steps))

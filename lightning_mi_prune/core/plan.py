@@ -108,7 +108,7 @@ class PruningPlan:
         if set(self.sizes) != set(self.kept):
             odd = sorted(map(described, set(self.sizes) ^ set(self.kept)))
             raise PruningError(
-                f"A plan needs the size and the kept units of every group; see {', '.join(odd[:6])}."
+                f"A plan needs the size and the kept units of every group: {', '.join(odd[:6])}."
             )
         for name, size in self.sizes.items():
             _check_group(name, size, self.kept[name])

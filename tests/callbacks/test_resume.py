@@ -299,8 +299,8 @@ def collected(**change):
 
 DECISION = {"plan": "{}", "compensated": {}, "information": {}, "rotated": {}}
 PENDING = {"epoch": 1, "sparsity": 0.5, "decision": DECISION}
-SNAPSHOT = {"epoch": 1, "reached": 0.0, "information_kept": 1.0, "plan": "{}", "weights": {}, "optimizers": [],
-         "groups": [], "failed_epoch": None}  # fmt: skip
+SNAPSHOT = {"epoch": 1, "reached": 0.0, "information_kept": 1.0, "plan": "{}", "weights": {},
+         "optimizers": [], "groups": [], "failed_epoch": None}  # fmt: skip
 ALIKE = {"layers": [0, 2], "similarity": [[1.0, 0.5], [0.5, 1.0]], "angles": [[0.0] * 3] * 3,
          "fixed": 0}  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Runs that are ended in the middle of a step, and resumed; forked from one process.
 
 :func:`write_results` goes through all cases and writes ``results.json``; so does
-``python -m tests.support.crashing FOLDER``, where names of cases after the folder choose some. Importing
-takes seconds, so a fork stands for a fresh process: the parent imports and never trains.
+``python -m tests.support.crashing FOLDER``, where names of cases after the folder choose some.
+Importing takes seconds, so a fork stands for a fresh process: the parent imports and never trains.
 """
 
 from __future__ import annotations
