@@ -108,7 +108,8 @@ class PruningPlan:
         if set(self.sizes) != set(self.kept):
             odd = sorted(map(described, set(self.sizes) ^ set(self.kept)))
             raise PruningError(
-                f"A plan needs the size and the kept units of every group: {', '.join(odd[:6])}."
+                f"A plan has only the size or only the kept units of {', '.join(odd[:6])}; "
+                "expected both for every group."
             )
         for name, size in self.sizes.items():
             _check_group(name, size, self.kept[name])

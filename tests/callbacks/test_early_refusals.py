@@ -14,7 +14,7 @@ from transformers import AutoModelForTokenClassification
 from lightning_mi_prune import MutualInformationPruning, prune
 from lightning_mi_prune.callbacks.monitors import logged_in_code
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.core.options import Constraints
+from lightning_mi_prune.core.options import Calibration, Constraints
 from lightning_mi_prune.discovery.families import register_family
 from lightning_mi_prune.discovery.families.describe import linear_group
 from tests.support.boring import Classifier, Data, Sentences, trainer
@@ -169,7 +169,13 @@ def test_values_by_position_go_where_they_are_meant_to():
     with pytest.raises(PruningError, match=r"3 values does not fit Pair.forward\(x, mask\)"):
         prune(Pair(), [(x, ones, ones)] * 3, 0.5, loss=loss)
     mine = lambda net, given: net(given[0], given[1].bool())  # noqa: E731
-    prune(Pair(), [(x, torch.arange(200) % 3)] * 3, 0.5, forward=mine, relevance_steps=1)
+    prune(
+        Pair(),
+        [(x, torch.arange(200) % 3)] * 3,
+        0.5,
+        forward=mine,
+        calibration=Calibration(gradient_steps=1),
+    )
 
 
 # Metrics

@@ -51,7 +51,7 @@ def test_prefixes_come_and_go():
 @pytest.mark.parametrize(
     ("sizes", "kept", "message"),
     [
-        ({"a": 2}, {}, "kept units of every group"),
+        ({"a": 2}, {}, "expected both for every group"),
         ({"a": 2}, {"a": (0, 2)}, "unit 2"),
         ({"a": 2}, {"a": (-1,)}, "unit -1"),
         ({"a": 2}, {"a": (True,)}, "unit True"),
