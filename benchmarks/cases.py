@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import ablations, costs, latency, layers, recovery, scaling
 from benchmarks.methods import SETTINGS
-from benchmarks.records import Job, Store
+from benchmarks.records import Job, Store, key_of
 from benchmarks.tasks import QUICK, RECIPES
 
 __all__ = ["CASES", "OPTIONS", "missing_jobs"]
@@ -101,7 +101,9 @@ def missing_jobs(
     options |= {name: value for name, value in given.items() if name in case.options}
     if "folder" in inspect.signature(case.jobs).parameters:
         options["folder"] = folder
-    store = Store(case.file, folder)
+    store, named = Store(case.file, folder), set[str]()
     for job in case.jobs(**options):
-        if not all(store.has(setting, job.seed) for setting in job.settings):
+        keys = {key_of(setting, job.seed) for setting in job.settings}
+        if not keys <= named and not all(store.has(s, job.seed) for s in job.settings):
+            named |= keys  # several records of `recovery` may have one shape
             yield job

@@ -80,8 +80,7 @@ def layers(
 
 def trained(task: str, seed: int, variant: LayerVariant) -> Figures:
     """Train and test one variant."""
-    recipe = RECIPES[task]
-    data = task_data(task, seed)
+    recipe, data = RECIPES[task], task_data(task, seed)
     pl.seed_everything(seed, workers=True, verbose=False)
     module = TextClassifier(num_classes=data.num_classes, learning_rate=recipe.learning_rate)
     module.network.float()

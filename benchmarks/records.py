@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["FOLDER", "Figures", "Job", "Record", "Store", "cpu_name", "single"]
+__all__ = ["FOLDER", "Figures", "Job", "Record", "Store", "cpu_name", "key_of", "single"]
 
 FOLDER = Path(__file__).parent / "records"
 Figures = Mapping[str, Any]

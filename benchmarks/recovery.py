@@ -212,8 +212,7 @@ def distillation(
         for sparsity, count in ((sparsity, count) for sparsity in sparsities for count in steps):
             for name in losses(nn.Identity()):
                 setting = {"task": task, "sparsity": sparsity, "steps": count, "loss": name}
-                given = task, seed, sparsity, count, name
-                yield single(setting | {"seed": seed}, taught, *given)
+                yield single(setting | {"seed": seed}, taught, task, seed, sparsity, count, name)
 
 
 def taught(task: str, seed: int, sparsity: float, steps: int, name: str) -> Figures:
