@@ -424,7 +424,8 @@ def prune(
         target_latency_ms: Instead: milliseconds of one forward pass, from a table measured here.
         keep_information: Instead: share of the information with the layers above that stays.
         loss: Loss of a batch, ``loss(model, batch)``: a bounded number of backward passes then
-            tells which part of each layer matters. A LightningModule brings its ``training_step``.
+            measures which part of each layer matters. A LightningModule has its own in
+            ``training_step``.
         forward: Runs the module on a batch; default ``model(**batch)``, ``model(*batch)`` or
             ``model(batch)`` by the type of the batch, ``validation_step`` of a LightningModule.
         kinds: Kinds of unit to cut; default ``"ffn"`` and ``"heads"`` where the model has them.

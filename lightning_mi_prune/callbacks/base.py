@@ -1,4 +1,4 @@
-"""PruningCallback: the hooks of the Trainer, each of them one step of the engine.
+"""PruningCallback: the hooks of the Trainer, each of them one step that the engine documents.
 
 What loggers get after every epoch:
 
@@ -142,51 +142,42 @@ class PruningCallback(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let the plan travel with the module's state dict; refuse what cannot work."""
         self.engine.setup(trainer, pl_module, stage)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs (:class:`state.RunState`)."""
         return self.engine.state.to_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
         self.engine.load(state_dict)
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Complete a checkpoint."""
         self.engine.save(trainer, checkpoint, self.state_key)
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let the optimizers be made as those of the checkpoint were."""
         self.engine.load_optimizers(trainer, pl_module, checkpoint)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the groups and check everything that can be known before the first batch."""
         self.engine.begin_fit(trainer, pl_module)
 
     @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that the monitored metric is logged."""
         self.engine.check_metric_is_logged(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fit the schedule into the run, now that its length is known."""
         self.engine.begin_training(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record activations, if the next epoch starts with a cut."""
         self.engine.begin_validation(trainer, pl_module)
 
     @override
@@ -198,29 +189,24 @@ class PruningCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Try a cut on the first batch; give every batch its share of the positions."""
         self.engine.begin_validation_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Accept or refuse the last cut; add up what all ranks recorded."""
         self.engine.end_validation(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Decide what to cut at the start of the next epoch, if that is open."""
         self.engine.end_epoch(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Cut, or roll the last cut back."""
         self.engine.carry_out(trainer, pl_module)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Try a cut on the first batch; record gradients."""
         self.engine.begin_step(trainer, pl_module, batch, batch_idx)
 
     @override
@@ -232,22 +218,18 @@ class PruningCallback(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Add the gradients of the step to the sums."""
         self.engine.end_step()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn if the run ended before the schedule did."""
         self.engine.end_training(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take all hooks down."""
         self.engine.close()
 
     @override
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Take all hooks down, and leave ``configure_optimizers`` alone."""
         self.engine.close(pl_module)

@@ -49,11 +49,7 @@ T = TypeVar("T")
 
 
 _FAILED = "the error"
-
-
 _NAMED, _SHOWN, _BEFORE = 5, 200, 20  # differences in a message, characters of each
-
-
 _CALLBACKS: dict[type[pl.Callback], str] = {
     StochasticWeightAveraging: "it averages copies of the uncut weights",
     WeightAveraging: "it averages copies of the uncut weights",

@@ -114,7 +114,7 @@ class PruningStrategy(Protocol):
         """Choose what may go and check what can be known; what all ranks must have alike."""
 
     def reconcile(self, session: Session) -> list[str]:
-        """Drop what does not fit the options a run resumes with; says what, in sentences."""
+        """Drop what does not fit the options a run resumes with; one sentence for each."""
 
     def parameters(self, session: Session) -> list[nn.Parameter]:
         """All parameters that a cut may replace or remove."""
@@ -141,7 +141,7 @@ class PruningStrategy(Protocol):
         """What loggers get after every epoch, and the ``"sparsity"``."""
 
     def retry(self, session: Session, failed: float, end: float) -> str:
-        """Schedule what comes after a cut to ``failed`` was rolled back; says it in words."""
+        """Schedule what comes after a cut to ``failed`` was rolled back; returns a description."""
 
     def name_goal(self, goal: float) -> str:
         """A goal of the schedule, in words."""
@@ -551,7 +551,7 @@ class RunEngine:
             found = fit_schedule(
                 length,
                 self.strategy.goal,
-                ramp=asked.ramp,
+                ramp=asked.ramp or "cubic",
                 cuts=asked.cuts,
                 first_epoch=asked.first_epoch,
                 last_epoch=asked.last_epoch,

@@ -352,6 +352,11 @@ class CKALayerPruning(PruningCallback):
                 "reconstruction.method='compensation' is for units; expected 'layerwise' or 'none' "
                 "where whole layers go."
             )
+        if schedule.ramp not in (None, "linear"):
+            raise MisconfigurationException(
+                f"schedule.ramp={schedule.ramp!r} is for units; whole layers are removed at a "
+                "linear rate. Drop ramp."
+            )
         with as_misconfiguration():
             selector = LayerSelector(threshold, target_layers, criterion, seed)
         super().__init__(

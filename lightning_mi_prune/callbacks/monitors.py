@@ -38,11 +38,7 @@ __all__ = [
 ]
 
 _OURS = ("lightning", "lightning_mi_prune", "pytorch_lightning", "torch")
-
-
 _OTHER_LOOPS = re.compile("(on_)?(train|test|predict)|optimizer_|configure_")
-
-
 _HARMLESS = {"isinstance", "super", "type"}  # what may be given the module without logging with it
 
 

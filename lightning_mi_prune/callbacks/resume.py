@@ -50,8 +50,6 @@ __all__ = [
 ]
 
 _KEY, _ENTRY = "lightning_mi_prune", "optimizers_of"
-
-
 _HOOK = "configure_optimizers"
 
 
@@ -426,7 +424,7 @@ def _check_optimizers(
 
 
 def forget_metric(state: RunState, guard: MetricGuard | None) -> list[str]:
-    """Forget values of another metric; says so, if a cut was not accepted yet."""
+    """Forget values of another metric; a sentence, if a cut was not accepted yet."""
     dropped = []
     monitored = "" if guard is None else f"{guard.monitor} {guard.mode}"
     if state.monitored != monitored:

@@ -337,7 +337,7 @@ def _check_loaded(
         extra
     ):  # encoders have none where embeddings and hidden states have one width, as after a cut
         raise PruningError(
-            f"{source} holds {sorted(extra)}, but its config says that the embeddings are as "
+            f"{source} holds {sorted(extra)}, but by its config the embeddings are as "
             f"wide as the hidden states, where a {type(network).__name__} has none; expected "
             "embedding_size and hidden_size as the model was built with. Edit the config."
         )

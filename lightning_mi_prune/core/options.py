@@ -197,23 +197,24 @@ class Schedule:
         first_epoch: Epoch that starts with the first cut.
         last_epoch: Epoch that starts with the last cut; default: half-way through the run.
         ramp: ``"cubic"`` removes much early and little late (Zhu and Gupta 2017), ``"linear"`` the
-            same each time, ``"one_shot"`` everything at once.
+            same each time, ``"one_shot"`` everything at once. Default: ``"cubic"`` for units;
+            whole layers are always removed at a linear rate.
 
     Raises:
         PruningError: If the numbers contradict each other.
 
     Example:
-        >>> Schedule(cuts=2, first_epoch=1, last_epoch=3).ramp
-        'cubic'
+        >>> Schedule(cuts=2, first_epoch=1, last_epoch=3).cuts
+        2
     """
 
     cuts: int | None = None
     first_epoch: int | None = None
     last_epoch: int | None = None
-    ramp: Literal["cubic", "linear", "one_shot"] = "cubic"
+    ramp: Literal["cubic", "linear", "one_shot"] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("ramp", self.ramp, ("cubic", "linear", "one_shot"))
+        check_choice("ramp", self.ramp, ("cubic", "linear", "one_shot", None))
         if self.cuts is not None:
             check_count("cuts", self.cuts, least=1)
         for name in ("first_epoch", "last_epoch"):

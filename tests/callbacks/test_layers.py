@@ -547,6 +547,7 @@ BAD_OPTIONS = [
     ({"kernel": "cosine"}, "kernel='cosine'; expected one of"),
     ({"bandwidth": 0}, "bandwidth=0; expected a number above 0"),
     ({"method": "compensation"}, "method='compensation' is for units; expected"),
+    ({"ramp": "one_shot"}, "ramp='one_shot' is for units; whole layers"),
     (
         {"reconstruction_positions": 0},
         "positions=0; expected a whole number of at least 2",

@@ -22,7 +22,7 @@ BUDGET = {"max_drop": 0.1, "monitor": "score", "ramp": "linear", "cuts": 2, "fir
 
 
 class Scored(Module):
-    """Its score says what share of the encoder is left: every cut hurts by as much as it cuts."""
+    """Its score is the share of the encoder that is left: every cut hurts by as much as it cuts."""
 
     def score(self):
         config = self.model.config
