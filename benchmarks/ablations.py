@@ -23,7 +23,7 @@ from lightning_mi_prune.calibration.collect import collect_activations
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import GradientSums
 from lightning_mi_prune.core.running import run_batch
-from lightning_mi_prune.discovery.groups import count_parameters, full_plan
+from lightning_mi_prune.graph.groups import count_parameters, full_plan
 
 __all__ = ["ablations"]
 

@@ -27,8 +27,8 @@ from lightning_mi_prune import PruningPlan, apply_plan, find_groups
 from lightning_mi_prune.calibration.layers import StackRecorder
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS
 from lightning_mi_prune.discovery.families.stacks import find_stacks
-from lightning_mi_prune.discovery.graph import choose_groups
-from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters, full_depth
+from lightning_mi_prune.graph.graph import choose_groups
+from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters, full_depth
 from lightning_mi_prune.importance.layer_criteria import LayerCriterion, LayerSelector
 from lightning_mi_prune.surgery.empty_modules import unit_argument_forward
 from lightning_mi_prune.surgery.layers import remove_layers

@@ -42,8 +42,8 @@ from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.moments import Moments
 from lightning_mi_prune.core.options import Reconstruction
 from lightning_mi_prune.core.plan import Ranking
-from lightning_mi_prune.discovery.graph import choose_groups
-from lightning_mi_prune.discovery.groups import DependencyGroup, full_plan
+from lightning_mi_prune.graph.graph import choose_groups
+from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.importance.criteria import MutualInformation
 from lightning_mi_prune.importance.information import diagonal_blocks, unit_information
 from lightning_mi_prune.importance.ranking import rank_groups

@@ -24,7 +24,7 @@ from lightning_mi_prune import PruningPlan, apply_plan, find_groups
 from lightning_mi_prune.allocation.macs import count_macs
 from lightning_mi_prune.allocation.measuring import measure_latency
 from lightning_mi_prune.calibration.calls import RecordedCall
-from lightning_mi_prune.discovery.graph import choose_groups
+from lightning_mi_prune.graph.graph import choose_groups
 
 __all__ = ["BATCHES", "latency", "lengths", "shape_of", "timed"]
 

@@ -19,8 +19,8 @@ from lightning_mi_prune import CKALayerPruning, options
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.layers import StackRecorder
 from lightning_mi_prune.discovery.families.stacks import find_stacks
-from lightning_mi_prune.discovery.graph import PruningGraph
-from lightning_mi_prune.discovery.groups import LayerStack
+from lightning_mi_prune.graph.graph import PruningGraph
+from lightning_mi_prune.graph.groups import LayerStack
 from lightning_mi_prune.importance.layer_criteria import LayerSelector
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reconstruction.removed_layers import compensate_removed_layers

@@ -22,7 +22,7 @@ from benchmarks.costs import SHAPES, Run, log_det_information, noisy
 from benchmarks.measuring import Part, in_fresh_process, take_turns
 from benchmarks.records import Figures, Job
 from lightning_mi_prune.calibration.moments import Moments
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.importance.criteria import MutualInformation
 from lightning_mi_prune.importance.statistics import UnitStatistics
 

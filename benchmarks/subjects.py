@@ -19,8 +19,8 @@ from lightning_mi_prune.calibration.collect import collect_activations
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import GradientRecorder, GradientSums, check_gradients
 from lightning_mi_prune.core.running import run_batch
-from lightning_mi_prune.discovery.graph import choose_groups
-from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters, full_plan
+from lightning_mi_prune.graph.graph import choose_groups
+from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters, full_plan
 from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
 
 __all__ = [

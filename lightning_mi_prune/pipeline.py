@@ -53,8 +53,8 @@ from lightning_mi_prune.core.options import (
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.core.running import copy_networks, move_tensors, run_batch, undisturbed
 from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
-from lightning_mi_prune.discovery.graph import choose_groups
-from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
+from lightning_mi_prune.graph.graph import choose_groups
+from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation, criterion_of
 from lightning_mi_prune.importance.head_rotation import check_rotations
 from lightning_mi_prune.importance.ranking import RelevanceSource, rank_groups

@@ -27,7 +27,7 @@ from lightning_mi_prune.allocation.costs import Costs
 from lightning_mi_prune.core.errors import PruningError, number
 from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import Ranking
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup
 
 __all__ = [
     "allocate",
@@ -68,7 +68,7 @@ def allocate(
         PruningError: If the budget is out of reach, or a ranking that it needs is missing.
 
     Example:
-        >>> from lightning_mi_prune.discovery.groups import PrunableDim
+        >>> from lightning_mi_prune.graph.groups import PrunableDim
         >>> from lightning_mi_prune.allocation.costs import ParameterCosts
         >>> groups = [
         ...     DependencyGroup(name, "heads", 2, 4, (PrunableDim(name, 0, (8, 8)),), ("down",))

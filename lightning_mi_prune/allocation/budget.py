@@ -20,7 +20,7 @@ from lightning_mi_prune.allocation.costs import Costs
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.options import Constraints, check_count, check_number
 from lightning_mi_prune.core.plan import Ranking
-from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
+from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
 
 __all__ = [
     "NATS",

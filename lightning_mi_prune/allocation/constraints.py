@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.options import Constraints
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup
 
 __all__ = [
     "Bounds",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Protocol
 
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup
 
 __all__ = [
     "Costs",
@@ -109,7 +109,7 @@ class ParameterCosts(_TensorCosts):
         current: Widths of groups that a caller does not name (default: as built).
 
     Example:
-        >>> from lightning_mi_prune.discovery.groups import PrunableDim
+        >>> from lightning_mi_prune.graph.groups import PrunableDim
         >>> rows = DependencyGroup("rows", "ffn", 6, 1, (PrunableDim("w", 0, (6, 4)),), ("down",))
         >>> dims = (PrunableDim("w", 1, (6, 4)),)
         >>> columns = DependencyGroup("columns", "ffn", 4, 1, dims, ("down",))

@@ -25,7 +25,7 @@ from lightning_mi_prune.core.untrusted import (
     text,
     whole,
 )
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup
 
 __all__ = [
     "Device",

@@ -13,7 +13,7 @@ from lightning_mi_prune.allocation.costs import MacCosts
 from lightning_mi_prune.allocation.mac_counter import MacCounter, counting
 from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision
 from lightning_mi_prune.core.running import move_tensors
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup
 
 __all__ = [
     "count_macs",

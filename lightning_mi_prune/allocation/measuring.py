@@ -22,7 +22,7 @@ from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import copy_networks
-from lightning_mi_prune.discovery.groups import DependencyGroup, full_plan
+from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.surgery.units import reshape_tensors
 
 __all__ = [

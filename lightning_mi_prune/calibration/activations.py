@@ -21,7 +21,7 @@ from lightning_mi_prune.calibration.padding import (
     attention_mask_of,
     pad_nested,
 )
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup
 
 __all__ = [
     "ActivationRecorder",

@@ -19,7 +19,7 @@ from lightning_mi_prune.calibration.gradients import (
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import call_step, fixed_random_state, move_tensors, undisturbed
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup
 
 __all__ = [
     "Forward",

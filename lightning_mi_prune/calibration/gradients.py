@@ -24,7 +24,7 @@ from lightning_mi_prune.calibration.moments import check_packed, pack_symmetric,
 from lightning_mi_prune.calibration.padding import Padding
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup
 
 __all__ = [
     "GradientRecorder",

@@ -19,8 +19,8 @@ from lightning_mi_prune.calibration.moments import ExactSums
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.options import check_choice, check_count, check_number
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.containers import layer_paths
-from lightning_mi_prune.discovery.groups import LayerStack
+from lightning_mi_prune.graph.containers import layer_paths
+from lightning_mi_prune.graph.groups import LayerStack
 
 __all__ = [
     "Kernel",

@@ -25,10 +25,10 @@ from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
-from lightning_mi_prune.discovery.containers import layer_paths
 from lightning_mi_prune.discovery.families import is_within
 from lightning_mi_prune.discovery.families.stacks import check_stack_paths, find_groups_and_stacks
-from lightning_mi_prune.discovery.groups import LayerStack
+from lightning_mi_prune.graph.containers import layer_paths
+from lightning_mi_prune.graph.groups import LayerStack
 from lightning_mi_prune.importance.layer_criteria import LayerCriterion, LayerSelector, StackCut
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reconstruction.removed_layers import compensate_removed_layers

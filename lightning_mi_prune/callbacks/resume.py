@@ -25,8 +25,8 @@ from lightning_mi_prune.core.empty_linear import empty_linears, place_linears, s
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.untrusted import described, reading
-from lightning_mi_prune.discovery.graph import PruningGraph
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.graph import PruningGraph
+from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.surgery.layers import arrange_layers
 from lightning_mi_prune.surgery.optimizer_state import parameters_in, state_fits
 from lightning_mi_prune.surgery.optimizers import (

@@ -41,8 +41,8 @@ from lightning_mi_prune.core.errors import PruningError, number
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
-from lightning_mi_prune.discovery.graph import choose_groups, summarize_groups
-from lightning_mi_prune.discovery.groups import DependencyGroup, count_parameters
+from lightning_mi_prune.graph.graph import choose_groups, summarize_groups
+from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
 from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
 from lightning_mi_prune.pipeline import check as check_options
 from lightning_mi_prune.reconstruction.compensation import Decision

@@ -20,8 +20,8 @@ from lightning_mi_prune.callbacks.state import Session
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import call_step
-from lightning_mi_prune.discovery.graph import PruningGraph
-from lightning_mi_prune.discovery.groups import DependencyGroup, LayerStack
+from lightning_mi_prune.graph.graph import PruningGraph
+from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack
 from lightning_mi_prune.surgery.verification import held_elsewhere, verify_cut
 
 __all__ = [

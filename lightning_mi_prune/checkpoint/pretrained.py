@@ -20,7 +20,7 @@ from lightning_mi_prune.core.errors import PruningError, require
 from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan, recorded_plan
 from lightning_mi_prune.discovery.families import find_groups, plan_for, present_plan
 from lightning_mi_prune.discovery.families.transformers import MODEL_TYPES
-from lightning_mi_prune.discovery.groups import DependencyGroup, full_plan
+from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.surgery.parameters import config_numbers, shapes_at
 from lightning_mi_prune.surgery.units import reshape_tensors
 

@@ -26,8 +26,8 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups, is_within, present_plan
 from lightning_mi_prune.discovery.families.residual import module_at
 from lightning_mi_prune.discovery.families.stacks import find_stacks, stack_at
-from lightning_mi_prune.discovery.graph import PruningGraph
-from lightning_mi_prune.discovery.groups import DependencyGroup, LayerStack, as_built, full_plan
+from lightning_mi_prune.graph.graph import PruningGraph
+from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, as_built, full_plan
 from lightning_mi_prune.surgery.layers import RemovedLayers, without_storage
 from lightning_mi_prune.surgery.transaction import cancel_cut, reshape_model
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.core.untrusted import described
-from lightning_mi_prune.discovery.graph import PruningGraph
-from lightning_mi_prune.discovery.groups import DependencyGroup, join_path
+from lightning_mi_prune.graph.graph import PruningGraph
+from lightning_mi_prune.graph.groups import DependencyGroup, join_path
 from lightning_mi_prune.surgery.optimizer_state import is_plain_tensor
 
 __all__ = [

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_mi_prune.calibration.gradients import Relevance
 from lightning_mi_prune.calibration.moments import Moments
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.discovery.groups import DependencyGroup, RotatableProjections
+from lightning_mi_prune.graph.groups import DependencyGroup, RotatableProjections
 from lightning_mi_prune.importance.statistics import UnitStatistics
 from lightning_mi_prune.surgery.parameters import RotationMaps, rotate_along
 

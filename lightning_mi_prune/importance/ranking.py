@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_mi_prune.calibration.gradients import Relevance, relevance_of_weights
 from lightning_mi_prune.calibration.moments import Moments
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation
 from lightning_mi_prune.importance.head_rotation import HeadRotation, head_rotation
 from lightning_mi_prune.importance.information import (

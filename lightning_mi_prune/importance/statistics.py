@@ -12,7 +12,7 @@ from lightning_mi_prune.calibration.gradients import Relevance
 from lightning_mi_prune.calibration.moments import Moments
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.groups import DependencyGroup, entry_positions
+from lightning_mi_prune.graph.groups import DependencyGroup, entry_positions
 
 __all__ = [
     "UnitStatistics",

@@ -14,7 +14,7 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import copy_networks
 from lightning_mi_prune.discovery.families import is_within
 from lightning_mi_prune.discovery.families.residual import module_at
-from lightning_mi_prune.discovery.graph import PruningGraph
+from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reconstruction.least_squares import Sum, reconstruct_networks
 from lightning_mi_prune.reconstruction.targets import ReconstructedLayer

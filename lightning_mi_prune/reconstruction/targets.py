@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_mi_prune.calibration.calls import RecordedCall, split_call
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.importance.statistics import kept_rows
 from lightning_mi_prune.reconstruction.layerwise import LayerCall, run_layerwise
 from lightning_mi_prune.surgery.parameters import RotationMaps, rotate_along

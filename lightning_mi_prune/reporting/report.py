@@ -21,7 +21,7 @@ from lightning_mi_prune.core.untrusted import (
     text,
     whole,
 )
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.importance.layer_criteria import StackCut
 from lightning_mi_prune.reconstruction.compensation import GroupInformation
 from lightning_mi_prune.reporting.plots import save_heatmap

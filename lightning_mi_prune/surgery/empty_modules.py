@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS
-from lightning_mi_prune.discovery.groups import EmptyForward, UnitArgument
+from lightning_mi_prune.graph.groups import EmptyForward, UnitArgument
 
 __all__ = [
     "forward_without_units",

@@ -15,8 +15,8 @@ from lightning_mi_prune.core.empty_linear import modules_of
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted
 from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan
 from lightning_mi_prune.core.running import fixed_random_state, move_tensors, run_batch
-from lightning_mi_prune.discovery.containers import layer_container
-from lightning_mi_prune.discovery.groups import LayerStack, full_depth, join_path
+from lightning_mi_prune.graph.containers import layer_container
+from lightning_mi_prune.graph.groups import LayerStack, full_depth, join_path
 from lightning_mi_prune.surgery.batch_norm import has_running_statistics, reestimate_batch_norm
 from lightning_mi_prune.surgery.units import own_config
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_mi_prune.core.empty_linear import linear_at, modules_of
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.groups import DependencyGroup, entry_positions
+from lightning_mi_prune.graph.groups import DependencyGroup, entry_positions
 from lightning_mi_prune.surgery.empty_modules import is_cut_forward
 
 __all__ = [

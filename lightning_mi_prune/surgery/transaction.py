@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lightning_mi_prune.core.empty_linear import modules_of
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.graph import PruningGraph
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.graph import PruningGraph
+from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.surgery.layers import RemovedLayers, arrange_layers
 from lightning_mi_prune.surgery.parameters import RotationMaps, owners
 from lightning_mi_prune.surgery.units import (

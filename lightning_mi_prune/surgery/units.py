@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS, linear_at, parameters_of, place_linears
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan
-from lightning_mi_prune.discovery.groups import DependencyGroup, full_plan
+from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
+from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.surgery.empty_modules import (
     forward_without_units,
     is_cut_forward,
@@ -304,8 +305,7 @@ def _update_sizes(
     )
     for group in mine:
         for count in group.attributes:
-            each = group.entries_at(widths) if count.entries else 1
-            value = widths[group.name] * count.per_unit * each
+            value = layout_size(count.layout, group.all_widths(widths))
             module = linear_at(model.get_submodule(count.module))
             setattr(module, count.attribute, (value,) if count.sequence else value)
         _set_forward(model, group, plan.kept[group.name])

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import copy_networks, fixed_random_state
-from lightning_mi_prune.discovery.graph import PruningGraph
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.graph import PruningGraph
+from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.surgery.transaction import cut_model
 
 __all__ = [

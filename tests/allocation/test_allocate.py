@@ -12,7 +12,7 @@ from lightning_mi_prune.allocation.costs import MacCosts, ParameterCosts
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import Ranking
-from lightning_mi_prune.discovery.groups import DependencyGroup, PrunableDim
+from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim
 from tests.allocation.test_budget import encoder
 
 SINGLE = Constraints(multiple=1)

@@ -14,7 +14,7 @@ from lightning_mi_prune.allocation.budget import (
 from lightning_mi_prune.allocation.costs import MacCosts, ParameterCosts
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.options import Constraints
-from lightning_mi_prune.discovery.groups import (
+from lightning_mi_prune.graph.groups import (
     DependencyGroup,
     PrunableDim,
     count_parameters,

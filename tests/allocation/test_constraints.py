@@ -7,7 +7,7 @@ import pytest
 from lightning_mi_prune.allocation.constraints import resolve_bounds
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.options import Constraints
-from lightning_mi_prune.discovery.groups import DependencyGroup, EmptyForward, PrunableDim
+from lightning_mi_prune.graph.groups import DependencyGroup, EmptyForward, PrunableDim
 from tests.allocation.test_budget import encoder
 
 

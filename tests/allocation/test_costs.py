@@ -13,7 +13,7 @@ from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.describe import linear_group
-from lightning_mi_prune.discovery.groups import DependencyGroup, PrunableDim, count_parameters
+from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim, count_parameters
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.models import batch, build, random_plan
 

@@ -20,7 +20,7 @@ from lightning_mi_prune.core.options import Constraints, Importance, Latency
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.stacks import find_stacks
-from lightning_mi_prune.discovery.groups import full_plan
+from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.surgery.transaction import cut_model
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.allocation.test_latency_table import ruler

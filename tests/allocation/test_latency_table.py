@@ -18,7 +18,7 @@ from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.groups import DependencyGroup, PrunableDim
+from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.models import batch, build, random_plan
 

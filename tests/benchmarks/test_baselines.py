@@ -25,8 +25,8 @@ from benchmarks.baselines import (
 from benchmarks.subjects import settle, size_of, weight_names
 from benchmarks.tasks import train, training_of
 from lightning_mi_prune import find_groups
-from lightning_mi_prune.discovery.graph import choose_groups
-from lightning_mi_prune.discovery.groups import count_parameters
+from lightning_mi_prune.graph.graph import choose_groups
+from lightning_mi_prune.graph.groups import count_parameters
 from tests.benchmarks.tiny import Epochs, labelled, opened, subject
 from tests.support.models import batch, build, outputs
 

@@ -19,8 +19,8 @@ from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.core.options import Reconstruction
 from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.graph import choose_groups
-from lightning_mi_prune.discovery.groups import full_plan
+from lightning_mi_prune.graph.graph import choose_groups
+from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.importance.criteria import MutualInformation
 from lightning_mi_prune.importance.information import plugin_bias, unit_information
 from lightning_mi_prune.importance.statistics import UnitStatistics

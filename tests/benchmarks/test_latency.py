@@ -10,7 +10,7 @@ from benchmarks import latency, layers
 from benchmarks.latency import shaped
 from benchmarks.subjects import size_of
 from lightning_mi_prune import find_groups
-from lightning_mi_prune.discovery.graph import choose_groups
+from lightning_mi_prune.graph.graph import choose_groups
 from tests.benchmarks.tiny import opened, subject
 from tests.support.models import batch, build, outputs
 

@@ -14,7 +14,7 @@ from benchmarks.subjects import Subject, calibrate_gradients, cut, examine, qual
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import relevance_of
 from lightning_mi_prune.core.options import Importance
-from lightning_mi_prune.discovery.groups import full_plan
+from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.importance.criteria import criterion_of
 from lightning_mi_prune.importance.ranking import rank_groups
 from tests.benchmarks.tiny import labelled, opened, subject

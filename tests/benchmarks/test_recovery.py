@@ -24,7 +24,7 @@ from benchmarks.tasks import (
 from examples.text_classification import model as classifier
 from examples.text_classification import packaged
 from lightning_mi_prune import find_groups
-from lightning_mi_prune.discovery.graph import choose_groups
+from lightning_mi_prune.graph.graph import choose_groups
 from tests.benchmarks.tiny import Epochs, labelled, opened, subject
 from tests.support.models import randomize
 

@@ -22,7 +22,7 @@ from lightning_mi_prune.calibration.gradients import (
 )
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families.describe import linear_group
-from lightning_mi_prune.discovery.graph import choose_groups
+from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.pipeline import PipelineOptions, decide
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer

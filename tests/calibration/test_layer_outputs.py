@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_mi_prune.calibration.layers import LayerAngles, LayerCKA, LayerRecorder
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.discovery.containers import layer_paths
+from lightning_mi_prune.graph.containers import layer_paths
 from tests.support.models import batch, build
 from tests.support.ranks import grouped, launch, place
 

@@ -21,9 +21,9 @@ from lightning_mi_prune.calibration.calls import RecordedCall, merge_calls, spli
 from lightning_mi_prune.calibration.gradients import GradientRecorder
 from lightning_mi_prune.calibration.layers import LayerRecorder
 from lightning_mi_prune.core.options import Importance, Reconstruction
-from lightning_mi_prune.discovery.containers import layer_paths
 from lightning_mi_prune.discovery.families import find_groups, register_family
 from lightning_mi_prune.discovery.families.describe import linear_group
+from lightning_mi_prune.graph.containers import layer_paths
 from lightning_mi_prune.pipeline import prune
 from lightning_mi_prune.reconstruction.layerwise import run_layerwise
 from tests.conftest import count_hooks

@@ -17,7 +17,7 @@ from lightning_mi_prune.calibration.calls import RecordedCall, StoredCalls
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.discovery.families.stacks import find_stacks
-from lightning_mi_prune.discovery.graph import PruningGraph
+from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.reconstruction import removed_layers as takeover
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reconstruction.targets import ReconstructedLayer, Targets

@@ -26,8 +26,8 @@ from lightning_mi_prune.cli.program import prune_module
 from lightning_mi_prune.core.errors import counted, number, shortened
 from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.discovery.families import find_groups, modules_without_groups
-from lightning_mi_prune.discovery.graph import choose_groups, summarize_groups
-from lightning_mi_prune.discovery.groups import DependencyGroup
+from lightning_mi_prune.graph.graph import choose_groups, summarize_groups
+from lightning_mi_prune.graph.groups import DependencyGroup
 from tests.support.boring import Classifier, trainer
 from tests.support.models import build
 from tests.support.pruning import made, pruning_layers, pruning_units

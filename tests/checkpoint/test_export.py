@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_mi_prune import PruningPlan, apply_plan, find_groups
-from lightning_mi_prune.discovery.groups import full_plan
+from lightning_mi_prune.graph.groups import full_plan
 from tests.support.models import CONFIGS, PICTURES, batch, build, pictures
 
 

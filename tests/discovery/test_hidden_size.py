@@ -24,8 +24,8 @@ from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups, present_plan
-from lightning_mi_prune.discovery.graph import choose_groups
-from lightning_mi_prune.discovery.groups import count_parameters, full_plan
+from lightning_mi_prune.graph.graph import choose_groups
+from lightning_mi_prune.graph.groups import count_parameters, full_plan
 from lightning_mi_prune.surgery.optimizers import update_optimizers
 from lightning_mi_prune.surgery.units import (
     apply_plan,

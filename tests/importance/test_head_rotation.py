@@ -12,7 +12,7 @@ from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.options import Constraints, Reconstruction
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.groups import as_built, count_parameters, full_plan
+from lightning_mi_prune.graph.groups import as_built, count_parameters, full_plan
 from lightning_mi_prune.importance.ranking import rank_groups
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.covering import half

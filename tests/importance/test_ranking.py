@@ -18,7 +18,7 @@ from lightning_mi_prune.calibration.gradients import (
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.describe import linear_group
-from lightning_mi_prune.discovery.groups import full_plan
+from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.importance.criteria import (
     ActivationNorm,
     Magnitude,

@@ -9,7 +9,7 @@ from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.describe import linear_group
-from lightning_mi_prune.discovery.groups import (
+from lightning_mi_prune.graph.groups import (
     DependencyGroup,
     PrunableDim,
     SizeAttribute,

@@ -25,7 +25,7 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import evaluating
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.describe import linear_group
-from lightning_mi_prune.discovery.groups import full_plan
+from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.pipeline import reconstruct
 from lightning_mi_prune.reconstruction.compensation import Decision, select_units
 from lightning_mi_prune.reconstruction.least_squares import (

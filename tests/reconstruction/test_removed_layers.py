@@ -14,7 +14,7 @@ from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.running import evaluating
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.stacks import find_stacks
-from lightning_mi_prune.discovery.graph import PruningGraph
+from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reconstruction.layerwise import valid_positions
 from lightning_mi_prune.reconstruction.removed_layers import (

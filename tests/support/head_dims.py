@@ -7,7 +7,7 @@ import torch
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.gradients import GradientRecorder, relevance_of
 from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.groups import full_plan
+from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.importance.head_rotation import head_rotation
 from lightning_mi_prune.importance.statistics import unit_statistics
 from tests.support.models import (

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.groups import DependencyGroup, entry_positions
+from lightning_mi_prune.graph.groups import DependencyGroup, entry_positions
 
 _BERT = {
     "vocab_size": 64,

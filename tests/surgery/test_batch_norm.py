@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mi_prune import PruningPlan, linear_group, prune, register_family
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
-from lightning_mi_prune.discovery.groups import LayerStack
+from lightning_mi_prune.graph.groups import LayerStack
 from lightning_mi_prune.surgery.batch_norm import reestimate_batch_norm
 from lightning_mi_prune.surgery.layers import remove_layers
 

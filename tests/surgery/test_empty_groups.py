@@ -20,7 +20,7 @@ from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups, present_plan
 from lightning_mi_prune.discovery.families.describe import linear_group
-from lightning_mi_prune.discovery.groups import EmptyForward, full_plan
+from lightning_mi_prune.graph.groups import EmptyForward, full_plan
 from lightning_mi_prune.surgery.optimizers import update_optimizers
 from lightning_mi_prune.surgery.units import (
     apply_plan,

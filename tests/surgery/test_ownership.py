@@ -18,7 +18,7 @@ from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.stacks import find_stacks
-from lightning_mi_prune.discovery.groups import full_plan
+from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.surgery.layers import remove_layers
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.boring import Classifier, Data, trainer

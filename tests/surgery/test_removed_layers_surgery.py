@@ -24,7 +24,7 @@ from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.stacks import find_stacks
-from lightning_mi_prune.discovery.groups import LayerStack, full_depth
+from lightning_mi_prune.graph.groups import LayerStack, full_depth
 from lightning_mi_prune.surgery.layers import remove_layers
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.models import CONFIGS, PICTURES, build, inputs_of, outputs, random_plan

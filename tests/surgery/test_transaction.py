@@ -14,7 +14,7 @@ from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.stacks import find_stacks
-from lightning_mi_prune.discovery.graph import PruningGraph
+from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.surgery.layers import without_storage
 from lightning_mi_prune.surgery.transaction import cancel_cut, cut_model, restore_model
 from tests.support.models import batch, outputs

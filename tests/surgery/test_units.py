@@ -9,8 +9,8 @@ from torch import nn
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.graph import choose_groups
-from lightning_mi_prune.discovery.groups import full_plan
+from lightning_mi_prune.graph.graph import choose_groups
+from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.surgery.units import apply_plan, reshape_tensors
 from tests.support import models
 from tests.support.models import CONFIGS, batch, build, inputs_of, masked_copy, outputs, random_plan

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan, recorded_plan
 from lightning_mi_prune.discovery.families import transformers
-from lightning_mi_prune.discovery.groups import DependencyGroup, as_built
+from lightning_mi_prune.graph.groups import DependencyGroup, as_built
 
 __all__ = [
     "find_groups",

@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_mi_prune.core.empty_linear import linear_at
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.discovery.groups import DependencyGroup, PrunableDim, SizeAttribute
+from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim, SizeAttribute
+from lightning_mi_prune.graph.layouts import Factor, Layout
 
 __all__ = [
     "linear_group",
@@ -23,6 +24,7 @@ def linear_group(
     producers: Sequence[str],
     consumers: Sequence[str],
     entries: int = 1,
+    partner: str = "",
     attributes: Sequence[SizeAttribute] = (),
     scope: str = "",
     config: str | None = None,
@@ -37,6 +39,7 @@ def linear_group(
         producers: Paths of ``nn.Linear`` whose output rows are the units.
         consumers: Paths of ``nn.Linear`` whose input columns are the same units.
         entries: Entries per unit (the head size for heads).
+        partner: Name of the group of these entries, if they can be cut too.
         attributes: Further numbers that depend on the width, besides in and out features.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
         config: Config field that holds the number of units when it is the same in every layer.
@@ -52,20 +55,22 @@ def linear_group(
         (8, ['0.weight', '0.bias', '2.weight'])
     """
     tensors: list[PrunableDim] = []
+    each: Factor = partner or entries
+    layout: Layout = ((name, each) if partner or entries > 1 else (name,),)
     numbers = list(attributes)
     widths: dict[str, int] = {}
     for path in producers:
         layer = _linear(network, path, name)
         widths[path] = layer.out_features
-        tensors.append(PrunableDim(f"{path}.weight", 0, tuple(layer.weight.shape)))
+        tensors.append(PrunableDim(f"{path}.weight", 0, tuple(layer.weight.shape), layout))
         if layer.bias is not None:
-            tensors.append(PrunableDim(f"{path}.bias", 0, tuple(layer.bias.shape)))
-        numbers.append(SizeAttribute(path, "out_features", entries=True))
+            tensors.append(PrunableDim(f"{path}.bias", 0, tuple(layer.bias.shape), layout))
+        numbers.append(SizeAttribute(path, "out_features", layout))
     for path in consumers:
         layer = _linear(network, path, name)
         widths[path] = layer.in_features
-        tensors.append(PrunableDim(f"{path}.weight", 1, tuple(layer.weight.shape)))
-        numbers.append(SizeAttribute(path, "in_features", entries=True))
+        tensors.append(PrunableDim(f"{path}.weight", 1, tuple(layer.weight.shape), layout))
+        numbers.append(SizeAttribute(path, "in_features", layout))
     width = next(iter(widths.values()))
     if len(set(widths.values())) != 1 or width % entries:
         raise PruningError(
@@ -76,13 +81,13 @@ def linear_group(
         name=name,
         kind=kind,
         size=width // entries,
-        entries=entries,
         tensors=tuple(tensors),
         consumers=tuple(consumers),
         attributes=tuple(numbers),
         scope=scope,
         config=config,
         level=level,
+        partners=((partner, entries),) if partner else (),
     )
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_mi_prune.core.empty_linear import linear_at
 from lightning_mi_prune.discovery.families.names import FamilyNames, LayerNames
-from lightning_mi_prune.discovery.groups import DependencyGroup, PrunableDim, SizeAttribute
+from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim, SizeAttribute
+from lightning_mi_prune.graph.layouts import Layout
 
 __all__ = [
     "hidden_group",
@@ -55,7 +56,7 @@ def hidden_group(
     config = network.config
     if head is None or getattr(config, "add_cross_attention", False):
         return None
-    parts = _Parts(network)
+    parts = _Parts(network, ((f"{prefix}hidden",),))
     projected = _begin(parts, prefix, names)
     for path, _ in layers:
         _add_layer(parts, path, names.layer)
@@ -81,7 +82,6 @@ def hidden_group(
         name=f"{prefix}hidden",
         kind="hidden",
         size=parts.widths[0],
-        entries=1,
         tensors=tuple(parts.tensors),
         consumers=tuple(path for site in parts.consumers_by_input for path in site),
         consumers_by_input=tuple(parts.consumers_by_input),
@@ -103,6 +103,7 @@ class _Parts:
     """Collected tensors and numbers of the group; ``unknown`` if a part is of an unknown class."""
 
     network: nn.Module
+    layout: Layout
     tensors: list[PrunableDim] = field(default_factory=list)
     attributes: list[SizeAttribute] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
@@ -124,7 +125,7 @@ class _Parts:
             return
         self._seen.add(key)
         self.widths.append(parameter.shape[dim])
-        self.tensors.append(PrunableDim(f"{path}.{name}", dim, tuple(parameter.shape)))
+        self.tensors.append(PrunableDim(f"{path}.{name}", dim, tuple(parameter.shape), self.layout))
 
     def part(self, path: str, kinds: tuple[type[nn.Module], ...]) -> nn.Module | None:
         module = module_at(self.network, path)
@@ -145,7 +146,7 @@ class _Parts:
             return False
         for name, dim in tensors.items():
             self.tensor(module, path, name, dim)
-        self.attributes.append(SizeAttribute(path, number, sequence=sequence))
+        self.attributes.append(SizeAttribute(path, number, self.layout, sequence))
         return True
 
     def embed(self, path: str) -> bool:
@@ -210,4 +211,6 @@ def _add_layer(parts: _Parts, path: str, names: LayerNames) -> None:
     for part in names.norms:
         parts.norm(f"{path}.{part}")
     if names.hidden is not None:
-        parts.attributes.append(SizeAttribute(f"{path}.{names.attention}", names.hidden))
+        parts.attributes.append(
+            SizeAttribute(f"{path}.{names.attention}", names.hidden, parts.layout)
+        )

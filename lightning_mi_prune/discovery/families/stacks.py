@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.discovery.containers import layer_paths
 from lightning_mi_prune.discovery.families import find_groups, is_within
 from lightning_mi_prune.discovery.families.residual import module_at
 from lightning_mi_prune.discovery.families.text import TEXT
 from lightning_mi_prune.discovery.families.vision import VISION
-from lightning_mi_prune.discovery.groups import DependencyGroup, LayerStack
+from lightning_mi_prune.graph.containers import layer_paths
+from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack
 
 __all__ = [
     "STACKS",

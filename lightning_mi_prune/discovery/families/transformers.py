@@ -13,13 +13,14 @@ from lightning_mi_prune.discovery.families.names import FamilyNames, LayerNames
 from lightning_mi_prune.discovery.families.residual import hidden_group, module_at, state_consumers
 from lightning_mi_prune.discovery.families.text import TEXT
 from lightning_mi_prune.discovery.families.vision import VISION
-from lightning_mi_prune.discovery.groups import (
+from lightning_mi_prune.graph.groups import (
     DependencyGroup,
     EmptyForward,
     RotatableProjections,
     SizeAttribute,
     UnitArgument,
 )
+from lightning_mi_prune.graph.layouts import Factor
 
 __all__ = [
     "MODEL_TYPES",
@@ -141,17 +142,20 @@ def _layer_groups(
     parts, path = names.layer, layer.path
     attention = layer.module.get_submodule(parts.attention)
     entries = int(getattr(attention, parts.head_size))
-    attributes = [SizeAttribute(f"{path}.{parts.attention}", parts.heads)]
+    name, partner = f"{path}.heads", f"{path}.head_dim" if parts.rotatable else ""
+    attributes = [SizeAttribute(f"{path}.{parts.attention}", parts.heads, ((name,),))]
     if parts.width is not None:
-        attributes.append(SizeAttribute(f"{path}.{parts.attention}", parts.width, entries=True))
+        each: Factor = partner or entries
+        attributes.append(SizeAttribute(f"{path}.{parts.attention}", parts.width, ((name, each),)))
     producers = [f"{path}.{part}" for part in _projections(layer.module, parts)]
     heads = linear_group(
         network,
-        f"{path}.heads",
+        name,
         kind="heads",
         producers=producers,
         consumers=[f"{path}.{parts.out}"],
         entries=entries,
+        partner=partner,
         attributes=attributes,
         scope=scope,
         config=names.head_count,
@@ -205,7 +209,6 @@ def _layer_groups(
     )
     if not parts.rotatable:
         return [heads, ffn]
-    heads = replace(heads, product_with=f"{path}.head_dim")
     return [heads, _dims(heads, layer, parts), ffn]
 
 
@@ -223,15 +226,15 @@ def _dims(heads: DependencyGroup, layer: _Layer, parts: LayerNames) -> Dependenc
         name=heads.product_with,
         kind="head_dim",
         size=heads.entries,
-        entries=heads.size,
         tensors=heads.tensors,
         consumers=(rotation.query, rotation.key, rotation.consumer),
         consumers_by_input=((rotation.query,), (rotation.key,), (rotation.consumer,)),
-        attributes=(SizeAttribute(f"{path}.{parts.attention}", parts.head_size),),
+        attributes=(
+            SizeAttribute(f"{path}.{parts.attention}", parts.head_size, ((heads.product_with,),)),
+        ),
         scope=heads.scope,
         level=heads.level,
-        product_with=heads.name,
-        strided=True,
+        partners=((heads.name, heads.size),),
         rotation=rotation,
     )
 

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted, shortened
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.groups import DependencyGroup, LayerStack
+from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack
 
 __all__ = [
     "PruningGraph",
@@ -96,10 +96,7 @@ class PruningGraph:
         names = [path(group.name) or group.name for group in groups]
         return [
             replace(
-                group.at_paths(path),
-                name=name,
-                current_name="",
-                product_with=path(group.product_with) or group.product_with,
+                group.at_paths(path).renamed(lambda n: path(n) or n), name=name, current_name=""
             )
             for group, name in zip(groups, names, strict=True)
         ]
@@ -147,15 +144,7 @@ class PruningGraph:
         groups = [group for group in self.groups if group.name.startswith(f"{prefix}.")]
         stacks = [stack for stack in self.stacks if stack.name.startswith(f"{prefix}.")]
         return PruningGraph(
-            tuple(
-                replace(
-                    a.at_paths(path),
-                    name=or_empty(a.name),
-                    current_name="",
-                    product_with=or_empty(a.product_with),
-                )
-                for a in groups
-            ),
+            tuple(replace(a.at_paths(path).renamed(or_empty), current_name="") for a in groups),
             tuple(
                 replace(
                     stack,
@@ -237,8 +226,8 @@ def summarize_groups(groups: Sequence[DependencyGroup]) -> str:
     """Number and names of the groups of each kind, as text.
 
     Example:
-        >>> groups = [DependencyGroup(f"net.{i}.ffn", "ffn", 8, 1, (), ("down",)) for i in (0, 1)]
-        >>> summarize_groups([*groups, DependencyGroup("net.0.heads", "heads", 4, 8, (), ("out",))])
+        >>> groups = [DependencyGroup(f"net.{i}.ffn", "ffn", 8, (), ("down",)) for i in (0, 1)]
+        >>> summarize_groups([*groups, DependencyGroup("net.0.heads", "heads", 4, (), ("out",))])
         "3 groups: 2 of kind 'ffn' (net.{0,1}.ffn), 1 of kind 'heads' (net.0.heads)"
     """
     parts = []

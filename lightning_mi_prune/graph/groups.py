@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.graph.layouts import Layout, kept_positions, layout_size, map_layout
 
 __all__ = [
     "DependencyGroup",
@@ -32,33 +33,33 @@ class PrunableDim:
     """One dimension of one tensor that shrinks with a group.
 
     Args:
-        tensor: Qualified parameter name, ``"encoder.layer.0.output.dense.weight"``.
+        tensor: Qualified parameter name, ``"encoder.layer.0.output.dense.weight"``; or of a buffer.
         dim: Dimension that is cut.
         shape: Shape of the tensor as built.
+        layout: What the dimension consists of; it may name other groups too.
     """
 
     tensor: str
     dim: int
     shape: tuple[int, ...]
+    layout: Layout
 
 
 @dataclass(frozen=True)
 class SizeAttribute:
-    """A number on a module that depends on the width: ``module.attribute = units * per_unit``.
+    """A number on a module that depends on widths: ``module.attribute`` is the size of a layout.
 
     Args:
         module: Path of the module.
         attribute: Attribute that holds the number.
-        per_unit: Amount for each unit.
-        entries: Whether it is also multiplied by the entries per unit.
+        layout: What the number counts.
         sequence: Whether the attribute is a tuple of this one number (``normalized_shape``).
     """
 
     module: str
     attribute: str
-    per_unit: int = 1
+    layout: Layout
     sequence: bool = False
-    entries: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,6 @@ class DependencyGroup:
         kind: ``"ffn"``, ``"heads"``, ``"head_dim"`` (dimensions of all heads of a layer),
             ``"pooler"`` or ``"hidden"``; free for other families.
         size: Number of units as built (neurons or heads).
-        entries: Scalars per unit (1 for a neuron, the head size for a head).
         tensors: The tensors cut together.
         consumers: Linear modules that read the units: their inputs are calibrated, their weights
             compensated.
@@ -175,9 +175,8 @@ class DependencyGroup:
         tie: Config field that must equal ``units * entries``: transformers derive the head size
             from the hidden size and the number of heads.
         config_aliases: Further config fields that hold the same number as ``config``.
-        product_with: The other group of a product, such as heads and their dimensions: each unit
-            has an entry for every unit of the other.
-        strided: Whether the entries of a unit are not adjacent, one in each unit of the other.
+        partners: Other groups that its layouts name, such as the dimensions of heads, with their
+            sizes as built.
         rotation: Projections to rotate before units, the dimensions of heads, are removed.
         current_name: Its name in the present model, if layers were removed.
     """
@@ -185,7 +184,6 @@ class DependencyGroup:
     name: str
     kind: str
     size: int
-    entries: int
     tensors: tuple[PrunableDim, ...]
     consumers: tuple[str, ...]
     attributes: tuple[SizeAttribute, ...] = ()
@@ -202,8 +200,7 @@ class DependencyGroup:
     unit_arguments: tuple[UnitArgument, ...] = ()
     tie: str | None = None
     config_aliases: tuple[str, ...] = ()
-    product_with: str = ""
-    strided: bool = False
+    partners: tuple[tuple[str, int], ...] = ()
     rotation: RotatableProjections | None = None
     current_name: str = ""
 
@@ -224,18 +221,51 @@ class DependencyGroup:
     def prefixed(self, prefix: str) -> DependencyGroup:
         """The same group, named from a module that holds this network at ``prefix``."""
         path = partial(join_path, prefix)
-        crossed = path(self.product_with) if self.product_with else ""
-        return replace(self.at_paths(path), name=path(self.name), product_with=crossed)
+        return self.at_paths(path).renamed(path)
 
-    def entries_at(self, widths: Mapping[str, int]) -> int:
-        """Entries per unit at the given widths.
+    def renamed(self, name: Callable[[str], str]) -> DependencyGroup:
+        """The same group with every name of a group mapped by ``name``; paths stay."""
+        return replace(
+            self,
+            name=name(self.name),
+            tensors=tuple(replace(s, layout=map_layout(s.layout, name)) for s in self.tensors),
+            attributes=tuple(
+                replace(a, layout=map_layout(a.layout, name)) for a in self.attributes
+            ),
+            partners=tuple((name(other), size) for other, size in self.partners),
+        )
+
+    def all_widths(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Widths of the group and its partners; as built where they are not given.
 
         Example:
-            >>> heads = DependencyGroup("h", "heads", 9, 32, (), ("o",), product_with="head_dim")
-            >>> heads.entries_at({"h": 6, "head_dim": 8}), heads.entries_at({"h": 6})
-            (8, 32)
+            >>> heads = DependencyGroup("h", "heads", 9, (), ("o",), partners=(("head_dim", 32),))
+            >>> heads.all_widths({"h": 6})
+            {'head_dim': 32, 'h': 6}
         """
-        return widths.get(self.product_with, self.entries)
+        built = {**dict(self.partners), self.name: self.size}
+        return {name: widths.get(name, size) for name, size in built.items()}
+
+    @property
+    def product_with(self) -> str:
+        """The other group of a product, such as heads and their dimensions; "" for none."""
+        return next((name for name, _ in self.partners), "")
+
+    @property
+    def entries(self) -> int:
+        """Entries per unit as built, in the first tensor."""
+        return self.entries_at({})
+
+    @property
+    def strided(self) -> bool:
+        """Whether the entries of a unit are not adjacent, one in each unit of another group."""
+        layouts = [s.layout for s in self.tensors][:1]
+        return any(block[0] != self.name for layout in layouts for block in layout)
+
+    def entries_at(self, widths: Mapping[str, int]) -> int:
+        """Entries per unit at the given widths, in the first tensor."""
+        at = self.all_widths(widths) | {self.name: 1}
+        return layout_size(self.tensors[0].layout, at) if self.tensors else 1
 
     def at_paths(self, path: Callable[[str], str | None]) -> DependencyGroup:
         """The same group with every path mapped by ``path``; paths mapped to None are left out."""
@@ -288,7 +318,7 @@ def as_built(groups: Sequence[DependencyGroup], sizes: Mapping[str, int]) -> lis
     """Groups found on a cut model, with the sizes they were built with."""
     built = {group.name: sizes.get(group.name, group.size) for group in groups}
     grown = {
-        (s.tensor, s.dim): built[group.name] * group.entries_at(built)
+        (s.tensor, s.dim): layout_size(s.layout, group.all_widths(built))
         for group in groups
         for s in group.tensors
     }
@@ -300,8 +330,8 @@ def as_built(groups: Sequence[DependencyGroup], sizes: Mapping[str, int]) -> lis
         replace(
             group,
             size=built[group.name],
-            entries=group.entries_at(built),
             tensors=tuple(replace(s, shape=shape(s)) for s in group.tensors),
+            partners=tuple((name, sizes.get(name, size)) for name, size in group.partners),
         )
         for group in groups
     ]
@@ -316,8 +346,10 @@ def count_parameters(
 
     Example:
         >>> ffn = DependencyGroup(
-        ...     "ffn", "ffn", size=8, entries=1, consumers=("down",),
-        ...     tensors=(PrunableDim("up", 0, (8, 4)), PrunableDim("down", 1, (4, 8))),
+        ...     "ffn", "ffn", size=8, consumers=("down",), tensors=(
+        ...         PrunableDim("up", 0, (8, 4), (("ffn",),)),
+        ...         PrunableDim("down", 1, (4, 8), (("ffn",),)),
+        ...     ),
         ... )
         >>> count_parameters([ffn]), count_parameters([ffn], {"ffn": 2})
         (64, 16)
@@ -327,7 +359,7 @@ def count_parameters(
     for group in groups:
         for s in group.tensors:
             shape = shapes.setdefault(s.tensor, list(s.shape))
-            shape[s.dim] = at[group.name] * group.entries_at(at)
+            shape[s.dim] = layout_size(s.layout, group.all_widths(at))
     return sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -390,25 +422,11 @@ def full_depth(groups: Sequence[LayerStack]) -> PruningPlan:
 def entry_positions(
     group: DependencyGroup, kept: Mapping[str, Sequence[int]], widths: Mapping[str, int]
 ) -> list[int]:
-    """Present positions of the kept entries of a group, in the order of the tensor.
+    """Present positions of the kept entries of a group, in the order of its first tensor.
 
     Args:
-        group: The group; kept units of ``product_with`` count too.
+        group: The group; kept units of its partners count too.
         kept: Kept units of each group that is cut, as positions in the present model.
         widths: Present width of every group.
-
-    Example:
-        >>> heads = DependencyGroup("heads", "heads", 2, 3, (), ("o",), product_with="head_dim")
-        >>> entry_positions(heads, {"heads": (1,), "head_dim": (0, 1)}, {"heads": 2, "head_dim": 3})
-        [3, 4]
     """
-    entries = group.entries_at(widths)
-    units = kept.get(group.name, range(widths[group.name]))
-    inside = (
-        kept.get(group.product_with, range(entries))
-        if group.product_with in widths
-        else range(entries)
-    )
-    if group.strided:
-        return [i * widths[group.name] + unit for i in inside for unit in units]
-    return [unit * entries + i for unit in units for i in inside]
+    return kept_positions(group.tensors[0].layout, kept, group.all_widths(widths))

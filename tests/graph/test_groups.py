@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.discovery.graph import choose_groups
-from lightning_mi_prune.discovery.groups import (
+from lightning_mi_prune.graph.graph import choose_groups
+from lightning_mi_prune.graph.groups import (
     DependencyGroup,
     PrunableDim,
     as_built,

@@ -1,0 +1,1 @@
+"""What can be pruned, as plain data: layouts, groups, stacks and the graph of both."""
