@@ -83,7 +83,9 @@ def _plain(value: Any) -> Any:
     """Records as objects and tuples as lists."""
     if is_dataclass(value):
         named = {field.name: (getattr(value, field.name), field) for field in fields(value)}
-        return {n: _plain(v) for n, (v, f) in named.items() if f.default is MISSING or v != f.default}
+        return {
+            n: _plain(v) for n, (v, f) in named.items() if f.default is MISSING or v != f.default
+        }
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
@@ -234,7 +236,8 @@ _GRAPH: dict[str, Reader] = {
     "stacks": _many(_STACK),
     "refused": _many(
         _record(
-            Refusal, {"name": text, "kind": text, "size": whole, "parameters": whole, "reason": text}
+            Refusal,
+            {"name": text, "kind": text, "size": whole, "parameters": whole, "reason": text},
         )
     ),
     "unknown": _NAMES,
