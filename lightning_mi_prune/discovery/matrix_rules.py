@@ -113,8 +113,14 @@ def _convolution(trace: Trace, operator: Operator) -> None:
         made = trace.dims(w)[0]
         wide = channels if each == 1 else Product([channels, Atom(each)])
         trace.equal(made, wide, operator)
+    elif not transposed:  # whole groups can go, or the same channels of every group
+        outer = Atom(groups)
+        trace.equal(channels, product_of([outer, trace.dims(w)[1]]), operator)
+        each_made = product_of([outer, Atom(w.shape[0] // groups)])
+        trace.equal(trace.dims(w)[0], each_made, operator)
+        made = trace.dims(w)[0]
     else:
-        label = f"a convolution of {groups} groups in {operator.module}"
+        label = f"a transposed convolution of {groups} groups in {operator.module}"
         for dim in (channels, *trace.dims(w)[:2]):
             fix(dim, label)
         made = Atom(operator.outputs[0].shape[1], label)
