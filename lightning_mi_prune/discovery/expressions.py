@@ -46,7 +46,7 @@ class Atom:
     __slots__ = ("equal", "marks", "reasons", "size")
 
     def __init__(self, size: int, reason: str = "") -> None:
-        self.size = size
+        self.size: int = size
         self.reasons: dict[str, None] = {reason: None} if reason else {}
         self.marks: set[str] = set()
         self.equal: Expression | None = None
@@ -59,7 +59,7 @@ class Product:
 
     def __init__(self, factors: Sequence[Expression]) -> None:
         self.factors = tuple(factors)
-        self.size = math.prod(factor.size for factor in factors)
+        self.size: int = math.prod(factor.size for factor in factors)
 
 
 class Sum:
@@ -69,7 +69,7 @@ class Sum:
 
     def __init__(self, terms: Sequence[Expression]) -> None:
         self.terms = tuple(terms)
-        self.size = sum(term.size for term in terms)
+        self.size: int = sum(term.size for term in terms)
 
 
 Expression: TypeAlias = "Atom | Product | Sum"
@@ -256,12 +256,9 @@ def _distribute(product: Product, total: Sum, reason: str) -> bool:
     if not isinstance(outer, Atom) or any(term.size % inner.size for term in terms):
         return False
     parts = [Atom(term.size // inner.size) for term in terms]
-    fine = all(
-        [
-            make_equal(term, product_of([part, inner]), reason)
-            for term, part in zip(terms, parts, strict=True)
-        ]
-    )
+    fine = True
+    for term, part in zip(terms, parts, strict=True):
+        fine = make_equal(term, product_of([part, inner]), reason) and fine
     return _become(outer, sum_of(parts)) and fine
 
 
@@ -308,9 +305,7 @@ def part_of(expression: Expression, start: int, stop: int, reason: str) -> Expre
     return sum_of(found)
 
 
-def reshaped(
-    dims: Sequence[Expression], sizes: Sequence[int], reason: str
-) -> list[Expression]:
+def reshaped(dims: Sequence[Expression], sizes: Sequence[int], reason: str) -> list[Expression]:
     """The dimensions of a tensor after ``view``: factors are regrouped, from the innermost one.
 
     Args:

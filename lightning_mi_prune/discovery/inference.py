@@ -2,8 +2,8 @@
 
 What remains without a reason to keep its size can be cut: every such atom that occurs in a
 parameter is a dependency group, with the dimensions it occurs in. Nothing here was tried yet;
-:mod:`verification` does that. Groups have no attributes (numbers in Python code) yet, and those that
-no layer reads, such as the dimensions of queries and keys, have no consumers.
+:mod:`verification` does that. Groups have no attributes (numbers in Python code) yet, and those
+that no layer reads, such as the dimensions of queries and keys, have no consumers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from lightning_mi_prune.core.consumers import why_not_consumer
 from lightning_mi_prune.discovery.expressions import (
     Atom,
     Expression,
-    Sum,
     atoms_of,
     factors_of,
     fix,
@@ -92,7 +91,8 @@ def infer(module: nn.Module, run: Callable[[nn.Module], Any]) -> Inference:
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> (group,) = infer(net, lambda net: net(torch.ones(4, 3))).groups
+        >>> x = torch.ones(4, 3)
+        >>> (group,) = infer(net, lambda net: net(x)).groups
         >>> group.name, group.kind, group.size, group.consumers
         ('0.ffn', 'ffn', 8, ('2',))
     """
@@ -227,13 +227,13 @@ class _Collector:
         kept = {group.name for group in groups}
         return Inference(
             groups=tuple(groups),
-            stacks=tuple(self._stack(path, size) for path, size in self.stacks.items()),
+            stacks=tuple(self._stack(path, *sizes) for path, sizes in self.stacks.items()),
             refused=(
                 *unread,
                 *(
                     self._refusal(self.places[id(atom)][0][0], "", atom, _reason(atom))
                     for atom in refused
-                    if _is_news(atom)
+                    if _is_news(atom) and self._is_alone(atom, by_atom)
                 ),
             ),
             reductions=tuple(self._reductions(by_atom, kept)),
@@ -248,14 +248,14 @@ class _Collector:
 
     def _candidate(self, atom: Atom, free: Sequence[Atom]) -> Candidate:
         number = {id(each): i for i, each in enumerate(free)}
-        crossed: set[int] = set()
-        names: list[str] = []
-        for name, dim in self.places[id(atom)]:
-            names.append(name)
-            for term in terms_of(self.trace.dims(self.tensors[name])[dim]):
-                inside = {id(each) for each in atoms_of(term)}
-                if id(atom) in inside:
-                    crossed |= {number[i] for i in inside if i in number}
+        products = [
+            {id(each): each for each in atoms_of(term)}
+            for name, dim in self.places[id(atom)]
+            for term in terms_of(self.trace.dims(self.tensors[name])[dim])
+        ]
+        products = [product for product in products if product.pop(id(atom), None) is not None]
+        crossed = [{number[i] for i in product if i in number} for product in products]
+        names = [name for name, _ in self.places[id(atom)]]
         uses = [*self.read[id(atom)], *self.made[id(atom)]]
         tensors = tuple(dict.fromkeys(names))
         return Candidate(
@@ -264,7 +264,10 @@ class _Collector:
             tensors=tensors,
             producers=tuple(dict.fromkeys(use.tensor for use in self.made[id(atom)])),
             consumers=tuple(dict.fromkeys(use.module for use in self.read[id(atom)])),
-            crossed=frozenset(crossed - {number[id(atom)]}),
+            inside=frozenset(set.intersection(*crossed)),
+            crossed=frozenset(set.union(*crossed)),
+            attended="batched" in atom.marks
+            or any("batched" in each.marks for product in products for each in product.values()),
             convolution=any(
                 use.operator == "convolution" and self._tensor(use).ndim > 2 for use in uses
             ),
@@ -321,7 +324,8 @@ class _Collector:
 
     def _consumers(self, atom: Atom) -> tuple[list[WeightUse], str]:
         """Uses of weights that read units and can be calibrated; why there are none."""
-        found, reason = [], "no layer reads these units"
+        found: list[WeightUse] = []
+        reason = "no layer reads these units"
         for use in self.read[id(atom)]:
             path, _, last = use.tensor.rpartition(".")
             if use.tensor in self.trace.embedded:
@@ -367,6 +371,11 @@ class _Collector:
 
     # ------------------------------------------------------------------------------- the rest
 
+    def _is_alone(self, atom: Atom, names: Mapping[int, str]) -> bool:
+        """Whether a fixed atom keeps a whole dimension from being cut: none else of it can go."""
+        dims = [self.trace.dims(self.tensors[name])[dim] for name, dim in self.places[id(atom)]]
+        return not all(any(id(each) in names for each in atoms_of(dim)) for dim in dims)
+
     def _refusal(self, name: str, kind: str, atom: Atom, reason: str) -> Refusal:
         held = {name for name, _ in self.places[id(atom)] if name in self.parameters}
         parameters = sum(self.parameters[name].numel() for name in held)
@@ -382,7 +391,7 @@ class _Collector:
             if dims:
                 yield Reduction(statistic.index, statistic.operator, dims)
 
-    def _stack(self, path: str, size: int) -> LayerStack:
+    def _stack(self, path: str, size: int, fixed: int) -> LayerStack:
         branches: dict[tuple[str, str], int] = defaultdict(int)
         for use in self.trace.uses:
             owner = _owner(use.tensor)
@@ -393,13 +402,19 @@ class _Collector:
             residual = self.streams.residual(use)
             if residual is not None and residual.startswith(f"{stem}{index}."):
                 branches[inner, residual[len(f"{stem}{index}.") :]] += 1
-        index = next(use.index for use in self.trace.uses if use.tensor.startswith(path))
-        network = self.streams.network(index)
-        scope = self.streams.scope(index)
+        first = next(use.index for use in self.trace.uses if use.tensor.startswith(path))
+        network = self.streams.network(first)
+        scope = self.streams.scope(first)
+        norms = {self.streams.last_module(f"{path}.{i}" if path else str(i)) for i in range(size)}
+        last = norms.pop() if len(norms) == 1 else ""
+        normed = {self.operator_module(each.index) for each in self.trace.statistics}
+        top = f"{path}.0" if path else "0"
         return LayerStack(
             name=path,
             size=size,
-            residual_branches=tuple(pair for pair, count in branches.items() if count == size),
+            fixed=fixed,
+            final_norm=last if last and f"{top}.{last}" in normed else "",
+            residual_branches=tuple(p for p, count in branches.items() if count >= size - fixed),
             network=network,
             scope=network if scope is None else scope,
         )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
-from lightning_mi_prune.discovery.stacks import item_of
+from lightning_mi_prune.discovery.stacks import item_of, shared_path
 
 __all__ = [
     "Candidate",
@@ -26,7 +25,9 @@ class Candidate:
         tensors: Names of parameters and buffers that hold them.
         producers: Names of the parameters that make them.
         consumers: Paths of modules that read them.
-        crossed: Indices of other candidates in a product with them.
+        inside: Indices of the candidates that are in every product they are in.
+        crossed: Indices of all candidates in a product with them.
+        attended: Whether a product they are in has heads, which may be fixed.
         convolution: Whether a convolution makes or reads them.
         positions: Whether a consumer reads them at more than one position of an example.
     """
@@ -36,31 +37,29 @@ class Candidate:
     tensors: tuple[str, ...]
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
+    inside: frozenset[int]
     crossed: frozenset[int]
+    attended: bool
     convolution: bool
     positions: bool
 
 
-def kinds_of(candidates: Sequence[Candidate], stacks: Mapping[str, int]) -> list[str]:
-    """``"heads"``, ``"query_heads"``, ``"head_dim"``, ``"hidden"``, ``"channels"``, ``"pooler"``,
-    ``"ffn"``.
+def kinds_of(candidates: Sequence[Candidate], stacks: Collection[str]) -> list[str]:
+    """The kind of each candidate, such as ``"heads"``, ``"ffn"`` or ``"hidden"``.
 
     Args:
         candidates: All candidates of a model.
-        stacks: Number of layers by path of the container.
+        stacks: Paths of the containers of layers.
     """
     batched = {i for i, one in enumerate(candidates) if "batched" in one.marks}
-    heads = {i for i in batched if not _within_another(i, candidates, batched)}
-    attends = bool(batched)
+    heads = {i for i in batched if not _repeats(i, candidates, batched)}
+    attends = any(one.attended for one in candidates)
     return [_kind(i, one, heads, batched, stacks, attends) for i, one in enumerate(candidates)]
 
 
-def _within_another(index: int, candidates: Sequence[Candidate], batched: set[int]) -> bool:
-    """Whether queries have more heads than keys, and this is the number for each of those."""
-    mine = set(candidates[index].tensors)
-    return any(
-        mine < set(candidates[other].tensors) for other in candidates[index].crossed & batched
-    )
+def _repeats(index: int, candidates: Sequence[Candidate], batched: set[int]) -> bool:
+    """Whether this is the number of queries that read each head of keys and values."""
+    return any(index not in candidates[o].inside for o in candidates[index].inside & batched)
 
 
 def _kind(
@@ -68,16 +67,16 @@ def _kind(
     one: Candidate,
     heads: set[int],
     batched: set[int],
-    stacks: Mapping[str, int],
+    stacks: Collection[str],
     attends: bool,
 ) -> str:
     if index in heads:
         return "heads"
     if index in batched:
         return "query_heads"
-    if one.crossed & batched:
+    if one.attended:
         return "head_dim"
-    items = {item_of(name, dict(stacks)) for name in one.tensors}
+    items = {item_of(name, stacks) for name in one.tensors}
     wide = len(items) > 1 or items == {""}
     if ("added" in one.marks and wide) or ("normed" in one.marks and not one.convolution):
         return "hidden"
@@ -89,7 +88,7 @@ def _kind(
 def names_of(
     candidates: Sequence[Candidate],
     kinds: Sequence[str],
-    stacks: Mapping[str, int],
+    stacks: Collection[str],
     networks: Sequence[str],
 ) -> list[str]:
     """A unique name for each candidate: where it is, and its kind.
@@ -100,7 +99,7 @@ def names_of(
     Args:
         candidates: All candidates.
         kinds: Their kinds.
-        stacks: Number of layers by path of the container.
+        stacks: Paths of the containers of layers.
         networks: For each candidate, the path of its network.
     """
     places = [
@@ -109,9 +108,16 @@ def names_of(
     ]
     for choose in (_common_module, _first_producer):
         taken = Counter(zip(places, kinds, strict=True))
+        largest: dict[tuple[str, str], int] = {}
+        for i, key in enumerate(zip(places, kinds, strict=True)):
+            if len(candidates[i].tensors) > len(candidates[largest.get(key, i)].tensors):
+                largest[key] = i
+            largest.setdefault(key, i)
         places = [
-            choose(one, place) if taken[place, kind] > 1 else place
-            for one, place, kind in zip(candidates, places, kinds, strict=True)
+            choose(one, place, kind)
+            if taken[place, kind] > 1 and (kind != "hidden" or largest[place, kind] != i)
+            else place
+            for i, (one, place, kind) in enumerate(zip(candidates, places, kinds, strict=True))
         ]
     names: list[str] = []
     for place, kind in zip(places, kinds, strict=True):
@@ -123,23 +129,21 @@ def names_of(
     return names
 
 
-def _place(one: Candidate, kind: str, stacks: Mapping[str, int], network: str) -> str:
-    items = {item_of(name, dict(stacks)) for name in one.tensors}
+def _place(one: Candidate, kind: str, stacks: Collection[str], network: str) -> str:
+    items = {item_of(name, stacks) for name in one.tensors}
     if len(items) == 1 and "" not in items:
         return items.pop()
     if kind == "pooler":
         return network
-    return _common_module(one, network)
+    return _common_module(one, network, kind)
 
 
-def _common_module(one: Candidate, place: str) -> str:
-    paths = [name.split(".")[:-1] for name in (*one.tensors, *(f"{c}.w" for c in one.consumers))]
-    common = commonprefix(paths)
-    if common == paths[0] and len(set(map(tuple, paths))) == 1:
-        return ".".join(common)
-    return ".".join(common) or place
+def _common_module(one: Candidate, place: str, kind: str) -> str:
+    owners = [name.rpartition(".")[0] for name in one.tensors]
+    return shared_path([*owners, *one.consumers]) or place
 
 
-def _first_producer(one: Candidate, place: str) -> str:
-    first = (*one.producers, *one.tensors)[0]
-    return first.rpartition(".")[0] or place
+def _first_producer(one: Candidate, place: str, kind: str) -> str:
+    path = (*one.producers, *one.tensors)[0].rpartition(".")[0]
+    # Projections of one attention have its name in common.
+    return (path.rpartition(".")[0] if kind in ("heads", "query_heads") else path) or path or place

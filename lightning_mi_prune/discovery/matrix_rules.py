@@ -205,9 +205,7 @@ def _normalised(trace: Trace, operator: Operator) -> None:
         )
 
 
-def _note_statistic(
-    trace: Trace, operator: Operator, places: Sequence[tuple[int, int]]
-) -> None:
+def _note_statistic(trace: Trace, operator: Operator, places: Sequence[tuple[int, int]]) -> None:
     dims = [(p, i, trace.dims(operator.inputs[p])[i]) for p, i in places]
     for _, _, dim in dims:
         mark(dim, "normed")
@@ -248,7 +246,11 @@ def _reduced(trace: Trace, operator: Operator) -> None:
     chosen = operator.argument(position, "dim")
     if isinstance(chosen, (bool, float)) or chosen is None or chosen == []:
         chosen = operator.kwargs.get("dim") or range(x.ndim)
-    over = {dim % x.ndim for dim in ([chosen] if isinstance(chosen, int) else chosen)} if dims else set()
+    over = (
+        {dim % x.ndim for dim in ([chosen] if isinstance(chosen, int) else chosen)}
+        if dims
+        else set()
+    )
     keep = output.ndim == x.ndim
     if keep:
         _note_statistic(trace, operator, [(0, dim) for dim in sorted(over)])

@@ -138,7 +138,8 @@ def record_call(module: nn.Module, run: Callable[[nn.Module], Any]) -> Recording
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
-        >>> recording = record_call(net, lambda net: net(torch.ones(2, 3)))
+        >>> x = torch.ones(2, 3)
+        >>> recording = record_call(net, lambda net: net(x))
         >>> [operator.name for operator in recording.operators], recording.calls[-1].path
         (['t', 'addmm', 'relu'], '')
     """
@@ -165,9 +166,7 @@ def record_call(module: nn.Module, run: Callable[[nn.Module], Any]) -> Recording
             "computes the outputs. Scripted and compiled modules cannot be recorded: give the "
             "module as it was written."
         )
-    return Recording(
-        tuple(recorder.operators), tuple(recorder.calls), recorder.tensors, output
-    )
+    return Recording(tuple(recorder.operators), tuple(recorder.calls), recorder.tensors, output)
 
 
 @dataclass
@@ -178,18 +177,19 @@ class _Running:
     names: tuple[str, ...]
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The dispatch mode and the hooks of one recorded call."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[Operator] = []
         self.calls: list[ModuleCall] = []
         self._module = module
         self._running: list[_Running] = []
-        named = [*module.named_parameters(remove_duplicate=False)]
-        named += module.named_buffers(remove_duplicate=False)
-        self.tensors: dict[str, Tensor] = dict(named)
+        self.tensors: dict[str, Tensor] = {
+            **dict(module.named_parameters(remove_duplicate=False)),
+            **dict(module.named_buffers(remove_duplicate=False)),
+        }
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -48,11 +48,15 @@ def follow(trace: Trace, operator: Operator) -> None:
         trace.refuse(operator)  # an overload that the rule was not written for
 
 
+def _words(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
 # --------------------------------------------------------------------------------- entry by entry
 
-_LINEAR = frozenset(
-    "add add_ sub sub_ rsub neg mul mul_ div div_ _to_copy clone copy_ lerp where "
-    "masked_fill masked_fill_ native_dropout dropout to contiguous detach alias".split()
+_LINEAR = _words(
+    "add add_ sub sub_ rsub neg mul mul_ div div_ _to_copy clone copy_ lerp where masked_fill "
+    "masked_fill_ native_dropout dropout to contiguous detach alias"
 )
 
 
@@ -84,8 +88,7 @@ def _pointwise(trace: Trace, operator: Operator) -> None:
         trace.set(other, trace.dims(output))
     made = [trace.origin(t) for t in shared]
     known = [origin for origin in made if origin is not None]
-    activations = {origin for origin in known}
-    if operator.name in ("add", "add_") and len(activations) > 1:
+    if operator.name in ("add", "add_") and len(set(known)) > 1:
         for dim in trace.dims(output):
             mark(dim, "added")
         trace.set_origin(output, operator.index)
@@ -101,7 +104,7 @@ def _pointwise(trace: Trace, operator: Operator) -> None:
         trace.alias(output, operator.inputs[0], range(output.ndim))
 
 
-_COPIES = frozenset("_to_copy clone alias detach to contiguous lift_fresh lift_fresh_copy".split())
+_COPIES = _words("_to_copy clone alias detach to contiguous lift_fresh lift_fresh_copy")
 
 
 def _has_dim(tensor: Tensor, output: Tensor, dim: int) -> bool:
@@ -214,7 +217,9 @@ def _repeated(trace: Trace, operator: Operator) -> None:
     trace.set(
         output,
         [
-            Atom(n) if i < offset else product_of([Atom(n // dims[i - offset].size), dims[i - offset]])
+            Atom(n)
+            if i < offset
+            else product_of([Atom(n // dims[i - offset].size), dims[i - offset]])
             for i, n in enumerate(output.shape)
         ],
     )
@@ -332,9 +337,7 @@ def _along(positions: Mapping[str, int]) -> Rule:
             fix(dims[dim], operator.label)
         for output in operator.outputs:
             shape = zip(dims, output.shape, strict=True)
-            trace.set(
-                output, [d if d.size == n else Atom(n, operator.label) for d, n in shape]
-            )
+            trace.set(output, [d if d.size == n else Atom(n, operator.label) for d, n in shape])
             trace.set_origin(output, trace.origin(source))
 
     return rule
@@ -350,7 +353,8 @@ def _triangular(trace: Trace, operator: Operator) -> None:
 def _indexed(trace: Trace, operator: Operator) -> None:
     """``x[i, :, j]`` with tensors as indices; a mask takes a dimension for each of its own."""
     source, output = operator.inputs[0], operator.outputs[0]
-    dims, hit, at = trace.dims(source), [], 0
+    dims, at = trace.dims(source), 0
+    hit: list[int] = []
     for index in operator.argument(1, "indices"):
         width = 1 if index is None or index.dtype not in _MASKS else index.ndim
         hit += [] if index is None else range(at, at + width)
@@ -469,9 +473,10 @@ RULES: Mapping[str, Rule] = {
         "sort argsort topk logcumsumexp",
         _along(
             {
-                **dict.fromkeys("_softmax softmax _log_softmax log_softmax".split(), 1),
-                **dict.fromkeys("_safe_softmax cumsum cumsum_ cumprod logcumsumexp".split(), 1),
-                **{"flip": 1, "roll": 2, "sort": 1, "argsort": 1, "topk": 2},
+                **dict.fromkeys(("_softmax", "softmax", "_log_softmax", "log_softmax"), 1),
+                **dict.fromkeys(("_safe_softmax", "cumsum", "cumsum_", "cumprod"), 1),
+                **dict.fromkeys(("logcumsumexp", "flip", "sort", "argsort"), 1),
+                **dict.fromkeys(("roll", "topk"), 2),
             }
         ),
     ),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from torch import Tensor, nn
 
 from lightning_mi_prune.discovery.recording import ModuleCall, Operator, Recording
+from lightning_mi_prune.discovery.stacks import shared_path
 from lightning_mi_prune.discovery.tracing import Trace, WeightUse
 
 __all__ = [
@@ -17,10 +18,13 @@ __all__ = [
 
 # An activation keeps its meaning through these: other shape or order, scale, normalisation.
 _PASS = frozenset(
-    "view _unsafe_view reshape _reshape_alias clone detach alias dropout native_dropout _to_copy "
-    "transpose permute t contiguous unsqueeze squeeze mul div native_layer_norm rms_norm "
-    "_fused_rms_norm native_batch_norm _native_batch_norm_legit "
-    "_native_batch_norm_legit_no_training slice".split()
+    (
+        *("view", "_unsafe_view", "reshape", "_reshape_alias", "clone", "detach", "alias"),
+        *("dropout", "native_dropout", "_to_copy", "transpose", "permute", "t", "contiguous"),
+        *("unsqueeze", "squeeze", "mul", "div", "slice", "native_layer_norm", "rms_norm"),
+        *("_fused_rms_norm", "native_batch_norm", "_native_batch_norm_legit"),
+        "_native_batch_norm_legit_no_training",
+    )
 )
 _LONGEST = 24  # operators between a product and the addition of its output to the residual stream
 
@@ -63,19 +67,24 @@ class Streams:
             Path of a module that receives it as its first argument, the innermost; None if nothing
             is added, or no module receives what is.
         """
-        other = self._added_to(use.output)
-        if other is None:
-            return None
-        root = self._trace.root(other)
-        calls = [c for c in self._calls_by_input.get(root, ()) if c.start <= use.index and c.path]
-        calls.sort(key=lambda call: (call.end - call.start, call.start))
-        return calls[0].path if calls else None
+        owner = use.tensor.rpartition(".")[0]
+        for other in self._added_to(use.output):
+            calls = [
+                call
+                for call in self._calls_by_input.get(self._trace.root(other), ())
+                if call.start <= use.index and call.path and self._has_weight(call.path)
+            ]
+            if calls:
+                near = [len(shared_path([owner, call.path]).split(".")) for call in calls]
+                best = max(range(len(calls)), key=lambda i: (near[i], -calls[i].start))
+                return calls[best].path
+        return None
 
-    def is_added(self, use: WeightUse) -> bool:
-        """Whether the output of a consumer is added to another activation."""
-        return self._added_to(use.output) is not None
+    def _has_weight(self, path: str) -> bool:
+        return next(self._model.get_submodule(path).parameters(), None) is not None
 
-    def _added_to(self, output: Tensor) -> Tensor | None:
+    def _added_to(self, output: Tensor) -> Iterator[Tensor]:
+        """Activations that are added to an output, one after another."""
         tensor, trace = output, self._trace
         for _ in range(_LONGEST):
             following = None
@@ -84,17 +93,17 @@ class Streams:
                     one, two = operator.inputs
                     other = two if one is tensor else one
                     if other.shape == tensor.shape and trace.parameter_of(other) is None:
-                        return other
-                    if trace.parameter_of(other) is not None:
+                        yield other
+                        following = operator
+                    elif trace.parameter_of(other) is not None:
                         following = following or operator  # a bias
                 elif operator.name in _PASS and operator.outputs[0].numel() == tensor.numel():
                     activations = [t for t in operator.inputs if t.numel() == tensor.numel()]
                     if len(activations) == 1:
                         following = following or operator
             if following is None:
-                return None
+                return
             tensor = following.outputs[0]
-        return None
 
     # ---------------------------------------------------------------------- calls of modules
 
@@ -105,6 +114,20 @@ class Streams:
     def calls_around(self, index: int) -> list[ModuleCall]:
         """Calls of modules in which an operator ran, the innermost first."""
         return [call for call in self._by_length if call.start <= index < call.end]
+
+    def last_module(self, path: str) -> str:
+        """The module inside another that makes its first output, named from there; "" for none."""
+        call = next(call for call in self._by_length if call.path == path)
+        root = self._trace.root(call.outputs[0])
+        made = [
+            inner.path[len(path) + 1 :]
+            for inner in self._by_length
+            if inner.path.startswith(f"{path}.")
+            and inner.outputs
+            and self._trace.root(inner.outputs[0]) == root
+            and self._has_weight(inner.path)
+        ]
+        return made[0] if made else ""
 
     def network(self, index: int) -> str:
         """Path of the outermost Hugging Face model around an operator, or of any module called."""
