@@ -1,8 +1,8 @@
 """Which numbers of modules follow the width of a group: ``num_heads``, ``split_size``, ``groups``.
 
-Numbers that describe a tensor of their own module follow its dimension. Others are looked for: those
-that reach a size in an operator (*seen*, found with integers that carry their origin), and those
-that equal a part of a layout, in the modules around the tensors.
+Numbers that describe a tensor of their own module follow its dimension. Others are looked for:
+those that reach a size in an operator (*seen*, found with integers that carry their origin), and
+those that equal a part of a layout, in the modules around the tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_mi_prune.discovery.verification import changed_within, run_once, tensor_at
+from lightning_mi_prune.discovery.copies import changed_within, run_once, tensor_at
 from lightning_mi_prune.graph.groups import DependencyGroup, SizeAttribute
 from lightning_mi_prune.graph.layouts import Layout, layout_names, layout_size, map_layout
 
@@ -82,7 +82,8 @@ def numbers_of(module: nn.Module) -> list[Number]:
 
 
 def _of_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.modules")
+    kind = type(module)
+    return kind is not nn.Module and kind.__module__.startswith("torch.nn.modules")
 
 
 def _numbers(name: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
@@ -243,7 +244,15 @@ def describing_attributes(
         >>> [a.attribute for a in describing_attributes(nn.Sequential(nn.Linear(3, 4)), [group])]
         ['out_features']
     """
-    dims = {(s.tensor, s.dim): s.layout for group in groups for s in group.tensors}
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    dims = {
+        (alias, s.dim): s.layout
+        for group in groups
+        for s in group.tensors
+        for alias in names.get(id(tensor_at(module, s.tensor)), [s.tensor])
+    }
     found: dict[tuple[str, str], SizeAttribute] = {}
     for (tensor, dim), layout in dims.items():
         path, _, name = tensor.rpartition(".")
@@ -251,24 +260,17 @@ def describing_attributes(
         value = tensor_at(module, tensor)
         if value is None:
             continue
-        for attribute, described in _described(part, name, dim, layout, dims, path):
+        for attribute, described in _described(part, name, dim, layout):
             sequence = attribute == "normalized_shape"
             held = getattr(part, attribute, None)
             if sequence and (not isinstance(held, tuple) or len(held) != 1):
                 attribute, sequence = f"normalized_shape.{dim}", False
-            found.setdefault(
-                (path, attribute), SizeAttribute(path, attribute, described, sequence)
-            )
+            found.setdefault((path, attribute), SizeAttribute(path, attribute, described, sequence))
     return list(found.values())
 
 
 def _described(
-    part: nn.Module,
-    name: str,
-    dim: int,
-    layout: Layout,
-    dims: Mapping[tuple[str, int], Layout],
-    path: str,
+    part: nn.Module, name: str, dim: int, layout: Layout
 ) -> Iterator[tuple[str, Layout]]:
     """Attributes of a module that count a dimension of its tensor, with their layouts."""
     if isinstance(part, nn.modules.conv._ConvNd):

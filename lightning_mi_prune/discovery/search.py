@@ -199,7 +199,9 @@ class _Search:
                 for a in c.attributes
                 if a.layout == ((layout_names(a.layout)[0],),) and (a.module, a.attribute) in guess
             }
-            other = next((n for k, n in counted.items() if k & keys and self.related(n, names)), None)
+            other = next(
+                (n for k, n in counted.items() if k & keys and self.related(n, names)), None
+            )
             if other is None:
                 counted[frozenset(keys)] = names
             else:
@@ -244,7 +246,9 @@ class _Search:
         """Numbers that may follow the groups, apart from those that describe a tensor."""
         found = candidates_of([self.groups[n] for n in names], self.numbers, self.seen, self.groups)
         return [
-            c for c in found if not any((a.module, a.attribute) in self.claims for a in c.attributes)
+            c
+            for c in found
+            if not any((a.module, a.attribute) in self.claims for a in c.attributes)
         ]
 
     def guess(self, classes: Sequence[Sequence[str]]) -> dict[tuple[str, str], SizeAttribute]:
@@ -329,7 +333,7 @@ class _Search:
             context: Groups that are cut too.
         """
         found = self.candidates(names)
-        taken = {key for key in claims}
+        taken = set(claims)
         found = [c for c in found if not taken & {(a.module, a.attribute) for a in c.attributes}]
         plain = self.check([*context, *names], claims)
         if plain.equal:
@@ -393,7 +397,9 @@ class _Search:
         homes = [{_above(s.tensor, 2) for s in group.tensors} for group in (a, b)]
         return bool(homes[0] & homes[1])
 
-    def merge(self, same: Mapping[str, str], claims: Claims) -> dict[tuple[str, str], SizeAttribute]:
+    def merge(
+        self, same: Mapping[str, str], claims: Claims
+    ) -> dict[tuple[str, str], SizeAttribute]:
         """Make groups one with others, under the names of these; the claims then."""
 
         def name(old: str) -> str:
@@ -486,4 +492,3 @@ def _above(tensor: str, levels: int) -> str:
 def _reason(outcome: Outcome) -> str:
     where = f" in {outcome.module}" if outcome.module else ""
     return f"{outcome.reason}{where}"
-

@@ -8,10 +8,8 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,35 +18,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.core.running import evaluating, fixed_random_state
+from lightning_mi_prune.discovery.copies import (
+    Run,
+    changed_within,
+    failing_module,
+    first_line,
+    put_tensors,
+    relative_difference,
+    run_once,
+    set_size,
+    structural_copy,
+    tensor_at,
+    tensor_outputs,
+)
 from lightning_mi_prune.discovery.inference import Reduction
-from lightning_mi_prune.graph.groups import DependencyGroup, SizeAttribute
+from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.layouts import kept_positions, layout_names, layout_size, map_layout
-from lightning_mi_prune.surgery.verification import copy_module
 
 __all__ = [
-    "Outcome",
     "OutOfTime",
+    "Outcome",
     "Verifier",
-    "changed_within",
-    "put_tensors",
     "random_halves",
-    "relative_difference",
-    "run_once",
-    "set_size",
-    "structural_copy",
-    "tensor_at",
-    "tensor_outputs",
 ]
 
-Run = Callable[[nn.Module], Any]
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 _LOW_PRECISION = 3e-2  # of types with less than 24 bits, where an exact check is not possible
 _MOST_NOISE = 1e-3  # a network that amplifies rounding more than this is not verified
-_LARGEST_SEED = 2**31
 
 
-class OutOfTime(Exception):
+class OutOfTime(Exception):  # noqa: N818  # no error: what is left is refused
     """The time for verification is over."""
 
 
@@ -70,103 +69,6 @@ class Outcome:
         return not self.reason
 
 
-def structural_copy(module: nn.Module, *, buffers: bool = False) -> nn.Module:
-    """A copy in evaluation mode that shares the parameters, and its buffers unless they are copied.
-
-    Args:
-        module: The module; it is only read.
-        buffers: Whether the copy has buffers of its own.
-
-    Example:
-        >>> net = nn.Linear(2, 2)
-        >>> copied = structural_copy(net)
-        >>> copied is net, copied.weight is net.weight
-        (False, True)
-    """
-    shared = [p for p in module.parameters()]
-    shared += [] if buffers else list(module.buffers())
-    return copy_module(module, {id(tensor): tensor for tensor in shared}).eval()
-
-
-def run_once(module: nn.Module, run: Run, *modes: Any) -> Any:
-    """Run a module in evaluation mode, without gradients, from a fixed random state.
-
-    The fast path of ``nn.TransformerEncoder``, one opaque operator, is off meanwhile.
-
-    Args:
-        module: The module.
-        run: Calls it.
-        modes: Context managers that are active meanwhile.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with ExitStack() as stack:
-            for manager in (fixed_random_state(module), evaluating(module)):
-                stack.enter_context(manager)
-            torch.manual_seed(0)
-            for mode in modes:
-                stack.enter_context(mode)
-            return run(module)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def tensor_outputs(value: Any) -> list[Tensor]:
-    """The tensors in an output that are compared: of floating point, or all if there is none.
-
-    Caches of keys and values are left out: their shape follows the cut.
-
-    Example:
-        >>> len(tensor_outputs({"logits": torch.ones(2), "past_key_values": torch.ones(3)}))
-        1
-    """
-    found = list(_tensors(value))
-    return [t for t in found if t.is_floating_point()] or found
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, each in value.items():
-            if name not in ("past_key_values", "encoder_past_key_values", "cache_params"):
-                yield from _tensors(each)
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors(each)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
-
-
-def relative_difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """The largest difference of two lists of tensors, each relative to its largest entry.
-
-    Returns:
-        The difference; infinite if the shapes differ, or entries that are not finite.
-
-    Example:
-        >>> relative_difference([torch.tensor([1.0, 4.0])], [torch.tensor([1.0, 5.0])])
-        0.2
-    """
-    if [t.shape for t in got] != [t.shape for t in want]:
-        return float("inf")
-    worst = 0.0
-    for mine, other in zip(got, want, strict=True):
-        if not other.numel():
-            continue
-        a, b = mine.detach().double(), other.detach().double()
-        finite = b.isfinite()
-        if not torch.equal(a.isfinite(), finite) or not torch.equal(a.isnan(), b.isnan()):
-            return float("inf")
-        a, b = a[finite], b[finite]
-        if a.numel():
-            scale = max(float(b.abs().max()), 1e-12)
-            worst = max(worst, float((a - b).abs().max()) / scale)
-    return worst
-
-
 def random_halves(groups: Sequence[DependencyGroup], seed: int = 0) -> dict[str, tuple[int, ...]]:
     """A random half of the units of every group, about: groups of one size keep different numbers.
 
@@ -177,7 +79,7 @@ def random_halves(groups: Sequence[DependencyGroup], seed: int = 0) -> dict[str,
         >>> {name: len(kept) for name, kept in random_halves([a, b]).items()}
         {'a': 4, 'b': 5}
     """
-    source, used = random.Random(seed), dict[int, int]()
+    source, used = random.Random(seed), dict[int, int]()  # noqa: S311
     found = {}
     for group in groups:
         turn = used.get(group.size, seed)
@@ -217,7 +119,7 @@ class Verifier:
         self._use_single_precision()
 
     def _use_single_precision(self) -> None:
-        """Give the base single precision if it has less, where it runs so: checks are exact then."""
+        """Give the base single precision if it has less and runs with it: checks are exact then."""
         low = {
             id(t): t.detach().float()
             for t in (*self.base.parameters(), *self.base.buffers())
@@ -332,7 +234,7 @@ class Verifier:
         except OutOfTime:
             raise
         except Exception as error:  # any code may run in a module
-            return Outcome(f"the masked module fails ({_line(error)})")
+            return Outcome(f"the masked module fails ({first_line(error)})")
         with changed_within(self.base):
             try:
                 self._cut(groups, kept)
@@ -340,7 +242,7 @@ class Verifier:
             except OutOfTime:
                 raise
             except Exception as error:  # any code may run in a module
-                return Outcome(_line(error), _module_of(error, self.base))
+                return Outcome(first_line(error), failing_module(error, self.base))
         return self._compared(got, want)
 
     def _positions(
@@ -353,9 +255,7 @@ class Verifier:
             for (name, dim), layout in dims.items()
         ]
 
-    def _cut(
-        self, groups: Sequence[DependencyGroup], kept: Mapping[str, tuple[int, ...]]
-    ) -> None:
+    def _cut(self, groups: Sequence[DependencyGroup], kept: Mapping[str, tuple[int, ...]]) -> None:
         """Give the base the smaller tensors and numbers."""
         smaller: dict[int, Tensor] = {}
         done: set[tuple[int, int]] = set()
@@ -391,7 +291,8 @@ class Verifier:
 
     def _noise(self, want: Sequence[Tensor]) -> float:
         """The difference that rounding each parameter of the masked module makes."""
-        assert self._masked is not None
+        if self._masked is None:
+            return 0.0
         _, zeroed, modes, _ = self._masked
         generator = torch.Generator().manual_seed(0)
         rounded: dict[int, Tensor] = {}
@@ -407,84 +308,12 @@ class Verifier:
             return relative_difference(self.call(self.base, *modes), want)
 
 
-@contextmanager
-def changed_within(module: nn.Module) -> Iterator[None]:
-    """Put tensors, numbers and containers of a copy back to what they were before.
-
-    Whatever a call stores on the modules, such as masks for a width, is gone too.
-    """
-    before = [(part, _shallow(vars(part))) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, held in before:
-            vars(part).clear()
-            vars(part).update(held)
-
-
-def _shallow(held: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of a module, with containers of their own."""
-    return {
-        name: copy.copy(value) if type(value) in (dict, list, set, OrderedDict) else value
-        for name, value in held.items()
-    }
-
-
 def _is_constant(tensor: Tensor) -> bool:
     first = tensor.flatten()[0]
     return all(bool((part == first).all()) for part in (tensor[:1], tensor))
 
 
-def tensor_at(module: nn.Module, name: str) -> Tensor | None:
-    """The parameter or buffer of a name, if there is one."""
-    path, _, last = name.rpartition(".")
-    try:
-        found = getattr(module.get_submodule(path), last)
-    except AttributeError:
-        return None
-    return found if isinstance(found, Tensor) else None
-
-
-def put_tensors(module: nn.Module, replaced: Mapping[int, Tensor]) -> None:
-    """Replace parameters and buffers of a copy in every module that holds them, by their ``id``."""
-    new: dict[int, Tensor] = {}
-    for part in module.modules():
-        held = (*part.named_parameters(recurse=False, remove_duplicate=False),)
-        held += (*part.named_buffers(recurse=False, remove_duplicate=False),)  # type: ignore[arg-type]
-        for name, old in held:
-            if id(old) in replaced:
-                value = replaced[id(old)]
-                if isinstance(old, nn.Parameter):
-                    value = new.setdefault(id(old), nn.Parameter(value, old.requires_grad))
-                setattr(part, name, value)
-
-
-def set_size(module: nn.Module, attribute: SizeAttribute, value: int) -> None:
-    """Set a number on a module of a copy; containers and configs on the way become its own."""
-    owner = module.get_submodule(attribute.module)
-    if attribute.sequence:
-        old = getattr(owner, attribute.attribute)
-        setattr(owner, attribute.attribute, type(old)((value,)) if type(old) is list else (value,))
-        return
-    set_within(owner, attribute.attribute.split("."), value)
-
-
-def set_within(owner: Any, path: Sequence[str], value: int) -> None:
-    """Set the entry at a path of attributes and positions; what holds it is copied before."""
-    first, *rest = path
-    if rest:
-        inner = copy.copy(getattr(owner, first))
-        if isinstance(inner, (tuple, list)):
-            entries = list(inner)
-            entries[int(rest[0])] = value
-            setattr(owner, first, tuple(entries) if isinstance(inner, tuple) else entries)
-            return
-        set_within(inner, rest, value)
-        value = inner
-    setattr(owner, first, value)
-
-
-class _RestrictedReductions(TorchDispatchMode):
+class _RestrictedReductions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Statistics over units are computed over the kept ones only, in the masked module."""
 
     def __init__(
@@ -493,7 +322,7 @@ class _RestrictedReductions(TorchDispatchMode):
         kept: Mapping[str, tuple[int, ...]],
         sizes: Mapping[str, int],
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._reductions = {reduction.index: reduction for reduction in reductions}
         self._kept, self._sizes, self._index = kept, sizes, 0
         self._alive: list[Any] = []
@@ -523,20 +352,20 @@ class _RestrictedReductions(TorchDispatchMode):
     def _restricted(self, reduction: Reduction, func: Any, given: Any, output: Any) -> Any:
         leaves, tree = tree_flatten(given)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        first: tuple[int, list[int], int] | None = None
+        first: tuple[int, list[int]] | None = None
         for position, dim, layout in reduction.dims:
             place = places[position]
             index = kept_positions(layout, self._kept, self._sizes)
             tensor = leaves[place]
             leaves[place] = tensor.index_select(dim, _index(index, tensor))
             if position == 0:
-                first = (dim % tensor.ndim, index, tensor.shape[dim])
+                first = (dim % tensor.ndim, index)
         args, kwargs = tree_unflatten(leaves, tree)
         args = _resized(reduction.operator, args)
         found, tree = tree_flatten(func(*args, **kwargs))
         if first is None:
             return tree_unflatten(found, tree)
-        dim, index, size = first
+        dim, index = first
         whole = tree_flatten(output)[0]
         for i, (mine, full) in enumerate(zip(found, whole, strict=True)):
             if isinstance(mine, Tensor) and mine.shape != full.shape:
@@ -556,19 +385,3 @@ def _resized(operator: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if operator == "native_group_norm":  # input, weight, bias, examples, channels, pixels, groups
         return (*args[:4], args[0].shape[1], *args[5:])
     return args
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}"[:200]
-
-
-def _module_of(error: BaseException, module: nn.Module) -> str:
-    """Path of the innermost module that was running when an error was raised."""
-    paths = {id(part): path for path, part in module.named_modules()}
-    found, trace = "", error.__traceback__
-    while trace is not None:
-        holder = id(trace.tb_frame.f_locals.get("self"))
-        found = paths.get(holder, found)
-        trace = trace.tb_next
-    return found
