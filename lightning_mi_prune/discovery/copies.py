@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -176,28 +177,30 @@ def put_tensors(module: nn.Module, replaced: Mapping[int, Tensor]) -> None:
                 setattr(part, name, value)
 
 
+_ENTRY = re.compile(r"(\w+)\[(\d+)\]")  # of a list or tuple
+
+
 def set_size(module: nn.Module, attribute: SizeAttribute, value: int) -> None:
     """Set a number on a module of a copy; containers and configs on the way become its own."""
     owner = module.get_submodule(attribute.module)
     if attribute.sequence:
-        old = getattr(owner, attribute.attribute)
-        setattr(owner, attribute.attribute, type(old)((value,)) if type(old) is list else (value,))
-        return
-    set_within(owner, attribute.attribute.split("."), value)
+        setattr(owner, attribute.attribute, type(getattr(owner, attribute.attribute))((value,)))
+    else:
+        _set_within(owner, attribute.attribute.split("."), value)
 
 
-def set_within(owner: Any, path: Sequence[str], value: int) -> None:
-    """Set the entry at a path of attributes and positions; what holds it is copied before."""
+def _set_within(owner: Any, path: Sequence[str], value: Any) -> None:
     first, *rest = path
     if rest:
         inner = copy.copy(getattr(owner, first))
-        if isinstance(inner, (tuple, list)):
-            entries = list(inner)
-            entries[int(rest[0])] = value
-            setattr(owner, first, tuple(entries) if isinstance(inner, tuple) else entries)
-            return
-        set_within(inner, rest, value)
-        value = inner
+        _set_within(inner, rest, value)
+        setattr(owner, first, inner)
+        return
+    entry = _ENTRY.fullmatch(first)
+    if entry is not None:
+        first, held = entry[1], getattr(owner, entry[1])
+        index = int(entry[2])
+        value = type(held)([*held[:index], value, *held[index + 1 :]])
     setattr(owner, first, value)
 
 
