@@ -253,12 +253,19 @@ def describing_attributes(
         for s in group.tensors
         for alias in names.get(id(tensor_at(module, s.tensor)), [s.tensor])
     }
+    sizes = {name: size for group in groups for name, size in group.all_widths({}).items()}
     found: dict[tuple[str, str], SizeAttribute] = {}
     for (tensor, dim), layout in dims.items():
         path, _, name = tensor.rpartition(".")
         part = module.get_submodule(path)
-        value = tensor_at(module, tensor)
-        if value is None:
+        if tensor_at(module, tensor) is None:
+            continue
+        if isinstance(part, nn.modules.conv._ConvNd):
+            both = {d: dims[tensor, d] for d in (0, 1) if (tensor, d) in dims}
+            for attribute, described in _of_convolution(
+                part, both if name == "weight" else {}, sizes
+            ):
+                found[path, attribute] = SizeAttribute(path, attribute, described)
             continue
         for attribute, described in _described(part, name, dim, layout):
             sequence = attribute == "normalized_shape"
@@ -273,10 +280,6 @@ def _described(
     part: nn.Module, name: str, dim: int, layout: Layout
 ) -> Iterator[tuple[str, Layout]]:
     """Attributes of a module that count a dimension of its tensor, with their layouts."""
-    if isinstance(part, nn.modules.conv._ConvNd):
-        if name == "weight":
-            yield from _of_convolution(part, dim, layout)
-        return
     tables: list[tuple[str, int, tuple[str, ...]]] = [
         ("weight", 0, ("out_features", "num_features", "num_channels", "normalized_shape", "nx")),
         ("weight", 1, ("in_features", "embedding_dim", "nf")),
@@ -295,30 +298,39 @@ def _described(
                     yield attribute, layout
 
 
-def _of_convolution(part: Any, dim: int, layout: Layout) -> Iterator[tuple[str, Layout]]:
+def _of_convolution(
+    part: Any, dims: Mapping[int, Layout], sizes: Mapping[str, int]
+) -> Iterator[tuple[str, Layout]]:
+    """Numbers of a convolution, from the layouts of the dimensions of its weight that are cut."""
     inner, outer = (0, 1) if part.transposed else (1, 0)
-    groups, each = part.groups, part.weight.shape[inner] // (part.groups if part.transposed else 1)
-    if groups == 1:
-        yield ("out_channels" if dim == outer else "in_channels"), layout
-    elif part.transposed:
+    if part.groups == 1:
+        if outer in dims:
+            yield "out_channels", dims[outer]
+        if inner in dims:
+            yield "in_channels", dims[inner]
         return
-    elif dim == outer:
-        yield "out_channels", layout
-        count = part.out_channels // groups
-        grouped = _without_inner(layout, count)
-        if grouped is not None:
-            yield "groups", grouped
-            if each == 1:
-                yield "in_channels", grouped
-    else:
-        yield "in_channels", ((groups, layout),)
+    if part.transposed:
+        return
+    grouped: Layout = ((part.groups,),)
+    if outer in dims:
+        yield "out_channels", dims[outer]
+        grouped = _outer_part(dims[outer], part.groups, sizes) or grouped
+        yield "groups", grouped
+    each = part.weight.shape[inner]
+    if inner in dims or outer in dims:
+        within = dims.get(inner, ((each,),))
+        yield "in_channels", grouped if each == 1 else ((grouped, within),)
 
 
-def _without_inner(layout: Layout, count: int) -> Layout | None:
-    """A layout divided by an innermost constant; None if it has none."""
-    if count == 1:
+def _outer_part(layout: Layout, count: int, sizes: Mapping[str, int]) -> Layout | None:
+    """The outermost factors of a layout whose product is a number; None if there are none."""
+    if layout_size(layout, sizes) == count:
         return layout
-    if all(block and block[-1] == count for block in layout):
+    if len(layout) == 1:
+        parts = [(layout[0][:end],) for end in range(1, len(layout[0]))]
+        return next((part for part in parts if layout_size(part, sizes) == count), None)
+    inner = layout_size(layout, sizes) // count
+    if all(block and block[-1] == inner for block in layout):
         return tuple(block[:-1] or (1,) for block in layout)
     return None
 

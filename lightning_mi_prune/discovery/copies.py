@@ -24,6 +24,7 @@ __all__ = [
     "first_line",
     "put_tensors",
     "relative_difference",
+    "results_of",
     "run_once",
     "set_size",
     "structural_copy",
@@ -75,16 +76,31 @@ def run_once(module: nn.Module, run: Run, *modes: Any) -> Any:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+# Outputs that a caller only asks for to look at, or to give them back to the model.
+_INNER = re.compile(r"hidden_state|attention|past|cache|feature_map|states$")
+
+
+def results_of(output: Any) -> Any:
+    """What a call is made for: of a mapping, the entries that are no inner states, if any.
+
+    Example:
+        >>> list(results_of({"logits": 1, "past_key_values": 2, "loss": None}))
+        ['logits']
+    """
+    if not isinstance(output, Mapping):
+        return output
+    named = {name: value for name, value in output.items() if value is not None}
+    return {n: value for n, value in named.items() if not _INNER.search(str(n))} or named
+
+
 def tensor_outputs(value: Any) -> list[Tensor]:
     """The tensors in an output that are compared: of floating point, or all if there is none.
-
-    Caches of keys and values are left out: their shape follows the cut.
 
     Example:
         >>> len(tensor_outputs({"logits": torch.ones(2), "past_key_values": torch.ones(3)}))
         1
     """
-    found = [torch.view_as_real(t) if t.is_complex() else t for t in _tensors(value)]
+    found = [torch.view_as_real(t) if t.is_complex() else t for t in _tensors(results_of(value))]
     return [t for t in found if t.is_floating_point()] or found
 
 
@@ -92,9 +108,8 @@ def _tensors(value: Any) -> Iterable[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for name, each in value.items():
-            if name not in ("past_key_values", "encoder_past_key_values", "cache_params"):
-                yield from _tensors(each)
+        for each in value.values():
+            yield from _tensors(each)
     elif isinstance(value, (tuple, list)):
         for each in value:
             yield from _tensors(each)

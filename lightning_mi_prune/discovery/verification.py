@@ -58,10 +58,12 @@ class Outcome:
     Args:
         reason: Why the cut is wrong; "" if its outputs equal those of the masked module.
         module: Path of the innermost running module if the cut copy failed.
+        shape: Whether an output has another shape.
     """
 
     reason: str = ""
     module: str = ""
+    shape: bool = False
 
     @property
     def equal(self) -> bool:
@@ -279,7 +281,8 @@ class Verifier:
         for mine, other in zip(got, want, strict=True):
             if mine.shape != other.shape:
                 return Outcome(
-                    f"an output has the shape {tuple(mine.shape)} instead of {tuple(other.shape)}"
+                    f"an output has the shape {tuple(mine.shape)} instead of {tuple(other.shape)}",
+                    shape=True,
                 )
         difference = relative_difference(got, want)
         tolerance = max((_TOLERANCE.get(t.dtype, _LOW_PRECISION) for t in want), default=0.0)
