@@ -16,6 +16,7 @@ __all__ = [
     "channels_first",
     "channels_last",
     "consumer_input",
+    "fold_positions",
     "has_kernel",
     "input_dim",
     "input_gradient",
@@ -135,7 +136,7 @@ def channels_first(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _channels(module: nn.Module, x: Tensor) -> int:
-    weight: Any = module.weight
+    weight = module.get_parameter("weight")
     return x.ndim - weight.ndim + 1
 
 
@@ -143,22 +144,26 @@ def _moves(module: nn.Module, x: Tensor) -> bool:
     return has_kernel(module) and not x.is_nested and 0 <= _channels(module, x) <= 1
 
 
-def stacked_weight(weight: Tensor, read: int) -> Tensor:
+def stacked_weight(weight: Tensor, read: int, fold: int = 1) -> Tensor:
     """A weight as outputs x entries x kernel positions ``(m, d, k)``.
 
     Args:
         weight: Weight of a consumer as it is stored.
         read: Dimension that counts the entries.
+        fold: Positions of a flattened map that follow each other, for each of its channels.
 
     Example:
         >>> stacked_weight(torch.zeros(8, 3, 5, 5), 1).shape
         torch.Size([8, 3, 25])
         >>> stacked_weight(torch.zeros(3, 8), 0).shape
         torch.Size([8, 3, 1])
+        >>> stacked_weight(torch.zeros(8, 3 * 49), 1, 49).shape
+        torch.Size([8, 3, 49])
     """
     if weight.ndim > 2:
         return weight.flatten(2)
-    return (weight if read else weight.mT)[..., None]
+    shape = (weight.shape[output_dim(read)], weight.shape[read] // fold, fold)
+    return (weight if read else weight.mT).reshape(shape)
 
 
 def stored_weight(stacked: Tensor, like: Tensor, read: int) -> Tensor:
@@ -168,11 +173,22 @@ def stored_weight(stacked: Tensor, like: Tensor, read: int) -> Tensor:
         >>> stored_weight(torch.zeros(8, 2, 25), torch.zeros(8, 3, 5, 5), 1).shape
         torch.Size([8, 2, 5, 5])
     """
-    outputs, entries = stacked.shape[:2]
     if like.ndim > 2:
-        return stacked.reshape(outputs, entries, *like.shape[2:]).to(like)
-    matrix = stacked[..., 0]
+        return stacked.reshape(*stacked.shape[:2], *like.shape[2:]).to(like)
+    matrix = stacked.flatten(1)
     return (matrix if read else matrix.mT.contiguous()).to(like)
+
+
+def fold_positions(x: Tensor, fold: int) -> Tensor:
+    """The positions of a flattened map ``(..., d * fold)`` as samples ``(..., fold, d)``.
+
+    Example:
+        >>> fold_positions(torch.arange(6), 3)
+        tensor([[0, 3],
+                [1, 4],
+                [2, 5]])
+    """
+    return x if fold == 1 else x.reshape(*x.shape[:-1], x.shape[-1] // fold, fold).mT
 
 
 def input_gradient(module: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
@@ -191,7 +207,9 @@ def input_gradient(module: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
     weight: Any = module.weight
     weight = weight.detach().float()
     if not has_kernel(module):
-        return grad.float() @ (weight if input_dim(module) else weight.mT)
+        rows = grad.flatten(0, -2).float() @ (weight if input_dim(module) else weight.mT)
+        down: Tensor = rows.view(*grad.shape[:-1], -1)
+        return down
     # The adjoint of the convolution, whatever its stride, padding and dilation.
     with torch.enable_grad():
         start = torch.zeros(x.shape, dtype=torch.float32, device=x.device, requires_grad=True)

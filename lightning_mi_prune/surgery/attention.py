@@ -2,8 +2,8 @@
 
 Torch's own ``forward`` passes the weight of ``out_proj`` to a function, so that hooks on it never
 run, and asserts that queries, keys and values are as wide as the input. The one here computes the
-same, takes its sizes from the weights and calls ``out_proj``. It is used while hooks are on, and for
-good in attention that was cut.
+same, takes its sizes from the weights and calls ``out_proj``. It is used while hooks are on, and
+for good in attention that was cut.
 """
 
 from __future__ import annotations
@@ -49,17 +49,20 @@ def open_attention(model: nn.Module, consumers: Iterable[str] | None = None) -> 
         [4]
     """
     wanted = None if consumers is None else set(consumers)
-    opened: list[nn.Module] = []
+    opened: list[nn.MultiheadAttention] = []
     try:
         for path, module in model.named_modules():
             projection = f"{path}.out_proj" if path else "out_proj"
-            if _can_open(module) and (wanted is None or projection in wanted):
+            if wanted is not None and projection not in wanted:
+                continue
+            if isinstance(module, nn.MultiheadAttention) and _can_open(module):
                 module.__dict__["forward"] = partial(attention_forward, module)
                 opened.append(module)
         yield
     finally:
         for module in opened:
-            module.__dict__.pop("forward", None)
+            if _fits_torch(module):  # else it was cut in the block and needs the other one
+                module.__dict__.pop("forward", None)
 
 
 @contextmanager
@@ -137,10 +140,10 @@ def is_open(module: nn.Module) -> bool:
     return isinstance(forward, partial) and forward.func is attention_forward
 
 
-def _can_open(module: nn.Module) -> bool:
-    """Whether a module is an attention with the ``forward`` of torch."""
-    plain = isinstance(module, nn.MultiheadAttention) and "forward" not in module.__dict__
-    return plain and type(module).forward is nn.MultiheadAttention.forward
+def _can_open(module: nn.MultiheadAttention) -> bool:
+    """Whether an attention has the ``forward`` of torch."""
+    plain = type(module).forward is nn.MultiheadAttention.forward
+    return plain and "forward" not in module.__dict__
 
 
 def _fits_torch(module: nn.MultiheadAttention) -> bool:
@@ -225,7 +228,7 @@ def attention_forward(
     if not module.num_heads:  # all heads were removed: the bias of the projection is left
         output = module.out_proj(v if rows_first else v.transpose(0, 1))
         return output if batched else output[0], None
-    q, k, v = (x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.view(*x.shape[:2], module.num_heads, -1).transpose(1, 2) for x in (q, k, v))
     if module.add_zero_attn:
         k, v = functional.pad(k, (0, 0, 0, 1)), functional.pad(v, (0, 0, 0, 1))
     causal = is_causal and key_padding_mask is None and not need_weights
@@ -252,12 +255,12 @@ def _projected(
     module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor
 ) -> Iterable[Tensor]:
     """Queries, keys and values, in the order of the inputs."""
-    sizes, bias, weight = _rows(module), module.in_proj_bias, module.in_proj_weight
+    sizes, bias, weight = [*_rows(module)], module.in_proj_bias, module.in_proj_weight
     if weight is not None and query is key is value:
-        return functional.linear(query, weight, bias).split(sizes, -1)
+        return torch.split(functional.linear(query, weight, bias), sizes, -1)
     weights: Any = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-    weights = weights if weight is None else weight.split(sizes)
-    biases: Any = (None, None, None) if bias is None else bias.split(sizes)
+    weights = weights if weight is None else torch.split(weight, sizes)
+    biases: Any = (None, None, None) if bias is None else torch.split(bias, sizes)
     return [
         functional.linear(x, w, b)
         for x, w, b in zip((query, key, value), weights, biases, strict=True)
@@ -277,13 +280,13 @@ def _mask(
         heads = module.num_heads
         if attn_mask.ndim == 3 and len(attn_mask) not in (1, len(q) * heads):
             raise PruningError(
-                f"attn_mask has shape {tuple(attn_mask.shape)}; expected {len(q) * heads} matrices, "
-                f"for {len(q)} examples and the {heads} heads there are now. Pass one of two "
-                "dimensions, or select the entries of the heads that were kept."
+                f"attn_mask has shape {tuple(attn_mask.shape)}; expected {len(q) * heads} "
+                f"matrices, for {len(q)} examples and the {heads} heads there are now. Pass one of "
+                "two dimensions, or select the entries of the heads that were kept."
             )
         added = _added(attn_mask, q)
         per_head = attn_mask.ndim == 3 and len(attn_mask) > 1
-        parts.append(added.unflatten(0, (len(q), heads)) if per_head else added)
+        parts.append(added.view(len(q), heads, *added.shape[1:]) if per_head else added)
     if key_padding_mask is not None:
         parts.append(_added(key_padding_mask, q)[:, None, None])
     # Keys that were added behind the others, a bias or zeros, are never masked.

@@ -336,10 +336,9 @@ def test_with_few_samples_compensation_does_not_fit_noise(n):
         "x",
         "ffn",
         d,
-        1,
-        (PrunableDim("1.weight", 1, (m, d)),),
+        (PrunableDim("1.weight", 1, (m, d), (("x",),)),),
         ("1",),
-        (SizeAttribute("1", "in_features"),),
+        (SizeAttribute("1", "in_features", (("x",),)),),
     )
     x, fresh = torch.randn(n, d, dtype=torch.float64), torch.randn(4000, d, dtype=torch.float64)
     with ActivationRecorder(net, [group]) as recorder, torch.no_grad():
