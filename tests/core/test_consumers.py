@@ -90,9 +90,8 @@ def test_a_flattened_map_has_its_positions_as_samples():
     assert torch.equal(folded, maps.permute(0, 2, 3, 1).reshape(3, 8, 5))
     linear = nn.Linear(40, 7)
     stacked = stacked_weight(linear.weight, 1, 8)
-    assert torch.allclose(
-        torch.einsum("odk,bkd->bo", stacked, folded) + linear.bias, linear(maps.flatten(1)), atol=1e-5
-    )
+    found = torch.einsum("odk,bkd->bo", stacked, folded) + linear.bias
+    assert torch.allclose(found, linear(maps.flatten(1)), atol=1e-5)
     assert torch.equal(stored_weight(stacked, linear.weight, 1), linear.weight)
 
 
