@@ -273,7 +273,30 @@ def describing_attributes(
             if sequence and (not isinstance(held, tuple) or len(held) != 1):
                 attribute, sequence = f"normalized_shape[{dim}]", False
             found.setdefault((path, attribute), SizeAttribute(path, attribute, described, sequence))
+    for path, part in module.named_modules():
+        if isinstance(part, nn.MultiheadAttention):
+            for attribute, described in _of_attention(part, path, dims, sizes):
+                found[path, attribute] = SizeAttribute(path, attribute, described)
     return list(found.values())
+
+
+def _of_attention(
+    part: nn.MultiheadAttention,
+    path: str,
+    dims: Mapping[tuple[str, int], Layout],
+    sizes: Mapping[str, int],
+) -> Iterator[tuple[str, Layout]]:
+    """Numbers of an attention; its ``head_dim`` scales the products and stays as built."""
+    stem = f"{path}." if path else ""
+    read = dims.get((f"{stem}out_proj.weight", 1))
+    heads = read and _outer_part(read, part.num_heads, sizes)
+    if heads:
+        yield "num_heads", heads
+    fused = dims.get((f"{stem}in_proj_weight", 1))
+    for attribute, letter in (("embed_dim", "q"), ("kdim", "k"), ("vdim", "v")):
+        layout = fused or dims.get((f"{stem}{letter}_proj_weight", 1))
+        if layout:
+            yield attribute, layout
 
 
 def _described(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_mi_prune.core.running import evaluating, fixed_random_state
 from lightning_mi_prune.graph.groups import SizeAttribute
+from lightning_mi_prune.surgery.attention import slow_path
 from lightning_mi_prune.surgery.verification import copy_module
 
 __all__ = [
@@ -62,18 +63,13 @@ def run_once(module: nn.Module, run: Run, *modes: Any) -> Any:
         run: Calls it.
         modes: Context managers that are active meanwhile.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with ExitStack() as stack:
-            for manager in (fixed_random_state(module), evaluating(module)):
-                stack.enter_context(manager)
-            torch.manual_seed(0)
-            for mode in modes:
-                stack.enter_context(mode)
-            return run(module)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with ExitStack() as stack:
+        for manager in (slow_path(), fixed_random_state(module), evaluating(module)):
+            stack.enter_context(manager)
+        torch.manual_seed(0)
+        for mode in modes:
+            stack.enter_context(mode)
+        return run(module)
 
 
 # Outputs that a caller only asks for to look at, or to give them back to the model.

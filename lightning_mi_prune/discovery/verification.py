@@ -34,6 +34,7 @@ from lightning_mi_prune.discovery.copies import (
 from lightning_mi_prune.discovery.inference import Reduction
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.layouts import kept_positions, layout_names, layout_size, map_layout
+from lightning_mi_prune.surgery.attention import fit_attentions
 
 __all__ = [
     "OutOfTime",
@@ -274,6 +275,7 @@ class Verifier:
         widths = self.sizes | {name: len(units) for name, units in kept.items()}
         for attribute in {a for group in groups for a in group.attributes}:
             set_size(self.base, attribute, layout_size(attribute.layout, widths))
+        fit_attentions(self.base, (s.tensor for group in groups for s in group.tensors))
 
     def _compared(self, got: Sequence[Tensor], want: Sequence[Tensor]) -> Outcome:
         if len(got) != len(want):

@@ -151,14 +151,15 @@ def test_a_wrong_layout_is_refused() -> None:
         assert not verifier.check([heads_group(wrong)]).equal
 
 
-def test_a_number_that_does_not_follow_is_named_with_its_module() -> None:
+def test_what_does_not_follow_is_named_with_its_module() -> None:
     net = nn.Sequential(nn.Linear(12, 12), Heads()).eval()
     x = torch.randn(2, 5, 12)
     verifier = Verifier(net, lambda net: net(x), (), {"1.h": 4})
-    group = replace(heads_group((("h", 4), ("h", 4), ("h", 4))), attributes=()).prefixed("1")
-    outcome = verifier.check_kept([group], {"1.h": (0, 2, 3)})
-    assert not outcome.equal
-    assert outcome.module.startswith("1")
+    group = heads_group((("h", 4), ("h", 4), ("h", 4))).prefixed("1")
+    outcome = verifier.check([replace(group, tensors=group.tensors[:2])])
+    assert outcome.module == "1.out"
+    assert "shapes cannot be multiplied" in outcome.reason
+    assert "differ" in verifier.check([replace(group, attributes=())]).reason
 
 
 def test_nothing_of_the_module_changes() -> None:
