@@ -32,7 +32,8 @@ __all__ = [
 
 Claims = Mapping[tuple[str, str], SizeAttribute]
 
-_MOST = {1: 12, 2: 5, 3: 4}  # numbers of which sets of each size are tried
+_MOST = {1: 8, 2: 5, 3: 4}  # numbers of which sets of each size are tried
+_MOST_TIME = 0.2  # of what is left, for the numbers of one class of groups
 _ALIKE = 0.05  # difference of nearness below which a number may count either of two groups
 _LOCAL = 0.6  # nearness from which a number that is not seen is taken to describe a group
 _DESCRIBES = re.compile(
@@ -265,13 +266,7 @@ class _Search:
         """Verify classes, search their numbers, tie what passes only together; then all at once."""
         failed: list[tuple[list[str], Outcome]] = []
         passed: list[tuple[list[str], Claims]] = []
-        for names in classes:
-            mine = _naming(guess, names)
-            outcome = self.check(names, {**mine, **self.claims})
-            if outcome.equal:
-                passed.append((names, mine))
-            else:
-                failed.append((names, outcome))
+        self.halve(classes, guess, passed, failed)
         failed, guess = self.tie(failed, passed, guess)
         for names, outcome in failed:
             found, outcome = self.search(names, outcome, self.claims)
@@ -297,20 +292,50 @@ class _Search:
         if not clash and (len(passed) < 2 or self.check(every, claims).equal):
             self.accepted, self.claims = every, claims
             return
-        most = sorted(passed, key=lambda p: -sum(count_parameters([self.groups[n]]) for n in p[0]))
-        for names, found in most:
-            both = [*self.accepted, *names]
-            tried = {**found, **self.claims}
-            outcome = self.check(both, tried)
-            if not outcome.equal and self.accepted:
-                found_again, outcome = self.search(names, outcome, self.claims, self.accepted)
-                if found_again is not None:
-                    tried = {**self.claims, **found_again}
-            if outcome.equal:
-                self.accepted, self.claims = both, tried
-            else:
-                for name in names:
-                    self.reasons[name] = f"not together with other groups: {_reason(outcome)}"
+        count = [sum(count_parameters([self.groups[n]]) for n in names) for names, _ in passed]
+        order = sorted(range(len(passed)), key=lambda i: -count[i])
+        self.grow([passed[i] for i in order])
+
+    def grow(self, passed: Sequence[tuple[list[str], Claims]]) -> None:
+        """Accept classes beside those that are accepted, all at once or halved."""
+        every = [*self.accepted, *(name for names, _ in passed for name in names)]
+        claims = dict(self.claims)
+        for _, found in passed:
+            claims = {**found, **claims}
+        outcome = self.check(every, claims)
+        if outcome.equal:
+            self.accepted, self.claims = every, claims
+        elif len(passed) > 1:
+            half = len(passed) // 2
+            self.grow(passed[:half])
+            self.grow(passed[half:])
+        else:
+            [(names, _)] = passed
+            found_again, outcome = self.search(names, outcome, self.claims, self.accepted)
+            if found_again is not None:
+                self.accepted, self.claims = every, {**self.claims, **found_again}
+                return
+            for name in names:
+                self.reasons[name] = f"not together with other groups: {_reason(outcome)}"
+
+    def halve(
+        self,
+        classes: Sequence[list[str]],
+        guess: Claims,
+        passed: list[tuple[list[str], Claims]],
+        failed: list[tuple[list[str], Outcome]],
+    ) -> None:
+        """Sort classes into those that pass and those that fail, found by halving."""
+        mine = _naming(guess, [name for names in classes for name in names])
+        outcome = self.check([n for names in classes for n in names], {**mine, **self.claims})
+        if outcome.equal:
+            passed += [(names, _naming(guess, names)) for names in classes]
+        elif len(classes) == 1:
+            failed.append((classes[0], outcome))
+        else:
+            half = len(classes) // 2
+            self.halve(classes[:half], guess, passed, failed)
+            self.halve(classes[half:], guess, passed, failed)
 
     # --------------------------------------------------------------------------------- search
 
@@ -338,8 +363,12 @@ class _Search:
         if plain.shape:
             return None, plain  # an output counts the units: no number changes that
         at = pattern_of(plain.module or outcome.module)
+        found = [c for c in found if c.seen or pattern_of(c.attributes[0].module) == at]
         found.sort(key=lambda c: (pattern_of(c.attributes[0].module) != at, not c.seen))
+        end = self.verifier.left * (1 - _MOST_TIME)
         for chosen in _sets(found):
+            if self.verifier.left < end:
+                break
             mine = {(a.module, a.attribute): a for c in chosen for a in c.attributes}
             result = self.check([*context, *names], {**claims, **mine})
             if result.equal:
