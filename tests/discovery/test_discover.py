@@ -95,10 +95,9 @@ def test_layers_whose_numbers_differ_from_their_tensors() -> None:
 def test_attention_of_torch() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
-    net = nn.Sequential(
-        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 3)
-    )
-    graph = discover(net, torch.randn(2, 5, 16))
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    net = nn.Sequential(nn.Linear(7, 16), encoder, nn.Linear(16, 3))
+    graph = discover(net, torch.randn(2, 5, 7))
     assert {"heads", "ffn", "hidden"} <= set(kinds(graph))
 
 
