@@ -68,7 +68,7 @@ class _TensorCosts:
         shapes: dict[str, tuple[int, ...]] = {}
         layouts: dict[str, dict[int, Layout]] = defaultdict(dict)
         for group in self.groups:
-            for s in group.tensors:
+            for s in (s for s in group.tensors if not s.buffer):
                 shapes[s.tensor] = s.shape
                 layouts[s.tensor].setdefault(s.dim, s.layout)
         terms: dict[tuple[str, ...], float] = defaultdict(float)

@@ -34,7 +34,7 @@ _MATRICES = {
 }
 # Operators for whole layers: their matrices, of which the second is the output projection.
 _LAYERS = {
-    _aten._native_multi_head_attention: (4, 6),
+    _aten._native_multi_head_attention: (5, 7),
     _aten._transformer_encoder_layer_fwd: (3, 5, 14, 16),
 }
 _ATTENTION = "scaled_dot_product"

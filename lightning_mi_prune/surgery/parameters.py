@@ -21,6 +21,7 @@ from lightning_mi_prune.surgery.tensors import owners, parameter_of, tensor_of
 __all__ = [
     "ParameterCut",
     "RotationMaps",
+    "attribute_value",
     "check_attributes",
     "check_empty",
     "config_numbers",
@@ -317,6 +318,20 @@ def set_attributes(
             elif number.sequence:
                 value = _rebuilt(present, [value])
             setattr(module, name, value)
+
+
+def attribute_value(model: nn.Module, number: SizeAttribute) -> Any:
+    """The present value of a number on a module.
+
+    Example:
+        >>> attribute_value(nn.Linear(2, 3), SizeAttribute("", "out_features", (("units",),)))
+        3
+    """
+    module, name, entry = _place(model, number)
+    value = getattr(module, name)
+    if entry is None and number.sequence:
+        entry = 0
+    return value if entry is None else value[entry]
 
 
 def _place(model: nn.Module, number: SizeAttribute) -> tuple[nn.Module, str, int | None]:

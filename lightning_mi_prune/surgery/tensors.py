@@ -23,6 +23,7 @@ __all__ = [
     "tensor_of",
     "tensors_of",
     "unsaved_at",
+    "unsaved_buffers",
 ]
 
 WHOLE_BUFFERS = "whole_buffers"
@@ -110,6 +111,22 @@ def replace_tensors(model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) ->
             held = module._parameters if name in module._parameters else module._buffers
             held[name] = old  # type: ignore[assignment]  # as it was
         raise
+
+
+def unsaved_buffers(model: nn.Module) -> frozenset[str]:
+    """Names of the buffers that no state dict holds.
+
+    Example:
+        >>> net = nn.Identity()
+        >>> net.register_buffer("steps", torch.zeros(3), persistent=False)
+        >>> sorted(unsaved_buffers(net))
+        ['steps']
+    """
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    )
 
 
 def is_saved(model: nn.Module, name: str) -> bool:
