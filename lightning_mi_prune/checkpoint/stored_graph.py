@@ -119,7 +119,8 @@ def _fields(group: DependencyGroup) -> Iterator[str]:
     yield from (name for name in (group.config, group.tie) if name is not None)
     yield from group.config_aliases
     yield from (argument.argument for argument in group.unit_arguments)
-    yield from (number.attribute.partition("[")[0] for number in group.attributes)
+    for number in group.attributes:
+        yield from (step for step in number.attribute.split(".") if not step.isdecimal())
 
 
 def _check_field(name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,8 +30,6 @@ __all__ = [
     "set_attributes",
     "shapes_at",
 ]
-
-_ENTRY = re.compile(r"([^\W\d]\w*)\[(\d{1,2})\]")  # one entry of a tuple, "size[1]"
 
 RotationMaps = Mapping[str, Mapping[int, Tensor]]
 """Maps ``(heads, size, size)`` to new coordinates, by name and dimension of a tensor."""
@@ -295,6 +293,8 @@ def set_attributes(
 ) -> None:
     """Set the numbers on modules to what they are at the given widths.
 
+    A list, tuple or config that holds a number is replaced by a copy: others may use it too.
+
     Args:
         model: Module from which the groups are named.
         groups: Groups whose numbers are set.
@@ -310,69 +310,79 @@ def set_attributes(
     for group in groups:
         at = group.all_widths(widths)
         for number in group.attributes:
-            module, name, entry = _place(model, number)
-            value: Any = layout_size(number.layout, at)
-            present = getattr(module, name, None)
-            if entry is not None and isinstance(present, (tuple, list)):
-                value = _rebuilt(present, [*present[:entry], value, *present[entry + 1 :]])
-            elif number.sequence:
-                value = _rebuilt(present, [value])
-            setattr(module, name, value)
+            module = linear_at(model.get_submodule(number.module))
+            _set_number(module, _steps(number), layout_size(number.layout, at))
 
 
 def attribute_value(model: nn.Module, number: SizeAttribute) -> Any:
     """The present value of a number on a module.
 
+    Args:
+        model: Module from which it is named.
+        number: The number; parts of its path may be fields of a config or places in a tuple.
+
+    Raises:
+        PruningError: If there is no such attribute.
+
     Example:
         >>> attribute_value(nn.Linear(2, 3), SizeAttribute("", "out_features", (("units",),)))
         3
     """
-    module, name, entry = _place(model, number)
-    value = getattr(module, name)
-    if entry is None and number.sequence:
-        entry = 0
-    return value if entry is None else value[entry]
+    try:
+        value: Any = linear_at(model.get_submodule(number.module))
+        for step in _steps(number):
+            value = value[step] if isinstance(step, int) else getattr(value, step)
+    except (AttributeError, IndexError, TypeError, KeyError) as error:
+        raise PruningError(
+            f"{_path(number)!r} is no attribute of this {type(model).__name__}; was it replaced?"
+        ) from error
+    return value
 
 
-def _place(model: nn.Module, number: SizeAttribute) -> tuple[nn.Module, str, int | None]:
-    """Module, name of the attribute, and the entry of a tuple that holds the number."""
-    module = linear_at(model.get_submodule(number.module))
-    entry = _ENTRY.fullmatch(number.attribute)
-    if entry is None:
-        return module, number.attribute, None
-    return module, entry[1], int(entry[2])
+def _path(number: SizeAttribute) -> str:
+    return f"{number.module}.{number.attribute}".lstrip(".")
 
 
-def _rebuilt(present: Any, values: list[Any]) -> Any:
-    """The values as a list if they were one, as a tuple otherwise (``torch.Size`` included)."""
-    return values if type(present) is list else tuple(values)
+def _steps(number: SizeAttribute) -> list[str | int]:
+    """Attributes and places on the way to a number: ``"config.sizes.1"``."""
+    steps = [int(s) if s.isdecimal() else s for s in number.attribute.split(".")]
+    return [*steps, 0] if number.sequence else steps
+
+
+def _set_number(owner: Any, steps: Sequence[str | int], value: int) -> None:
+    first, *rest = steps
+    inner: Any = value
+    if rest:
+        inner = copy.copy(owner[first] if isinstance(first, int) else getattr(owner, str(first)))
+        if isinstance(inner, tuple):
+            entries = list(inner)
+            _set_number(entries, rest, value)
+            inner = tuple(entries)
+        else:
+            _set_number(inner, rest, value)
+    if isinstance(first, int):
+        owner[first] = inner
+    else:
+        setattr(owner, first, inner)
 
 
 def _check(model: nn.Module, group: DependencyGroup, number: SizeAttribute) -> None:
-    try:
-        module, name, entry = _place(model, number)
-    except AttributeError as error:
-        raise _refusal(group, number, "is on no module of this model") from error
-    if not hasattr(module, name):
-        raise _refusal(group, number, f"is no attribute of a {type(module).__name__}")
-    value = getattr(module, name)
-    numbers = list(value) if isinstance(value, (tuple, list)) else [value]
-    several = number.sequence or entry is not None
-    if (
-        any(isinstance(one, bool) or not isinstance(one, int) for one in numbers)
-        or isinstance(value, (tuple, list)) != several
-        or (number.sequence and len(numbers) != 1)
-        or (entry is not None and entry >= len(numbers))
-    ):
-        raise _refusal(group, number, f"is {value!r:.80}, not a number that follows a width")
-    held = getattr(type(module), name, None)
+    value = attribute_value(model, number)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise PruningError(
+            f"{_path(number)!r} is {value!r:.80}, no whole number; group {group.name!r} must set "
+            "it after a cut. Exclude the group, or hold the width in a plain attribute."
+        )
+    module, (first, *_) = linear_at(model.get_submodule(number.module)), _steps(number)
+    whole = getattr(module, str(first))
+    held = getattr(type(module), str(first), None)
     if isinstance(held, property) and held.fset is None:
-        raise _refusal(group, number, f"is computed by the {type(module).__name__} itself")
-
-
-def _refusal(group: DependencyGroup, number: SizeAttribute, reason: str) -> PruningError:
-    where = f"{number.module}.{number.attribute}".lstrip(".")
-    return PruningError(
-        f"{where!r} {reason}; group {group.name!r} must set it after a cut. Exclude the group, or "
-        "hold the width in a plain attribute."
-    )
+        raise PruningError(
+            f"{_path(number)!r} is computed by the {type(module).__name__} itself; group "
+            f"{group.name!r} must set it after a cut. Exclude the group."
+        )
+    if number.sequence and len(whole) != 1:
+        raise PruningError(
+            f"{_path(number)!r} is {whole!r:.80}; group {group.name!r} expects one number in it. "
+            "Exclude the group."
+        )

@@ -15,6 +15,7 @@ from lightning_mi_prune.core.empty_linear import KEPT_UNITS, parameters_of, plac
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
+from lightning_mi_prune.surgery.attention import fit_attentions
 from lightning_mi_prune.surgery.empty_modules import (
     forward_without_units,
     is_cut_forward,
@@ -340,6 +341,7 @@ def _update_sizes(
     set_attributes(model, mine, plan.widths)
     for group in mine:
         _set_forward(model, group, plan.kept[group.name])
+    fit_attentions(model, (s.tensor for group in mine for s in group.tensors))
     for path in sorted({group.network for group in mine}):
         config = own_config(model, path)
         if config is None:
