@@ -57,8 +57,8 @@ def write_plan(plan: PruningPlan, graph: PruningGraph) -> Tensor:
     Example:
         >>> from lightning_mi_prune.core.plan import PruningPlan
         >>> entry = write_plan(PruningPlan({"ffn": 4}, {"ffn": (0, 2)}), PruningGraph())
-        >>> plan_in_state({PLAN_KEY: entry}, "")[0].kept
-        {'ffn': (0, 2)}
+        >>> plan_in_state({PLAN_KEY: entry}, "")[0].kept["ffn"]
+        (0, 2)
     """
     named = PruningGraph.of(part for part in graph.parts if part.name in plan.sizes)
     body = json.loads(plan.to_json()) | {_GRAPH: named.to_json()}
