@@ -41,7 +41,7 @@ from lightning_mi_prune.core.errors import PruningError, number
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
-from lightning_mi_prune.graph.graph import choose_groups, summarize_groups
+from lightning_mi_prune.graph.graph import PruningGraph, choose_groups, summarize_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
 from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
 from lightning_mi_prune.pipeline import check as check_options
@@ -207,7 +207,7 @@ class UnitStrategy:
         tensors = {s.tensor for group in present for s in group.tensors}
         paths = {name.rpartition(".")[0] for name in tensors}
         check_surroundings(session, [module.get_parameter(name) for name in tensors], paths)
-        if not session.state.fitted.epochs:
+        if not session.state.report.parameters:
             session.state.report = session.begin_report(self.chosen)
         check_optimizers(session.trainer.strategy.optimizers, self.parameters(session))
         self._check_budget(session, present)
@@ -379,11 +379,14 @@ class MutualInformationPruning(PruningCallback):
             They are predicted from a table that is measured on this device.
         keep_information: Instead: share of the information with the layers above, in nats and
             summed over all groups, that stays.
-        kinds: Kinds of unit to cut: ``"ffn"``, ``"heads"`` (default), ``"head_dim"`` (dimensions of
-            heads), ``"pooler"``, ``"hidden"`` (the hidden size, with the word embeddings).
+        kinds: Kinds of unit to cut: ``"ffn"``, ``"heads"``, ``"channels"`` (default),
+            ``"head_dim"`` (dimensions of heads), ``"pooler"``, ``"hidden"`` (the hidden size, with
+            the word embeddings).
         module: Path of the submodule to search, such as ``"encoder"``; default: the whole module.
         include: Regular expression; only groups whose name it finds are cut.
         exclude: Regular expression; groups whose name it finds are left alone.
+        graph: What the model can lose, or a file that holds it; default: what describes the model,
+            else what its first batch shows.
         widths: ``"global"`` lets the groups of all layers compete for the budget by what is lost
             for the cost that is saved, ``"uniform"`` keeps the same share everywhere.
         max_drop: Largest loss of ``monitor``, in its own unit, that a cut may cost once it has
@@ -427,6 +430,7 @@ class MutualInformationPruning(PruningCallback):
         module: str | None = None,
         include: str | None = None,
         exclude: str | None = None,
+        graph: PruningGraph | str | None = None,
         widths: Literal["global", "uniform"] = "global",
         max_drop: float | None = None,
         monitor: str | None = None,
@@ -463,6 +467,7 @@ class MutualInformationPruning(PruningCallback):
                 halve=monitoring.on_drop == "halve",
             ),
             given,
+            graph=graph,
             max_drop=max_drop,
             monitor=monitor,
             monitoring=monitoring,
