@@ -29,6 +29,7 @@ from lightning_mi_prune.core.empty_linear import KEPT_UNITS
 from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters, full_depth
+from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.importance.layer_criteria import LayerCriterion, LayerSelector
 from lightning_mi_prune.surgery.empty_modules import unit_argument_forward
 from lightning_mi_prune.surgery.layers import remove_layers
@@ -320,10 +321,10 @@ def pruned_by_library(
     for table in tables:
         table.requires_grad_(True)
     for group in groups:
-        units = width_of(cut, group, group.entries)
+        at = group.all_widths({group.name: width_of(cut, group, group.entries)})
         for number in group.attributes:
-            each = number.per_unit * (group.entries if number.entries else 1)
-            setattr(cut.get_submodule(number.module), number.attribute, units * each)
+            value = layout_size(number.layout, at)
+            setattr(cut.get_submodule(number.module), number.attribute, value)
     for group in sharing:
         _select_biases(cut, group, removed)
     return cut

@@ -70,9 +70,10 @@ def allocate(
     Example:
         >>> from lightning_mi_prune.graph.groups import PrunableDim
         >>> from lightning_mi_prune.allocation.costs import ParameterCosts
+        >>> names = ("first", "second")
+        >>> dims = {name: PrunableDim(name, 0, (8, 8), ((name, 4),)) for name in names}
         >>> groups = [
-        ...     DependencyGroup(name, "heads", 2, 4, (PrunableDim(name, 0, (8, 8)),), ("down",))
-        ...     for name in ("first", "second")
+        ...     DependencyGroup(name, "heads", 2, (dims[name],), ("down",)) for name in names
         ... ]
         >>> losses = {"first": (4.0, 8.0), "second": (1.0, 3.0)}
         >>> rankings = {name: Ranking((0, 1), loss, loss) for name, loss in losses.items()}

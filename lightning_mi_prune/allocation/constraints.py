@@ -44,7 +44,7 @@ def resolve_bounds(
             group or the units it has left.
 
     Example:
-        >>> groups = [DependencyGroup(f"{i}.ffn", "ffn", 64, 1, (), ("down",)) for i in (0, 1)]
+        >>> groups = [DependencyGroup(f"{i}.ffn", "ffn", 64, (), ("down",)) for i in (0, 1)]
         >>> resolve_bounds(Constraints(floors={"ffn": 0.5}, pins={"^1": 48}), groups)
         {'0.ffn': (32, 64), '1.ffn': (48, 48)}
     """

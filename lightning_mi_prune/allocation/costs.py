@@ -110,13 +110,13 @@ class ParameterCosts(_TensorCosts):
 
     Example:
         >>> from lightning_mi_prune.graph.groups import PrunableDim
-        >>> rows = DependencyGroup("rows", "ffn", 6, 1, (PrunableDim("w", 0, (6, 4)),), ("down",))
-        >>> dims = (PrunableDim("w", 1, (6, 4)),)
-        >>> columns = DependencyGroup("columns", "ffn", 4, 1, dims, ("down",))
+        >>> dims = [PrunableDim("w", i, (6, 4), ((name,),)) for i, name in enumerate("rc")]
+        >>> rows = DependencyGroup("r", "ffn", 6, (dims[0],), ("down",))
+        >>> columns = DependencyGroup("c", "ffn", 4, (dims[1],), ("down",))
         >>> costs = ParameterCosts([rows, columns], fixed=10)
-        >>> costs.total({"rows": 6, "columns": 4})
+        >>> costs.total({"r": 6, "c": 4})
         34.0
-        >>> costs.savings("rows", {"rows": 6, "columns": 2}, [5, 3])
+        >>> costs.savings("r", {"r": 6, "c": 2}, [5, 3])
         [2.0, 6.0]
     """
 

@@ -252,7 +252,7 @@ class LatencyCosts:
         PruningError: If the table does not have one of the groups.
 
     Example:
-        >>> group = DependencyGroup("ffn", "ffn", 64, 1, (), ("down",))
+        >>> group = DependencyGroup("ffn", "ffn", 64, (), ("down",))
         >>> curve = LatencyCurve(("ffn",), widths=(64, 32, 0), saved=(0.0, 1.0, 3.0))
         >>> table = LatencyTable(Device("cpu", "any", 1, "2.9", "float32"), 1, 32, 10.0, (curve,))
         >>> LatencyCosts(table, [group]).total({"ffn": 16})

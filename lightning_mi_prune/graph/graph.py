@@ -5,15 +5,26 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted, shortened
+from lightning_mi_prune.core.files import write_whole
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack
+from lightning_mi_prune.graph.groups import (
+    DependencyGroup,
+    LayerStack,
+    Refusal,
+    count_parameters,
+    join_path,
+)
+from lightning_mi_prune.graph.storage import fields_from_json, fields_to_json
 
 __all__ = [
     "PruningGraph",
+    "Refusal",
     "choose_groups",
     "summarize_groups",
 ]
@@ -29,6 +40,10 @@ class PruningGraph:
     Args:
         groups: Groups of units.
         stacks: Stacks of layers.
+        refused: What is in a parameter but cannot be cut, and why.
+        unknown: Operators without a rule, each with the module that called it.
+        parameters: Parameters of the module; 0 if they were not counted.
+        reachable: Those of them that the groups cut.
 
     Raises:
         PruningError: If two of them have the same name.
@@ -49,6 +64,10 @@ class PruningGraph:
 
     groups: tuple[DependencyGroup, ...] = ()
     stacks: tuple[LayerStack, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    unknown: tuple[str, ...] = ()
+    parameters: int = 0
+    reachable: int = 0
 
     def __post_init__(self) -> None:
         names = [part.name for part in self.parts]
@@ -67,6 +86,55 @@ class PruningGraph:
             tuple(part for part in found if isinstance(part, DependencyGroup)),
             tuple(part for part in found if isinstance(part, LayerStack)),
         )
+
+    def __str__(self) -> str:
+        """A table: group, kind, units, parameters, verified or why not; equal layers in one row."""
+        return _table(self)
+
+    def to_json(self) -> str:
+        """The graph as JSON text."""
+        return fields_to_json({field.name: getattr(self, field.name) for field in fields(self)})
+
+    @classmethod
+    def from_json(cls, given: Any) -> PruningGraph:
+        """The graph in a JSON text.
+
+        Args:
+            given: Text of :meth:`to_json`; it may come from anywhere.
+
+        Raises:
+            PruningError: If it is anything else.
+
+        Example:
+            >>> ffn = DependencyGroup("ffn", "ffn", 8, (), ("down",))
+            >>> graph = PruningGraph((ffn,), unknown=("einsum in 'net'",))
+            >>> PruningGraph.from_json(graph.to_json()) == graph
+            True
+        """
+        return cls(**fields_from_json(given))
+
+    def save(self, path: str | Path) -> None:
+        """Write the graph to a JSON file, whole or not at all.
+
+        Raises:
+            PruningError: If the file cannot be written.
+        """
+        write_whole(path, self.to_json(), "The pruning graph")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningGraph:
+        """Read a graph that :meth:`save` wrote.
+
+        Raises:
+            PruningError: If the file cannot be read or is no graph.
+        """
+        try:
+            given = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise PruningError(
+                f"{str(path)!r} cannot be read ({error}); expected a file of PruningGraph.save."
+            ) from error
+        return cls.from_json(given)
 
     @property
     def parts(self) -> tuple[DependencyGroup | LayerStack, ...]:
@@ -123,6 +191,10 @@ class PruningGraph:
         return PruningGraph(
             self.groups + tuple(group for group in other.groups if group.name not in names),
             self.stacks + tuple(stack for stack in other.stacks if stack.name not in names),
+            tuple(dict.fromkeys(self.refused + other.refused)),
+            tuple(dict.fromkeys(self.unknown + other.unknown)),
+            max(self.parameters, other.parameters),
+            max(self.reachable, other.reachable),
         )
 
     def prefixed(self, prefix: str) -> PruningGraph:
@@ -130,6 +202,10 @@ class PruningGraph:
         return PruningGraph(
             tuple(group.prefixed(prefix) for group in self.groups),
             tuple(stack.prefixed(prefix) for stack in self.stacks),
+            tuple(replace(each, name=join_path(prefix, each.name)) for each in self.refused),
+            self.unknown,
+            self.parameters,
+            self.reachable,
         )
 
     def under(self, prefix: str) -> PruningGraph:
@@ -178,6 +254,38 @@ class PruningGraph:
             return name
 
         return path
+
+
+def _table(graph: PruningGraph) -> str:
+    groups = [(g.name, (g.kind, g.size, count_parameters([g]), "yes")) for g in graph.groups]
+    stacks = [(s.name, ("depth", s.size, 0, "yes")) for s in graph.stacks]
+    refused = [(r.name, (r.kind or "-", r.size, r.parameters, r.reason)) for r in graph.refused]
+    rows = [("group", "kind", "units", "parameters", "verified")]
+    for part in (groups, stacks, refused):
+        alike: dict[tuple[str, int, int, str], list[str]] = {}
+        for name, values in part:
+            alike.setdefault(values, []).append(name)
+        rows += [
+            (shortened(names), kind, f"{size:,}", f"{count:,}" if count else "-", reason)
+            for (kind, size, count, reason), names in alike.items()
+        ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if index in (2, 3) else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    if graph.parameters:
+        share = graph.reachable / graph.parameters
+        lines.append(
+            f"{graph.reachable:,} of {counted(graph.parameters, 'parameter')} ({share:.1%}) are in "
+            f"{counted(len(graph.groups), 'group')}"
+        )
+    if graph.unknown:
+        lines.append(f"operators without a rule: {', '.join(graph.unknown)}")
+    return "\n".join(lines)
 
 
 def choose_groups(

@@ -16,6 +16,7 @@ __all__ = [
     "EmptyForward",
     "LayerStack",
     "PrunableDim",
+    "Refusal",
     "RotatableProjections",
     "SizeAttribute",
     "UnitArgument",
@@ -361,6 +362,25 @@ def count_parameters(
             shape = shapes.setdefault(s.tensor, list(s.shape))
             shape[s.dim] = layout_size(s.layout, group.all_widths(at))
     return sum(math.prod(shape) for shape in shapes.values())
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Units that are in parameters of a model but cannot be cut.
+
+    Args:
+        name: Name of the group, or of the parameter that holds the units.
+        kind: Kind of the group; "" if it is not known.
+        size: Number of units.
+        parameters: Number of entries of the parameters that hold them.
+        reason: Why they cannot be cut, with the operator and the module.
+    """
+
+    name: str
+    kind: str
+    size: int
+    parameters: int
+    reason: str
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ of a convolution, 49 positions for each channel, is ``(("channels", 49),)``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from lightning_mi_prune.core.errors import PruningError
@@ -25,6 +26,7 @@ __all__ = [
     "layout_size",
     "layout_terms",
     "map_layout",
+    "multiplied",
     "unit_positions",
 ]
 
@@ -144,17 +146,30 @@ def layout_terms(layout: Layout) -> dict[tuple[str, ...], int]:
     """
     total: Counter[tuple[str, ...]] = Counter()
     for block in layout:
-        product: dict[tuple[str, ...], int] = {(): 1}
-        for factor in block:
-            if isinstance(factor, int):
-                terms: Mapping[tuple[str, ...], int] = {(): factor}
-            else:
-                terms = {(factor,): 1} if isinstance(factor, str) else layout_terms(factor)
-            product = {
-                tuple(sorted(a + b)): n * m for a, n in product.items() for b, m in terms.items()
-            }
-        total.update(product)
+        total.update(multiplied(map(_terms, block)))
     return dict(total)
+
+
+def _terms(factor: Factor) -> Mapping[tuple[str, ...], int]:
+    if isinstance(factor, int):
+        return {(): factor}
+    return {(factor,): 1} if isinstance(factor, str) else layout_terms(factor)
+
+
+def multiplied(factors: Iterable[Mapping[tuple[str, ...], int]]) -> dict[tuple[str, ...], int]:
+    """The product of polynomials, each as :func:`layout_terms` returns them.
+
+    Example:
+        >>> multiplied([{("a",): 1, (): 2}, {("a",): 1, (): 3}])
+        {('a', 'a'): 1, ('a',): 5, (): 6}
+    """
+    product: dict[tuple[str, ...], int] = {(): 1}
+    for terms in factors:
+        found: Counter[tuple[str, ...]] = Counter()
+        for (left, n), (right, m) in itertools.product(product.items(), terms.items()):
+            found[tuple(sorted(left + right))] += n * m
+        product = dict(found)
+    return product
 
 
 def map_layout(layout: Layout, change: Callable[[str], Factor]) -> Layout:

@@ -92,9 +92,10 @@ def config_numbers(groups: Sequence[DependencyGroup], plan: PruningPlan) -> dict
     empty. Tied fields change together or not at all.
 
     Example:
-        >>> parts = {"tensors": (), "consumers": ()}
-        >>> heads = DependencyGroup("h", "heads", 4, 6, config="n_heads", tie="dim", **parts)
-        >>> stream = DependencyGroup("r", "hidden", 24, 1, config="dim", **parts)
+        >>> from lightning_mi_prune.graph.groups import PrunableDim
+        >>> dims = (PrunableDim("w", 0, (24, 24), (("h", 6),)),)
+        >>> heads = DependencyGroup("h", "heads", 4, dims, ("o",), config="n_heads", tie="dim")
+        >>> stream = DependencyGroup("r", "hidden", 24, (), ("o",), config="dim")
         >>> kept = {"h": (0, 1), "r": tuple(range(12))}
         >>> config_numbers([heads, stream], PruningPlan({"h": 4, "r": 24}, kept))
         {'n_heads': 2, 'dim': 12}

@@ -126,7 +126,7 @@ def half_plan(groups: Sequence[DependencyGroup], current: PruningPlan) -> Prunin
     """The plan that keeps the first half of every group's present units.
 
     Example:
-        >>> group = DependencyGroup("ffn", "ffn", 6, 1, (), ("down",))
+        >>> group = DependencyGroup("ffn", "ffn", 6, (), ("down",))
         >>> half_plan([group], PruningPlan({"ffn": 6}, {"ffn": (0, 2, 3, 5)})).kept["ffn"]
         (0, 2)
     """

@@ -20,9 +20,8 @@ SINGLE = Constraints(multiple=1)
 
 def group(name, size, entries=1, columns=4, **options):
     shape = (size * entries, columns)
-    return DependencyGroup(
-        name, "any", size, entries, (PrunableDim(name, 0, shape),), ("down",), **options
-    )
+    tensors = (PrunableDim(name, 0, shape, ((name, entries),)),)
+    return DependencyGroup(name, "any", size, tensors, ("down",), **options)
 
 
 def ranking(losses, nats=None):
@@ -60,9 +59,12 @@ def stream(layers=3, hidden=16, neurons=32, heads=4):
     """Neurons and heads of some layers, and the residual stream that all of them share."""
     groups = encoder(layers, hidden, neurons, heads)
     cut = {(s.tensor, s.dim): s.shape for one in groups for s in one.tensors}
-    shared = tuple(PrunableDim(tensor, 1 - dim, shape) for (tensor, dim), shape in cut.items())
-    words = PrunableDim("words", 1, (50, hidden))
-    return [*groups, DependencyGroup("hidden", "hidden", hidden, 1, (*shared, words), ("down",))]
+    units = (("hidden",),)
+    shared = tuple(
+        PrunableDim(tensor, 1 - dim, shape, units) for (tensor, dim), shape in cut.items()
+    )
+    words = PrunableDim("words", 1, (50, hidden), units)
+    return [*groups, DependencyGroup("hidden", "hidden", hidden, (*shared, words), ("down",))]
 
 
 @pytest.mark.parametrize("seed", range(40))

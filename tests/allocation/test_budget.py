@@ -25,16 +25,15 @@ def encoder(layers=6, hidden=384, neurons=1536, heads=12):
     groups = []
     for i in range(layers):
         size = hidden // heads
-        square = (hidden, hidden)
+        square, units, columns = (hidden, hidden), ((f"{i}.heads", size),), ((f"{i}.ffn",),)
         groups.append(
             DependencyGroup(
                 f"{i}.heads",
                 "heads",
                 heads,
-                size,
                 (
-                    *(PrunableDim(f"{i}.{p}", 0, square) for p in "qkv"),
-                    PrunableDim(f"{i}.o", 1, square),
+                    *(PrunableDim(f"{i}.{p}", 0, square, units) for p in "qkv"),
+                    PrunableDim(f"{i}.o", 1, square, units),
                 ),
                 (f"{i}.o",),
                 level=2 * i,
@@ -45,10 +44,9 @@ def encoder(layers=6, hidden=384, neurons=1536, heads=12):
                 f"{i}.ffn",
                 "ffn",
                 neurons,
-                1,
                 (
-                    PrunableDim(f"{i}.up", 0, (neurons, hidden)),
-                    PrunableDim(f"{i}.down", 1, (hidden, neurons)),
+                    PrunableDim(f"{i}.up", 0, (neurons, hidden), columns),
+                    PrunableDim(f"{i}.down", 1, (hidden, neurons), columns),
                 ),
                 (f"{i}.down",),
                 level=2 * i + 1,

@@ -12,9 +12,8 @@ from tests.allocation.test_budget import encoder
 
 
 def tall(**options):
-    return DependencyGroup(
-        "tall", "ffn", 100, 1, (PrunableDim("t", 0, (100, 4)),), ("down",), **options
-    )
+    tensors = (PrunableDim("t", 0, (100, 4), (("tall",),)),)
+    return DependencyGroup("tall", "ffn", 100, tensors, ("down",), **options)
 
 
 def test_constraints_count_units_or_shares():

@@ -91,14 +91,12 @@ def test_a_network_inside_a_module_is_counted_by_its_call():
 def test_convolutions_count_and_embeddings_do_not():
     net = nn.ModuleDict({"words": nn.Embedding(9, 4), "conv": nn.Conv1d(4, 6, 3)})
     net.forward = lambda ids: net.conv(net.words(ids).transpose(1, 2))
-    stream = DependencyGroup(
-        "stream",
-        "hidden",
-        4,
-        1,
-        (PrunableDim("words.weight", 1, (9, 4)), PrunableDim("conv.weight", 1, (6, 4, 3))),
-        ("conv",),
+    units = (("stream",),)
+    tensors = (
+        PrunableDim("words.weight", 1, (9, 4), units),
+        PrunableDim("conv.weight", 1, (6, 4, 3), units),
     )
+    stream = DependencyGroup("stream", "hidden", 4, tensors, ("conv",))
     macs = measure_macs(
         net, [stream], {"": RecordedCall((torch.ones(1, 7, dtype=torch.long),), {})}
     )

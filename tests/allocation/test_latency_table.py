@@ -32,8 +32,8 @@ TWO = RecordedCall((), batch(2))
 
 
 def axes_of_table(**options):
-    ffn = [DependencyGroup(f"{i}.ffn", "ffn", 64, 1, (), ("down",), **options) for i in (0, 1)]
-    return ffn + [DependencyGroup(f"{i}.heads", "heads", 4, 8, (), ("down",)) for i in (0, 1)]
+    ffn = [DependencyGroup(f"{i}.ffn", "ffn", 64, (), ("down",), **options) for i in (0, 1)]
+    return ffn + [DependencyGroup(f"{i}.heads", "heads", 4, (), ("down",)) for i in (0, 1)]
 
 
 def ruler(calls):
@@ -268,10 +268,10 @@ def test_costs_add_up_side_by_side():
 
 
 def test_the_hidden_size_multiplies_with_the_rest():
-    tensors = {n: (PrunableDim(n, 0, (64, 32)),) for n in ("0.ffn", "1.ffn")}
+    tensors = {n: (PrunableDim(n, 0, (64, 32), ((n,),)),) for n in ("0.ffn", "1.ffn")}
     groups = [replace(a, tensors=tensors[a.name]) for a in axes_of_table() if a.kind == "ffn"]
-    both = tuple(PrunableDim(name, 1, (64, 32)) for name in tensors)
-    groups.append(DependencyGroup("stream", "hidden", 32, 1, both, ("down",)))
+    both = tuple(PrunableDim(name, 1, (64, 32), (("stream",),)) for name in tensors)
+    groups.append(DependencyGroup("stream", "hidden", 32, both, ("down",)))
     stream = LatencyCurve(("stream",), (32, 16), (0.0, 5.0))
     costs = LatencyCosts(replace(TABLE, curves=(*CURVES, stream)), groups)
     assert costs.neighbours("stream") == {"0.ffn", "1.ffn"}
@@ -289,19 +289,16 @@ def crossing(stream=False):
     groups, curves = [], []
     for layer in range(1 if stream else 2):
         q, heads, dims = f"{layer}.q", f"{layer}.heads", f"{layer}.head_dim"
-        both = (PrunableDim(q, 0, (32, 16)),)
+        both = (PrunableDim(q, 0, (32, 16), ((heads, dims),)),)
         groups.append(
             DependencyGroup(
-                heads, "heads", 4, 8, both, ("o",), product_with=dims, may_be_empty=True
+                heads, "heads", 4, both, ("o",), partners=((dims, 8),), may_be_empty=True
             )
         )
-        groups.append(
-            DependencyGroup(dims, "head_dim", 8, 4, both, ("o",), product_with=heads, strided=True)
-        )
+        groups.append(DependencyGroup(dims, "head_dim", 8, both, ("o",), partners=((heads, 4),)))
     if stream:
-        groups.append(
-            DependencyGroup("stream", "hidden", 16, 1, (PrunableDim("0.q", 1, (32, 16)),), ("o",))
-        )
+        columns = PrunableDim("0.q", 1, (32, 16), (("stream",),))
+        groups.append(DependencyGroup("stream", "hidden", 16, (columns,), ("o",)))
         curves.append(LatencyCurve(("stream",), (16, 8), (0.0, 5.0)))
     for kind, widths, saved in (
         ("heads", (4, 2, 0), (0, 1, 4)),
@@ -350,8 +347,8 @@ def test_savings_of_pairs_are_differences_of_totals(stream):
 
 
 def test_costs_of_another_model_are_refused():
-    stranger = DependencyGroup("2.ffn", "ffn", 64, 1, (), ("down",))
-    larger = DependencyGroup("0.ffn", "ffn", 128, 1, (), ("down",))
+    stranger = DependencyGroup("2.ffn", "ffn", 64, (), ("down",))
+    larger = DependencyGroup("0.ffn", "ffn", 128, (), ("down",))
     for group in (stranger, larger):
         with pytest.raises(
             PruningError, match=f"does not have '{group.name}' of {group.size} units"

@@ -165,10 +165,13 @@ def test_convolutions_of_every_kind():
 def test_an_example_without_its_dimension():
     net = nn.Sequential(nn.Conv1d(3, 6, 2), nn.ReLU(), nn.Conv1d(6, 5, 1))
     one = RecordedCall((torch.randn(3, 8),), {})
-    tensors = (PrunableDim("0.weight", 0, (6, 3, 2)), PrunableDim("2.weight", 1, (5, 6, 1)))
-    costs = measure_macs(
-        net, [DependencyGroup("units", "channels", 6, 1, tensors, ("2",))], {"": one}
+    units = (("units",),)
+    tensors = (
+        PrunableDim("0.weight", 0, (6, 3, 2), units),
+        PrunableDim("2.weight", 1, (5, 6, 1), units),
     )
+    group = DependencyGroup("units", "channels", 6, tensors, ("2",))
+    costs = measure_macs(net, [group], {"": one})
     assert costs.total({}) == count_macs(net, one) == 7 * (6 * 3 * 2 + 5 * 6)
     assert costs.savings("units", {}, [5]) == [7 * (3 * 2 + 5)]
     assert costs.fixed == 0

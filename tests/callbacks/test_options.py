@@ -100,7 +100,7 @@ def test_what_will_be_cut_is_shown_as_fit_starts(caplog):
 def test_names_in_short_tell_of_every_name():
     kinds = {"ffn": range(12), "heads": (0, 2), "pooler": [None]}
     groups = [
-        DependencyGroup("net.pooler" if i is None else f"net.{i}.{kind}", kind, 8, 1, (), ("down",))
+        DependencyGroup("net.pooler" if i is None else f"net.{i}.{kind}", kind, 8, (), ("down",))
         for kind, numbers in kinds.items()
         for i in numbers
     ]
@@ -138,7 +138,7 @@ def test_one_is_singular_and_nothing_else():
 
 
 def test_no_message_is_in_powers_of_ten_or_counts_one_as_many():
-    groups = [DependencyGroup("a", "heads", 4, 8, (), ("down",))]
+    groups = [DependencyGroup("a", "heads", 4, (), ("down",))]
     for constraints in ({"pins": {"a": 1}, "floors": {"a": 2}}, {"caps": {"a": 0.1}}):
         with pytest.raises(PruningError) as refused:
             resolve_bounds(Constraints(**constraints), groups)

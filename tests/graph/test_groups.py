@@ -12,31 +12,32 @@ from lightning_mi_prune.graph.groups import (
 )
 
 
-def group(name, kind="ffn", size=8, entries=1, tensors=()):
-    return DependencyGroup(name, kind, size, entries, tensors, ("down",))
+def group(name, kind="ffn", size=8, tensors=()):
+    return DependencyGroup(name, kind, size, tensors, ("down",))
 
 
 def test_a_tensor_in_two_groups_counts_once():
-    square = (PrunableDim("w", 0, (6, 4)),), (PrunableDim("w", 1, (6, 4)),)
+    rows = PrunableDim("w", 0, (6, 4), (("rows",),))
+    columns = PrunableDim("w", 1, (6, 4), (("columns", 2),))
     groups = [
-        group("rows", size=6, tensors=square[0]),
-        group("columns", size=2, entries=2, tensors=square[1]),
+        group("rows", size=6, tensors=(rows,)),
+        group("columns", size=2, tensors=(columns,)),
     ]
     assert count_parameters(groups) == 24
     assert count_parameters(groups, {"rows": 3, "columns": 1}) == 3 * 2
 
 
 def test_groups_of_a_cut_model_get_their_built_sizes():
-    cut = group(
-        "a", size=3, entries=2, tensors=(PrunableDim("w", 0, (6, 4)), PrunableDim("v", 1, (5, 6)))
-    )
+    pairs = (("a", 2),)
+    tensors = (PrunableDim("w", 0, (6, 4), pairs), PrunableDim("v", 1, (5, 6), pairs))
+    cut = group("a", size=3, tensors=tensors)
     (built,) = as_built([cut], {"a": 7})
     assert built.size == 7
     assert [s.shape for s in built.tensors] == [(14, 4), (5, 14)]
 
 
 def test_prefix_reaches_every_name():
-    moved = group("a", tensors=(PrunableDim("w", 0, (8,)),)).prefixed("net")
+    moved = group("a", tensors=(PrunableDim("w", 0, (8,), (("a",),)),)).prefixed("net")
     assert (moved.name, moved.tensors[0].tensor, moved.consumers) == (
         "net.a",
         "net.w",

@@ -332,14 +332,14 @@ def test_with_few_samples_compensation_does_not_fit_noise(n):
     """Independent units: the kept ones do not predict the dropped ones, whatever n suggests."""
     d, m, keep = 256, 8, 192
     net = nn.Sequential(nn.Identity(), nn.Linear(d, m)).double()
+    units = (("x",),)
     group = DependencyGroup(
         "x",
         "ffn",
         d,
-        1,
-        (PrunableDim("1.weight", 1, (m, d)),),
+        (PrunableDim("1.weight", 1, (m, d), units),),
         ("1",),
-        (SizeAttribute("1", "in_features"),),
+        (SizeAttribute("1", "in_features", units),),
     )
     x, fresh = torch.randn(n, d, dtype=torch.float64), torch.randn(4000, d, dtype=torch.float64)
     with ActivationRecorder(net, [group]) as recorder, torch.no_grad():

@@ -11,6 +11,7 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.graph.groups import full_plan
+from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.surgery.units import apply_plan, reshape_tensors
 from tests.support import models
 from tests.support.models import CONFIGS, batch, build, inputs_of, masked_copy, outputs, random_plan
@@ -76,8 +77,7 @@ def test_numbers_on_modules_follow(family, head):
     for group in groups:
         for count in group.attributes:
             value = getattr(model.get_submodule(count.module), count.attribute)
-            each = group.entries_at(plan.widths) if count.entries else 1
-            number = plan.width(group.name) * count.per_unit * each
+            number = layout_size(count.layout, group.all_widths(plan.widths))
             assert value == ((number,) if count.sequence else number)
 
 
