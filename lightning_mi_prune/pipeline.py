@@ -51,9 +51,21 @@ from lightning_mi_prune.core.options import (
     check_choice,
 )
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
-from lightning_mi_prune.core.running import copy_networks, move_tensors, run_batch, undisturbed
-from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
-from lightning_mi_prune.graph.graph import choose_groups
+from lightning_mi_prune.core.running import (
+    copy_networks,
+    first_examples,
+    move_tensors,
+    run_batch,
+    undisturbed,
+)
+from lightning_mi_prune.discovery.discover import discover_run
+from lightning_mi_prune.discovery.families import (
+    NotDescribedError,
+    find_groups,
+    is_within,
+    modules_without_groups,
+)
+from lightning_mi_prune.graph.graph import PruningGraph, choose_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation, criterion_of
 from lightning_mi_prune.importance.head_rotation import check_rotations
@@ -66,6 +78,7 @@ from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import update_optimizers
 from lightning_mi_prune.surgery.units import apply_plan, check_cuttable, revert_rewrites
 from lightning_mi_prune.surgery.verification import (
+    check_graph,
     compiled_part,
     half_plan,
     held_elsewhere,
@@ -395,6 +408,7 @@ def prune(
     module: str = "",
     include: str | None = None,
     exclude: str | None = None,
+    graph: PruningGraph | str | None = None,
     widths: Literal["global", "uniform"] = "global",
     calibration: Calibration | None = None,
     importance: Importance | None = None,
@@ -428,10 +442,13 @@ def prune(
             ``training_step``.
         forward: Runs the module on a batch; default ``model(**batch)``, ``model(*batch)`` or
             ``model(batch)`` by the type of the batch, ``validation_step`` of a LightningModule.
-        kinds: Kinds of unit to cut; default ``"ffn"`` and ``"heads"`` where the model has them.
+        kinds: Kinds of unit to cut; default ``"ffn"``, ``"heads"`` and ``"channels"`` where the
+            model has them.
         module: Path of the submodule to search.
         include: Only groups whose name this regular expression finds.
         exclude: No groups whose name this regular expression finds.
+        graph: What the module can lose (``discover``), or a file that holds it; default: what
+            describes the module, else what its first batch shows.
         widths: ``"global"`` lets all groups compete for the budget, ``"uniform"`` keeps the same
             share of every group.
         calibration: How much is collected.
@@ -450,14 +467,10 @@ def prune(
         PruningError: If the module, the data, the budget or the options do not allow it.
 
     Example:
-        >>> from lightning_mi_prune import linear_group, register_family
         >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
-        >>> @register_family("docs-prune", matches=lambda m: m is net)
-        ... def describe(m):
-        ...     return [linear_group(m, "hidden", kind="ffn", producers=["0"], consumers=["2"])]
         >>> batches = [torch.randn(500, 8) for _ in range(4)]
         >>> result = prune(net, batches, 0.75, loss=lambda m, x: m(x).square().mean())
-        >>> net[0].out_features, result.plan.width("hidden")
+        >>> net[0].out_features, net[2].in_features
         (16, 16)
     """
     targets = (target_parameters, target_macs, target_latency_ms, keep_information)
@@ -484,6 +497,9 @@ def prune(
     known = PlanTracker.held_by(model)
     tracker = PlanTracker.of(model, partial(find_groups, within=module))
     try:
+        found = _graph_of(tracker, graph, run, first)
+        if found is not None:
+            tracker.adopt(found)
         groups, plan = tracker.groups, tracker.plan
         mine = [group for group in groups if is_within(group.name, module)]
         others = modules_without_groups(model, groups, module)
@@ -561,6 +577,31 @@ def prune(
         information=decision.information,
         seconds=seconds,
     )
+
+
+def _graph_of(
+    tracker: PlanTracker, given: PruningGraph | str | None, forward: Forward, batch: Any
+) -> PruningGraph | None:
+    """The graph that is given or that the first batch shows; None where the model is described.
+
+    Raises:
+        PruningError: If the graph is of another model, or nothing can be cut.
+    """
+    model = tracker.module
+    if given is not None:
+        found = PruningGraph.load(given) if isinstance(given, str) else given
+        check_graph(found, model)
+        return found
+    try:
+        _ = tracker.graph
+    except NotDescribedError:
+        run = partial(try_forward, forward, first_examples(batch))
+        try:
+            run(model)
+        except Exception:  # examples of the whole batch may belong together
+            run = partial(try_forward, forward, batch)
+        return discover_run(model, run)
+    return None
 
 
 def _relevance(importance: Importance, data: CalibrationData) -> RelevanceSource:

@@ -142,6 +142,11 @@ class PruningCallback(pl.Callback):
         return self.engine.state.report
 
     @property
+    def graph(self) -> PruningGraph | None:
+        """All groups and stacks of the module, as built; None before they are known."""
+        return self.engine.graph
+
+    @property
     def plan(self) -> PruningPlan | None:
         """The plan the module carries now; None before ``setup``, or before the first batch."""
         return self.engine.plan

@@ -53,7 +53,7 @@ from lightning_mi_prune.callbacks.schedule import (
     validation_batches,
 )
 from lightning_mi_prune.callbacks.state import PendingCut, RunState, Session, saved_graph
-from lightning_mi_prune.callbacks.verification import DryRun, check_graph, discover_in_step
+from lightning_mi_prune.callbacks.verification import DryRun, discover_in_step
 from lightning_mi_prune.checkpoint.state_dict import Find, PlanTracker
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted
 from lightning_mi_prune.core.options import Schedule
@@ -67,12 +67,16 @@ from lightning_mi_prune.reporting.tables import print_cut
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import update_optimizers
 from lightning_mi_prune.surgery.transaction import cancel_cut, cut_model
+from lightning_mi_prune.surgery.verification import check_graph
 
 __all__ = [
     "PruningStrategy",
     "RunEngine",
     "StepRecorder",
 ]
+
+
+_NAMED = 3  # refusals in a warning
 
 
 class StepRecorder(Protocol):
@@ -177,7 +181,7 @@ class RunEngine:
         verbose: bool,
     ) -> None:
         self.strategy, self.name, self.options = strategy, name, options
-        self.graph = graph
+        self._given = graph
         self.guard, self.best_of, self.verbose = guard, best_of, verbose
         self.state = RunState()
         self.recorder: Recorder | None = None
@@ -198,6 +202,13 @@ class RunEngine:
             return self._tracker.plan
         except NotDescribedError:
             return None
+
+    @property
+    def graph(self) -> PruningGraph | None:
+        """What the module can lose; None before that is known."""
+        if self._tracker is None or self.plan is None:
+            return None
+        return self.state.graph or self._given or self._tracker.graph
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Attach the plan to the module's state dict; refuse what cannot work."""
@@ -255,7 +266,7 @@ class RunEngine:
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Choose what may go; where nothing describes the module, that waits for a batch."""
-        session, graph = self._session(trainer, module), self.state.graph or self.graph
+        session, graph = self._session(trainer, module), self.state.graph or self._given
 
         def prepare() -> Mapping[str, object]:
             if graph is not None:
@@ -515,10 +526,16 @@ class RunEngine:
         if self.plan is None:
             find = partial(discover_in_step, trainer, module, step, batch, loader)
             text = broadcast_decision(trainer.strategy, lambda: find().to_json())
-            tracker.adopt(PruningGraph.from_json(text))
-        self.state.graph = tracker.graph
+            graph = PruningGraph.from_json(text)
+            tracker.adopt(graph)
+            _announce(graph, type(module).__name__)
+            for engine in _engines(trainer):
+                engine.state.graph = graph
         self._prepare(trainer, module)
         self._begin_run(trainer, module)
+        if self.state.graph is not None:
+            refused = self.state.graph.refused
+            self.state.report.left_out = [f"{part.name}: {part.reason}" for part in refused]
 
     def _try(
         self,
@@ -733,6 +750,21 @@ def _engines(trainer: pl.Trainer) -> list[RunEngine]:
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     found = (getattr(callback, "engine", None) for callback in callbacks)
     return [engine for engine in found if isinstance(engine, RunEngine)]
+
+
+def _announce(graph: PruningGraph, name: str) -> None:
+    """What was found, once a run; a warning where that is the smaller part of a module."""
+    rank_zero_info(f"What {name} can lose, found in its first batch:\n{graph}")
+    if 2 * graph.reachable >= graph.parameters:
+        return
+    largest = sorted(graph.refused, key=lambda part: -part.parameters)[:_NAMED]
+    reasons = [f"{part.name!r} ({part.reason})" for part in largest]
+    reasons += [f"{len(graph.unknown)} operators without a rule"] if graph.unknown else []
+    rank_zero_warn(
+        f"Only {graph.reachable / graph.parameters:.0%} of the parameters of {name} can be cut. "
+        f"Left out: {'; '.join(reasons) or 'what is in no group'}.",
+        category=PruningWarning,
+    )
 
 
 def _report_no_cut(report: PruningReport, met: str, remedy: str, left: Sequence[int]) -> None:

@@ -192,7 +192,7 @@ def saved_graph(checkpoint: Mapping[str, Any], key: str) -> PruningGraph | None:
     if graph is None:
         return None
     with reading("The graph in the checkpoint", "take another checkpoint"):
-        return PruningGraph.from_json(text(graph))
+        return PruningGraph.from_json(graph)
 
 
 @dataclass(frozen=True)

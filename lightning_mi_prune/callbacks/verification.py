@@ -37,7 +37,6 @@ from lightning_mi_prune.surgery.verification import copy_module, held_elsewhere,
 
 __all__ = [
     "DryRun",
-    "check_graph",
     "check_surroundings",
     "discover_in_step",
     "without_frozen",
@@ -328,35 +327,6 @@ def _alone(data: Any, *_: object, **__: object) -> Any:
 
 def _never() -> bool:
     return False
-
-
-def check_graph(graph: PruningGraph, module: nn.Module) -> None:
-    """Refuse a graph of another model.
-
-    Args:
-        graph: What can be cut, of the model as built.
-        module: The model, which may have been cut.
-
-    Raises:
-        PruningError: Naming a tensor that is missing or larger than in the graph.
-    """
-    tensors = {
-        name: tensor
-        for found in (module.named_parameters, module.named_buffers)
-        for name, tensor in found(remove_duplicate=False)
-    }
-    layers = tuple(f"{stack.name}." for stack in graph.stacks)
-    for group in graph.groups:
-        for dim in group.tensors:
-            shape = tuple(tensors[dim.tensor].shape) if dim.tensor in tensors else None
-            moved = dim.tensor.startswith(layers)  # layers below may be gone
-            if shape is None and moved:
-                continue
-            if shape is None or len(shape) != len(dim.shape) or shape[dim.dim] > dim.shape[dim.dim]:
-                raise PruningError(
-                    f"The graph is of another model: {dim.tensor!r} has shape {dim.shape} in it "
-                    f"and {shape or 'is missing'} here. Give the graph of this model, or none."
-                )
 
 
 def check_surroundings(session: Session, parameters: Sequence[nn.Parameter], cut: set[str]) -> None:

@@ -256,6 +256,9 @@ class PruningGraph:
         return path
 
 
+_DEFAULT = ("ffn", "heads", "channels")
+
+
 def _table(graph: PruningGraph) -> str:
     groups = [(g.name, (g.kind, g.size, count_parameters([g]), "yes")) for g in graph.groups]
     stacks = [(s.name, ("depth", s.size, 0, "yes")) for s in graph.stacks]
@@ -303,7 +306,8 @@ def choose_groups(
 
     Args:
         groups: All groups of a model.
-        kinds: Kinds to choose; None chooses neurons and heads, or every kind if there are neither.
+        kinds: Kinds to choose; None chooses neurons, heads and channels, or every kind if there
+            are none of these.
         include: Choose only groups whose name contains a match.
         exclude: Leave out groups whose name contains a match.
         modules: Paths of modules without any group (:func:`families.modules_without_groups`).
@@ -313,7 +317,7 @@ def choose_groups(
     """
     present = sorted({group.kind for group in groups})
     if kinds is None:
-        kinds = [kind for kind in ("ffn", "heads") if kind in present] or present
+        kinds = [kind for kind in _DEFAULT if kind in present] or present
     for kind in kinds:
         if kind not in present:
             raise PruningError(f"kinds={list(kinds)} names {kind!r}; this model has {present}.")

@@ -206,8 +206,8 @@ def test_a_given_graph_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_graph_of_another_model_is_refused() -> None:
     pruning = callback()
-    run, module = fitted(pruning, max_epochs=2)
-    graph = pruning.engine.state.graph
+    fitted(pruning, max_epochs=2)
+    graph = pruning.graph
 
     class Wider(Plain):
         def __init__(self) -> None:
@@ -215,7 +215,7 @@ def test_a_graph_of_another_model_is_refused() -> None:
             self.network.up[0] = nn.Linear(8, 30)
 
     assert graph is not None
-    with pytest.raises(PruningError, match="graph is of another model: 'network.up.0.weight'"):
+    with pytest.raises(PruningError, match=r"graph is of another model: .network\.up\.0\.weight"):
         trainer(callback(graph=graph)).fit(Wider())
 
 
@@ -246,7 +246,7 @@ def _on_two_ranks(fails: bool) -> tuple[str, str]:
         run.fit(module)
     except PruningError as error:
         return "refused", str(error)
-    graph = pruning.engine.state.graph
+    graph = pruning.graph
     return weights(module), "" if graph is None else graph.to_json()
 
 
