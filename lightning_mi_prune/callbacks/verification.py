@@ -26,6 +26,7 @@ from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import (
     call_step,
+    clone_batch,
     first_examples,
     fixed_random_state,
     map_tensors,
@@ -284,12 +285,11 @@ def _observed(
         for name, value in values.items():
             log(name, value)
 
-    device = next((p.device for p in whole.parameters()), torch.device("cpu"))
     whole.__dict__.update(log=log, log_dict=log_dict)
     whole.eval()
     torch.manual_seed(0)  # a step that draws numbers draws the same each time
     with torch.no_grad(), context(), _last_outputs(whole) as outputs:
-        result = call_step(getattr(whole, step), _copied(batch, device), loader)
+        result = call_step(getattr(whole, step), clone_batch(batch), loader)
     return {"result": result, "logged": logged, "outputs": list(outputs)}
 
 

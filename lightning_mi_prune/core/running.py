@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lightning_mi_prune.core.errors import PruningError
 __all__ = [
     "TensorRecord",
     "call_step",
+    "clone_batch",
     "copy_networks",
     "evaluating",
     "first_examples",
@@ -148,13 +150,19 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 def _first_of(value: Any, rows: int, count: int) -> Any:
     if isinstance(value, Tensor):
         return value[:count] if value.ndim else value
-    parts = {key: _first_of(part, rows, count) for key, part in _parts_of(value).items()}
+    plain = isinstance(value, (list, tuple)) and not any(True for _ in _tensors_in(value))
+    if plain and len(value) == rows and not hasattr(value, "_fields"):
+        return value[:count]  # one text or number for each example
+    return _rebuilt(value, partial(_first_of, rows=rows, count=count))
+
+
+def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A container or dataclass of the same class, with every part changed."""
+    parts = {key: change(part) for key, part in _parts_of(value).items()}
     if not parts:
         return value
     if isinstance(value, (list, tuple)):
-        found = list(parts.values())
-        if len(found) == rows and not any(True for _ in _tensors_in(value)):
-            found = found[:count]  # one text or number for each example
+        found = parts.values()
         return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
     other = copy.copy(value)  # of its class: of transformers, or of the user
     for key, part in parts.items():
@@ -163,6 +171,17 @@ def _first_of(value: Any, rows: int, count: int) -> Any:
         else:
             object.__setattr__(other, key, part)
     return other
+
+
+def clone_batch(batch: Any) -> Any:
+    """A batch with tensors and containers of its own: steps may take entries out, or change them.
+
+    Example:
+        >>> batch = {"x": torch.zeros(2)}
+        >>> clone_batch(batch)["x"].add_(1), batch["x"]
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    return batch.clone() if isinstance(batch, Tensor) else _rebuilt(batch, clone_batch)
 
 
 def call_step(step: Callable[..., Any], batch: Any, loader: int = 0) -> Any:
