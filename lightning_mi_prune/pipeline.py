@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -52,6 +52,7 @@ from lightning_mi_prune.core.options import (
 )
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.core.running import (
+    clone_batch,
     copy_networks,
     first_examples,
     move_tensors,
@@ -65,6 +66,7 @@ from lightning_mi_prune.discovery.families import (
     is_within,
     modules_without_groups,
 )
+from lightning_mi_prune.discovery.verification import structural_copy
 from lightning_mi_prune.graph.graph import PruningGraph, choose_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation, criterion_of
@@ -82,6 +84,7 @@ from lightning_mi_prune.surgery.verification import (
     compiled_part,
     half_plan,
     held_elsewhere,
+    parameters_in,
     verify_cut,
 )
 
@@ -595,13 +598,44 @@ def _graph_of(
     try:
         _ = tracker.graph
     except NotDescribedError:
-        run = partial(try_forward, forward, first_examples(batch))
-        try:
-            run(model)
-        except Exception:  # examples of the whole batch may belong together
-            run = partial(try_forward, forward, batch)
-        return discover_run(model, run)
+        return _discovered(model, forward, batch)
     return None
+
+
+def _discovered(model: nn.Module, forward: Forward, batch: Any) -> PruningGraph:
+    """What the first batch shows that a model can lose."""
+
+    def run(given: Any, called: nn.Module) -> Any:
+        with undisturbed(called), torch.no_grad():
+            return forward(called, clone_batch(given))
+
+    batch = move_tensors(batch, next(model.parameters()).device)
+    few = partial(run, first_examples(batch))
+    try:
+        few(model)
+    except Exception:  # examples of the whole batch may belong together
+        few = partial(run, batch)
+    _check_runs_copies(model, few)
+    return discover_run(model, few)
+
+
+def _check_runs_copies(model: nn.Module, run: Callable[[nn.Module], Any]) -> None:
+    """Refuse a function that runs the model it was written for, whatever it is given."""
+    ran: list[nn.Module] = []
+    handles = [
+        part.register_forward_pre_hook(lambda part, _: ran.append(part)) for part in model.modules()
+    ]
+    try:
+        run(structural_copy(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if ran:
+        raise PruningError(
+            f"forward runs {type(ran[0]).__name__} of the original model when it is given a copy, "
+            "so no cut can be verified. Run the model that is passed in: "
+            "forward=lambda model, batch: model(batch)."
+        )
 
 
 def _relevance(importance: Importance, data: CalibrationData) -> RelevanceSource:
@@ -658,7 +692,7 @@ def _check_surroundings(
     Raises:
         PruningError: If a compiled module or an optimizer could not follow.
     """
-    tensors = {s.tensor: model.get_parameter(s.tensor) for a in chosen for s in a.tensors}
+    tensors = parameters_in(model, chosen)
     check_optimizers(optimizers, tensors.values())
     compiled = compiled_part(model, {name.rpartition(".")[0] for name in tensors})
     if compiled is not None:

@@ -49,7 +49,7 @@ from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import Cut, group_cuts
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.units import check_cuttable
-from lightning_mi_prune.surgery.verification import half_plan
+from lightning_mi_prune.surgery.verification import half_plan, parameters_in
 
 __all__ = [
     "GradientCollection",
@@ -204,9 +204,8 @@ class UnitStrategy:
         rank_zero_info(f"Pruning may cut {summarize_groups(self.chosen)}.")
         present = self._present(session)
         check_cuttable(module, present, plan)
-        tensors = {s.tensor for group in present for s in group.tensors}
-        paths = {name.rpartition(".")[0] for name in tensors}
-        check_surroundings(session, [module.get_parameter(name) for name in tensors], paths)
+        paths = {s.tensor.rpartition(".")[0] for group in present for s in group.tensors}
+        check_surroundings(session, self.parameters(session), paths)
         if not session.state.report.parameters:
             session.state.report = session.begin_report(self.chosen)
         check_optimizers(session.trainer.strategy.optimizers, self.parameters(session))
@@ -256,8 +255,7 @@ class UnitStrategy:
         return dropped
 
     def parameters(self, session: Session) -> list[nn.Parameter]:
-        groups = self._present(session)
-        return [session.module.get_parameter(s.tensor) for a in groups for s in a.tensors]
+        return list(parameters_in(session.module, self._present(session)).values())
 
     def plan_to_verify(self, session: Session) -> PruningPlan | None:
         present = self._present(session)
