@@ -59,6 +59,7 @@ from lightning_mi_prune.core.running import (
     run_batch,
     undisturbed,
 )
+from lightning_mi_prune.discovery.copies import structural_copy
 from lightning_mi_prune.discovery.discover import discover_run
 from lightning_mi_prune.discovery.families import (
     NotDescribedError,
@@ -66,7 +67,6 @@ from lightning_mi_prune.discovery.families import (
     is_within,
     modules_without_groups,
 )
-from lightning_mi_prune.discovery.verification import structural_copy
 from lightning_mi_prune.graph.graph import PruningGraph, choose_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation, criterion_of

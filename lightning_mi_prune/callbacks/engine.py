@@ -76,9 +76,6 @@ __all__ = [
 ]
 
 
-_NAMED = 3  # refusals in a warning
-
-
 class StepRecorder(Protocol):
     """Records training steps of the epoch before a cut, into ``state.gradients``."""
 
@@ -528,7 +525,7 @@ class RunEngine:
             text = broadcast_decision(trainer.strategy, lambda: find().to_json())
             graph = PruningGraph.from_json(text)
             tracker.adopt(graph)
-            _announce(graph, type(module).__name__)
+            rank_zero_info(f"Found in the first batch of {type(module).__name__}:\n{graph}")
             for engine in _engines(trainer):
                 engine.state.graph = graph
         self._prepare(trainer, module)
@@ -750,21 +747,6 @@ def _engines(trainer: pl.Trainer) -> list[RunEngine]:
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     found = (getattr(callback, "engine", None) for callback in callbacks)
     return [engine for engine in found if isinstance(engine, RunEngine)]
-
-
-def _announce(graph: PruningGraph, name: str) -> None:
-    """What was found, once a run; a warning where that is the smaller part of a module."""
-    rank_zero_info(f"What {name} can lose, found in its first batch:\n{graph}")
-    if 2 * graph.reachable >= graph.parameters:
-        return
-    largest = sorted(graph.refused, key=lambda part: -part.parameters)[:_NAMED]
-    reasons = [f"{part.name!r} ({part.reason})" for part in largest]
-    reasons += [f"{len(graph.unknown)} operators without a rule"] if graph.unknown else []
-    rank_zero_warn(
-        f"Only {graph.reachable / graph.parameters:.0%} of the parameters of {name} can be cut. "
-        f"Left out: {'; '.join(reasons) or 'what is in no group'}.",
-        category=PruningWarning,
-    )
 
 
 def _report_no_cut(report: PruningReport, met: str, remedy: str, left: Sequence[int]) -> None:
