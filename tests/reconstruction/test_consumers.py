@@ -100,7 +100,7 @@ def test_a_transposed_linear_layer_is_compensated_as_the_linear_one():
 def test_one_fit_of_a_joint_input_uses_the_entries_of_all_its_groups():
     """Least squares of all dropped entries on all kept ones, of both groups and the data."""
     net = seeded(Joined)
-    groups, x = net.groups(), torch.randn(20_000, 4, dtype=torch.float64)
+    groups, x = net.groups(), torch.randn(16_000, 4, dtype=torch.float64)
     decision = chosen(net, groups, x, {"first": 3, "second": 4})
     kept = decision.plan.kept
     columns = [*kept["first"], 5, 6, 7, 8, *(9 + unit for unit in kept["second"])]
@@ -109,8 +109,8 @@ def test_one_fit_of_a_joint_input_uses_the_entries_of_all_its_groups():
     solved = torch.linalg.lstsq(design, net(x).detach()).solution
     weight, bias = (decision.compensated[f"down.{name}"] for name in ("weight", "bias"))
     assert weight.shape == (3, 11)
-    assert torch.allclose(weight, solved[1:].mT, atol=2e-3)
-    assert torch.allclose(bias, solved[0], atol=2e-3)
+    assert torch.allclose(weight, solved[1:].mT, atol=5e-4)
+    assert torch.allclose(bias, solved[0], atol=5e-4)
     apply_plan(net, groups, decision.plan, compensated=decision.compensated)
     assert torch.allclose(net(x), design @ solved, atol=1e-2)
     assert set(decision.information) == {"first", "second"}
@@ -131,7 +131,7 @@ def test_units_that_others_in_the_input_determine_are_removed_without_loss():
 
 def test_groups_of_a_product_are_compensated_by_one_fit():
     net = seeded(Grouped)
-    groups, x = net.groups(), torch.randn(20_000, 5, dtype=torch.float64)
+    groups, x = net.groups(), torch.randn(16_000, 5, dtype=torch.float64)
     decision = chosen(net, groups, x, {"kv": 2, "queries": 1, "size": 3})
     kept = decision.plan.kept
     grid = torch.arange(24).view(3, 2, 4)
@@ -140,8 +140,7 @@ def test_groups_of_a_product_are_compensated_by_one_fit():
     units = (heads * torch.tensor([[1.0], [0.5]], dtype=x.dtype)).flatten(1).detach()
     design = functional.pad(units[:, columns], (1, 0), value=1.0)
     solved = torch.linalg.lstsq(design, net(x).detach()).solution
-    assert torch.allclose(decision.compensated["out.weight"], solved[1:].mT, atol=5e-3)
-    assert len(set(map(id, decision.information.values()))) >= 1
+    assert torch.allclose(decision.compensated["out.weight"], solved[1:].mT, atol=1e-3)
     shares = {name: share.kept for name, share in decision.information.items()}
     assert len(set(shares.values())) == 1  # they share the input
 

@@ -160,7 +160,8 @@ class Pair(nn.Module):
         made, read = (1, 0) if self.transposed else (0, 1)
         layout = (("ffn",),)
         dims = [("up.weight", made, layout), ("up.bias", 0, layout), ("down.weight", read, layout)]
-        return [group_of(self, "ffn", 7, dims, "down", kind="ffn")]
+        number = SizeAttribute("up", "nf" if made else "out_features", layout)
+        return [group_of(self, "ffn", 7, dims, "down", kind="ffn", attributes=(number,))]
 
 
 def pairs() -> tuple[Pair, Pair]:
