@@ -17,7 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_mi_prune.core.consumers import why_not_consumer
-from lightning_mi_prune.discovery.expressions import (
+from lightning_mi_prune.discovery.labels import Candidate, kinds_of, names_of
+from lightning_mi_prune.discovery.stacks import find_chains
+from lightning_mi_prune.discovery.streams import Streams
+from lightning_mi_prune.discovery.tracing.expressions import (
     Atom,
     Expression,
     atoms_of,
@@ -26,12 +29,14 @@ from lightning_mi_prune.discovery.expressions import (
     resolve,
     terms_of,
 )
-from lightning_mi_prune.discovery.labels import Candidate, kinds_of, names_of
-from lightning_mi_prune.discovery.recording import Operator, Recording, record_call, tensors_in
-from lightning_mi_prune.discovery.rules import follow
-from lightning_mi_prune.discovery.stacks import find_chains
-from lightning_mi_prune.discovery.streams import Streams
-from lightning_mi_prune.discovery.tracing import DATA, Trace, WeightUse
+from lightning_mi_prune.discovery.tracing.recording import (
+    Operator,
+    Recording,
+    record_call,
+    tensors_in,
+)
+from lightning_mi_prune.discovery.tracing.rules import follow
+from lightning_mi_prune.discovery.tracing.trace import DATA, Trace, WeightUse
 from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, PrunableDim, Refusal
 from lightning_mi_prune.graph.layouts import Block, Factor, Layout, layout_names
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_mi_prune.discovery.expressions import (
+from lightning_mi_prune.discovery.tracing.expressions import (
     Atom,
     Expression,
     fix,
@@ -18,9 +18,9 @@ from lightning_mi_prune.discovery.expressions import (
     sum_of,
     terms_of,
 )
-from lightning_mi_prune.discovery.matrix_rules import MATRIX_RULES
-from lightning_mi_prune.discovery.recording import Operator
-from lightning_mi_prune.discovery.tracing import DATA, Trace
+from lightning_mi_prune.discovery.tracing.matrix_rules import MATRIX_RULES
+from lightning_mi_prune.discovery.tracing.recording import Operator
+from lightning_mi_prune.discovery.tracing.trace import DATA, Trace
 
 __all__ = [
     "follow",
