@@ -32,8 +32,7 @@ __all__ = [
 
 Claims = Mapping[tuple[str, str], SizeAttribute]
 
-_MOST_TRIES = 40  # sets of numbers that are tried for one class of groups
-_MOST_CANDIDATES = 10  # numbers of which pairs and triples are tried
+_MOST = {1: 12, 2: 5, 3: 4}  # numbers of which sets of each size are tried
 _LOCAL = 0.6  # nearness from which a number that is not seen is taken to describe a group
 _DESCRIBES = re.compile(
     "head|hidden|dim|size|width|channel|feature|embed|inner|intermediate|ffn|d_|n_|num_"
@@ -338,11 +337,11 @@ class _Search:
         plain = self.check([*context, *names], claims)
         if plain.equal:
             return {}, plain
+        if plain.shape:
+            return None, plain  # an output counts the units: no number changes that
         at = pattern_of(plain.module or outcome.module)
         found.sort(key=lambda c: (pattern_of(c.attributes[0].module) != at, not c.seen))
-        for tries, chosen in enumerate(_sets(found)):
-            if tries >= _MOST_TRIES:
-                break
+        for chosen in _sets(found):
             mine = {(a.module, a.attribute): a for c in chosen for a in c.attributes}
             result = self.check([*context, *names], {**claims, **mine})
             if result.equal:
@@ -455,9 +454,8 @@ class _Search:
 
 def _sets(found: Sequence[Candidate]) -> Iterator[tuple[Candidate, ...]]:
     """Sets of candidates, small ones first; none gives one number two meanings."""
-    for count in (1, 2, 3):
-        few = found if count == 1 else found[:_MOST_CANDIDATES]
-        for chosen in combinations(few, count):
+    for count, most in _MOST.items():
+        for chosen in combinations(found[:most], count):
             keys = [(a.module, a.attribute) for c in chosen for a in c.attributes]
             if len(set(keys)) == len(keys):
                 yield chosen

@@ -34,6 +34,7 @@ from lightning_mi_prune.discovery.copies import (
 from lightning_mi_prune.discovery.inference import Reduction
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.layouts import kept_positions, layout_names, layout_size, map_layout
+from lightning_mi_prune.surgery.attention import fit_attentions
 
 __all__ = [
     "OutOfTime",
@@ -58,10 +59,12 @@ class Outcome:
     Args:
         reason: Why the cut is wrong; "" if its outputs equal those of the masked module.
         module: Path of the innermost running module if the cut copy failed.
+        shape: Whether an output has another shape.
     """
 
     reason: str = ""
     module: str = ""
+    shape: bool = False
 
     @property
     def equal(self) -> bool:
@@ -272,6 +275,7 @@ class Verifier:
         widths = self.sizes | {name: len(units) for name, units in kept.items()}
         for attribute in {a for group in groups for a in group.attributes}:
             set_size(self.base, attribute, layout_size(attribute.layout, widths))
+        fit_attentions(self.base, (s.tensor for group in groups for s in group.tensors))
 
     def _compared(self, got: Sequence[Tensor], want: Sequence[Tensor]) -> Outcome:
         if len(got) != len(want):
@@ -279,7 +283,8 @@ class Verifier:
         for mine, other in zip(got, want, strict=True):
             if mine.shape != other.shape:
                 return Outcome(
-                    f"an output has the shape {tuple(mine.shape)} instead of {tuple(other.shape)}"
+                    f"an output has the shape {tuple(mine.shape)} instead of {tuple(other.shape)}",
+                    shape=True,
                 )
         difference = relative_difference(got, want)
         tolerance = max((_TOLERANCE.get(t.dtype, _LOW_PRECISION) for t in want), default=0.0)
