@@ -516,5 +516,5 @@ RULES: Mapping[str, Rule] = {
     **_named("index_select", _index_selected),
     **_named("gather scatter scatter_ scatter_add scatter_add_", _gathered),
     **_named("index_add index_add_", _added_at),
-    **_named("nonzero masked_select unique _unique2 bincount one_hot", _found),
+    **_named("nonzero masked_select unique_dim _unique2 bincount one_hot", _found),
 }
