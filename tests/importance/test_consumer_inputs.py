@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_mi_prune.calibration.gradients import GradientRecorder, relevance_of
+from lightning_mi_prune.calibration.gradients import GradientRecorder, GradientSums, relevance_of
 from lightning_mi_prune.core.consumers import stacked_weight
 from lightning_mi_prune.graph import inputs
 from lightning_mi_prune.graph.groups import full_plan
@@ -202,6 +202,30 @@ def test_first_order_changes_find_the_own_entries_of_a_joint_input():
         relevance=found,
     )["second"].order
     assert list(order) == change[9:].argsort().tolist()
+
+
+def test_groups_in_one_input_share_its_sums_also_when_they_were_read_from_a_file():
+    net = seeded(Joined)
+    groups, x = net.groups(), torch.randn(50, 4, dtype=torch.float64)
+    moments = recorded(net, groups, x)
+    assert moments["first"] is moments["second"]
+    assert int(moments["first"].count) == 50
+    found = []
+    for restored in (False, True):
+        recorder = GradientRecorder(net, groups)
+        assert recorder.sums["first"].matrix is recorder.sums["second"].matrix
+        if restored:
+            recorder.sums = {
+                key: GradientSums(s.dimension, s.units).unpack(s.packed())
+                for key, s in recorder.sums.items()
+            }
+        with recorder, recorder.step(0):
+            net(x).square().mean().backward()
+        found.append(recorder.sums)
+    for key in ("first", "second"):
+        assert torch.equal(found[0][key].matrix, found[1][key].matrix)
+        assert torch.equal(found[0][key].matrix, found[0]["first"].matrix)
+        assert found[0][key].matrix.any()
 
 
 def test_every_criterion_ranks_inputs_with_different_entries_a_unit():
