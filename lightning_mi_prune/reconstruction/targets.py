@@ -92,7 +92,8 @@ def layers_to_reconstruct(
         found.append(
             ReconstructedLayer(consumer, None, rows(consumer), optional=True, rotation=turn)
         )
-    return found
+    # Several groups may be read by one layer: heads, and the dimensions of each.
+    return list({layer.layer: layer for layer in reversed(found)}.values())[::-1]
 
 
 class Targets:
