@@ -60,10 +60,10 @@ def pictures(folder: str | None, name: str) -> Loader:
         marks = gzip.decompress(Path(folder, f"{name}-labels-idx1-ubyte.gz").read_bytes())
         y = torch.from_numpy(np.frombuffer(marks, np.uint8, offset=8).copy()).long()
         return DataLoader(TensorDataset(x / 255 - 0.5, y), batch_size=128)
-    x, y = torch.randn(1024, 1, 16, 16), torch.arange(1024) % 10
+    x, y = torch.randn(512, 1, 16, 16), torch.arange(512) % 10
     for i, label in enumerate(y.tolist()):
         x[i, :, 4 * (label // 4) : 4 * (label // 4) + 4, 4 * (label % 4) : 4 * (label % 4) + 4] += 1
-    return DataLoader(TensorDataset(x, y), batch_size=64)
+    return DataLoader(TensorDataset(x, y), batch_size=32)
 
 
 def fit(module: Classifier, train: Loader, test: Loader, *callbacks: pl.Callback) -> str:

@@ -29,10 +29,10 @@ class Classifier(pl.LightningModule):
             image_size=side,
             patch_size=4,
             num_channels=1,
-            hidden_size=64,
-            num_hidden_layers=3,
+            hidden_size=32,
+            num_hidden_layers=2,
             num_attention_heads=4,
-            intermediate_size=256,
+            intermediate_size=128,
             num_labels=10,
         )
         self.network = ViTForImageClassification(config)
@@ -46,7 +46,7 @@ class Classifier(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
 def pictures(folder: str | None, name: str) -> Loader:
@@ -57,10 +57,10 @@ def pictures(folder: str | None, name: str) -> Loader:
         marks = gzip.decompress(Path(folder, f"{name}-labels-idx1-ubyte.gz").read_bytes())
         y = torch.from_numpy(np.frombuffer(marks, np.uint8, offset=8).copy()).long()
         return DataLoader(TensorDataset(x / 255 - 0.5, y), batch_size=128)
-    x, y = torch.randn(1024, 1, 16, 16), torch.arange(1024) % 10
+    x, y = torch.randn(512, 1, 16, 16), torch.arange(512) % 10
     for i, label in enumerate(y.tolist()):
-        x[i, :, 4 * (label // 4) : 4 * (label // 4) + 4, 4 * (label % 4) : 4 * (label % 4) + 4] += 1
-    return DataLoader(TensorDataset(x, y), batch_size=64)
+        x[i, :, 4 * (label // 4) : 4 * (label // 4) + 4, 4 * (label % 4) : 4 * (label % 4) + 4] += 4
+    return DataLoader(TensorDataset(x, y), batch_size=32)
 
 
 def fit(module: Classifier, train: Loader, test: Loader, *callbacks: pl.Callback) -> str:

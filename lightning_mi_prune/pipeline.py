@@ -80,7 +80,6 @@ from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import update_optimizers
 from lightning_mi_prune.surgery.units import apply_plan, check_cuttable, revert_rewrites
 from lightning_mi_prune.surgery.verification import (
-    check_graph,
     compiled_part,
     half_plan,
     held_elsewhere,
@@ -592,9 +591,7 @@ def _graph_of(
     """
     model = tracker.module
     if given is not None:
-        found = PruningGraph.load(given) if isinstance(given, str) else given
-        check_graph(found, model)
-        return found
+        return PruningGraph.load(given) if isinstance(given, str) else given
     try:
         _ = tracker.graph
     except NotDescribedError:
@@ -694,7 +691,8 @@ def _check_surroundings(
     """
     tensors = parameters_in(model, chosen)
     check_optimizers(optimizers, tensors.values())
-    compiled = compiled_part(model, {name.rpartition(".")[0] for name in tensors})
+    paths = {s.tensor.rpartition(".")[0] for group in chosen for s in group.tensors}
+    compiled = compiled_part(model, paths)
     if compiled is not None:
         raise PruningError(
             f"{compiled!r} is compiled for the uncut shape; expected a plain module. Prune first, "

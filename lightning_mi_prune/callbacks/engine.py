@@ -67,7 +67,6 @@ from lightning_mi_prune.reporting.tables import print_cut
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import update_optimizers
 from lightning_mi_prune.surgery.transaction import cancel_cut, cut_model
-from lightning_mi_prune.surgery.verification import check_graph
 
 __all__ = [
     "PruningStrategy",
@@ -267,7 +266,6 @@ class RunEngine:
 
         def prepare() -> Mapping[str, object]:
             if graph is not None:
-                check_graph(graph, module)
                 session.tracker.adopt(graph)
             try:
                 plan = session.plan

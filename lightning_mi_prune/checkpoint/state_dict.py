@@ -175,10 +175,13 @@ class PlanTracker:
 
         Args:
             graph: What a recorded call showed, or what a file holds.
+
+        Raises:
+            PruningError: If it is the graph of another model.
         """
+        self._graph = self._with_stored(self._graph, graph)
         self._finders.clear()
         self._is_recorded = True
-        self._graph = self._graph.joined(graph)
         if self._plan is not None:
             self._plan = self._graph.full.joined(self._plan)
         self._share()

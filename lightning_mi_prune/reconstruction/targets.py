@@ -92,8 +92,8 @@ def layers_to_reconstruct(
         found.append(
             ReconstructedLayer(consumer, None, rows(consumer), optional=True, rotation=turn)
         )
-    # Several groups may be read by one layer: heads, and the dimensions of each.
-    return list({layer.layer: layer for layer in reversed(found)}.values())[::-1]
+    # Heads and their dimensions have the same consumer.
+    return list({one.layer: one for one in reversed(found)}.values())[::-1]
 
 
 class Targets:

@@ -26,7 +26,6 @@ from lightning_mi_prune.surgery.transaction import cut_model
 
 __all__ = [
     "Failure",
-    "check_graph",
     "compiled_part",
     "copy_module",
     "half_plan",
@@ -141,35 +140,6 @@ def half_plan(groups: Sequence[DependencyGroup], current: PruningPlan) -> Prunin
     """
     kept = {a.name: current.kept[a.name][: -(-current.width(a.name) // 2)] for a in groups}
     return PruningPlan({group.name: group.size for group in groups}, kept)
-
-
-def check_graph(graph: PruningGraph, module: nn.Module) -> None:
-    """Refuse a graph of another model.
-
-    Args:
-        graph: What can be cut, of the model as built.
-        module: The model, which may have been cut.
-
-    Raises:
-        PruningError: Naming a tensor that is missing or larger than in the graph.
-    """
-    tensors = {
-        name: tensor
-        for found in (module.named_parameters, module.named_buffers)
-        for name, tensor in found(remove_duplicate=False)
-    }
-    layers = tuple(f"{stack.name}." for stack in graph.stacks)
-    for group in graph.groups:
-        for dim in group.tensors:
-            shape = tuple(tensors[dim.tensor].shape) if dim.tensor in tensors else None
-            moved = dim.tensor.startswith(layers)  # layers below may be gone
-            if shape is None and moved:
-                continue
-            if shape is None or len(shape) != len(dim.shape) or shape[dim.dim] > dim.shape[dim.dim]:
-                raise PruningError(
-                    f"The graph is of another model: {dim.tensor!r} has shape {dim.shape} in it "
-                    f"and {shape or 'is missing'} here. Give the graph of this model, or none."
-                )
 
 
 def compiled_part(module: nn.Module, cut: Iterable[str]) -> str | None:

@@ -87,22 +87,21 @@ class TorchEncoder(nn.Module):
         return self.head(self.encoder(self.embedding(input_ids)).mean(1))
 
 
-class Functional(nn.Module):
-    """Parameters of its own, used by functions; no layer classes."""
+class Residual(nn.Module):
+    """Two blocks of neurons that add to their input."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.ParameterList(nn.Parameter(torch.randn(40, 24) / 5) for _ in range(2))
-        self.bias = nn.ParameterList(nn.Parameter(torch.randn(40) / 5) for _ in range(2))
-        self.down = nn.ParameterList(nn.Parameter(torch.randn(24, 40) / 6) for _ in range(2))
-        self.embedding = nn.Parameter(torch.randn(VOCABULARY, 24))
-        self.head = nn.Parameter(torch.randn(3, 24) / 5)
+        self.embedding = nn.Embedding(VOCABULARY, 24)
+        self.up = nn.ModuleList(nn.Linear(24, 40) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(40, 24) for _ in range(2))
+        self.head = nn.Linear(24, 3)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        x = functional.embedding(input_ids, self.embedding)
-        for up, bias, down in zip(self.up, self.bias, self.down, strict=True):
-            x = x + functional.linear(functional.gelu(functional.linear(x, up, bias)), down)
-        return functional.linear(x.mean(1), self.head)
+        x = self.embedding(input_ids)
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(functional.gelu(up(x)))
+        return self.head(x.mean(1))
 
 
 @dataclass(frozen=True)
@@ -114,14 +113,12 @@ class Kind:
         data: ``"text"`` (with a class), ``"tokens"`` (to predict) or ``"pictures"``.
         kinds: Kinds of unit that must be found and verified.
         generates: Whether it generates text.
-        norms: Names in parameters that random weights leave alone.
     """
 
     build: Callable[[], nn.Module]
     data: str
     kinds: tuple[str, ...]
     generates: bool = False
-    norms: tuple[str, ...] = ("norm", "LayerNorm", "ln_", "bn")
 
 
 ZOO: dict[str, Kind] = {
@@ -218,7 +215,7 @@ ZOO: dict[str, Kind] = {
     "depthwise": Kind(Depthwise, "pictures", ("channels",)),
     "concatenated": Kind(Concatenated, "pictures", ("channels",)),
     "torch-encoder": Kind(TorchEncoder, "text", ("ffn",)),
-    "functional": Kind(Functional, "text", ("ffn",)),
+    "hand-written": Kind(Residual, "text", ("ffn",)),
 }
 
 
