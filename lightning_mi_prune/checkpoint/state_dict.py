@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
+from lightning_mi_prune.checkpoint.stored_graph import check_stored, is_apart
 from lightning_mi_prune.checkpoint.validation import (
     PLAN_KEY,
     changed_groups,
@@ -20,6 +20,7 @@ from lightning_mi_prune.checkpoint.validation import (
     load_errors,
     named_from,
     plan_in_state,
+    write_plan,
 )
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
@@ -29,6 +30,7 @@ from lightning_mi_prune.discovery.families.stacks import find_stacks, stack_at
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, as_built, full_plan
 from lightning_mi_prune.surgery.layers import RemovedLayers, without_storage
+from lightning_mi_prune.surgery.tensors import unsaved_buffers
 from lightning_mi_prune.surgery.transaction import cancel_cut, reshape_model
 
 __all__ = ["Find", "PlanTracker"]
@@ -259,21 +261,23 @@ class PlanTracker:
             n for n in self._plan.sizes if not any(is_within(n, path) for path in self._below)
         )
         if not own.is_full:
-            text = own.to_json().encode()
-            state[prefix + PLAN_KEY] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            with contextlib.suppress(PruningError):  # then the plan goes alone
+                state[prefix + PLAN_KEY] = write_plan(own, self.graph)
+                return
+            state[prefix + PLAN_KEY] = write_plan(own, self._graph)
 
     def _apply(
         self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, **__: Any
     ) -> None:
-        stored = plan_in_state(state, prefix)
+        stored, described = plan_in_state(state, prefix)
         if stored is None and self._plan is None:
             return
         weights = named_from("", state, prefix)
         if stored is not None:
-            graph = self._graph_for(stored)
+            graph = self._graph_for(stored, described)
             plan, current = self._completed(stored, graph, weights)
             check_weights(module, graph, plan, current, weights)
-        elif is_uncut(self.graph, self.plan, weights):
+        elif is_uncut(self.graph, self.plan, weights, unsaved_buffers(module)):
             graph, current = self.graph, self.plan
             plan = graph.full
         else:
@@ -310,13 +314,15 @@ class PlanTracker:
             )
         self.store(done.removed)
 
-    def _graph_for(self, stored: PruningPlan) -> PruningGraph:
-        """The known graph, and what is found in the module if the plan names more."""
+    def _graph_for(self, stored: PruningPlan, described: PruningGraph | None) -> PruningGraph:
+        """The known graph if it has all that the plan names, else the stored or what is found."""
         unknown: PruningError | None = None
         try:
             graph = self.graph
         except PruningError as error:  # a model of no known family may still have lost layers
             graph, unknown = self._graph, error
+        if described is not None and not set(stored.sizes) <= {part.name for part in graph.parts}:
+            graph = self._with_stored(graph, described)
         for find in (find_groups, find_stacks):
             names = {part.name for part in graph.parts}
             if not set(stored.sizes) <= names:
@@ -340,6 +346,28 @@ class PlanTracker:
                 )
         return graph
 
+    def _with_stored(self, known: PruningGraph, described: PruningGraph) -> PruningGraph:
+        """The graph of a checkpoint, and those known groups that cut nothing of what it cuts."""
+        now = described.full.joined(present_plan(self.module, described.groups))
+        own = set() if self._plan is None else {*_removals(self._plan)}
+        if own & {part.name for part in described.parts}:
+            now = now.joined(self.plan.only(own & set(now.sizes)))
+        check_stored(self.module, described, now)
+        apart = [part for part in known.groups if is_apart(part, described)]
+        cut = own & {part.name for part in known.groups} - {
+            *(part.name for part in apart),
+            *(part.name for part in described.groups),
+        }
+        if cut:
+            raise PruningError(
+                f"The checkpoint names other units than those that were cut here: {sorted(cut)[:6]}"
+                ". Load it into a model as built."
+            )
+        graph = described.joined(PruningGraph(tuple(apart), known.stacks))
+        if self._plan is not None:
+            self._plan = self._plan.only(part.name for part in graph.parts)
+        return graph
+
     def _completed(
         self, stored: PruningPlan, graph: PruningGraph, state: Mapping[str, Any]
     ) -> tuple[PruningPlan, PruningPlan]:
@@ -350,7 +378,8 @@ class PlanTracker:
         now = graph.full.joined(present_plan(self.module, graph.groups))
         if self._plan is not None:
             now = now.joined(self.plan)
-        grown = [group for group in graph.groups if is_group_uncut(group, state)]
+        unsaved = unsaved_buffers(self.module)
+        grown = [group for group in graph.groups if is_group_uncut(group, state, unsaved)]
         return now.joined(full_plan(grown)).joined(stored), now
 
 

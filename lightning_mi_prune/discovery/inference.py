@@ -292,6 +292,7 @@ class _Collector:
                 dim,
                 tuple(self.tensors[tensor].shape),
                 layout_of(self.trace.dims(self.tensors[tensor])[dim], names),
+                buffer=not isinstance(self.tensors[tensor], nn.Parameter),
             )
             for tensor, dim in self.places[id(atom)]
         )
