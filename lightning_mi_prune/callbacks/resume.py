@@ -16,9 +16,8 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mi_prune.calibration.activations import ActivationRecorder
+from lightning_mi_prune.calibration.activations import input_sizes
 from lightning_mi_prune.calibration.gradients import GradientSums, empty_sums
-from lightning_mi_prune.calibration.moments import Moments
 from lightning_mi_prune.callbacks.monitors import MetricGuard
 from lightning_mi_prune.callbacks.schedule import CutSchedule, validates_after
 from lightning_mi_prune.callbacks.state import RunState, Snapshot
@@ -242,12 +241,11 @@ def reconcile_units(
         What was dropped, in a sentence each.
     """
     dropped, names = [], {group.name for group in groups}
+    widths = input_sizes(module, groups)
     shapes, data = _shapes(empty_sums(module, groups, plan)), state.calibration
     if state.gradients is not None and (not steps or _shapes(state.gradients) != shapes):
         state.gradients = None  # collected anew in the rest of the epoch
-    if data is not None and _dimensions(data.moments) != _dimensions(
-        ActivationRecorder(module, groups).moments
-    ):
+    if data is not None and {key: m.dimension for key, m in data.moments.items()} != widths:
         state.calibration = None
         dropped.append("Calibration was of other groups; a cut waits for the next validation.")
     elif data is not None and (
@@ -435,10 +433,6 @@ def forget_metric(state: RunState, guard: MetricGuard | None) -> list[str]:
             dropped.append("max_drop compares something else now: the last cut is kept.")
         state.best, state.monitored = None, monitored
     return dropped
-
-
-def _dimensions(moments: Mapping[str, Moments]) -> dict[str, int]:
-    return {key: sums.dimension for key, sums in moments.items()}
 
 
 def _shapes(sums: Mapping[str, GradientSums]) -> dict[str, tuple[int, int, bool]]:

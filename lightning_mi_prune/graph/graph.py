@@ -316,12 +316,21 @@ def choose_groups(
         PruningError: If a kind or an expression matches no group, is not valid, or nothing is left.
     """
     present = sorted({group.kind for group in groups})
+    given = kinds is not None
     if kinds is None:
         kinds = [kind for kind in _DEFAULT if kind in present] or present
     for kind in kinds:
         if kind not in present:
             raise PruningError(f"kinds={list(kinds)} names {kind!r}; this model has {present}.")
     chosen = [group for group in groups if group.kind in kinds]
+    unread = [group.name for group in chosen if group.name in _unread(groups)]
+    if unread and (given or len(unread) == len(chosen)):
+        raise PruningError(
+            f"kinds={list(kinds)} names {shortened(unread)}, which no layer reads alone: queries "
+            "and keys are multiplied with each other. A plan can cut them (apply_plan), but "
+            "nothing ranks them; leave the kind out."
+        )
+    chosen = [group for group in chosen if group.name not in unread]
     for option, expression in (("include", include), ("exclude", exclude)):
         if expression is not None:
             found = _found(chosen, option, expression, modules)
@@ -332,6 +341,13 @@ def choose_groups(
             f"exclude={exclude!r} leave no group of {len(groups)}; loosen one of them."
         )
     return chosen
+
+
+def _unread(groups: Sequence[DependencyGroup]) -> set[str]:
+    """Names of dimensions of heads that can be cut, but not rotated and so not ranked."""
+    return {
+        g.name for g in groups if not g.consumers or (g.kind == "head_dim" and g.rotation is None)
+    }
 
 
 def summarize_groups(groups: Sequence[DependencyGroup]) -> str:
