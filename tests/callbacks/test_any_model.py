@@ -65,8 +65,7 @@ def moved(module: Learner) -> set[str]:
     module = copy.deepcopy(module).train()  # running statistics of others' model stay
     module.zero_grad()
     module.loss(batches(module.kind.data, 1, seed=2)[0]).backward()
-    found = {n for n, p in module.named_parameters() if p.grad is not None and p.grad.any()}
-    return found
+    return {n for n, p in module.named_parameters() if p.grad is not None and p.grad.any()}
 
 
 @torch.no_grad()
