@@ -322,7 +322,7 @@ class PlanTracker:
         except PruningError as error:  # a model of no known family may still have lost layers
             graph, unknown = self._graph, error
         if described is not None and not set(stored.sizes) <= {part.name for part in graph.parts}:
-            graph = self._with_stored(graph, described)
+            graph, unknown = self._with_stored(graph, described), None
         for find in (find_groups, find_stacks):
             names = {part.name for part in graph.parts}
             if not set(stored.sizes) <= names:
