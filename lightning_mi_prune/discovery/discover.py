@@ -132,7 +132,7 @@ def discover_run(
         sum(p.numel() for p in module.parameters()),
         _reachable(module, groups),
     )
-    _check_found(module, graph)
+    _check_found(module, graph, warn=kinds is None)
     return graph
 
 
@@ -311,7 +311,7 @@ def _reachable(module: nn.Module, groups: Sequence[DependencyGroup]) -> int:
     return sum(found.values())
 
 
-def _check_found(module: nn.Module, graph: PruningGraph) -> None:
+def _check_found(module: nn.Module, graph: PruningGraph, *, warn: bool) -> None:
     """Refuse a graph of nothing, and warn where it reaches little."""
     kind = type(module).__name__
     reasons = [f"{r.name} ({r.reason})" for r in graph.refused[:3]]
@@ -322,7 +322,7 @@ def _check_found(module: nn.Module, graph: PruningGraph) -> None:
             f"Nothing of {kind} can be pruned{why}. Expected a call in which units of one layer "
             "are read by another; call the whole network on an example."
         )
-    if graph.reachable < _SHARE * graph.parameters:
+    if warn and graph.reachable < _SHARE * graph.parameters:
         warnings.warn(
             f"Only {graph.reachable / graph.parameters:.0%} of the parameters of {kind} are in "
             f"groups that can be pruned{why}. print(graph) shows all of it.",
