@@ -24,7 +24,12 @@ from lightning_mi_prune.checkpoint.validation import (
 )
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups, is_within, present_plan
+from lightning_mi_prune.discovery.families import (
+    NotDescribedError,
+    find_groups,
+    is_within,
+    present_plan,
+)
 from lightning_mi_prune.discovery.families.residual import module_at
 from lightning_mi_prune.discovery.families.stacks import find_stacks, stack_at
 from lightning_mi_prune.graph.graph import PruningGraph
@@ -73,6 +78,7 @@ class PlanTracker:
         self._finders: list[Find] = [find]
         self._all_finders: list[Find] = [find]
         self._graph = PruningGraph()
+        self._is_recorded = False  # then it is whole, whatever families describe
         self._plan: PruningPlan | None = None
         self._removed: dict[str, dict[int, nn.Module]] = {}
         self._below: dict[str, PlanTracker] = {}
@@ -119,7 +125,11 @@ class PlanTracker:
     def graph(self) -> PruningGraph:
         """All groups and stacks of the module, as built."""
         while self._finders:
-            self._add(self._finders[0](self.module))
+            try:
+                self._add(self._finders[0](self.module))
+            except NotDescribedError:
+                if not self._is_recorded:
+                    raise
             self._finders.pop(0)
             self._share()
         return self._graph
@@ -158,6 +168,22 @@ class PlanTracker:
         for name, layers in removed.items():
             known = self._removed.setdefault(name, {})
             known |= {place: without_storage(layer) for place, layer in layers.items()}
+        self._share()
+
+    def adopt(self, graph: PruningGraph) -> None:
+        """Use a graph, as built, in place of what the finders would find.
+
+        Args:
+            graph: What a recorded call showed, or what a file holds.
+
+        Raises:
+            PruningError: If it is the graph of another model.
+        """
+        self._graph = self._with_stored(self._graph, graph)
+        self._finders.clear()
+        self._is_recorded = True
+        if self._plan is not None:
+            self._plan = self._graph.full.joined(self._plan)
         self._share()
 
     def close(self) -> None:
@@ -252,7 +278,7 @@ class PlanTracker:
             self._removed = {name: s for name, s in self._removed.items() if stays(name)}
             if self._plan is not None:
                 self._plan = self._plan.only(filter(stays, self._plan.sizes))
-            self._finders = list(self._all_finders)
+            self._finders, self._is_recorded = list(self._all_finders), False
 
     def _write(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         if self._plan is None:

@@ -54,7 +54,7 @@ class Number:
 
     Args:
         module: Path of the module.
-        attribute: Where it is there: ``"num_heads"``, ``"config.n_head"``, ``"sizes[1]"``.
+        attribute: Where it is there: ``"num_heads"``, ``"config.n_head"``, ``"sizes.1"``.
         value: The number.
     """
 
@@ -70,7 +70,7 @@ def numbers_of(module: nn.Module) -> list[Number]:
         >>> net = nn.Module()
         >>> net.heads, net.sizes = 4, [3, 5]
         >>> [(number.attribute, number.value) for number in numbers_of(net)]
-        [('heads', 4), ('sizes[0]', 3), ('sizes[1]', 5)]
+        [('heads', 4), ('sizes.0', 3), ('sizes.1', 5)]
     """
     found = []
     for path, part in module.named_modules():
@@ -93,7 +93,7 @@ def _numbers(name: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
     elif type(value) in (tuple, list):
         for index, each in enumerate(value[:_LONGEST]):
             if type(each) is int and each > 1:
-                yield f"{name}[{index}]", each
+                yield f"{name}.{index}", each
     elif depth and hasattr(value, "to_dict") and not isinstance(value, nn.Module):
         for inner, each in vars(value).items():
             if inner[:1] != "_":
@@ -213,7 +213,7 @@ def _with_origin(path: str, name: str, value: Any, depth: int) -> Any:
         return _tagged(value, frozenset({(path, name)})) if value > 1 else value
     if type(value) in (tuple, list) and any(type(each) is int for each in value[:_LONGEST]):
         return type(value)(
-            _with_origin(path, f"{name}[{i}]", v, 0) if type(v) is int else v
+            _with_origin(path, f"{name}.{i}", v, 0) if type(v) is int else v
             for i, v in enumerate(value)
         )
     if depth and hasattr(value, "to_dict") and not isinstance(value, nn.Module):
@@ -271,7 +271,7 @@ def describing_attributes(
             sequence = attribute == "normalized_shape"
             held = getattr(part, attribute, None)
             if sequence and (not isinstance(held, tuple) or len(held) != 1):
-                attribute, sequence = f"normalized_shape[{dim}]", False
+                attribute, sequence = f"normalized_shape.{dim}", False
             found.setdefault((path, attribute), SizeAttribute(path, attribute, described, sequence))
     for path, part in module.named_modules():
         if isinstance(part, nn.MultiheadAttention):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mi_prune.core.running import evaluating, fixed_random_state
-from lightning_mi_prune.graph.groups import SizeAttribute
 from lightning_mi_prune.surgery.attention import slow_path
 from lightning_mi_prune.surgery.verification import copy_module
 
@@ -27,7 +26,6 @@ __all__ = [
     "relative_difference",
     "results_of",
     "run_once",
-    "set_size",
     "structural_copy",
     "tensor_at",
     "tensor_outputs",
@@ -186,33 +184,6 @@ def put_tensors(module: nn.Module, replaced: Mapping[int, Tensor]) -> None:
                 if isinstance(old, nn.Parameter):
                     value = new.setdefault(id(old), nn.Parameter(value, old.requires_grad))
                 setattr(part, name, value)
-
-
-_ENTRY = re.compile(r"(\w+)\[(\d+)\]")  # of a list or tuple
-
-
-def set_size(module: nn.Module, attribute: SizeAttribute, value: int) -> None:
-    """Set a number on a module of a copy; containers and configs on the way become its own."""
-    owner = module.get_submodule(attribute.module)
-    if attribute.sequence:
-        setattr(owner, attribute.attribute, type(getattr(owner, attribute.attribute))((value,)))
-    else:
-        _set_within(owner, attribute.attribute.split("."), value)
-
-
-def _set_within(owner: Any, path: Sequence[str], value: Any) -> None:
-    first, *rest = path
-    if rest:
-        inner = copy.copy(getattr(owner, first))
-        _set_within(inner, rest, value)
-        setattr(owner, first, inner)
-        return
-    entry = _ENTRY.fullmatch(first)
-    if entry is not None:
-        first, held = entry[1], getattr(owner, entry[1])
-        index = int(entry[2])
-        value = type(held)([*held[:index], value, *held[index + 1 :]])
-    setattr(owner, first, value)
 
 
 def first_line(error: BaseException) -> str:

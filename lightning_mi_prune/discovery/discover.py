@@ -289,7 +289,7 @@ def _of_kinds(inference: Inference, kinds: Sequence[str] | None) -> Inference:
 def _that_may_be_empty(verifier: Verifier, solution: Solution) -> tuple[DependencyGroup, ...]:
     """Note which neurons beside a residual stream can all go: then the layer only adds its bias."""
     names = {g.name for g in solution.groups if g.kind == "ffn" and g.residual is not None}
-    some = [group for group in solution.groups if group.name in names]
+    some = [replace(g, may_be_empty=True) for g in solution.groups if g.name in names]
     try:
         empty = bool(some) and verifier.check_kept(some, dict.fromkeys(names, ())).equal
     except OutOfTime:

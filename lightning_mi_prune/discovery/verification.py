@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.copies import (
     Run,
     changed_within,
@@ -26,15 +26,14 @@ from lightning_mi_prune.discovery.copies import (
     put_tensors,
     relative_difference,
     run_once,
-    set_size,
     structural_copy,
     tensor_at,
     tensor_outputs,
 )
 from lightning_mi_prune.discovery.inference import Reduction
 from lightning_mi_prune.graph.groups import DependencyGroup
-from lightning_mi_prune.graph.layouts import kept_positions, layout_names, layout_size, map_layout
-from lightning_mi_prune.surgery.attention import fit_attentions
+from lightning_mi_prune.graph.layouts import kept_positions, layout_names, map_layout
+from lightning_mi_prune.surgery.units import apply_plan
 
 __all__ = [
     "OutOfTime",
@@ -240,7 +239,8 @@ class Verifier:
             return Outcome(f"the masked module fails ({first_line(error)})")
         with changed_within(self.base):
             try:
-                self._cut(groups, kept)
+                cut = {group.name: group.size for group in groups}
+                apply_plan(self.base, groups, PruningPlan(cut, kept))
                 got = self.call(self.base)
             except OutOfTime:
                 raise
@@ -257,25 +257,6 @@ class Verifier:
             (name, dim, kept_positions(layout, kept, self.sizes))
             for (name, dim), layout in dims.items()
         ]
-
-    def _cut(self, groups: Sequence[DependencyGroup], kept: Mapping[str, tuple[int, ...]]) -> None:
-        """Give the base the smaller tensors and numbers."""
-        smaller: dict[int, Tensor] = {}
-        done: set[tuple[int, int]] = set()
-        for name, dim, index in self._positions(groups, kept):
-            old = tensor_at(self.base, name)
-            if old is None:
-                raise PruningError(f"The module has no tensor {name!r}.")
-            if (id(old), dim) not in done:  # tied under another name
-                done.add((id(old), dim))
-                now = smaller.get(id(old), old.detach())
-                where = torch.tensor(index, dtype=torch.long, device=old.device)
-                smaller[id(old)] = now.index_select(dim, where)
-        put_tensors(self.base, smaller)
-        widths = self.sizes | {name: len(units) for name, units in kept.items()}
-        for attribute in {a for group in groups for a in group.attributes}:
-            set_size(self.base, attribute, layout_size(attribute.layout, widths))
-        fit_attentions(self.base, (s.tensor for group in groups for s in group.tensors))
 
     def _compared(self, got: Sequence[Tensor], want: Sequence[Tensor]) -> Outcome:
         if len(got) != len(want):

@@ -141,7 +141,7 @@ def test_numbers_that_reach_a_size_are_seen() -> None:
     net = structural_copy(Numbers())
     before = dict(vars(net))
     seen = seen_numbers(net, lambda net: net(torch.ones(2, 12)))
-    assert seen == {("", "heads"), ("", "offset"), ("", "sizes[0]")}
+    assert seen == {("", "heads"), ("", "offset"), ("", "sizes.0")}
     assert {name: type(value) for name, value in vars(net).items() if type(value) is int} == {
         name: int for name, value in before.items() if type(value) is int
     }
