@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_mi_prune.checkpoint.loading import load_pruned
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
@@ -19,7 +20,8 @@ from tests.support.discovered import MODELS, build, graph_of, half, kinds_of, ou
 def cut(name, kinds=None):
     """A model that lost half of its units, with a tracker."""
     (model, call), graph = build(name), graph_of(name)
-    tracker = PlanTracker(model, lambda _: graph.parts)
+    tracker = PlanTracker(model)
+    tracker.adopt(graph)
     plan = half(graph, kinds or set(kinds_of(name)))
     cut_model(model, tracker.graph, plan, current=graph.full)
     tracker.plan = plan
@@ -62,9 +64,21 @@ def test_other_cuts_of_one_model_follow_each_other():
         assert set(tracker.plan.sizes) == set(graph_of("fused queries").full.sizes)
 
 
+def test_a_part_keeps_its_graph_when_it_is_taken_out(tmp_path):
+    model, call = cut("convolutions")
+    whole = nn.ModuleDict({"net": model})
+    tracker = PlanTracker.of(whole)
+    assert not tracker.plan.is_full
+    torch.save(whole.state_dict(), tmp_path / "whole.pt")
+    fresh = nn.ModuleDict({"net": build("convolutions", seed=1)[0]})
+    load_pruned(fresh, tmp_path / "whole.pt")
+    assert torch.equal(output_of(fresh["net"], call), output_of(model, call))
+
+
 def test_models_that_lost_nothing_hold_no_entry():
     model, _ = build("convolutions")
-    tracker = PlanTracker(model, lambda _: graph_of("convolutions").parts)
+    tracker = PlanTracker(model)
+    tracker.adopt(graph_of("convolutions"))
     assert tracker.plan.is_full
     assert not any(map(is_plan, model.state_dict()))
 
