@@ -34,7 +34,6 @@ Claims = Mapping[tuple[str, str], SizeAttribute]
 
 _MOST = {1: 8, 2: 5, 3: 4}  # numbers of which sets of each size are tried
 _MOST_TIME = 0.2  # of what is left, for the numbers of one class of groups
-_ALIKE = 0.05  # difference of nearness below which a number may count either of two groups
 _LOCAL = 0.6  # nearness from which a number that is not seen is taken to describe a group
 _DESCRIBES = re.compile(
     "head|hidden|dim|size|width|channel|feature|embed|inner|intermediate|ffn|d_|n_|num_"
@@ -188,19 +187,19 @@ class _Search:
         self, classes: Sequence[list[str]], guess: Claims
     ) -> list[tuple[list[str], list[str]]]:
         """Classes of dimensions of heads that are counted by one number, which ties them."""
-        nearest: dict[tuple[str, str], list[tuple[float, list[str]]]] = {}
+        counted: dict[tuple[str, str], list[list[str]]] = {}
         for names in classes:
-            for candidate in self.candidates(names):
+            group = self.groups[names[0]]
+            for candidate in self.candidates(names) if group.kind == "head_dim" else ():
                 one = candidate.attributes[0]
                 key = (one.module, one.attribute)
-                single = one.layout == ((layout_names(one.layout)[0],),)
-                if self.groups[names[0]].kind == "head_dim" and key in guess and single:
-                    nearest.setdefault(key, []).append((candidate.nearness, names))
+                stem = f"{one.module}." if one.module else ""
+                holds = any(s.tensor.startswith(stem) for s in group.tensors)
+                if holds and key in guess and one.layout == ((names[0],),):
+                    counted.setdefault(key, []).append(names)
         found: list[tuple[list[str], list[str]]] = []
         gone: list[list[str]] = []
-        for counted in nearest.values():
-            best = max(share for share, _ in counted)
-            first, *others = [names for share, names in counted if share > best - _ALIKE]
+        for first, *others in counted.values():
             for names in others:
                 if names not in gone and first not in gone and self.related(first, names):
                     found.append((first, names))
