@@ -180,6 +180,16 @@ class _Search:
             self.claims = {**tied, **self.claims}
         else:
             self.verifier, self.groups, self.claims = before
+            plain = [names for names in classes if self.groups[names[0]].kind != "head_dim"]
+            every = [name for names in plain for name in names]
+            mine = _naming(guess, every)
+            if (
+                every
+                and len(plain) < len(classes)
+                and self.check(every, {**mine, **self.claims}).equal
+            ):
+                self.accepted, self.claims = every, {**mine, **self.claims}
+                classes = [names for names in classes if names not in plain]
             self.one_by_one(classes, guess)
         self.describe()
 
@@ -282,18 +292,10 @@ class _Search:
 
     def together(self, passed: Sequence[tuple[list[str], Claims]]) -> None:
         """Accept classes that passed alone, as many of them at once as possible."""
-        every = [name for names, _ in passed for name in names]
-        claims = dict(self.claims)
-        clash = False
-        for _, found in passed:
-            clash = clash or any(claims.get(key, claim) != claim for key, claim in found.items())
-            claims |= found
-        if not clash and (len(passed) < 2 or self.check(every, claims).equal):
-            self.accepted, self.claims = every, claims
-            return
         count = [sum(count_parameters([self.groups[n]]) for n in names) for names, _ in passed]
         order = sorted(range(len(passed)), key=lambda i: -count[i])
-        self.grow([passed[i] for i in order])
+        if passed:
+            self.grow([passed[i] for i in order])
 
     def grow(self, passed: Sequence[tuple[list[str], Claims]]) -> None:
         """Accept classes beside those that are accepted, all at once or halved."""
@@ -375,13 +377,21 @@ class _Search:
         return None, plain
 
     def alone(self, names: Sequence[str], guess: Claims) -> list[str]:
-        """Those of the groups of a class that pass, found by halving."""
-        if self.check(names, {**_naming(guess, names), **self.claims}).equal:
-            return [*names]
-        if len(names) == 1:
-            return []
+        """Those of the groups of a class that pass, if its first or its last does."""
+
+        def passes(some: Sequence[str]) -> bool:
+            return self.check(some, {**_naming(guess, some), **self.claims}).equal
+
+        def within(some: Sequence[str]) -> list[str]:
+            if passes(some):
+                return [*some]
+            half = len(some) // 2
+            return within(some[:half]) + within(some[half:]) if half else []
+
         half = len(names) // 2
-        return self.alone(names[:half], guess) + self.alone(names[half:], guess)
+        if not passes(names[:1]) and not passes(names[-1:]):
+            return []  # each of dozens of layers would be tried in vain
+        return within(names[:half]) + within(names[half:])
 
     # ----------------------------------------------------------------------------------- ties
 
