@@ -1,0 +1,434 @@
+"""From one recorded call to the groups of a model: record, follow every operator, collect.
+
+What remains without a reason to keep its size can be cut: every such atom that occurs in a
+parameter is a dependency group, with the dimensions it occurs in. Nothing here was tried yet;
+:mod:`verification` does that. Groups have no attributes (numbers in Python code) yet, and those
+that no layer reads, such as the dimensions of queries and keys, have no consumers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_mi_prune.core.consumers import why_not_consumer
+from lightning_mi_prune.discovery.expressions import (
+    Atom,
+    Expression,
+    atoms_of,
+    factors_of,
+    fix,
+    resolve,
+    terms_of,
+)
+from lightning_mi_prune.discovery.labels import Candidate, kinds_of, names_of
+from lightning_mi_prune.discovery.recording import Operator, Recording, record_call, tensors_in
+from lightning_mi_prune.discovery.rules import follow
+from lightning_mi_prune.discovery.stacks import find_chains
+from lightning_mi_prune.discovery.streams import Streams
+from lightning_mi_prune.discovery.tracing import DATA, Trace, WeightUse
+from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, PrunableDim, Refusal
+from lightning_mi_prune.graph.layouts import Block, Factor, Layout, layout_names
+
+__all__ = [
+    "Inference",
+    "Reduction",
+    "infer",
+]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """An operator that computes statistics over units, such as ``layer_norm``.
+
+    Args:
+        index: Running number of the operator in the recorded call.
+        operator: Its name.
+        dims: Position of a tensor among all tensor arguments, its dimension, and the layout of it.
+    """
+
+    index: int
+    operator: str
+    dims: tuple[tuple[int, int, Layout], ...]
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What one recorded call shows.
+
+    Args:
+        groups: Groups, not yet verified, without attributes.
+        stacks: Stacks of layers, without config fields.
+        refused: Units that cannot be cut, and why.
+        reductions: Operators that compute statistics over units of the groups.
+        unknown: Operators without a rule, and the modules in which they ran.
+    """
+
+    groups: tuple[DependencyGroup, ...]
+    stacks: tuple[LayerStack, ...]
+    refused: tuple[Refusal, ...]
+    reductions: tuple[Reduction, ...]
+    unknown: tuple[str, ...]
+
+
+def infer(module: nn.Module, run: Callable[[nn.Module], Any]) -> Inference:
+    """Record one call of a module and collect the groups that its operators leave free.
+
+    The module stays as it is.
+
+    Args:
+        module: The module from which groups are named.
+        run: Calls it, or parts of it, on an example.
+
+    Raises:
+        PruningError: If the call cannot be recorded.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> x = torch.ones(4, 3)
+        >>> (group,) = infer(net, lambda net: net(x)).groups
+        >>> group.name, group.kind, group.size, group.consumers
+        ('0.ffn', 'ffn', 8, ('2',))
+    """
+    recording = record_call(module, run)
+    trace = Trace(recording.tensors)
+    for operator in _used_operators(recording):
+        follow(trace, operator)
+    _fix_results(trace, recording.output)
+    return _Collector(module, recording, trace).collect()
+
+
+def _used_operators(recording: Recording) -> list[Operator]:
+    """Operators whose results matter: others only served to read a shape."""
+    wanted = {id(tensor) for tensor in tensors_in(recording.output)}
+    found = []
+    for operator in reversed(recording.operators):
+        inputs = {id(tensor) for tensor in operator.inputs}
+        outputs = {id(tensor) for tensor in operator.outputs}
+        if not outputs or outputs & wanted or outputs & inputs:
+            wanted |= inputs
+            found.append(operator)
+    return found[::-1]
+
+
+# Outputs that a caller only asks for to look at, or to give them back to the model.
+_INNER = re.compile(r"hidden_state|attention|past|cache|feature_map|states$")
+
+
+def _fix_results(trace: Trace, output: Any) -> None:
+    """Keep every dimension of what a call is made for."""
+    chosen = output
+    if isinstance(output, Mapping):
+        named = {name: value for name, value in output.items() if value is not None}
+        results = {name: value for name, value in named.items() if not _INNER.search(str(name))}
+        chosen = results or named
+    for tensor in tensors_in(chosen):
+        for dim in trace.dims(tensor):
+            fix(dim, "outputs of the call")
+
+
+def layout_of(expression: Expression, names: Mapping[int, str]) -> Layout:
+    """An expression as plain data, with the names of groups for some atoms and sizes for others."""
+    blocks: list[Block] = []
+    for term in terms_of(expression):
+        block: list[Factor] = []
+        for factor in factors_of(term):
+            found = _factor(factor, names)
+            if isinstance(found, int) and block and isinstance(block[-1], int):
+                block[-1] *= found
+            else:
+                block.append(found)
+        plain = tuple(block) or (1,)
+        last = blocks[-1] if blocks else ()
+        if len(plain) == len(last) == 1 and isinstance(plain[0], int) and isinstance(last[0], int):
+            blocks[-1] = (last[0] + plain[0],)
+        else:
+            blocks.append(plain)
+    return tuple(blocks)
+
+
+def _factor(factor: Expression, names: Mapping[int, str]) -> Factor:
+    now = resolve(factor)
+    if isinstance(now, Atom):
+        return names.get(id(now), now.size)
+    inner = layout_of(now, names)
+    return inner[0][0] if len(inner) == len(inner[0]) == 1 else inner
+
+
+def _entries(expression: Expression, wanted: Iterable[Atom]) -> bool:
+    ids = {id(atom) for atom in wanted}
+    return any(id(atom) in ids for atom in atoms_of(expression))
+
+
+class _Collector:
+    """Collects atoms of parameters, and what is known of each."""
+
+    def __init__(self, module: nn.Module, recording: Recording, trace: Trace) -> None:
+        self.module, self.trace = module, trace
+        self.streams = Streams(module, recording, trace)
+        self.stacks = find_chains(module, recording, trace)
+        self.parameters = dict(module.named_parameters())
+        first: dict[int, str] = {}
+        for name, tensor in recording.tensors.items():
+            first.setdefault(id(tensor), name)
+        self.tensors = {name: recording.tensors[name] for name in first.values()}
+        self.atoms: list[Atom] = []
+        self.places: dict[int, list[tuple[str, int]]] = defaultdict(list)
+        for name, tensor in self.tensors.items():
+            for dim, expression in enumerate(trace.dims(tensor)):
+                for atom in {id(atom): atom for atom in atoms_of(expression)}.values():
+                    if id(atom) not in self.places:
+                        self.atoms.append(atom)
+                    self.places[id(atom)].append((name, dim))
+        self.read: dict[int, list[WeightUse]] = defaultdict(list)
+        self.made: dict[int, list[WeightUse]] = defaultdict(list)
+        for use in trace.uses:
+            for dim, expression in enumerate(trace.dims(self._tensor(use))):
+                uses = self.read if dim == use.input_dim else self.made
+                for atom in {id(atom): atom for atom in atoms_of(expression)}.values():
+                    uses[id(atom)].append(use)
+
+    def _tensor(self, use: WeightUse) -> Tensor:
+        return self.tensors[use.tensor]
+
+    def collect(self) -> Inference:
+        """Groups, refusals, reductions and stacks."""
+        free, refused = [], []
+        for atom in self.atoms:
+            if atom.size < 2 or not any(n in self.parameters for n, _ in self.places[id(atom)]):
+                continue
+            if not self.read[id(atom)] and not self.made[id(atom)]:
+                continue  # of no matrix: positions, rows of tables, unused parameters
+            if atom.reasons:
+                refused.append(atom)
+            else:
+                free.append(atom)
+        candidates = [self._candidate(atom, free) for atom in free]
+        kinds = kinds_of(candidates, self.stacks)
+        networks = [self.streams.network(self._first_index(atom)) for atom in free]
+        names = names_of(candidates, kinds, self.stacks, networks)
+        by_atom = {id(atom): name for atom, name in zip(free, names, strict=True)}
+        groups, unread = [], []
+        for atom, kind, network in zip(free, kinds, networks, strict=True):
+            group, reason = self._group(atom, kind, network, by_atom)
+            if group.consumers or kind == "head_dim":
+                groups.append(group)
+            else:
+                unread.append(self._refusal(group.name, kind, atom, reason))
+        ordered = sorted(groups, key=lambda group: group.level)
+        levels = {g.name: rank for rank, g in enumerate(ordered)}
+        groups = [replace(g, level=levels[g.name]) for g in groups]
+        kept = {group.name for group in groups}
+        return Inference(
+            groups=tuple(groups),
+            stacks=tuple(self._stack(path, *sizes) for path, sizes in self.stacks.items()),
+            refused=(
+                *unread,
+                *(
+                    self._refusal(self.places[id(atom)][0][0], "", atom, _reason(atom))
+                    for atom in refused
+                    if _is_news(atom) and self._is_alone(atom, by_atom)
+                ),
+            ),
+            reductions=tuple(self._reductions(by_atom, kept)),
+            unknown=tuple(self.trace.unknown),
+        )
+
+    # ------------------------------------------------------------------------------- candidates
+
+    def _first_index(self, atom: Atom) -> int:
+        uses = self.read[id(atom)] or self.made[id(atom)]
+        return min(use.index for use in uses)
+
+    def _candidate(self, atom: Atom, free: Sequence[Atom]) -> Candidate:
+        number = {id(each): i for i, each in enumerate(free)}
+        products = [
+            {id(each): each for each in atoms_of(term)}
+            for name, dim in self.places[id(atom)]
+            for term in terms_of(self.trace.dims(self.tensors[name])[dim])
+        ]
+        products = [product for product in products if product.pop(id(atom), None) is not None]
+        crossed = [{number[i] for i in product if i in number} for product in products]
+        names = [name for name, _ in self.places[id(atom)]]
+        uses = [*self.read[id(atom)], *self.made[id(atom)]]
+        tensors = tuple(dict.fromkeys(names))
+        return Candidate(
+            size=atom.size,
+            marks=frozenset(atom.marks),
+            tensors=tensors,
+            producers=tuple(dict.fromkeys(use.tensor for use in self.made[id(atom)])),
+            consumers=tuple(dict.fromkeys(use.module for use in self.read[id(atom)])),
+            inside=frozenset(set.intersection(*crossed)),
+            crossed=frozenset(set.union(*crossed)),
+            attended="batched" in atom.marks
+            or any("batched" in each.marks for product in products for each in product.values()),
+            convolution=any(
+                use.operator == "convolution" and self._tensor(use).ndim > 2 for use in uses
+            ),
+            positions=any(use.output.ndim > 2 or self._is_flat(use) for use in uses),
+        )
+
+    def _is_flat(self, use: WeightUse) -> bool:
+        """Whether rows of a product are examples times positions."""
+        rows = factors_of(self.trace.dims(use.output)[0])
+        return len(rows) > 1
+
+    # ------------------------------------------------------------------------------- groups
+
+    def _group(
+        self, atom: Atom, kind: str, network: str, names: Mapping[int, str]
+    ) -> tuple[DependencyGroup, str]:
+        name = names[id(atom)]
+        tensors = tuple(
+            PrunableDim(
+                tensor,
+                dim,
+                tuple(self.tensors[tensor].shape),
+                layout_of(self.trace.dims(self.tensors[tensor])[dim], names),
+            )
+            for tensor, dim in self.places[id(atom)]
+        )
+        sizes = {names[id(each)]: each.size for each in self.atoms if id(each) in names}
+        partners = dict.fromkeys(n for t in tensors for n in layout_names(t.layout) if n != name)
+        uses, reason = self._consumers(atom)
+        by_input: dict[int, dict[str, None]] = defaultdict(dict)
+        for use in uses:
+            by_input[use.source][_owner(use.tensor)] = None
+        inputs = tuple(tuple(paths) for paths in by_input.values())
+        consumers = tuple(dict.fromkeys(path for paths in inputs for path in paths))
+        first = min((use.index for use in uses), default=self._first_index(atom))
+        hidden = kind == "hidden"
+        scope = self.streams.scope(first)
+        group = DependencyGroup(
+            name=name,
+            kind=kind,
+            size=atom.size,
+            tensors=tensors,
+            consumers=consumers,
+            consumers_by_input=inputs if len(inputs) > 1 or hidden else (),
+            network=network,
+            scope=network if scope is None else scope,
+            level=first,
+            residual=None if hidden or not uses else self.streams.residual(uses[0]),
+            above=() if hidden else self._above(uses),
+            norms=self._norms(atom),
+            partners=tuple((other, sizes[other]) for other in partners),
+        )
+        return group, reason
+
+    def _consumers(self, atom: Atom) -> tuple[list[WeightUse], str]:
+        """Uses of weights that read units and can be calibrated; why there are none."""
+        found: list[WeightUse] = []
+        reason = "no layer reads these units"
+        for use in self.read[id(atom)]:
+            path, _, last = use.tensor.rpartition(".")
+            if use.tensor in self.trace.embedded:
+                reason = f"{use.tensor} is tied to an embedding"
+                continue
+            why = (
+                f"{use.tensor} is not the weight of a layer"
+                if last != "weight"
+                else why_not_consumer(self.module.get_submodule(path))
+            )
+            if why:
+                reason = f"{use.tensor}: {why}"
+            elif use.tensor not in {each.tensor for each in found}:
+                found.append(use)
+        return found, reason
+
+    def _above(self, uses: Sequence[WeightUse]) -> tuple[str, ...]:
+        """Layers that read the output of a consumer, directly or through the residual stream."""
+        found: dict[str, None] = {}
+        for use in uses:
+            tensor = self._tensor(use)
+            for dim, expression in enumerate(self.trace.dims(tensor)):
+                if dim == use.input_dim:
+                    continue
+                for atom in atoms_of(expression):
+                    later = [each for each in self._consumers(atom)[0] if each.index > use.index]
+                    found |= {_owner(each.tensor): None for each in later}
+        return tuple(found)
+
+    def _norms(self, atom: Atom) -> tuple[str, ...]:
+        found: dict[str, None] = {}
+        for statistic in self.trace.statistics:
+            if any(_entries(dim, [atom]) for _, _, dim in statistic.dims):
+                path = self.operator_module(statistic.index)
+                if any(_owner(name) == path for name, _ in self.places[id(atom)]):
+                    found[path] = None
+        return tuple(found)
+
+    def operator_module(self, index: int) -> str:
+        """Path of the innermost module in which an operator ran."""
+        calls = self.streams.calls_around(index)
+        return calls[0].path if calls else ""
+
+    # ------------------------------------------------------------------------------- the rest
+
+    def _is_alone(self, atom: Atom, names: Mapping[int, str]) -> bool:
+        """Whether a fixed atom keeps a whole dimension from being cut: none else of it can go."""
+        dims = [self.trace.dims(self.tensors[name])[dim] for name, dim in self.places[id(atom)]]
+        return not all(any(id(each) in names for each in atoms_of(dim)) for dim in dims)
+
+    def _refusal(self, name: str, kind: str, atom: Atom, reason: str) -> Refusal:
+        held = {name for name, _ in self.places[id(atom)] if name in self.parameters}
+        parameters = sum(self.parameters[name].numel() for name in held)
+        return Refusal(name, kind, atom.size, parameters, reason)
+
+    def _reductions(self, names: Mapping[int, str], kept: set[str]) -> Iterable[Reduction]:
+        for statistic in self.trace.statistics:
+            dims = tuple(
+                (position, dim, layout)
+                for position, dim, expression in statistic.dims
+                if set(layout_names(layout := layout_of(expression, names))) & kept
+            )
+            if dims:
+                yield Reduction(statistic.index, statistic.operator, dims)
+
+    def _stack(self, path: str, size: int, fixed: int) -> LayerStack:
+        branches: dict[tuple[str, str], int] = defaultdict(int)
+        for use in self.trace.uses:
+            owner = _owner(use.tensor)
+            stem = f"{path}." if path else ""
+            index, _, inner = owner[len(stem) :].partition(".")
+            if not owner.startswith(stem) or not index.isdigit() or not inner:
+                continue
+            residual = self.streams.residual(use)
+            if residual is not None and residual.startswith(f"{stem}{index}."):
+                branches[inner, residual[len(f"{stem}{index}.") :]] += 1
+        first = next(use.index for use in self.trace.uses if use.tensor.startswith(path))
+        network = self.streams.network(first)
+        scope = self.streams.scope(first)
+        norms = {self.streams.last_module(f"{path}.{i}" if path else str(i)) for i in range(size)}
+        last = norms.pop() if len(norms) == 1 else ""
+        normed = {self.operator_module(each.index) for each in self.trace.statistics}
+        top = f"{path}.0" if path else "0"
+        return LayerStack(
+            name=path,
+            size=size,
+            fixed=fixed,
+            final_norm=last if last and f"{top}.{last}" in normed else "",
+            residual_branches=tuple(p for p, count in branches.items() if count >= size - fixed),
+            network=network,
+            scope=network if scope is None else scope,
+        )
+
+
+def _owner(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _is_news(atom: Atom) -> bool:
+    """Whether a refusal is more than that of inputs, outputs, tables and kernels."""
+    plain = (DATA, "outputs of the call", "rows of the table", "kernel of ")
+    return not any(reason.startswith(plain) for reason in atom.reasons)
+
+
+def _reason(atom: Atom) -> str:
+    return ", ".join(list(atom.reasons)[:2])
