@@ -103,20 +103,22 @@ def _classifier(name: str, **options: Any) -> nn.Module:
     return found
 
 
-def _trimmed(name: str, depth: int, **options: Any) -> nn.Module:
-    """A giant with fewer blocks in every stage; it never exists whole."""
+def _two_layers(name: str, size: int) -> nn.Module:
+    """A large vision transformer with its first two layers; it never exists whole."""
     with torch.device("meta"):
-        model = _classifier(name, **options)
-    for module in [*model.modules()]:
-        for path, child in [*module.named_children()]:
-            if isinstance(child, nn.Sequential) and len(child) > depth and _alike(child):
-                setattr(module, path, child[:depth])
+        model = _classifier(name, image_size=size)
+    encoder: Any = model.encoder
+    encoder.layers = encoder.layers[:2]
     return model.to_empty(device="cpu")
 
 
-def _alike(stage: nn.Sequential) -> bool:
-    kinds = {type(block) for block in stage}
-    return len(kinds) == 1 and next(iter(kinds)).__name__ in ("EncoderBlock", "ResBottleneckBlock")
+def _largest_regnet() -> nn.Module:
+    """The widths of regnet_y_128gf with a block in every stage."""
+    regnet = importlib.import_module("torchvision.models.regnet")
+    widths = [528, 1056, 2904, 7392]
+    blocks = regnet.BlockParams([1] * 4, widths, [264] * 4, [1.0] * 4, [2] * 4, se_ratio=0.25)
+    found: nn.Module = regnet.RegNet(blocks)
+    return found
 
 
 def torchvision_models() -> Iterator[ZooModel]:
@@ -124,13 +126,16 @@ def torchvision_models() -> Iterator[ZooModel]:
     if importlib.util.find_spec("torchvision") is None:
         return
     models = importlib.import_module("torchvision.models")
-    giants = {"vit_h_14": 56, "vit_l_16": 64, "vit_l_32": 64, "regnet_y_128gf": 64}
+    giants = {"vit_h_14": 56, "vit_l_16": 64, "vit_l_32": 64}
     for name in models.list_models(module=models):
         if name in giants:
-            options = {"image_size": giants[name]} if name.startswith("vit") else {}
-            build = partial(_trimmed, name, 2, **options)
-            note = "2 blocks in every stage"
-            yield ZooModel(name, "torchvision", build, partial(_images, giants[name]), note)
+            build = partial(_two_layers, name, giants[name])
+            inputs = partial(_images, giants[name])
+            yield ZooModel(name, "torchvision", build, inputs, "two layers")
+            continue
+        if name == "regnet_y_128gf":
+            note = "one block a stage"
+            yield ZooModel(name, "torchvision", _largest_regnet, partial(_images, 64), note)
             continue
         size = {"inception_v3": 96, "maxvit_t": 224}.get(name, 64)
         options = {"image_size": size} if name.startswith("vit") else {}

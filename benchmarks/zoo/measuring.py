@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from benchmarks.records import Figures, Job, single
 from benchmarks.zoo.checking import check_groups, halved
@@ -31,7 +33,7 @@ from benchmarks.zoo.text import text_models
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup
 
-__all__ = ["KINDS", "LIMIT", "all_models", "covered", "in_child", "prunable", "time_limit", "zoo"]
+__all__ = ["KINDS", "LIMIT", "all_models", "covered", "in_child", "prunable", "time_limit", "used_parameters", "zoo"]
 
 KINDS = ("ffn", "heads", "channels", "hidden")
 LIMIT = 30.0  # seconds of processor time for discovery with verification, and for torch-pruning
@@ -73,11 +75,15 @@ def _warm() -> None:
         importlib.import_module(name)
 
 
-def prunable(model: nn.Module) -> dict[str, int]:
+def prunable(model: nn.Module, used: Collection[str] | None = None) -> dict[str, int]:
     """Entries of every prunable parameter, by its first name.
 
     Prunable are matrices and filters: parameters with two dimensions of more than one entry. The
     tables of embeddings are not, as their rows are tokens or positions, nor what is tied to one.
+
+    Args:
+        model: The model.
+        used: Names of the parameters that a call uses (:func:`used_parameters`); default: all.
 
     Example:
         >>> net = nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4), nn.Linear(4, 3))
@@ -88,12 +94,27 @@ def prunable(model: nn.Module) -> dict[str, int]:
     return {
         name: parameter.numel()
         for name, parameter in model.named_parameters()
-        if id(parameter) not in tables and sum(n > 1 for n in parameter.shape) > 1
+        if id(parameter) not in tables
+        and sum(n > 1 for n in parameter.shape) > 1
+        and (used is None or name in used)
     }
 
 
+def used_parameters(model: nn.Module, inputs: Inputs) -> set[str]:
+    """Names of the parameters through which a gradient of any output flows."""
+    copied = copy.deepcopy(model)
+    found = copied(*inputs.args, **inputs.kwargs)
+    plain = found.to_tuple() if hasattr(found, "to_tuple") else found
+    outputs = [t for t in tree_flatten(plain)[0] if isinstance(t, Tensor) and t.requires_grad]
+    torch.autograd.backward([output.sum() for output in outputs])
+    return {name for name, p in copied.named_parameters() if p.grad is not None}
+
+
 def covered(
-    model: nn.Module, groups: Sequence[DependencyGroup], kinds: Sequence[str] = KINDS
+    model: nn.Module,
+    groups: Sequence[DependencyGroup],
+    kinds: Sequence[str] = KINDS,
+    used: Collection[str] | None = None,
 ) -> float:
     """Share of the prunable parameters that have a dimension in a group of these kinds."""
     every = dict(model.named_parameters(remove_duplicate=False))
@@ -103,7 +124,7 @@ def covered(
         for entry in group.tensors
         if group.kind in kinds and entry.tensor in every
     }
-    sizes = prunable(model)
+    sizes = prunable(model, used)
     total = sum(sizes.values())
     found = sum(size for name, size in sizes.items() if id(every[name]) in inside)
     return found / total if total else 0.0
@@ -127,11 +148,12 @@ def _both_sides(model: ZooModel, limit: float, send: Send) -> None:
 
 def _our_side(network: nn.Module, inputs: Inputs, limit: float, send: Send) -> None:
     send({"stage": "discovery"})
-    send({"parameters": _size(network), "prunable": sum(prunable(network).values())})
+    used = used_parameters(network, inputs)
+    send({"parameters": _size(network), "prunable": sum(prunable(network, used).values())})
     started = time.process_time()
     with time_limit(limit):
         graph = _discovered(network, inputs)
-    send({"seconds": round(time.process_time() - started, 2), **_described(network, graph)})
+    send({"seconds": round(time.process_time() - started, 2), **_described(network, graph, used)})
     if not graph.groups:
         send({"stage": "done"})
         return
@@ -164,7 +186,7 @@ def _discovered(network: nn.Module, inputs: Inputs) -> PruningGraph:
     return found
 
 
-def _described(network: nn.Module, graph: PruningGraph) -> Figures:
+def _described(network: nn.Module, graph: PruningGraph, used: Collection[str]) -> Figures:
     refused = [f"{r.name} ({r.kind or '?'}, {r.size}): {r.reason}"[:220] for r in graph.refused]
     return {
         "groups": dict(sorted(Counter(group.kind for group in graph.groups).items())),
@@ -172,8 +194,8 @@ def _described(network: nn.Module, graph: PruningGraph) -> Figures:
         "refusals": refused[:SHOWN],
         "unknown": [*graph.unknown][:SHOWN],
         "stacks": len(graph.stacks),
-        "covered": round(covered(network, graph.groups), 4),
-        "covered_without_hidden": round(covered(network, graph.groups, KINDS[:3]), 4),
+        "covered": round(covered(network, graph.groups, KINDS, used), 4),
+        "covered_without_hidden": round(covered(network, graph.groups, KINDS[:3], used), 4),
     }
 
 

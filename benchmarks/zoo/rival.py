@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ __all__ = ["pruned_by_rival"]
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
 GROUPED = ("num_key_value_heads", "num_kv_heads")
-SIZES = ("head_dim", "attention_head_size", "head_size")
 TOTALS = ("all_head_size", "embed_dim", "inner_dim", "attn_dim", "split_size", "hidden_size")
 QUERY = ("q_proj", "query", "q", "q_lin", "qkv", "query_key_value", "c_attn", "qkv_proj")
+FUSED = ("qkv", "query_key_value", "c_attn")
 OTHERS = ("k_proj", "v_proj", "key", "value", "k", "v", "k_lin", "v_lin", "kv")
 RATIO = 0.5
 
@@ -40,6 +40,8 @@ def pruned_by_rival(model: nn.Module, inputs: Inputs, report: dict[str, Any]) ->
     with torch.no_grad():
         want = first_output(cut(*inputs.args, **inputs.kwargs)).shape
     heads = dict(_projections(cut))
+    fused = {m for n, m in cut.named_modules() if n.rpartition(".")[2] in FUSED}
+    sizes = {m: _width(m) // number // (3 if m in fused else 1) for m, number in heads.items()}
     gates = {m: 2 for n, m in cut.named_modules() if n.endswith(("gate_up_proj", ".Wi"))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -64,7 +66,7 @@ def pruned_by_rival(model: nn.Module, inputs: Inputs, report: dict[str, Any]) ->
     after = sum(p.numel() for p in cut.parameters())
     report["removed"] = 1 - after / before
     report["step"] = "run"
-    _correct(cut, pruner)
+    _correct(cut, sizes)
     with torch.no_grad():
         got = first_output(cut(*inputs.args, **inputs.kwargs))
     if got.shape != want:
@@ -82,15 +84,14 @@ def _projections(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
     """The projections of attention modules, with their number of heads."""
     for module in model.modules():
         names = {*dict(module.named_children())}
-        queries = names & {*QUERY}
         heads = _number(module, HEADS)
-        if not queries or heads is None:
+        if not names & {*QUERY} or heads is None:
             continue
         grouped = _number(module, GROUPED) or heads
-        for name in queries:
-            yield module.get_submodule(name), heads
-        for name in names & {*OTHERS}:
-            yield module.get_submodule(name), grouped
+        for name in names & {*QUERY, *OTHERS}:
+            layer = module.get_submodule(name)
+            if isinstance(layer, nn.Linear):
+                yield layer, grouped if name in OTHERS else heads
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[nn.Module]:
@@ -113,33 +114,29 @@ def _outputs(model: nn.Module, inputs: Inputs) -> list[nn.Module]:
     return [module for module, size in ran if size in sizes][-1:]
 
 
-def _correct(model: nn.Module, pruner: Any) -> None:
+def _correct(model: nn.Module, sizes: Mapping[nn.Module, int]) -> None:
     """Set the numbers of attention modules to what their projections now have."""
     for module in model.modules():
-        names = {*dict(module.named_children())} & {*QUERY}
-        query = next((module.get_submodule(n) for n in sorted(names)), None)
-        left = pruner.num_heads.get(query)
-        if query is None or left is None:
+        children = dict(module.named_children())
+        name = next((name for name in QUERY if children.get(name) in sizes), None)
+        if name is None:
             continue
-        own = vars(module)
-        fused = 3 if next(iter(names)) in ("qkv", "query_key_value", "c_attn", "Wqkv") else 1
-        width = int(getattr(query, "out_features", 0) or getattr(query, "nf", 0))
-        keys = next(
-            (
-                module.get_submodule(n)
-                for n in ("k_proj", "key", "k")
-                if n in dict(module.named_children())
-            ),
-            None,
-        )
-        grouped = pruner.num_heads.get(keys, left)
+        query, size = children[name], sizes[children[name]]
+        keys = next((children[n] for n in ("k_proj", "key", "k") if n in children), query)
+        width = _width(query) // (3 if name in FUSED else 1)
+        heads = max(1, width // size)
+        grouped = max(1, _width(keys) // (3 if keys is query and name in FUSED else 1) // size)
         values = {
-            **dict.fromkeys(HEADS, left),
+            **dict.fromkeys(HEADS, heads),
             **dict.fromkeys(GROUPED, grouped),
-            **dict.fromkeys(SIZES, width // fused // left),
-            **dict.fromkeys(TOTALS, width // fused),
-            "num_key_value_groups": max(1, left // grouped),
+            **dict.fromkeys(TOTALS, width),
+            "num_key_value_groups": max(1, heads // grouped),
         }
-        for name, value in values.items():
-            if type(own.get(name)) is int:
-                own[name] = value
+        own = vars(module)
+        for number, value in values.items():
+            if type(own.get(number)) is int:
+                own[number] = value
+
+
+def _width(module: nn.Module) -> int:
+    return int(getattr(module, "out_features", 0))
