@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from lightning_mi_prune.core import options
     from lightning_mi_prune.core.errors import PruningError, PruningWarning
     from lightning_mi_prune.core.plan import PruningPlan
+    from lightning_mi_prune.discovery.discover import discover
     from lightning_mi_prune.discovery.families import find_groups, register_family
     from lightning_mi_prune.discovery.families.describe import linear_group
+    from lightning_mi_prune.graph.graph import PruningGraph
     from lightning_mi_prune.pipeline import PruneResult, prune
     from lightning_mi_prune.reporting.report import PruningReport
     from lightning_mi_prune.surgery.units import apply_plan
@@ -40,10 +42,12 @@ __all__ = [
     "MutualInformationPruning",
     "PruneResult",
     "PruningError",
+    "PruningGraph",
     "PruningPlan",
     "PruningReport",
     "PruningWarning",
     "apply_plan",
+    "discover",
     "find_groups",
     "from_pretrained",
     "linear_group",
@@ -58,10 +62,12 @@ _HOME = {
     "MutualInformationPruning": "callbacks.units",
     "PruneResult": "pipeline",
     "PruningError": "core.errors",
+    "PruningGraph": "graph.graph",
     "PruningPlan": "core.plan",
     "PruningReport": "reporting.report",
     "PruningWarning": "core.errors",
     "apply_plan": "surgery.units",
+    "discover": "discovery.discover",
     "find_groups": "discovery.families",
     "from_pretrained": "checkpoint.pretrained",
     "linear_group": "discovery.families.describe",

@@ -144,12 +144,17 @@ def layout_of(expression: Expression, names: Mapping[int, str]) -> Layout:
                 block[-1] *= found
             else:
                 block.append(found)
-        plain = tuple(block) or (1,)
-        last = blocks[-1] if blocks else ()
-        if len(plain) == len(last) == 1 and isinstance(plain[0], int) and isinstance(last[0], int):
-            blocks[-1] = (last[0] + plain[0],)
-        else:
-            blocks.append(plain)
+        first, rest = (block or [1])[0], tuple(block[1:])
+        # A sum whose terms all have the same inner factors is a sum of products.
+        for plain in (
+            [(*inner, *rest) for inner in first] if isinstance(first, tuple) else [(first, *rest)]
+        ):
+            last = blocks[-1] if blocks else ()
+            one, two = (last + plain) if len(last) == len(plain) == 1 else ("", "")
+            if isinstance(one, int) and isinstance(two, int):
+                blocks[-1] = (one + two,)
+            else:
+                blocks.append(plain)
     return tuple(blocks)
 
 

@@ -133,9 +133,9 @@ def _place(one: Candidate, kind: str, stacks: Collection[str], network: str) -> 
     items = {item_of(name, stacks) for name in one.tensors}
     if len(items) == 1 and "" not in items:
         return items.pop()
-    if kind == "pooler":
-        return network
-    return _common_module(one, network, kind)
+    if kind in ("pooler", "hidden"):
+        return _common_module(one, network, kind) if kind == "hidden" else network
+    return _common_module(one, "", kind) or _first_producer(one, network, kind)
 
 
 def _common_module(one: Candidate, place: str, kind: str) -> str:

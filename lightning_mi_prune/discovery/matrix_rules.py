@@ -131,10 +131,9 @@ def _convolution(trace: Trace, operator: Operator) -> None:
     output = operator.outputs[0]
     pixels = [Atom(n, DATA if n > 1 else "") for n in output.shape[2:]]
     trace.set(output, [trace.dims(x)[0], made, *pixels])
-    if groups == 1:
+    trace.set_origin(output, operator.index)
+    if groups == 1 or w.shape[1] > 1:  # depthwise filters read no other channel
         _note_use(trace, operator, x, w, columns)
-    else:
-        trace.set_origin(output, operator.index)
 
 
 def _attention(trace: Trace, operator: Operator) -> None:

@@ -49,8 +49,8 @@ def fields_to_json(values: Mapping[str, Any]) -> str:
     """The fields of a graph as JSON text; fields of records that have their default are left out.
 
     Example:
-        >>> fields_to_json({"groups": (), "unknown": ("einsum in ''",)})
-        '{"groups": [], "unknown": ["einsum in \\'\\'"], "version": 1}'
+        >>> fields_to_json({"groups": (), "unknown": ("einsum in net",)})
+        '{"groups": [], "unknown": ["einsum in net"], "version": 1}'
     """
     plain = {name: _plain(value) for name, value in values.items()}
     return json.dumps({**plain, "version": _VERSION}, sort_keys=True, allow_nan=False)

@@ -199,18 +199,22 @@ def _is_user_object(value: Any) -> bool:
     return hasattr(value, "__dict__") and not library and not isinstance(value, type)
 
 
-def copy_module(module: nn.Module) -> nn.Module:
+def copy_module(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
     """A deep copy of a module with its training flags and hooks, but not those of this package.
 
     Attributes that cannot be copied (open files, locks, non-leaf tensors) are shared.
+
+    Args:
+        module: The module.
+        shared: Objects that are not copied, by ``id``.
 
     Raises:
         PruningError: If the module cannot be copied nevertheless.
     """
     try:
-        whole = copy_networks(module, {""})
+        whole = copy_networks(module, {""}, shared)
     except Exception:  # any class may be copied
-        memo = {id(value): value for value in _uncopyable(module)}
+        memo = {**(shared or {}), **{id(value): value for value in _uncopyable(module)}}
         try:
             whole = copy_networks(module, {""}, memo)
         except Exception as error:

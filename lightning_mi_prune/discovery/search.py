@@ -1,0 +1,494 @@
+"""Search for the numbers and ties with which the groups of a model can be cut, by verification."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+from lightning_mi_prune.discovery.attributes import (
+    Candidate,
+    Number,
+    candidates_of,
+    describing_attributes,
+    pattern_of,
+)
+from lightning_mi_prune.discovery.verification import Outcome, OutOfTime, Verifier
+from lightning_mi_prune.graph.groups import (
+    DependencyGroup,
+    Refusal,
+    SizeAttribute,
+    count_parameters,
+)
+from lightning_mi_prune.graph.layouts import Layout, layout_names, map_layout
+
+__all__ = [
+    "Solution",
+    "solve",
+    "with_attributes",
+    "without_groups",
+]
+
+Claims = Mapping[tuple[str, str], SizeAttribute]
+
+_MOST_TRIES = 40  # sets of numbers that are tried for one class of groups
+_MOST_CANDIDATES = 10  # numbers of which pairs and triples are tried
+_LOCAL = 0.6  # nearness from which a number that is not seen is taken to describe a group
+_DESCRIBES = re.compile(
+    "head|hidden|dim|size|width|channel|feature|embed|inner|intermediate|ffn|d_|n_|num_"
+)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Groups that passed verification, with their attributes, and those that did not.
+
+    Args:
+        groups: Groups that can be cut, all at once.
+        refused: The others.
+    """
+
+    groups: tuple[DependencyGroup, ...]
+    refused: tuple[Refusal, ...]
+
+
+def with_attributes(
+    groups: Iterable[DependencyGroup], claims: Iterable[SizeAttribute], sizes: Mapping[str, int]
+) -> list[DependencyGroup]:
+    """The groups with the numbers that count them, and all groups these layouts name as partners.
+
+    Example:
+        >>> group = DependencyGroup("heads", "heads", 4, (), ())
+        >>> number = SizeAttribute("attention", "width", (("heads", "size"),))
+        >>> with_attributes([group], [number], {"size": 8})[0].partners
+        (('size', 8),)
+    """
+    by_name: dict[str, list[SizeAttribute]] = {}
+    for claim in claims:
+        for name in layout_names(claim.layout):
+            by_name.setdefault(name, []).append(claim)
+    found = []
+    for group in groups:
+        mine = by_name.get(group.name, [])
+        layouts = [s.layout for s in group.tensors] + [claim.layout for claim in mine]
+        named = dict.fromkeys(name for layout in layouts for name in layout_names(layout))
+        partners = dict(group.partners) | {n: sizes[n] for n in named if n in sizes}
+        partners.pop(group.name, None)
+        found.append(
+            replace(
+                group,
+                attributes=tuple(mine),
+                partners=tuple((n, size) for n, size in partners.items() if n in named),
+            )
+        )
+    return found
+
+
+def without_groups(
+    groups: Iterable[DependencyGroup], gone: Mapping[str, int]
+) -> list[DependencyGroup]:
+    """The groups without some others, which become constants in their layouts.
+
+    Args:
+        groups: The groups that stay.
+        gone: Sizes of the others, by name.
+
+    Example:
+        >>> from lightning_mi_prune.graph.groups import PrunableDim
+        >>> dims = (PrunableDim("q.weight", 0, (32, 8), (("heads", "size"),)),)
+        >>> group = DependencyGroup("heads", "heads", 4, dims, (), partners=(("size", 8),))
+        >>> [kept] = without_groups([group], {"size": 8})
+        >>> kept.tensors[0].layout, kept.partners
+        ((('heads', 8),), ())
+    """
+
+    def fixed(layout: Layout) -> Layout:
+        return map_layout(layout, lambda name: gone.get(name, name))
+
+    return [
+        replace(
+            group,
+            tensors=tuple(replace(s, layout=fixed(s.layout)) for s in group.tensors),
+            attributes=tuple(replace(a, layout=fixed(a.layout)) for a in group.attributes),
+            partners=tuple((n, size) for n, size in group.partners if n not in gone),
+        )
+        for group in groups
+    ]
+
+
+def solve(
+    verifier: Verifier,
+    groups: Sequence[DependencyGroup],
+    numbers: Sequence[Number],
+    seen: set[tuple[str, str]],
+) -> Solution:
+    """Find which groups can be cut, and with which numbers.
+
+    All groups at once first. If that fails, those that correspond in the layers of a stack
+    together, then each by itself; groups that fail alone and pass together become one.
+
+    Args:
+        verifier: Cuts copies of the module.
+        groups: Groups without attributes.
+        numbers: Numbers of the modules.
+        seen: Those of them that reach a size in an operator.
+    """
+    search = _Search(verifier, {group.name: group for group in groups}, numbers, seen)
+    try:
+        search.run()
+    except OutOfTime:
+        late = "not verified in the time given; more seconds may be enough"
+        for name in search.groups:
+            if name not in search.accepted:
+                search.reasons.setdefault(name, late)
+    return search.solution()
+
+
+@dataclass
+class _Search:
+    """State of one search: groups, numbers they claim, what was accepted and what was refused."""
+
+    verifier: Verifier
+    groups: dict[str, DependencyGroup]
+    numbers: Sequence[Number]
+    seen: set[tuple[str, str]]
+    claims: dict[tuple[str, str], SizeAttribute] = field(default_factory=dict)
+    accepted: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    guessed: set[tuple[str, str]] = field(default_factory=set)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: group.size for name, group in self.groups.items()}
+
+    def run(self) -> None:
+        """Fill ``accepted``, ``claims`` and ``reasons``."""
+        if not self.groups:
+            return
+        base = self.verifier.base
+        for claim in describing_attributes(base, [*self.groups.values()]):
+            self.claims[claim.module, claim.attribute] = claim
+        classes = self.classes()
+        guess = self.guess(classes)
+        before = self.verifier, self.groups, self.claims
+        tied = guess
+        for first, second in self.sharing(classes, guess):
+            tied = self.merge(dict(zip(second, first, strict=True)), tied)
+        if self.check([*self.groups], {**tied, **self.claims}).equal:
+            self.accepted = [*self.groups]
+            self.claims = {**tied, **self.claims}
+        else:
+            self.verifier, self.groups, self.claims = before
+            self.one_by_one(classes, guess)
+        self.describe()
+
+    def sharing(
+        self, classes: Sequence[list[str]], guess: Claims
+    ) -> list[tuple[list[str], list[str]]]:
+        """Classes of dimensions of heads that are counted by one number, which ties them."""
+        found: list[tuple[list[str], list[str]]] = []
+        counted: dict[frozenset[tuple[str, str]], list[str]] = {}
+        for names in classes:
+            if self.groups[names[0]].kind != "head_dim":
+                continue
+            keys = {
+                (a.module, a.attribute)
+                for c in self.candidates(names)
+                if c.seen
+                for a in c.attributes
+                if a.layout == ((layout_names(a.layout)[0],),) and (a.module, a.attribute) in guess
+            }
+            other = next(
+                (n for k, n in counted.items() if k & keys and self.related(n, names)), None
+            )
+            if other is None:
+                counted[frozenset(keys)] = names
+            else:
+                found.append((other, names))
+        return found
+
+    def solution(self) -> Solution:
+        kept = set(self.accepted)
+        gone = {name: size for name, size in self.sizes.items() if name not in kept}
+        claims = [c for c in self.claims.values() if kept & set(layout_names(c.layout))]
+        groups = with_attributes((self.groups[n] for n in self.accepted), claims, self.sizes)
+        refused = [
+            Refusal(n, g.kind, g.size, count_parameters([g]), self.reasons.get(n, "not verified"))
+            for n, g in self.groups.items()
+            if n in gone
+        ]
+        order = {name: i for i, name in enumerate(self.groups)}
+        groups = sorted(without_groups(groups, gone), key=lambda g: order[g.name])
+        return Solution(tuple(groups), tuple(refused))
+
+    # ------------------------------------------------------------------------------- one check
+
+    def check(self, names: Sequence[str], claims: Claims) -> Outcome:
+        """Cut groups at once, with the numbers they claim."""
+        mine = set(names)
+        wanted = [c for c in claims.values() if mine & set(layout_names(c.layout))]
+        return self.verifier.check(
+            with_attributes((self.groups[n] for n in names), wanted, self.sizes)
+        )
+
+    # -------------------------------------------------------------------------------- classes
+
+    def classes(self) -> list[list[str]]:
+        """Groups that correspond in the layers of a stack; those with few tensors first."""
+        found: dict[tuple[str, str, int, int], list[str]] = {}
+        for name, group in self.groups.items():
+            key = (pattern_of(name), group.kind, group.size, len(group.tensors))
+            found.setdefault(key, []).append(name)
+        return sorted(found.values(), key=lambda names: len(self.groups[names[0]].tensors))
+
+    def candidates(self, names: Sequence[str]) -> list[Candidate]:
+        """Numbers that may follow the groups, apart from those that describe a tensor."""
+        found = candidates_of([self.groups[n] for n in names], self.numbers, self.seen, self.groups)
+        return [
+            c
+            for c in found
+            if not any((a.module, a.attribute) in self.claims for a in c.attributes)
+        ]
+
+    def guess(self, classes: Sequence[Sequence[str]]) -> dict[tuple[str, str], SizeAttribute]:
+        """For every number that reaches an operator, the layout whose tensors are nearest."""
+        best: dict[tuple[str, str], tuple[float, int, SizeAttribute]] = {}
+        for names in classes:
+            for candidate in self.candidates(names) if self.seen else []:
+                for claim in candidate.attributes if candidate.seen else ():
+                    key = (claim.module, claim.attribute)
+                    rank = (candidate.nearness, _named_alike(claim, self.groups), claim)
+                    if key not in best or rank[:2] > best[key][:2]:
+                        best[key] = rank
+        return {key: claim for key, (_, _, claim) in best.items()}
+
+    def one_by_one(
+        self, classes: list[list[str]], guess: Mapping[tuple[str, str], SizeAttribute]
+    ) -> None:
+        """Verify classes, search their numbers, tie what passes only together; then all at once."""
+        failed: list[tuple[list[str], Outcome]] = []
+        passed: list[tuple[list[str], Claims]] = []
+        for names in classes:
+            mine = _naming(guess, names)
+            outcome = self.check(names, self.claims | mine)
+            found: Claims | None = mine if outcome.equal else None
+            if found is None:
+                found, outcome = self.search(names, outcome, self.claims)
+            if found is None:
+                failed.append((names, outcome))
+            else:
+                passed.append((names, found))
+        failed = self.tie(failed, passed)
+        for names, outcome in failed:
+            whole = self.alone(names, guess) if len(names) > 1 else []
+            if whole:
+                passed.append((whole, _naming(guess, whole)))
+            for name in names:
+                if name not in whole:
+                    self.reasons[name] = _reason(outcome)
+        self.together(passed)
+
+    def together(self, passed: Sequence[tuple[list[str], Claims]]) -> None:
+        """Accept classes that passed alone, as many of them at once as possible."""
+        every = [name for names, _ in passed for name in names]
+        claims = dict(self.claims)
+        clash = False
+        for _, found in passed:
+            clash = clash or any(claims.get(key, claim) != claim for key, claim in found.items())
+            claims |= found
+        if not clash and (len(passed) < 2 or self.check(every, claims).equal):
+            self.accepted, self.claims = every, claims
+            return
+        most = sorted(passed, key=lambda p: -sum(count_parameters([self.groups[n]]) for n in p[0]))
+        for names, found in most:
+            both = [*self.accepted, *names]
+            tried = {**found, **self.claims}
+            outcome = self.check(both, tried)
+            if not outcome.equal and self.accepted:
+                found_again, outcome = self.search(names, outcome, self.claims, self.accepted)
+                if found_again is not None:
+                    tried = {**self.claims, **found_again}
+            if outcome.equal:
+                self.accepted, self.claims = both, tried
+            else:
+                for name in names:
+                    self.reasons[name] = f"not together with other groups: {_reason(outcome)}"
+
+    # --------------------------------------------------------------------------------- search
+
+    def search(
+        self,
+        names: Sequence[str],
+        outcome: Outcome,
+        claims: Claims,
+        context: Sequence[str] = (),
+    ) -> tuple[dict[tuple[str, str], SizeAttribute] | None, Outcome]:
+        """The smallest set of numbers with which groups can be cut; None if there is none.
+
+        Args:
+            names: The groups.
+            outcome: What an attempt with other numbers showed.
+            claims: Numbers that follow in any case.
+            context: Groups that are cut too.
+        """
+        found = self.candidates(names)
+        taken = set(claims)
+        found = [c for c in found if not taken & {(a.module, a.attribute) for a in c.attributes}]
+        plain = self.check([*context, *names], claims)
+        if plain.equal:
+            return {}, plain
+        at = pattern_of(plain.module or outcome.module)
+        found.sort(key=lambda c: (pattern_of(c.attributes[0].module) != at, not c.seen))
+        for tries, chosen in enumerate(_sets(found)):
+            if tries >= _MOST_TRIES:
+                break
+            mine = {(a.module, a.attribute): a for c in chosen for a in c.attributes}
+            result = self.check([*context, *names], {**claims, **mine})
+            if result.equal:
+                return mine, result
+        return None, plain
+
+    def alone(
+        self, names: Sequence[str], guess: Mapping[tuple[str, str], SizeAttribute]
+    ) -> list[str]:
+        """Those of the groups of a class that pass, found by halving."""
+        if self.check(names, self.claims | _naming(guess, names)).equal:
+            return [*names]
+        if len(names) == 1:
+            return []
+        half = len(names) // 2
+        return self.alone(names[:half], guess) + self.alone(names[half:], guess)
+
+    # ----------------------------------------------------------------------------------- ties
+
+    def tie(
+        self,
+        failed: list[tuple[list[str], Outcome]],
+        passed: list[tuple[list[str], Claims]],
+    ) -> list[tuple[list[str], Outcome]]:
+        """Make one of two classes that fail alone and pass together; those that still fail."""
+        left = list(failed)
+        for (first, one), (second, two) in combinations(failed, 2):
+            if (first, one) not in left or (second, two) not in left:
+                continue
+            if not self.related(first, second):
+                continue
+            before = self.verifier, self.groups, self.claims
+            self.merge(dict(zip(second, first, strict=True)), {})
+            guess = self.guess([first])
+            outcome = self.check(first, {**guess, **self.claims})
+            found: Claims | None = guess
+            if not outcome.equal:
+                found, outcome = self.search(first, outcome, self.claims)
+            if found is None:
+                self.verifier, self.groups, self.claims = before
+                continue
+            passed[:] = [(names, _known(claims, self.groups)) for names, claims in passed]
+            passed.append((first, found))
+            left = [(names, o) for names, o in left if names not in (first, second)]
+        return left
+
+    def related(self, first: Sequence[str], second: Sequence[str]) -> bool:
+        """Whether groups of two classes have one size and are near each other."""
+        a, b = self.groups[first[0]], self.groups[second[0]]
+        if a.size != b.size or len(first) != len(second):
+            return False
+        homes = [{_above(s.tensor, 2) for s in group.tensors} for group in (a, b)]
+        return bool(homes[0] & homes[1])
+
+    def merge(
+        self, same: Mapping[str, str], claims: Claims
+    ) -> dict[tuple[str, str], SizeAttribute]:
+        """Make groups one with others, under the names of these; the claims then."""
+
+        def name(old: str) -> str:
+            return same.get(old, old)
+
+        renamed = {n: group.renamed(name) for n, group in self.groups.items()}
+        for gone, stays in same.items():
+            one, other = renamed[stays], renamed.pop(gone)
+            renamed[stays] = replace(
+                one,
+                tensors=tuple({(s.tensor, s.dim): s for s in one.tensors + other.tensors}.values()),
+                consumers=tuple(dict.fromkeys(one.consumers + other.consumers)),
+                consumers_by_input=one.consumers_by_input + other.consumers_by_input,
+                norms=tuple(dict.fromkeys(one.norms + other.norms)),
+                partners=tuple(dict(p for p in one.partners + other.partners).items()),
+            )
+        self.groups = {
+            n: replace(g, partners=tuple((p, s) for p, s in g.partners if p != n))
+            for n, g in renamed.items()
+        }
+        self.verifier = self.verifier.renamed(same)
+
+        def renamed_claims(given: Claims) -> dict[tuple[str, str], SizeAttribute]:
+            return {k: replace(c, layout=map_layout(c.layout, name)) for k, c in given.items()}
+
+        self.claims = renamed_claims(self.claims)
+        return renamed_claims(claims)
+
+    # ---------------------------------------------------------------------------- description
+
+    def describe(self) -> None:
+        """Let numbers that describe accepted groups follow too, where nothing changes by it."""
+        found: dict[tuple[str, str], tuple[float, int, SizeAttribute]] = {}
+        gone = {n for n in self.groups if n not in self.accepted}
+        for names in self.classes():
+            if names[0] in gone:
+                continue
+            for candidate in self.candidates(names):
+                for claim in candidate.attributes:
+                    key = (claim.module, claim.attribute)
+                    words = claim.attribute.rpartition(".")[2] if "." not in claim.attribute else ""
+                    if key in self.claims or candidate.nearness < _LOCAL:
+                        continue
+                    if not _DESCRIBES.search(words) or gone & set(layout_names(claim.layout)):
+                        continue
+                    rank = (candidate.nearness, _named_alike(claim, self.groups), claim)
+                    if key not in found or rank[:2] > found[key][:2]:
+                        found[key] = rank
+        more = {key: claim for key, (_, _, claim) in found.items()}
+        if more and self.check(self.accepted, {**self.claims, **more}).equal:
+            self.claims |= more
+
+
+def _sets(found: Sequence[Candidate]) -> Iterator[tuple[Candidate, ...]]:
+    """Sets of candidates, small ones first; none gives one number two meanings."""
+    for count in (1, 2, 3):
+        few = found if count == 1 else found[:_MOST_CANDIDATES]
+        for chosen in combinations(few, count):
+            keys = [(a.module, a.attribute) for c in chosen for a in c.attributes]
+            if len(set(keys)) == len(keys):
+                yield chosen
+
+
+def _naming(claims: Claims, names: Sequence[str]) -> dict[tuple[str, str], SizeAttribute]:
+    """The claims whose layouts hold one of some groups."""
+    mine = set(names)
+    return {key: c for key, c in claims.items() if mine & set(layout_names(c.layout))}
+
+
+def _known(claims: Claims, groups: Mapping[str, DependencyGroup]) -> Claims:
+    return {k: c for k, c in claims.items() if set(layout_names(c.layout)) <= set(groups)}
+
+
+def _named_alike(claim: SizeAttribute, groups: Mapping[str, DependencyGroup]) -> int:
+    """How well the name of a number fits the kinds of the groups it may count."""
+    kinds = {groups[name].kind for name in layout_names(claim.layout) if name in groups}
+    last = claim.attribute.rpartition(".")[2]
+    size = re.search("dim|size|width", last) is not None
+    if "head" in last and not size:
+        return int(kinds == {"heads"} or kinds == {"heads", "query_heads"})
+    if "head" in last:
+        return int("head_dim" in kinds)
+    return int("hidden" in kinds) if re.search("hidden|embed|d_model", last) else 0
+
+
+def _above(tensor: str, levels: int) -> str:
+    return ".".join(tensor.split(".")[:-levels])
+
+
+def _reason(outcome: Outcome) -> str:
+    where = f" in {outcome.module}" if outcome.module else ""
+    return f"{outcome.reason}{where}"
