@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from benchmarks.zoo.models import Inputs
 from lightning_mi_prune import PruningPlan, apply_plan
+from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.layouts import Layout
 
@@ -39,8 +40,9 @@ class Outcome:
 
     Args:
         verdict: ``"exact"``, ``"exact with restricted norms"``, ``"ran"`` (a normalisation in
-            Python over the units, whose statistics cannot be restricted here), or ``"wrong"``.
-        reason: Why it is wrong.
+            Python over the units, whose statistics cannot be restricted here), ``"refused"`` (by
+            `apply_plan`, before it changed anything), or ``"wrong"``.
+        reason: Why it is refused or wrong.
         effect: How far the masked model is from the whole one, relative to the largest output.
         gradients: Parameters whose gradients were compared with those of the masked model.
     """
@@ -300,6 +302,8 @@ def _case(
             except Exception:  # some mix in float32: the first answer stands
                 return found
             found = _compared(doubled, given, groups, chosen, seed, TOLERANCE)
+    except PruningError as error:
+        return Outcome("refused", f"apply_plan: {error}"[:300])
     except Exception as error:
         return Outcome("wrong", f"{type(error).__name__}: {error}"[:300])
     return found

@@ -33,7 +33,17 @@ from benchmarks.zoo.text import text_models
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup
 
-__all__ = ["KINDS", "LIMIT", "all_models", "covered", "in_child", "prunable", "time_limit", "used_parameters", "zoo"]
+__all__ = [
+    "KINDS",
+    "LIMIT",
+    "all_models",
+    "covered",
+    "in_child",
+    "prunable",
+    "time_limit",
+    "used_parameters",
+    "zoo",
+]
 
 KINDS = ("ffn", "heads", "channels", "hidden")
 LIMIT = 30.0  # seconds of processor time for discovery with verification, and for torch-pruning
@@ -164,7 +174,8 @@ def _our_side(network: nn.Module, inputs: Inputs, limit: float, send: Send) -> N
         {
             "verdicts": {name: outcome.verdict for name, outcome in outcomes.items()},
             "wrong": {name: o.reason for name, o in outcomes.items() if o.verdict == "wrong"},
-            "effect": float(f"{min(outcome.effect for outcome in outcomes.values()):.2g}"),
+            "uncut": {name: o.reason for name, o in outcomes.items() if o.verdict == "refused"},
+            "effect": float(f"{min(o.effect for o in outcomes.values()):.2g}"),
             "gradients": sum(outcome.gradients for outcome in outcomes.values()),
             "stage": "half",
         }
@@ -274,7 +285,8 @@ def _child(work: Callable[[Send], None], there: Connection) -> None:
     if PAGES.exists():
         pages = int(PAGES.read_text(encoding="ascii").split()[0])
         most = pages * resource.getpagesize() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]  # children set limits of their own
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     try:
         work(there.send)
     except BaseException as error:

@@ -47,7 +47,8 @@ def shortfalls(records: Records) -> list[str]:
     """Models with less than the goal covered, an error or a wrong cut, the least covered first."""
     rows = []
     for r in sorted(records, key=lambda r: (r.get("covered") or 0, r["model"])):
-        reasons = [f"{kind}: {reason}" for kind, reason in (r.get("wrong") or {}).items()]
+        failed = {**(r.get("wrong") or {}), **(r.get("uncut") or {})}
+        reasons = [f"{kind}: {reason}" for kind, reason in failed.items()]
         if r.get("error"):
             reasons.append(f"{r['error']} ({r.get('stage')})")
         if not reasons and (r.get("covered") or 0) > GOAL:
@@ -98,6 +99,8 @@ def _check(r: Record) -> str:
     """How the cut model compared with the masked one."""
     if r.get("wrong"):
         return f"**wrong**: {', '.join(r['wrong'])}"
+    if r.get("uncut"):
+        return f"not cut: {', '.join(r['uncut'])}"
     if r.get("error"):
         return "error" if r.get("stage") != "check" else "not checked"
     verdicts = set((r.get("verdicts") or {}).values())
