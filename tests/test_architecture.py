@@ -39,10 +39,15 @@ HEAVY = ("datasets", "matplotlib", "rich", "transformers")
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 TORCH_FREE = [
     *(name for name in FILES if name.startswith("core/") and "running" not in name),
-    *("graph/graph.py", "graph/groups.py", "graph/layouts.py"),
+    *("graph/graph.py", "graph/groups.py", "graph/inputs.py", "graph/layouts.py"),
     *(name for name in FILES if name.startswith("allocation/")),
 ]
-WITH_TORCH = {"core/empty_linear.py", "allocation/mac_counter.py", "allocation/macs.py"}
+WITH_TORCH = {
+    "core/consumers.py",
+    "core/empty_linear.py",
+    "allocation/mac_counter.py",
+    "allocation/macs.py",
+}
 WITH_TORCH |= {"allocation/measuring.py"}
 TORCH_FREE = [name for name in TORCH_FREE if name not in WITH_TORCH]
 

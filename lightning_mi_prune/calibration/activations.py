@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +14,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from lightning_mi_prune.calibration.calls import RecordedCall, StoredCalls, first_call
+from lightning_mi_prune.calibration.calls import (
+    RecordedCall,
+    StoredCalls,
+    first_call,
+    positions_of,
+)
 from lightning_mi_prune.calibration.moments import Moments, check_moments
 from lightning_mi_prune.calibration.padding import (
     Padding,
@@ -21,7 +27,17 @@ from lightning_mi_prune.calibration.padding import (
     attention_mask_of,
     pad_nested,
 )
+from lightning_mi_prune.core.consumers import (
+    channels_last,
+    consumer_input,
+    fold_positions,
+    has_kernel,
+    input_dim,
+)
+from lightning_mi_prune.core.empty_linear import linear_at
 from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.inputs import ConsumerInput
+from lightning_mi_prune.surgery.attention import open_attention
 
 __all__ = [
     "ActivationRecorder",
@@ -41,10 +57,16 @@ class ModuleHooks(ABC):
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._handles: list[RemovableHandle] = []
+        self._opened = ExitStack()
 
     @abstractmethod
     def _attach(self) -> Iterator[RemovableHandle]:
         """Put the hooks on, one after another."""
+
+    @property
+    def _hooked(self) -> Sequence[str]:
+        """Paths of the modules whose calls the hooks need; attention is opened for some."""
+        return ()
 
     @abstractmethod
     def _clear(self) -> None:
@@ -53,6 +75,7 @@ class ModuleHooks(ABC):
     def __enter__(self) -> Self:
         self.close()
         try:
+            self._opened.enter_context(open_attention(self._model, self._hooked))
             self._handles.extend(self._attach())
             self._handles.extend(pad_nested(self._model))  # after all others
         except BaseException:
@@ -73,6 +96,7 @@ class ModuleHooks(ABC):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._opened.close()
         self._clear()
 
 
@@ -178,9 +202,10 @@ _SAMPLES_TOGETHER = 512
 class ActivationRecorder(CallRecorder):
     """Hooks the consumers of every group and sums their inputs, until the ``with`` block ends.
 
-    One sample is one position that is not padding; where the layer has no positions (after
-    pooling) it is one example. At most ``positions`` samples a group are taken, spread evenly over
-    the batches and drawn at random within each, the same ones for every group of a network.
+    One sample is one position that is not padding, of a text or of an image; where the layer has no
+    positions (after pooling) it is one example. At most ``positions`` samples a group are taken,
+    spread evenly over the batches and drawn at random within each, the same ones for every group of
+    a network.
 
     Args:
         model: Module that holds the groups.
@@ -216,8 +241,13 @@ class ActivationRecorder(CallRecorder):
             for group in groups
             for key, consumers in group.inputs.items()
         }
+        self._folds = {
+            key: 1 if group.rotation is not None else ConsumerInput.of(group, consumers).fold
+            for group in groups
+            for key, consumers in group.inputs.items()
+        }
         self._moments = {
-            key: Moments(model.get_parameter(f"{consumer}.weight").shape[1])
+            key: Moments(_entries(model, consumer) // self._folds[key])
             for key, (_, consumer) in self._consumers.items()
         }
         self._pending: dict[str, list[Tensor]] = {key: [] for key in self._moments}
@@ -227,6 +257,10 @@ class ActivationRecorder(CallRecorder):
         self._left: dict[str, int] = {}
         self._masks: dict[str, Tensor | None] = {}
         self._draws: dict[tuple[str, int], Tensor] = {}
+
+    @property
+    def _hooked(self) -> Sequence[str]:
+        return [consumer for _, consumer in self._consumers.values()]
 
     def _attach(self) -> Iterator[RemovableHandle]:
         groups = [group for group, _ in self._consumers.values()]
@@ -288,8 +322,10 @@ class ActivationRecorder(CallRecorder):
     def _on_input(self, group: DependencyGroup, key: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             started = time.perf_counter()
-            x = (args[0] if args else kwargs["input"]).detach()
-            self._store_call((group.network, group.scope), x)
+            x = fold_positions(
+                channels_last(module, consumer_input(args, kwargs).detach()), self._folds[key]
+            )
+            self._store_call((group.network, group.scope), x, self._each(module))
             room = self._positions - self._taken[key]
             wanted = min(self._left.get(key, self._quota), room)
             if wanted <= 0:
@@ -298,7 +334,11 @@ class ActivationRecorder(CallRecorder):
             index = self._valid(x, mask, x.shape[:-1])
             if len(index) > wanted:
                 index = index[self._draw(group.scope, len(index), wanted).to(x.device)]
-            self._pending[key].append(x.reshape(x.shape[:-1].numel(), x.shape[-1])[index])
+            if has_kernel(module):  # a copy of the chosen positions only
+                samples = x[torch.unravel_index(index, x.shape[:-1])]
+            else:
+                samples = x.reshape(x.shape[:-1].numel(), x.shape[-1])[index]
+            self._pending[key].append(samples)
             self._taken[key] += len(index)
             if sum(map(len, self._pending[key])) >= _SAMPLES_TOGETHER:
                 self._sum(key)
@@ -307,6 +347,17 @@ class ActivationRecorder(CallRecorder):
             self.seconds += time.perf_counter() - started
 
         return hook
+
+    def _each(self, module: nn.Module) -> float | None:
+        """Positions that one example counts for when calls are stored: those of an image are few.
+
+        Layers that are solved again after the convolutions have one position for each image.
+        """
+        return (
+            None
+            if not has_kernel(module)
+            else float(max(map(positions_of, self._running.values()), default=1))
+        )
 
     def _draw(self, scope: str, available: int, wanted: int) -> Tensor:
         key = (scope, available)
@@ -326,3 +377,9 @@ class ActivationRecorder(CallRecorder):
     def check(self) -> None:
         """Refuse sums that cannot be scored, as :func:`check_moments` does."""
         check_moments(self.moments)
+
+
+def _entries(model: nn.Module, consumer: str) -> int:
+    """Entries that a consumer reads."""
+    read = input_dim(linear_at(model.get_submodule(consumer)))
+    return model.get_parameter(f"{consumer}.weight").shape[read]

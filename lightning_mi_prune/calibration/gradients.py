@@ -22,9 +22,21 @@ from lightning_mi_prune.calibration.activations import ModuleHooks
 from lightning_mi_prune.calibration.calls import batch_size_of
 from lightning_mi_prune.calibration.moments import check_packed, pack_symmetric, unpack_symmetric
 from lightning_mi_prune.calibration.padding import Padding
+from lightning_mi_prune.core.consumers import (
+    channels_last,
+    consumer_input,
+    fold_positions,
+    input_dim,
+    input_gradient,
+    output_dim,
+    stacked_weight,
+)
+from lightning_mi_prune.core.empty_linear import linear_at
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.inputs import ConsumerInput, widths_now
+from lightning_mi_prune.graph.layouts import layout_size
 
 __all__ = [
     "GradientRecorder",
@@ -152,26 +164,37 @@ def relevance_of(sums: Mapping[str, GradientSums]) -> dict[str, Relevance]:
 
 
 def relevance_of_weights(
-    group: DependencyGroup, weights: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]
+    group: DependencyGroup,
+    weights: Mapping[str, Tensor],
+    rows: Mapping[tuple[str, int], Tensor | None],
 ) -> dict[str, Relevance]:
-    """``G = sum W'W`` over the kept rows of all weights above: no gradients needed.
+    """``G = sum W'W`` over the kept outputs of all weights above: no gradients needed.
+
+    Of a convolution above, the positions of its kernel add up, and so do the positions of a
+    flattened map that a linear layer above reads.
 
     Args:
         group: The group whose consumers' outputs are weighted.
         weights: Parameters of the model as it is now, by qualified name.
-        rows: Rows that are kept of each tensor above; None or missing keeps all.
+        rows: Positions that are kept of each tensor above, by name and dimension; None or missing
+            keeps all.
     """
-    found = {}
-    if group.above and not group.consumers_by_input:
-        total: Tensor | None = None
-        for consumer in group.above:
-            weight = weights[f"{consumer}.weight"].detach().double()
-            kept = rows.get(f"{consumer}.weight")
-            weight = weight if kept is None else weight[kept.to(weight.device)]
-            total = weight.mT @ weight if total is None else total + weight.mT @ weight
-        if total is not None:
-            found[group.name] = Relevance(total)
-    return found
+    if not group.above or group.consumers_by_input:
+        return {}
+    read = ConsumerInput.of(group, group.consumers).dim
+    width = weights[f"{group.consumers[0]}.weight"].shape[output_dim(read)]
+    total: Tensor | None = None
+    for name in (f"{consumer}.weight" for consumer in group.above):
+        weight = weights[name].detach().double()
+        # Only a weight that is stored as (in, out) has its inputs in the first dimension.
+        dim = 0 if weight.ndim == 2 and weight.shape[1] % width and len(weight) == width else 1
+        kept = rows.get((name, output_dim(dim)))
+        if kept is not None:
+            weight = weight.index_select(output_dim(dim), kept.to(weight.device))
+        fold = weight.shape[dim] // width if weight.ndim == 2 else 1
+        for part in stacked_weight(weight, dim, fold).unbind(2):
+            total = part.mT @ part if total is None else total + part.mT @ part
+    return {} if total is None else {group.name: Relevance(total)}
 
 
 class GradientRecorder(ModuleHooks):
@@ -214,6 +237,7 @@ class GradientRecorder(ModuleHooks):
     ) -> None:
         super().__init__(model)
         self.sums = empty_sums(model, groups, plan)
+        self._units = _unit_entries(groups, plan)
         self._consumers = [
             (key, consumer, group.scope or group.network)
             for group in groups
@@ -228,6 +252,10 @@ class GradientRecorder(ModuleHooks):
         self._rows: Counter[tuple[str, bool]] = Counter()
         self._last: dict[str, int] = {}
         self._recording = False
+
+    @property
+    def _hooked(self) -> Sequence[str]:
+        return [consumer for _, consumer, _ in self._consumers]
 
     def _attach(self) -> Iterator[RemovableHandle]:
         for path in self._networks:
@@ -317,29 +345,32 @@ class GradientRecorder(ModuleHooks):
                 if not output.is_floating_point():
                     return None
                 output = output.detach().requires_grad_().clone()
-            x = (args[0] if args else kwargs["input"]).detach()
-            weight: Any = module.weight
-            swapped = self._padding.positions_first(x)
+            x = consumer_input(args, kwargs).detach()
+            swapped = self._padding.positions_first(channels_last(module, x))
             if swapped:
                 self._count_positions_first(path, x)
-            add = partial(self._add_gradient, key, x, weight.detach(), swapped)
+            add = partial(self._add_gradient, key, x, module, swapped)
             output.register_hook(add)  # type: ignore[no-untyped-call]
             return output
 
         return hook
 
     def _add_gradient(
-        self, key: str, x: Tensor, weight: Tensor, swapped: bool, grad: Tensor
+        self, key: str, x: Tensor, module: nn.Module, swapped: bool, grad: Tensor
     ) -> None:
         if not self._recording:
             return
+        grad = grad.detach()
         if swapped:
             x, grad = x.transpose(0, 1), grad.transpose(0, 1)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            sums = self.sums[key]
-            g = grad.detach().flatten(0, -2).float()
-            down = g @ weight.float() if self._taylor or sums.over_units else g
-            recorded = down if sums.over_units else g
+            sums, (fold, entries) = self.sums[key], self._units[key]
+            g = channels_last(module, grad).flatten(0, -2).float()
+            down = g
+            if self._taylor or sums.over_units:
+                down = channels_last(module, input_gradient(module, x, grad))
+                down = fold_positions(down, fold)
+            recorded = down.flatten(0, -2) if sums.over_units else g
             if key not in self._staged:
                 # new_zeros, as precision plugins change the default type.
                 self._staged[key] = [
@@ -349,10 +380,34 @@ class GradientRecorder(ModuleHooks):
             matrix, taylor = self._staged[key]
             matrix.addmm_(recorded.mT, recorded)
             if self._taylor:
-                change = (x.reshape(down.shape).float() * down).view(x.shape[0], -1, x.shape[-1])
-                entries = x.shape[-1] // max(1, sums.units)
-                change = change.sum(1).view(x.shape[0], sums.units, entries).sum(2)
-                taylor += change.square().sum(0)
+                inputs = fold_positions(channels_last(module, x), fold)
+                change = inputs.reshape(down.shape).float() * down
+                change = change.reshape(x.shape[0], -1, down.shape[-1]).sum(1)
+                if entries is not None:
+                    change = change[:, entries.to(change.device)]
+                taylor += change.view(x.shape[0], sums.units, -1).sum(2).square().sum(0)
+
+
+def _unit_entries(
+    groups: Sequence[DependencyGroup], plan: PruningPlan | None
+) -> dict[str, tuple[int, Tensor | None]]:
+    """Of every input the positions that are samples, and the entries of its units, one by one.
+
+    None for entries that are in that order, and for heads that rotate, which are one unit there.
+    """
+    found: dict[str, tuple[int, Tensor | None]] = {}
+    for group in groups:
+        for key, consumers in group.inputs.items():
+            if group.rotation is not None:
+                found[key] = (1, None)
+                continue
+            given = ConsumerInput.of(group, consumers)
+            widths = group.all_widths({}) if plan is None else widths_now(group, plan)
+            units = given.units(group.name, widths)
+            entries = [position for unit in units for position in unit]
+            whole = entries == [*range(layout_size(given.layout, widths))]
+            found[key] = (given.fold, None if whole else torch.tensor(entries, dtype=torch.long))
+    return found
 
 
 def _is_again() -> bool:
@@ -368,10 +423,15 @@ def empty_sums(
     sums: dict[str, GradientSums] = {}
     for group in groups:
         for key, consumers in group.inputs.items():
-            rows, columns = model.get_parameter(f"{consumers[0]}.weight").shape
+            read = input_dim(linear_at(model.get_submodule(consumers[0])))
+            shape = model.get_parameter(f"{consumers[0]}.weight").shape
+            outputs, entries = shape[output_dim(read)], shape[read]
             # Of units that several layers read, except where heads rotate: there, of outputs.
             shared, rotates = group.consumers_by_input or len(consumers) > 1, group.rotation
             over_units = bool(shared) and rotates is None
-            units = 1 if rotates is not None else columns // group.entries_at(widths)
-            sums[key] = GradientSums(columns if over_units else rows, units, over_units=over_units)
+            if rotates is None:
+                entries //= ConsumerInput.of(group, consumers).fold
+            units = 1 if rotates is not None else widths.get(group.name, group.size)
+            dimension = entries if over_units else outputs
+            sums[key] = GradientSums(dimension, units, over_units=over_units)
     return sums

@@ -253,6 +253,7 @@ def describing_attributes(
         for s in group.tensors
         for alias in names.get(id(tensor_at(module, s.tensor)), [s.tensor])
     }
+    widths = {name: size for group in groups for name, size in group.all_widths({}).items()}
     found: dict[tuple[str, str], SizeAttribute] = {}
     for (tensor, dim), layout in dims.items():
         path, _, name = tensor.rpartition(".")
@@ -260,7 +261,8 @@ def describing_attributes(
         value = tensor_at(module, tensor)
         if value is None:
             continue
-        for attribute, described in _described(part, name, dim, layout):
+        other = dims.get((tensor, 1 - dim)) if dim < 2 else None
+        for attribute, described in _described(part, name, dim, layout, other, widths):
             sequence = attribute == "normalized_shape"
             held = getattr(part, attribute, None)
             if sequence and (not isinstance(held, tuple) or len(held) != 1):
@@ -270,12 +272,17 @@ def describing_attributes(
 
 
 def _described(
-    part: nn.Module, name: str, dim: int, layout: Layout
+    part: nn.Module,
+    name: str,
+    dim: int,
+    layout: Layout,
+    other: Layout | None,
+    widths: Mapping[str, int],
 ) -> Iterator[tuple[str, Layout]]:
     """Attributes of a module that count a dimension of its tensor, with their layouts."""
     if isinstance(part, nn.modules.conv._ConvNd):
         if name == "weight":
-            yield from _of_convolution(part, dim, layout)
+            yield from _of_convolution(part, dim, layout, other, widths)
         return
     tables: list[tuple[str, int, tuple[str, ...]]] = [
         ("weight", 0, ("out_features", "num_features", "num_channels", "normalized_shape", "nx")),
@@ -295,32 +302,48 @@ def _described(
                     yield attribute, layout
 
 
-def _of_convolution(part: Any, dim: int, layout: Layout) -> Iterator[tuple[str, Layout]]:
+def _of_convolution(
+    part: Any, dim: int, layout: Layout, other: Layout | None, widths: Mapping[str, int]
+) -> Iterator[tuple[str, Layout]]:
     inner, outer = (0, 1) if part.transposed else (1, 0)
-    groups, each = part.groups, part.weight.shape[inner] // (part.groups if part.transposed else 1)
-    if groups == 1:
+    if part.groups == 1:
         yield ("out_channels" if dim == outer else "in_channels"), layout
-    elif part.transposed:
         return
-    elif dim == outer:
+    if part.transposed:
+        return
+    grouped = _outermost(layout if dim == outer else other, part.groups, widths)
+    each = part.weight.shape[inner]
+    if dim == outer:
         yield "out_channels", layout
-        count = part.out_channels // groups
-        grouped = _without_inner(layout, count)
         if grouped is not None:
             yield "groups", grouped
-            if each == 1:
-                yield "in_channels", grouped
+            yield "in_channels", _times(grouped, other or ((each,),))
     else:
-        yield "in_channels", ((groups, layout),)
+        yield "in_channels", _times(grouped or ((part.groups,),), layout)
 
 
-def _without_inner(layout: Layout, count: int) -> Layout | None:
-    """A layout divided by an innermost constant; None if it has none."""
-    if count == 1:
+def _outermost(layout: Layout | None, size: int, widths: Mapping[str, int]) -> Layout | None:
+    """The outer factors of a layout that have a size together; None if there are none."""
+    if layout is None:
+        return None
+    if layout_size(layout, widths) == size:
         return layout
-    if all(block and block[-1] == count for block in layout):
+    if len(layout) == 1:
+        for count in range(1, len(layout[0])):
+            if layout_size((layout[0][:count],), widths) == size:
+                return (layout[0][:count],)
+    # Several filters for each channel of a sum.
+    whole = layout_size(layout, widths)
+    each = whole // size
+    if all(block and block[-1] == each for block in layout):
         return tuple(block[:-1] or (1,) for block in layout)
     return None
+
+
+def _times(outer: Layout, inner: Layout) -> Layout:
+    """The product of two layouts, without factors of one."""
+    factors = [layout[0] if len(layout) == 1 else (layout,) for layout in (outer, inner)]
+    return (tuple(f for block in factors for f in block if f != 1) or (1,),)
 
 
 # ------------------------------------------------------------------------------------- candidates

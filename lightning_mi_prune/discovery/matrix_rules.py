@@ -269,12 +269,21 @@ def _pooled(spatial: int) -> Rule:
 
     def rule(trace: Trace, operator: Operator) -> None:
         x = operator.inputs[0]
-        outer = trace.dims(x)[: x.ndim - spatial]
-        for dim in trace.dims(x)[x.ndim - spatial :]:
+        start, kernel = x.ndim - spatial, operator.argument(1, "kernel_size")
+        plain = "avg_pool" in operator.name and "adaptive" not in operator.name
+        dims = trace.dims(x)
+        for i, dim in enumerate(dims[start:]):
+            # A window of one entry leaves a dimension as it is.
+            if (
+                plain
+                and kernel[i % len(kernel)] == 1
+                and operator.outputs[0].shape[start + i] == dim.size
+            ):
+                continue
             fix(dim, operator.label)
+            dims[start + i] = Atom(operator.outputs[0].shape[start + i], DATA)
         for output in operator.outputs:
-            pixels = output.shape[output.ndim - spatial :]
-            trace.set(output, [*outer, *(Atom(n, DATA if n > 1 else "") for n in pixels)])
+            trace.set(output, dims)
             trace.set_origin(output, trace.origin(x))
 
     return rule

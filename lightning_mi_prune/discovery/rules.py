@@ -16,6 +16,7 @@ from lightning_mi_prune.discovery.expressions import (
     product_of,
     reshaped,
     sum_of,
+    terms_of,
 )
 from lightning_mi_prune.discovery.matrix_rules import MATRIX_RULES
 from lightning_mi_prune.discovery.recording import Operator
@@ -27,6 +28,7 @@ __all__ = [
 
 Rule = Callable[[Trace, Operator], None]
 _MASKS = (torch.bool, torch.uint8)
+_FEW = 64  # places of an index that are read one by one
 
 
 def follow(trace: Trace, operator: Operator) -> None:
@@ -171,7 +173,8 @@ def _moved(trace: Trace, operator: Operator) -> None:
 def _unsqueezed(trace: Trace, operator: Operator) -> None:
     source, output = operator.inputs[0], operator.outputs[0]
     dims, dim = trace.dims(source), operator.argument(1, "dim") % output.ndim
-    trace.set(output, [*dims[:dim], Atom(1), *dims[dim:]])
+    whole = len(dims) == output.ndim  # changed in place before it was first used
+    trace.set(output, dims if whole else [*dims[:dim], Atom(1), *dims[dim:]])
     trace.alias(output, source)
 
 
@@ -229,8 +232,11 @@ def _selected(trace: Trace, operator: Operator) -> None:
     source = operator.inputs[0]
     dims, dim = trace.dims(source), operator.argument(1, "dim", 0) % source.ndim
     fix(dims[dim], operator.label)
+    rest = [i for i in range(source.ndim) if i != dim]
     for output in operator.outputs:
-        trace.set(output, dims[:dim] + dims[dim + 1 :])
+        trace.set(output, [dims[i] for i in rest])
+        if trace.parameter_of(source) is not None:
+            trace.alias(output, source, rest)
         trace.set_origin(output, trace.origin(source))
 
 
@@ -357,10 +363,10 @@ def _indexed(trace: Trace, operator: Operator) -> None:
     hit: list[int] = []
     for index in operator.argument(1, "indices"):
         width = 1 if index is None or index.dtype not in _MASKS else index.ndim
-        hit += [] if index is None else range(at, at + width)
+        for place in [] if index is None else range(at, at + width):
+            hit.append(place)
+            _fix_places(dims[place], index, operator.label)
         at += width
-    for place in hit:
-        fix(dims[place], operator.label)
     rest = [dim for place, dim in enumerate(dims) if place not in hit]
     adjacent = hit == list(range(hit[0], hit[0] + len(hit)))
     start = hit[0] if adjacent else 0
@@ -368,6 +374,29 @@ def _indexed(trace: Trace, operator: Operator) -> None:
     new = [Atom(n, DATA if n > 1 else "") for n in fresh]
     trace.set(output, [*rest[:start], *new, *rest[start:]])
     trace.set_origin(output, trace.origin(source))
+
+
+def _fix_places(dim: Expression, index: Tensor, reason: str) -> None:
+    """Fix the terms of a sum that an index reads, as far as it is known."""
+    constant = index.dtype not in _MASKS and index.numel() <= _FEW
+    read = {int(i) % dim.size for i in index.flatten().tolist()} if constant else range(dim.size)
+    end = 0
+    for term in terms_of(dim):
+        begin, end = end, end + term.size
+        if any(begin <= place < end for place in read):
+            fix(term, reason)
+
+
+def _strided(trace: Trace, operator: Operator) -> None:
+    """``as_strided`` where it is a view of all entries in their order."""
+    source, output = operator.inputs[0], operator.outputs[0]
+    if output.numel() != source.numel() or not output.is_contiguous():
+        raise ValueError("entries in another order")
+    dims = trace.dims(source)
+    if [dim.size for dim in dims] != list(output.shape):
+        dims = reshaped(dims, list(output.shape), operator.label)
+    trace.set(output, dims)
+    trace.alias(output, source)
 
 
 def _put(trace: Trace, operator: Operator) -> None:
@@ -459,6 +488,7 @@ RULES: Mapping[str, Rule] = {
     **_named("unsqueeze unsqueeze_", _unsqueezed),
     **_named("squeeze squeeze_", _squeezed),
     **_named("view reshape _unsafe_view _reshape_alias unflatten flatten", _viewed),
+    **_named("as_strided as_strided_", _strided),
     **_named("expand expand_as", _expanded),
     **_named("repeat tile", _repeated),
     **_named("select unbind", _selected),

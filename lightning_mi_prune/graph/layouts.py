@@ -127,11 +127,28 @@ def unit_positions(layout: Layout, name: str, widths: Mapping[str, int]) -> list
         >>> unit_positions((("heads", 2), ("heads", 1), (2,)), "heads", {"heads": 2})
         [[0, 1, 4], [2, 3, 5]]
     """
-    without = set(kept_positions(layout, {name: ()}, widths))
-    return [
-        [i for i in kept_positions(layout, {name: (unit,)}, widths) if i not in without]
-        for unit in range(widths[name])
-    ]
+    found: list[list[int]] = [[] for _ in range(widths[name])]
+    for position, unit in enumerate(_owners(layout, name, widths)):
+        if unit is not None:
+            found[unit].append(position)
+    return found
+
+
+def _owners(layout: Layout, name: str, widths: Mapping[str, int]) -> list[int | None]:
+    """The unit of a group that each position belongs to."""
+    found: list[int | None] = []
+    for block in layout:
+        owners: list[int | None] = [None]
+        for factor in reversed(block):
+            if factor == name:
+                units: Sequence[int | None] = range(widths[name])
+            elif isinstance(factor, tuple):
+                units = _owners(factor, name, widths)
+            else:
+                units = [None] * _size(factor, widths)
+            owners = [own if unit is None else unit for unit in units for own in owners]
+        found += owners
+    return found
 
 
 def layout_terms(layout: Layout) -> dict[tuple[str, ...], int]:

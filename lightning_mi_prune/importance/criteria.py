@@ -86,7 +86,7 @@ class MutualInformation:
         noise = sum(each.noise(self.ridge) for each in statistics) / len(statistics)
         # A constant layer above has no information, whatever the noise.
         pairs = [_precisions(each, noise or 1.0) for each in statistics]
-        return eliminate(pairs, keep=keep, entries=statistics[0].entries)
+        return eliminate(pairs, keep=keep, entries=[each.entries for each in statistics])
 
     def scores(self, statistics: UnitStatistics) -> Tensor:
         """Information of each unit alone with the layer above, less its plug-in bias ``(units,)``.
@@ -95,7 +95,7 @@ class MutualInformation:
             PruningError: If there is no ranking: without a ridge, at least as many independent
                 outputs as entries determine every unit exactly.
         """
-        outputs, entries = statistics.readout.shape
+        outputs, entries = statistics.outputs, statistics.readout.shape[1]
         if not outputs:  # no unit is kept above
             return statistics.mean.new_zeros(statistics.units)
         covariance, cross, above = statistics.joint()
@@ -106,7 +106,7 @@ class MutualInformation:
                 f"{counted(entries, 'entry', 'entries')}, so every score is infinite. Expected "
                 "fewer units above than entries; set a ridge above 0, such as 0.01."
             )
-        variance = above.diagonal().mean()
+        variance = statistics.variance(above)
         noisy = above + torch.diag(torch.full_like(above.diagonal(), self.ridge) * variance)
         noisy = noisy + torch.diag(torch.full_like(above.diagonal(), 1e-12) * variance + 1e-300)
         effective = float(torch.linalg.solve(noisy, above).diagonal().sum())
@@ -139,11 +139,12 @@ class ActivationNorm:
 
     def rank(self, statistics: Sequence[UnitStatistics], keep: int) -> Elimination:
         """Order the units by that product, smallest first."""
-        squares = torch.zeros_like(statistics[0].mean)
+        squares = statistics[0].mean.new_zeros(statistics[0].units)
         for each in statistics:
             power = each.covariance.diagonal() + each.mean.square()
-            squares = squares + power * each.weight.square().sum(0)
-        return _ascending(squares.view(-1, statistics[0].entries).sum(1))
+            entries = power * each.weight.square().sum(0)
+            squares = squares + entries.view(-1, each.entries).sum(1)
+        return _ascending(squares)
 
 
 @dataclass(frozen=True)

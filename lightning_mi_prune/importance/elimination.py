@@ -83,7 +83,10 @@ class _Precision:
 
 
 def eliminate(
-    precisions: Sequence[tuple[Tensor, Tensor]], *, keep: int = 1, entries: int = 1
+    precisions: Sequence[tuple[Tensor, Tensor]],
+    *,
+    keep: int = 1,
+    entries: int | Sequence[int] = 1,
 ) -> Elimination:
     """Exact backward elimination on the joint information with the layer above.
 
@@ -96,7 +99,7 @@ def eliminate(
     Args:
         precisions: ``P (d, d)`` and ``Q (d, d)`` at each input.
         keep: Units that stay; 0 gives the whole order.
-        entries: Entries per unit; ``d`` is a multiple of it.
+        entries: Entries per unit, of which ``d`` is a multiple; at each input, if they differ.
 
     Raises:
         PruningError: If a matrix is not positive.
@@ -107,9 +110,13 @@ def eliminate(
         >>> eliminate([(precision, posterior)]).order
         (1,)
     """
-    pairs = [(_Precision(p, entries), _Precision(q, entries)) for p, q in precisions]
+    sizes = [entries] * len(precisions) if isinstance(entries, int) else entries
+    pairs = [
+        (_Precision(p, size), _Precision(q, size))
+        for (p, q), size in zip(precisions, sizes, strict=True)
+    ]
     first = precisions[0][0]
-    units = first.shape[0] // entries
+    units = first.shape[0] // sizes[0]
     names = torch.arange(units, device=first.device)
     alive = torch.ones(units, dtype=torch.bool, device=first.device)
     order: list[int] = []

@@ -190,7 +190,9 @@ def check_rotations(
             "needs gradients. Use relevance='gradient', or leave 'head_dim' out of kinds."
         )
     heads = [
-        group.name for group in chosen if group.product_with in rotating and not group.rotation
+        group.name
+        for group in chosen
+        if not group.rotation and any(name in rotating for name, _ in group.partners)
     ]
     if heads and keep_information is not None:
         raise PruningError(

@@ -65,8 +65,8 @@ def rank_groups(
             training steps (:func:`gradients.relevance_of`), ``"weights"`` for the weights that are
             kept above, or None for all parts equally.
         widths: Units expected to stay of each group, for what is kept above others; default all.
-        crossed_kept: Units expected to stay of the :attr:`DependencyGroup.product_with` of others,
-            in positions of the model as built: heads are scored by the dimensions that stay,
+        crossed_kept: Units expected to stay of the :attr:`DependencyGroup.partners` of others, in
+            positions of the model as built: heads are scored by the dimensions that stay,
             dimensions by the heads.
 
     Returns:
@@ -76,31 +76,36 @@ def rank_groups(
         PruningError: If a group has not enough samples to score.
     """
     criterion = MutualInformation() if criterion is None else criterion
-    kept = dict(current.kept)
+    kept, crossed = dict(current.kept), crossed_kept or {}
     found: dict[str, Ranking] = {}
     for group in sorted(groups, key=lambda group: -group.level):
+        known: Mapping[str, Relevance] | None
         if relevance == "weights":
-            tensors = [f"{consumer}.weight" for consumer in group.above]
-            rows = {name: kept_rows(name, kept, current, groups) for name in tensors}
-            known: Mapping[str, Relevance] | None = relevance_of_weights(group, weights, rows)
+            known = relevance_of_weights(group, weights, _kept_above(group, kept, current, groups))
         else:
             known = relevance
-        statistics = unit_statistics(group, moments, weights, kept, current, groups, known)
+        across = {name: crossed[name] for name, _ in group.partners if name in crossed}
+        rotating = [other for other in groups if other.name in across and other.rotation]
+        plain = across if not rotating and group.rotation is None else {}
+        statistics = unit_statistics(
+            group, moments, weights, kept, current, groups, known, within=plain
+        )
         now = current.kept[group.name]
-        across = (crossed_kept or {}).get(group.product_with)
         if group.rotation is not None:
-            heads = _positions(across, current.kept.get(group.product_with), group.entries)
+            ((partner, count),) = group.partners
+            heads = _positions(across.get(partner), current.kept.get(partner), count)
             order, loss, nats = [*reversed(range(len(now)))], [0.0] * len(now), [0.0] * len(now)
             if heads:  # else no head is left that could lose dimensions
                 new = head_rotation(group, statistics[0], moments, weights, known)
                 ridge = getattr(criterion, "ridge", 1.0)
                 loss, nats = _curves_of_directions(new, statistics[0], heads, ridge)
         else:
-            if across is not None and len(across) < current.width(group.product_with):
-                (dims,) = (other for other in groups if other.name == group.product_with)
+            if rotating and len(across[rotating[0].name]) < current.width(rotating[0].name):
+                (dims,) = rotating
                 values = replace(statistics[0], entries=len(now))
                 new = head_rotation(dims, values, moments, weights, known)
-                statistics = [new.select(s, range(len(now)), len(across)) for s in statistics]
+                size = len(across[dims.name])
+                statistics = [new.select(s, range(len(now)), size) for s in statistics]
             order, costs = _whole_order(criterion, statistics)
             loss, nats = loss_curve(statistics, order), [*accumulate(costs)]
         found[group.name] = Ranking(
@@ -153,6 +158,20 @@ def _whole_order(
     rest = sorted(set(range(statistics[0].units)) - set(found.order))
     costs = [*found.costs, *([found.costs[-1] if found.costs else 0.0] * len(rest))]
     return [*found.order, *rest], [max(0.0, cost) for cost in costs]
+
+
+def _kept_above(
+    group: DependencyGroup,
+    kept: Mapping[str, tuple[int, ...]],
+    current: PruningPlan,
+    groups: Sequence[DependencyGroup],
+) -> dict[tuple[str, int], Tensor | None]:
+    """Outputs that are kept of all weights above a group, by tensor and dimension."""
+    return {
+        (name, dim): kept_rows(name, kept, current, groups, dim)
+        for name in (f"{consumer}.weight" for consumer in group.above)
+        for dim in (0, 1)
+    }
 
 
 def _positions(

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lightning_mi_prune.calibration.gradients import Relevance
 from lightning_mi_prune.calibration.moments import Moments
+from lightning_mi_prune.core.consumers import output_dim, stacked_weight
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.graph.groups import DependencyGroup, entry_positions
+from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.inputs import ConsumerInput, kept_now, read_dims, widths_now
+from lightning_mi_prune.graph.layouts import (
+    kept_positions,
+    layout_names,
+    layout_size,
+    unit_positions,
+)
 
 __all__ = [
     "UnitStatistics",
     "entries_of",
-    "kept_entries",
+    "input_statistics",
     "kept_rows",
     "unit_statistics",
 ]
@@ -38,6 +46,7 @@ class UnitStatistics:
         rows: The weight rows ``(units, w)`` that produce each unit, for criteria of weights.
         weight: The weights ``W (rows, d)`` that read the entries; default the readout.
         taylor: First-order change of the loss without each unit ``(units,)``, if it is known.
+        outputs: Outputs above that the readout stands for, if it was reduced; default its rows.
     """
 
     name: str
@@ -49,10 +58,13 @@ class UnitStatistics:
     rows: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     weight: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     taylor: Tensor | None = None
+    outputs: int = 0
 
     def __post_init__(self) -> None:
         if not self.weight.numel():
             object.__setattr__(self, "weight", self.readout)
+        if not self.outputs:
+            object.__setattr__(self, "outputs", len(self.readout))
 
     @property
     def units(self) -> int:
@@ -72,7 +84,11 @@ class UnitStatistics:
         """Noise variance on the layer above: ``ridge`` times its mean variance, 0 for no layer."""
         if not len(self.readout):  # no unit is kept above
             return 0.0
-        return ridge * float(self.joint()[2].diagonal().mean())
+        return ridge * float(self.variance(self.joint()[2]))
+
+    def variance(self, above: Tensor) -> Tensor:
+        """Mean variance of the outputs above, of their covariance ``(m, m)``."""
+        return above.diagonal().mean() * (len(above) / self.outputs)
 
     def check(self) -> None:
         """Refuse too few samples to score.
@@ -98,8 +114,12 @@ def unit_statistics(
     current: PruningPlan,
     groups: Sequence[DependencyGroup],
     relevance: Mapping[str, Relevance] | None = None,
+    within: Mapping[str, tuple[int, ...]] | None = None,
 ) -> list[UnitStatistics]:
     """Statistics of a group's units at each input that consists of them.
+
+    The entries of a unit are put next to each other, wherever they are in the input; those of other
+    groups are left out. Dimensions of heads that rotate stay in the order of the input.
 
     Args:
         group: The group.
@@ -110,63 +130,169 @@ def unit_statistics(
         groups: All groups that are being cut.
         relevance: How much the loss depends on each part of the layer above, by key; None weights
             all parts equally.
+        within: Units of other groups to which the entries are confined, numbered as built.
 
     Raises:
         PruningError: If there are no samples at an input.
     """
-    width = len(current.kept[group.name])
-    tensors = () if group.strided else group.tensors
-    producers = [_by_unit(weights[s.tensor], width) for s in tensors if s.dim == 0]
-    rows = torch.cat(producers, dim=1).double() if producers else torch.zeros(width, 0)
-    found = []
+    widths = widths_now(group, current)
+    rows, found = _producer_rows(group, weights, widths), []
+    inside = kept_now([*(within or {})], within or {}, current)
     for key, consumers in group.unit_inputs.items():
-        if int(moments[key].count) == 0:
-            raise PruningError(
-                f"No activations were collected at {key!r}, so its units cannot be scored. Run "
-                "validation first."
-            )
-        mean, covariance = moments[key].stabilized()
+        given = ConsumerInput.of(group, consumers)
+        units = given.units(group.name, widths, inside)
+        index: list[int] | None = [position for unit in units for position in unit]
+        if group.rotation is not None or index == [*range(layout_size(given.layout, widths))]:
+            index = None
         known = None if relevance is None else relevance.get(key)
-        weight, above = _kept_weight(consumers, weights, kept, current, groups, covariance)
-        readout = weight
-        if known is not None:
-            matrix = known.matrix.to(covariance)
-            factor = _factor(matrix if known.over_units else matrix[above][:, above])
-            readout = factor if known.over_units else factor @ weight
-        found.append(
-            UnitStatistics(
-                name=group.name,
-                entries=group.entries_at(current.widths),
-                samples=int(moments[key].count),
-                mean=mean,
-                covariance=covariance,
-                readout=readout,
-                rows=rows,
-                weight=weight,
-                taylor=None if known is None else known.taylor,
-            )
+        whole = input_statistics(
+            group, key, moments, weights, kept, current, groups, relevance=known, index=index
         )
+        entries = len(units[0]) if units else 1
+        taylor = None if known is None else known.taylor
+        found.append(replace(whole, entries=entries, rows=rows, taylor=taylor))
     return found
 
 
-def _kept_weight(
+def input_statistics(
+    group: DependencyGroup,
+    key: str,
+    moments: Mapping[str, Moments],
+    weights: Mapping[str, Tensor],
+    kept: Mapping[str, tuple[int, ...]],
+    current: PruningPlan,
+    groups: Sequence[DependencyGroup],
+    *,
+    relevance: Relevance | None = None,
+    index: Sequence[int] | None = None,
+) -> UnitStatistics:
+    """Statistics of the entries of one input, one entry a unit.
+
+    Args:
+        group: A group whose units are in the input.
+        key: Key of the input, one of :attr:`DependencyGroup.unit_inputs`.
+        moments: As for :func:`unit_statistics`, like all that follow.
+        weights: The same.
+        kept: The same.
+        current: The same.
+        groups: The same.
+        relevance: How much the loss depends on each part of the layer above.
+        index: Positions of the entries; None for all in their order.
+
+    Raises:
+        PruningError: If there are no samples.
+    """
+    if int(moments[key].count) == 0:
+        raise PruningError(
+            f"No activations were collected at {key!r}, so its units cannot be scored. Run "
+            "validation first."
+        )
+    consumers = group.unit_inputs[key]
+    given = ConsumerInput.of(group, consumers)
+    mean, covariance = moments[key].stabilized()
+    stacks, above = _kept_weights(given, consumers, weights, kept, current, groups)
+    matrix = None if relevance is None else relevance.matrix.to(covariance)
+    if index is not None:
+        at = torch.tensor(index, dtype=torch.long, device=mean.device)
+        mean, covariance = mean[at], covariance[at][:, at]
+        stacks = [stack[:, at.to(stack.device)] for stack in stacks]
+        if relevance is not None and relevance.over_units and matrix is not None:
+            matrix = matrix[at][:, at]
+    weight, outputs = _one_matrix(stacks, covariance)
+    readout = weight
+    if relevance is not None and matrix is not None:
+        if relevance.over_units:
+            readout, outputs = _factor(matrix), len(matrix)
+        else:
+            above = above.to(matrix.device)
+            readout, outputs = _one_matrix(stacks, covariance, _factor(matrix[above][:, above]))
+    return UnitStatistics(
+        name=group.name,
+        entries=1,
+        samples=int(moments[key].count),
+        mean=mean,
+        covariance=covariance,
+        readout=readout,
+        weight=weight,
+        outputs=outputs,
+    )
+
+
+def _kept_weights(
+    given: ConsumerInput,
     consumers: Sequence[str],
     weights: Mapping[str, Tensor],
     kept: Mapping[str, tuple[int, ...]],
     current: PruningPlan,
     groups: Sequence[DependencyGroup],
-    like: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The kept rows of all consumers of one input, and the indices of those of the first one."""
+) -> tuple[list[Tensor], Tensor]:
+    """The kept outputs of each consumer of an input, ``(m, d, k)``, and their indices at the first.
+
+    Args:
+        given: The input.
+        consumers: Those that read it.
+        weights: Parameters of the model as it is now, by qualified name.
+        kept: Units kept of the groups above, in positions of the model as built.
+        current: The plan the model carries now.
+        groups: All groups that are being cut.
+    """
     parts: list[Tensor] = []
     first = torch.empty(0, dtype=torch.long)
     for consumer in consumers:
-        weight = weights[f"{consumer}.weight"].detach().to(like)
-        rows = kept_rows(f"{consumer}.weight", kept, current, groups)
+        stored = weights[f"{consumer}.weight"].detach()
+        weight = stacked_weight(stored, given.dim, given.fold)
+        rows = kept_rows(f"{consumer}.weight", kept, current, groups, output_dim(given.dim))
         rows = torch.arange(len(weight)) if rows is None else rows
-        first = first if parts else rows.to(like.device)
+        first = first if parts else rows
         parts.append(weight[rows.to(weight.device)])
-    return torch.cat(parts), first
+    return parts, first
+
+
+def _one_matrix(
+    stacks: Sequence[Tensor], like: Tensor, factor: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """A matrix of all kernel positions, one below the other, and how many rows they are.
+
+    Of convolutions with more rows than entries it is the square matrix ``R`` with the same ``R'R``:
+    nothing else of them matters.
+
+    Args:
+        stacks: Weights ``(m, d, k)``.
+        like: A tensor of the wanted device and type.
+        factor: Map of the outputs; None for the identity.
+    """
+
+    def mapped(part: Tensor) -> Tensor:
+        return part.to(like) if factor is None else factor @ part.to(like)
+
+    rows, entries = sum(len(stack) * stack.shape[2] for stack in stacks), stacks[0].shape[1]
+    plain = all(stack.shape[2] == 1 for stack in stacks)
+    if plain and factor is not None:
+        return factor @ torch.cat([stack[..., 0].to(like) for stack in stacks]), len(factor)
+    if plain or rows <= entries:
+        parts = [mapped(part) for stack in stacks for part in stack.unbind(2)]
+        return torch.cat(parts), rows
+    gram = like.new_zeros(entries, entries)
+    for part in (part for stack in stacks for part in stack.unbind(2)):
+        gram += mapped(part).mT @ mapped(part)
+    return _factor(gram), rows
+
+
+def _producer_rows(
+    group: DependencyGroup, weights: Mapping[str, Tensor], widths: Mapping[str, int]
+) -> Tensor:
+    """What produces each unit, ``(units, w)``: its part of all tensors that do not read units."""
+    read, width = read_dims([group]), widths[group.name]
+    parts = []
+    for s in group.tensors:
+        if s.tensor not in weights or read.get(s.tensor) == s.dim:
+            continue  # a buffer, or a weight that reads the units
+        units = unit_positions(s.layout, group.name, widths)
+        tensor = weights[s.tensor].detach()
+        index = torch.tensor(units, dtype=torch.long, device=tensor.device).flatten()
+        part = tensor.index_select(s.dim, index).movedim(s.dim, 0)
+        parts.append(part.reshape(width, part.numel() // max(1, width)))
+    return torch.cat(parts, dim=1).double() if parts else torch.zeros(width, 0)
 
 
 def kept_rows(
@@ -174,29 +300,27 @@ def kept_rows(
     kept: Mapping[str, tuple[int, ...]],
     current: PruningPlan,
     groups: Sequence[DependencyGroup],
+    dim: int = 0,
 ) -> Tensor | None:
-    """Rows of a tensor that are kept, as it is now, or None where its rows are not cut."""
-    for group in groups:
-        if any(s.tensor == tensor and s.dim == 0 for s in group.tensors):
-            return kept_entries(group, kept, current)
-    return None
-
-
-def kept_entries(
-    group: DependencyGroup, kept: Mapping[str, tuple[int, ...]], current: PruningPlan
-) -> Tensor:
-    """Positions of the kept entries of a group, in the model as it is now.
+    """Positions of a dimension of a tensor that are kept, over all groups in it.
 
     Args:
-        group: The group; the kept units of :attr:`DependencyGroup.product_with` count too.
+        tensor: Name of the tensor.
         kept: Units kept, in positions of the model as built.
         current: The plan the model carries now.
+        groups: Groups that may be cut.
+        dim: The dimension.
+
+    Returns:
+        Positions in the tensor as it is now; None where no group cuts the dimension.
     """
-    now = {}
-    for name in {group.name, group.product_with} & set(current.kept):
-        index = {unit: i for i, unit in enumerate(current.kept[name])}
-        now[name] = [index[unit] for unit in kept[name]]
-    return torch.tensor(entry_positions(group, now, current.widths), dtype=torch.long)
+    for group in groups:
+        for s in group.tensors:
+            if s.tensor == tensor and s.dim == dim:
+                now = kept_now(layout_names(s.layout), kept, current)
+                found = kept_positions(s.layout, now, widths_now(group, current))
+                return torch.tensor(found, dtype=torch.long)
+    return None
 
 
 def entries_of(units: Tensor, entries: int) -> Tensor:
@@ -209,8 +333,3 @@ def _factor(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     factor: Tensor = values.clamp_min(0).sqrt()[:, None] * vectors.mT
     return factor
-
-
-def _by_unit(weight: Tensor, width: int) -> Tensor:
-    """A weight with one row a unit; none for an empty group."""
-    return weight.detach().reshape(width, weight.numel() // max(1, width))

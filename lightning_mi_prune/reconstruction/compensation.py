@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lightning_mi_prune.calibration.moments import Moments
+from lightning_mi_prune.core.consumers import output_dim, stacked_weight, stored_weight
 from lightning_mi_prune.core.errors import PruningWarning, counted
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.inputs import ConsumerInput, kept_now, widths_now
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation, copies_kept
 from lightning_mi_prune.importance.head_rotation import HeadRotation, head_rotation
 from lightning_mi_prune.importance.information import regression
 from lightning_mi_prune.importance.ranking import RelevanceSource, rank_groups
 from lightning_mi_prune.importance.statistics import (
     UnitStatistics,
-    kept_entries,
+    input_statistics,
     kept_rows,
     unit_statistics,
 )
@@ -123,47 +125,52 @@ def select_units(
     topk = isinstance(criterion, MutualInformation) and criterion.selection == "topk"
     kept = dict(current.kept)
     compensated: dict[str, Tensor] = {}
+    outputs: dict[str, int] = {}
     information: dict[str, GroupInformation] = {}
     few_samples: list[str] = []
     copies: list[str] = []
     rotated: dict[str, Tensor] = {}
     maps: dict[str, Mapping[int, Tensor]] = {}
-    names = {group.name for group in groups}
-    for group in sorted(groups, key=lambda group: (-group.level, group.strided)):
+    fits: dict[str, _Fit] = {}
+    for group, complete in _completed_inputs(groups):
         if group in cut:
             kept[group.name] = rankings[group.name].kept(widths[group.name])
-        if group.product_with in names and not group.strided:
-            continue  # it shares its inputs with the other group, which comes next
-        inputs = unit_statistics(group, moments, weights, kept, current, groups)
-        if group.rotation is not None and group in cut and len(inputs[0].mean):
-            new = _rotation(group, moments, weights, kept, current, groups, relevance)
-            rotated |= new.weights(weights)
-            maps |= {name: dims for name, dims in new.maps.items() if name in weights}
-            weights, inputs = {**weights, **rotated}, [new.rotate(values) for values in inputs]
-        entries = kept_entries(group, kept, current)
-        fits = [_Fit.of(values, entries) for values in inputs]
-        parts = [fit.information(ridge) for fit in fits]
-        share = GroupInformation(
-            total=sum(part.total for part in parts), kept=sum(part.kept for part in parts)
-        )
-        pair = [one for one in groups if one.name in (group.name, group.product_with)]
-        information |= {one.name: share for one in pair}
-        shrunk = [one.name for one in pair if one in cut]
-        if not shrunk:
-            continue
-        wanted = max(max(20 * len(values.readout), 2 * len(values.mean)) for values in inputs)
-        if min(values.samples for values in inputs) < wanted:
-            few_samples += shrunk
-        if topk and any(copies_kept(values, entries.tolist()) for values in inputs):
-            copies.append(group.name)
-        if compensate:
-            for consumers, fit in zip(group.unit_inputs.values(), fits, strict=True):
-                for consumer in consumers:
-                    compensated |= fit.compensate(consumer, weights)
+        for one in complete:
+            mine: list[_Fit] = []
+            for key, consumers in one.unit_inputs.items():
+                given = ConsumerInput.of(one, consumers)
+                if given.consumer not in fits:
+                    values = input_statistics(one, key, moments, weights, kept, current, groups)
+                    if one.rotation is not None and one in cut and len(values.mean):
+                        new = _rotation(one, moments, weights, kept, current, groups, relevance)
+                        rotated |= new.weights(weights)
+                        maps |= {name: dims for name, dims in new.maps.items() if name in weights}
+                        weights, values = {**weights, **rotated}, new.rotate(values)
+                    fits[given.consumer] = _Fit.of(one, given, values, kept, current)
+                mine.append(fits[given.consumer])
+                if compensate and len(mine[-1].dropped):
+                    for consumer in consumers:
+                        if f"{consumer}.weight" not in compensated:
+                            found = mine[-1].compensate(consumer, weights)
+                            compensated |= found
+                            outputs |= {name: mine[-1].output_dim(t) for name, t in found.items()}
+            parts = [fit.information(ridge) for fit in mine]
+            information[one.name] = GroupInformation(
+                total=sum(part.total for part in parts), kept=sum(part.kept for part in parts)
+            )
+            if one not in cut:
+                continue
+            if any(fit.has_few_samples for fit in mine):
+                few_samples.append(one.name)
+            if topk and any(fit.copies(one, kept, current) for fit in mine):
+                copies.append(one.name)
     _warn(few_samples, copies)
-    # Which rows a group below removes is known only now.
-    rows = {name: kept_rows(name, kept, current, groups) for name in compensated}
-    final = {n: t if (r := rows[n]) is None else t[r.to(t.device)] for n, t in compensated.items()}
+    # Which outputs a group below removes is known only now.
+    final = {}
+    for name, tensor in compensated.items():
+        rows = kept_rows(name, kept, current, groups, outputs[name])
+        at = None if rows is None else rows.to(tensor.device)
+        final[name] = tensor if at is None else tensor.index_select(outputs[name], at)
     for name, tensor in rotated.items():
         if name not in final:
             final[name] = _cut_tensor(name, tensor, kept, current, groups)
@@ -199,29 +206,89 @@ def _cut_tensor(
     groups: Sequence[DependencyGroup],
 ) -> Tensor:
     """The part of a whole tensor that stays."""
-    dims = {s.dim: group for group in groups for s in group.tensors if s.tensor == name}
-    for dim, group in dims.items():
-        tensor = tensor.index_select(dim, kept_entries(group, kept, current).to(tensor.device))
+    for dim in sorted({s.dim for group in groups for s in group.tensors if s.tensor == name}):
+        rows = kept_rows(name, kept, current, groups, dim)
+        if rows is not None:
+            tensor = tensor.index_select(dim, rows.to(tensor.device))
     return tensor
+
+
+def _completed_inputs(
+    groups: Sequence[DependencyGroup],
+) -> Iterator[tuple[DependencyGroup, list[DependencyGroup]]]:
+    """Groups from the top down, each with those whose inputs hold no group that comes later.
+
+    What a consumer keeps is known when all groups in its input are. Heads that rotate come first of
+    those that are complete together, since others read the same input.
+    """
+    names = {group.name for group in groups}
+    needed = {
+        group.name: {
+            name
+            for consumers in group.unit_inputs.values()
+            for name in ConsumerInput.of(group, consumers).names & names
+        }
+        | {group.name}
+        for group in groups
+    }
+    ordered, known = sorted(groups, key=lambda group: -group.level), set[str]()
+    left = list(ordered)
+    for group in ordered:
+        known.add(group.name)
+        complete = [one for one in left if needed[one.name] <= known]
+        left = [one for one in left if one not in complete]
+        yield group, sorted(complete, key=lambda one: one.rotation is None)
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """Regression ``M (dropped, kept)`` of the dropped entries of an input on the kept ones."""
+    """Regression ``M (dropped, kept)`` of the dropped entries of an input on the kept ones.
 
+    Entries of all groups in the input take part.
+    """
+
+    given: ConsumerInput
     values: UnitStatistics
     kept: Tensor
     dropped: Tensor
     coefficients: Tensor
 
     @classmethod
-    def of(cls, values: UnitStatistics, entries: Tensor) -> _Fit:
+    def of(
+        cls,
+        group: DependencyGroup,
+        given: ConsumerInput,
+        values: UnitStatistics,
+        kept: Mapping[str, tuple[int, ...]],
+        current: PruningPlan,
+    ) -> _Fit:
+        now = kept_now([*given.names], kept, current)
+        entries = given.kept(now, widths_now(group, current))
         device = values.covariance.device
         mask = torch.zeros(len(values.mean), dtype=torch.bool, device=device)
-        mask[entries.to(device)] = True
-        kept, dropped = (m.nonzero().flatten() for m in (mask, ~mask))
-        found = regression(values.covariance, kept, dropped, values.samples)
-        return cls(values, kept, dropped, found)
+        mask[torch.tensor(entries, dtype=torch.long, device=device)] = True
+        stay, dropped = (m.nonzero().flatten() for m in (mask, ~mask))
+        found = regression(values.covariance, stay, dropped, values.samples)
+        return cls(given, values, stay, dropped, found)
+
+    @property
+    def has_few_samples(self) -> bool:
+        """Whether there are fewer than 20 for each unit above, or 2 for each entry."""
+        values = self.values
+        return values.samples < max(20 * len(values.readout), 2 * len(values.mean))
+
+    def copies(
+        self, group: DependencyGroup, kept: Mapping[str, tuple[int, ...]], current: PruningPlan
+    ) -> bool:
+        """Whether kept units of a group are copies of each other."""
+        units = self.given.units(group.name, widths_now(group, current))
+        stay = kept_now([group.name], kept, current)[group.name]
+        single = all(len(units[unit]) == 1 for unit in stay)
+        return single and copies_kept(self.values, [units[unit][0] for unit in stay]) > 0
+
+    def output_dim(self, tensor: Tensor) -> int:
+        """The dimension of a weight or a bias of the consumers that counts their outputs."""
+        return output_dim(self.given.dim) if tensor.ndim > 1 else 0
 
     def information(self, ridge: float) -> GroupInformation:
         """Information with the layer above, whose noise is ``ridge`` of its mean variance."""
@@ -238,22 +305,26 @@ class _Fit:
         return GroupInformation(total=total, kept=min(total, max(0.0, float(full - residual) / 2)))
 
     def compensate(self, consumer: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``W' = W_K + W_D M``, ``b' = b + W_D (mu_D - M mu_K)``.
+        """``W' = W_K + W_D M``, ``b' = b + W_D (mu_D - M mu_K)``, at each position of a kernel.
 
         Without a bias, M is fitted to the raw second moments.
         """
         values, coefficients = self.values, self.coefficients
         stored = weights[f"{consumer}.weight"].detach()
-        weight = stored.to(values.covariance)
         bias = weights.get(f"{consumer}.bias")
         if bias is None:
             raw = values.covariance + torch.outer(values.mean, values.mean)
             coefficients = regression(raw, self.kept, self.dropped, values.samples)
-        dropped = weight[:, self.dropped]
-        new = {f"{consumer}.weight": (weight[:, self.kept] + dropped @ coefficients).to(stored)}
+        shift = values.mean[self.dropped] - coefficients @ values.mean[self.kept]
+        parts, shifts = [], []
+        for part in stacked_weight(stored, self.given.dim, self.given.fold).unbind(2):
+            weight = part.to(values.covariance)
+            dropped = weight[:, self.dropped]
+            parts.append((weight[:, self.kept] + dropped @ coefficients).to(stored))
+            shifts.append(dropped @ shift)
+        new = {f"{consumer}.weight": stored_weight(torch.stack(parts, 2), stored, self.given.dim)}
         if bias is not None:
-            shift = values.mean[self.dropped] - coefficients @ values.mean[self.kept]
-            new[f"{consumer}.bias"] = (bias.detach().to(weight) + dropped @ shift).to(bias)
+            new[f"{consumer}.bias"] = (bias.detach().to(shift) + sum(shifts)).to(bias)
         return new
 
 

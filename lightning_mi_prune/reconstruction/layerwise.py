@@ -13,7 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision
 from lightning_mi_prune.calibration.padding import Padding, padded_encoders
+from lightning_mi_prune.core.consumers import channels_first, channels_last, consumer_input
 from lightning_mi_prune.core.running import evaluating
+from lightning_mi_prune.surgery.attention import open_attention
 
 __all__ = [
     "LayerCall",
@@ -41,7 +43,7 @@ class LayerCall:
 
     Args:
         call: The call.
-        x: Input of the layer.
+        x: Input of the layer, channels last, as all that follow.
         stream: Residual stream that is added to its output, where that is known.
         output: Its output.
         mask: Positions of these that are not padding, where torch's own attention received a mask.
@@ -117,14 +119,16 @@ def run_layerwise(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor:
             task = getcurrent()
-            x = args[0] if args else kwargs["input"]
+            x = channels_last(module, consumer_input(args, kwargs))
             stream = None if layer.residual is None else streams[task, layer.residual]
+            stream = None if stream is None else channels_last(module, stream)
+            output = channels_last(module, output)
             # Wait in the main greenlet until all calls have reached the layer.
             new: Tensor = main.switch((layer, x, stream, output, padding.real(x)))
             remaining[task].discard(layer.layer)
             if once and not remaining[task]:
                 raise _LastLayerError
-            return new
+            return channels_first(module, new)
 
         return hook
 
@@ -142,6 +146,7 @@ def run_layerwise(
             yield module.register_forward_hook(replace_output(layer), with_kwargs=True)
 
     with contextlib.ExitStack() as stack, padded_encoders(network), evaluating(network):
+        stack.enter_context(open_attention(model, [layer.layer for layer in layers]))
         for handle in hooks():
             stack.enter_context(handle)
         tasks = {greenlet(run): call for call in calls}

@@ -10,6 +10,7 @@ whose width was cut, entry by entry.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -18,6 +19,13 @@ from torch.nn import functional
 
 from lightning_mi_prune.calibration.calls import RecordedCall, merge_calls
 from lightning_mi_prune.calibration.moments import add_outer, mirror, rounding_variance, stabilize
+from lightning_mi_prune.core.consumers import (
+    input_dim,
+    is_pointwise,
+    stacked_weight,
+    stored_weight,
+)
+from lightning_mi_prune.core.empty_linear import linear_at
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.discovery.families import is_within
@@ -27,6 +35,7 @@ from lightning_mi_prune.reconstruction.targets import ReconstructedLayer, Target
 
 __all__ = [
     "Sum",
+    "is_gain",
     "reconstruct_network",
     "reconstruct_networks",
 ]
@@ -77,26 +86,27 @@ def reconstruct_network(
     def solve(layer: ReconstructedLayer, parts: Sequence[LayerCall]) -> Sequence[Tensor]:
         target = targets.take(layer.target.layer)
         module = cut.get_submodule(layer.layer)
-        if target is None:
+        if target is None or not (is_gain(module) or is_pointwise(module)):
             return [part.output for part in parts]
         wanted = [
             _without_stream(layer, part, values)
             for part, values in zip(parts, _split(target, parts), strict=True)
         ]
-        if isinstance(module, nn.LayerNorm):
-            plain = [
-                functional.layer_norm(p.x, module.normalized_shape, eps=module.eps) for p in parts
-            ]
+        if is_gain(module):
+            offset, plain = _normalized(module, [part.x for part in parts])
             pairs = [(part.valid(x), y) for part, x, y in zip(parts, plain, wanted, strict=True)]
             sums = share * sum((_norm_sums(x, y) for x, y in pairs), torch.tensor(0.0))
-            new = _solve_norm(module, add(sums))
-            outputs = [x * new["weight"] + new.get("bias", 0) for x in plain]
+            new = _solve_norm(module, add(sums), offset)
+            outputs = [x * (new["weight"] + offset) + new.get("bias", 0) for x in plain]
         else:
             missing = [y - part.valid(part.output) for part, y in zip(parts, wanted, strict=True)]
             new = _solve(layer, module, add(share * equations.sums(parts, missing)), ridge)
             outputs = [part.output for part in parts]
             if new:
                 outputs = [functional.linear(p.x, new["weight"], new.get("bias")) for p in parts]
+                stored = module.get_parameter("weight")
+                matrix = new["weight"][..., None]
+                new["weight"] = stored_weight(matrix, stored, input_dim(linear_at(module)))
         solved.update({f"{layer.layer}.{name}": value for name, value in new.items()})
         return outputs
 
@@ -218,7 +228,7 @@ def _solve(
     """New weight and bias of a linear module; none where it is optional and samples are few."""
     size = sums.shape[0]
     outer, cross = sums[:, :size], sums[:, size:]
-    count, weight, bias = outer[0, 0], module.weight, module.bias
+    count, bias = outer[0, 0], module.bias
     if layer.optional and float(count) < 2 * size:
         return {}
     if float(count) <= size:
@@ -228,7 +238,8 @@ def _solve(
             f"{number(10 * size)}. Validate on more data, raise the positions of reconstruction, "
             "or set its method to 'none'."
         )
-    assert isinstance(weight, Tensor)  # noqa: S101
+    stored = module.get_parameter("weight").detach()
+    weight = stacked_weight(stored, input_dim(linear_at(module)))[..., 0]
     if isinstance(bias, Tensor):  # centred: the bias takes what the means ask for
         mean, shift = outer[0, 1:] / count, cross[0] / count
         outer = stabilize(outer[1:, 1:] / count - torch.outer(mean, mean), mean, count)
@@ -253,16 +264,61 @@ def _norm_sums(plain: Tensor, wanted: Tensor) -> Tensor:
     return torch.stack([v.sum(0) for v in (torch.ones_like(x), x, y, x * x, x * y)])
 
 
-def _solve_norm(module: nn.LayerNorm, sums: Tensor) -> dict[str, Tensor]:
-    """New gain and offset of a normalisation, each entry by itself."""
+def is_gain(module: nn.Module) -> bool:
+    """Whether a module normalises each position and multiplies each entry by a weight.
+
+    Example:
+        >>> is_gain(nn.LayerNorm(4)), is_gain(nn.RMSNorm(4)), is_gain(nn.BatchNorm1d(4))
+        (True, True, False)
+    """
+    if isinstance(module, nn.LayerNorm):
+        return module.elementwise_affine
+    own = dict(module.named_parameters())
+    named = "norm" in type(module).__name__.lower() and [*own] == ["weight"]
+    return named and own["weight"].ndim == 1 and not list(module.buffers())
+
+
+def _normalized(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+    """What a module adds to its weight before it multiplies, and inputs that are only normalised.
+
+    Some add 1 (Gemma), so that a weight of 0 changes nothing.
+    """
+    if isinstance(module, nn.LayerNorm):
+        shape, eps = module.normalized_shape, module.eps
+        return 0.0, [functional.layer_norm(x, shape, eps=eps) for x in inputs]
+    weight = module.get_parameter("weight").detach()
+
+    def run(x: Tensor, value: float) -> Tensor:
+        other = copy.copy(module)
+        other.__dict__["_parameters"] = {"weight": torch.full_like(weight, value)}
+        found: Tensor = other.forward(x)  # not called: it shares the hooks
+        return found
+
+    with torch.no_grad():
+        low, high = zip(*((run(x, 0.0), run(x, 1.0)) for x in inputs), strict=True)
+    offset = 1.0 if any(bool(x.any()) for x in low) else 0.0
+    return offset, [b - a for a, b in zip(low, high, strict=True)]
+
+
+def _solve_norm(module: nn.Module, sums: Tensor, offset: float = 0.0) -> dict[str, Tensor]:
+    """New gain and offset of a normalisation, each entry by itself.
+
+    Args:
+        module: The normalisation.
+        sums: What :func:`_norm_sums` returns.
+        offset: What the module adds to its weight.
+    """
     count = sums[0].clamp_min(1)
     _, mean_x, mean_y, square, product = sums / count
+    weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+    if not isinstance(module, nn.LayerNorm):  # through the origin: there is no bias
+        mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
     variance = square - mean_x**2
     # The gain of an entry that never changes cannot be determined: it stays.
     constant = (variance <= rounding_variance(mean_x, count)) | (variance <= 1e-8 * variance.mean())
     gain = (product - mean_x * mean_y) / torch.where(constant, 1.0, variance)
-    gain = torch.where(constant, _double(module.weight), gain)
-    new = {"weight": gain.to(module.weight)}
-    if module.bias is not None:
-        new["bias"] = (mean_y - gain * mean_x).to(module.bias)
+    gain = torch.where(constant, _double(weight) + offset, gain)
+    new = {"weight": (gain - offset).to(weight)}
+    if isinstance(bias, Tensor):
+        new["bias"] = (mean_y - gain * mean_x).to(bias)
     return {key: value.detach() for key, value in new.items()}

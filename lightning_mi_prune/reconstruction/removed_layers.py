@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.core.consumers import is_pointwise, why_not_consumer
 from lightning_mi_prune.core.empty_linear import linear_at
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
@@ -191,10 +192,12 @@ def _check_linear(module: nn.Module, path: str) -> None:
     """
     place = module_at(module, path)
     found = place if place is None else linear_at(place)
-    if not isinstance(found, nn.Linear):
+    why = "there is none" if found is None else why_not_consumer(found)
+    if why or found is None or not is_pointwise(found):
+        why = why or f"{type(found).__name__} has a kernel of several positions."
         raise PruningError(
-            f"{path!r} is a {type(found).__name__}; expected an nn.Linear. Merge adapters first, "
-            "or set the method of reconstruction to 'none'."
+            f"{path!r} cannot be solved again: {why} Merge adapters first, or set the method of "
+            "reconstruction to 'none'."
         )
 
 

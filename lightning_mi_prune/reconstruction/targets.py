@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mi_prune.calibration.calls import RecordedCall, split_call
+from lightning_mi_prune.core.consumers import output_dim
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.inputs import read_dims
 from lightning_mi_prune.importance.statistics import kept_rows
 from lightning_mi_prune.reconstruction.layerwise import LayerCall, run_layerwise
 from lightning_mi_prune.surgery.parameters import RotationMaps, rotate_along
@@ -72,8 +74,11 @@ def layers_to_reconstruct(
     if not cut:
         return []
 
+    read = read_dims(groups)
+
     def rows(layer: str) -> Tensor | None:
-        return kept_rows(f"{layer}.weight", after.kept, current, groups)
+        name = f"{layer}.weight"
+        return kept_rows(name, after.kept, current, groups, output_dim(read.get(name, 1)))
 
     lowest = min(group.level for group in cut)
     found = []

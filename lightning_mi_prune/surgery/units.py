@@ -16,6 +16,7 @@ from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.graph.layouts import layout_size
+from lightning_mi_prune.surgery.attention import fit_attentions
 from lightning_mi_prune.surgery.empty_modules import (
     forward_without_units,
     is_cut_forward,
@@ -309,6 +310,7 @@ def _update_sizes(
             module = linear_at(model.get_submodule(count.module))
             setattr(module, count.attribute, (value,) if count.sequence else value)
         _set_forward(model, group, plan.kept[group.name])
+    fit_attentions(model, (s.tensor for group in mine for s in group.tensors))
     for path in sorted({group.network for group in mine}):
         config = own_config(model, path)
         if config is None:

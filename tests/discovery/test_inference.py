@@ -73,8 +73,10 @@ def test_the_call_shows_what_was_described_by_hand(family, head):
     # Above the layers no positions are left, and pictures have no padding.
     inside = [(a, b) for a, b in pairs if a.kind != "pooler" and head != "image"]
     assert [a.name for a, b in inside if a.scope != b.scope] == []
-    order = [[g.name for g in sorted(side, key=lambda g: g.level)] for side in zip(*pairs)]
-    renamed = dict((b.name, a.name) for a, b in pairs)
+    order = [
+        [g.name for g in sorted(side, key=lambda g: g.level)] for side in zip(*pairs, strict=True)
+    ]
+    renamed = {b.name: a.name for a, b in pairs}
     assert [renamed[name] for name in order[1]] == order[0]
     mine = streams(model, [a for a, _ in pairs], lambda model: model(**inputs))
     theirs = streams(model, [b for _, b in pairs], lambda model: model(**inputs))
@@ -241,7 +243,9 @@ def test_the_model_stays_as_it_is():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
     infer(model, lambda model: model(x))
-    assert model.training and not model.one._forward_hooks and not model.one._forward_pre_hooks
+    assert model.training
+    assert not model.one._forward_hooks
+    assert not model.one._forward_pre_hooks
     assert torch.equal(random, torch.get_rng_state())
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -251,7 +255,7 @@ def test_the_model_stays_as_it_is():
 def test_a_call_that_cannot_be_recorded_is_refused(kind):
     net, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(2, 3)
     if kind == "scripted":
-        with pytest.warns(DeprecationWarning):
+        with pytest.warns(DeprecationWarning, match="jit"):
             net = nn.Sequential(torch.jit.trace(net, x))
         with pytest.raises(PruningError, match="'0' is a scripted module"):
             infer(net, lambda model: model(x))

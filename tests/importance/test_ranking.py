@@ -163,7 +163,7 @@ def test_without_gradients_the_kept_weights_above_give_the_relevance():
     groups = [a for a in find_groups(net) if a.kind in ("ffn", "heads")]
     group = next(a for a in groups if a.kind == "heads")
     weights = dict(net.named_parameters())
-    rows = {f"{r}.weight": torch.arange(3) for r in group.above if "intermediate" in r}
+    rows = {(f"{r}.weight", 0): torch.arange(3) for r in group.above if "intermediate" in r}
     found = relevance_of_weights(group, weights, rows)[group.name].matrix
     wanted = torch.zeros_like(found)
     for consumer in group.above:
