@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import resource
@@ -49,6 +50,12 @@ KINDS = ("ffn", "heads", "channels", "hidden")
 LIMIT = 30.0  # seconds of processor time for discovery with verification, and for torch-pruning
 WALL = 5  # times as long on the clock, as another process may be busy
 MEMORY = 8 << 30  # bytes above what the process has when it starts
+WARM: tuple[str, ...] = (
+    "transformers.generation.utils",
+    "transformers.models.bert.modeling_bert",
+    "timm",
+)
+WARM += ("torch_pruning", "lightning_mi_prune.discovery.discover")
 PAGES = Path("/proc/self/statm")
 SHOWN = 6  # refusals that a record keeps word for word
 Send = Callable[[Mapping[str, Any]], None]
@@ -81,8 +88,9 @@ def zoo(
 
 def _warm() -> None:
     """Import once what every child would import."""
-    for name in ("transformers.generation.utils", "transformers.models.bert.modeling_bert"):
-        importlib.import_module(name)
+    for name in WARM:
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)
 
 
 def prunable(model: nn.Module, used: Collection[str] | None = None) -> dict[str, int]:
