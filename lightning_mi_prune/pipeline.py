@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -51,9 +51,23 @@ from lightning_mi_prune.core.options import (
     check_choice,
 )
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
-from lightning_mi_prune.core.running import copy_networks, move_tensors, run_batch, undisturbed
-from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
-from lightning_mi_prune.graph.graph import choose_groups
+from lightning_mi_prune.core.running import (
+    clone_batch,
+    copy_networks,
+    first_examples,
+    move_tensors,
+    run_batch,
+    undisturbed,
+)
+from lightning_mi_prune.discovery.copies import structural_copy
+from lightning_mi_prune.discovery.discover import discover_run
+from lightning_mi_prune.discovery.families import (
+    NotDescribedError,
+    find_groups,
+    is_within,
+    modules_without_groups,
+)
+from lightning_mi_prune.graph.graph import PruningGraph, choose_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation, criterion_of
 from lightning_mi_prune.importance.head_rotation import check_rotations
@@ -69,6 +83,7 @@ from lightning_mi_prune.surgery.verification import (
     compiled_part,
     half_plan,
     held_elsewhere,
+    parameters_in,
     verify_cut,
 )
 
@@ -395,6 +410,7 @@ def prune(
     module: str = "",
     include: str | None = None,
     exclude: str | None = None,
+    graph: PruningGraph | str | None = None,
     widths: Literal["global", "uniform"] = "global",
     calibration: Calibration | None = None,
     importance: Importance | None = None,
@@ -428,10 +444,13 @@ def prune(
             ``training_step``.
         forward: Runs the module on a batch; default ``model(**batch)``, ``model(*batch)`` or
             ``model(batch)`` by the type of the batch, ``validation_step`` of a LightningModule.
-        kinds: Kinds of unit to cut; default ``"ffn"`` and ``"heads"`` where the model has them.
+        kinds: Kinds of unit to cut; default ``"ffn"``, ``"heads"`` and ``"channels"`` where the
+            model has them.
         module: Path of the submodule to search.
         include: Only groups whose name this regular expression finds.
         exclude: No groups whose name this regular expression finds.
+        graph: What the module can lose (``discover``), or a file that holds it; default: what
+            describes the module, else what its first batch shows.
         widths: ``"global"`` lets all groups compete for the budget, ``"uniform"`` keeps the same
             share of every group.
         calibration: How much is collected.
@@ -450,14 +469,10 @@ def prune(
         PruningError: If the module, the data, the budget or the options do not allow it.
 
     Example:
-        >>> from lightning_mi_prune import linear_group, register_family
         >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
-        >>> @register_family("docs-prune", matches=lambda m: m is net)
-        ... def describe(m):
-        ...     return [linear_group(m, "hidden", kind="ffn", producers=["0"], consumers=["2"])]
         >>> batches = [torch.randn(500, 8) for _ in range(4)]
         >>> result = prune(net, batches, 0.75, loss=lambda m, x: m(x).square().mean())
-        >>> net[0].out_features, result.plan.width("hidden")
+        >>> net[0].out_features, net[2].in_features
         (16, 16)
     """
     targets = (target_parameters, target_macs, target_latency_ms, keep_information)
@@ -484,6 +499,9 @@ def prune(
     known = PlanTracker.held_by(model)
     tracker = PlanTracker.of(model, partial(find_groups, within=module))
     try:
+        found = _graph_of(tracker, graph, run, first)
+        if found is not None:
+            tracker.adopt(found)
         groups, plan = tracker.groups, tracker.plan
         mine = [group for group in groups if is_within(group.name, module)]
         others = modules_without_groups(model, groups, module)
@@ -563,6 +581,60 @@ def prune(
     )
 
 
+def _graph_of(
+    tracker: PlanTracker, given: PruningGraph | str | None, forward: Forward, batch: Any
+) -> PruningGraph | None:
+    """The graph that is given or that the first batch shows; None where the model is described.
+
+    Raises:
+        PruningError: If the graph is of another model, or nothing can be cut.
+    """
+    model = tracker.module
+    if given is not None:
+        return PruningGraph.load(given) if isinstance(given, str) else given
+    try:
+        _ = tracker.graph
+    except NotDescribedError:
+        return _discovered(model, forward, batch)
+    return None
+
+
+def _discovered(model: nn.Module, forward: Forward, batch: Any) -> PruningGraph:
+    """What the first batch shows that a model can lose."""
+
+    def run(given: Any, called: nn.Module) -> Any:
+        with undisturbed(called), torch.no_grad():
+            return forward(called, clone_batch(given))
+
+    batch = move_tensors(batch, next(model.parameters()).device)
+    few = partial(run, first_examples(batch))
+    try:
+        few(model)
+    except Exception:  # examples of the whole batch may belong together
+        few = partial(run, batch)
+    _check_runs_copies(model, few)
+    return discover_run(model, few)
+
+
+def _check_runs_copies(model: nn.Module, run: Callable[[nn.Module], Any]) -> None:
+    """Refuse a function that runs the model it was written for, whatever it is given."""
+    ran: list[nn.Module] = []
+    handles = [
+        part.register_forward_pre_hook(lambda part, _: ran.append(part)) for part in model.modules()
+    ]
+    try:
+        run(structural_copy(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if ran:
+        raise PruningError(
+            f"forward runs {type(ran[0]).__name__} of the original model when it is given a copy, "
+            "so no cut can be verified. Run the model that is passed in: "
+            "forward=lambda model, batch: model(batch)."
+        )
+
+
 def _relevance(importance: Importance, data: CalibrationData) -> RelevanceSource:
     if importance.relevance != "gradient":
         return importance.relevance
@@ -617,9 +689,10 @@ def _check_surroundings(
     Raises:
         PruningError: If a compiled module or an optimizer could not follow.
     """
-    tensors = {s.tensor: model.get_parameter(s.tensor) for a in chosen for s in a.tensors}
+    tensors = parameters_in(model, chosen)
     check_optimizers(optimizers, tensors.values())
-    compiled = compiled_part(model, {name.rpartition(".")[0] for name in tensors})
+    paths = {s.tensor.rpartition(".")[0] for group in chosen for s in group.tensors}
+    compiled = compiled_part(model, paths)
     if compiled is not None:
         raise PruningError(
             f"{compiled!r} is compiled for the uncut shape; expected a plain module. Prune first, "

@@ -369,10 +369,11 @@ def _clear_inputs_of_norms(
     for (name, dim), positions in kept.items():
         path, _, parameter = name.rpartition(".")
         module = masked.get_submodule(path)
-        if parameter == "weight" and dim == 0 and module.get_parameter("weight").ndim == 1:
-            if "norm" in type(module).__name__.lower() and not hasattr(module, "running_var"):
-                gone = sorted({*range(len(module.get_parameter("weight")))} - {*positions})
-                module.register_forward_pre_hook(partial(_without, torch.tensor(gone)))
+        kind = type(module).__name__.lower()
+        if parameter != "weight" or dim or "norm" not in kind or hasattr(module, "running_var"):
+            continue
+        gone = sorted({*range(len(module.get_parameter("weight")))} - {*positions})
+        module.register_forward_pre_hook(partial(_without, torch.tensor(gone)))
 
 
 def _without(gone: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

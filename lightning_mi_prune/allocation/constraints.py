@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.layouts import innermost
 
 __all__ = [
     "Bounds",
@@ -70,8 +71,18 @@ def resolve_bounds(
 
 
 def step_of(group: DependencyGroup, multiple: int) -> int:
-    """Units that leave a group together: ``multiple`` neurons or dimensions, or one head."""
-    return multiple if (group.entries == 1 or group.strided) and group.size > multiple else 1
+    """Units that leave a group together: ``multiple`` neurons or dimensions, or one head.
+
+    Heads and other units of several adjacent entries leave one by one.
+
+    Example:
+        >>> from lightning_mi_prune.graph.groups import PrunableDim
+        >>> dims = (PrunableDim("q.weight", 0, (64, 9), (("heads", 4),)),)
+        >>> step_of(DependencyGroup("heads", "heads", 16, dims, ("o",)), 8)
+        1
+    """
+    fine = all(innermost(s.layout, group.name) for s in group.tensors[:1])
+    return multiple if fine and group.size > multiple else 1
 
 
 def widths_between(least: int, most: int, step: int) -> list[int]:

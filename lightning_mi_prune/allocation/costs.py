@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import ClassVar, Protocol
 
 from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.layouts import Layout, layout_terms, map_layout, multiplied
 
 __all__ = [
     "Costs",
@@ -39,7 +40,7 @@ class Costs(Protocol):
 
 @dataclass(frozen=True)
 class _TensorCosts:
-    """A sum over tensors, linear in the number of entries of each."""
+    """A sum over tensors, linear in the number of entries of each: a polynomial in widths."""
 
     groups: Sequence[DependencyGroup]
     fixed: float = 0
@@ -49,22 +50,36 @@ class _TensorCosts:
         return 1
 
     @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Widths of groups that layouts name but that may not shrink."""
+        named = {name: size for group in self.groups for name, size in group.partners}
+        return named | dict(self.current)
+
+    def _polynomial(self, layout: Layout) -> dict[tuple[str, ...], int]:
+        """The size of a layout by products of widths of the groups that may shrink."""
+        free = {group.name for group in self.groups}
+        return layout_terms(
+            map_layout(layout, lambda name: name if name in free else self._sizes[name])
+        )
+
+    @cached_property
     def _terms(self) -> dict[tuple[str, ...], float]:
         """Coefficient of each product of widths, by the groups whose widths are multiplied."""
-        shapes: dict[str, list[int]] = {}
-        cut_by: dict[str, list[str]] = defaultdict(list)
-        names = {group.name for group in self.groups}
+        shapes: dict[str, tuple[int, ...]] = {}
+        layouts: dict[str, dict[int, Layout]] = defaultdict(dict)
         for group in self.groups:
-            for s in group.tensors:
-                # A dimension that two groups cut together has an entry per pair of their units.
-                each = 1 if group.product_with in names else group.entries
-                shapes.setdefault(s.tensor, list(s.shape))[s.dim] = each
-                cut_by[s.tensor].append(group.name)
+            for s in (s for s in group.tensors if not s.buffer):
+                shapes[s.tensor] = s.shape
+                layouts[s.tensor].setdefault(s.dim, s.layout)
         terms: dict[tuple[str, ...], float] = defaultdict(float)
         for tensor, shape in shapes.items():
-            if cost := self._cost_per_entry(tensor):
-                terms[tuple(sorted(cut_by[tensor]))] += math.prod(shape) * cost
-        return terms
+            if not (cost := self._cost_per_entry(tensor)):
+                continue
+            whole = ((n,) for dim, n in enumerate(shape) if dim not in layouts[tensor])
+            parts = [*layouts[tensor].values(), *((block,) for block in whole)]
+            for names, number in multiplied(map(self._polynomial, parts)).items():
+                terms[names] += number * cost
+        return dict(terms)
 
     @cached_property
     def _along(self) -> dict[str, list[tuple[float, int, list[str]]]]:
@@ -132,13 +147,13 @@ class MacCosts(_TensorCosts):
         fixed: Multiply-accumulates that no group changes.
         positions: Positions that pass through each weight in one example, over all calls of its
             layer, by tensor name. Tensors without an entry (biases, norms, embeddings) are free.
-        products: Multiply-accumulates of each head beside its weights (scores times values), by
-            group, at the head size of ``current``.
+        products: Multiply-accumulates that are not of weights (the two products of attention): a
+            layout that they are proportional to, and how many there are for each of its entries.
         current: Widths of groups that a caller does not name (default: as built).
     """
 
     positions: Mapping[str, float] = field(default_factory=dict)
-    products: Mapping[str, float] = field(default_factory=dict)
+    products: Sequence[tuple[Layout, float]] = ()
 
     measure: ClassVar[str] = "MACs"
 
@@ -147,14 +162,8 @@ class MacCosts(_TensorCosts):
 
     @cached_property
     def _terms(self) -> dict[tuple[str, ...], float]:
-        terms = super()._terms
-        groups = {group.name: group for group in self.groups}
-        for name, product in self.products.items():
-            other = groups[name].product_with if name in groups else ""
-            if other in groups:  # they grow with the head size
-                size = self.current.get(other, groups[other].size)
-                pair = tuple(sorted((name, other)))
-                terms[pair] = terms.get(pair, 0) + product / size
-            else:
-                terms[name,] = terms.get((name,), 0) + product
-        return terms
+        terms = defaultdict[tuple[str, ...], float](float, super()._terms)
+        for layout, cost in self.products:
+            for names, number in self._polynomial(layout).items():
+                terms[names] += number * cost
+        return dict(terms)

@@ -26,6 +26,7 @@ from lightning_mi_prune.core.untrusted import (
     whole,
 )
 from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.layouts import layout_terms
 
 __all__ = [
     "Device",
@@ -240,8 +241,9 @@ class LatencyCosts:
     """Milliseconds of one forward pass, from a table.
 
     The savings of groups add up, with two exceptions. A group that shares tensors with all others
-    (the hidden size) multiplies the time that they leave. Heads and their dimensions share the time
-    of one attention: what the one saves shrinks in proportion to what the other has saved.
+    (the hidden size) multiplies the time that they leave. Groups that multiply in a layout (heads
+    and their dimensions) share one time: what each saves shrinks in proportion to what the others
+    have saved.
 
     Args:
         table: Measured latencies.
@@ -269,12 +271,18 @@ class LatencyCosts:
             self.table.curve(group)
 
     @cached_property
-    def _pairs(self) -> dict[str, str]:
-        """Heads by their dimensions, and dimensions by their heads."""
+    def _products(self) -> dict[str, tuple[str, ...]]:
+        """All groups that multiply with each other in a layout, in order, by each of them."""
         names = {group.name for group in self.groups}
-        return {
-            group.name: group.product_with for group in self.groups if group.product_with in names
-        }
+        found: dict[str, tuple[str, ...]] = {}
+        for group in self.groups:
+            for terms in (layout_terms(s.layout) for s in group.tensors):
+                for factors in terms:
+                    joined = {name for name in factors if name in names}
+                    joined.update(*(found.get(name, ()) for name in list(joined)))
+                    if len(joined) > 1:
+                        found |= dict.fromkeys(joined, tuple(sorted(joined)))
+        return found
 
     @cached_property
     def _hubs(self) -> frozenset[str]:
@@ -284,7 +292,7 @@ class LatencyCosts:
         return frozenset(
             name
             for name, mine in tensors.items()
-            if many and name not in self._pairs and all(map(mine.__and__, tensors.values()))
+            if many and name not in self._products and all(map(mine.__and__, tensors.values()))
         )
 
     @cached_property
@@ -297,13 +305,18 @@ class LatencyCosts:
         curve, width = self._curves[name]
         return curve.at(widths.get(name, width))
 
-    def _left(self, name: str, widths: Mapping[str, float]) -> float:
-        """Share of a group's savings that the other group of its pair has not saved already."""
-        if name not in self._pairs:
-            return 1.0
-        other = self._pairs[name]
-        most = max(_whole(self._curves[group][0]) for group in (name, other))
-        return 1 - self._saved(other, widths) / most if most else 1.0
+    def _left(self, name: str, widths: Mapping[str, float], *, before: bool = False) -> float:
+        """Share of a group's savings that those it multiplies with have not saved already.
+
+        Args:
+            name: The group.
+            widths: Widths of all groups.
+            before: Whether only the groups before it in their product count.
+        """
+        product = self._products.get(name, ())
+        most = max((_whole(self._curves[each][0]) for each in product), default=0.0)
+        others = [each for each in product if each != name and not (before and each > name)]
+        return math.prod(1 - self._saved(each, widths) / most for each in others) if most else 1.0
 
     def _factors(self, widths: Mapping[str, float]) -> tuple[float, float]:
         """Shares of the dense time that hubs leave, and that the others leave."""
@@ -313,9 +326,8 @@ class LatencyCosts:
         for name in self._curves:
             if name in self._hubs:
                 continue
-            # Of a pair, the first counts whole and the second by what the first leaves.
-            second = self._pairs.get(name, name) < name
-            others += self._saved(name, widths) * (self._left(name, widths) if second else 1.0)
+            # Of a product, the first counts whole and each other by what those before it leave.
+            others += self._saved(name, widths) * self._left(name, widths, before=True)
         return hubs, 1 - others / dense
 
     def total(self, widths: Mapping[str, float]) -> float:
@@ -335,7 +347,7 @@ class LatencyCosts:
     def neighbours(self, name: str) -> frozenset[str]:
         """The groups whose savings depend on this one."""
         found = frozenset(self._curves) if name in self._hubs else self._hubs
-        return (found | {self._pairs.get(name, name)}) - {name}
+        return (found | {*self._products.get(name, ())}) - {name}
 
 
 def _whole(curve: LatencyCurve) -> float:

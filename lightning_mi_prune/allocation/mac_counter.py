@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -76,11 +76,19 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if torch.Tag.nondeterministic_seeded in func.tags:
                 self._hold_random_state(args)
         result = func(*args, **kwargs)
+        macs = 0
         if formula is not None:
-            self.macs += formula(result, *args)
+            macs = formula(result, *args)
         elif doubled is not None:
-            self.macs += doubled(*args, **kwargs, out_val=result) // 2
+            macs = doubled(*args, **kwargs, out_val=result) // 2
+        self.macs += macs
+        self.ran(operator, args, kwargs, result, macs)
         return result
+
+    def ran(
+        self, operator: Any, args: tuple[Any, ...], kwargs: Any, result: Any, macs: int
+    ) -> None:
+        """Called after every operator that was not decomposed, with its multiply-accumulates."""
 
     def _hold_random_state(self, args: tuple[Any, ...]) -> None:
         """Have the random state restored at the end."""
@@ -90,16 +98,22 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._after.enter_context(torch.random.fork_rng(devices=list(places)))
 
 
+C = TypeVar("C", bound=MacCounter)
+
 # Torch keeps modes in flags of the process, which threads would restore in any order.
 _ONE_BY_ONE = threading.RLock()
 
 
 @contextmanager
-def counting(network: nn.Module) -> Iterator[MacCounter]:
+def counting(network: nn.Module, counter: Callable[[ExitStack], C]) -> Iterator[C]:
     """A counter for calls of a network, which stays as it is.
 
     The network runs in evaluation mode and without gradients. Modes, buffers and the random state
     are restored, also after an error.
+
+    Args:
+        network: The network.
+        counter: Makes the counter, from the stack that restores the random state.
     """
     held = [(part, dict(part._buffers)) for part in network.modules() if part._buffers]
     buffers = {id(b): b for _, named in held for b in named.values() if b is not None}
@@ -111,9 +125,9 @@ def counting(network: nn.Module) -> Iterator[MacCounter]:
             padded_encoders(network),
             _ONE_BY_ONE,
             after,
-            MacCounter(after) as counter,
+            counter(after) as running,
         ):
-            yield counter
+            yield running
     finally:
         for part, named in held:
             part._buffers.update(named)

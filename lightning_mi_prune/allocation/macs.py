@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_mi_prune.allocation.costs import MacCosts
 from lightning_mi_prune.allocation.mac_counter import MacCounter, counting
+from lightning_mi_prune.allocation.mac_meter import Product, WeightMeter
 from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.layouts import Layout, layout_size
+from lightning_mi_prune.surgery.tensors import tensors_of
 
 __all__ = [
     "count_macs",
@@ -38,7 +43,7 @@ def count_macs(network: nn.Module, example: RecordedCall) -> int:
         60
     """
     call = in_weight_precision(example, network)
-    with counting(network) as counter:
+    with counting(network, MacCounter) as counter:
         network(*call.args, **call.kwargs)
     return counter.macs
 
@@ -92,131 +97,104 @@ def measure_macs(
         (100.0, [25.0])
     """
     now = {group.name: group.size for group in groups} | dict(widths or {})
-    meter = _Meter(root, groups)
-    try:
+    weights = {name: t for name, t in tensors_of(root).items() if t.ndim > 1}
+    named = {id(t): name for name, t in reversed(weights.items())}  # a tied one by its first name
+    matrices = [t for t in weights.values() if isinstance(t, nn.Parameter)]
+    constants = [t for t in tensors_of(root).values() if id(t) not in set(map(id, matrices))]
+    with _EmptyLayers(root, groups) as empty:
+        total, work, products = 0, Counter[int](), list[Product]()
         for path, example in calls.items():
-            meter.run(root.get_submodule(path), example)
-    finally:
-        meter.close()
-    positions, products = {}, {}
+            network = root.get_submodule(path)
+            call = in_weight_precision(example, network)
+            with counting(network, partial(WeightMeter, matrices, constants)) as meter:
+                network(*call.args, **call.kwargs)
+            total += meter.macs
+            work.update(meter.by_weight)
+            products += meter.products
+    positions: dict[str, float] = dict(empty.rows)
+    layouts: dict[tuple[int, int], tuple[Layout, int]] = {}
     for group in groups:
-        passed = []
+        at = group.all_widths(now)
         for s in group.tensors:
-            owner, _, kind = s.tensor.rpartition(".")
-            key = _key(root.get_submodule(owner)) if kind == "weight" else 0
-            rows, pairs = meter.passed.get(key, (0, 0))
-            if rows:
-                positions[s.tensor] = rows
-                passed.append(pairs)
-        if group.kind != "heads" or not passed:
-            continue
-        units, work = now[group.name], meter.inside[group.name]
-        # Where no head is left nothing can be counted: assume plain attention.
-        products[group.name] = (
-            work / units if units and work else 2 * max(passed) * group.entries_at(now)
-        )
-    products = {n: int(p) if float(p).is_integer() else p for n, p in products.items()}
-    draft = MacCosts(groups, 0, positions, products, current=now)
-    return MacCosts(groups, meter.total - draft.total(now), positions, products, current=now)
+            weight = weights.get(s.tensor)
+            if weight is None:
+                continue
+            layouts[id(weight), s.dim] = s.layout, layout_size(s.layout, at)
+            if weight.numel() and id(weight) in work:
+                positions[named[id(weight)]] = work[id(weight)] / weight.numel()
+    shares = [
+        (layout, product.macs / size)
+        for product in products
+        for layout, size in [layouts.get((product.weight, product.dim), ((), 0))]
+        if size
+    ]
+    for group in groups:
+        if group.empty_forward and not now[group.name]:
+            shares += _unseen_attention(group, empty)
+    positions = {name: _plain(value) for name, value in positions.items()}
+    merged: dict[Layout, float] = defaultdict(float)
+    for layout, share in shares:
+        merged[layout] += share
+    each = tuple((layout, _plain(share)) for layout, share in merged.items())
+    draft = MacCosts(groups, 0, positions, each, current=now)
+    return MacCosts(groups, total - draft.total(now), positions, each, current=now)
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _plain(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
 
 
-class _Meter:
-    """Hooks that separate the work of weights from all other work."""
+def _unseen_attention(
+    group: DependencyGroup, empty: _EmptyLayers
+) -> Iterator[tuple[Layout, float]]:
+    """The products of heads that are all gone, of which nothing can be counted: plain attention."""
+    pairs = max((empty.pairs.get(s.tensor, 0) for s in group.tensors), default=0)
+    consumers = {f"{consumer}.weight" for consumer in group.consumers}
+    layout = next((s.layout for s in group.tensors if s.tensor in consumers), None)
+    if layout is not None and pairs:
+        yield layout, 2 * pairs
+
+
+class _EmptyLayers:
+    """Hooks on layers without inputs or outputs, of any class: they multiply with nothing.
+
+    Args:
+        root: Module from which the groups are named.
+        groups: The groups; only layers whose weight they cut are of interest.
+    """
 
     def __init__(self, root: nn.Module, groups: Sequence[DependencyGroup]) -> None:
-        self.total = 0
-        self.passed: dict[int, tuple[int, int]] = {}
-        self.inside: dict[str, int] = dict.fromkeys((group.name for group in groups), 0)
-        self._counter, self._linear = MacCounter(), 0
+        self.rows: dict[str, int] = Counter()
+        self.pairs: dict[str, int] = Counter()
         self._handles = []
-        for module in _weighted(root, groups):
-            self._handles.append(module.register_forward_hook(self._on_weight(module)))
-        for group in groups:
-            if group.kind == "heads":
-                module = root.get_submodule(_common(group))
-                before, after = self._around(group.name)
-                self._handles.append(module.register_forward_pre_hook(before))
-                self._handles.append(module.register_forward_hook(after))
+        done: set[int] = set()
+        for name in dict.fromkeys(s.tensor for group in groups for s in group.tensors):
+            path, _, kind = name.rpartition(".")
+            try:
+                module = root.get_submodule(path)
+            except AttributeError:  # a parameter in a container of parameters
+                continue
+            weight = getattr(module, kind, None)
+            empty = isinstance(weight, Tensor) and weight.ndim > 1 and not weight.numel()
+            if kind == "weight" and empty and id(module) not in done:
+                done.add(id(module))
+                self._handles.append(module.register_forward_hook(self._hook(name)))
 
-    def run(self, network: nn.Module, example: RecordedCall) -> None:
-        """Run one call and add up its work."""
-        call, self._linear = in_weight_precision(example, network), 0
-        with counting(network) as self._counter:
-            network(*call.args, **call.kwargs)
-        self.total += self._counter.macs
+    def __enter__(self) -> _EmptyLayers:
+        return self
 
-    def close(self) -> None:
-        """Remove the hooks."""
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _on_weight(self, module: nn.Module) -> Callable[..., None]:
-        """A hook that counts positions through the weight of a module, and pairs of positions."""
-        key, weight = _key(module), cast(Tensor, module.weight)
-        size, dims, maps = weight.numel(), weight.ndim, isinstance(module, _CONVOLUTIONS)
-
+    def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
             if output.is_nested:
-                rows, pairs = sum(math.prod(part.shape[:-1]) for part in output.unbind()), 1
-            elif maps:  # (examples, channels, ...), or one example without its dimension
-                shape = output.shape if output.ndim == dims else (1, *output.shape)
-                rows, pairs = shape[0] * math.prod(shape[2:]), 1
+                rows, length = sum(math.prod(part.shape[:-1]) for part in output.unbind()), 1
             else:
                 shape = output.shape
-                rows, pairs = math.prod(shape[:-1]), shape[-2] if len(shape) > 1 else 1
-            before = self.passed.get(key, (0, 0))
-            self.passed[key] = (before[0] + rows, before[1] + rows * pairs)
-            self._linear += rows * size
+                rows, length = math.prod(shape[:-1]), shape[-2] if len(shape) > 1 else 1
+            self.rows[name] += rows
+            self.pairs[name] += rows * length
 
         return hook
-
-    def _around(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        """Hooks that add up the work of a module that is not of weights."""
-
-        def before(*_: object) -> None:
-            self.inside[name] -= self._counter.macs - self._linear
-
-        def after(*_: object) -> None:
-            self.inside[name] += self._counter.macs - self._linear
-
-        return before, after
-
-
-def _key(module: nn.Module) -> int:
-    """Identity of a weight; of the module where each access computes the weight anew."""
-    weight = module.weight
-    return id(weight) if weight is module.weight else id(module)
-
-
-def _weighted(root: nn.Module, groups: Sequence[DependencyGroup]) -> list[nn.Module]:
-    """Modules that multiply with a weight: linear layers, convolutions, and what replaced them.
-
-    A layer without rows or columns may be of any class; a group cuts its weight. Embeddings and
-    normalisations multiply with no matrix.
-    """
-    plain = (m for m in root.modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS)))
-    found: dict[int, nn.Module] = {id(module): module for module in plain}
-    for path in {s.tensor.removesuffix(".weight") for a in groups for s in a.tensors}:
-        try:
-            module = root.get_submodule(path)
-        except AttributeError:  # a parameter of another name, such as a bias
-            continue
-        weight = getattr(module, "weight", None)
-        looked_up = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        if isinstance(weight, Tensor) and weight.ndim > 1 and not looked_up:
-            found[id(module)] = module
-    return list(found.values())
-
-
-def _common(group: DependencyGroup) -> str:
-    """The module that holds all tensors of a group."""
-    paths = [s.tensor.split(".")[:-1] for s in group.tensors]
-    common: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)

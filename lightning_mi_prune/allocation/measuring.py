@@ -23,6 +23,7 @@ from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import copy_networks
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
+from lightning_mi_prune.graph.layouts import Layout, map_layout
 from lightning_mi_prune.surgery.units import reshape_tensors
 
 __all__ = [
@@ -203,8 +204,13 @@ def _forward(shell: nn.Module, calls: Mapping[str, RecordedCall]) -> Callable[[]
 
 def _shape(group: DependencyGroup) -> tuple[Any, ...]:
     """What is equal in groups that shrink together."""
-    shapes = sorted((s.dim, s.shape) for s in group.tensors)
-    return group.network, group.kind, group.size, group.entries, tuple(shapes)
+    at = group.all_widths({}) | {group.name: -1}  # other groups by their size
+
+    def unnamed(layout: Layout) -> str:
+        return str(map_layout(layout, at.__getitem__))
+
+    shapes = sorted((s.dim, s.shape, unnamed(s.layout)) for s in group.tensors)
+    return group.network, group.kind, group.size, tuple(shapes)
 
 
 def _widths(group: DependencyGroup, multiple: int) -> list[int]:

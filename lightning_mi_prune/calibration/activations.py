@@ -44,6 +44,7 @@ __all__ = [
     "CallRecorder",
     "ModuleHooks",
     "Recorder",
+    "input_sizes",
 ]
 
 
@@ -236,20 +237,19 @@ class ActivationRecorder(CallRecorder):
         calls: int = 0,
     ) -> None:
         super().__init__(model, calls, batches, seed)
-        self._consumers = {
-            key: (group, consumers[0])
-            for group in groups
-            for key, consumers in group.inputs.items()
-        }
-        self._folds = {
-            key: 1 if group.rotation is not None else ConsumerInput.of(group, consumers).fold
-            for group in groups
-            for key, consumers in group.inputs.items()
-        }
-        self._moments = {
-            key: Moments(_entries(model, consumer) // self._folds[key])
-            for key, (_, consumer) in self._consumers.items()
-        }
+        # Groups whose units are in one input share its sums: inputs are named by their consumer.
+        first: dict[tuple[str, str, str], str] = {}
+        self._shared: dict[str, str] = {}
+        self._consumers: dict[str, tuple[DependencyGroup, str]] = {}
+        for group in groups:
+            for key, consumers in group.inputs.items():
+                place = (consumers[0], group.scope, group.network)
+                self._shared[key] = first.setdefault(place, key)
+                if self._shared[key] == key:
+                    self._consumers[key] = (group, consumers[0])
+        sizes = input_sizes(model, groups)
+        self._folds = {key: _fold(g, g.inputs[key]) for key, (g, _) in self._consumers.items()}
+        self._moments = {key: Moments(sizes[key]) for key in self._consumers}
         self._pending: dict[str, list[Tensor]] = {key: [] for key in self._moments}
         self._taken = dict.fromkeys(self._moments, 0)
         self._positions = positions
@@ -290,9 +290,9 @@ class ActivationRecorder(CallRecorder):
 
     @property
     def moments(self) -> dict[str, Moments]:
-        """The sums of all samples so far, by key of the input."""
+        """The sums of all samples so far, by key; those of the same input are one object."""
         self._sum_pending()
-        return self._moments
+        return {key: self._moments[first] for key, first in self._shared.items()}
 
     def _sum_pending(self) -> None:
         for key in self._pending:
@@ -379,7 +379,29 @@ class ActivationRecorder(CallRecorder):
         check_moments(self.moments)
 
 
-def _entries(model: nn.Module, consumer: str) -> int:
-    """Entries that a consumer reads."""
-    read = input_dim(linear_at(model.get_submodule(consumer)))
-    return model.get_parameter(f"{consumer}.weight").shape[read]
+def input_sizes(model: nn.Module, groups: Sequence[DependencyGroup]) -> dict[str, int]:
+    """Entries of a sample of every input, by key.
+
+    Args:
+        model: Module that holds the groups.
+        groups: The groups.
+
+    Example:
+        >>> from lightning_mi_prune.discovery.families.describe import linear_group
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
+        >>> input_sizes(net, [group])
+        {'hidden': 4}
+    """
+    found = {}
+    for group in groups:
+        for key, consumers in group.inputs.items():
+            read = input_dim(linear_at(model.get_submodule(consumers[0])))
+            entries = model.get_parameter(f"{consumers[0]}.weight").shape[read]
+            found[key] = entries // _fold(group, consumers)
+    return found
+
+
+def _fold(group: DependencyGroup, consumers: Sequence[str]) -> int:
+    """Positions of a flattened map that are samples; heads that rotate have none."""
+    return 1 if group.rotation is not None else ConsumerInput.of(group, consumers).fold

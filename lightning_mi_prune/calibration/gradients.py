@@ -238,10 +238,20 @@ class GradientRecorder(ModuleHooks):
         super().__init__(model)
         self.sums = empty_sums(model, groups, plan)
         self._units = _unit_entries(groups, plan)
+        # Groups whose units are in one input share its matrix: inputs are named by their consumers.
+        keys: dict[tuple[tuple[str, ...], str, bool], list[str]] = {}
+        self._first: dict[str, str] = {}
+        for group in groups:
+            for key, consumers in group.inputs.items():
+                place = (consumers, group.scope or group.network, self.sums[key].over_units)
+                same = keys.setdefault(place, [key])
+                self._first[key] = same[0]
+                if same[0] != key:
+                    self.sums[key].matrix = self.sums[same[0]].matrix
+                    same.append(key)
         self._consumers = [
-            (key, consumer, group.scope or group.network)
-            for group in groups
-            for key, consumers in group.inputs.items()
+            (tuple(same), consumer, path)
+            for (consumers, path, _), same in keys.items()
             for consumer in consumers
         ]
         self._steps, self._taylor = steps, taylor
@@ -262,8 +272,8 @@ class GradientRecorder(ModuleHooks):
             module, hook = self._model.get_submodule(path), partial(self._count, path)
             yield module.register_forward_pre_hook(hook, with_kwargs=True)
         yield from self._padding.attach(self._model)
-        for key, consumer, path in self._consumers:
-            module, hook = self._model.get_submodule(consumer), self._on_output(key, path)
+        for keys, consumer, path in self._consumers:
+            module, hook = self._model.get_submodule(consumer), self._on_output(keys, path)
             yield module.register_forward_hook(hook, with_kwargs=True)
 
     @contextmanager
@@ -302,8 +312,10 @@ class GradientRecorder(ModuleHooks):
                     continue
                 sums.counts += torch.tensor([examples, 1.0, 0.0], dtype=torch.float64)
                 if key in staged:
-                    matrix, taylor = (t.to("cpu", torch.float64) for t in staged[key])
-                    sums.matrix += matrix * weight
+                    first = self._first[key]
+                    if key == first or sums.matrix is not self.sums[first].matrix:
+                        sums.matrix += staged[first][0].to("cpu", torch.float64) * weight
+                    taylor = staged[key][1].to("cpu", torch.float64)
                     sums.taylor += taylor * weight
         self._clear()
 
@@ -333,7 +345,7 @@ class GradientRecorder(ModuleHooks):
             default=0,
         )
 
-    def _on_output(self, key: str, path: str) -> Any:
+    def _on_output(self, keys: Sequence[str], path: str) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
@@ -349,14 +361,14 @@ class GradientRecorder(ModuleHooks):
             swapped = self._padding.positions_first(channels_last(module, x))
             if swapped:
                 self._count_positions_first(path, x)
-            add = partial(self._add_gradient, key, x, module, swapped)
+            add = partial(self._add_gradient, keys, x, module, swapped)
             output.register_hook(add)  # type: ignore[no-untyped-call]
             return output
 
         return hook
 
     def _add_gradient(
-        self, key: str, x: Tensor, module: nn.Module, swapped: bool, grad: Tensor
+        self, keys: Sequence[str], x: Tensor, module: nn.Module, swapped: bool, grad: Tensor
     ) -> None:
         if not self._recording:
             return
@@ -364,28 +376,28 @@ class GradientRecorder(ModuleHooks):
         if swapped:
             x, grad = x.transpose(0, 1), grad.transpose(0, 1)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            sums, (fold, entries) = self.sums[key], self._units[key]
+            sums, (fold, _) = self.sums[keys[0]], self._units[keys[0]]
             g = channels_last(module, grad).flatten(0, -2).float()
             down = g
             if self._taylor or sums.over_units:
                 down = channels_last(module, input_gradient(module, x, grad))
                 down = fold_positions(down, fold)
             recorded = down.flatten(0, -2) if sums.over_units else g
-            if key not in self._staged:
-                # new_zeros, as precision plugins change the default type.
-                self._staged[key] = [
-                    g.new_zeros(sums.dimension, sums.dimension),
-                    g.new_zeros(sums.units),
-                ]
-            matrix, taylor = self._staged[key]
-            matrix.addmm_(recorded.mT, recorded)
+            for key in keys:
+                if key not in self._staged:
+                    # new_zeros, as precision plugins change the default type; one matrix for all.
+                    size = sums.dimension if key == keys[0] else 0
+                    taylor = g.new_zeros(self.sums[key].units)
+                    self._staged[key] = [g.new_zeros(size, size), taylor]
+            self._staged[keys[0]][0].addmm_(recorded.mT, recorded)
             if self._taylor:
                 inputs = fold_positions(channels_last(module, x), fold)
                 change = inputs.reshape(down.shape).float() * down
                 change = change.reshape(x.shape[0], -1, down.shape[-1]).sum(1)
-                if entries is not None:
-                    change = change[:, entries.to(change.device)]
-                taylor += change.view(x.shape[0], sums.units, -1).sum(2).square().sum(0)
+                for key in keys:
+                    entries, units = self._units[key][1], self.sums[key].units
+                    own = change if entries is None else change[:, entries.to(change.device)]
+                    self._staged[key][1] += own.view(x.shape[0], units, -1).sum(2).square().sum(0)
 
 
 def _unit_entries(

@@ -28,6 +28,7 @@ from lightning_mi_prune.callbacks.monitors import guard_of
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.options import Monitoring, check_choice, check_count
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.reporting.report import PruningReport
 
 __all__ = [
@@ -104,6 +105,7 @@ class PruningCallback(pl.Callback):
     Args:
         strategy: What is removed, and how it is chosen.
         options: What all ranks must have alike, by name.
+        graph: What the module can lose, or a file that holds it; None finds it.
         max_drop: Largest loss of ``monitor`` that a cut may cost; None keeps every cut.
         monitor: Name of a metric that validation logs.
         monitoring: How it is compared.
@@ -115,16 +117,20 @@ class PruningCallback(pl.Callback):
         strategy: PruningStrategy,
         options: Mapping[str, object],
         *,
+        graph: PruningGraph | str | None,
         max_drop: float | None,
         monitor: str | None,
         monitoring: Monitoring,
         verbose: bool,
     ) -> None:
         super().__init__()
+        with as_misconfiguration():
+            given = PruningGraph.load(graph) if isinstance(graph, str) else graph
         self.engine = RunEngine(
             strategy,
             name=type(self).__name__,
             options=options,
+            graph=given,
             guard=guard_of(max_drop, monitor, monitoring),
             best_of=monitoring.best_of,
             verbose=verbose,
@@ -136,8 +142,13 @@ class PruningCallback(pl.Callback):
         return self.engine.state.report
 
     @property
+    def graph(self) -> PruningGraph | None:
+        """All groups and stacks of the module, as built; None before they are known."""
+        return self.engine.graph
+
+    @property
     def plan(self) -> PruningPlan | None:
-        """The plan the module carries now; None before ``setup``."""
+        """The plan the module carries now; None before ``setup``, or before the first batch."""
         return self.engine.plan
 
     @override
@@ -162,7 +173,7 @@ class PruningCallback(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.engine.load_optimizers(trainer, pl_module, checkpoint)
+        self.engine.load_optimizers(trainer, pl_module, checkpoint, self.state_key)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -52,13 +52,15 @@ from lightning_mi_prune.callbacks.schedule import (
     run_length,
     validation_batches,
 )
-from lightning_mi_prune.callbacks.state import PendingCut, RunState, Session
-from lightning_mi_prune.callbacks.verification import DryRun
+from lightning_mi_prune.callbacks.state import PendingCut, RunState, Session, saved_graph
+from lightning_mi_prune.callbacks.verification import DryRun, discover_in_step
 from lightning_mi_prune.checkpoint.state_dict import Find, PlanTracker
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted
 from lightning_mi_prune.core.options import Schedule
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
+from lightning_mi_prune.discovery.families import NotDescribedError
+from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import Cut, PruningReport
 from lightning_mi_prune.reporting.tables import print_cut
@@ -157,6 +159,7 @@ class RunEngine:
         strategy: What is removed, and how it is chosen.
         name: Name of the callback, for messages.
         options: Options that decide on the result, by name; all ranks must have them alike.
+        graph: What the module can lose, where the user gives that; None finds it.
         guard: What a cut may cost before it is rolled back; None keeps every cut.
         best_of: What monitors may compare (:func:`monitors.restart_comparison`).
         verbose: Whether each cut prints a table on rank zero.
@@ -168,11 +171,13 @@ class RunEngine:
         *,
         name: str,
         options: Mapping[str, object],
+        graph: PruningGraph | None,
         guard: MetricGuard | None,
         best_of: BestOf,
         verbose: bool,
     ) -> None:
         self.strategy, self.name, self.options = strategy, name, options
+        self._given = graph
         self.guard, self.best_of, self.verbose = guard, best_of, verbose
         self.state = RunState()
         self.recorder: Recorder | None = None
@@ -180,13 +185,26 @@ class RunEngine:
         self._patience = EarlyStoppingHold()
         self._optimizers = OptimizerPlan()
         self._dry_run = DryRun()
+        self._awaits_batch = False  # which shows what can be pruned
         self._warned = False  # why a cut waits
         self._turn = ""
 
     @property
     def plan(self) -> PruningPlan | None:
-        """The plan the module carries now; None before ``setup``."""
-        return None if self._tracker is None else self._tracker.plan
+        """The plan the module carries now; None before ``setup``, or before the first batch."""
+        if self._tracker is None:
+            return None
+        try:
+            return self._tracker.plan
+        except NotDescribedError:
+            return None
+
+    @property
+    def graph(self) -> PruningGraph | None:
+        """What the module can lose; None before that is known."""
+        if self._tracker is None or self.plan is None:
+            return None
+        return self.state.graph or self._given or self._tracker.graph
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Attach the plan to the module's state dict; refuse what cannot work."""
@@ -200,6 +218,7 @@ class RunEngine:
         if stage == "fit":
             refuse_unsupported(trainer, layers=self.strategy.order == 0)
             self.state, self._optimizers, self._dry_run = RunState(), OptimizerPlan(), DryRun()
+            self._awaits_batch = False
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on where a checkpoint was written."""
@@ -219,23 +238,49 @@ class RunEngine:
             self.strategy.steps.save(session, mine)
 
     def load_optimizers(
-        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: Mapping[str, Any]
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        checkpoint: Mapping[str, Any],
+        key: str,
     ) -> None:
         """Let the optimizers be made as those of the checkpoint were."""
-        if trainer.state.fn == "fit":
-            self._optimizers.load(module, self._tracked(), checkpoint)
+        if trainer.state.fn != "fit":
+            return
+        graph = saved_graph(checkpoint, key)  # the state of the callback is loaded after this
+        if graph is not None:
+            self._tracked().adopt(graph)
+        self._optimizers.load(module, self._tracked(), checkpoint)
 
     def begin_fit(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Find what may go and check everything that can be known before the first batch."""
-        session = self._session(trainer, module)
-
-        def prepare() -> Mapping[str, object]:
-            found = self.strategy.prepare(session)
-            return {**self.options, **found, **resumed(self.state, session.plan)}
-
-        on_all_ranks(trainer.strategy, "what to prune and how", prepare)
+        """Check everything that can be known before the first batch."""
+        self._prepare(trainer, module)
         if self.guard is not None:
             check_monitor(trainer, module, self.guard.monitor)
+        if not self._awaits_batch:
+            self._begin_run(trainer, module)
+
+    def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Choose what may go; where nothing describes the module, that waits for a batch."""
+        session, graph = self._session(trainer, module), self.state.graph or self._given
+
+        def prepare() -> Mapping[str, object]:
+            if graph is not None:
+                session.tracker.adopt(graph)
+            try:
+                plan = session.plan
+            except NotDescribedError:
+                self._awaits_batch = True
+                return {**self.options, "whether the module is described": False}
+            self._awaits_batch = False
+            found = self.strategy.prepare(session)
+            return {**self.options, **found, **resumed(self.state, plan)}
+
+        on_all_ranks(trainer.strategy, "what to prune and how", prepare)
+
+    def _begin_run(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Reconcile what a run resumes with and the options, now that it is known what may go."""
+        session = self._session(trainer, module)
         for dropped in [*self.strategy.reconcile(session), *forget_metric(self.state, self.guard)]:
             rank_zero_warn(dropped)
         for other in self._others(trainer):  # one run, one report: that of the first turn
@@ -297,6 +342,7 @@ class RunEngine:
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int, loader: int
     ) -> None:
         """Try a cut on the first batch; give every batch its share of the positions."""
+        self._discover(trainer, module, "validation_step", batch, loader)
         self._try(trainer, module, "validation_step", batch, loader)
         if self.recorder is not None:
             self.recorder.start_batch(*padded_rows(trainer, index, loader))
@@ -363,6 +409,7 @@ class RunEngine:
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int
     ) -> None:
         """Try a cut on the first batch; some resumptions skip the start of an epoch."""
+        self._discover(trainer, module, "training_step", batch)
         self._try(trainer, module, "training_step", batch)
         self.carry_out(trainer, module)
         steps = self.strategy.steps
@@ -455,6 +502,35 @@ class RunEngine:
                 "a cut of a copy of the module",
                 lambda: check(current, plan),
             )
+
+    def _discover(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        step: str,
+        batch: Any,
+        loader: int = 0,
+    ) -> None:
+        """Find what can be pruned by what a step does, if nothing describes the module.
+
+        Rank 0 finds it for all; with two callbacks the first one does.
+        """
+        if not self._awaits_batch:
+            return
+        tracker = self._tracked()
+        if self.plan is None:
+            find = partial(discover_in_step, trainer, module, step, batch, loader)
+            text = broadcast_decision(trainer.strategy, lambda: find().to_json())
+            graph = PruningGraph.from_json(text)
+            tracker.adopt(graph)
+            rank_zero_info(f"Found in the first batch of {type(module).__name__}:\n{graph}")
+            for engine in _engines(trainer):
+                engine.state.graph = graph
+        self._prepare(trainer, module)
+        self._begin_run(trainer, module)
+        if self.state.graph is not None:
+            refused = self.state.graph.refused
+            self.state.report.left_out = [f"{part.name}: {part.reason}" for part in refused]
 
     def _try(
         self,

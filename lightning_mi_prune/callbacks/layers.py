@@ -28,6 +28,7 @@ from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.discovery.families import is_within
 from lightning_mi_prune.discovery.families.stacks import check_stack_paths, find_groups_and_stacks
 from lightning_mi_prune.graph.containers import layer_paths
+from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import LayerStack
 from lightning_mi_prune.importance.layer_criteria import LayerCriterion, LayerSelector, StackCut
 from lightning_mi_prune.reconstruction.compensation import Decision
@@ -98,6 +99,12 @@ class LayerStrategy:
             mine = [stack for stack in mine if stack.size > 1] or mine
         else:
             mine = [stack for stack in stacks if stack.name in self._paths]
+        if not mine:
+            raise PruningError(
+                f"No stack of layers was found in {type(module).__name__}"
+                f"{f' below module={self._within!r}' if self._within else ''}; expected layers "
+                f"that run one after another. There are {[s.name for s in stacks] or 'none'}."
+            )
         self._stacks = without_frozen(module, mine)
         check_stack_paths(module, self._names)
         check_surroundings(session, self.parameters(session), set(self._names))
@@ -110,7 +117,7 @@ class LayerStrategy:
                     f"target_layers={target}, but {stack.name!r} has "
                     f"{counted(stack.size, 'layer')} as built; expected no more."
                 )
-        if not state.fitted.epochs:
+        if not state.report.parameters:
             left, report = self._parameters_left(session), session.begin_report()
             state.report = replace(
                 report,
@@ -296,8 +303,10 @@ class CKALayerPruning(PruningCallback):
             ``"angular_run"`` the run of layers that together turn it least (Gromov et al.),
             ``"last"`` the top ones, ``"random"`` any.
         stacks: Paths of the containers whose layers may go, such as ``"model.encoder.block"`` or
-            ``"backbone.layer3"``; default: those of the Hugging Face models in the module.
+            ``"backbone.layer3"``; default: all that are found.
         module: Path of the submodule to search for them; default: the whole module.
+        graph: What the model can lose, or a file that holds it; default: what describes the model,
+            else what its first batch shows.
         max_drop: Largest loss of ``monitor``, in its own unit, that a cut may cost once it has
             recovered, against the best value of the models before it. None keeps every cut.
         monitor: Metric that ``max_drop`` compares, as validation logs it.
@@ -332,6 +341,7 @@ class CKALayerPruning(PruningCallback):
         criterion: LayerCriterion = "cka",
         stacks: list[str] | None = None,
         module: str | None = None,
+        graph: PruningGraph | str | None = None,
         max_drop: float | None = None,
         monitor: str | None = None,
         similarity: options.Similarity = options.Similarity(),
@@ -370,6 +380,7 @@ class CKALayerPruning(PruningCallback):
                 guarded=max_drop is not None,
             ),
             given,
+            graph=graph,
             max_drop=max_drop,
             monitor=monitor,
             monitoring=monitoring,

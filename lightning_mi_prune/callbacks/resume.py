@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mi_prune.calibration.activations import input_sizes
 from lightning_mi_prune.calibration.gradients import GradientSums, empty_sums
 from lightning_mi_prune.callbacks.monitors import MetricGuard
 from lightning_mi_prune.callbacks.schedule import CutSchedule, validates_after
@@ -240,8 +241,7 @@ def reconcile_units(
         What was dropped, in a sentence each.
     """
     dropped, names = [], {group.name for group in groups}
-    places = {key: consumers[0] for group in groups for key, consumers in group.inputs.items()}
-    widths = {key: module.get_parameter(f"{r}.weight").shape[1] for key, r in places.items()}
+    widths = input_sizes(module, groups)
     shapes, data = _shapes(empty_sums(module, groups, plan)), state.calibration
     if state.gradients is not None and (not steps or _shapes(state.gradients) != shapes):
         state.gradients = None  # collected anew in the rest of the epoch

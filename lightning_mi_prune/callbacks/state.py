@@ -47,10 +47,11 @@ __all__ = [
     "Snapshot",
     "check_tensors",
     "read",
+    "saved_graph",
     "write",
 ]
 
-_VERSION = 5
+_VERSION = 6
 _REPEATED = 8  # bytes that tensors may show for each that the file holds
 _SMALL = 2**20
 _LARGEST = 2**20  # entries of a group
@@ -125,6 +126,7 @@ class RunState:
         comparison: What the last cut of layers was decided from.
         outdated: Whether no validation ran since the size changed: the logged metrics are older.
         report: Every cut so far.
+        graph: What the first batch showed that the model can lose; None where that is described.
         tables: Latencies that were measured in this process and are in no file; not saved.
     """
 
@@ -147,6 +149,7 @@ class RunState:
     comparison: CalibrationData = field(default_factory=CalibrationData)
     outdated: bool = False
     report: PruningReport = field(default_factory=PruningReport)
+    graph: PruningGraph | None = None
     tables: dict[Device, LatencyTable] = field(default_factory=dict, metadata={"saved": False})
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,6 +174,25 @@ class RunState:
             check_nesting(state)
             check_tensors(state)
             return read(cls, {name: state[name] for name in state if name != "version"})
+
+
+def saved_graph(checkpoint: Mapping[str, Any], key: str) -> PruningGraph | None:
+    """The graph in the state of a callback; None where a checkpoint has none.
+
+    Args:
+        checkpoint: The checkpoint, which is not trusted.
+        key: Key of the state of the callback.
+
+    Raises:
+        PruningError: If it holds something else.
+    """
+    states = checkpoint.get("callbacks")
+    state = states.get(key) if isinstance(states, Mapping) else None
+    graph = state.get("graph") if isinstance(state, Mapping) else None
+    if graph is None:
+        return None
+    with reading("The graph in the checkpoint", "take another checkpoint"):
+        return PruningGraph.from_json(graph)
 
 
 @dataclass(frozen=True)
@@ -489,6 +511,7 @@ _WRITERS: dict[type, Callable[[Any], Any]] = {
     CalibrationData: _write_calibration,
     GradientSums: lambda sums: (sums.dimension, sums.units, sums.over_units, sums.packed()),
     Moments: lambda moments: (moments.dimension, moments.packed()),
+    PruningGraph: lambda graph: graph.to_json(),
     PruningPlan: lambda plan: plan.to_json(),
     PruningReport: lambda report: report.state_dict(),
     RecordedCall: lambda call: dict(vars(call)),
@@ -497,6 +520,7 @@ _WRITERS: dict[type, Callable[[Any], Any]] = {
 _READERS: dict[Any, Callable[[Any], Any]] = {
     GradientSums: _read_gradients,
     Moments: _read_moments,
+    PruningGraph: PruningGraph.from_json,
     PruningPlan: PruningPlan.from_json,
     PruningReport: read_report,
     RecordedCall: _read_call,

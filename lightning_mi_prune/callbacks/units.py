@@ -41,7 +41,7 @@ from lightning_mi_prune.core.errors import PruningError, number
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
-from lightning_mi_prune.graph.graph import choose_groups, summarize_groups
+from lightning_mi_prune.graph.graph import PruningGraph, choose_groups, summarize_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
 from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
 from lightning_mi_prune.pipeline import check as check_options
@@ -49,7 +49,7 @@ from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import Cut, group_cuts
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.units import check_cuttable
-from lightning_mi_prune.surgery.verification import half_plan
+from lightning_mi_prune.surgery.verification import half_plan, parameters_in
 
 __all__ = [
     "GradientCollection",
@@ -204,10 +204,9 @@ class UnitStrategy:
         rank_zero_info(f"Pruning may cut {summarize_groups(self.chosen)}.")
         present = self._present(session)
         check_cuttable(module, present, plan)
-        tensors = {s.tensor for group in present for s in group.tensors}
-        paths = {name.rpartition(".")[0] for name in tensors}
-        check_surroundings(session, [module.get_parameter(name) for name in tensors], paths)
-        if not session.state.fitted.epochs:
+        paths = {s.tensor.rpartition(".")[0] for group in present for s in group.tensors}
+        check_surroundings(session, self.parameters(session), paths)
+        if not session.state.report.parameters:
             session.state.report = session.begin_report(self.chosen)
         check_optimizers(session.trainer.strategy.optimizers, self.parameters(session))
         self._check_budget(session, present)
@@ -256,8 +255,7 @@ class UnitStrategy:
         return dropped
 
     def parameters(self, session: Session) -> list[nn.Parameter]:
-        groups = self._present(session)
-        return [session.module.get_parameter(s.tensor) for a in groups for s in a.tensors]
+        return list(parameters_in(session.module, self._present(session)).values())
 
     def plan_to_verify(self, session: Session) -> PruningPlan | None:
         present = self._present(session)
@@ -379,11 +377,14 @@ class MutualInformationPruning(PruningCallback):
             They are predicted from a table that is measured on this device.
         keep_information: Instead: share of the information with the layers above, in nats and
             summed over all groups, that stays.
-        kinds: Kinds of unit to cut: ``"ffn"``, ``"heads"`` (default), ``"head_dim"`` (dimensions of
-            heads), ``"pooler"``, ``"hidden"`` (the hidden size, with the word embeddings).
+        kinds: Kinds of unit to cut: ``"ffn"``, ``"heads"``, ``"channels"`` (default),
+            ``"head_dim"`` (dimensions of heads), ``"pooler"``, ``"hidden"`` (the hidden size, with
+            the word embeddings).
         module: Path of the submodule to search, such as ``"encoder"``; default: the whole module.
         include: Regular expression; only groups whose name it finds are cut.
         exclude: Regular expression; groups whose name it finds are left alone.
+        graph: What the model can lose, or a file that holds it; default: what describes the model,
+            else what its first batch shows.
         widths: ``"global"`` lets the groups of all layers compete for the budget by what is lost
             for the cost that is saved, ``"uniform"`` keeps the same share everywhere.
         max_drop: Largest loss of ``monitor``, in its own unit, that a cut may cost once it has
@@ -427,6 +428,7 @@ class MutualInformationPruning(PruningCallback):
         module: str | None = None,
         include: str | None = None,
         exclude: str | None = None,
+        graph: PruningGraph | str | None = None,
         widths: Literal["global", "uniform"] = "global",
         max_drop: float | None = None,
         monitor: str | None = None,
@@ -463,6 +465,7 @@ class MutualInformationPruning(PruningCallback):
                 halve=monitoring.on_drop == "halve",
             ),
             given,
+            graph=graph,
             max_drop=max_drop,
             monitor=monitor,
             monitoring=monitoring,

@@ -1,10 +1,14 @@
-"""What is checked before a cut: steps run on a copy, and what else holds what is cut."""
+"""What the user's own steps show on a copy: what can be cut, and whether a cut would work.
+
+And what else holds the parameters that are cut.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -12,21 +16,30 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
+from torchmetrics import Metric
 from typing_extensions import Self
 
 from lightning_mi_prune.callbacks.distributed import refuse_compiled
 from lightning_mi_prune.callbacks.state import Session
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.core.running import call_step
+from lightning_mi_prune.core.running import (
+    call_step,
+    clone_batch,
+    first_examples,
+    fixed_random_state,
+    map_tensors,
+)
+from lightning_mi_prune.discovery.discover import discover_run
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack
-from lightning_mi_prune.surgery.verification import held_elsewhere, verify_cut
+from lightning_mi_prune.surgery.verification import copy_module, held_elsewhere, verify_cut
 
 __all__ = [
     "DryRun",
     "check_surroundings",
+    "discover_in_step",
     "without_frozen",
 ]
 
@@ -186,6 +199,134 @@ def _copied(batch: Any, device: torch.device) -> Any:
     except Exception:  # of whatever class it is; then it is shared
         return batch
     return move_data_to_device(batch, device)
+
+
+def discover_in_step(
+    trainer: pl.Trainer, module: pl.LightningModule, step: str, batch: Any, loader: int = 0
+) -> PruningGraph:
+    """Find what a module can lose by what it does in a step; the module is only copied.
+
+    The copy runs two examples, in evaluation mode, in single precision or better, and by itself:
+    ranks that wait for this one take no part in what it gathers.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+        step: ``"training_step"`` or ``"validation_step"``.
+        batch: What the step is called with.
+        loader: Index of its loader.
+
+    Raises:
+        PruningError: If the step cannot run on a copy, or nothing can be cut.
+    """
+    whole = copy_module(module)
+    _detached_from(trainer)(whole)
+    whole.__dict__["all_gather"] = _alone
+    for part in whole.modules():
+        if isinstance(part, Metric):
+            part.distributed_available_fn = _never
+    halves = {p.dtype for p in whole.parameters()} & {torch.float16, torch.bfloat16}
+    if halves:
+        whole.float()
+        batch = map_tensors(batch, lambda x: x.float() if x.dtype in halves else x)
+    autocast = trainer.precision_plugin.val_step_context
+    tries = [
+        partial(_observed, step, given, loader, context)
+        for context in (nullcontext, autocast)  # only some modules need theirs
+        for given in (first_examples(batch), batch)
+    ]
+    with fixed_random_state(module):
+        run, failure = _first_that_runs(tries, whole)
+        if run is None:
+            raise PruningError(
+                f"What {type(module).__name__} can lose could not be found: its {step} fails on a "
+                f"copy in evaluation mode ({failure}). Expected a step that runs again on the same "
+                "batch; or give graph=discover(model, ...)."
+            )
+        return discover_run(whole, run)
+
+
+def _first_that_runs(
+    tries: Sequence[Callable[[nn.Module], Any]], whole: nn.Module
+) -> tuple[Callable[[nn.Module], Any] | None, str]:
+    """The first way to run a module that works, else why the first one does not."""
+    failures = []
+    for run in tries:
+        why = _failure_of(run, whole)
+        if not why:
+            return run, ""
+        failures.append(why)
+    return None, failures[0]
+
+
+def _failure_of(run: Callable[[nn.Module], Any], whole: nn.Module) -> str:
+    try:
+        run(whole)
+    except Exception as error:  # any code may run in a step
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return ""
+
+
+def _observed(
+    step: str,
+    batch: Any,
+    loader: int,
+    context: Callable[[], AbstractContextManager[Any]],
+    whole: nn.Module,
+) -> dict[str, Any]:
+    """Run a step; returns all that it makes: its result, what it logs, and its last outputs."""
+    logged: dict[str, Any] = {}
+
+    def log(name: str, value: Any, *_: object, **__: object) -> None:
+        if isinstance(value, Tensor):
+            logged[name] = value
+
+    def log_dict(values: Mapping[str, Any], *_: object, **__: object) -> None:
+        for name, value in values.items():
+            log(name, value)
+
+    whole.__dict__.update(log=log, log_dict=log_dict)
+    whole.eval()
+    torch.manual_seed(0)  # a step that draws numbers draws the same each time
+    with torch.no_grad(), context(), _last_outputs(whole) as outputs:
+        result = call_step(getattr(whole, step), clone_batch(batch), loader)
+    return {"result": result, "logged": logged, "outputs": list(outputs)}
+
+
+@contextmanager
+def _last_outputs(whole: nn.Module) -> Iterator[list[Tensor]]:
+    """The tensors that the last module called from a step returns: its predictions, mostly."""
+    depth, found, handles = 0, list[Tensor](), []
+
+    def enter(*_: object) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(part: nn.Module, _: object, output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        if depth == 0 and any(True for _ in part.parameters()):
+            values = output.values() if isinstance(output, Mapping) else output
+            values = values if isinstance(values, (list, tuple)) else [values]
+            found[:] = [value for value in values if isinstance(value, Tensor)]
+
+    try:
+        for part in whole.modules():
+            handles.append(part.register_forward_pre_hook(enter))
+            handles.append(part.register_forward_hook(leave, always_call=True))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _alone(data: Any, *_: object, **__: object) -> Any:
+    """What ``all_gather`` returns to a process that trains alone."""
+    return data
+
+
+def _never() -> bool:
+    return False
 
 
 def check_surroundings(session: Session, parameters: Sequence[nn.Parameter], cut: set[str]) -> None:

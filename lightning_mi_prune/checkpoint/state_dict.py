@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
+from lightning_mi_prune.checkpoint.stored_graph import check_stored, is_apart
 from lightning_mi_prune.checkpoint.validation import (
     PLAN_KEY,
     changed_groups,
@@ -20,15 +20,22 @@ from lightning_mi_prune.checkpoint.validation import (
     load_errors,
     named_from,
     plan_in_state,
+    write_plan,
 )
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups, is_within, present_plan
+from lightning_mi_prune.discovery.families import (
+    NotDescribedError,
+    find_groups,
+    is_within,
+    present_plan,
+)
 from lightning_mi_prune.discovery.families.residual import module_at
 from lightning_mi_prune.discovery.families.stacks import find_stacks, stack_at
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, as_built, full_plan
 from lightning_mi_prune.surgery.layers import RemovedLayers, without_storage
+from lightning_mi_prune.surgery.tensors import unsaved_buffers
 from lightning_mi_prune.surgery.transaction import cancel_cut, reshape_model
 
 __all__ = ["Find", "PlanTracker"]
@@ -71,6 +78,7 @@ class PlanTracker:
         self._finders: list[Find] = [find]
         self._all_finders: list[Find] = [find]
         self._graph = PruningGraph()
+        self._is_recorded = False  # then it is whole, whatever families describe
         self._plan: PruningPlan | None = None
         self._removed: dict[str, dict[int, nn.Module]] = {}
         self._below: dict[str, PlanTracker] = {}
@@ -117,7 +125,11 @@ class PlanTracker:
     def graph(self) -> PruningGraph:
         """All groups and stacks of the module, as built."""
         while self._finders:
-            self._add(self._finders[0](self.module))
+            try:
+                self._add(self._finders[0](self.module))
+            except NotDescribedError:
+                if not self._is_recorded:
+                    raise
             self._finders.pop(0)
             self._share()
         return self._graph
@@ -156,6 +168,22 @@ class PlanTracker:
         for name, layers in removed.items():
             known = self._removed.setdefault(name, {})
             known |= {place: without_storage(layer) for place, layer in layers.items()}
+        self._share()
+
+    def adopt(self, graph: PruningGraph) -> None:
+        """Use a graph, as built, in place of what the finders would find.
+
+        Args:
+            graph: What a recorded call showed, or what a file holds.
+
+        Raises:
+            PruningError: If it is the graph of another model.
+        """
+        self._graph = self._with_stored(self._graph, graph)
+        self._finders.clear()
+        self._is_recorded = True
+        if self._plan is not None:
+            self._plan = self._graph.full.joined(self._plan)
         self._share()
 
     def close(self) -> None:
@@ -250,7 +278,7 @@ class PlanTracker:
             self._removed = {name: s for name, s in self._removed.items() if stays(name)}
             if self._plan is not None:
                 self._plan = self._plan.only(filter(stays, self._plan.sizes))
-            self._finders = list(self._all_finders)
+            self._finders, self._is_recorded = list(self._all_finders), False
 
     def _write(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         if self._plan is None:
@@ -259,21 +287,23 @@ class PlanTracker:
             n for n in self._plan.sizes if not any(is_within(n, path) for path in self._below)
         )
         if not own.is_full:
-            text = own.to_json().encode()
-            state[prefix + PLAN_KEY] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            with contextlib.suppress(PruningError):  # then the plan goes alone
+                state[prefix + PLAN_KEY] = write_plan(own, self.graph)
+                return
+            state[prefix + PLAN_KEY] = write_plan(own, self._graph)
 
     def _apply(
         self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, **__: Any
     ) -> None:
-        stored = plan_in_state(state, prefix)
+        stored, described = plan_in_state(state, prefix)
         if stored is None and self._plan is None:
             return
         weights = named_from("", state, prefix)
         if stored is not None:
-            graph = self._graph_for(stored)
+            graph = self._graph_for(stored, described)
             plan, current = self._completed(stored, graph, weights)
             check_weights(module, graph, plan, current, weights)
-        elif is_uncut(self.graph, self.plan, weights):
+        elif is_uncut(self.graph, self.plan, weights, unsaved_buffers(module)):
             graph, current = self.graph, self.plan
             plan = graph.full
         else:
@@ -310,13 +340,15 @@ class PlanTracker:
             )
         self.store(done.removed)
 
-    def _graph_for(self, stored: PruningPlan) -> PruningGraph:
-        """The known graph, and what is found in the module if the plan names more."""
+    def _graph_for(self, stored: PruningPlan, described: PruningGraph | None) -> PruningGraph:
+        """The known graph if it has all that the plan names, else the stored or what is found."""
         unknown: PruningError | None = None
         try:
             graph = self.graph
         except PruningError as error:  # a model of no known family may still have lost layers
             graph, unknown = self._graph, error
+        if described is not None and not set(stored.sizes) <= {part.name for part in graph.parts}:
+            graph = self._with_stored(graph, described)
         for find in (find_groups, find_stacks):
             names = {part.name for part in graph.parts}
             if not set(stored.sizes) <= names:
@@ -340,6 +372,28 @@ class PlanTracker:
                 )
         return graph
 
+    def _with_stored(self, known: PruningGraph, described: PruningGraph) -> PruningGraph:
+        """The graph of a checkpoint, and those known groups that cut nothing of what it cuts."""
+        now = described.full.joined(present_plan(self.module, described.groups))
+        own = set() if self._plan is None else {*_removals(self._plan)}
+        if own & {part.name for part in described.parts}:
+            now = now.joined(self.plan.only(own & set(now.sizes)))
+        check_stored(self.module, described, now)
+        apart = [part for part in known.groups if is_apart(part, described)]
+        cut = own & {part.name for part in known.groups} - {
+            *(part.name for part in apart),
+            *(part.name for part in described.groups),
+        }
+        if cut:
+            raise PruningError(
+                f"The checkpoint names other units than those that were cut here: {sorted(cut)[:6]}"
+                ". Load it into a model as built."
+            )
+        graph = described.joined(PruningGraph(tuple(apart), known.stacks))
+        if self._plan is not None:
+            self._plan = self._plan.only(part.name for part in graph.parts)
+        return graph
+
     def _completed(
         self, stored: PruningPlan, graph: PruningGraph, state: Mapping[str, Any]
     ) -> tuple[PruningPlan, PruningPlan]:
@@ -350,7 +404,8 @@ class PlanTracker:
         now = graph.full.joined(present_plan(self.module, graph.groups))
         if self._plan is not None:
             now = now.joined(self.plan)
-        grown = [group for group in graph.groups if is_group_uncut(group, state)]
+        unsaved = unsaved_buffers(self.module)
+        grown = [group for group in graph.groups if is_group_uncut(group, state, unsaved)]
         return now.joined(full_plan(grown)).joined(stored), now
 
 

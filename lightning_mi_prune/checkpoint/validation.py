@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.core.untrusted import described
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, join_path
+from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.surgery.optimizer_state import is_plain_tensor
+from lightning_mi_prune.surgery.tensors import tensors_of, unsaved_buffers
 
 __all__ = [
     "PLAN_KEY",
@@ -25,6 +28,7 @@ __all__ = [
     "load_errors",
     "named_from",
     "plan_in_state",
+    "write_plan",
 ]
 
 _NAME = "lightning_mi_prune.plan"
@@ -34,6 +38,8 @@ PLAN_KEY = (
     f"{_NAME} (this checkpoint is pruned: open it with lightning_mi_prune.load_pruned, "
     "or with its callback in the Trainer)"
 )
+
+_GRAPH = "graph"  # beside the fields of the plan, which readers of plans alone pass over
 
 _LARGEST_ENTRY = 64 * 2**20
 
@@ -45,12 +51,32 @@ def is_plan(key: str) -> bool:
     return _NAME in key
 
 
-def plan_in_state(state: dict[str, Any], prefix: str) -> PruningPlan | None:
+def write_plan(plan: PruningPlan, graph: PruningGraph) -> Tensor:
+    """An entry of a state dict with a plan and the graph of what it names.
+
+    Example:
+        >>> from lightning_mi_prune.core.plan import PruningPlan
+        >>> entry = write_plan(PruningPlan({"ffn": 4}, {"ffn": (0, 2)}), PruningGraph())
+        >>> plan_in_state({PLAN_KEY: entry}, "")[0].kept["ffn"]
+        (0, 2)
+    """
+    named = PruningGraph.of(part for part in graph.parts if part.name in plan.sizes)
+    body = json.loads(plan.to_json()) | {_GRAPH: named.to_json()}
+    return torch.frombuffer(bytearray(json.dumps(body).encode()), dtype=torch.uint8)
+
+
+def plan_in_state(
+    state: dict[str, Any], prefix: str
+) -> tuple[PruningPlan | None, PruningGraph | None]:
     """The plan in a state dict, joined from those of all networks, and removed from it.
+
+    Returns:
+        The plan and the graph of what it names; None where the state dict holds none.
 
     Raises:
         PruningError: If an entry is no plan, or two entries contradict each other.
     """
+    graph: PruningGraph | None = None
     sizes: dict[str, int] = {}
     kept: dict[str, tuple[int, ...]] = {}
     rankings: dict[str, Ranking] = {}
@@ -58,7 +84,11 @@ def plan_in_state(state: dict[str, Any], prefix: str) -> PruningPlan | None:
     keys = [key for key in state if key.startswith(prefix) and _NAME in key]
     for key in keys:
         path = key[len(prefix) : key.index(_NAME, len(prefix))].removesuffix(".")
-        plan = _read(state[key]).prefixed(path)
+        plan, found = _read(state[key])
+        plan = plan.prefixed(path)
+        if found is not None:
+            found = found.prefixed(path)
+            graph = found if graph is None else graph.joined(found)
         for name, size in plan.sizes.items():
             if sizes.get(name, size) != size or kept.get(name, plan.kept[name]) != plan.kept[name]:
                 raise PruningError(
@@ -69,7 +99,7 @@ def plan_in_state(state: dict[str, Any], prefix: str) -> PruningPlan | None:
         rankings |= plan.rankings
     for key in keys:
         state.pop(key)
-    return PruningPlan(sizes, kept, rankings) if keys else None
+    return (PruningPlan(sizes, kept, rankings) if keys else None), graph
 
 
 def named_from(path: str, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -81,29 +111,46 @@ def named_from(path: str, state: Mapping[str, Any], prefix: str) -> dict[str, An
     }
 
 
-def is_group_uncut(group: DependencyGroup, state: Mapping[str, Any]) -> bool:
-    """Whether weights hold all tensors of a group at the width it was built with."""
-    tensors = ((state.get(s.tensor), s.dim, s.shape) for s in group.tensors)
+def is_group_uncut(
+    group: DependencyGroup, state: Mapping[str, Any], unsaved: Collection[str] = ()
+) -> bool:
+    """Whether weights hold all tensors of a group at the width it was built with.
+
+    Args:
+        group: The group.
+        state: The weights.
+        unsaved: Names of buffers that no state dict holds.
+    """
+    saved = (s for s in group.tensors if s.tensor not in unsaved)
+    tensors = ((state.get(s.tensor), s.dim, s.shape) for s in saved)
     return all(
         isinstance(t, Tensor) and t.ndim == len(shape) and t.shape[dim] == shape[dim]
         for t, dim, shape in tensors
     )
 
 
-def is_uncut(graph: PruningGraph, current: PruningPlan, state: Mapping[str, Any]) -> bool:
+def is_uncut(
+    graph: PruningGraph,
+    current: PruningPlan,
+    state: Mapping[str, Any],
+    unsaved: Collection[str] = (),
+) -> bool:
     """Whether weights without a plan hold, as built, all that was cut from the module.
 
     Args:
         graph: Groups and stacks of the module.
         current: Its present plan.
         state: Weights to load, named from the module.
+        unsaved: Names of buffers that no state dict holds.
     """
     cut = {name for name, size in current.sizes.items() if current.width(name) < size}
     tops = [f"{s.name}.{s.size - 1}." for s in graph.stacks if s.name in cut]
     return (
         bool(cut)
         and all(any(key.startswith(top) for key in state) for top in tops)
-        and all(is_group_uncut(group, state) for group in graph.groups if group.name in cut)
+        and all(
+            is_group_uncut(group, state, unsaved) for group in graph.groups if group.name in cut
+        )
     )
 
 
@@ -149,14 +196,15 @@ def check_weights(
                 f"but it holds weights of layers {sorted(found)}; expected 0 to {layers - 1}. "
                 "Build the model with the configuration it was trained with."
             )
-    present = dict(module.named_parameters(remove_duplicate=False))
+    present = tensors_of(module)
     stored = {id(p) for name, p in present.items() if name in state}
+    unsaved = unsaved_buffers(module)
     moved = any(plan.kept[s.name] != current.kept[s.name] for s in graph.stacks)
     lengths: dict[str, dict[int, int]] = {}
     for group in changed_groups(graph, plan, current):
-        for s in group.tensors:
-            each = group.entries_at(plan.widths)
-            lengths.setdefault(s.tensor, {})[s.dim] = plan.width(group.name) * each
+        at = group.all_widths(plan.widths)
+        for s in (s for s in group.tensors if s.tensor not in unsaved):
+            lengths.setdefault(s.tensor, {})[s.dim] = layout_size(s.layout, at)
     built = {s.tensor: s.shape for a in graph.groups_at(plan) for s in a.tensors}
     for name, expected in lengths.items():
         tensor, whole = state.get(name), present[name].shape if name in present else built[name]
@@ -240,7 +288,7 @@ def _origin(hook: Any) -> str | None:
     return getattr(getattr(inner, "func", inner), "__module__", None)
 
 
-def _read(stored: Any) -> PruningPlan:
+def _read(stored: Any) -> tuple[PruningPlan, PruningGraph | None]:
     plain = isinstance(stored, Tensor) and is_plain_tensor(stored) and not stored.is_meta
     if not plain or stored.dtype != torch.uint8 or stored.ndim != 1:
         raise PruningError(
@@ -258,4 +306,5 @@ def _read(stored: Any) -> PruningPlan:
         raise PruningError(
             f"The entry {_NAME!r} of the checkpoint is damaged; take another checkpoint."
         ) from error
-    return PruningPlan.from_json(text)
+    plan, given = PruningPlan.from_json(text), json.loads(text).get(_GRAPH)
+    return plan, None if given is None else PruningGraph.from_json(given)

@@ -47,22 +47,24 @@ def why_not_consumer(module: nn.Module) -> str:
     computed = sorted({"weight_g", "weight_orig"} & set(module._parameters))
     if computed:
         return f"{kind} computes its weight from {computed[0]!r} in each call; remove that first."
-    if not isinstance(weight, nn.Parameter):
+    if weight is not None and not isinstance(weight, nn.Parameter):
         return f"{kind} has no plain weight; quantize and shard after the cut."
     if isinstance(module, _TRANSPOSED):
         return f"{kind} is transposed; expected a linear layer or an ordinary convolution."
+    if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and not _is_conv1d(module):
+        return (
+            f"{kind} is neither a linear layer (nn.Linear, Conv1D of transformers) nor nn.Conv1d, "
+            "nn.Conv2d or nn.Conv3d."
+        )
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return f"{kind} holds a {type(weight).__name__} of {weight.dtype}; quantize after the cut."
-    if isinstance(module, _CONVOLUTIONS):
-        if module.groups != 1:
-            return (
-                f"{kind} has groups={module.groups}; expected groups=1, where every output reads "
-                "every channel."
-            )
-        return ""
-    if isinstance(module, nn.Linear) or _is_conv1d(module):
-        return ""
-    return f"{kind} is neither nn.Linear, Conv1D of transformers, nn.Conv1d, nn.Conv2d nor Conv3d."
+        held = "nothing" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
+        return f"{kind} holds {held} as its weight; quantize and shard after the cut."
+    if isinstance(module, _CONVOLUTIONS) and module.groups != 1:
+        return (
+            f"{kind} has groups={module.groups}; expected groups=1, where every output reads "
+            "every channel."
+        )
+    return ""
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -8,7 +8,8 @@ import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from lightning_mi_prune.core.errors import PruningError
 __all__ = [
     "TensorRecord",
     "call_step",
+    "clone_batch",
     "copy_networks",
     "evaluating",
+    "first_examples",
     "fixed_random_state",
     "map_tensors",
     "move_tensors",
@@ -105,6 +108,80 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def move_tensors(value: Any, device: torch.device) -> Any:
     """The same nested containers, with every tensor on a device."""
     return map_tensors(value, lambda x: x.to(device))
+
+
+def first_examples(batch: Any, count: int = 2) -> Any:
+    """A batch of the same structure with its first examples only; the tensors are views.
+
+    Where the tensors do not all count the same number of examples first, the whole batch.
+
+    Args:
+        batch: Nested containers or dataclasses of tensors and lists, one entry for each example.
+        count: Examples to keep.
+
+    Example:
+        >>> batch = {"x": torch.zeros(5, 3), "y": (torch.zeros(5), ["a", "b", "c", "d", "e"])}
+        >>> found = first_examples(batch)
+        >>> found["x"].shape, found["y"][0].shape, found["y"][1]
+        (torch.Size([2, 3]), torch.Size([2]), ['a', 'b'])
+        >>> first_examples((torch.zeros(7, 5, 3), torch.zeros(5)))[0].shape
+        torch.Size([7, 5, 3])
+    """
+    sizes = {x.shape[0] for x in _tensors_in(batch) if x.ndim}
+    rows = sizes.pop() if len(sizes) == 1 else 0
+    return _first_of(batch, rows, count) if rows > count else batch
+
+
+def _parts_of(value: Any) -> dict[Any, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in fields(value) if hasattr(value, f.name)}
+    return dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    for part in _parts_of(value).values():
+        yield from _tensors_in(part)
+
+
+def _first_of(value: Any, rows: int, count: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[:count] if value.ndim else value
+    plain = isinstance(value, (list, tuple)) and not any(True for _ in _tensors_in(value))
+    if plain and len(value) == rows and not hasattr(value, "_fields"):
+        return value[:count]  # one text or number for each example
+    return _rebuilt(value, partial(_first_of, rows=rows, count=count))
+
+
+def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A container or dataclass of the same class, with every part changed."""
+    parts = {key: change(part) for key, part in _parts_of(value).items()}
+    if not parts:
+        return value
+    if isinstance(value, (list, tuple)):
+        found = parts.values()
+        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+    other = copy.copy(value)  # of its class: of transformers, or of the user
+    for key, part in parts.items():
+        if isinstance(value, Mapping):
+            other[key] = part
+        else:
+            object.__setattr__(other, key, part)
+    return other
+
+
+def clone_batch(batch: Any) -> Any:
+    """A batch with tensors and containers of its own: steps may take entries out, or change them.
+
+    Example:
+        >>> batch = {"x": torch.zeros(2)}
+        >>> clone_batch(batch)["x"].add_(1), batch["x"]
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    return batch.clone() if isinstance(batch, Tensor) else _rebuilt(batch, clone_batch)
 
 
 def call_step(step: Callable[..., Any], batch: Any, loader: int = 0) -> Any:

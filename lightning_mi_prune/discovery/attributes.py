@@ -34,7 +34,7 @@ __all__ = [
 _Key: TypeAlias = tuple[str, str, Layout]  # patterns of module and layout, and the attribute
 
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
-_LONGEST = 64  # entries of a list of numbers that is looked at
+_LONGEST = 16  # entries of a list of numbers that is looked at
 _MOST_BLOCKS = 12  # of a layout whose partial sums are looked at
 
 
@@ -253,37 +253,56 @@ def describing_attributes(
         for s in group.tensors
         for alias in names.get(id(tensor_at(module, s.tensor)), [s.tensor])
     }
-    widths = {name: size for group in groups for name, size in group.all_widths({}).items()}
+    sizes = {name: size for group in groups for name, size in group.all_widths({}).items()}
     found: dict[tuple[str, str], SizeAttribute] = {}
     for (tensor, dim), layout in dims.items():
         path, _, name = tensor.rpartition(".")
         part = module.get_submodule(path)
-        value = tensor_at(module, tensor)
-        if value is None:
+        if tensor_at(module, tensor) is None:
             continue
-        other = dims.get((tensor, 1 - dim)) if dim < 2 else None
-        for attribute, described in _described(part, name, dim, layout, other, widths):
+        if isinstance(part, nn.modules.conv._ConvNd):
+            both = {d: dims[tensor, d] for d in (0, 1) if (tensor, d) in dims}
+            for attribute, described in _of_convolution(
+                part, both if name == "weight" else {}, sizes
+            ):
+                found[path, attribute] = SizeAttribute(path, attribute, described)
+            continue
+        for attribute, described in _described(part, name, dim, layout):
             sequence = attribute == "normalized_shape"
             held = getattr(part, attribute, None)
             if sequence and (not isinstance(held, tuple) or len(held) != 1):
                 attribute, sequence = f"normalized_shape.{dim}", False
             found.setdefault((path, attribute), SizeAttribute(path, attribute, described, sequence))
+    for path, part in module.named_modules():
+        if isinstance(part, nn.MultiheadAttention):
+            for attribute, described in _of_attention(part, path, dims, sizes):
+                found[path, attribute] = SizeAttribute(path, attribute, described)
     return list(found.values())
 
 
+def _of_attention(
+    part: nn.MultiheadAttention,
+    path: str,
+    dims: Mapping[tuple[str, int], Layout],
+    sizes: Mapping[str, int],
+) -> Iterator[tuple[str, Layout]]:
+    """Numbers of an attention; its ``head_dim`` scales the products and stays as built."""
+    stem = f"{path}." if path else ""
+    read = dims.get((f"{stem}out_proj.weight", 1))
+    heads = read and _outer_part(read, part.num_heads, sizes)
+    if heads:
+        yield "num_heads", heads
+    fused = dims.get((f"{stem}in_proj_weight", 1))
+    for attribute, letter in (("embed_dim", "q"), ("kdim", "k"), ("vdim", "v")):
+        layout = fused or dims.get((f"{stem}{letter}_proj_weight", 1))
+        if layout:
+            yield attribute, layout
+
+
 def _described(
-    part: nn.Module,
-    name: str,
-    dim: int,
-    layout: Layout,
-    other: Layout | None,
-    widths: Mapping[str, int],
+    part: nn.Module, name: str, dim: int, layout: Layout
 ) -> Iterator[tuple[str, Layout]]:
     """Attributes of a module that count a dimension of its tensor, with their layouts."""
-    if isinstance(part, nn.modules.conv._ConvNd):
-        if name == "weight":
-            yield from _of_convolution(part, dim, layout, other, widths)
-        return
     tables: list[tuple[str, int, tuple[str, ...]]] = [
         ("weight", 0, ("out_features", "num_features", "num_channels", "normalized_shape", "nx")),
         ("weight", 1, ("in_features", "embedding_dim", "nf")),
@@ -303,47 +322,40 @@ def _described(
 
 
 def _of_convolution(
-    part: Any, dim: int, layout: Layout, other: Layout | None, widths: Mapping[str, int]
+    part: Any, dims: Mapping[int, Layout], sizes: Mapping[str, int]
 ) -> Iterator[tuple[str, Layout]]:
+    """Numbers of a convolution, from the layouts of the dimensions of its weight that are cut."""
     inner, outer = (0, 1) if part.transposed else (1, 0)
     if part.groups == 1:
-        yield ("out_channels" if dim == outer else "in_channels"), layout
+        if outer in dims:
+            yield "out_channels", dims[outer]
+        if inner in dims:
+            yield "in_channels", dims[inner]
         return
     if part.transposed:
         return
-    grouped = _outermost(layout if dim == outer else other, part.groups, widths)
+    grouped: Layout = ((part.groups,),)
+    if outer in dims:
+        yield "out_channels", dims[outer]
+        grouped = _outer_part(dims[outer], part.groups, sizes) or grouped
+        yield "groups", grouped
     each = part.weight.shape[inner]
-    if dim == outer:
-        yield "out_channels", layout
-        if grouped is not None:
-            yield "groups", grouped
-            yield "in_channels", _times(grouped, other or ((each,),))
-    else:
-        yield "in_channels", _times(grouped or ((part.groups,),), layout)
+    if inner in dims or outer in dims:
+        within = dims.get(inner, ((each,),))
+        yield "in_channels", grouped if each == 1 else ((grouped, within),)
 
 
-def _outermost(layout: Layout | None, size: int, widths: Mapping[str, int]) -> Layout | None:
-    """The outer factors of a layout that have a size together; None if there are none."""
-    if layout is None:
-        return None
-    if layout_size(layout, widths) == size:
+def _outer_part(layout: Layout, count: int, sizes: Mapping[str, int]) -> Layout | None:
+    """The outermost factors of a layout whose product is a number; None if there are none."""
+    if layout_size(layout, sizes) == count:
         return layout
     if len(layout) == 1:
-        for count in range(1, len(layout[0])):
-            if layout_size((layout[0][:count],), widths) == size:
-                return (layout[0][:count],)
-    # Several filters for each channel of a sum.
-    whole = layout_size(layout, widths)
-    each = whole // size
-    if all(block and block[-1] == each for block in layout):
+        parts = [(layout[0][:end],) for end in range(1, len(layout[0]))]
+        return next((part for part in parts if layout_size(part, sizes) == count), None)
+    inner = layout_size(layout, sizes) // count
+    if all(block and block[-1] == inner for block in layout):
         return tuple(block[:-1] or (1,) for block in layout)
     return None
-
-
-def _times(outer: Layout, inner: Layout) -> Layout:
-    """The product of two layouts, without factors of one."""
-    factors = [layout[0] if len(layout) == 1 else (layout,) for layout in (outer, inner)]
-    return (tuple(f for block in factors for f in block if f != 1) or (1,),)
 
 
 # ------------------------------------------------------------------------------------- candidates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mi_prune.core.running import evaluating, fixed_random_state
-from lightning_mi_prune.graph.groups import SizeAttribute
+from lightning_mi_prune.surgery.attention import slow_path
 from lightning_mi_prune.surgery.verification import copy_module
 
 __all__ = [
@@ -23,8 +24,8 @@ __all__ = [
     "first_line",
     "put_tensors",
     "relative_difference",
+    "results_of",
     "run_once",
-    "set_size",
     "structural_copy",
     "tensor_at",
     "tensor_outputs",
@@ -60,30 +61,40 @@ def run_once(module: nn.Module, run: Run, *modes: Any) -> Any:
         run: Calls it.
         modes: Context managers that are active meanwhile.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with ExitStack() as stack:
-            for manager in (fixed_random_state(module), evaluating(module)):
-                stack.enter_context(manager)
-            torch.manual_seed(0)
-            for mode in modes:
-                stack.enter_context(mode)
-            return run(module)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with ExitStack() as stack:
+        for manager in (slow_path(), fixed_random_state(module), evaluating(module)):
+            stack.enter_context(manager)
+        torch.manual_seed(0)
+        for mode in modes:
+            stack.enter_context(mode)
+        return run(module)
+
+
+# Outputs that a caller only asks for to look at, or to give them back to the model.
+_INNER = re.compile(r"hidden_state|attention|past|cache|feature_map|states$")
+
+
+def results_of(output: Any) -> Any:
+    """What a call is made for: of a mapping, the entries that are no inner states, if any.
+
+    Example:
+        >>> list(results_of({"logits": 1, "past_key_values": 2, "loss": None}))
+        ['logits']
+    """
+    if not isinstance(output, Mapping):
+        return output
+    named = {name: value for name, value in output.items() if value is not None}
+    return {n: value for n, value in named.items() if not _INNER.search(str(n))} or named
 
 
 def tensor_outputs(value: Any) -> list[Tensor]:
     """The tensors in an output that are compared: of floating point, or all if there is none.
 
-    Caches of keys and values are left out: their shape follows the cut.
-
     Example:
         >>> len(tensor_outputs({"logits": torch.ones(2), "past_key_values": torch.ones(3)}))
         1
     """
-    found = [torch.view_as_real(t) if t.is_complex() else t for t in _tensors(value)]
+    found = [torch.view_as_real(t) if t.is_complex() else t for t in _tensors(results_of(value))]
     return [t for t in found if t.is_floating_point()] or found
 
 
@@ -91,9 +102,8 @@ def _tensors(value: Any) -> Iterable[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for name, each in value.items():
-            if name not in ("past_key_values", "encoder_past_key_values", "cache_params"):
-                yield from _tensors(each)
+        for each in value.values():
+            yield from _tensors(each)
     elif isinstance(value, (tuple, list)):
         for each in value:
             yield from _tensors(each)
@@ -174,31 +184,6 @@ def put_tensors(module: nn.Module, replaced: Mapping[int, Tensor]) -> None:
                 if isinstance(old, nn.Parameter):
                     value = new.setdefault(id(old), nn.Parameter(value, old.requires_grad))
                 setattr(part, name, value)
-
-
-def set_size(module: nn.Module, attribute: SizeAttribute, value: int) -> None:
-    """Set a number on a module of a copy; containers and configs on the way become its own."""
-    owner = module.get_submodule(attribute.module)
-    if attribute.sequence:
-        old = getattr(owner, attribute.attribute)
-        setattr(owner, attribute.attribute, type(old)((value,)) if type(old) is list else (value,))
-        return
-    set_within(owner, attribute.attribute.split("."), value)
-
-
-def set_within(owner: Any, path: Sequence[str], value: int) -> None:
-    """Set the entry at a path of attributes and positions; what holds it is copied before."""
-    first, *rest = path
-    if rest:
-        inner = copy.copy(getattr(owner, first))
-        if isinstance(inner, (tuple, list)):
-            entries = list(inner)
-            entries[int(rest[0])] = value
-            setattr(owner, first, tuple(entries) if isinstance(inner, tuple) else entries)
-            return
-        set_within(inner, rest, value)
-        value = inner
-    setattr(owner, first, value)
 
 
 def first_line(error: BaseException) -> str:

@@ -132,7 +132,7 @@ def discover_run(
         sum(p.numel() for p in module.parameters()),
         _reachable(module, groups),
     )
-    _check_found(module, graph)
+    _check_found(module, graph, warn=kinds is None)
     return graph
 
 
@@ -289,7 +289,7 @@ def _of_kinds(inference: Inference, kinds: Sequence[str] | None) -> Inference:
 def _that_may_be_empty(verifier: Verifier, solution: Solution) -> tuple[DependencyGroup, ...]:
     """Note which neurons beside a residual stream can all go: then the layer only adds its bias."""
     names = {g.name for g in solution.groups if g.kind == "ffn" and g.residual is not None}
-    some = [group for group in solution.groups if group.name in names]
+    some = [replace(g, may_be_empty=True) for g in solution.groups if g.name in names]
     try:
         empty = bool(some) and verifier.check_kept(some, dict.fromkeys(names, ())).equal
     except OutOfTime:
@@ -311,7 +311,7 @@ def _reachable(module: nn.Module, groups: Sequence[DependencyGroup]) -> int:
     return sum(found.values())
 
 
-def _check_found(module: nn.Module, graph: PruningGraph) -> None:
+def _check_found(module: nn.Module, graph: PruningGraph, *, warn: bool) -> None:
     """Refuse a graph of nothing, and warn where it reaches little."""
     kind = type(module).__name__
     reasons = [f"{r.name} ({r.reason})" for r in graph.refused[:3]]
@@ -322,7 +322,7 @@ def _check_found(module: nn.Module, graph: PruningGraph) -> None:
             f"Nothing of {kind} can be pruned{why}. Expected a call in which units of one layer "
             "are read by another; call the whole network on an example."
         )
-    if graph.reachable < _SHARE * graph.parameters:
+    if warn and graph.reachable < _SHARE * graph.parameters:
         warnings.warn(
             f"Only {graph.reachable / graph.parameters:.0%} of the parameters of {kind} are in "
             f"groups that can be pruned{why}. print(graph) shows all of it.",

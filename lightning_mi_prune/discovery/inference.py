@@ -8,7 +8,6 @@ that no layer reads, such as the dimensions of queries and keys, have no consume
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_mi_prune.core.consumers import why_not_consumer
-from lightning_mi_prune.discovery.expressions import (
+from lightning_mi_prune.discovery.copies import results_of
+from lightning_mi_prune.discovery.labels import Candidate, kinds_of, names_of
+from lightning_mi_prune.discovery.stacks import find_chains
+from lightning_mi_prune.discovery.streams import Streams
+from lightning_mi_prune.discovery.tracing.expressions import (
     Atom,
     Expression,
     atoms_of,
@@ -26,12 +29,14 @@ from lightning_mi_prune.discovery.expressions import (
     resolve,
     terms_of,
 )
-from lightning_mi_prune.discovery.labels import Candidate, kinds_of, names_of
-from lightning_mi_prune.discovery.recording import Operator, Recording, record_call, tensors_in
-from lightning_mi_prune.discovery.rules import follow
-from lightning_mi_prune.discovery.stacks import find_chains
-from lightning_mi_prune.discovery.streams import Streams
-from lightning_mi_prune.discovery.tracing import DATA, Trace, WeightUse
+from lightning_mi_prune.discovery.tracing.recording import (
+    Operator,
+    Recording,
+    record_call,
+    tensors_in,
+)
+from lightning_mi_prune.discovery.tracing.rules import follow
+from lightning_mi_prune.discovery.tracing.trace import DATA, Trace, WeightUse
 from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, PrunableDim, Refusal
 from lightning_mi_prune.graph.layouts import Block, Factor, Layout, layout_names
 
@@ -117,18 +122,9 @@ def _used_operators(recording: Recording) -> list[Operator]:
     return found[::-1]
 
 
-# Outputs that a caller only asks for to look at, or to give them back to the model.
-_INNER = re.compile(r"hidden_state|attention|past|cache|feature_map|states$")
-
-
 def _fix_results(trace: Trace, output: Any) -> None:
     """Keep every dimension of what a call is made for."""
-    chosen = output
-    if isinstance(output, Mapping):
-        named = {name: value for name, value in output.items() if value is not None}
-        results = {name: value for name, value in named.items() if not _INNER.search(str(name))}
-        chosen = results or named
-    for tensor in tensors_in(chosen):
+    for tensor in tensors_in(results_of(output)):
         for dim in trace.dims(tensor):
             fix(dim, "outputs of the call")
 
@@ -296,6 +292,7 @@ class _Collector:
                 dim,
                 tuple(self.tensors[tensor].shape),
                 layout_of(self.trace.dims(self.tensors[tensor])[dim], names),
+                buffer=not isinstance(self.tensors[tensor], nn.Parameter),
             )
             for tensor, dim in self.places[id(atom)]
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
@@ -32,8 +32,9 @@ __all__ = [
 
 Claims = Mapping[tuple[str, str], SizeAttribute]
 
-_MOST_TRIES = 40  # sets of numbers that are tried for one class of groups
-_MOST_CANDIDATES = 10  # numbers of which pairs and triples are tried
+_MOST = {1: 8, 2: 5, 3: 4}  # numbers of which sets of each size are tried
+_MOST_TIME = 0.2  # of what is left, for the numbers of one class of groups
+_ALIKE = 0.05  # difference of nearness below which a number may count either of two groups
 _LOCAL = 0.6  # nearness from which a number that is not seen is taken to describe a group
 _DESCRIBES = re.compile(
     "head|hidden|dim|size|width|channel|feature|embed|inner|intermediate|ffn|d_|n_|num_"
@@ -172,9 +173,9 @@ class _Search:
         classes = self.classes()
         guess = self.guess(classes)
         before = self.verifier, self.groups, self.claims
-        tied = guess
+        tied: Claims = guess
         for first, second in self.sharing(classes, guess):
-            tied = self.merge(dict(zip(second, first, strict=True)), tied)
+            tied = self.merge(dict(zip(second, first, strict=True)))(tied)
         if self.check([*self.groups], {**tied, **self.claims}).equal:
             self.accepted = [*self.groups]
             self.claims = {**tied, **self.claims}
@@ -187,25 +188,23 @@ class _Search:
         self, classes: Sequence[list[str]], guess: Claims
     ) -> list[tuple[list[str], list[str]]]:
         """Classes of dimensions of heads that are counted by one number, which ties them."""
-        found: list[tuple[list[str], list[str]]] = []
-        counted: dict[frozenset[tuple[str, str]], list[str]] = {}
+        nearest: dict[tuple[str, str], list[tuple[float, list[str]]]] = {}
         for names in classes:
-            if self.groups[names[0]].kind != "head_dim":
-                continue
-            keys = {
-                (a.module, a.attribute)
-                for c in self.candidates(names)
-                if c.seen
-                for a in c.attributes
-                if a.layout == ((layout_names(a.layout)[0],),) and (a.module, a.attribute) in guess
-            }
-            other = next(
-                (n for k, n in counted.items() if k & keys and self.related(n, names)), None
-            )
-            if other is None:
-                counted[frozenset(keys)] = names
-            else:
-                found.append((other, names))
+            for candidate in self.candidates(names):
+                one = candidate.attributes[0]
+                key = (one.module, one.attribute)
+                single = one.layout == ((layout_names(one.layout)[0],),)
+                if self.groups[names[0]].kind == "head_dim" and key in guess and single:
+                    nearest.setdefault(key, []).append((candidate.nearness, names))
+        found: list[tuple[list[str], list[str]]] = []
+        gone: list[list[str]] = []
+        for counted in nearest.values():
+            best = max(share for share, _ in counted)
+            first, *others = [names for share, names in counted if share > best - _ALIKE]
+            for names in others:
+                if names not in gone and first not in gone and self.related(first, names):
+                    found.append((first, names))
+                    gone.append(names)
         return found
 
     def solution(self) -> Solution:
@@ -263,27 +262,20 @@ class _Search:
                         best[key] = rank
         return {key: claim for key, (_, _, claim) in best.items()}
 
-    def one_by_one(
-        self, classes: list[list[str]], guess: Mapping[tuple[str, str], SizeAttribute]
-    ) -> None:
+    def one_by_one(self, classes: list[list[str]], guess: Claims) -> None:
         """Verify classes, search their numbers, tie what passes only together; then all at once."""
         failed: list[tuple[list[str], Outcome]] = []
         passed: list[tuple[list[str], Claims]] = []
-        for names in classes:
-            mine = _naming(guess, names)
-            outcome = self.check(names, self.claims | mine)
-            found: Claims | None = mine if outcome.equal else None
-            if found is None:
-                found, outcome = self.search(names, outcome, self.claims)
-            if found is None:
-                failed.append((names, outcome))
-            else:
-                passed.append((names, found))
-        failed = self.tie(failed, passed)
+        self.halve(classes, guess, passed, failed)
+        failed, guess = self.tie(failed, passed, guess)
         for names, outcome in failed:
-            whole = self.alone(names, guess) if len(names) > 1 else []
+            found, outcome = self.search(names, outcome, self.claims)
+            whole = names
+            if found is None:
+                whole = self.alone(names, guess) if len(names) > 1 else []
+                found = _naming(guess, whole)
             if whole:
-                passed.append((whole, _naming(guess, whole)))
+                passed.append((whole, found))
             for name in names:
                 if name not in whole:
                     self.reasons[name] = _reason(outcome)
@@ -300,20 +292,50 @@ class _Search:
         if not clash and (len(passed) < 2 or self.check(every, claims).equal):
             self.accepted, self.claims = every, claims
             return
-        most = sorted(passed, key=lambda p: -sum(count_parameters([self.groups[n]]) for n in p[0]))
-        for names, found in most:
-            both = [*self.accepted, *names]
-            tried = {**found, **self.claims}
-            outcome = self.check(both, tried)
-            if not outcome.equal and self.accepted:
-                found_again, outcome = self.search(names, outcome, self.claims, self.accepted)
-                if found_again is not None:
-                    tried = {**self.claims, **found_again}
-            if outcome.equal:
-                self.accepted, self.claims = both, tried
-            else:
-                for name in names:
-                    self.reasons[name] = f"not together with other groups: {_reason(outcome)}"
+        count = [sum(count_parameters([self.groups[n]]) for n in names) for names, _ in passed]
+        order = sorted(range(len(passed)), key=lambda i: -count[i])
+        self.grow([passed[i] for i in order])
+
+    def grow(self, passed: Sequence[tuple[list[str], Claims]]) -> None:
+        """Accept classes beside those that are accepted, all at once or halved."""
+        every = [*self.accepted, *(name for names, _ in passed for name in names)]
+        claims = dict(self.claims)
+        for _, found in passed:
+            claims = {**found, **claims}
+        outcome = self.check(every, claims)
+        if outcome.equal:
+            self.accepted, self.claims = every, claims
+        elif len(passed) > 1:
+            half = len(passed) // 2
+            self.grow(passed[:half])
+            self.grow(passed[half:])
+        else:
+            [(names, _)] = passed
+            found_again, outcome = self.search(names, outcome, self.claims, self.accepted)
+            if found_again is not None:
+                self.accepted, self.claims = every, {**self.claims, **found_again}
+                return
+            for name in names:
+                self.reasons[name] = f"not together with other groups: {_reason(outcome)}"
+
+    def halve(
+        self,
+        classes: Sequence[list[str]],
+        guess: Claims,
+        passed: list[tuple[list[str], Claims]],
+        failed: list[tuple[list[str], Outcome]],
+    ) -> None:
+        """Sort classes into those that pass and those that fail, found by halving."""
+        mine = _naming(guess, [name for names in classes for name in names])
+        outcome = self.check([n for names in classes for n in names], {**mine, **self.claims})
+        if outcome.equal:
+            passed += [(names, _naming(guess, names)) for names in classes]
+        elif len(classes) == 1:
+            failed.append((classes[0], outcome))
+        else:
+            half = len(classes) // 2
+            self.halve(classes[:half], guess, passed, failed)
+            self.halve(classes[half:], guess, passed, failed)
 
     # --------------------------------------------------------------------------------- search
 
@@ -338,10 +360,14 @@ class _Search:
         plain = self.check([*context, *names], claims)
         if plain.equal:
             return {}, plain
+        if plain.shape:
+            return None, plain  # an output counts the units: no number changes that
         at = pattern_of(plain.module or outcome.module)
+        found = [c for c in found if c.seen or pattern_of(c.attributes[0].module) == at]
         found.sort(key=lambda c: (pattern_of(c.attributes[0].module) != at, not c.seen))
-        for tries, chosen in enumerate(_sets(found)):
-            if tries >= _MOST_TRIES:
+        end = self.verifier.left * (1 - _MOST_TIME)
+        for chosen in _sets(found):
+            if self.verifier.left < end:
                 break
             mine = {(a.module, a.attribute): a for c in chosen for a in c.attributes}
             result = self.check([*context, *names], {**claims, **mine})
@@ -349,11 +375,9 @@ class _Search:
                 return mine, result
         return None, plain
 
-    def alone(
-        self, names: Sequence[str], guess: Mapping[tuple[str, str], SizeAttribute]
-    ) -> list[str]:
+    def alone(self, names: Sequence[str], guess: Claims) -> list[str]:
         """Those of the groups of a class that pass, found by halving."""
-        if self.check(names, self.claims | _naming(guess, names)).equal:
+        if self.check(names, {**_naming(guess, names), **self.claims}).equal:
             return [*names]
         if len(names) == 1:
             return []
@@ -366,28 +390,32 @@ class _Search:
         self,
         failed: list[tuple[list[str], Outcome]],
         passed: list[tuple[list[str], Claims]],
-    ) -> list[tuple[list[str], Outcome]]:
-        """Make one of two classes that fail alone and pass together; those that still fail."""
-        left = list(failed)
-        for (first, one), (second, two) in combinations(failed, 2):
-            if (first, one) not in left or (second, two) not in left:
-                continue
-            if not self.related(first, second):
+        guess: Claims,
+    ) -> tuple[list[tuple[list[str], Outcome]], Claims]:
+        """Make one of two classes that fail alone and pass together.
+
+        Args:
+            failed: Classes that fail alone.
+            passed: Classes that pass; those that were tied are added.
+            guess: What numbers count, probably.
+
+        Returns:
+            The classes that still fail, and the guess for groups that are one now.
+        """
+        left = [names for names, _ in failed]
+        for (first, _), (second, _) in combinations(failed, 2):
+            if first not in left or second not in left or not self.related(first, second):
                 continue
             before = self.verifier, self.groups, self.claims
-            self.merge(dict(zip(second, first, strict=True)), {})
-            guess = self.guess([first])
-            outcome = self.check(first, {**guess, **self.claims})
-            found: Claims | None = guess
-            if not outcome.equal:
-                found, outcome = self.search(first, outcome, self.claims)
-            if found is None:
+            renamed = self.merge(dict(zip(second, first, strict=True)))
+            mine = _naming(renamed(guess), first)
+            if self.check(first, {**mine, **self.claims}).equal:
+                guess = renamed(guess)
+                passed[:] = [*((names, renamed(claims)) for names, claims in passed), (first, mine)]
+                left = [names for names in left if names not in (first, second)]
+            else:
                 self.verifier, self.groups, self.claims = before
-                continue
-            passed[:] = [(names, _known(claims, self.groups)) for names, claims in passed]
-            passed.append((first, found))
-            left = [(names, o) for names, o in left if names not in (first, second)]
-        return left
+        return [(names, outcome) for names, outcome in failed if names in left], guess
 
     def related(self, first: Sequence[str], second: Sequence[str]) -> bool:
         """Whether groups of two classes have one size and are near each other."""
@@ -397,10 +425,12 @@ class _Search:
         homes = [{_above(s.tensor, 2) for s in group.tensors} for group in (a, b)]
         return bool(homes[0] & homes[1])
 
-    def merge(
-        self, same: Mapping[str, str], claims: Claims
-    ) -> dict[tuple[str, str], SizeAttribute]:
-        """Make groups one with others, under the names of these; the claims then."""
+    def merge(self, same: Mapping[str, str]) -> Callable[[Claims], Claims]:
+        """Make groups one with others, under the names of these.
+
+        Returns:
+            A function that gives claims the new names.
+        """
 
         def name(old: str) -> str:
             return same.get(old, old)
@@ -422,11 +452,11 @@ class _Search:
         }
         self.verifier = self.verifier.renamed(same)
 
-        def renamed_claims(given: Claims) -> dict[tuple[str, str], SizeAttribute]:
+        def renamed_claims(given: Claims) -> Claims:
             return {k: replace(c, layout=map_layout(c.layout, name)) for k, c in given.items()}
 
-        self.claims = renamed_claims(self.claims)
-        return renamed_claims(claims)
+        self.claims = dict(renamed_claims(self.claims))
+        return renamed_claims
 
     # ---------------------------------------------------------------------------- description
 
@@ -455,9 +485,8 @@ class _Search:
 
 def _sets(found: Sequence[Candidate]) -> Iterator[tuple[Candidate, ...]]:
     """Sets of candidates, small ones first; none gives one number two meanings."""
-    for count in (1, 2, 3):
-        few = found if count == 1 else found[:_MOST_CANDIDATES]
-        for chosen in combinations(few, count):
+    for count, most in _MOST.items():
+        for chosen in combinations(found[:most], count):
             keys = [(a.module, a.attribute) for c in chosen for a in c.attributes]
             if len(set(keys)) == len(keys):
                 yield chosen
@@ -467,10 +496,6 @@ def _naming(claims: Claims, names: Sequence[str]) -> dict[tuple[str, str], SizeA
     """The claims whose layouts hold one of some groups."""
     mine = set(names)
     return {key: c for key, c in claims.items() if mine & set(layout_names(c.layout))}
-
-
-def _known(claims: Claims, groups: Mapping[str, DependencyGroup]) -> Claims:
-    return {k: c for k, c in claims.items() if set(layout_names(c.layout)) <= set(groups)}
 
 
 def _named_alike(claim: SizeAttribute, groups: Mapping[str, DependencyGroup]) -> int:

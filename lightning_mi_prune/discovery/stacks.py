@@ -8,9 +8,9 @@ from itertools import pairwise, takewhile
 
 from torch import nn
 
-from lightning_mi_prune.discovery.expressions import Expression, atoms_of
-from lightning_mi_prune.discovery.recording import ModuleCall, Recording
-from lightning_mi_prune.discovery.tracing import DATA, Trace
+from lightning_mi_prune.discovery.tracing.expressions import Expression, atoms_of
+from lightning_mi_prune.discovery.tracing.recording import ModuleCall, Recording
+from lightning_mi_prune.discovery.tracing.trace import DATA, Trace
 
 __all__ = [
     "find_chains",

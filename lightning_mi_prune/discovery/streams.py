@@ -8,9 +8,9 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from lightning_mi_prune.discovery.recording import ModuleCall, Operator, Recording
 from lightning_mi_prune.discovery.stacks import shared_path
-from lightning_mi_prune.discovery.tracing import Trace, WeightUse
+from lightning_mi_prune.discovery.tracing.recording import ModuleCall, Operator, Recording
+from lightning_mi_prune.discovery.tracing.trace import Trace, WeightUse
 
 __all__ = [
     "Streams",

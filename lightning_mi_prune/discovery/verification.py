@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.copies import (
     Run,
     changed_within,
@@ -26,14 +26,14 @@ from lightning_mi_prune.discovery.copies import (
     put_tensors,
     relative_difference,
     run_once,
-    set_size,
     structural_copy,
     tensor_at,
     tensor_outputs,
 )
 from lightning_mi_prune.discovery.inference import Reduction
 from lightning_mi_prune.graph.groups import DependencyGroup
-from lightning_mi_prune.graph.layouts import kept_positions, layout_names, layout_size, map_layout
+from lightning_mi_prune.graph.layouts import kept_positions, layout_names, map_layout
+from lightning_mi_prune.surgery.units import apply_plan
 
 __all__ = [
     "OutOfTime",
@@ -58,10 +58,12 @@ class Outcome:
     Args:
         reason: Why the cut is wrong; "" if its outputs equal those of the masked module.
         module: Path of the innermost running module if the cut copy failed.
+        shape: Whether an output has another shape.
     """
 
     reason: str = ""
     module: str = ""
+    shape: bool = False
 
     @property
     def equal(self) -> bool:
@@ -237,7 +239,8 @@ class Verifier:
             return Outcome(f"the masked module fails ({first_line(error)})")
         with changed_within(self.base):
             try:
-                self._cut(groups, kept)
+                cut = {group.name: group.size for group in groups}
+                apply_plan(self.base, groups, PruningPlan(cut, kept))
                 got = self.call(self.base)
             except OutOfTime:
                 raise
@@ -255,31 +258,14 @@ class Verifier:
             for (name, dim), layout in dims.items()
         ]
 
-    def _cut(self, groups: Sequence[DependencyGroup], kept: Mapping[str, tuple[int, ...]]) -> None:
-        """Give the base the smaller tensors and numbers."""
-        smaller: dict[int, Tensor] = {}
-        done: set[tuple[int, int]] = set()
-        for name, dim, index in self._positions(groups, kept):
-            old = tensor_at(self.base, name)
-            if old is None:
-                raise PruningError(f"The module has no tensor {name!r}.")
-            if (id(old), dim) not in done:  # tied under another name
-                done.add((id(old), dim))
-                now = smaller.get(id(old), old.detach())
-                where = torch.tensor(index, dtype=torch.long, device=old.device)
-                smaller[id(old)] = now.index_select(dim, where)
-        put_tensors(self.base, smaller)
-        widths = self.sizes | {name: len(units) for name, units in kept.items()}
-        for attribute in {a for group in groups for a in group.attributes}:
-            set_size(self.base, attribute, layout_size(attribute.layout, widths))
-
     def _compared(self, got: Sequence[Tensor], want: Sequence[Tensor]) -> Outcome:
         if len(got) != len(want):
             return Outcome(f"{len(got)} outputs instead of {len(want)}")
         for mine, other in zip(got, want, strict=True):
             if mine.shape != other.shape:
                 return Outcome(
-                    f"an output has the shape {tuple(mine.shape)} instead of {tuple(other.shape)}"
+                    f"an output has the shape {tuple(mine.shape)} instead of {tuple(other.shape)}",
+                    shape=True,
                 )
         difference = relative_difference(got, want)
         tolerance = max((_TOLERANCE.get(t.dtype, _LOW_PRECISION) for t in want), default=0.0)

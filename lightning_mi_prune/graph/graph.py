@@ -256,6 +256,9 @@ class PruningGraph:
         return path
 
 
+_DEFAULT = ("ffn", "heads", "channels")
+
+
 def _table(graph: PruningGraph) -> str:
     groups = [(g.name, (g.kind, g.size, count_parameters([g]), "yes")) for g in graph.groups]
     stacks = [(s.name, ("depth", s.size, 0, "yes")) for s in graph.stacks]
@@ -303,7 +306,8 @@ def choose_groups(
 
     Args:
         groups: All groups of a model.
-        kinds: Kinds to choose; None chooses neurons and heads, or every kind if there are neither.
+        kinds: Kinds to choose; None chooses neurons, heads and channels, or every kind if there
+            are none of these.
         include: Choose only groups whose name contains a match.
         exclude: Leave out groups whose name contains a match.
         modules: Paths of modules without any group (:func:`families.modules_without_groups`).
@@ -312,12 +316,21 @@ def choose_groups(
         PruningError: If a kind or an expression matches no group, is not valid, or nothing is left.
     """
     present = sorted({group.kind for group in groups})
+    given = kinds is not None
     if kinds is None:
-        kinds = [kind for kind in ("ffn", "heads") if kind in present] or present
+        kinds = [kind for kind in _DEFAULT if kind in present] or present
     for kind in kinds:
         if kind not in present:
             raise PruningError(f"kinds={list(kinds)} names {kind!r}; this model has {present}.")
     chosen = [group for group in groups if group.kind in kinds]
+    unread = [group.name for group in chosen if group.name in _unread(groups)]
+    if unread and (given or len(unread) == len(chosen)):
+        raise PruningError(
+            f"kinds={list(kinds)} names {shortened(unread)}, which no layer reads alone: queries "
+            "and keys are multiplied with each other. A plan can cut them (apply_plan), but "
+            "nothing ranks them; leave the kind out."
+        )
+    chosen = [group for group in chosen if group.name not in unread]
     for option, expression in (("include", include), ("exclude", exclude)):
         if expression is not None:
             found = _found(chosen, option, expression, modules)
@@ -328,6 +341,13 @@ def choose_groups(
             f"exclude={exclude!r} leave no group of {len(groups)}; loosen one of them."
         )
     return chosen
+
+
+def _unread(groups: Sequence[DependencyGroup]) -> set[str]:
+    """Names of dimensions of heads that can be cut, but not rotated and so not ranked."""
+    return {
+        g.name for g in groups if not g.consumers or (g.kind == "head_dim" and g.rotation is None)
+    }
 
 
 def summarize_groups(groups: Sequence[DependencyGroup]) -> str:

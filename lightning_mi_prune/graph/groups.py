@@ -38,12 +38,14 @@ class PrunableDim:
         dim: Dimension that is cut.
         shape: Shape of the tensor as built.
         layout: What the dimension consists of; it may name other groups too.
+        buffer: Whether the tensor is a buffer; its entries do not count as parameters.
     """
 
     tensor: str
     dim: int
     shape: tuple[int, ...]
     layout: Layout
+    buffer: bool = False
 
 
 @dataclass(frozen=True)
@@ -358,7 +360,7 @@ def count_parameters(
     shapes: dict[str, list[int]] = {}
     at = {group.name: group.size if widths is None else widths[group.name] for group in groups}
     for group in groups:
-        for s in group.tensors:
+        for s in (s for s in group.tensors if not s.buffer):
             shape = shapes.setdefault(s.tensor, list(s.shape))
             shape[s.dim] = layout_size(s.layout, group.all_widths(at))
     return sum(math.prod(shape) for shape in shapes.values())

@@ -20,6 +20,7 @@ __all__ = [
     "Block",
     "Factor",
     "Layout",
+    "innermost",
     "kept_positions",
     "layout_from_json",
     "layout_names",
@@ -171,6 +172,25 @@ def _terms(factor: Factor) -> Mapping[tuple[str, ...], int]:
     if isinstance(factor, int):
         return {(): factor}
     return {(factor,): 1} if isinstance(factor, str) else layout_terms(factor)
+
+
+def innermost(layout: Layout, name: str) -> bool:
+    """Whether a unit of a group has no two adjacent entries: nothing comes after it in a product.
+
+    Example:
+        >>> innermost((("heads", "size"),), "size"), innermost((("heads", "size"),), "heads")
+        (True, False)
+    """
+    for block in layout:
+        for place, factor in enumerate(block):
+            inside = factor == name
+            if isinstance(factor, tuple) and name in layout_names(factor):
+                inside = True
+                if not innermost(factor, name):
+                    return False
+            if inside and any(other != 1 for other in block[place + 1 :]):
+                return False
+    return True
 
 
 def multiplied(factors: Iterable[Mapping[tuple[str, ...], int]]) -> dict[tuple[str, ...], int]:

@@ -166,7 +166,13 @@ _DIM = partial(whole, high=16)
 
 _TENSOR = _record(
     PrunableDim,
-    {"tensor": text, "dim": _DIM, "shape": _many(whole), "layout": layout_from_json},
+    {
+        "tensor": text,
+        "dim": _DIM,
+        "shape": _many(whole),
+        "layout": layout_from_json,
+        "buffer": flag,
+    },
 )
 _ATTRIBUTE = _record(
     SizeAttribute,

@@ -19,7 +19,7 @@ from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reconstruction.least_squares import Sum, reconstruct_networks
 from lightning_mi_prune.reconstruction.targets import ReconstructedLayer
-from lightning_mi_prune.surgery.parameters import parameter_of
+from lightning_mi_prune.surgery.tensors import parameter_of
 from lightning_mi_prune.surgery.transaction import cut_model
 
 __all__ = [

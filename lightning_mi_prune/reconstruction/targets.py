@@ -92,7 +92,8 @@ def layers_to_reconstruct(
         found.append(
             ReconstructedLayer(consumer, None, rows(consumer), optional=True, rotation=turn)
         )
-    return found
+    # Heads and their dimensions have the same consumer.
+    return list({one.layer: one for one in reversed(found)}.values())[::-1]
 
 
 class Targets:

@@ -103,6 +103,7 @@ class PruningReport:
         cuts: The cuts, in order.
         start: Sizes at the start of this run, where an earlier one had cut already.
         undone: Cuts that cost more than ``max_drop`` and were rolled back.
+        left_out: What the first batch showed that cannot be cut, and why; a sentence each.
     """
 
     parameters: int = 0
@@ -111,6 +112,7 @@ class PruningReport:
     cuts: list[Cut] = field(default_factory=list)
     start: Mapping[str, int] = field(default_factory=dict)
     undone: list[Cut] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         """All fields, as plain containers for a checkpoint."""
@@ -147,6 +149,7 @@ class PruningReport:
             "after": after,
             "cuts": [asdict(cut) for cut in self.cuts],
             "undone": [asdict(cut) for cut in self.undone],
+            **({"left_out": list(self.left_out)} if self.left_out else {}),
         }
 
     def write(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
@@ -194,7 +197,9 @@ def read_report(state: object) -> PruningReport:
     found = mapping(state, [f.name for f in fields(PruningReport)])
     start = {name: whole(size, _MOST) for name, size in mapping(found["start"]).items()}
     cuts, undone = (list(map(_read_cut, listed(found[n]))) for n in ("cuts", "undone"))
-    return PruningReport(**_plain(PruningReport, found), cuts=cuts, start=start, undone=undone)
+    out = [text(reason) for reason in listed(found["left_out"])]
+    sizes = _plain(PruningReport, found)
+    return PruningReport(**sizes, cuts=cuts, start=start, undone=undone, left_out=out)
 
 
 def _read_cut(state: object) -> Cut:

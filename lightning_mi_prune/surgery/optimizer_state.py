@@ -45,7 +45,7 @@ _SQUARES = {"square_avg", "acc_delta"}  # though rounding may make them negative
 _MEANS = {"square_avg": "grad_avg"}  # never less than the square of this mean
 
 
-def check_optimizers(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+def check_optimizers(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> None:
     """Refuse optimizers whose state cannot follow a cut of these parameters.
 
     Raises:

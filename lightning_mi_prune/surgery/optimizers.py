@@ -146,7 +146,7 @@ def snapshot_state(
 
 def restore_state(
     optimizers: Iterable[Optimizer],
-    replaced: Mapping[int, nn.Parameter],
+    replaced: Mapping[int, Tensor],
     names: Mapping[int, str],
     states: Sequence[Mapping[str, Mapping[str, Any]]],
     groups: Sequence[Sequence[Sequence[str]]] = (),

@@ -1,29 +1,33 @@
-"""The change of each parameter in a cut, checked before the model is changed."""
+"""What a cut does to parameters, buffers and numbers on modules, checked before it happens."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mi_prune.core.empty_linear import linear_at, modules_of
+from lightning_mi_prune.core.empty_linear import linear_at
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.graph.groups import DependencyGroup, entry_positions
+from lightning_mi_prune.graph.groups import DependencyGroup, SizeAttribute
+from lightning_mi_prune.graph.layouts import Layout, kept_positions, layout_size
 from lightning_mi_prune.surgery.empty_modules import is_cut_forward
+from lightning_mi_prune.surgery.tensors import owners, parameter_of, tensor_of
 
 __all__ = [
     "ParameterCut",
     "RotationMaps",
+    "attribute_value",
+    "check_attributes",
     "check_empty",
     "config_numbers",
-    "owners",
     "parameter_cuts",
-    "parameter_of",
     "rotate_along",
+    "set_attributes",
     "shapes_at",
 ]
 
@@ -47,18 +51,18 @@ def rotate_along(tensor: Tensor, dim: int, maps: Tensor) -> Tensor:
 
 @dataclass
 class ParameterCut:
-    """Change of one parameter: kept positions and maps to new coordinates by dimension, new values.
+    """Change of one tensor: kept positions and maps to new coordinates by dimension, new values.
 
     Args:
-        name: Name of the parameter.
-        old: The parameter.
+        name: Name of the parameter or buffer.
+        old: The parameter or buffer.
         kept: Kept positions, by dimension.
         compensated: New values in the final shape, if it is compensated.
         rotated: Maps ``(heads, size, size)`` to new coordinates, by dimension.
     """
 
     name: str
-    old: nn.Parameter
+    old: Tensor
     kept: dict[int, Tensor] = field(default_factory=dict)
     compensated: Tensor | None = None
     rotated: Mapping[int, Tensor] = field(default_factory=dict)
@@ -77,11 +81,10 @@ def shapes_at(
         for s in group.tensors:
             if s.tensor not in shapes:
                 try:
-                    shapes[s.tensor] = list(model.get_parameter(s.tensor).shape)
-                except AttributeError:
+                    shapes[s.tensor] = list(tensor_of(model, s.tensor).shape)
+                except PruningError:
                     shapes[s.tensor] = list(s.shape)
-            shape = shapes[s.tensor]
-            shape[s.dim] = widths[group.name] * group.entries_at(widths)
+            shapes[s.tensor][s.dim] = layout_size(s.layout, group.all_widths(widths))
     return shapes
 
 
@@ -113,10 +116,12 @@ def config_numbers(groups: Sequence[DependencyGroup], plan: PruningPlan) -> dict
         numbers[name] = widths.pop() if uniform else holders[0].size
     for field_name in {group.tie for group in groups if group.tie is not None}:
         tied = [group for group in groups if group.tie == field_name]
-        entries = {plan.width(group.name) * group.entries_at(plan.widths) for group in tied}
+        entries = {layout_size(a.tensors[0].layout, a.all_widths(plan.widths)) for a in tied}
         ends = [group for group in groups if group.config == field_name]
         # A model built from a config of narrower heads scales attention by their present size.
-        narrow = any(group.entries_at(plan.widths) != group.entries for group in tied)
+        narrow = any(
+            plan.widths.get(name, size) != size for group in tied for name, size in group.partners
+        )
         if (
             narrow
             or not ends
@@ -128,16 +133,6 @@ def config_numbers(groups: Sequence[DependencyGroup], plan: PruningPlan) -> dict
     return numbers
 
 
-def owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Modules and attributes that hold each parameter, by its ``id``."""
-    found: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for _, module in modules_of(model):
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                found[id(parameter)].append((module, attribute))
-    return found
-
-
 def parameter_cuts(
     model: nn.Module,
     groups: Sequence[DependencyGroup],
@@ -146,7 +141,7 @@ def parameter_cuts(
     compensated: Mapping[str, Tensor],
     rotated: RotationMaps | None = None,
 ) -> list[ParameterCut]:
-    """The change of each parameter in a cut.
+    """The change of each parameter and buffer in a cut.
 
     Args:
         model: Module from which the groups are named; only read.
@@ -166,34 +161,36 @@ def parameter_cuts(
     found_at = [model.get_submodule(path) for path in paths]
     described = {id(part) for module in found_at for part in (module, linear_at(module))}
     found: dict[int, ParameterCut] = {}
-    cut_by: dict[tuple[int, int], str] = {}
+    cut_by: dict[tuple[int, int], tuple[Layout, str]] = {}
     for group in cut:
         for s in group.tensors:
-            old = parameter_of(model, s.tensor)
+            old = tensor_of(model, s.tensor)
             key = (id(old), s.dim)
-            if cut_by.get(key) in (group.name, group.product_with or group.name):
-                continue  # tied under another name, or cut by the other group of the product
-            if key in cut_by:
+            layout, first = cut_by.setdefault(key, (s.layout, group.name))
+            if layout != s.layout:
                 raise PruningError(
-                    f"{s.tensor!r} is cut by {cut_by[key]!r} and {group.name!r} at once: layers "
+                    f"{s.tensor!r} is cut by {first!r} and {group.name!r} at once: layers "
                     "share it. Exclude one of the groups, or untie the parameter."
                 )
-            cut_by[key] = group.name
+            if id(old) in found and s.dim in found[id(old)].kept:
+                continue  # tied under another name, or cut by another group of its layout
             stranger = next((m for m, _ in homes[id(old)] if id(m) not in described), None)
             if stranger is not None:
                 raise PruningError(
                     f"{s.tensor!r} is shared with a {type(stranger).__name__} outside the group "
                     f"{group.name!r}, which would fail. Exclude the group, or untie the parameter."
                 )
-            width = widths[group.name] * group.entries_at(widths)
-            if old.shape[s.dim] != width:
+            at = group.all_widths(widths)
+            width = layout_size(s.layout, at)
+            present = old.shape[s.dim] if s.dim < old.ndim else 0
+            if present != width:
                 raise PruningError(
-                    f"{s.tensor!r} has {old.shape[s.dim]} entries along dimension {s.dim}; the "
+                    f"{s.tensor!r} has {present} entries along dimension {s.dim}; the "
                     f"plan expects {width}. The model was changed without the plan: put a new "
                     "network there, with a config of its own, or load the weights of the plan."
                 )
             change = found.setdefault(id(old), ParameterCut(s.tensor, old))
-            positions = entry_positions(group, kept, widths)
+            positions = kept_positions(s.layout, kept, at)
             change.kept[s.dim] = torch.tensor(positions, dtype=torch.long, device=old.device)
     for name, values in compensated.items():
         old = parameter_of(model, name)
@@ -211,29 +208,6 @@ def parameter_cuts(
 
 def _module(tensor: str) -> str:
     return tensor.rpartition(".")[0]
-
-
-def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
-    """The parameter of a name, if it can be cut.
-
-    Raises:
-        PruningError: If there is none, it is not a plain parameter, or it has hooks.
-    """
-    try:
-        parameter = model.get_parameter(name)
-    except AttributeError as error:
-        raise PruningError(f"The model has no parameter {name!r}; was it replaced?") from error
-    if type(parameter) is not nn.Parameter:
-        raise PruningError(
-            f"{name!r} is a {type(parameter).__name__}; expected a plain torch.nn.Parameter. "
-            "Prune before quantizing or sharding."
-        )
-    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-        raise PruningError(
-            f"{name!r} has gradient hooks, which would remain on the old parameter. Remove them "
-            "before the cut and register them again after it."
-        )
-    return parameter
 
 
 def check_empty(model: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan) -> None:
@@ -292,3 +266,123 @@ def _check_rotated(change: ParameterCut) -> None:
                 f"{tuple(maps.shape)} and type {maps.dtype}; expected (heads, size, size) of "
                 f"{shape}, invertible and with compensated values. It belongs to another plan."
             )
+
+
+def check_attributes(model: nn.Module, groups: Sequence[DependencyGroup]) -> None:
+    """Refuse groups with a number on a module that cannot follow their width.
+
+    Args:
+        model: Module from which the groups are named.
+        groups: Groups that are cut.
+
+    Raises:
+        PruningError: Naming the attribute, if it is no number, or cannot be set.
+
+    Example:
+        >>> size = SizeAttribute("", "out_features", (("units",),))
+        >>> group = DependencyGroup("units", "ffn", 3, (), ("next",), (size,))
+        >>> check_attributes(nn.Linear(2, 3), [group])
+    """
+    for group in groups:
+        for number in group.attributes:
+            _check(model, group, number)
+
+
+def set_attributes(
+    model: nn.Module, groups: Sequence[DependencyGroup], widths: Mapping[str, int]
+) -> None:
+    """Set the numbers on modules to what they are at the given widths.
+
+    A list, tuple or config that holds a number is replaced by a copy: others may use it too.
+
+    Args:
+        model: Module from which the groups are named.
+        groups: Groups whose numbers are set.
+        widths: Widths of all groups.
+
+    Example:
+        >>> net, size = nn.Linear(2, 3), SizeAttribute("", "out_features", (("units",),))
+        >>> group = DependencyGroup("units", "ffn", 3, (), ("next",), (size,))
+        >>> set_attributes(net, [group], {"units": 1})
+        >>> net.out_features
+        1
+    """
+    for group in groups:
+        at = group.all_widths(widths)
+        for number in group.attributes:
+            module = linear_at(model.get_submodule(number.module))
+            _set_number(module, _steps(number), layout_size(number.layout, at))
+
+
+def attribute_value(model: nn.Module, number: SizeAttribute) -> Any:
+    """The present value of a number on a module.
+
+    Args:
+        model: Module from which it is named.
+        number: The number; parts of its path may be fields of a config or places in a tuple.
+
+    Raises:
+        PruningError: If there is no such attribute.
+
+    Example:
+        >>> attribute_value(nn.Linear(2, 3), SizeAttribute("", "out_features", (("units",),)))
+        3
+    """
+    try:
+        value: Any = linear_at(model.get_submodule(number.module))
+        for step in _steps(number):
+            value = value[step] if isinstance(step, int) else getattr(value, step)
+    except (AttributeError, IndexError, TypeError, KeyError) as error:
+        raise PruningError(
+            f"{_path(number)!r} is no attribute of this {type(model).__name__}; was it replaced?"
+        ) from error
+    return value
+
+
+def _path(number: SizeAttribute) -> str:
+    return f"{number.module}.{number.attribute}".lstrip(".")
+
+
+def _steps(number: SizeAttribute) -> list[str | int]:
+    """Attributes and places on the way to a number: ``"config.sizes.1"``."""
+    steps = [int(s) if s.isdecimal() else s for s in number.attribute.split(".")]
+    return [*steps, 0] if number.sequence else steps
+
+
+def _set_number(owner: Any, steps: Sequence[str | int], value: int) -> None:
+    first, *rest = steps
+    inner: Any = value
+    if rest:
+        inner = copy.copy(owner[first] if isinstance(first, int) else getattr(owner, str(first)))
+        if isinstance(inner, tuple):
+            entries = list(inner)
+            _set_number(entries, rest, value)
+            inner = tuple(entries)
+        else:
+            _set_number(inner, rest, value)
+    if isinstance(first, int):
+        owner[first] = inner
+    else:
+        setattr(owner, first, inner)
+
+
+def _check(model: nn.Module, group: DependencyGroup, number: SizeAttribute) -> None:
+    value = attribute_value(model, number)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise PruningError(
+            f"{_path(number)!r} is {value!r:.80}, no whole number; group {group.name!r} must set "
+            "it after a cut. Exclude the group, or hold the width in a plain attribute."
+        )
+    module, (first, *_) = linear_at(model.get_submodule(number.module)), _steps(number)
+    whole = getattr(module, str(first))
+    held = getattr(type(module), str(first), None)
+    if isinstance(held, property) and held.fset is None:
+        raise PruningError(
+            f"{_path(number)!r} is computed by the {type(module).__name__} itself; group "
+            f"{group.name!r} must set it after a cut. Exclude the group."
+        )
+    if number.sequence and len(whole) != 1:
+        raise PruningError(
+            f"{_path(number)!r} is {whole!r:.80}; group {group.name!r} expects one number in it. "
+            "Exclude the group."
+        )

@@ -13,7 +13,8 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.surgery.layers import RemovedLayers, arrange_layers
-from lightning_mi_prune.surgery.parameters import RotationMaps, owners
+from lightning_mi_prune.surgery.parameters import RotationMaps
+from lightning_mi_prune.surgery.tensors import owners
 from lightning_mi_prune.surgery.units import (
     Rewrite,
     apply_plan,

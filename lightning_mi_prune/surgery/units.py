@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_mi_prune.core.empty_linear import KEPT_UNITS, linear_at, parameters_of, place_linears
+from lightning_mi_prune.core.empty_linear import KEPT_UNITS, parameters_of, place_linears
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
-from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.surgery.attention import fit_attentions
 from lightning_mi_prune.surgery.empty_modules import (
     forward_without_units,
@@ -25,12 +24,19 @@ from lightning_mi_prune.surgery.empty_modules import (
 from lightning_mi_prune.surgery.parameters import (
     ParameterCut,
     RotationMaps,
+    check_attributes,
     check_empty,
     config_numbers,
-    owners,
     parameter_cuts,
-    parameter_of,
+    set_attributes,
     shapes_at,
+)
+from lightning_mi_prune.surgery.tensors import (
+    keep_whole,
+    replace_tensors,
+    tensor_of,
+    tensors_of,
+    unsaved_at,
 )
 
 __all__ = [
@@ -74,17 +80,17 @@ def _holders(model: nn.Module, path: str) -> Iterator[nn.Module]:
 
 
 class Rewrite(NamedTuple):
-    """One parameter before and after a cut, with what its optimizer state needs to follow.
+    """One tensor before and after a cut, with what its optimizer state needs to follow.
 
     Args:
-        old: The parameter that was replaced.
+        old: The parameter or buffer that was replaced.
         new: Its replacement, everywhere it was used.
         kept: Kept positions of every dimension that was cut.
         rotated: Maps ``(heads, size, size)`` to new coordinates, by dimension; they apply first.
     """
 
-    old: nn.Parameter
-    new: nn.Parameter
+    old: Tensor
+    new: Tensor
     kept: Mapping[int, Tensor]
     rotated: Mapping[int, Tensor] = MappingProxyType({})
 
@@ -98,7 +104,7 @@ def apply_plan(
     compensated: Mapping[str, Tensor] | None = None,
     rotated: RotationMaps | None = None,
 ) -> list[Rewrite]:
-    """Cut a model down to a plan: smaller dense parameters, sizes and configs that match.
+    """Cut a model down to a plan: smaller dense parameters, buffers, sizes and configs that match.
 
     A plan that is refused leaves the model unchanged. New parameters keep device, dtype and
     ``requires_grad``; shared parameters stay shared; gradients are dropped.
@@ -113,7 +119,7 @@ def apply_plan(
         rotated: New coordinates of heads in which those values are (:attr:`Decision.rotated`).
 
     Returns:
-        A record of each replaced parameter, for :func:`optimizers.update_optimizers`.
+        A record of each replaced tensor, for :func:`optimizers.update_optimizers`.
 
     Raises:
         PruningError: If the plan does not fit the model.
@@ -137,6 +143,8 @@ def apply_plan(
     rewrites = [
         _rewrite(i) for i in parameter_cuts(model, groups, now, kept, compensated or {}, rotated)
     ]
+    check_attributes(model, [group for group in groups if group.name in kept])
+    keep_whole(model, groups)
     _replace(model, rewrites)
     try:
         _update_sizes(
@@ -153,6 +161,7 @@ def check_cuttable(
 ) -> None:
     """Refuse a model in which :func:`apply_plan` would refuse to cut these groups."""
     parameter_cuts(model, groups, current, {group.name: () for group in groups}, {})
+    check_attributes(model, groups)
 
 
 def reshape_tensors(
@@ -170,7 +179,7 @@ def reshape_tensors(
         only: The groups that change; default: all. The rest of the model is ignored.
 
     Returns:
-        A record of each replaced parameter.
+        A record of each replaced tensor.
 
     Raises:
         PruningError: If the plan has no entry for a group, or one of another size.
@@ -184,12 +193,16 @@ def reshape_tensors(
     mine = groups if only is None else only
     check_empty(model, mine, plan)
     shapes = shapes_at(model, mine, plan)
-    parameters = {name: parameter_of(model, name) for name in shapes}
-    changed = {id(p): (p, shapes[n]) for n, p in parameters.items() if list(p.shape) != shapes[n]}
-    rewrites = [
-        Rewrite(old, nn.Parameter(old.detach().new_zeros(shape), old.requires_grad), {})
-        for old, shape in changed.values()
-    ]
+    tensors = {name: tensor_of(model, name) for name in shapes}
+    check_attributes(model, mine)
+    keep_whole(model, mine)
+    unsaved = unsaved_at(model, mine, plan.kept)
+    changed = {
+        id(t): Rewrite(t, _like(t, unsaved.get(n, t.detach().new_zeros(shapes[n]))), {})
+        for n, t in tensors.items()
+        if n in unsaved or list(t.shape) != shapes[n]
+    }
+    rewrites = list(changed.values())
     _replace(model, rewrites)
     _update_sizes(model, groups, plan, mine)
     return rewrites
@@ -211,7 +224,7 @@ def restore_plan(
         values: Parameters and buffers of that time, by name.
 
     Returns:
-        A record of each replaced parameter.
+        A record of each replaced tensor of another shape.
 
     Raises:
         PruningError: If the values do not fit this model at this plan; it is unchanged then.
@@ -235,24 +248,60 @@ def restore_plan(
                 "expected a dense tensor. Use another checkpoint."
             )
     rewrites = [
-        Rewrite(p, nn.Parameter(values[n].to(p, copy=True), requires_grad=p.requires_grad), {})
+        Rewrite(p, _like(p, values[n].to(p, copy=True)), {})
         for n, p in old.items()
         if p.shape != values[n].shape
     ]
-    buffers = [
-        # Replaced, since a buffer may have changed its shape, and an expanded one cannot be set.
-        (module, name, values[saved].to(buffer, copy=True))
-        for path, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and (saved := f"{path}.{name}" if path else name) in values
-    ]
+    buffers = _restored_buffers(model, groups, plan, values, named)
+    rewrites += [rewrite for rewrite in buffers if rewrite.old.shape != rewrite.new.shape]
     _replace(model, rewrites)  # everything that can fail came before
     for name, parameter in model.named_parameters():
         parameter.copy_(values[name])
-    for module, name, buffer in buffers:
-        module._buffers[name] = buffer
+    _replace(model, [rewrite for rewrite in buffers if rewrite.old.shape == rewrite.new.shape])
     _update_sizes(model, groups, plan, _affected(model, groups, plan, [r.new for r in rewrites]))
     return rewrites
+
+
+def _restored_buffers(
+    model: nn.Module,
+    groups: Sequence[DependencyGroup],
+    plan: PruningPlan,
+    values: Mapping[str, Tensor],
+    shapes: Mapping[str, list[int]],
+) -> list[Rewrite]:
+    """Buffers with the values of an earlier plan; all are new tensors, also those of equal shape.
+
+    A buffer may have changed its shape in training, and an expanded one cannot be written to.
+    """
+    named: dict[int, list[str]] = {}
+    every = dict(model.named_buffers(remove_duplicate=False))
+    for name, buffer in every.items():
+        named.setdefault(id(buffer), []).append(name)
+    missing = {n for same in named.values() if not values.keys() & {*same} for n in same}
+    lacking = [group for group in groups if any(s.tensor in missing for s in group.tensors)]
+    values_here = {**unsaved_at(model, lacking, plan.kept), **values}
+    found = []
+    for same in named.values():
+        old = every[same[0]]
+        source = next((name for name in same if name in values_here), None)
+        shape = next((shapes[name] for name in same if name in shapes), None)
+        if shape is not None and (source is None or list(values_here[source].shape) != shape):
+            raise PruningError(
+                f"The snapshot has no {same[0]!r} of shape {tuple(shape)}; expected one of this "
+                "model."
+            )
+        if source is not None:
+            found.append(Rewrite(old, values_here[source].to(old, copy=True), {}))
+    return found
+
+
+def _like(old: Tensor, values: Tensor) -> Tensor:
+    """New values for a tensor, as a parameter if it is one."""
+    return nn.Parameter(values, old.requires_grad) if isinstance(old, nn.Parameter) else values
+
+
+def _replace(model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
+    replace_tensors(model, [(rewrite.old, rewrite.new) for rewrite in rewrites])
 
 
 def revert_rewrites(
@@ -261,22 +310,9 @@ def revert_rewrites(
     plan: PruningPlan,
     rewrites: Sequence[Rewrite],
 ) -> None:
-    """Put the old parameters of rewrites back, with the sizes of ``plan``."""
+    """Put the old tensors of rewrites back, with the sizes of ``plan``."""
     _replace(model, [Rewrite(r.new, r.old, {}) for r in rewrites])
     _update_sizes(model, groups, plan, _affected(model, groups, plan, [r.old for r in rewrites]))
-
-
-def _replace(model: nn.Module, rewrites: Sequence[Rewrite]) -> None:
-    """Replace parameters in all modules that hold them; after an error none is replaced."""
-    homes = owners(model)
-    moves = [(module, name, r) for r in rewrites for module, name in homes.get(id(r.old), ())]
-    try:
-        for module, name, rewrite in moves:
-            setattr(module, name, rewrite.new)
-    except BaseException:
-        for module, name, rewrite in moves:
-            module._parameters[name] = rewrite.old
-        raise
 
 
 @torch.no_grad()
@@ -288,8 +324,7 @@ def _rewrite(change: ParameterCut) -> Rewrite:
     else:
         for dim, index in change.kept.items():
             values = values.index_select(dim, index)
-    new = nn.Parameter(values.clone(), requires_grad=old.requires_grad)
-    return Rewrite(old, new, change.kept, change.rotated)
+    return Rewrite(old, _like(old, values.clone()), change.kept, change.rotated)
 
 
 def _update_sizes(
@@ -299,16 +334,12 @@ def _update_sizes(
     only: Sequence[DependencyGroup] | None = None,
 ) -> None:
     """Set the sizes on modules and in configs, and record the plan in the configs."""
-    widths = plan.widths
     mine = groups if only is None else only
     place_linears(
         model, dict.fromkeys(s.tensor.rpartition(".")[0] for a in mine for s in a.tensors)
     )
+    set_attributes(model, mine, plan.widths)
     for group in mine:
-        for count in group.attributes:
-            value = layout_size(count.layout, group.all_widths(widths))
-            module = linear_at(model.get_submodule(count.module))
-            setattr(module, count.attribute, (value,) if count.sequence else value)
         _set_forward(model, group, plan.kept[group.name])
     fit_attentions(model, (s.tensor for group in mine for s in group.tensors))
     for path in sorted({group.network for group in mine}):
@@ -329,11 +360,11 @@ def _affected(
     model: nn.Module,
     groups: Sequence[DependencyGroup],
     plan: PruningPlan,
-    changed: Sequence[nn.Parameter],
+    changed: Sequence[Tensor],
 ) -> list[DependencyGroup]:
-    """Groups that are cut at a plan, or hold one of the changed parameters."""
+    """Groups that are cut at a plan, or hold one of the changed tensors."""
     ids = set(map(id, changed))
-    mine = {name for name, parameter in parameters_of(model).items() if id(parameter) in ids}
+    mine = {name for name, tensor in tensors_of(model).items() if id(tensor) in ids}
     return [
         group
         for group in groups

@@ -30,6 +30,7 @@ __all__ = [
     "copy_module",
     "half_plan",
     "held_elsewhere",
+    "parameters_in",
     "verify_cut",
 ]
 
@@ -120,6 +121,13 @@ def verify_cut(
         "group; leave the group out (exclude, or other kinds), or make that part adapt to the "
         "width of the network."
     )
+
+
+def parameters_in(module: nn.Module, groups: Sequence[DependencyGroup]) -> dict[str, nn.Parameter]:
+    """The parameters that groups cut, by name; not their buffers."""
+    known = dict(module.named_parameters(remove_duplicate=False))
+    names = [s.tensor for group in groups for s in group.tensors]
+    return {name: known[name] for name in names if name in known}
 
 
 def half_plan(groups: Sequence[DependencyGroup], current: PruningPlan) -> PruningPlan:

@@ -149,7 +149,7 @@ def test_size_budgets_are_met_and_no_further_step_fits(coupled, convex, share):
     rankings = ranked(groups, 3, convex=convex)
     parameters = ParameterCosts(groups, fixed=100)
     rows = {s.tensor: 7 for one in groups for s in one.tensors if s.tensor != "words"}
-    products = {one.name: 64.0 for one in groups if one.kind == "heads"}
+    products = [(((one.name,),), 64.0) for one in groups if one.kind == "heads"]
     macs = MacCosts(groups, fixed=100, positions=rows, products=products)
     built = {one.name: one.size for one in groups}
     for costs, option in ((parameters, "target_parameters"), (macs, "target_macs")):

@@ -102,7 +102,7 @@ def test_a_flattened_map_has_its_positions_as_samples():
         (nn.ConvTranspose2d(4, 4, 3), "transposed"),
         (parametrizations.orthogonal(nn.Linear(4, 4)), "parametriz"),
         (prune.identity(nn.Linear(4, 4), "weight"), "weight_orig"),
-        (nn.ReLU(), "ReLU"),
+        (nn.Sequential(nn.Linear(4, 4)), "Sequential is neither"),
         (nn.Embedding(4, 4), "Embedding"),
         (whole_numbers(), "quantize"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_mi_prune.core.errors import PruningError
@@ -262,3 +263,36 @@ def test_a_call_that_cannot_be_recorded_is_refused(kind):
     else:
         with pytest.raises(PruningError, match="ran no tensor operator"):
             infer(net, lambda model: None)
+
+
+def structure(found):
+    return [(g.name, g.kind, g.tensors, g.consumers, g.residual, g.norms) for g in found.groups]
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast", "eager"])
+def test_precision_and_implementation_change_no_group(how):
+    inputs = inputs_of("sequence")
+    plain = infer(build("bert", "sequence"), lambda model: model(**inputs))
+    options = {"attn_implementation": "eager"} if how == "eager" else {}
+    model = build("bert", "sequence", **options)
+    if how == "bfloat16":
+        model = model.bfloat16()
+
+    def run(model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            return model(**inputs)
+
+    assert structure(infer(model.train(), run)) == structure(plain)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_are_followed(reentrant):
+    class Checkpointed(Residual):
+        def forward(self, x):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=reentrant)
+            return self.head(x.mean((2, 3)))
+
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    plain, again = (infer(net, lambda model: model(x)) for net in (Residual(), Checkpointed()))
+    assert [g.tensors for g in again.groups] == [g.tensors for g in plain.groups]

@@ -25,7 +25,7 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import evaluating
 from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.describe import linear_group
-from lightning_mi_prune.graph.groups import full_plan
+from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.pipeline import reconstruct
 from lightning_mi_prune.reconstruction.compensation import Decision, select_units
 from lightning_mi_prune.reconstruction.least_squares import (
@@ -461,3 +461,12 @@ def test_a_norm_whose_entry_never_changes_keeps_its_gain():
     found = _solve_norm(norm, _norm_sums(plain, plain * 2 + 1))
     assert torch.allclose(found["weight"], torch.tensor([2.0, 1.0, 2.0]), atol=1e-4)
     assert torch.allclose(found["bias"], torch.tensor([1.0, 1.5, 1.0]), atol=1e-4)
+
+
+def test_a_layer_that_two_groups_share_is_solved_once():
+    heads = DependencyGroup("heads", "heads", 4, (), ("out",), residual="norm", level=1)
+    dims = DependencyGroup("dims", "head_dim", 2, (), ("out",), residual="norm", level=2)
+    full = full_plan([heads, dims])
+    plan = PruningPlan(full.sizes, {**full.kept, "heads": (0, 1)})
+    found = layers_to_reconstruct([heads, dims], full, plan)
+    assert [(layer.layer, layer.residual) for layer in found] == [("out", "norm")]

@@ -67,6 +67,27 @@ class Batches:
             yield default_collate([self.data[int(i)] for i in order[start : start + share]])
 
 
+class Resumable:
+    """Batches in one order, that can resume inside an epoch likewise."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.served = batches, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"served": self.served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.served = state["served"] % len(self)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for place in range(self.served % len(self), len(self)):
+            self.served = place + 1
+            yield self.batches[place]
+
+
 class Module(Classifier):
     """The ordinary module on batches that do not depend on the number of ranks."""
 

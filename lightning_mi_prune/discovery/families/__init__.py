@@ -13,6 +13,7 @@ from lightning_mi_prune.discovery.families import transformers
 from lightning_mi_prune.graph.groups import DependencyGroup, as_built
 
 __all__ = [
+    "NotDescribedError",
     "find_groups",
     "is_within",
     "modules_without_groups",
@@ -23,6 +24,10 @@ __all__ = [
 
 Matches = Callable[[nn.Module], bool]
 Describe = Callable[[nn.Module], Sequence[DependencyGroup]]
+
+
+class NotDescribedError(PruningError):
+    """No family describes a model; what it can lose shows when it runs."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ def find_groups(module: nn.Module, within: str = "") -> list[DependencyGroup]:
         within: Path of a submodule to search instead of all of ``module``.
 
     Raises:
-        PruningError: If no known network is found, or a layer is not what its family expects.
+        NotDescribedError: If no known network is found.
+        PruningError: If a layer is not what its family expects.
     """
     try:
         root = module.get_submodule(within)
@@ -100,7 +106,7 @@ def find_groups(module: nn.Module, within: str = "") -> list[DependencyGroup]:
             groups += [a.prefixed(path) for a in as_built(found, sizes)]
     groups = [group for group in groups if is_within(group.name, within)]
     if not groups:
-        raise PruningError(_unknown(root))
+        raise NotDescribedError(_unknown(root))
     return groups
 
 

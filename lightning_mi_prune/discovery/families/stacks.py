@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.discovery.families import find_groups, is_within
+from lightning_mi_prune.discovery.families import NotDescribedError, find_groups, is_within
 from lightning_mi_prune.discovery.families.residual import module_at
 from lightning_mi_prune.discovery.families.text import TEXT
 from lightning_mi_prune.discovery.families.vision import VISION
@@ -139,7 +139,8 @@ def find_stacks(module: nn.Module) -> list[LayerStack]:
         module: Any module that holds a network of a known family, at any depth.
 
     Raises:
-        PruningError: If there is none, or all layers are one (ALBERT).
+        NotDescribedError: If there is none.
+        PruningError: If all layers are one (ALBERT).
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -164,7 +165,7 @@ def find_stacks(module: nn.Module) -> list[LayerStack]:
             seen.append(path)
             found += mine
     if not found:
-        raise PruningError(
+        raise NotDescribedError(
             f"No stack of layers was found in {type(module).__name__}. Known model types: "
             f"{sorted(STACKS)}; describe another stack with LayerStack."
         )

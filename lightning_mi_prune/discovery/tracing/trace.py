@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_mi_prune.discovery.expressions import (
+from lightning_mi_prune.discovery.tracing.expressions import (
     Atom,
     Expression,
     atoms_of,
@@ -15,7 +15,7 @@ from lightning_mi_prune.discovery.expressions import (
     make_equal,
     resolve,
 )
-from lightning_mi_prune.discovery.recording import Operator
+from lightning_mi_prune.discovery.tracing.recording import Operator
 
 __all__ = [
     "DATA",

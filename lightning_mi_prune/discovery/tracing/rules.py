@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_mi_prune.discovery.expressions import (
+from lightning_mi_prune.discovery.tracing.expressions import (
     Atom,
     Expression,
     fix,
@@ -18,9 +18,9 @@ from lightning_mi_prune.discovery.expressions import (
     sum_of,
     terms_of,
 )
-from lightning_mi_prune.discovery.matrix_rules import MATRIX_RULES
-from lightning_mi_prune.discovery.recording import Operator
-from lightning_mi_prune.discovery.tracing import DATA, Trace
+from lightning_mi_prune.discovery.tracing.matrix_rules import MATRIX_RULES
+from lightning_mi_prune.discovery.tracing.recording import Operator
+from lightning_mi_prune.discovery.tracing.trace import DATA, Trace
 
 __all__ = [
     "follow",
@@ -516,5 +516,5 @@ RULES: Mapping[str, Rule] = {
     **_named("index_select", _index_selected),
     **_named("gather scatter scatter_ scatter_add scatter_add_", _gathered),
     **_named("index_add index_add_", _added_at),
-    **_named("nonzero masked_select unique _unique2 bincount one_hot", _found),
+    **_named("nonzero masked_select unique_dim _unique2 bincount one_hot", _found),
 }

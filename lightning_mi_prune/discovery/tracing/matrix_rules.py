@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from lightning_mi_prune.discovery.expressions import (
+from lightning_mi_prune.discovery.tracing.expressions import (
     Atom,
     Product,
     fix,
     mark,
     product_of,
 )
-from lightning_mi_prune.discovery.recording import Operator
-from lightning_mi_prune.discovery.tracing import DATA, Statistic, Trace, WeightUse
+from lightning_mi_prune.discovery.tracing.recording import Operator
+from lightning_mi_prune.discovery.tracing.trace import DATA, Statistic, Trace, WeightUse
 
 __all__ = [
     "MATRIX_RULES",

@@ -6,6 +6,7 @@ no symbolic trace, control flow as it happens. Parameters and buffers are recogn
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -152,6 +153,9 @@ def record_call(module: nn.Module, run: Callable[[nn.Module], Any]) -> Recording
             for manager in (fixed_random_state(module), evaluating(module), recorder.hooked()):
                 stack.enter_context(manager)
             torch.manual_seed(0)
+            # Checkpointed blocks miss the gradients that are off here.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
             stack.enter_context(recorder)
             output = run(module)
     finally:
