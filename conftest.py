@@ -20,6 +20,8 @@ LONGEST = (
     "test_layers",
     "test_crash",
     "test_matrix",
+    "test_any_model",
+    "test_first_batch",
     "test_monitors",
     "test_distributed",
     "test_golden",

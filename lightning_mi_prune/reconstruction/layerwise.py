@@ -13,7 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision
 from lightning_mi_prune.calibration.padding import Padding, padded_encoders
-from lightning_mi_prune.core.consumers import channels_first, channels_last, consumer_input
+from lightning_mi_prune.core.consumers import (
+    channels_first,
+    channels_last,
+    consumer_input,
+    has_kernel,
+)
 from lightning_mi_prune.core.running import evaluating
 from lightning_mi_prune.surgery.attention import open_attention
 
@@ -121,7 +126,10 @@ def run_layerwise(
             task = getcurrent()
             x = channels_last(module, consumer_input(args, kwargs))
             stream = None if layer.residual is None else streams[task, layer.residual]
-            stream = None if stream is None else channels_last(module, stream)
+            if stream is not None and layer.residual is not None:
+                reader = model.get_submodule(layer.residual)
+                # A linear layer may add to what a convolution reads, with channels first.
+                stream = channels_last(reader if has_kernel(reader) else module, stream)
             output = channels_last(module, output)
             # Wait in the main greenlet until all calls have reached the layer.
             new: Tensor = main.switch((layer, x, stream, output, padding.real(x)))

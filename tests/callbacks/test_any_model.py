@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -61,12 +62,10 @@ def fitted(name: str) -> Run:
 
 def moved(module: Learner) -> set[str]:
     """Parameters that a step of training changes."""
-    module.train()
+    module = copy.deepcopy(module).train()  # running statistics of others' model stay
     module.zero_grad()
     module.loss(batches(module.kind.data, 1, seed=2)[0]).backward()
-    found = {n for n, p in module.named_parameters() if p.grad is not None and p.grad.any()}
-    module.zero_grad()
-    return found
+    return {n for n, p in module.named_parameters() if p.grad is not None and p.grad.any()}
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
 from tests.support.runs import Resumable
 
@@ -261,8 +262,8 @@ class Learner(pl.LightningModule):
     def train_dataloader(self) -> Resumable:
         return Resumable(batches(self.kind.data, 3, seed=0))
 
-    def val_dataloader(self) -> Resumable:
-        return Resumable(batches(self.kind.data, 8, seed=1))
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(batches(self.kind.data, 8, seed=1), batch_size=None)
 
 
 def learner(name: str) -> Learner:
