@@ -261,7 +261,12 @@ def halved(model: nn.Module, groups: Sequence[DependencyGroup]) -> nn.Module:
 
 
 def check_groups(
-    model: nn.Module, inputs: Inputs, groups: Sequence[DependencyGroup], seed: int = 0
+    model: nn.Module,
+    inputs: Inputs,
+    groups: Sequence[DependencyGroup],
+    seed: int = 0,
+    *,
+    every: bool = True,
 ) -> dict[str, Outcome]:
     """Cut a third of the units of one kind at a time, then of all but the hidden size, then of all.
 
@@ -270,6 +275,7 @@ def check_groups(
         inputs: Arguments for it.
         groups: Its verified groups.
         seed: Of the units that go.
+        every: Whether kinds are cut one by one as well.
 
     Returns:
         By kind, ``"all but hidden"`` and ``"all"``, what was found.
@@ -281,6 +287,7 @@ def check_groups(
         cases["all but hidden"] = others
     if len(kinds) > 1:
         cases["all"] = [*groups]
+        cases = {name: case for name, case in cases.items() if every or name not in kinds}
     found = {}
     for name, chosen in cases.items():
         found[name] = _case(model, inputs, groups, chosen, seed)
