@@ -32,6 +32,7 @@ from lightning_mi_prune.graph.layouts import Layout
 __all__ = ["Outcome", "check_groups", "first_output", "halved", "places"]
 
 TOLERANCE = 1e-4  # of the largest output, in float32; what exceeds it is tried in float64
+PARTS = 8  # normalisations over parts of a dimension are restricted up to so many
 SHARE = 3  # one in so many units goes
 
 
@@ -356,12 +357,18 @@ def _compared(
 def _alive(
     model: nn.Module, geometry: Geometry, kept: Mapping[str, Sequence[int]]
 ) -> list[tuple[int, list[int]]]:
-    """Widths of cut dimensions, and the positions that stay in them."""
+    """Widths of cut dimensions, whole and in equal parts, and the positions that stay in them."""
     tensors, found = _tensors(model), []
     for (name, dim), positions in geometry.chosen(kept).items():
-        one = (tensors[name].shape[dim], positions)
-        if one not in found:
-            found.append(one)
+        width = tensors[name].shape[dim]
+        for parts in range(1, PARTS + 1):
+            if width % parts:
+                continue
+            size = width // parts
+            inside = [[p % size for p in positions if p // size == i] for i in range(parts)]
+            one = (size, inside[0])
+            if one not in found and inside[0] and inside.count(inside[0]) == parts:
+                found.append(one)
     return found
 
 
