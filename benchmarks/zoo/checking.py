@@ -391,6 +391,8 @@ def _clear_inputs_of_norms(
 
 
 def _without(gone: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if args[0].shape[-1] != len(module.get_parameter("weight")):  # channels come first
+        return args
     return (args[0].index_fill(-1, gone, 0), *args[1:])
 
 

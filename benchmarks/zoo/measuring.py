@@ -58,7 +58,7 @@ WARM: tuple[str, ...] = (
 WARM += ("torch_pruning", "lightning_mi_prune.discovery.discover")
 PAGES = Path("/proc/self/statm")
 SMALL = 3_000_000  # parameters; larger models are not cut kind by kind
-SHOWN = 6  # refusals that a record keeps word for word
+SHOWN = 3  # refusals that a record keeps word for word
 Send = Callable[[Mapping[str, Any]], None]
 
 
@@ -213,7 +213,7 @@ def _call(inputs: Inputs, network: nn.Module) -> Any:
 
 
 def _described(network: nn.Module, graph: PruningGraph, used: Collection[str]) -> Figures:
-    refused = [f"{r.name} ({r.kind or '?'}, {r.size}): {r.reason}"[:220] for r in graph.refused]
+    refused = [f"{r.name} ({r.kind or '?'}, {r.size}): {r.reason}"[:180] for r in graph.refused]
     return {
         "groups": dict(sorted(Counter(group.kind for group in graph.groups).items())),
         "refused": dict(sorted(Counter(r.kind or "?" for r in graph.refused).items())),
@@ -305,7 +305,7 @@ def _child(work: Callable[[Send], None], there: Connection) -> None:
     try:
         work(there.send)
     except BaseException as error:
-        there.send({"error": f"{type(error).__name__}: {error}"[:400], "at": _place(error)})
+        there.send({"error": f"{type(error).__name__}: {error}"[:240], "at": _place(error)})
 
 
 def _place(error: BaseException) -> list[str]:
@@ -315,4 +315,4 @@ def _place(error: BaseException) -> list[str]:
         code = trace.tb_frame.f_code
         found.append(f"{Path(code.co_filename).name}:{trace.tb_lineno} {code.co_name}")
         trace = trace.tb_next
-    return found[-4:]
+    return found[-2:]

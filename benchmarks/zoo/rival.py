@@ -64,7 +64,7 @@ def pruned_by_rival(model: nn.Module, inputs: Inputs, report: dict[str, Any]) ->
         report["step"] = "prune"
         pruner.step()
     after = sum(p.numel() for p in cut.parameters())
-    report["removed"] = 1 - after / before
+    report["removed"] = round(1 - after / before, 4)
     report["step"] = "run"
     _correct(cut, sizes)
     with torch.no_grad():
