@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from benchmarks.methods import Name, Widths
-from benchmarks.subjects import size_of, weight_names, width_of
+from benchmarks.subjects import entries_of, size_of, weight_names, width_of
 from benchmarks.tasks import Batch
 from lightning_mi_prune import PruningPlan, apply_plan, find_groups
 from lightning_mi_prune.calibration.layers import StackRecorder
@@ -154,7 +154,7 @@ class Movement:
         self.model, self.sparsity = model, sparsity
         self.groups = choose_groups(find_groups(model))
         self.scored = {
-            group.consumers[0]: Scored(group.size, group.entries) for group in self.groups
+            group.consumers[0]: Scored(group.size, entries_of(group)) for group in self.groups
         }
         for path, scored in self.scored.items():
             parametrize.register_parametrization(model.get_submodule(path), "weight", scored)
@@ -321,7 +321,7 @@ def pruned_by_library(
     for table in tables:
         table.requires_grad_(True)
     for group in groups:
-        at = group.all_widths({group.name: width_of(cut, group, group.entries)})
+        at = group.all_widths({group.name: width_of(cut, group, entries_of(group))})
         for number in group.attributes:
             value = layout_size(number.layout, at)
             setattr(cut.get_submodule(number.module), number.attribute, value)
@@ -335,7 +335,7 @@ def _select_biases(
 ) -> None:
     """Make a layer that lost heads read the position biases of those that are left."""
     producer = model.get_submodule(group.tensors[0].tensor.rpartition(".")[0])
-    lost = {row // group.entries for row in removed.get(producer, ())}
+    lost = {row // entries_of(group) for row in removed.get(producer, ())}
     kept = [unit for unit in range(group.size) if unit not in lost]
     for selects in group.unit_arguments if lost else ():
         module = model.get_submodule(selects.module)

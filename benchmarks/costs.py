@@ -33,6 +33,7 @@ from benchmarks.measuring import (
     timed,
 )
 from benchmarks.records import Figures, Job, single
+from benchmarks.subjects import entries_of
 from lightning_mi_prune import PruningPlan, apply_plan, find_groups
 from lightning_mi_prune.allocation.allocate import allocate
 from lightning_mi_prune.allocation.budget import Budget
@@ -167,7 +168,7 @@ def parts_of(shape: str, repeats: int) -> Figures:
 
 def _sums(groups: Sequence[DependencyGroup], rows: int, of: int) -> dict[str, Part]:
     """Our sums of the inputs of one layer in a batch, and the plain products of matrices."""
-    widths = [group.size * group.entries for group in groups]
+    widths = [group.size * entries_of(group) for group in groups]
     x = [torch.randn(rows, width) for width in widths]
     doubles = [each.double() for each in x]
     ours = [Moments(width) for width in widths]

@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel
 from benchmarks.costs import SHAPES, Run, log_det_information, noisy
 from benchmarks.measuring import Part, in_fresh_process, take_turns
 from benchmarks.records import Figures, Job
+from benchmarks.subjects import entries_of
 from lightning_mi_prune.calibration.moments import Moments
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.importance.criteria import MutualInformation
@@ -148,7 +149,7 @@ def reduced_bytes(
     """
     size = 0
     for group in groups:
-        d = group.size * group.entries
+        d = group.size * entries_of(group)
         rows = len(network.get_parameter(f"{group.consumers[0]}.weight"))
         squares = (n * n if whole else n * (n + 1) // 2 for n in (d, rows))
         size += 8 * (1 + d + 3 + group.size + sum(squares))
@@ -159,7 +160,7 @@ def reconstruction_bytes(groups: Sequence[DependencyGroup], network: nn.Module) 
     """Bytes of the normal equations of all reconstructed layers, where half of each group stays."""
     size = 0
     for group in groups:
-        kept = group.size * group.entries // 2 + 1
+        kept = group.size * entries_of(group) // 2 + 1
         size += 8 * kept * (kept + len(network.get_parameter(f"{group.consumers[0]}.weight")))
     for consumer in {name for group in groups for name in group.above}:
         rows, columns = network.get_parameter(f"{consumer}.weight").shape

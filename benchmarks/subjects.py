@@ -21,6 +21,7 @@ from lightning_mi_prune.calibration.gradients import GradientRecorder, GradientS
 from lightning_mi_prune.core.running import run_batch
 from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters, full_plan
+from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
 
 __all__ = [
@@ -191,7 +192,7 @@ def size_of(
         module = model.get_submodule(number.module)
         sizes[group.name] = int(getattr(module, number.attribute))
     widths = {
-        group.name: width_of(model, group, group.entries_at(sizes))
+        group.name: width_of(model, group, entries_of(group, sizes))
         for group in groups
         if group.consumers[0] in modules
     } | sizes
@@ -222,6 +223,11 @@ def settle(model: nn.Module) -> nn.Module:
         if hasattr(module, "weight_mask"):
             prune.remove(module, "weight")  # type: ignore[no-untyped-call]
     return model
+
+
+def entries_of(group: DependencyGroup, widths: Mapping[str, int] | None = None) -> int:
+    """Entries of each unit in the first tensor of a group, at the widths of its partners."""
+    return layout_size(group.tensors[0].layout, group.all_widths(widths or {}) | {group.name: 1})
 
 
 def width_of(model: nn.Module, group: DependencyGroup, entries: int) -> int:

@@ -289,7 +289,7 @@ def decide(
     if rankings is not None and relevance == "weights":  # of which only some are kept above
         rankings = rank(chosen, widths=widths)
         widths = share(rankings=rankings)
-    crossed = [group for group in chosen if group.product_with in mine]
+    crossed = [g for g in chosen if any(name in mine for name, _ in g.partners)]
     for _ in range(_SWEEPS if crossed else 0):
         if rankings is not None:
             crossed_kept = {g.name: rankings[g.name].kept(widths[g.name]) for g in crossed}

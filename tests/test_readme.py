@@ -25,6 +25,7 @@ SHOWS = {  # what the blocks of a page print, in their order
     "README.md": r"Linear\(in_features=32, out_features=(?!64).*Linear\(in_features=16, "
     r"out_features=24, .*\(1348, 508\)",
     "docs/deploy.md": "",
+    "docs/discovery.md": r"parameters .* in 1 group\nchannels 16 \('4',\)\n",
     "docs/layers.md": r"^3 \(",
     "docs/method.md": r"Linear\(in_features=32, out_features=24, ",
     "docs/training.md": "",

@@ -21,7 +21,9 @@ from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan, recorded_pla
 from lightning_mi_prune.discovery.families import find_groups, plan_for, present_plan
 from lightning_mi_prune.discovery.families.transformers import MODEL_TYPES
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
+from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.surgery.parameters import config_numbers, shapes_at
+from lightning_mi_prune.surgery.tensors import tensor_of
 from lightning_mi_prune.surgery.units import reshape_tensors
 
 __all__ = [
@@ -254,9 +256,9 @@ def _check_built(
                 "saved from."
             )
     for group in groups:
-        size = group.size * group.entries
         for s in group.tensors:
-            found = network.get_parameter(s.tensor).shape[s.dim]
+            size = layout_size(s.layout, group.all_widths({}))
+            found = tensor_of(network, s.tensor).shape[s.dim]
             if found != size:
                 raise PruningError(
                     f"{kind} builds {s.tensor!r} with {found} entries along dimension {s.dim}; "

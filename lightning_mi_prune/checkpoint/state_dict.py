@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mi_prune.checkpoint.stored_graph import check_stored, is_apart
+from lightning_mi_prune.checkpoint.stored_graph import check_networks, check_stored, is_apart
 from lightning_mi_prune.checkpoint.validation import (
     PLAN_KEY,
     changed_groups,
@@ -226,6 +226,7 @@ class PlanTracker:
         self._graph = inner.graph.prefixed(path).joined(self._graph)
         self._removed |= {f"{path}.{name}": s for name, s in inner._removed.items()}
         self._below[path], self._shared[path] = inner, inner._plan
+        self._is_recorded |= inner._is_recorded
         _ = self.plan  # now, while the shapes are those of the part's plan
 
     def _share(self) -> None:
@@ -311,6 +312,7 @@ class PlanTracker:
         if _removals(plan) != _removals(current):
             self._reshape(graph, plan, current, weights)
         self._graph, self._plan = graph, plan
+        self._is_recorded |= described is not None
         self._share()
 
     def _reshape(
@@ -348,7 +350,7 @@ class PlanTracker:
         except PruningError as error:  # a model of no known family may still have lost layers
             graph, unknown = self._graph, error
         if described is not None and not set(stored.sizes) <= {part.name for part in graph.parts}:
-            graph = self._with_stored(graph, described)
+            graph, unknown = self._with_stored(graph, described), None
         for find in (find_groups, find_stacks):
             names = {part.name for part in graph.parts}
             if not set(stored.sizes) <= names:
@@ -374,6 +376,7 @@ class PlanTracker:
 
     def _with_stored(self, known: PruningGraph, described: PruningGraph) -> PruningGraph:
         """The graph of a checkpoint, and those known groups that cut nothing of what it cuts."""
+        check_networks(self.module, described)
         now = described.full.joined(present_plan(self.module, described.groups))
         own = set() if self._plan is None else {*_removals(self._plan)}
         if own & {part.name for part in described.parts}:

@@ -17,11 +17,27 @@ from lightning_mi_prune.surgery.parameters import attribute_value, check_attribu
 from lightning_mi_prune.surgery.tensors import tensors_of
 
 __all__ = [
+    "check_networks",
     "check_stored",
     "is_apart",
 ]
 
 _REMEDY = "Build the model with the configuration it was trained with, or take another checkpoint."
+
+
+def check_networks(module: nn.Module, graph: PruningGraph) -> None:
+    """Refuse a graph of networks that a module does not have.
+
+    Raises:
+        PruningError: Naming the network.
+
+    Example:
+        >>> check_networks(nn.Linear(4, 8), PruningGraph())
+    """
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for part in graph.parts:
+        if part.network not in modules:
+            raise _refusal(f"{described(part.name)} is of the network {described(part.network)}")
 
 
 def check_stored(module: nn.Module, graph: PruningGraph, now: PruningPlan) -> None:
@@ -82,7 +98,7 @@ def is_apart(group: DependencyGroup, graph: PruningGraph) -> bool:
 
 
 def _refusal(reason: str) -> PruningError:
-    return PruningError(f"The graph of the checkpoint does not fit this model: {reason}. {_REMEDY}")
+    return PruningError(f"The graph was made for another model: {reason}. {_REMEDY}")
 
 
 def _check_names(module: nn.Module, group: DependencyGroup) -> None:

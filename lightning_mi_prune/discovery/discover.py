@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.running import map_tensors, undisturbed
 from lightning_mi_prune.discovery.attributes import numbers_of, seen_numbers
+from lightning_mi_prune.discovery.config_fields import with_config_fields, with_depth_fields
 from lightning_mi_prune.discovery.copies import (
     Run,
     failing_module,
@@ -124,9 +125,11 @@ def discover_run(
         seen = seen_numbers(verifier.base, call) if inference.groups else set()
         solution = solve(verifier, inference.groups, numbers_of(verifier.base), seen)
         groups = _that_may_be_empty(verifier, solution)
+        groups = with_config_fields(module, groups)
+        stacks = with_depth_fields(module, inference.stacks)
     graph = PruningGraph(
         groups,
-        inference.stacks,
+        stacks,
         (*solution.refused, *inference.refused),
         inference.unknown,
         sum(p.numel() for p in module.parameters()),

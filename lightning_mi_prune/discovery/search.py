@@ -34,7 +34,6 @@ Claims = Mapping[tuple[str, str], SizeAttribute]
 
 _MOST = {1: 8, 2: 5, 3: 4}  # numbers of which sets of each size are tried
 _MOST_TIME = 0.2  # of what is left, for the numbers of one class of groups
-_ALIKE = 0.05  # difference of nearness below which a number may count either of two groups
 _LOCAL = 0.6  # nearness from which a number that is not seen is taken to describe a group
 _DESCRIBES = re.compile(
     "head|hidden|dim|size|width|channel|feature|embed|inner|intermediate|ffn|d_|n_|num_"
@@ -181,6 +180,16 @@ class _Search:
             self.claims = {**tied, **self.claims}
         else:
             self.verifier, self.groups, self.claims = before
+            plain = [names for names in classes if self.groups[names[0]].kind != "head_dim"]
+            every = [name for names in plain for name in names]
+            mine = _naming(guess, every)
+            if (
+                every
+                and len(plain) < len(classes)
+                and self.check(every, {**mine, **self.claims}).equal
+            ):
+                self.accepted, self.claims = every, {**mine, **self.claims}
+                classes = [names for names in classes if names not in plain]
             self.one_by_one(classes, guess)
         self.describe()
 
@@ -188,19 +197,19 @@ class _Search:
         self, classes: Sequence[list[str]], guess: Claims
     ) -> list[tuple[list[str], list[str]]]:
         """Classes of dimensions of heads that are counted by one number, which ties them."""
-        nearest: dict[tuple[str, str], list[tuple[float, list[str]]]] = {}
+        counted: dict[tuple[str, str], list[list[str]]] = {}
         for names in classes:
-            for candidate in self.candidates(names):
+            group = self.groups[names[0]]
+            for candidate in self.candidates(names) if group.kind == "head_dim" else ():
                 one = candidate.attributes[0]
                 key = (one.module, one.attribute)
-                single = one.layout == ((layout_names(one.layout)[0],),)
-                if self.groups[names[0]].kind == "head_dim" and key in guess and single:
-                    nearest.setdefault(key, []).append((candidate.nearness, names))
+                stem = f"{one.module}." if one.module else ""
+                holds = any(s.tensor.startswith(stem) for s in group.tensors)
+                if holds and key in guess and one.layout == ((names[0],),):
+                    counted.setdefault(key, []).append(names)
         found: list[tuple[list[str], list[str]]] = []
         gone: list[list[str]] = []
-        for counted in nearest.values():
-            best = max(share for share, _ in counted)
-            first, *others = [names for share, names in counted if share > best - _ALIKE]
+        for first, *others in counted.values():
             for names in others:
                 if names not in gone and first not in gone and self.related(first, names):
                     found.append((first, names))
@@ -283,18 +292,10 @@ class _Search:
 
     def together(self, passed: Sequence[tuple[list[str], Claims]]) -> None:
         """Accept classes that passed alone, as many of them at once as possible."""
-        every = [name for names, _ in passed for name in names]
-        claims = dict(self.claims)
-        clash = False
-        for _, found in passed:
-            clash = clash or any(claims.get(key, claim) != claim for key, claim in found.items())
-            claims |= found
-        if not clash and (len(passed) < 2 or self.check(every, claims).equal):
-            self.accepted, self.claims = every, claims
-            return
         count = [sum(count_parameters([self.groups[n]]) for n in names) for names, _ in passed]
         order = sorted(range(len(passed)), key=lambda i: -count[i])
-        self.grow([passed[i] for i in order])
+        if passed:
+            self.grow([passed[i] for i in order])
 
     def grow(self, passed: Sequence[tuple[list[str], Claims]]) -> None:
         """Accept classes beside those that are accepted, all at once or halved."""
@@ -376,13 +377,21 @@ class _Search:
         return None, plain
 
     def alone(self, names: Sequence[str], guess: Claims) -> list[str]:
-        """Those of the groups of a class that pass, found by halving."""
-        if self.check(names, {**_naming(guess, names), **self.claims}).equal:
-            return [*names]
-        if len(names) == 1:
-            return []
+        """Those of the groups of a class that pass, if its first or its last does."""
+
+        def passes(some: Sequence[str]) -> bool:
+            return self.check(some, {**_naming(guess, some), **self.claims}).equal
+
+        def within(some: Sequence[str]) -> list[str]:
+            if passes(some):
+                return [*some]
+            half = len(some) // 2
+            return within(some[:half]) + within(some[half:]) if half else []
+
         half = len(names) // 2
-        return self.alone(names[:half], guess) + self.alone(names[half:], guess)
+        if not passes(names[:1]) and not passes(names[-1:]):
+            return []  # each of dozens of layers would be tried in vain
+        return within(names[:half]) + within(names[half:])
 
     # ----------------------------------------------------------------------------------- ties
 

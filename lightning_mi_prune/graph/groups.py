@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.graph.layouts import Layout, kept_positions, layout_size, map_layout
+from lightning_mi_prune.graph.layouts import Layout, layout_size, map_layout
 
 __all__ = [
     "DependencyGroup",
@@ -22,7 +22,6 @@ __all__ = [
     "UnitArgument",
     "as_built",
     "count_parameters",
-    "entry_positions",
     "full_depth",
     "full_plan",
     "join_path",
@@ -249,27 +248,6 @@ class DependencyGroup:
         built = {**dict(self.partners), self.name: self.size}
         return {name: widths.get(name, size) for name, size in built.items()}
 
-    @property
-    def product_with(self) -> str:
-        """The other group of a product, such as heads and their dimensions; "" for none."""
-        return next((name for name, _ in self.partners), "")
-
-    @property
-    def entries(self) -> int:
-        """Entries per unit as built, in the first tensor."""
-        return self.entries_at({})
-
-    @property
-    def strided(self) -> bool:
-        """Whether the entries of a unit are not adjacent, one in each unit of another group."""
-        layouts = [s.layout for s in self.tensors][:1]
-        return any(block[0] != self.name for layout in layouts for block in layout)
-
-    def entries_at(self, widths: Mapping[str, int]) -> int:
-        """Entries per unit at the given widths, in the first tensor."""
-        at = self.all_widths(widths) | {self.name: 1}
-        return layout_size(self.tensors[0].layout, at) if self.tensors else 1
-
     def at_paths(self, path: Callable[[str], str | None]) -> DependencyGroup:
         """The same group with every path mapped by ``path``; paths mapped to None are left out."""
 
@@ -439,16 +417,3 @@ def full_depth(groups: Sequence[LayerStack]) -> PruningPlan:
         (0, 1, 2)
     """
     return PruningPlan.full({group.name: group.size for group in groups})
-
-
-def entry_positions(
-    group: DependencyGroup, kept: Mapping[str, Sequence[int]], widths: Mapping[str, int]
-) -> list[int]:
-    """Present positions of the kept entries of a group, in the order of its first tensor.
-
-    Args:
-        group: The group; kept units of its partners count too.
-        kept: Kept units of each group that is cut, as positions in the present model.
-        widths: Present width of every group.
-    """
-    return kept_positions(group.tensors[0].layout, kept, group.all_widths(widths))

@@ -14,6 +14,7 @@ from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.core.plan import Ranking
 from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim
 from tests.allocation.test_budget import encoder
+from tests.support.models import entries_of
 
 SINGLE = Constraints(multiple=1)
 
@@ -136,7 +137,7 @@ def test_the_last_jump_is_as_short_as_possible_and_steps_that_fit_are_undone():
 
 def one_step_more(groups, widths, current, costs, multiple=8):
     for one in groups:
-        step = multiple if one.entries == 1 and one.size > multiple else 1
+        step = multiple if entries_of(one) == 1 and one.size > multiple else 1
         if widths[one.name] < current[one.name]:
             yield costs.total({**widths, one.name: widths[one.name] + step})
 

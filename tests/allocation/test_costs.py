@@ -15,7 +15,7 @@ from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim, count_parameters
 from lightning_mi_prune.surgery.units import apply_plan
-from tests.support.models import batch, build, random_plan
+from tests.support.models import batch, build, entries_of, random_plan
 
 FAMILIES = ["bert", "distilbert", "albert", "deberta-v2"]
 ONE = RecordedCall((), batch(1))
@@ -73,8 +73,8 @@ def test_heads_cost_their_products_over_all_pairs_of_positions():
     macs = measure_macs(model, groups, {"": ONE})
     (heads,) = (a for a in groups if a.name.endswith("0.heads"))
     length, hidden = 12, 24
-    weights = 4 * heads.entries * hidden * length
-    expected = weights + 2 * length**2 * heads.entries
+    weights = 4 * entries_of(heads) * hidden * length
+    expected = weights + 2 * length**2 * entries_of(heads)
     assert macs.savings(heads.name, sizes(groups), [heads.size - 1]) == [expected]
 
 

@@ -25,10 +25,7 @@ from lightning_mi_prune.surgery.transaction import cut_model
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.allocation.test_latency_table import ruler
 from tests.support.head_dims import FAMILIES, SMALL, UNITS, lesson, loss, tiny
-from tests.support.models import (
-    build,
-    outputs,
-)
+from tests.support.models import build, entries_of, outputs, partner_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 every = pytest.mark.parametrize("family", FAMILIES)
@@ -170,7 +167,7 @@ def test_groups_found_after_a_layer_was_removed_are_paired_in_their_own_layer():
     tracker.plan = done.after
     tracker.store(done.removed)
     groups = {group.name: group for group in PlanTracker.of(model, find_groups).groups}
-    crossing = {name: group.product_with for name, group in groups.items() if group.product_with}
+    crossing = {name: partner_of(group) for name, group in groups.items() if partner_of(group)}
     assert {name.rpartition(".")[0] for name in crossing} >= {f"{stack.name}.2"}
     for name, crossed in crossing.items():
         assert name.rpartition(".")[0] == crossed.rpartition(".")[0]
@@ -178,9 +175,9 @@ def test_groups_found_after_a_layer_was_removed_are_paired_in_their_own_layer():
 
 def test_groups_keep_their_pair_under_other_paths():
     net = nn.ModuleDict({"inner": build()})
-    pairs = {group.name: group.product_with for group in find_groups(net) if group.product_with}
+    pairs = {group.name: partner_of(group) for group in find_groups(net) if partner_of(group)}
     assert pairs
     assert all(pairs[other] == name for name, other in pairs.items())
     group = next(group for group in find_groups(net) if group.rotation is not None)
-    assert net.get_submodule(group.rotation.query).out_features == group.size * group.entries
+    assert net.get_submodule(group.rotation.query).out_features == group.size * entries_of(group)
     assert replace(group, rotation=None).unit_inputs == group.inputs

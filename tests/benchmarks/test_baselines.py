@@ -28,7 +28,7 @@ from lightning_mi_prune import find_groups
 from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.graph.groups import count_parameters
 from tests.benchmarks.tiny import Epochs, labelled, opened, subject
-from tests.support.models import batch, build, outputs
+from tests.support.models import batch, build, entries_of, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 
@@ -86,7 +86,9 @@ def test_what_torch_pruning_leaves_computes_the_same(family: str, lost: tuple[in
             model.mpnet.encoder.relative_attention_bias.weight.mul_(10)
         for group in groups_of(model):
             units = lost if group.kind == "heads" else range(group.size // 2)
-            rows = [unit * group.entries + n for unit in units for n in range(group.entries)]
+            rows = [
+                unit * entries_of(group) + n for unit in units for n in range(entries_of(group))
+            ]
             for s in group.tensors:
                 if s.dim == 0:
                     model.get_parameter(s.tensor)[rows] *= 1e-3
@@ -240,4 +242,4 @@ def test_scores_of_units_keep_the_best_of_them(subject) -> None:
     for group, width in widths_at(movement.groups, 0.5).items():
         name = f"{group.consumers[0]}.weight"
         dense = subject.model.get_parameter(name)
-        assert torch.equal(model.get_parameter(name), dense[:, -width * group.entries :])
+        assert torch.equal(model.get_parameter(name), dense[:, -width * entries_of(group) :])

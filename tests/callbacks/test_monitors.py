@@ -47,7 +47,7 @@ from lightning_mi_prune.callbacks.monitors import BestOf, restart_comparison
 from lightning_mi_prune.callbacks.schedule import run_length
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer
-from tests.support.models import build
+from tests.support.models import build, entries_of
 from tests.support.pruning import pruning_units, records
 from tests.support.runs import PRECISIONS, Batches, Module, fit
 
@@ -102,7 +102,7 @@ def stored(path):
 def is_cut_and_clean(module, prune, epochs=(1, 2)):
     for group in find_groups(module):
         rows = module.get_parameter(group.tensors[0].tensor).shape[group.tensors[0].dim]
-        assert rows == prune.plan.width(group.name) * group.entries_at(prune.plan.widths)
+        assert rows == prune.plan.width(group.name) * entries_of(group, prune.plan.widths)
     assert prune.report.cuts[-1].sparsity >= 0.5
     assert [cut.epoch for cut in prune.report.cuts] == list(epochs)
     assert count_hooks(module) == 0

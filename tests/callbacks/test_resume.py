@@ -17,7 +17,7 @@ from lightning_mi_prune.reporting.report import PruningReport
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.callbacks.test_rollback import BUDGET, Painless, Scored
 from tests.support.boring import Classifier, Sentences, trainer
-from tests.support.models import random_plan
+from tests.support.models import entries_of, random_plan
 from tests.support.runs import Batches, Module, Point, fit, resumed_equals_straight, sha
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.
 
 def widths(module, kind):
     groups = [a for a in find_groups(module) if a.kind == kind]
-    return [module.get_parameter(a.tensors[0].tensor).shape[0] // a.entries for a in groups]
+    return [module.get_parameter(a.tensors[0].tensor).shape[0] // entries_of(a) for a in groups]
 
 
 def stopped(folder, point, **options):

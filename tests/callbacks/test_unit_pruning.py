@@ -23,7 +23,7 @@ from lightning_mi_prune.allocation.budget import sparsity_of
 from lightning_mi_prune.allocation.latency import Device, LatencyTable
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer
-from tests.support.models import CONFIGS
+from tests.support.models import CONFIGS, entries_of
 from tests.support.pruning import made, pruning_units, records
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -63,7 +63,7 @@ def present(callback):
 
 def widths(module, kind):
     groups = [a for a in find_groups(module) if a.kind == kind]
-    return [module.get_parameter(a.tensors[0].tensor).shape[0] // a.entries for a in groups]
+    return [module.get_parameter(a.tensors[0].tensor).shape[0] // entries_of(a) for a in groups]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -497,7 +497,7 @@ BAD_RUNS = [
     (fit_with(check_val_every_n_epoch=3), "No validation runs before and after epochs 1 to 2"),
     (fit_with(NoValidation), "this run has none"),
     (fit_with(limit_val_batches=0), "this run has none"),
-    (fit_with(Plain), "Nothing to prune was found in Plain"),
+    (fit_with(Plain), "Nothing of Plain can be pruned"),
     (fit_with(options={"sparsity": 0.99, "floor": 0.05}), "sparsity=0.99 is out of reach"),
     (fit_with(options={"sparsity": 0.99, "widths": "uniform"}), "sparsity=0.99 is out of reach"),
     (

@@ -14,7 +14,7 @@ from lightning_mi_prune.discovery.families import (
 )
 from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.surgery.units import apply_plan
-from tests.support.models import CONFIGS, EVERY, build, random_plan
+from tests.support.models import CONFIGS, EVERY, build, entries_of, random_plan
 
 
 @pytest.mark.parametrize(("family", "head"), EVERY)
@@ -23,10 +23,10 @@ def test_every_family_and_head_has_its_groups(family, head):
     kinds = [group.kind for group in groups]
     assert kinds.count("ffn") == kinds.count("heads") == 2
     assert kinds.count("pooler") == (1 if head == "sequence" else 0)
-    assert {(a.size, a.entries) for a in groups if a.kind == "ffn"} == {(40, 1)}
-    assert {(a.size, a.entries) for a in groups if a.kind == "heads"} == {(4, 6)}
-    assert {(a.size, a.entries) for a in groups if a.kind == "head_dim"} <= {(6, 4)}
-    assert [(a.size, a.entries) for a in groups if a.kind == "hidden"] == [(24, 1)]
+    assert {(a.size, entries_of(a)) for a in groups if a.kind == "ffn"} == {(40, 1)}
+    assert {(a.size, entries_of(a)) for a in groups if a.kind == "heads"} == {(4, 6)}
+    assert {(a.size, entries_of(a)) for a in groups if a.kind == "head_dim"} <= {(6, 4)}
+    assert [(a.size, entries_of(a)) for a in groups if a.kind == "hidden"] == [(24, 1)]
     assert len({a.level for a in groups}) == len(groups) - kinds.count("head_dim")
 
 

@@ -34,7 +34,16 @@ from lightning_mi_prune.surgery.units import (
     revert_rewrites,
 )
 from tests.support import models
-from tests.support.models import CONFIGS, batch, build, inputs_of, masked_copy, outputs, random_plan
+from tests.support.models import (
+    CONFIGS,
+    batch,
+    build,
+    entries_of,
+    inputs_of,
+    masked_copy,
+    outputs,
+    random_plan,
+)
 
 EVERY = pytest.mark.parametrize(("family", "head"), models.EVERY)
 FEW = pytest.mark.parametrize(
@@ -186,7 +195,7 @@ def test_a_head_size_in_the_config_frees_the_heads(tmp_path):
     head = "image"
     model = stirred("vit", head, head_dim=4)
     groups = find_groups(model)
-    assert {a.entries for a in groups if a.kind == "heads"} == {4}
+    assert {entries_of(a) for a in groups if a.kind == "heads"} == {4}
     kept = {a.name: tuple(range(2 if a.kind == "heads" else a.size)) for a in groups}
     apply_plan(model, groups, PruningPlan({a.name: a.size for a in groups}, kept))
     assert (model.config.hidden_size, model.config.num_attention_heads) == (24, 2)

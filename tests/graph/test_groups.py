@@ -83,5 +83,5 @@ def test_dimensions_of_heads_that_nothing_ranks_are_refused_by_name():
     dims = DependencyGroup("0.head_dim", "head_dim", 8, (), ("out",))
     ffn = DependencyGroup("0.ffn", "ffn", 8, (), ("down",))
     assert choose_groups([dims, ffn]) == [ffn]
-    with pytest.raises(PruningError, match="'head_dim'.* names 0.head_dim, which no layer reads"):
+    with pytest.raises(PruningError, match=r"'head_dim'.* names 0\.head_dim, which no layer reads"):
         choose_groups([dims, ffn], kinds=["ffn", "head_dim"])

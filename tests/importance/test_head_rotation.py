@@ -20,8 +20,10 @@ from tests.support.head_dims import FAMILIES, UNITS, known, lesson, loss, narrow
 from tests.support.models import (
     batch,
     build,
+    entries_of,
     masked_copy,
     outputs,
+    partner_of,
     random_plan,
 )
 
@@ -45,7 +47,7 @@ def test_a_rotation_changes_no_output(family):
 def test_the_directions_are_those_of_a_balanced_system():
     """Both Gramians are diagonal and fall; those of the values are orthogonal."""
     ((group, rotation, values), *_) = rotations(build())
-    rotated = rotation.select(values, range(group.entries), group.size)
+    rotated = rotation.select(values, range(entries_of(group)), group.size)
     eye = torch.eye(group.size, dtype=torch.float64).expand_as(rotation.value)
     assert torch.allclose(rotation.value @ rotation.value.mT, eye, atol=1e-9)
     assert torch.allclose(rotation.query @ rotation.key.mT, eye, atol=1e-6)
@@ -96,7 +98,7 @@ def test_a_cut_model_computes_what_the_masked_model_computes(family):
     assert torch.allclose(outputs(model, inputs), outputs(masked, inputs), atol=1e-5)
     for group in groups:
         if group.rotation is not None:
-            width = plan.width(group.name) * plan.width(group.product_with)
+            width = plan.width(group.name) * plan.width(partner_of(group))
             assert model.get_submodule(group.rotation.query).out_features == width
             assert model.get_submodule(group.rotation.consumer).in_features == width
 
@@ -116,8 +118,8 @@ def test_dimensions_then_heads_are_both_at_once(family):
     for a, b in zip(twice.parameters(), once.parameters(), strict=True):
         assert torch.equal(a, b)
     again = as_built(find_groups(once), plan.sizes)
-    assert [(a.name, a.size, a.entries, a.tensors) for a in again] == [
-        (a.name, a.size, a.entries, a.tensors) for a in groups
+    assert [(a.name, a.size, entries_of(a), a.tensors) for a in again] == [
+        (a.name, a.size, entries_of(a), a.tensors) for a in groups
     ]
 
 
@@ -214,7 +216,7 @@ def test_rankings_end_with_all_the_loss_and_all_the_information():
     chosen = [group for group in groups if group.kind in ("heads", "head_dim")]
     found = rank_groups(chosen, moments, weights, full_plan(groups), relevance=relevance)
     for group, rotation, _ in rotations(model):
-        dims, heads = found[group.name], found[group.product_with]
+        dims, heads = found[group.name], found[partner_of(group)]
         assert dims.order == tuple(reversed(range(group.size)))
         assert list(dims.loss) == sorted(dims.loss)
         assert list(dims.nats) == sorted(dims.nats)
@@ -231,15 +233,15 @@ def test_heads_are_scored_by_the_dimensions_that_stay():
     weights = dict(model.named_parameters())
     moments, relevance = known(model, groups)
     given = (moments, weights, full_plan(groups))
-    pair = [a for a in groups if a.name in (group.name, group.product_with)]
+    pair = [a for a in groups if a.name in (group.name, partner_of(group))]
     alone = rank_groups(pair, *given, relevance=relevance)
     crossed = rank_groups(
         pair,
         *given,
         relevance=relevance,
-        crossed_kept={group.name: (0,), group.product_with: (0, 2)},
+        crossed_kept={group.name: (0,), partner_of(group): (0, 2)},
     )
-    assert crossed[group.product_with].loss[-1] < alone[group.product_with].loss[-1]
+    assert crossed[partner_of(group)].loss[-1] < alone[partner_of(group)].loss[-1]
     assert crossed[group.name].loss[-1] < alone[group.name].loss[-1]
     same = rank_groups(
         pair,
@@ -247,7 +249,7 @@ def test_heads_are_scored_by_the_dimensions_that_stay():
         relevance=relevance,
         crossed_kept={
             group.name: (*range(group.size),),
-            group.product_with: (*range(group.entries),),
+            partner_of(group): (*range(entries_of(group)),),
         },
     )
     assert same == alone

@@ -10,14 +10,7 @@ from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.importance.head_rotation import head_rotation
 from lightning_mi_prune.importance.statistics import unit_statistics
-from tests.support.models import (
-    CONFIGS,
-    PICTURES,
-    batch,
-    build,
-    inputs_of,
-    pictures,
-)
+from tests.support.models import CONFIGS, PICTURES, batch, build, entries_of, inputs_of, pictures
 
 FAMILIES = [*sorted(set(CONFIGS) - {"albert", "deberta-v2"}), *PICTURES]
 UNITS = ["ffn", "heads", "head_dim"]
@@ -83,7 +76,7 @@ def narrow(model, groups, rank):
             size = group.size
             for path in (group.rotation.query, group.rotation.value):
                 layer = model.get_submodule(path)
-                for head in range(group.entries):
+                for head in range(entries_of(group)):
                     rows = slice(head * size, head * size + size)
                     inner = torch.randn(size, rank, generator=generator)
                     onto = inner @ torch.linalg.pinv(inner)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.graph.groups import DependencyGroup, entry_positions
+from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.layouts import kept_positions, layout_size
 
 _BERT = {
     "vocab_size": 64,
@@ -140,9 +141,19 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return logits
 
 
+def entries_of(group: DependencyGroup, widths: Mapping[str, int] | None = None) -> int:
+    """Entries of each unit in the first tensor of a group, at the widths of its partners."""
+    return layout_size(group.tensors[0].layout, group.all_widths(widths or {}) | {group.name: 1})
+
+
+def partner_of(group: DependencyGroup) -> str:
+    """The other group of a product: heads of their dimensions, dimensions of their heads."""
+    return next((name for name, _ in group.partners), "")
+
+
 def duplicate(model: nn.Module, group: DependencyGroup, source: int, target: int) -> None:
     """Make unit ``target`` an exact copy of unit ``source`` (its consumers differ)."""
-    g = group.entries
+    g = entries_of(group)
     with torch.no_grad():
         for s in group.tensors:
             if s.dim == 0:
@@ -159,7 +170,8 @@ def make_constant(model: nn.Module, group: DependencyGroup, unit: int) -> None:
     with torch.no_grad():
         for s in group.tensors:
             if s.dim == 0 and s.tensor.endswith("weight"):
-                model.get_parameter(s.tensor)[unit * group.entries : (unit + 1) * group.entries] = 0
+                each = entries_of(group)
+                model.get_parameter(s.tensor)[unit * each : (unit + 1) * each] = 0
 
 
 def masked_copy(model: nn.Module, groups: list[DependencyGroup], plan: PruningPlan) -> nn.Module:
@@ -170,7 +182,9 @@ def masked_copy(model: nn.Module, groups: list[DependencyGroup], plan: PruningPl
             if group.kind == "hidden":
                 continue  # its norms would have to know: tests/discovery/test_hidden_size.py
             gone = sorted(set(range(group.size)) - set(plan.kept[group.name]))
-            found = entry_positions(group, {group.name: gone}, {group.name: group.size})
+            found = kept_positions(
+                group.tensors[0].layout, {group.name: gone}, group.all_widths({})
+            )
             place = torch.tensor(found, dtype=torch.long)
             if group.rotation is None:
                 for consumer in group.consumers:

@@ -23,7 +23,7 @@ from lightning_mi_prune.surgery.optimizers import (
     update_optimizers,
 )
 from lightning_mi_prune.surgery.units import Rewrite, apply_plan, reshape_tensors
-from tests.support.models import CONFIGS, HEADS, batch, build, random_plan
+from tests.support.models import CONFIGS, HEADS, batch, build, entries_of, random_plan
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -103,7 +103,7 @@ def sliced_by_hand(tensor, name, groups, plan):
             if s.tensor == name:
                 if plan.width(group.name) == group.size:
                     continue
-                g = group.entries
+                g = entries_of(group)
                 rows = [unit * g + j for unit in plan.kept[group.name] for j in range(g)]
                 tensor = tensor.index_select(s.dim, torch.tensor(rows))
     return tensor

@@ -222,16 +222,15 @@ def _dims(heads: DependencyGroup, layer: _Layer, parts: LayerNames) -> Dependenc
         consumer=f"{path}.{parts.out}",
         rescaled=parts.rescaled,
     )
+    ((name, size),) = heads.partners
     return DependencyGroup(
-        name=heads.product_with,
+        name=name,
         kind="head_dim",
-        size=heads.entries,
+        size=size,
         tensors=heads.tensors,
         consumers=(rotation.query, rotation.key, rotation.consumer),
         consumers_by_input=((rotation.query,), (rotation.key,), (rotation.consumer,)),
-        attributes=(
-            SizeAttribute(f"{path}.{parts.attention}", parts.head_size, ((heads.product_with,),)),
-        ),
+        attributes=(SizeAttribute(f"{path}.{parts.attention}", parts.head_size, ((name,),)),),
         scope=heads.scope,
         level=heads.level,
         partners=((heads.name, heads.size),),
