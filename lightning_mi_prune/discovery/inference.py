@@ -429,9 +429,10 @@ def _owner(tensor: str) -> str:
 
 def _is_news(atom: Atom) -> bool:
     """Whether a refusal is more than that of inputs, outputs, tables and kernels."""
-    plain = (DATA, "outputs of the call", "rows of the table", "kernel of ")
-    return not any(reason.startswith(plain) for reason in atom.reasons)
+    plain = ("outputs of the call", "rows of the table", "kernel of ")
+    special = [reason for reason in atom.reasons if reason != DATA]
+    return bool(special) and not any(reason.startswith(plain) for reason in special)
 
 
 def _reason(atom: Atom) -> str:
-    return ", ".join(list(atom.reasons)[:2])
+    return ", ".join([reason for reason in atom.reasons if reason != DATA][:2])

@@ -57,6 +57,8 @@ EXACT = {
     "where": lambda x, n: torch.where(x > 0, x, -x),
     "masked_fill": lambda x, n: x.masked_fill(x < 0, 0.0),
     "clone and cast": lambda x, n: x.clone().double().detach(),
+    "activations": lambda x, n: functional.hardswish(functional.mish(functional.softplus(x))),
+    "activations in place": lambda x, n: functional.hardswish(x.clone(), inplace=True).abs_(),
     "in place": lambda x, n: x.clone().mul_(2).add_(1).relu_(),
     "copy_": lambda x, n: torch.zeros_like(x).copy_(x),
     "zeros of the size": lambda x, n: torch.zeros(n * 2, 5) + x,
@@ -110,6 +112,9 @@ FIXED = {
     "arange": lambda x, n: x + torch.arange(n * 2)[:, None],
     "eye": lambda x, n: torch.eye(n * 2) @ x,
     "triu": lambda x, n: (x @ x.t()).triu(),
+    "positions of a convolution": lambda x, n: functional.conv1d(
+        x.t()[:, None], torch.ones(1, 1, 3), padding=1
+    ),
     "fft": lambda x, n: torch.fft.fft(x, dim=0).real,
     "rows of a table": lambda x, n: functional.embedding(torch.tensor([1, 2]), x),
     "nonzero": lambda x, n: x[x[:, 0] > -9],

@@ -129,6 +129,8 @@ def _convolution(trace: Trace, operator: Operator) -> None:
     for dim in trace.dims(w)[2:]:
         fix(dim, f"kernel of {operator.module}")
     output = operator.outputs[0]
+    for dim in trace.dims(x)[2:]:
+        fix(dim, f"positions of {operator.module}")
     pixels = [Atom(n, DATA if n > 1 else "") for n in output.shape[2:]]
     trace.set(output, [trace.dims(x)[0], made, *pixels])
     trace.set_origin(output, operator.index)

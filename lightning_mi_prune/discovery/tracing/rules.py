@@ -472,6 +472,14 @@ RULES: Mapping[str, Rule] = {
         "masked_fill masked_fill_ fill_ zero_ nan_to_num where isin _conj",
         _pointwise,
     ),
+    # Not marked as such by torch, in one overload or all.
+    **_named(
+        "hardswish hardswish_ hardsigmoid hardtanh hardtanh_ mish mish_ gelu gelu_ elu celu relu "
+        "leaky_relu softplus softshrink hardshrink threshold threshold_ prelu _prelu_kernel pow "
+        "add_ mul_ abs_ ne_ eq_ ge_ round floor_divide fmod remainder log1p log10 copysign "
+        "log_sigmoid_forward isfinite isinf isnan __rshift__ __lshift__",
+        _pointwise,
+    ),
     **_named("native_dropout dropout", _dropout),
     **_named("ones_like zeros_like full_like empty_like new_empty_strided", _like),
     **_named(
