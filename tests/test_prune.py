@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_mi_prune import PruningError, load_pruned, prune
+from lightning_mi_prune import PruningError, discover, load_pruned, prune
 from lightning_mi_prune import pipeline as method
 from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.allocation.macs import count_macs
@@ -301,3 +301,58 @@ def test_a_data_set_is_calibration_data(tmp_path):
         found.append(result.plan)
     assert found[0] == found[1] == found[2]
     assert found[0].width("bert.encoder.layer.0.ffn") < 40
+
+
+class Hand(nn.Module):
+    """Nothing describes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+def points(count=8):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(64, 8, generator=generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("given", ["found", "graph", "file"])
+def test_what_nothing_describes_is_found_in_the_first_batch(given, tmp_path):
+    net, graph = Hand(), None
+    if given != "found":
+        graph = discover(net, points()[0])
+        graph.save(tmp_path / "graph.json")
+        graph = graph if given == "graph" else str(tmp_path / "graph.json")
+    done = prune(net, points(), 0.5, graph=graph)
+    assert done.sparsity >= 0.5
+    assert net.up.weight.shape[0] == net.down.weight.shape[1] == net.up.out_features <= 16
+    assert net(points()[0]).shape == (64, 3)
+
+
+def test_channels_of_a_network_of_convolutions_go():
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(128, 2)
+    )
+    rows = [torch.randn(32, 3, 8, 8) for _ in range(8)]
+    done = prune(net, rows, 0.5, loss=lambda model, x: model(x).square().mean())
+    assert done.sparsity >= 0.5
+    assert net(rows[0]).shape == (32, 2)
+
+
+def test_a_function_that_runs_another_model_than_the_one_it_gets_is_refused():
+    net = Hand()
+    before = snapshot(net)
+    with pytest.raises(PruningError, match="forward runs Hand of the original model"):
+        prune(net, points(), 0.5, forward=lambda model, x: net(x))
+    assert same(net, before)
+
+
+def test_a_graph_of_another_model_is_refused():
+    graph = discover(Hand(), points()[0])
+    net = Hand()
+    net.up = nn.Linear(8, 40)
+    with pytest.raises(PruningError, match="does not fit this model"):
+        prune(net, points(), 0.5, graph=graph)

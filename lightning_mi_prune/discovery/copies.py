@@ -62,7 +62,7 @@ def run_once(module: nn.Module, run: Run, *modes: Any) -> Any:
         modes: Context managers that are active meanwhile.
     """
     with ExitStack() as stack:
-        for manager in (slow_path(), fixed_random_state(module), evaluating(module)):
+        for manager in (slow_path(), fixed_random_state(module), evaluating(module), _exact()):
             stack.enter_context(manager)
         torch.manual_seed(0)
         for mode in modes:
@@ -160,6 +160,19 @@ def _shallow(held: Mapping[str, Any]) -> dict[str, Any]:
         name: copy.copy(value) if type(value) in (dict, list, set, OrderedDict) else value
         for name, value in held.items()
     }
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Products of single precision are not rounded to fewer bits, which GPUs do by default."""
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def tensor_at(module: nn.Module, name: str) -> Tensor | None:

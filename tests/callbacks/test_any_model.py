@@ -14,7 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mi_prune import MutualInformationPruning, load_pruned
+from lightning_mi_prune import (
+    CKALayerPruning,
+    MutualInformationPruning,
+    PruningError,
+    load_pruned,
+)
 from tests.conftest import count_hooks
 from tests.support.boring import trainer
 from tests.support.runs import sha
@@ -124,3 +129,36 @@ def test_text_is_generated_as_without_a_cache(name: str) -> None:
     options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
     cached, plain = (network.generate(ids, use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, plain)
+
+
+@pytest.mark.filterwarnings("ignore:No layer makes up for the removed ones")  # 3 x 3 kernels
+@pytest.mark.parametrize("name", ["gpt2", "convnext", "resnet", "torch-encoder"])
+def test_layers_of_any_stack_go(name: str) -> None:
+    module, pruning = learner(name), CKALayerPruning(None, target_layers=1, verbose=False)
+    before = sum(p.numel() for p in module.parameters())
+    trainer(pruning, max_epochs=3, num_sanity_val_steps=0).fit(module)
+    assert pruning.graph is not None
+    for stack in pruning.graph.stacks:
+        assert len(module.network.get_submodule(stack.name.removeprefix("network."))) == 1
+    (cut,) = pruning.report.cuts
+    assert [choice.removed for choice in cut.stacks] == [(1,)] * len(pruning.graph.stacks)
+    assert cut.parameters == sum(p.numel() for p in module.parameters()) < before
+    assert count_hooks(module) == 0
+
+
+def test_layers_and_then_units_share_what_the_first_batch_shows() -> None:
+    module = learner("gpt2")
+    layers = CKALayerPruning(None, target_layers=1, verbose=False)
+    units = MutualInformationPruning(sparsity=0.8, verbose=False)
+    trainer(layers, units, max_epochs=6).fit(module)
+    assert layers.graph == units.graph
+    assert layers.report is units.report
+    first, second = units.report.cuts
+    assert first.stacks
+    assert second.sparsity >= 0.8
+    assert second.parameters < first.parameters
+
+
+def test_a_network_without_a_stack_is_refused() -> None:
+    with pytest.raises(PruningError, match="No stack of layers was found in Learner"):
+        trainer(CKALayerPruning(), max_epochs=3).fit(learner("depthwise"))

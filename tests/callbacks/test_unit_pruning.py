@@ -497,7 +497,7 @@ BAD_RUNS = [
     (fit_with(check_val_every_n_epoch=3), "No validation runs before and after epochs 1 to 2"),
     (fit_with(NoValidation), "this run has none"),
     (fit_with(limit_val_batches=0), "this run has none"),
-    (fit_with(Plain), "Nothing to prune was found in Plain"),
+    (fit_with(Plain), "Nothing of Plain can be pruned"),
     (fit_with(options={"sparsity": 0.99, "floor": 0.05}), "sparsity=0.99 is out of reach"),
     (fit_with(options={"sparsity": 0.99, "widths": "uniform"}), "sparsity=0.99 is out of reach"),
     (
