@@ -21,7 +21,7 @@ from lightning_mi_prune.graph.groups import (
     SizeAttribute,
     count_parameters,
 )
-from lightning_mi_prune.graph.layouts import Layout, layout_names, map_layout
+from lightning_mi_prune.graph.layouts import Factor, Layout, layout_names, map_layout
 
 __all__ = [
     "Solution",
@@ -412,11 +412,18 @@ class _Search:
             The classes that still fail, and the guess for groups that are one now.
         """
         left = [names for names, _ in failed]
-        for (first, _), (second, _) in combinations(failed, 2):
-            if first not in left or second not in left or not self.related(first, second):
+        for (one, _), (two, _) in combinations(failed, 2):
+            small, large = sorted((one, two), key=lambda names: self.groups[names[0]].size)
+            # Rotary positions turn pairs of dimensions, one in each half of a head.
+            halves = self.groups[large[0]].size == 2 * self.groups[small[0]].size
+            first, second = (small, large) if halves else (one, two)
+            if first not in left or second not in left:
+                continue
+            if not self.related(first, second, halves=halves):
                 continue
             before = self.verifier, self.groups, self.claims
-            renamed = self.merge(dict(zip(second, first, strict=True)))
+            targets = first * len(second) if len(first) == 1 else first
+            renamed = self.merge(dict(zip(second, targets, strict=True)), halves=halves)
             mine = _naming(renamed(guess), first)
             if self.check(first, {**mine, **self.claims}).equal:
                 guess = renamed(guess)
@@ -426,43 +433,50 @@ class _Search:
                 self.verifier, self.groups, self.claims = before
         return [(names, outcome) for names, outcome in failed if names in left], guess
 
-    def related(self, first: Sequence[str], second: Sequence[str]) -> bool:
-        """Whether groups of two classes have one size and are near each other."""
+    def related(self, first: Sequence[str], second: Sequence[str], *, halves: bool = False) -> bool:
+        """Whether groups of two classes have one size, or half of it, and are near each other."""
         a, b = self.groups[first[0]], self.groups[second[0]]
-        if a.size != b.size or len(first) != len(second):
+        if b.size != a.size * (2 if halves else 1):
+            return False
+        if len(first) != len(second) and not (halves and len(first) == 1):
             return False
         homes = [{_above(s.tensor, 2) for s in group.tensors} for group in (a, b)]
-        return bool(homes[0] & homes[1])
+        return bool(homes[0] & homes[1]) and (not halves or a.kind == b.kind == "head_dim")
 
-    def merge(self, same: Mapping[str, str]) -> Callable[[Claims], Claims]:
+    def merge(self, same: Mapping[str, str], *, halves: bool = False) -> Callable[[Claims], Claims]:
         """Make groups one with others, under the names of these.
+
+        Args:
+            same: The name that stays, by the one that goes.
+            halves: Whether a group that goes consists of two halves, each like the one that stays.
 
         Returns:
             A function that gives claims the new names.
         """
 
-        def name(old: str) -> str:
-            return same.get(old, old)
+        def factor(old: str) -> Factor:
+            stays = same.get(old)
+            return old if stays is None else ((stays,), (stays,)) if halves else stays
 
-        renamed = {n: group.renamed(name) for n, group in self.groups.items()}
+        changed = {n: _with_factors(g, factor, same, self.sizes) for n, g in self.groups.items()}
         for gone, stays in same.items():
-            one, other = renamed[stays], renamed.pop(gone)
-            renamed[stays] = replace(
+            one, other = changed[stays], changed.pop(gone)
+            changed[stays] = replace(
                 one,
                 tensors=tuple({(s.tensor, s.dim): s for s in one.tensors + other.tensors}.values()),
                 consumers=tuple(dict.fromkeys(one.consumers + other.consumers)),
                 consumers_by_input=one.consumers_by_input + other.consumers_by_input,
                 norms=tuple(dict.fromkeys(one.norms + other.norms)),
-                partners=tuple(dict(p for p in one.partners + other.partners).items()),
+                partners=tuple(dict(one.partners + other.partners).items()),
             )
         self.groups = {
-            n: replace(g, partners=tuple((p, s) for p, s in g.partners if p != n))
-            for n, g in renamed.items()
+            n: replace(g, partners=tuple((p, size) for p, size in g.partners if p != n))
+            for n, g in changed.items()
         }
-        self.verifier = self.verifier.renamed(same)
+        self.verifier = self.verifier.with_factors(factor, same)
 
         def renamed_claims(given: Claims) -> Claims:
-            return {k: replace(c, layout=map_layout(c.layout, name)) for k, c in given.items()}
+            return {k: replace(c, layout=map_layout(c.layout, factor)) for k, c in given.items()}
 
         self.claims = dict(renamed_claims(self.claims))
         return renamed_claims
@@ -517,6 +531,22 @@ def _named_alike(claim: SizeAttribute, groups: Mapping[str, DependencyGroup]) ->
     if "head" in last:
         return int("head_dim" in kinds)
     return int("hidden" in kinds) if re.search("hidden|embed|d_model", last) else 0
+
+
+def _with_factors(
+    group: DependencyGroup,
+    factor: Callable[[str], Factor],
+    same: Mapping[str, str],
+    sizes: Mapping[str, int],
+) -> DependencyGroup:
+    """A group with some names in its layouts replaced by others, or by layouts of them."""
+    partners = dict.fromkeys(same.get(name, name) for name, _ in group.partners)
+    known = dict(group.partners) | dict(sizes)
+    return replace(
+        group,
+        tensors=tuple(replace(s, layout=map_layout(s.layout, factor)) for s in group.tensors),
+        partners=tuple((name, known[name]) for name in partners),
+    )
 
 
 def _above(tensor: str, levels: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from lightning_mi_prune.discovery.copies import (
 )
 from lightning_mi_prune.discovery.inference import Reduction
 from lightning_mi_prune.graph.groups import DependencyGroup
-from lightning_mi_prune.graph.layouts import kept_positions, layout_names, map_layout
+from lightning_mi_prune.graph.layouts import Factor, kept_positions, layout_names, map_layout
 from lightning_mi_prune.surgery.units import apply_plan
 
 __all__ = [
@@ -138,18 +138,18 @@ class Verifier:
         if all(t.dtype == torch.float32 for t in outputs if t.is_floating_point()):
             self.base = single
 
-    def renamed(self, same: Mapping[str, str]) -> Verifier:
-        """The same with groups that became one: their names in layouts, by the old name."""
+    def with_factors(self, factor: Callable[[str], Factor], gone: Iterable[str]) -> Verifier:
+        """The same for groups some of which became part of others.
+
+        Args:
+            factor: What stands for a name in the layouts now.
+            gone: Names that are no longer those of groups.
+        """
         other = copy.copy(self)
-        other.sizes = {n: size for n, size in self.sizes.items() if n not in same}
+        other.sizes = {n: size for n, size in self.sizes.items() if n not in set(gone)}
         other._masked = None
         other._reductions = tuple(
-            replace(
-                r,
-                dims=tuple(
-                    (i, d, map_layout(layout, lambda n: same.get(n, n))) for i, d, layout in r.dims
-                ),
-            )
+            replace(r, dims=tuple((i, d, map_layout(layout, factor)) for i, d, layout in r.dims))
             for r in self._reductions
         )
         return other

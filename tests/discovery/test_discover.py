@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
+from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.discover import discover, discover_run
 from lightning_mi_prune.graph.graph import PruningGraph
+from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.models import batch, build, pictures
 
 
@@ -72,13 +74,31 @@ def test_a_convolutional_network() -> None:
 
 def test_a_decoder_with_grouped_heads() -> None:
     graph = discover(tiny_llama())
-    assert kinds(graph) == {"hidden": 1, "heads": 2, "query_heads": 2, "ffn": 2}
+    found = {"hidden": 1, "heads": 2, "query_heads": 2, "head_dim": 1, "ffn": 2}
+    assert kinds(graph) == found
+    assert graph.refused == ()
     assert {group.size for group in graph.groups if group.kind == "heads"} == {2}
     assert [stack.size for stack in graph.stacks] == [2]
     assert all(group.may_be_empty for group in graph.groups if group.kind == "ffn")
-    # Rotary positions and values have head sizes of their own that one number counts.
-    assert {refusal.kind for refusal in graph.refused} == {"head_dim"}
-    assert all("self_attn" in refusal.reason for refusal in graph.refused)
+    # Rotary positions turn pairs of dimensions in all layers, and one number counts values too.
+    (dims,) = [group for group in graph.groups if group.kind == "head_dim"]
+    pair = ((dims.name,), (dims.name,))
+    (read,) = [s for s in dims.tensors if s.tensor == "model.layers.1.self_attn.o_proj.weight"]
+    assert dims.size == 4
+    assert read.layout[0][-1] == pair
+    assert "model.rotary_emb.inv_freq" in {s.tensor for s in dims.tensors}
+
+
+def test_generation_of_a_decoder_with_narrower_heads() -> None:
+    net = tiny_llama()
+    graph = discover(net)
+    groups = [group for group in graph.groups if group.kind in ("heads", "head_dim", "ffn")]
+    kept = {group.name: tuple(range(0, group.size, 2)) for group in groups}
+    apply_plan(net, groups, PruningPlan({g.name: g.size for g in groups}, kept))
+    ids = torch.randint(5, 40, (2, 4))
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "pad_token_id": 0}
+    with_cache = net.generate(ids, do_sample=False, **asked)
+    assert torch.equal(with_cache, net.generate(ids, do_sample=False, use_cache=False, **asked))
 
 
 def test_layers_whose_numbers_differ_from_their_tensors() -> None:
