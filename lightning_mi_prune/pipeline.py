@@ -445,13 +445,11 @@ def prune(
             ``training_step``.
         forward: Runs the module on a batch; default ``model(**batch)``, ``model(*batch)`` or
             ``model(batch)`` by the type of the batch, ``validation_step`` of a LightningModule.
-        kinds: Kinds of unit to cut; default ``"ffn"``, ``"heads"`` and ``"channels"`` where the
-            model has them.
+        kinds: Kinds of unit to cut; default ``"ffn"``, ``"heads"``, ``"channels"``.
         module: Path of the submodule to search.
         include: Only groups whose name this regular expression finds.
         exclude: No groups whose name this regular expression finds.
-        graph: What the module can lose (``discover``), or a file that holds it; default: what
-            describes the module, else what its first batch shows.
+        graph: What the module can lose, or its file; default: found in the first batch.
         widths: ``"global"`` lets all groups compete for the budget, ``"uniform"`` keeps the same
             share of every group.
         calibration: How much is collected.
