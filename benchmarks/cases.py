@@ -12,6 +12,7 @@ from benchmarks import ablations, costs, latency, layers, recovery, scaling
 from benchmarks.methods import SETTINGS
 from benchmarks.records import Job, Store, key_of
 from benchmarks.tasks import QUICK, RECIPES
+from benchmarks.zoo.measuring import zoo
 
 __all__ = ["CASES", "OPTIONS", "missing_jobs"]
 
@@ -71,6 +72,7 @@ CASES = {
         Case("one-cut", costs.one_cut, TINY),
         Case("scaling", scaling.scaling, {"repeats": 1, "tiny": True}),
         Case("demo", costs.demo, {"seeds": [0]}),
+        Case("zoo", zoo, {"models": ["bert", "cnn-flatten"]}),
     )
 }
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -81,6 +83,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "settings": {"nargs": "+", "choices": [setting.name for setting in SETTINGS]},
     "steps": {"nargs": "+", "type": int},
     "lengths": {"nargs": "+", "type": int},
+    "models": {"nargs": "+"},
+    "libraries": {"nargs": "+", "choices": ["torch", "transformers", "torchvision", "timm"]},
     "layers": {"nargs": "+", "type": int},
     "shapes": {"nargs": "+", "choices": [*costs.SHAPES]},
     "variants": {"type": int},

@@ -20,12 +20,13 @@ from benchmarks.latency import BATCHES
 from benchmarks.methods import DEFAULT, SETTINGS
 from benchmarks.records import FOLDER, Record, Store
 from benchmarks.scaling import ENCODERS, encoder, reconstruction_bytes, reduced_bytes, ring_seconds
+from benchmarks.zoo import tables as zoo
 from lightning_mi_prune import find_groups
 
 __all__ = ["TABLES", "rewritten", "table_lines"]
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("ablations", "comparison", "cost", "distributed", "layers")
+DOCS = ("ablations", "comparison", "cost", "distributed", "layers", "models")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 Records = Sequence[Record]
 
@@ -303,6 +304,10 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "layers": ("layers", layers),
     "layers-one-shot": ("layers-one-shot", layers_one_shot),
     "layers-speed": ("layers-speed", layers_speed),
+    "zoo-machine": ("zoo", measured_on),
+    "zoo-summary": ("zoo", zoo.summary),
+    "zoo-shortfalls": ("zoo", zoo.shortfalls),
+    "zoo": ("zoo", zoo.every_model),
 }
 """The case whose records a table is made of, and what makes it."""
 

@@ -69,6 +69,7 @@ from lightning_mi_prune.discovery.families import (
 )
 from lightning_mi_prune.graph.graph import PruningGraph, choose_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
+from lightning_mi_prune.graph.inputs import multiplied_with
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation, criterion_of
 from lightning_mi_prune.importance.head_rotation import check_rotations
 from lightning_mi_prune.importance.ranking import RelevanceSource, rank_groups
@@ -289,7 +290,7 @@ def decide(
     if rankings is not None and relevance == "weights":  # of which only some are kept above
         rankings = rank(chosen, widths=widths)
         widths = share(rankings=rankings)
-    crossed = [g for g in chosen if any(name in mine for name, _ in g.partners)]
+    crossed = [group for group in chosen if multiplied_with(group) & set(mine)]
     for _ in range(_SWEEPS if crossed else 0):
         if rankings is not None:
             crossed_kept = {g.name: rankings[g.name].kept(widths[g.name]) for g in crossed}
@@ -444,13 +445,11 @@ def prune(
             ``training_step``.
         forward: Runs the module on a batch; default ``model(**batch)``, ``model(*batch)`` or
             ``model(batch)`` by the type of the batch, ``validation_step`` of a LightningModule.
-        kinds: Kinds of unit to cut; default ``"ffn"``, ``"heads"`` and ``"channels"`` where the
-            model has them.
+        kinds: Kinds of unit to cut; default ``"ffn"``, ``"heads"``, ``"channels"``.
         module: Path of the submodule to search.
         include: Only groups whose name this regular expression finds.
         exclude: No groups whose name this regular expression finds.
-        graph: What the module can lose (``discover``), or a file that holds it; default: what
-            describes the module, else what its first batch shows.
+        graph: What the module can lose, or its file; default: found in the first batch.
         widths: ``"global"`` lets all groups compete for the budget, ``"uniform"`` keeps the same
             share of every group.
         calibration: How much is collected.

@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim
-from lightning_mi_prune.graph.layouts import Layout, kept_positions, layout_names, unit_positions
+from lightning_mi_prune.graph.layouts import (
+    Layout,
+    kept_positions,
+    layout_names,
+    layout_terms,
+    unit_positions,
+)
 
 __all__ = [
     "ConsumerInput",
     "kept_now",
+    "multiplied_with",
     "read_dims",
     "widths_now",
 ]
@@ -131,6 +138,19 @@ def read_dims(groups: Sequence[DependencyGroup]) -> dict[str, int]:
                 if tensor in dims:
                     found[tensor] = 1 if 1 in dims[tensor] else 0
     return found
+
+
+def multiplied_with(group: DependencyGroup) -> frozenset[str]:
+    """Groups in products with a group: the entries of its units are fewer when they shrink.
+
+    Example:
+        >>> read = PrunableDim("out.weight", 1, (4, 8), (("heads", "size"), ("other",)))
+        >>> group = DependencyGroup("heads", "heads", 2, (read,), ("out",))
+        >>> sorted(multiplied_with(group))
+        ['size']
+    """
+    products = (names for s in group.tensors for names in layout_terms(s.layout))
+    return frozenset(n for names in products if group.name in names for n in names) - {group.name}
 
 
 def widths_now(group: DependencyGroup, current: PruningPlan) -> dict[str, int]:

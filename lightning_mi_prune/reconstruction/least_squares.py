@@ -24,6 +24,7 @@ from lightning_mi_prune.core.consumers import (
     is_pointwise,
     stacked_weight,
     stored_weight,
+    why_not_consumer,
 )
 from lightning_mi_prune.core.empty_linear import linear_at
 from lightning_mi_prune.core.errors import PruningError, counted, number
@@ -36,6 +37,7 @@ from lightning_mi_prune.reconstruction.targets import ReconstructedLayer, Target
 __all__ = [
     "Sum",
     "is_gain",
+    "is_solvable",
     "reconstruct_network",
     "reconstruct_networks",
 ]
@@ -65,7 +67,7 @@ def reconstruct_network(
 
     Args:
         cut: The cut model, with compensated weights.
-        layers: Layers to solve.
+        layers: Layers to solve, for which :func:`is_solvable` holds.
         path: Network that is called.
         targets: The sample, and the outputs of the dense model on it.
         ridge: Strength of the pull towards the present weights, as a share of the mean variance of
@@ -86,7 +88,7 @@ def reconstruct_network(
     def solve(layer: ReconstructedLayer, parts: Sequence[LayerCall]) -> Sequence[Tensor]:
         target = targets.take(layer.target.layer)
         module = cut.get_submodule(layer.layer)
-        if target is None or not (is_gain(module) or is_pointwise(module)):
+        if target is None:
             return [part.output for part in parts]
         wanted = [
             _without_stream(layer, part, values)
@@ -153,7 +155,11 @@ def reconstruct_networks(
         # A rank without calls runs one of another's with weight 0: all must add the same sums.
         others = [call for calls in ranks for call in calls.get(path, ())][:1]
         call = merge_calls(stored or others, _PADDING * positions // world)
-        inside = [layer for layer in layers if is_within(layer.layer, path)]
+        inside = [
+            layer
+            for layer in layers
+            if is_within(layer.layer, path) and is_solvable(cut.get_submodule(layer.layer))
+        ]
         if call is None or not inside:
             continue
         device = next(module.parameters()).device
@@ -267,15 +273,28 @@ def _norm_sums(plain: Tensor, wanted: Tensor) -> Tensor:
 def is_gain(module: nn.Module) -> bool:
     """Whether a module normalises each position and multiplies each entry by a weight.
 
+    Not those that expect the entries before the positions, as some of convolutions do.
+
     Example:
         >>> is_gain(nn.LayerNorm(4)), is_gain(nn.RMSNorm(4)), is_gain(nn.BatchNorm1d(4))
         (True, True, False)
     """
     if isinstance(module, nn.LayerNorm):
-        return module.elementwise_affine
-    own = dict(module.named_parameters())
-    named = "norm" in type(module).__name__.lower() and [*own] == ["weight"]
+        return module.elementwise_affine and type(module).forward is nn.LayerNorm.forward
+    own, name = dict(module.named_parameters()), type(module).__name__.lower()
+    named = "norm" in name and "2d" not in name and [*own] == ["weight"]
     return named and own["weight"].ndim == 1 and not list(module.buffers())
+
+
+def is_solvable(module: nn.Module) -> bool:
+    """Whether a layer can be solved again: a gain, or a consumer of single positions.
+
+    Example:
+        >>> is_solvable(nn.Linear(4, 2)), is_solvable(nn.Conv2d(4, 2, 3)), is_solvable(nn.ReLU())
+        (True, False, False)
+    """
+    layer = linear_at(module)
+    return is_gain(layer) or (is_pointwise(layer) and not why_not_consumer(layer))
 
 
 def _normalized(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[float, list[Tensor]]:

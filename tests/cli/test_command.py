@@ -26,6 +26,7 @@ from lightning_mi_prune.cli.program import OPTIONS, prune_module
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import CONFIGS, randomize
 from tests.support.packages import hide
+from tests.support.zoo import learner
 
 ROOT = Path(__file__).parents[2]
 
@@ -613,3 +614,16 @@ def test_modules_of_the_working_directory_are_found(tmp_path):
     module = load_pruned(Classifier(), "pruned.ckpt")
     size = sum(p.numel() for p in module.parameters())
     assert size < sum(p.numel() for p in Classifier().parameters())
+
+
+def test_a_network_that_nothing_describes_is_pruned(tmp_path: Path) -> None:
+    """What it can lose is found in the first validation batch."""
+    module = learner("hand-written")
+    before = sum(p.numel() for p in module.parameters())
+    output = str(tmp_path / "small.ckpt")
+    result = prune_module(module, None, trainer(), output=output, evaluate="none", sparsity=0.5)
+    assert result.sparsity >= 0.5
+    assert sum(p.numel() for p in module.parameters()) == result.parameters[1] < before
+    fresh = learner("hand-written")
+    load_pruned(fresh, output)
+    assert all(map(torch.equal, fresh.state_dict().values(), module.state_dict().values()))

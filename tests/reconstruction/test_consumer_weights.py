@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
@@ -18,7 +19,12 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph import inputs
 from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.reconstruction.compensation import select_units
-from lightning_mi_prune.reconstruction.least_squares import is_gain, reconstruct_network
+from lightning_mi_prune.reconstruction.least_squares import (
+    is_gain,
+    is_solvable,
+    reconstruct_network,
+    reconstruct_networks,
+)
 from lightning_mi_prune.reconstruction.targets import (
     ReconstructedLayer,
     Targets,
@@ -180,12 +186,17 @@ def test_a_layer_is_solved_again_from_its_outputs(kind):
     assert torch.allclose(solved["layer.bias"], dense.layer.bias, atol=1e-6)
 
 
-def test_a_convolution_with_a_kernel_stays_as_it_is():
-    dense = seeded(lambda: Projected(nn.Conv2d(5, 3, 3)))
+def test_a_layer_that_cannot_be_solved_stays_as_it_is():
+    """A kernel of several positions, and entries before the positions."""
     call = RecordedCall((torch.randn(9, 5, 6, 6, dtype=torch.float64),), {})
-    layers = [ReconstructedLayer("layer", None, None)]
-    wrong = copy.deepcopy(dense)
-    assert reconstruct_network(wrong, layers, "", Targets(dense, layers, "", call)) == {}
+    for layer in (nn.Conv2d(5, 3, 3), ConvNextLayerNorm(5, data_format="channels_first")):
+        dense = Projected(layer).double()
+        layers = [ReconstructedLayer("layer", None, torch.arange(2))]
+        options = {"positions": 100, "ridge": 0.01}
+        assert not is_solvable(layer)
+        assert reconstruct_networks(dense, dense, layers, [{"": [call]}], **options) == {}
+    assert is_solvable(nn.Conv2d(5, 3, 1))
+    assert is_solvable(Conv1D(5, 3))
 
 
 def test_the_outputs_that_a_transposed_layer_keeps_are_in_its_second_dimension():

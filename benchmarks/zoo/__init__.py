@@ -1,0 +1,1 @@
+"""The zoo: discovery, and torch-pruning beside it, on every architecture at hand."""
