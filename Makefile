@@ -13,9 +13,9 @@
 #   make costs         what calibration, scores and cuts cost, beside other ways to do it, how it
 #                      grows, and the demo with three seeds (two hours alone on two cores; records
 #                      in benchmarks/records)
-#   make zoo           groups found and verified in over 200 architectures of transformers, torchvision
-#                      and timm, beside torch-pruning (half an hour on one core; an environment of
-#                      its own, .venv-zoo; records in benchmarks/records)
+#   make zoo           groups found and verified in 320 architectures of transformers, torchvision and
+#                      timm, beside torch-pruning; what has no record yet, resumable (an environment
+#                      of its own, .venv-zoo; records in benchmarks/records)
 #   make matrix        stop and resume under every strategy, precision and optimizer
 #                      (some minutes; writes docs/matrix.md)
 #   make format        rewrite the code in the project's format

@@ -57,7 +57,7 @@ def shortfalls(records: Records) -> list[str]:
         reasons += (r.get("refusals") or [])[:2]
         text = "; ".join(reasons).replace("|", "/").replace("\n", " ")
         rows.append(row([r["model"], _share(r.get("covered")), text[:240]]))
-    return with_head(["model", "covered", "why"], rows, 1) if rows else ["None."]
+    return with_head(["model", "covered", "why"], rows) if rows else ["None."]
 
 
 def every_model(records: Records) -> list[str]:
