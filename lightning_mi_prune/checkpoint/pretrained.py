@@ -15,11 +15,18 @@ import torch
 from torch import nn
 
 from lightning_mi_prune.checkpoint.loading import substitute_class
+from lightning_mi_prune.checkpoint.stored_graph import check_networks, check_stored
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS, empty_linears
 from lightning_mi_prune.core.errors import PruningError, require
-from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan, recorded_plan
-from lightning_mi_prune.discovery.families import find_groups, plan_for, present_plan
+from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, PruningPlan, recorded_plan
+from lightning_mi_prune.discovery.families import (
+    NotDescribedError,
+    find_groups,
+    plan_for,
+    present_plan,
+)
 from lightning_mi_prune.discovery.families.transformers import MODEL_TYPES
+from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.surgery.parameters import config_numbers, shapes_at
@@ -223,14 +230,16 @@ def _shaped(
         kwargs: Passed on.
     """
     network = build(config, *args, **kwargs)
-    groups = find_groups(network)
+    groups, graph = _groups_of(network)
     built = _check_numbers(network, groups, present_plan(network, groups), source)
     if any(getattr(config, name) != number for name, number in built.items()):
         # A part that is not in the folder is cut like the others if it is built like them.
         for name, number in built.items():
             setattr(config, name, number)
         network = build(config, *args, **kwargs)
-        groups = find_groups(network)
+        groups, graph = _groups_of(network)
+    if graph is not None:
+        check_stored(network, graph, graph.full)
     plan = present_plan(network, groups)
     _check_built(network, groups, plan, source)
     reshape_tensors(network, groups, plan)
@@ -238,6 +247,33 @@ def _shaped(
     known = getattr(network, "_keys_to_ignore_on_load_unexpected", None)
     network._keys_to_ignore_on_load_unexpected = {*(known or ()), r"lightning_mi_prune\.plan"}
     return network, _Cut(network, groups, plan)
+
+
+def _groups_of(network: Any) -> tuple[Sequence[DependencyGroup], PruningGraph | None]:
+    """The groups of a network as its family describes them, or as the graph in its config does.
+
+    Returns:
+        The groups, and the graph if they are from there, which is not checked yet.
+
+    Raises:
+        PruningError: If the config holds no graph, or one of other networks.
+    """
+    try:
+        return find_groups(network), None
+    except NotDescribedError:
+        graph = _recorded_graph(network)
+        if graph is None:
+            raise
+        return graph.groups, graph
+
+
+def _recorded_graph(network: Any) -> PruningGraph | None:
+    text = getattr(network.config, GRAPH_FIELD, None)
+    if text is None:
+        return None
+    graph = PruningGraph.from_json(text)
+    check_networks(network, graph)
+    return graph
 
 
 def _check_built(

@@ -114,9 +114,7 @@ def _check_names(module: nn.Module, group: DependencyGroup) -> None:
     fields = [group.config, group.tie, *group.config_aliases]
     for field in (field for field in fields if field is not None and hasattr(config, "to_dict")):
         value = getattr(config, field, None)
-        # None: transformers derive the width, and take the number where one is given.
-        known = value is None and hasattr(config, field)
-        if not known and (not isinstance(value, int) or isinstance(value, bool)):
+        if isinstance(value, bool) or not isinstance(value, int | None):  # None: by another field
             raise _refusal(f"config.{field} is {described(value)}, not a number")
 
 

@@ -15,12 +15,14 @@ from lightning_mi_prune.core.untrusted import described, number, read_json
 
 __all__ = [
     "CONFIG_FIELD",
+    "GRAPH_FIELD",
     "PruningPlan",
     "Ranking",
     "recorded_plan",
 ]
 
 CONFIG_FIELD = "pruning_plan"
+GRAPH_FIELD = "pruning_graph"
 _VERSION = 1
 _LARGEST_GROUP = 2**24
 _LARGEST_TEXT = 64 * 2**20  # characters; a plan has a few hundred thousand

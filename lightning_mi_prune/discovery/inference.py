@@ -315,6 +315,7 @@ class _Collector:
             consumers=consumers,
             consumers_by_input=inputs if len(inputs) > 1 or hidden else (),
             network=network,
+            inferred=True,
             scope=network if scope is None else scope,
             level=first,
             residual=None if hidden or not uses else self.streams.residual(uses[0]),

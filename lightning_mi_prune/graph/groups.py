@@ -181,6 +181,7 @@ class DependencyGroup:
             sizes as built.
         rotation: Projections to rotate before units, the dimensions of heads, are removed.
         current_name: Its name in the present model, if layers were removed.
+        inferred: Whether a recorded call showed it, and no family describes it.
     """
 
     name: str
@@ -205,6 +206,7 @@ class DependencyGroup:
     partners: tuple[tuple[str, int], ...] = ()
     rotation: RotatableProjections | None = None
     current_name: str = ""
+    inferred: bool = False
 
     @property
     def inputs(self) -> dict[str, tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS, parameters_of, place_linears
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.core.plan import CONFIG_FIELD, PruningPlan
+from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, PruningPlan
+from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.surgery.attention import fit_attentions
 from lightning_mi_prune.surgery.empty_modules import (
@@ -350,10 +352,13 @@ def _update_sizes(
         for name, number in config_numbers(inside, plan).items():
             setattr(config, name, number)
         record = _record(inside, plan).under(path)
+        vars(config).pop(GRAPH_FIELD, None)
         if record.is_full:
             vars(config).pop(CONFIG_FIELD, None)
-        else:
-            setattr(config, CONFIG_FIELD, record.to_json())
+            continue
+        setattr(config, CONFIG_FIELD, record.to_json())
+        if any(group.inferred for group in inside):
+            setattr(config, GRAPH_FIELD, _graph_record(inside, path).to_json())
 
 
 def _affected(
@@ -377,6 +382,17 @@ def _record(groups: Sequence[DependencyGroup], plan: PruningPlan) -> PruningPlan
     names = {group.current_name or group.name: group.name for group in groups}
     kept = {here: plan.kept[name] for here, name in names.items()}
     return PruningPlan({here: plan.sizes[name] for here, name in names.items()}, kept)
+
+
+def _graph_record(groups: Sequence[DependencyGroup], path: str) -> PruningGraph:
+    """The graph for a config, named as the plan beside it."""
+    names = {group.name: group.current_name or group.name for group in groups}
+    here = [
+        replace(group.renamed(lambda name: names.get(name, name)), current_name="")
+        for group in groups
+    ]
+    graph = PruningGraph(tuple(here))
+    return graph.under(path) if path else graph
 
 
 def _set_forward(model: nn.Module, group: DependencyGroup, kept: Sequence[int]) -> None:

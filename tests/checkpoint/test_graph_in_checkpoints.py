@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_mi_prune.checkpoint.loading import load_pruned
+from lightning_mi_prune.checkpoint.pretrained import from_pretrained
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import PLAN_KEY, is_plan
 from lightning_mi_prune.core.errors import PruningError
@@ -73,6 +74,27 @@ def test_a_part_keeps_its_graph_when_it_is_taken_out(tmp_path):
     fresh = nn.ModuleDict({"net": build("convolutions", seed=1)[0]})
     load_pruned(fresh, tmp_path / "whole.pt")
     assert torch.equal(output_of(fresh["net"], call), output_of(model, call))
+
+
+@pytest.mark.parametrize("name", ["grouped queries", "fused queries"])
+def test_a_folder_of_transformers_opens_with_its_plan(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, call = cut(name)
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(AutoModelForCausalLM, tmp_path)
+    assert torch.equal(output_of(again, call), output_of(model, call))
+    tokens = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0}
+    assert torch.equal(
+        again.generate(**call.kwargs, **tokens), model.generate(**call.kwargs, **tokens)
+    )
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    graph = json.loads(fields["pruning_graph"])
+    first(graph)["tensors"][0]["shape"][0] += 1
+    file.write_text(json.dumps(fields | {"pruning_graph": json.dumps(graph)}))
+    with pytest.raises(PruningError, match=r"made for another model|its shape is"):
+        from_pretrained(AutoModelForCausalLM, tmp_path)
 
 
 def test_models_that_lost_nothing_hold_no_entry():
