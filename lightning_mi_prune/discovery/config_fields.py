@@ -298,7 +298,7 @@ def with_depth_fields(module: nn.Module, stacks: Sequence[LayerStack]) -> tuple[
         >>> net = BertModel(BertConfig(num_hidden_layers=3, vocab_size=50, **sizes))
         >>> [stack] = with_depth_fields(net, [LayerStack("encoder.layer", 3)])
         >>> stack.config_fields
-        (('', 'num_hidden_layers'),)
+        (('', 'num_hidden_layers'), ('encoder', 'num_hidden_layers'))
     """
     found = []
     for stack in stacks:
