@@ -191,7 +191,25 @@ class _Search:
                 self.accepted, self.claims = every, {**mine, **self.claims}
                 classes = [names for names in classes if names not in plain]
             self.one_by_one(classes, guess)
+        self.confirm()
         self.describe()
+
+    def confirm(self) -> None:
+        """Refuse groups whose kind cannot be cut without the others, until all can."""
+        kinds = {self.groups[name].kind for name in self.accepted}
+        while len(kinds) > 1:
+            alone = {
+                kind: [n for n in self.accepted if self.groups[n].kind == kind] for kind in kinds
+            }
+            outcomes = {kind: self.check(names, self.claims) for kind, names in alone.items()}
+            wrong = [kind for kind, outcome in outcomes.items() if not outcome.equal]
+            if not wrong:
+                return
+            for kind in wrong:
+                for name in alone[kind]:
+                    self.reasons[name] = f"not without other groups: {_reason(outcomes[kind])}"
+                    self.accepted.remove(name)
+            kinds -= set(wrong)
 
     def sharing(
         self, classes: Sequence[list[str]], guess: Claims
@@ -413,12 +431,12 @@ class _Search:
         """
         left = [names for names, _ in failed]
         for (one, _), (two, _) in combinations(failed, 2):
+            if one not in left or two not in left:
+                continue
             small, large = sorted((one, two), key=lambda names: self.groups[names[0]].size)
             # Rotary positions turn pairs of dimensions, one in each half of a head.
             halves = self.groups[large[0]].size == 2 * self.groups[small[0]].size
             first, second = (small, large) if halves else (one, two)
-            if first not in left or second not in left:
-                continue
             if not self.related(first, second, halves=halves):
                 continue
             before = self.verifier, self.groups, self.claims

@@ -72,9 +72,10 @@ class Outcome:
 
 
 def random_halves(groups: Sequence[DependencyGroup], seed: int = 0) -> dict[str, tuple[int, ...]]:
-    """A random half of the units of every group, about: groups of one size keep different numbers.
+    """A random half of the units of every group, about: most groups keep different shares.
 
-    A number that follows the wrong one of two groups then has the wrong value.
+    A number that follows the wrong one of two groups then has the wrong value, and so has one that
+    counts two groups of which one alone is cut right.
 
     Example:
         >>> a, b = (DependencyGroup(n, "ffn", 8, (), ()) for n in "ab")
@@ -84,7 +85,7 @@ def random_halves(groups: Sequence[DependencyGroup], seed: int = 0) -> dict[str,
     source, used = random.Random(seed), dict[int, int]()  # noqa: S311
     found = {}
     for group in groups:
-        turn = used.get(group.size, seed)
+        turn = used.get(group.size, seed + len(used))
         used[group.size] = turn + 1
         low, high = max(1, group.size // 3), max(1, (2 * group.size) // 3)
         width = low + (group.size // 2 - low + turn) % (high - low + 1)
