@@ -113,6 +113,12 @@ def _open(
             name_or_path, *args, **wanted
         )
     except Exception as error:
+        if isinstance(error, RuntimeError) and "must match the size of tensor" in str(error):
+            raise PruningError(
+                f"{name_or_path} lost units of a buffer that transformers computes anew whenever "
+                "it opens a model, such as rotary frequencies. Save a checkpoint of the state dict "
+                "as well, and open that with load_pruned."
+            ) from error
         if _is_clear(error):
             raise
         raise _damage(error, cls, name_or_path) from error

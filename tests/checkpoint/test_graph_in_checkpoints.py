@@ -80,7 +80,7 @@ def test_a_part_keeps_its_graph_when_it_is_taken_out(tmp_path):
 def test_a_folder_of_transformers_opens_with_its_plan(name, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    model, call = cut(name)
+    model, call = cut(name, set(kinds_of(name)) - {"head_dim"})
     model.save_pretrained(tmp_path)
     again = from_pretrained(AutoModelForCausalLM, tmp_path)
     assert torch.equal(output_of(again, call), output_of(model, call))
@@ -94,6 +94,15 @@ def test_a_folder_of_transformers_opens_with_its_plan(name, tmp_path):
     first(graph)["tensors"][0]["shape"][0] += 1
     file.write_text(json.dumps(fields | {"pruning_graph": json.dumps(graph)}))
     with pytest.raises(PruningError, match=r"made for another model|its shape is"):
+        from_pretrained(AutoModelForCausalLM, tmp_path)
+
+
+def test_a_folder_cannot_hold_cut_frequencies_that_transformers_computes(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, _ = cut("grouped queries", {"head_dim"})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(PruningError, match="rotary frequencies.*load_pruned"):
         from_pretrained(AutoModelForCausalLM, tmp_path)
 
 
