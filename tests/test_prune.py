@@ -354,5 +354,5 @@ def test_a_graph_of_another_model_is_refused():
     graph = discover(Hand(), points()[0])
     net = Hand()
     net.up = nn.Linear(8, 40)
-    with pytest.raises(PruningError, match="does not fit this model"):
+    with pytest.raises(PruningError, match="made for another model"):
         prune(net, points(), 0.5, graph=graph)

@@ -196,8 +196,8 @@ def _check_linear(module: nn.Module, path: str) -> None:
     if why or found is None or not is_pointwise(found):
         why = why or f"{type(found).__name__} has a kernel of several positions."
         raise PruningError(
-            f"{path!r} cannot be solved again: {why} Merge adapters first, or set the method of "
-            "reconstruction to 'none'."
+            f"{path!r} cannot be solved again: {why} Expected a plain linear layer; merge adapters "
+            "first, or set the method of reconstruction to 'none'."
         )
 
 

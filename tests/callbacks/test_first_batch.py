@@ -215,7 +215,7 @@ def test_a_graph_of_another_model_is_refused() -> None:
             self.network.up[0] = nn.Linear(8, 30)
 
     assert graph is not None
-    with pytest.raises(PruningError, match=r"does not fit this model: .network\.up\.0\.weight"):
+    with pytest.raises(PruningError, match=r"made for another model: .network\.up\.0\.weight"):
         trainer(callback(graph=graph)).fit(Wider())
 
 
