@@ -102,7 +102,7 @@ def test_a_folder_cannot_hold_cut_frequencies_that_transformers_computes(tmp_pat
 
     model, _ = cut("grouped queries", {"head_dim"})
     model.save_pretrained(tmp_path)
-    with pytest.raises(PruningError, match="rotary frequencies.*load_pruned"):
+    with pytest.raises(PruningError, match=r"rotary frequencies.*load_pruned"):
         from_pretrained(AutoModelForCausalLM, tmp_path)
 
 
