@@ -196,8 +196,15 @@ class _Search:
 
     def confirm(self) -> None:
         """Refuse groups whose kind cannot be cut without the others, until all can."""
-        kinds = {self.groups[name].kind for name in self.accepted}
-        while len(kinds) > 1:
+        kind_of = {name: group.kind for name, group in self.groups.items()}
+        # Others share no dimension with another kind, and so no number.
+        kinds = {
+            kind_of[name]
+            for name in self.accepted
+            for partner, _ in self.groups[name].partners
+            if kind_of.get(partner, kind_of[name]) != kind_of[name]
+        }
+        while kinds:
             alone = {
                 kind: [n for n in self.accepted if self.groups[n].kind == kind] for kind in kinds
             }
