@@ -206,7 +206,7 @@ _WORDS = {
     "ffn": "intermediate|ffn|inner|d_ff|mlp",
     "head_dim": "head_dim|d_kv|head_size",
     "heads": "head",
-    "hidden": "hidden|d_model|embd|embed|dim",
+    "hidden": "hidden|d_model|n_embd|embed|dim",
 }
 
 
@@ -216,7 +216,12 @@ def _ordered(builder: _Builder, value: int, kind: str) -> list[str]:
     names = [name for name, number in builder.numbers.items() if number == value]
     unset = [n for n, v in vars(builder.network.config).items() if v is None]
     derived = [name for name in unset if kind in ("ffn", "head_dim") and re.search(words, name)]
-    return [*sorted(names, key=lambda name: re.search(words, name) is None), *derived]
+    order = words.split("|")
+
+    def rank(name: str) -> int:
+        return next((i for i, word in enumerate(order) if word in name), len(order))
+
+    return [*sorted(names, key=rank), *derived]
 
 
 def _sets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:

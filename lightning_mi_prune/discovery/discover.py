@@ -28,8 +28,10 @@ from lightning_mi_prune.discovery.copies import (
     tensor_outputs,
 )
 from lightning_mi_prune.discovery.example_inputs import example_inputs
+from lightning_mi_prune.discovery.heads import with_empty_attention, with_rotations
 from lightning_mi_prune.discovery.inference import Inference, Reduction, infer
-from lightning_mi_prune.discovery.search import Solution, solve, without_groups
+from lightning_mi_prune.discovery.labels import short_names
+from lightning_mi_prune.discovery.search import solve, without_groups
 from lightning_mi_prune.discovery.verification import OutOfTime, Verifier
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup
@@ -123,8 +125,11 @@ def discover_run(
         verifier = Verifier(module, call, inference.reductions, sizes, seconds)
         verifier.vary_constants(inference.groups)
         seen = seen_numbers(verifier.base, call) if inference.groups else set()
-        solution = solve(verifier, inference.groups, numbers_of(verifier.base), seen)
-        groups = _that_may_be_empty(verifier, solution)
+        numbers = numbers_of(verifier.base)
+        solution = solve(verifier, inference.groups, numbers, seen, inference.roles)
+        groups = with_rotations(verifier, solution.groups, inference.roles)
+        groups = with_empty_attention(verifier, module, _that_may_be_empty(verifier, groups))
+        groups = _with_short_names(groups, [stack.name for stack in inference.stacks])
         groups = with_config_fields(module, groups)
         stacks = with_depth_fields(module, inference.stacks)
     graph = PruningGraph(
@@ -289,17 +294,27 @@ def _of_kinds(inference: Inference, kinds: Sequence[str] | None) -> Inference:
     )
 
 
-def _that_may_be_empty(verifier: Verifier, solution: Solution) -> tuple[DependencyGroup, ...]:
+def _with_short_names(
+    groups: Sequence[DependencyGroup], stacks: Sequence[str]
+) -> tuple[DependencyGroup, ...]:
+    """The groups with the names of their layers for dimensions of heads that became one."""
+    short = short_names([g.name for g in groups if g.kind == "head_dim"], "head_dim", stacks)
+    return tuple(group.renamed(lambda name: short.get(name, name)) for group in groups)
+
+
+def _that_may_be_empty(
+    verifier: Verifier, groups: Sequence[DependencyGroup]
+) -> tuple[DependencyGroup, ...]:
     """Note which neurons beside a residual stream can all go: then the layer only adds its bias."""
-    names = {g.name for g in solution.groups if g.kind == "ffn" and g.residual is not None}
-    some = [replace(g, may_be_empty=True) for g in solution.groups if g.name in names]
+    names = {g.name for g in groups if g.kind == "ffn" and g.residual is not None}
+    some = [replace(g, may_be_empty=True) for g in groups if g.name in names]
     try:
         empty = bool(some) and verifier.check_kept(some, dict.fromkeys(names, ())).equal
     except OutOfTime:
         empty = False
     return tuple(
         replace(group, may_be_empty=True) if empty and group.name in names else group
-        for group in solution.groups
+        for group in groups
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_mi_prune.core.consumers import why_not_consumer
 from lightning_mi_prune.discovery.copies import results_of
+from lightning_mi_prune.discovery.hints import unit_arguments
 from lightning_mi_prune.discovery.labels import Candidate, kinds_of, names_of
 from lightning_mi_prune.discovery.stacks import find_chains
 from lightning_mi_prune.discovery.streams import Streams
@@ -37,7 +39,14 @@ from lightning_mi_prune.discovery.tracing.recording import (
 )
 from lightning_mi_prune.discovery.tracing.rules import follow
 from lightning_mi_prune.discovery.tracing.trace import DATA, Trace, WeightUse
-from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, PrunableDim, Refusal
+from lightning_mi_prune.graph.groups import (
+    DependencyGroup,
+    LayerStack,
+    PrunableDim,
+    Refusal,
+    UnitArgument,
+    is_within,
+)
 from lightning_mi_prune.graph.layouts import Block, Factor, Layout, layout_names
 
 __all__ = [
@@ -72,6 +81,7 @@ class Inference:
         refused: Units that cannot be cut, and why.
         reductions: Operators that compute statistics over units of the groups.
         unknown: Operators without a rule, and the modules in which they ran.
+        roles: ``"query"``, ``"key"`` or ``"value"`` by the path of a projection of heads.
     """
 
     groups: tuple[DependencyGroup, ...]
@@ -79,6 +89,7 @@ class Inference:
     refused: tuple[Refusal, ...]
     reductions: tuple[Reduction, ...]
     unknown: tuple[str, ...]
+    roles: Mapping[str, str]
 
 
 def infer(module: nn.Module, run: Callable[[nn.Module], Any]) -> Inference:
@@ -103,10 +114,28 @@ def infer(module: nn.Module, run: Callable[[nn.Module], Any]) -> Inference:
     """
     recording = record_call(module, run)
     trace = Trace(recording.tensors)
+    selected = _selected_arguments(module, recording)
     for operator in _used_operators(recording):
-        follow(trace, operator)
+        with ExitStack() as stack:
+            for tensor, dim in selected.get(operator.index, ()):
+                stack.enter_context(trace.apart(tensor, dim))
+            follow(trace, operator)
     _fix_results(trace, recording.output)
     return _Collector(module, recording, trace).collect()
+
+
+def _selected_arguments(
+    module: nn.Module, recording: Recording
+) -> dict[int, list[tuple[Tensor, int]]]:
+    """Tensors from which modules select the entries of their units, by operators that read them."""
+    found: dict[int, list[tuple[Tensor, int]]] = defaultdict(list)
+    for path, argument in unit_arguments(module).items():
+        for call in (call for call in recording.calls if call.path == path):
+            tensor = call.arguments.get(argument.argument)
+            for operator in recording.operators[call.start : call.end]:
+                if tensor is not None and any(each is tensor for each in operator.inputs):
+                    found[operator.index].append((tensor, argument.dim))
+    return found
 
 
 def _used_operators(recording: Recording) -> list[Operator]:
@@ -173,6 +202,7 @@ class _Collector:
     def __init__(self, module: nn.Module, recording: Recording, trace: Trace) -> None:
         self.module, self.trace = module, trace
         self.streams = Streams(module, recording, trace)
+        self.arguments = unit_arguments(module)
         self.stacks = find_chains(module, recording, trace)
         self.parameters = dict(module.named_parameters())
         first: dict[int, str] = {}
@@ -213,7 +243,8 @@ class _Collector:
         candidates = [self._candidate(atom, free) for atom in free]
         kinds = kinds_of(candidates, self.stacks)
         networks = [self.streams.network(self._first_index(atom)) for atom in free]
-        names = names_of(candidates, kinds, self.stacks, networks)
+        homes = [self.streams.base(network) for network in networks]
+        names = names_of(candidates, kinds, self.stacks, networks, homes)
         by_atom = {id(atom): name for atom, name in zip(free, names, strict=True)}
         groups, unread = [], []
         for atom, kind, network in zip(free, kinds, networks, strict=True):
@@ -239,7 +270,20 @@ class _Collector:
             ),
             reductions=tuple(self._reductions(by_atom, kept)),
             unknown=tuple(self.trace.unknown),
+            roles=self._roles([a for a, kind in zip(free, kinds, strict=True) if kind == "head_dim"]),
         )
+
+    def _roles(self, atoms: Sequence[Atom]) -> dict[str, str]:
+        """What projections make: dimensions of two that nothing reads are those of products."""
+        found: dict[str, str] = {}
+        for atom in atoms:
+            made = [*dict.fromkeys(_owner(use.tensor) for use in self.made[id(atom)])]
+            read = {_owner(use.tensor) for use in self.read[id(atom)]}
+            if len(made) == 2 and not read:
+                found |= dict(zip(made, ("query", "key"), strict=True))
+            elif len(made) == len(read) == 1:
+                found[made[0]] = "value"
+        return found
 
     # ------------------------------------------------------------------------------- candidates
 
@@ -316,14 +360,26 @@ class _Collector:
             consumers_by_input=inputs if len(inputs) > 1 or hidden else (),
             network=network,
             inferred=True,
-            scope=network if scope is None else scope,
+            scope=self.streams.home(first, network) if scope is None else scope,
             level=first,
             residual=None if hidden or not uses else self.streams.residual(uses[0]),
             above=() if hidden else self._above(uses),
             norms=self._norms(atom),
             partners=tuple((other, sizes[other]) for other in partners),
+            unit_arguments=self._unit_arguments(kind, tensors),
         )
         return group, reason
+
+    def _unit_arguments(
+        self, kind: str, tensors: Sequence[PrunableDim]
+    ) -> tuple[UnitArgument, ...]:
+        """Arguments with an entry for every head of the modules that hold the projections."""
+        found = self.arguments if kind == "heads" else {}
+        return tuple(
+            argument
+            for path, argument in found.items()
+            if all(is_within(s.tensor, path) for s in tensors)
+        )
 
     def _consumers(self, atom: Atom) -> tuple[list[WeightUse], str]:
         """Uses of weights that read units and can be calibrated; why there are none."""
@@ -354,8 +410,9 @@ class _Collector:
                 if dim == use.input_dim:
                     continue
                 for atom in atoms_of(expression):
-                    later = [each for each in self._consumers(atom)[0] if each.index > use.index]
-                    found |= {_owner(each.tensor): None for each in later}
+                    later = {each.tensor for each in self.read[id(atom)] if each.index > use.index}
+                    readers = [each.tensor for each in self._consumers(atom)[0]]
+                    found |= {_owner(name): None for name in readers if name in later}
         return tuple(found)
 
     def _norms(self, atom: Atom) -> tuple[str, ...]:
@@ -419,7 +476,7 @@ class _Collector:
             final_norm=last if last and f"{top}.{last}" in normed else "",
             residual_branches=tuple(p for p, count in branches.items() if count >= size - fixed),
             network=network,
-            scope=network if scope is None else scope,
+            scope=self.streams.home(first, network) if scope is None else scope,
         )
 
 

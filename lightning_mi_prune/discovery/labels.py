@@ -12,6 +12,7 @@ __all__ = [
     "Candidate",
     "kinds_of",
     "names_of",
+    "short_names",
 ]
 
 
@@ -90,6 +91,7 @@ def names_of(
     kinds: Sequence[str],
     stacks: Collection[str],
     networks: Sequence[str],
+    homes: Sequence[str],
 ) -> list[str]:
     """A unique name for each candidate: where it is, and its kind.
 
@@ -101,10 +103,11 @@ def names_of(
         kinds: Their kinds.
         stacks: Paths of the containers of layers.
         networks: For each candidate, the path of its network.
+        homes: For each candidate, the path of the base model in its network, if it has one.
     """
     places = [
-        _place(one, kind, stacks, network)
-        for one, kind, network in zip(candidates, kinds, networks, strict=True)
+        _place(one, kind, stacks, home if kind == "hidden" else network)
+        for one, kind, network, home in zip(candidates, kinds, networks, homes, strict=True)
     ]
     for choose in (_common_module, _first_producer):
         taken = Counter(zip(places, kinds, strict=True))
@@ -129,13 +132,33 @@ def names_of(
     return names
 
 
-def _place(one: Candidate, kind: str, stacks: Collection[str], network: str) -> str:
+def short_names(names: Sequence[str], kind: str, stacks: Collection[str]) -> dict[str, str]:
+    """Shorter names for groups of one kind that turned out to be the only ones of their layers.
+
+    Args:
+        names: Their names.
+        kind: The kind.
+        stacks: Paths of the containers of layers.
+
+    Example:
+        >>> short_names(["layers.0.v.head_dim", "layers.1.v.head_dim"], "head_dim", ["layers"])
+        {'layers.0.v.head_dim': 'layers.0.head_dim', 'layers.1.v.head_dim': 'layers.1.head_dim'}
+    """
+    items = {name: item_of(name, stacks) for name in names}
+    taken = Counter(items.values())
+    return {name: f"{item}.{kind}" for name, item in items.items() if item and taken[item] == 1}
+
+
+def _place(one: Candidate, kind: str, stacks: Collection[str], home: str) -> str:
     items = {item_of(name, stacks) for name in one.tensors}
     if len(items) == 1 and "" not in items:
         return items.pop()
     if kind in ("pooler", "hidden"):
-        return _common_module(one, network, kind) if kind == "hidden" else network
-    return _common_module(one, "", kind) or _first_producer(one, network, kind)
+        common = _common_module(one, home, kind)
+        # A head around the base model reads its hidden states too.
+        above = not common or home.startswith(f"{common}.")
+        return home if kind == "pooler" or above else common
+    return _common_module(one, "", kind) or _first_producer(one, home, kind)
 
 
 def _common_module(one: Candidate, place: str, kind: str) -> str:

@@ -14,6 +14,7 @@ from lightning_mi_prune.discovery.attributes import (
     describing_attributes,
     pattern_of,
 )
+from lightning_mi_prune.discovery.heads import rotatable_projections
 from lightning_mi_prune.discovery.verification import Outcome, OutOfTime, Verifier
 from lightning_mi_prune.graph.groups import (
     DependencyGroup,
@@ -122,6 +123,7 @@ def solve(
     groups: Sequence[DependencyGroup],
     numbers: Sequence[Number],
     seen: set[tuple[str, str]],
+    roles: Mapping[str, str],
 ) -> Solution:
     """Find which groups can be cut, and with which numbers.
 
@@ -133,8 +135,9 @@ def solve(
         groups: Groups without attributes.
         numbers: Numbers of the modules.
         seen: Those of them that reach a size in an operator.
+        roles: What projections of heads make, by their path.
     """
-    search = _Search(verifier, {group.name: group for group in groups}, numbers, seen)
+    search = _Search(verifier, {group.name: group for group in groups}, numbers, seen, roles)
     try:
         search.run()
     except OutOfTime:
@@ -153,6 +156,7 @@ class _Search:
     groups: dict[str, DependencyGroup]
     numbers: Sequence[Number]
     seen: set[tuple[str, str]]
+    roles: Mapping[str, str]
     claims: dict[tuple[str, str], SizeAttribute] = field(default_factory=dict)
     accepted: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -450,13 +454,31 @@ class _Search:
             targets = first * len(second) if len(first) == 1 else first
             renamed = self.merge(dict(zip(second, targets, strict=True)), halves=halves)
             mine = _naming(renamed(guess), first)
-            if self.check(first, {**mine, **self.claims}).equal:
+            if self.check(first, {**mine, **self.claims}).equal or self.rescaled(first, mine):
                 guess = renamed(guess)
                 passed[:] = [*((names, renamed(claims)) for names, claims in passed), (first, mine)]
                 left = [names for names in left if names not in (first, second)]
             else:
                 self.verifier, self.groups, self.claims = before
         return [(names, outcome) for names, outcome in failed if names in left], guess
+
+    def rescaled(self, names: Sequence[str], claims: Claims) -> bool:
+        """Whether dimensions of heads can go if queries make up for what scores are divided by.
+
+        Some attention divides by the root of the size that heads have, not that as built. The
+        groups carry a rotation then, which says so.
+        """
+        before = dict(self.groups)
+        for name in names:
+            rotation = rotatable_projections(self.groups[name], self.roles)
+            if self.groups[name].kind != "head_dim" or rotation is None:
+                return False
+            scaled = replace(rotation, rescaled=True)
+            self.groups[name] = replace(self.groups[name], rotation=scaled)
+        if self.check(names, {**claims, **self.claims}).equal:
+            return True
+        self.groups = before
+        return False
 
     def related(self, first: Sequence[str], second: Sequence[str], *, halves: bool = False) -> bool:
         """Whether groups of two classes have one size, or half of it, and are near each other."""

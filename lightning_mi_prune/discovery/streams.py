@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_mi_prune.discovery.stacks import shared_path
 from lightning_mi_prune.discovery.tracing.recording import ModuleCall, Operator, Recording
 from lightning_mi_prune.discovery.tracing.trace import Trace, WeightUse
+from lightning_mi_prune.graph.groups import join_path
 
 __all__ = [
     "Streams",
@@ -136,6 +137,19 @@ class Streams:
         if known or not paths:
             return min(known, key=len) if known else ""
         return min(paths, key=len)
+
+    def base(self, network: str) -> str:
+        """Path of the base model inside a Hugging Face model with a head; else the network's."""
+        module = self._model.get_submodule(network)
+        prefix = str(getattr(module, "base_model_prefix", ""))
+        inner = getattr(module, prefix, None) if prefix else None
+        return join_path(network, prefix) if isinstance(inner, nn.Module) else network
+
+    def home(self, index: int, network: str) -> str:
+        """Path of the base model around an operator, or of its network."""
+        base = self.base(network)
+        inside = any(call.path == base for call in self.calls_around(index))
+        return base if inside else network
 
     def scope(self, index: int) -> str | None:
         """Path of the innermost module that received ``attention_mask`` of examples x positions."""

@@ -193,7 +193,9 @@ class Verifier:
         self, groups: Sequence[DependencyGroup], kept: Mapping[str, tuple[int, ...]]
     ) -> list[Tensor]:
         """Outputs of the module with the dropped units' entries set to zero in every tensor."""
-        key = ({g.name: [(s.tensor, s.dim, s.layout) for s in g.tensors] for g in groups}, kept)
+        factors = _query_factors(groups, kept)
+        dims = {g.name: [(s.tensor, s.dim, s.layout) for s in g.tensors] for g in groups}
+        key = (dims, kept, factors)
         if self._masked is None or self._masked[0] != key:
             zeroed: dict[int, Tensor] = {}
             for name, dim, index in self._positions(groups, kept):
@@ -206,6 +208,11 @@ class Verifier:
                 gone[index] = False
                 where = gone.nonzero().flatten().to(old.device)
                 zeroed[id(old)].index_fill_(dim, where, 0)
+            for path, factor in factors.items():
+                for name in ("weight", "bias"):
+                    old = tensor_at(self.base, f"{path}.{name}")
+                    if old is not None and id(old) in zeroed:
+                        zeroed[id(old)].mul_(factor)
             names = set(kept)
             mine = [
                 r for r in self._reductions if any(names & set(layout_names(d[2])) for d in r.dims)
@@ -215,6 +222,18 @@ class Verifier:
                 put_tensors(self.base, zeroed)
                 self._masked = (key, zeroed, modes, self.call(self.base, *modes))
         return self._masked[3]
+
+    def unchanged_by(self, change: Callable[[nn.Module], None]) -> bool:
+        """Whether a change of the copy, which is taken back, leaves its outputs as they are.
+
+        Raises:
+            OutOfTime: If the time is over.
+        """
+        self._masked = ((), {}, [], self.call(self.base))
+        with changed_within(self.base):
+            change(self.base)
+            got = self.call(self.base)
+        return self._compared(got, self._masked[3]).equal
 
     def check(self, groups: Sequence[DependencyGroup], seed: int = 0) -> Outcome:
         """Cut a random half of the units of groups, all at once, on a copy.
@@ -293,6 +312,17 @@ class Verifier:
         with changed_within(self.base):
             put_tensors(self.base, {**zeroed, **rounded})
             return relative_difference(self.call(self.base, *modes), want)
+
+
+def _query_factors(
+    groups: Sequence[DependencyGroup], kept: Mapping[str, tuple[int, ...]]
+) -> dict[str, float]:
+    """Factors of queries that make up for attention which divides by the size that heads have."""
+    return {
+        group.rotation.query: (group.size / max(1, len(kept[group.name]))) ** 0.5
+        for group in groups
+        if group.rotation is not None and group.rotation.rescaled
+    }
 
 
 def _is_constant(tensor: Tensor) -> bool:

@@ -24,6 +24,7 @@ __all__ = [
     "count_parameters",
     "full_depth",
     "full_plan",
+    "is_within",
     "join_path",
 ]
 
@@ -290,6 +291,16 @@ class DependencyGroup:
 def join_path(prefix: str, path: str) -> str:
     """A path, named from a module that holds the present one at ``prefix``."""
     return ".".join(filter(None, (prefix, path)))
+
+
+def is_within(path: str, top: str) -> bool:
+    """Whether a module path is ``top`` or below it.
+
+    Example:
+        >>> is_within("encoder.layer.1", "encoder"), is_within("encoder2", "encoder")
+        (True, False)
+    """
+    return top == "" or path == top or path.startswith(f"{top}.")
 
 
 def full_plan(groups: Sequence[DependencyGroup]) -> PruningPlan:

@@ -6,6 +6,7 @@ no symbolic trace, control flow as it happens. Parameters and buffers are recogn
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -80,6 +81,7 @@ class ModuleCall:
         inputs: Tensors among its arguments.
         outputs: Tensors that it returned.
         names: Names of arguments that hold tensors, as far as they were given by name.
+        arguments: Tensors among its arguments, by the name that its ``forward`` has for them.
     """
 
     path: str
@@ -88,6 +90,7 @@ class ModuleCall:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     names: tuple[str, ...]
+    arguments: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,7 @@ class _Running:
     start: int
     inputs: tuple[Tensor, ...]
     names: tuple[str, ...]
+    arguments: Mapping[str, Tensor]
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -241,7 +245,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             names = tuple(name for name, value in kwargs.items() if isinstance(value, Tensor))
             inputs = tuple(tensors_of((args, kwargs)))
-            self._running.append(_Running(path, len(self.operators), inputs, names))
+            given = _named(module, args, kwargs)
+            self._running.append(_Running(path, len(self.operators), inputs, names, given))
 
         return hook
 
@@ -255,8 +260,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 call.inputs,
                 tuple(tensors_in(output)),
                 call.names,
+                call.arguments,
             )
         )
+
+
+def _named(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Mapping[str, Tensor]:
+    """The tensors among the arguments of a call, by name."""
+    positional = zip(inspect.signature(module.forward).parameters, args, strict=False)
+    return {n: value for n, value in (*positional, *kwargs.items()) if isinstance(value, Tensor)}
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -105,6 +106,18 @@ class Trace:
         if sizes != list(tensor.shape):
             raise ValueError(f"{sizes} are not the sizes of {tuple(tensor.shape)}")
         self._dims[id(tensor)] = now
+
+    @contextmanager
+    def apart(self, tensor: Tensor, dim: int) -> Iterator[None]:
+        """Follow an operator as if one dimension of an input were its own, to be selected from."""
+        before = self.dims(tensor)
+        own: list[Expression] = [*before]
+        own[dim] = Atom(before[dim].size)
+        self._dims[id(tensor)] = own
+        try:
+            yield
+        finally:
+            self._dims[id(tensor)] = [*before]
 
     def equal(self, a: Expression, b: Expression, operator: Operator) -> None:
         """Make two dimensions one."""
