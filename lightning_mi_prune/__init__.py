@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from lightning_mi_prune.core.errors import PruningError, PruningWarning
     from lightning_mi_prune.core.plan import PruningPlan
     from lightning_mi_prune.discovery.discover import discover
-    from lightning_mi_prune.discovery.families import find_groups, register_family
-    from lightning_mi_prune.discovery.families.describe import linear_group
+    from lightning_mi_prune.graph.describe import linear_group
     from lightning_mi_prune.graph.graph import PruningGraph
     from lightning_mi_prune.pipeline import PruneResult, prune
     from lightning_mi_prune.reporting.report import PruningReport
@@ -48,13 +47,11 @@ __all__ = [
     "PruningWarning",
     "apply_plan",
     "discover",
-    "find_groups",
     "from_pretrained",
     "linear_group",
     "load_pruned",
     "options",
     "prune",
-    "register_family",
 ]
 
 _HOME = {
@@ -68,13 +65,11 @@ _HOME = {
     "PruningWarning": "core.errors",
     "apply_plan": "surgery.units",
     "discover": "discovery.discover",
-    "find_groups": "discovery.families",
     "from_pretrained": "checkpoint.pretrained",
-    "linear_group": "discovery.families.describe",
+    "linear_group": "graph.describe",
     "load_pruned": "checkpoint.loading",
     "options": "core.options",
     "prune": "pipeline",
-    "register_family": "discovery.families",
 }
 
 

@@ -61,14 +61,13 @@ from lightning_mi_prune.core.running import (
 )
 from lightning_mi_prune.discovery.copies import structural_copy
 from lightning_mi_prune.discovery.discover import discover_run
-from lightning_mi_prune.discovery.families import (
-    NotDescribedError,
-    find_groups,
-    is_within,
+from lightning_mi_prune.graph.graph import (
+    PruningGraph,
+    check_within,
+    choose_groups,
     modules_without_groups,
 )
-from lightning_mi_prune.graph.graph import PruningGraph, choose_groups
-from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
+from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters, is_within
 from lightning_mi_prune.graph.inputs import multiplied_with
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation, criterion_of
 from lightning_mi_prune.importance.head_rotation import check_rotations
@@ -496,11 +495,13 @@ def prune(
         training = batches_of(training, batch_size=batch_size, seed=seed)
     first = check_input(model, data)
     known = PlanTracker.held_by(model)
-    tracker = PlanTracker.of(model, partial(find_groups, within=module))
+    check_within(model, module)
+    tracker = PlanTracker.of(model)
     try:
-        found = _graph_of(tracker, graph, run, first)
-        if found is not None:
-            tracker.adopt(found)
+        if graph is not None:
+            tracker.adopt(PruningGraph.load(graph) if isinstance(graph, str) else graph)
+        elif not tracker.is_whole:
+            tracker.extend(_discovered(model, run, first))
         groups, plan = tracker.groups, tracker.plan
         mine = [group for group in groups if is_within(group.name, module)]
         others = modules_without_groups(model, groups, module)
@@ -578,24 +579,6 @@ def prune(
         information=decision.information,
         seconds=seconds,
     )
-
-
-def _graph_of(
-    tracker: PlanTracker, given: PruningGraph | str | None, forward: Forward, batch: Any
-) -> PruningGraph | None:
-    """The graph that is given or that the first batch shows; None where the model is described.
-
-    Raises:
-        PruningError: If the graph is of another model, or nothing can be cut.
-    """
-    model = tracker.module
-    if given is not None:
-        return PruningGraph.load(given) if isinstance(given, str) else given
-    try:
-        _ = tracker.graph
-    except NotDescribedError:
-        return _discovered(model, forward, batch)
-    return None
 
 
 def _discovered(model: nn.Module, forward: Forward, batch: Any) -> PruningGraph:

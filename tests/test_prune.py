@@ -8,6 +8,8 @@ from functools import partial
 import datasets
 import pytest
 import torch
+from lightning_mi_prune.discovery.families import register_family
+from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -21,8 +23,6 @@ from lightning_mi_prune.allocation.measuring import measure_table
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.calibration.datasets import batches_of
 from lightning_mi_prune.core.options import Constraints, Importance, Latency, Reconstruction
-from lightning_mi_prune.discovery.families import register_family
-from lightning_mi_prune.discovery.families.describe import linear_group
 from tests.support.boring import Classifier, Sentences
 from tests.support.models import batch, build, outputs, pictures
 

@@ -89,7 +89,7 @@ def measure_macs(
 
     Example:
         >>> import torch
-        >>> from lightning_mi_prune.discovery.families.describe import linear_group
+        >>> from lightning_mi_prune.graph.describe import linear_group
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
         >>> costs = measure_macs(net, [group], {"": RecordedCall((torch.zeros(1, 5, 3),), {})})

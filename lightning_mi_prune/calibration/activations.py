@@ -217,7 +217,7 @@ class ActivationRecorder(CallRecorder):
         calls: Positions of the inputs to store, so that a cut model can be run on them.
 
     Example:
-        >>> from lightning_mi_prune.discovery.families.describe import linear_group
+        >>> from lightning_mi_prune.graph.describe import linear_group
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
         >>> with ActivationRecorder(net, [group]) as recorder:
@@ -387,7 +387,7 @@ def input_sizes(model: nn.Module, groups: Sequence[DependencyGroup]) -> dict[str
         groups: The groups.
 
     Example:
-        >>> from lightning_mi_prune.discovery.families.describe import linear_group
+        >>> from lightning_mi_prune.graph.describe import linear_group
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
         >>> input_sizes(net, [group])

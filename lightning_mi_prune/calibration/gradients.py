@@ -215,7 +215,7 @@ class GradientRecorder(ModuleHooks):
         plan: Plan that the model carries (default: as built).
 
     Example:
-        >>> from lightning_mi_prune.discovery.families.describe import linear_group
+        >>> from lightning_mi_prune.graph.describe import linear_group
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
         >>> with GradientRecorder(net, [group]) as recorder:

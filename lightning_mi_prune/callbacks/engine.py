@@ -38,6 +38,7 @@ from lightning_mi_prune.callbacks.resume import (
     OptimizerPlan,
     check_snapshot,
     forget_metric,
+    reconcile_budget,
     rerun_validation,
     resumed,
     roll_back,
@@ -54,12 +55,11 @@ from lightning_mi_prune.callbacks.schedule import (
 )
 from lightning_mi_prune.callbacks.state import PendingCut, RunState, Session, saved_graph
 from lightning_mi_prune.callbacks.verification import DryRun, discover_in_step
-from lightning_mi_prune.checkpoint.state_dict import Find, PlanTracker
+from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted
 from lightning_mi_prune.core.options import Schedule
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
-from lightning_mi_prune.discovery.families import NotDescribedError
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import Cut, PruningReport
@@ -96,21 +96,26 @@ class PruningStrategy(Protocol):
 
     Attributes:
         order: Strategies of one run take turns in this order: layers go first.
-        find: What finds all that a module can lose.
         schedule: When to cut, as the user asks for it.
         goal: Where the schedule ends: a sparsity, or 1 for all of the way to another budget.
+        budget: The budget in words; "" for a sparsity.
         late: Whether a single cut comes as late as it may.
+        needs_graph: Whether it can only remove what a batch shows.
     """
 
     order: int
-    find: Find
     schedule: Schedule
     goal: float
+    budget: str
     late: bool
+    needs_graph: bool
 
     @property
     def steps(self) -> StepRecorder | None:
         """What records training steps; None needs none."""
+
+    def check_paths(self, module: nn.Module) -> None:
+        """Refuse paths that the module does not have, before the first batch."""
 
     def prepare(self, session: Session) -> Mapping[str, object]:
         """Choose what may go and check what can be known; what all ranks must have alike."""
@@ -192,12 +197,8 @@ class RunEngine:
     @property
     def plan(self) -> PruningPlan | None:
         """The plan the module carries now; None before ``setup``, or before the first batch."""
-        if self._tracker is None:
-            return None
-        try:
-            return self._tracker.plan
-        except NotDescribedError:
-            return None
+        tracker = self._tracker
+        return None if tracker is None or not tracker.is_known else tracker.plan
 
     @property
     def graph(self) -> PruningGraph | None:
@@ -214,7 +215,7 @@ class RunEngine:
                 f"{len(alike) + 1} {self.name} in one Trainer would each cut by a plan of their "
                 "own; expected one. Give one of them all there is to cut, or fit twice."
             )
-        self._tracker = PlanTracker.of(module, self.strategy.find)
+        self._tracker = PlanTracker.of(module)
         if stage == "fit":
             refuse_unsupported(trainer, layers=self.strategy.order == 0)
             self.state, self._optimizers, self._dry_run = RunState(), OptimizerPlan(), DryRun()
@@ -255,33 +256,35 @@ class RunEngine:
     def begin_fit(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Check everything that can be known before the first batch."""
         self._prepare(trainer, module)
+        state = self.state
+        dropped = reconcile_budget(state, self.strategy.budget)
+        for sentence in [*dropped, *forget_metric(state, self.guard)]:
+            rank_zero_warn(sentence)
         if self.guard is not None:
             check_monitor(trainer, module, self.guard.monitor)
         if not self._awaits_batch:
             self._begin_run(trainer, module)
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Choose what may go; where nothing describes the module, that waits for a batch."""
+        """Choose what may go; unless a graph is given, a batch has to show what there is."""
         session, graph = self._session(trainer, module), self.state.graph or self._given
 
         def prepare() -> Mapping[str, object]:
             if graph is not None:
                 session.tracker.adopt(graph)
-            try:
-                plan = session.plan
-            except NotDescribedError:
-                self._awaits_batch = True
-                return {**self.options, "whether the module is described": False}
-            self._awaits_batch = False
+            self.strategy.check_paths(module)
+            self._awaits_batch = not session.tracker.is_whole
+            if self._awaits_batch:
+                return {**self.options, "whether the graph is known": False}
             found = self.strategy.prepare(session)
-            return {**self.options, **found, **resumed(self.state, plan)}
+            return {**self.options, **found, **resumed(self.state, session.plan)}
 
         on_all_ranks(trainer.strategy, "what to prune and how", prepare)
 
     def _begin_run(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Reconcile what a run resumes with and the options, now that it is known what may go."""
         session = self._session(trainer, module)
-        for dropped in [*self.strategy.reconcile(session), *forget_metric(self.state, self.guard)]:
+        for dropped in self.strategy.reconcile(session):
             rank_zero_warn(dropped)
         for other in self._others(trainer):  # one run, one report: that of the first turn
             first, second = sorted((self, other), key=lambda engine: engine.strategy.order)
@@ -511,21 +514,28 @@ class RunEngine:
         batch: Any,
         loader: int = 0,
     ) -> None:
-        """Find what can be pruned by what a step does, if nothing describes the module.
+        """Find what can be pruned by what a step does, if that is not known.
 
         Rank 0 finds it for all; with two callbacks the first one does.
         """
         if not self._awaits_batch:
             return
         tracker = self._tracked()
-        if self.plan is None:
-            find = partial(discover_in_step, trainer, module, step, batch, loader)
+        if not tracker.is_whole:
+
+            def find() -> PruningGraph:
+                try:
+                    return discover_in_step(trainer, module, step, batch, loader)
+                except PruningError:
+                    if any(engine.strategy.needs_graph for engine in _engines(trainer)):
+                        raise
+                    return PruningGraph()
+
             text = broadcast_decision(trainer.strategy, lambda: find().to_json())
-            graph = PruningGraph.from_json(text)
-            tracker.adopt(graph)
-            rank_zero_info(f"Found in the first batch of {type(module).__name__}:\n{graph}")
+            tracker.extend(PruningGraph.from_json(text))
+            rank_zero_info(f"Found in the first batch of {type(module).__name__}:\n{tracker.graph}")
             for engine in _engines(trainer):
-                engine.state.graph = graph
+                engine.state.graph = tracker.graph
         self._prepare(trainer, module)
         self._begin_run(trainer, module)
         if self.state.graph is not None:

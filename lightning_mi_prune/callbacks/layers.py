@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,16 +20,13 @@ from lightning_mi_prune.callbacks.distributed import gather_ranks, sum_over_rank
 from lightning_mi_prune.callbacks.schedule import CutSchedule, validation_batches
 from lightning_mi_prune.callbacks.state import PendingCut, Session
 from lightning_mi_prune.callbacks.verification import check_surroundings, without_frozen
-from lightning_mi_prune.checkpoint.state_dict import Find
 from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
-from lightning_mi_prune.discovery.families import is_within
-from lightning_mi_prune.discovery.families.stacks import check_stack_paths, find_groups_and_stacks
-from lightning_mi_prune.graph.containers import layer_paths
-from lightning_mi_prune.graph.graph import PruningGraph
-from lightning_mi_prune.graph.groups import LayerStack
+from lightning_mi_prune.graph.containers import layer_paths, stack_at
+from lightning_mi_prune.graph.graph import PruningGraph, check_within
+from lightning_mi_prune.graph.groups import LayerStack, is_within
 from lightning_mi_prune.importance.layer_criteria import LayerCriterion, LayerSelector, StackCut
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reconstruction.removed_layers import compensate_removed_layers
@@ -59,6 +56,7 @@ class LayerStrategy:
 
     order = 0
     goal = 1.0
+    budget = ""
     late: bool
     steps = None
 
@@ -77,10 +75,10 @@ class LayerStrategy:
         self.schedule = replace(schedule, ramp="linear", cuts=cuts)
         # Layers are reconstructed best in a well-trained model; attempts need time to be undone.
         self.late = not guarded
-        self.find: Find = partial(find_groups_and_stacks, stacks=stacks, within=module)
         self.selector = selector
         self._similarity, self._calls = similarity, reconstruction.stored_positions
         self._paths, self._within = stacks, module
+        self.needs_graph = stacks is None
         self._stacks: list[LayerStack] = []
 
     @property
@@ -92,7 +90,24 @@ class LayerStrategy:
     def _names(self) -> list[str]:
         return [stack.name for stack in self._stacks]
 
+    def check_paths(self, module: nn.Module) -> None:
+        check_within(module, self._within)
+        for path in dict.fromkeys(self._paths or ()):
+            stack = stack_at(module, path)
+            if stack is None or stack.size > 1:  # a stack may have been cut to one layer
+                layer_paths(module, path)
+        _check_reached(module, self._paths or ())
+
+    def _add_given(self, session: Session) -> None:
+        """Add stacks that only the user knows of: a call does not show that layers can go."""
+        known = {stack.name for stack in session.graph.stacks}
+        given = [stack_at(session.module, path) for path in self._paths or () if path not in known]
+        added = tuple(stack for stack in given if stack is not None)
+        if added:
+            session.tracker.extend(PruningGraph(stacks=added))
+
     def prepare(self, session: Session) -> Mapping[str, object]:
+        self._add_given(session)
         module, stacks, state = session.module, session.graph.stacks, session.state
         if self._paths is None:  # one layer, as in a short decoder, is no stack to shorten
             mine = [stack for stack in stacks if is_within(stack.name, self._within)]
@@ -106,7 +121,7 @@ class LayerStrategy:
                 f"that run one after another. There are {[s.name for s in stacks] or 'none'}."
             )
         self._stacks = without_frozen(module, mine)
-        check_stack_paths(module, self._names)
+        _check_reached(module, self._names)
         check_surroundings(session, self.parameters(session), set(self._names))
         for stack in self._stacks:
             if session.plan.width(stack.name) > 1 or stack.size < 2:
@@ -385,4 +400,14 @@ class CKALayerPruning(PruningCallback):
             monitor=monitor,
             monitoring=monitoring,
             verbose=verbose,
+        )
+
+
+def _check_reached(module: nn.Module, stacks: Sequence[str]) -> None:
+    """Refuse stacks that are only reached through attribute access of a wrapper."""
+    unknown = sorted(set(stacks) - {name for name, _ in module.named_modules()})
+    if unknown:
+        raise PruningError(
+            f"{unknown} are reached through a wrapper, such as that of PEFT; expected paths of "
+            "modules. Merge adapters first (merge_and_unload), or add them with add_adapter."
         )

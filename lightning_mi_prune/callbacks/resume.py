@@ -43,6 +43,7 @@ __all__ = [
     "OptimizerPlan",
     "check_snapshot",
     "forget_metric",
+    "reconcile_budget",
     "reconcile_units",
     "rerun_validation",
     "resumed",
@@ -222,7 +223,6 @@ def reconcile_units(
     module: nn.Module,
     plan: PruningPlan,
     *,
-    budget: str,
     calls: int,
     steps: int,
 ) -> list[str]:
@@ -233,7 +233,6 @@ def reconcile_units(
         groups: Groups that may be cut now.
         module: The model.
         plan: The plan it carries.
-        budget: What the schedule leads to now, where that is not a sparsity.
         calls: Positions of calls to store now; 0 stores none.
         steps: Training steps to take gradients from now; 0 takes none.
 
@@ -260,6 +259,20 @@ def reconcile_units(
     if state.pending is not None and set(state.pending.decision.information) != names:
         state.pending = None
         dropped.append("The pending cut was chosen for other groups; it will be chosen again.")
+    return dropped
+
+
+def reconcile_budget(state: RunState, budget: str) -> list[str]:
+    """Drop the schedule of a run that resumes with another budget.
+
+    Args:
+        state: The run, as it was read.
+        budget: What the schedule leads to now, where that is not a sparsity.
+
+    Returns:
+        What was dropped, in a sentence.
+    """
+    dropped = []
     if state.budget != budget and state.fitted.epochs:
         # Goals are counted from the model as built: what is reached already asks for no cut.
         state.reached, state.pending = 0.0, None

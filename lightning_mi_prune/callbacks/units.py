@@ -35,14 +35,18 @@ from lightning_mi_prune.callbacks.resume import reconcile_units
 from lightning_mi_prune.callbacks.schedule import CutSchedule, validation_batches
 from lightning_mi_prune.callbacks.state import PendingCut, Session, write
 from lightning_mi_prune.callbacks.verification import check_surroundings, without_frozen
-from lightning_mi_prune.checkpoint.state_dict import Find
 from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import PruningError, number
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
-from lightning_mi_prune.discovery.families import find_groups, is_within, modules_without_groups
-from lightning_mi_prune.graph.graph import PruningGraph, choose_groups, summarize_groups
-from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
+from lightning_mi_prune.graph.graph import (
+    PruningGraph,
+    check_within,
+    choose_groups,
+    modules_without_groups,
+    summarize_groups,
+)
+from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters, is_within
 from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
 from lightning_mi_prune.pipeline import check as check_options
 from lightning_mi_prune.reconstruction.compensation import Decision
@@ -164,6 +168,7 @@ class UnitStrategy:
 
     order = 1
     late = False
+    needs_graph = True
 
     def __init__(
         self,
@@ -178,7 +183,6 @@ class UnitStrategy:
         budget = pipeline.budget
         self.pipeline, self.schedule = pipeline, schedule
         self.goal = budget.amount if budget.kind == "sparsity" else 1.0
-        self.find: Find = partial(find_groups, within=module)
         self.chosen: list[DependencyGroup] = []
         self._positions, self._stored = (
             calibration.positions,
@@ -189,12 +193,15 @@ class UnitStrategy:
         )
         self.steps = GradientCollection(self._steps, self._present) if self._steps else None
         self._choose, self._within, self._halve = choose, module, halve
-        self._budget = "" if budget.kind == "sparsity" else str(budget)
+        self.budget = "" if budget.kind == "sparsity" else str(budget)
 
     def _present(self, session: Session) -> list[DependencyGroup]:
         """The groups that may be cut, of the layers that are there."""
         names = {group.name for group in self.chosen}
         return [group for group in session.tracker.groups if group.name in names]
+
+    def check_paths(self, module: nn.Module) -> None:
+        check_within(module, self._within)
 
     def prepare(self, session: Session) -> Mapping[str, object]:
         module, plan, groups = session.module, session.plan, session.graph.groups
@@ -246,7 +253,6 @@ class UnitStrategy:
             groups,
             session.module,
             session.plan,
-            budget=self._budget,
             calls=self._stored,
             steps=self._steps,
         )
@@ -352,9 +358,9 @@ class UnitStrategy:
         return ", ".join(f"{s:.3f} at epoch {e}" for e, s in steps) or "no further cut"
 
     def name_goal(self, goal: float) -> str:
-        if not self._budget:
+        if not self.budget:
             return f"sparsity {goal:.3f}"
-        return self._budget if goal >= 1 else f"{goal:.3f} of the way to {self._budget}"
+        return self.budget if goal >= 1 else f"{goal:.3f} of the way to {self.budget}"
 
     def no_cut(self, session: Session, data: CalibrationData, goal: float) -> tuple[str, str]:
         return f"The model meets {self.name_goal(goal)} already: no cut.", "Ask for less."

@@ -16,7 +16,6 @@ from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import is_plan
 from lightning_mi_prune.core.empty_linear import modules_of
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.discovery.families import find_groups
 
 __all__ = [
     "load_pruned",
@@ -333,19 +332,13 @@ def _misfit(
 def _narrower(
     module: nn.Module, state: Mapping[str, Any]
 ) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
-    """The first tensor with fewer entries than the module's along a dimension of a group."""
-    try:
-        groups = find_groups(module)
-    except PruningError:
-        return None
-    own = dict(module.named_parameters(remove_duplicate=False))
-    for group in groups:
-        for s in group.tensors:
-            old, new = own.get(s.tensor), state.get(s.tensor)
-            if not isinstance(new, Tensor) or old is None or new.ndim != old.ndim:
-                continue
-            if new.shape[s.dim] < old.shape[s.dim]:
-                return s.tensor, tuple(new.shape), tuple(old.shape)
+    """The first tensor with fewer entries than the module's along some dimension, and no more."""
+    for name, old in module.named_parameters(remove_duplicate=False):
+        new = state.get(name)
+        if not isinstance(new, Tensor) or new.ndim != old.ndim or new.shape == old.shape:
+            continue
+        if all(a <= b for a, b in zip(new.shape, old.shape, strict=True)):
+            return name, tuple(new.shape), tuple(old.shape)
     return None
 
 

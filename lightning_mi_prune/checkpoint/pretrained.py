@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from json import JSONDecodeError
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,17 +15,13 @@ import torch
 from torch import nn
 
 from lightning_mi_prune.checkpoint.loading import substitute_class
-from lightning_mi_prune.checkpoint.stored_graph import check_networks, check_stored
+from lightning_mi_prune.checkpoint.recorded import named_plan, present_plan, recorded_graph
+from lightning_mi_prune.checkpoint.stored_graph import check_stored
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS, empty_linears
-from lightning_mi_prune.core.errors import PruningError, require
+from lightning_mi_prune.core.errors import PruningError, PruningWarning, require
 from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, PruningPlan, recorded_plan
-from lightning_mi_prune.discovery.families import (
-    NotDescribedError,
-    find_groups,
-    plan_for,
-    present_plan,
-)
-from lightning_mi_prune.discovery.families.transformers import MODEL_TYPES
+from lightning_mi_prune.core.running import fixed_random_state
+from lightning_mi_prune.discovery.discover import discover
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.graph.layouts import layout_size
@@ -75,11 +71,11 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
     Example:
         >>> import tempfile
         >>> from transformers import AutoModel, BertConfig, BertModel
-        >>> from lightning_mi_prune import PruningPlan, apply_plan
+        >>> from lightning_mi_prune import PruningPlan, apply_plan, discover
         >>> sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
         >>> sizes |= {"num_attention_heads": 2, "intermediate_size": 6}
         >>> net = BertModel(BertConfig(**sizes))
-        >>> groups, name = find_groups(net), "encoder.layer.0.ffn"
+        >>> groups, name = discover(net).groups, "encoder.layer.0.ffn"
         >>> plan = full_plan(groups).then(PruningPlan({name: 6}, {name: (0, 3)}))
         >>> rewrites = apply_plan(net, groups, plan)
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -99,10 +95,11 @@ def _open(
     cls: Any, name_or_path: str | Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     concrete = _concrete(cls, name_or_path, kwargs)
+    found_anew = _graph_of_class(concrete, name_or_path, kwargs)
     cuts: list[_Cut] = []
 
     def build(config: Any, *inputs: Any, **options: Any) -> Any:
-        network, cut = _shaped(concrete, name_or_path, config, *inputs, **options)
+        network, cut = _shaped(concrete, found_anew, name_or_path, config, *inputs, **options)
         cuts.append(cut)
         return network
 
@@ -223,70 +220,82 @@ def _concrete(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> Any:
     return cls
 
 
+def _graph_of_class(
+    concrete: Any, source: str | Path, kwargs: Mapping[str, Any]
+) -> PruningGraph | None:
+    """The graph of a class that is not the one the folder was saved from; None for that one.
+
+    Other classes have other heads, which a record of the folder does not name: it is found in a
+    call of a model of this class, as built, with random weights.
+    """
+    given = kwargs.get("config")
+    config = copy.deepcopy(given)
+    if not hasattr(given, "to_dict"):
+        hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+        config = concrete.config_class.from_pretrained(given or source, **hub)
+    if concrete.__name__ in (getattr(config, "architectures", None) or ()):
+        return None
+    record = PruningGraph.from_json(_recorded_text(config, source))
+    for name, number in config_numbers(record.groups, full_plan(record.groups)).items():
+        setattr(config, name, number)
+    for name in (CONFIG_FIELD, GRAPH_FIELD):
+        vars(config).pop(name, None)
+    with warnings.catch_warnings(), fixed_random_state(nn.Identity()):
+        warnings.simplefilter("ignore", PruningWarning)
+        return discover(concrete(config).eval())
+
+
+def _recorded_text(config: Any, source: str | Path) -> str:
+    text = getattr(config, GRAPH_FIELD, None)
+    if not isinstance(text, str):
+        raise PruningError(
+            f"The config of {source} holds a plan, but no graph of what it cuts; expected both, as "
+            "save_pretrained writes them. Copy or save the folder again."
+        )
+    return text
+
+
 def _shaped(
-    build: Callable[..., Any], source: str | Path, config: Any, *args: Any, **kwargs: Any
+    build: Callable[..., Any],
+    graph: PruningGraph | None,
+    source: str | Path,
+    config: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Any, _Cut]:
     """Build a network in the shape of the plan in its config; no weights are loaded yet.
 
     Args:
         build: The class of the network.
+        graph: What the class can lose; None for what the config records.
         source: The folder, for messages.
         config: A config of which no other object holds a reference.
         args: Passed on.
         kwargs: Passed on.
     """
+    recorded = PruningGraph.from_json(_recorded_text(config, source)).groups
+    plan = _read(vars(config)) or full_plan(recorded)
+    # A part that is not in the folder is cut like the others if it is built like them.
+    for name, number in _check_numbers(config, recorded, plan, source).items():
+        setattr(config, name, number)
     network = build(config, *args, **kwargs)
-    groups, graph = _groups_of(network)
-    built = _check_numbers(network, groups, present_plan(network, groups), source)
-    if any(getattr(config, name) != number for name, number in built.items()):
-        # A part that is not in the folder is cut like the others if it is built like them.
-        for name, number in built.items():
-            setattr(config, name, number)
-        network = build(config, *args, **kwargs)
-        groups, graph = _groups_of(network)
-    if graph is not None:
-        check_stored(network, graph, graph.full)
-    plan = present_plan(network, groups)
-    _check_built(network, groups, plan, source)
-    reshape_tensors(network, groups, plan)
+    if graph is None:
+        graph = recorded_graph(network) or PruningGraph()
+    plan = present_plan(network, graph.groups)
+    _check_built(network, graph.groups, plan, source)
+    check_stored(network, graph, graph.full)
+    reshape_tensors(network, graph.groups, plan)
     # The state dict of a module with a tracker contains the plan, which is expected here.
     known = getattr(network, "_keys_to_ignore_on_load_unexpected", None)
     network._keys_to_ignore_on_load_unexpected = {*(known or ()), r"lightning_mi_prune\.plan"}
-    return network, _Cut(network, groups, plan)
-
-
-def _groups_of(network: Any) -> tuple[Sequence[DependencyGroup], PruningGraph | None]:
-    """The groups of a network as its family describes them, or as the graph in its config does.
-
-    Returns:
-        The groups, and the graph if they are from there, which is not checked yet.
-
-    Raises:
-        PruningError: If the config holds no graph, or one of other networks.
-    """
-    try:
-        return find_groups(network), None
-    except NotDescribedError:
-        graph = _recorded_graph(network)
-        if graph is None:
-            raise
-        return graph.groups, graph
-
-
-def _recorded_graph(network: Any) -> PruningGraph | None:
-    text = getattr(network.config, GRAPH_FIELD, None)
-    if text is None:
-        return None
-    graph = PruningGraph.from_json(text)
-    check_networks(network, graph)
-    return graph
+    return network, _Cut(network, graph.groups, plan)
 
 
 def _check_built(
     network: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan, source: str | Path
 ) -> None:
     """Refuse a plan that does not belong to what the class builds."""
-    wanted = plan_for(network, groups) or plan
+    wanted = named_plan(network, groups) or plan
     names, kind, base = {group.name for group in groups}, type(network).__name__, _base(network)
     encoder = [name for name in wanted.sizes if name.startswith(base)]
     # Units of a head that this class does not have need no check.
@@ -316,15 +325,14 @@ def _base(network: nn.Module) -> str:
 
 
 def _check_numbers(
-    network: Any, groups: Sequence[DependencyGroup], plan: PruningPlan, source: str | Path
+    config: Any, groups: Sequence[DependencyGroup], plan: PruningPlan, source: str | Path
 ) -> dict[str, int]:
     """Refuse a config with other numbers than those a cut writes, or those of the model as built.
 
     Returns:
         The numbers as built.
     """
-    config = network.config
-    encoder = [_plain(group, config) for group in groups if group.kind != "pooler"]
+    encoder = [group for group in groups if group.kind != "pooler"]
     built = config_numbers(encoder, full_plan(encoder))
     right = [config_numbers(encoder, plan), config_numbers(groups, plan), built]
     found = {name: getattr(config, name, None) for name in built}
@@ -348,18 +356,6 @@ def _check_numbers(
     return built
 
 
-def _plain(group: DependencyGroup, config: Any) -> DependencyGroup:
-    """The hidden-size group as in an encoder without a head: its width is in the config."""
-    names = MODEL_TYPES.get(str(getattr(config, "model_type", None)))
-    if group.kind != "hidden" or group.config is not None or names is None:
-        return group
-    width = getattr(config, names.hidden, None)
-    config_aliases = tuple(
-        name for name in names.config_aliases if getattr(config, name, None) == width
-    )
-    return replace(group, config=names.hidden, config_aliases=config_aliases)
-
-
 def _check_loaded(
     network: Any, cut: _Cut, found: Mapping[str, Any], source: str | Path, ignores: bool
 ) -> None:
@@ -373,17 +369,6 @@ def _check_loaded(
         raise PruningError(
             f"{source} lacks {missing[:6]}, which its plan cuts; expected all weights of a "
             f"{type(network).__name__}, except its head. {_saved_from(network)}"
-        )
-    names = MODEL_TYPES.get(str(getattr(network.config, "model_type", None)))
-    between = None if names is None else names.projection
-    extra = [name for name in found["unexpected_keys"] if between in name.split(".")]
-    if (
-        extra
-    ):  # encoders have none where embeddings and hidden states have one width, as after a cut
-        raise PruningError(
-            f"{source} holds {sorted(extra)}, but by its config the embeddings are as "
-            f"wide as the hidden states, where a {type(network).__name__} has none; expected "
-            "embedding_size and hidden_size as the model was built with. Edit the config."
         )
     others = sorted(found["mismatched_keys"], key=lambda item: str(item[0]))
     bad = [item for item in others if cut.refuses(*item)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from lightning_mi_prune.checkpoint.recorded import present_plan, recorded_networks
 from lightning_mi_prune.checkpoint.stored_graph import check_networks, check_stored, is_apart
 from lightning_mi_prune.checkpoint.validation import (
     PLAN_KEY,
@@ -22,27 +23,25 @@ from lightning_mi_prune.checkpoint.validation import (
     plan_in_state,
     write_plan,
 )
+from lightning_mi_prune.core.empty_linear import module_at
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import (
-    NotDescribedError,
-    find_groups,
-    is_within,
-    present_plan,
-)
-from lightning_mi_prune.discovery.families.residual import module_at
-from lightning_mi_prune.discovery.families.stacks import find_stacks, stack_at
+from lightning_mi_prune.graph.containers import stack_at
 from lightning_mi_prune.graph.graph import PruningGraph
-from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, as_built, full_plan
+from lightning_mi_prune.graph.groups import (
+    DependencyGroup,
+    PrunableDim,
+    Refusal,
+    full_plan,
+    is_within,
+)
 from lightning_mi_prune.surgery.layers import RemovedLayers, without_storage
 from lightning_mi_prune.surgery.tensors import unsaved_buffers
 from lightning_mi_prune.surgery.transaction import cancel_cut, reshape_model
 
-__all__ = ["Find", "PlanTracker"]
+__all__ = ["PlanTracker"]
 
 _ATTRIBUTE = "_lightning_mi_prune_tracker"
-
-Find = Callable[[nn.Module], Sequence[DependencyGroup | LayerStack]]
 
 
 class PlanTracker:
@@ -53,15 +52,15 @@ class PlanTracker:
 
     Args:
         module: Root of the state dict (the LightningModule).
-        find: Finds the groups of the module; called when they are first needed.
+        graph: What the module can lose, as built, where that is known.
 
     Example:
-        >>> from lightning_mi_prune.discovery.families.describe import linear_group
+        >>> from lightning_mi_prune.graph.describe import linear_group
         >>> from lightning_mi_prune.surgery.units import apply_plan
         >>> def build():
         ...     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         ...     group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
-        ...     return net, PlanTracker(net, lambda module: [group])
+        ...     return net, PlanTracker(net, PruningGraph((group,)))
         >>> net, tracker = build()
         >>> plan = PruningPlan({"hidden": 4}, {"hidden": (1, 2)})
         >>> rewrites = apply_plan(net, tracker.groups, plan)
@@ -73,12 +72,10 @@ class PlanTracker:
         2
     """
 
-    def __init__(self, module: nn.Module, find: Find = find_groups) -> None:
+    def __init__(self, module: nn.Module, graph: PruningGraph | None = None) -> None:
         self.module = module
-        self._finders: list[Find] = [find]
-        self._all_finders: list[Find] = [find]
-        self._graph = PruningGraph()
-        self._is_recorded = False  # then it is whole, whatever families describe
+        self._graph = graph or PruningGraph()
+        self._is_whole = graph is not None
         self._plan: PruningPlan | None = None
         self._removed: dict[str, dict[int, nn.Module]] = {}
         self._below: dict[str, PlanTracker] = {}
@@ -96,23 +93,27 @@ class PlanTracker:
         module.__dict__[_ATTRIBUTE] = self
 
     @classmethod
-    def of(cls, module: nn.Module, find: Find = find_groups) -> PlanTracker:
+    def of(cls, module: nn.Module) -> PlanTracker:
         """The one tracker of a module, made if there is none; copies of the module have a copy.
 
-        It merges the graphs and plans of trackers on parts of the module, and drops networks that
-        were replaced by others: their groups are searched for again.
+        It merges the graphs and plans of trackers on parts of the module, and those that configs
+        of cut networks record; it drops networks that were replaced by others.
         """
         tracker = cls.held_by(module)
         if tracker is None:
-            tracker = cls(module, find)
-        elif find not in tracker._all_finders:
-            tracker._finders.append(find)
-            tracker._all_finders.append(find)
+            tracker = cls(module)
         tracker._drop_replaced()
+        for path, graph in recorded_networks(module).items():
+            part = module.get_submodule(path)
+            if part is module and not tracker.is_known:
+                tracker._graph = graph
+            elif cls.held_by(part) is None:
+                cls(part, graph)
         for path, part in module.named_modules():
             inner = cls.held_by(part)
-            if inner is not None and inner is not tracker and path not in tracker._below:
-                tracker._merge(path, inner)
+            if inner is None or inner is tracker or path in tracker._below or not inner.is_known:
+                continue
+            tracker._merge(path, inner)
         return tracker
 
     @staticmethod
@@ -122,16 +123,27 @@ class PlanTracker:
         return tracker if isinstance(tracker, PlanTracker) else None
 
     @property
+    def is_known(self) -> bool:
+        """Whether anything is known that the module can lose."""
+        return bool(self._graph.parts)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of that is known, not only what was cut before."""
+        return self._is_whole
+
+    @property
     def graph(self) -> PruningGraph:
-        """All groups and stacks of the module, as built."""
-        while self._finders:
-            try:
-                self._add(self._finders[0](self.module))
-            except NotDescribedError:
-                if not self._is_recorded:
-                    raise
-            self._finders.pop(0)
-            self._share()
+        """All groups and stacks of the module, as built.
+
+        Raises:
+            PruningError: If it is not known yet.
+        """
+        if not self.is_known and not self._is_whole:
+            raise PruningError(
+                f"What {type(self.module).__name__} can lose is not known yet; expected one batch "
+                "to run first. Or give graph=discover(model, ...)."
+            )
         return self._graph
 
     @property
@@ -171,17 +183,33 @@ class PlanTracker:
         self._share()
 
     def adopt(self, graph: PruningGraph) -> None:
-        """Use a graph, as built, in place of what the finders would find.
+        """Use a graph, as built, in place of what is known.
 
         Args:
-            graph: What a recorded call showed, or what a file holds.
+            graph: What a file holds, or what is described by hand.
 
         Raises:
             PruningError: If it is the graph of another model.
         """
         self._graph = self._with_stored(self._graph, graph)
-        self._finders.clear()
-        self._is_recorded = True
+        self._complete()
+
+    def extend(self, found: PruningGraph) -> None:
+        """Add what a recorded call of the module in its present shape shows to what is known.
+
+        Args:
+            found: The graph of the present module; what was cut before keeps its names and sizes.
+        """
+        if self.is_known:
+            plan = self.plan
+            groups = self._graph.named_as_built(list(found.groups), plan)
+            new = [g for g in _grown(groups, self._graph) if is_apart(g, self._graph)]
+            found = replace(found, groups=tuple(new), refused=_still_refused(found, self._graph))
+        self._graph = self._graph.joined(found)
+        self._complete()
+
+    def _complete(self) -> None:
+        self._is_whole = True
         if self._plan is not None:
             self._plan = self._graph.full.joined(self._plan)
         self._share()
@@ -195,29 +223,6 @@ class PlanTracker:
             if PlanTracker.held_by(inner.module) is inner:
                 inner.close()
 
-    def _add(self, parts: Sequence[DependencyGroup | LayerStack]) -> None:
-        """Add groups and stacks that were found on the module in its present shape."""
-        groups = [part for part in parts if isinstance(part, DependencyGroup)]
-        stacks = tuple(part for part in parts if isinstance(part, LayerStack))
-        sizes = {} if self._plan is None else self._plan.sizes
-        groups = as_built(
-            groups, {group.current_name: sizes[group.name] for group in self._standing()}
-        )
-        present = present_plan(self.module, groups)
-        built = groups
-        if self._plan is not None:
-            built = self._graph.named_as_built(groups, self._plan)
-            names = {new.name: old.name for new, old in zip(built, groups, strict=True)}
-            now = PruningPlan(
-                {name: present.sizes[old] for name, old in names.items()},
-                {name: present.kept[old] for name, old in names.items()},
-            )
-            self._plan = now.joined(PruningGraph(stacks=stacks).full).joined(self._plan)
-        self._graph = self._graph.joined(PruningGraph(tuple(built), stacks))
-
-    def _standing(self) -> list[DependencyGroup]:
-        return [] if self._plan is None else self._graph.groups_at(self._plan)
-
     def _merge(self, path: str, inner: PlanTracker) -> None:
         """Add the graph and the plan of a part's tracker, which stays; both are kept equal."""
         plan = inner.plan.prefixed(path)
@@ -226,7 +231,6 @@ class PlanTracker:
         self._graph = inner.graph.prefixed(path).joined(self._graph)
         self._removed |= {f"{path}.{name}": s for name, s in inner._removed.items()}
         self._below[path], self._shared[path] = inner, inner._plan
-        self._is_recorded |= inner._is_recorded
         _ = self.plan  # now, while the shapes are those of the part's plan
 
     def _share(self) -> None:
@@ -249,8 +253,7 @@ class PlanTracker:
                     outer = max((n for n in networks if is_within(path, n)), key=len, default="")
                     inner._inside = type(self.module.get_submodule(outer)).__name__
             self._below[path] = inner
-            inner._finders.clear()
-            inner._graph = self._graph.under(path)
+            inner._graph, inner._is_whole = self._graph.under(path), self._is_whole
             dot = f"{path}."
             inner._removed = {
                 n[len(dot) :]: s for n, s in self._removed.items() if n.startswith(dot)
@@ -279,7 +282,7 @@ class PlanTracker:
             self._removed = {name: s for name, s in self._removed.items() if stays(name)}
             if self._plan is not None:
                 self._plan = self._plan.only(filter(stays, self._plan.sizes))
-            self._finders, self._is_recorded = list(self._all_finders), False
+            self._is_whole = False
 
     def _write(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         if self._plan is None:
@@ -288,9 +291,6 @@ class PlanTracker:
             n for n in self._plan.sizes if not any(is_within(n, path) for path in self._below)
         )
         if not own.is_full:
-            with contextlib.suppress(PruningError):  # then the plan goes alone
-                state[prefix + PLAN_KEY] = write_plan(own, self.graph)
-                return
             state[prefix + PLAN_KEY] = write_plan(own, self._graph)
 
     def _apply(
@@ -312,7 +312,6 @@ class PlanTracker:
         if _removals(plan) != _removals(current):
             self._reshape(graph, plan, current, weights)
         self._graph, self._plan = graph, plan
-        self._is_recorded |= described is not None
         self._share()
 
     def _reshape(
@@ -343,28 +342,15 @@ class PlanTracker:
         self.store(done.removed)
 
     def _graph_for(self, stored: PruningPlan, described: PruningGraph | None) -> PruningGraph:
-        """The known graph if it has all that the plan names, else the stored or what is found."""
-        unknown: PruningError | None = None
-        try:
-            graph = self.graph
-        except PruningError as error:  # a model of no known family may still have lost layers
-            graph, unknown = self._graph, error
+        """The known graph if it has all that the plan names, else the stored one."""
+        graph = self._graph
         if described is not None and not set(stored.sizes) <= {part.name for part in graph.parts}:
-            graph, unknown = self._with_stored(graph, described), None
-        for find in (find_groups, find_stacks):
-            names = {part.name for part in graph.parts}
-            if not set(stored.sizes) <= names:
-                with contextlib.suppress(PruningError):  # refused below, naming the group
-                    found: Sequence[DependencyGroup | LayerStack] = find(self.module)
-                    graph = graph.joined(PruningGraph.of(found))
+            graph = self._with_stored(graph, described)
         sizes = {part.name: part.size for part in graph.parts}
         for name in sorted(set(stored.sizes) - set(sizes)):
             stack = stack_at(self.module, name)
             if stack is not None:
                 graph, sizes[name] = graph.joined(PruningGraph.of([stack])), stack.size
-        if unknown is not None and not set(stored.sizes) <= set(sizes):
-            raise unknown
-        self._finders.clear()
         for name, size in stored.sizes.items():
             if sizes.get(name) != size:
                 here = f"has {sizes[name]}" if name in sizes else "is missing"
@@ -410,6 +396,34 @@ class PlanTracker:
         unsaved = unsaved_buffers(self.module)
         grown = [group for group in graph.groups if is_group_uncut(group, state, unsaved)]
         return now.joined(full_plan(grown)).joined(stored), now
+
+
+def _grown(groups: Sequence[DependencyGroup], before: PruningGraph) -> list[DependencyGroup]:
+    """Groups found on a cut model, with tensors as large as built along what was cut."""
+    known = {(s.tensor, s.dim): s for group in before.groups for s in group.tensors}
+    sizes = {group.name: group.size for group in before.groups}
+
+    def shape(s: PrunableDim) -> tuple[int, ...]:
+        built = (known.get((s.tensor, dim)) for dim in range(len(s.shape)))
+        return tuple(
+            size if one is None else one.shape[dim]
+            for dim, (size, one) in enumerate(zip(s.shape, built, strict=True))
+        )
+
+    return [
+        replace(
+            group,
+            tensors=tuple(replace(s, shape=shape(s)) for s in group.tensors),
+            partners=tuple((name, sizes.get(name, size)) for name, size in group.partners),
+        )
+        for group in groups
+    ]
+
+
+def _still_refused(found: PruningGraph, known: PruningGraph) -> tuple[Refusal, ...]:
+    """What was refused, apart from groups that are known."""
+    names = {group.name for group in known.groups}
+    return tuple(each for each in found.refused if each.name not in names)
 
 
 def _is_strict() -> bool:

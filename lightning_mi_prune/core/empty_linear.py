@@ -13,6 +13,7 @@ __all__ = [
     "EmptyLinear",
     "empty_linears",
     "linear_at",
+    "module_at",
     "modules_of",
     "parameters_of",
     "place_linears",
@@ -102,6 +103,19 @@ class EmptyLinear(nn.Module):
 def linear_at(module: nn.Module) -> nn.Module:
     """The module itself, or the linear layer that an :class:`EmptyLinear` replaces."""
     return module.linear if isinstance(module, EmptyLinear) else module
+
+
+def module_at(network: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, or None; a linear layer instead of its empty replacement.
+
+    Example:
+        >>> module_at(nn.Sequential(nn.ReLU()), "0"), module_at(nn.ReLU(), "0")
+        (ReLU(), None)
+    """
+    try:
+        return linear_at(network.get_submodule(path))
+    except AttributeError:
+        return None
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

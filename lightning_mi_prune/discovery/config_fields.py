@@ -49,11 +49,19 @@ def with_config_fields(
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> from lightning_mi_prune.discovery.families import find_groups
+        >>> from lightning_mi_prune.graph.describe import linear_group
         >>> sizes = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 40}
         >>> net = BertModel(BertConfig(num_hidden_layers=2, vocab_size=50, **sizes))
-        >>> groups = [g for g in find_groups(net) if g.kind == "ffn"]
-        >>> groups = [replace(group, config=None) for group in groups]
+        >>> ends = {"producers": ["intermediate.dense"], "consumers": ["output.dense"]}
+        >>> groups = [
+        ...     linear_group(
+        ...         net,
+        ...         f"ffn{i}",
+        ...         kind="ffn",
+        ...         **{role: [f"encoder.layer.{i}.{name}"] for role, [name] in ends.items()},
+        ...     )
+        ...     for i in (0, 1)
+        ... ]
         >>> [group.config for group in with_config_fields(net, groups)]
         ['intermediate_size', 'intermediate_size']
     """

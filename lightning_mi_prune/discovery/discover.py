@@ -127,9 +127,10 @@ def discover_run(
         seen = seen_numbers(verifier.base, call) if inference.groups else set()
         numbers = numbers_of(verifier.base)
         solution = solve(verifier, inference.groups, numbers, seen, inference.roles)
-        groups = with_rotations(verifier, solution.groups, inference.roles)
+        layers = [stack.name for stack in inference.stacks]
+        groups = with_rotations(verifier, solution.groups, inference.roles, layers)
         groups = with_empty_attention(verifier, module, _that_may_be_empty(verifier, groups))
-        groups = _with_short_names(groups, [stack.name for stack in inference.stacks])
+        groups = _with_short_names(groups, layers)
         groups = with_config_fields(module, groups)
         stacks = with_depth_fields(module, inference.stacks)
     graph = PruningGraph(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_mi_prune.discovery.copies import put_tensors, tensor_at
 from lightning_mi_prune.discovery.hints import hint_for
-from lightning_mi_prune.discovery.stacks import shared_path
+from lightning_mi_prune.discovery.stacks import item_of, shared_path
 from lightning_mi_prune.discovery.verification import OutOfTime, Verifier
 from lightning_mi_prune.graph.groups import (
     DependencyGroup,
@@ -69,7 +69,10 @@ def rotatable_projections(group: DependencyGroup, roles: Roles) -> RotatableProj
 
 
 def with_rotations(
-    verifier: Verifier, groups: Sequence[DependencyGroup], roles: Roles
+    verifier: Verifier,
+    groups: Sequence[DependencyGroup],
+    roles: Roles,
+    stacks: Collection[str],
 ) -> tuple[DependencyGroup, ...]:
     """Note which dimensions of heads can be given other coordinates without a change of outputs.
 
@@ -80,6 +83,7 @@ def with_rotations(
         verifier: Holds the copy.
         groups: Groups that can be cut.
         roles: What projections make.
+        stacks: Paths of the containers of layers.
     """
     found = {
         group.name: group.rotation or rotation
@@ -100,7 +104,9 @@ def with_rotations(
     except OutOfTime:
         verified = set()
     return tuple(
-        _rotated(group, rotates[group.name]) if group.name in verified else group
+        _rotated(group, rotates[group.name], _above(groups, group.name, stacks))
+        if group.name in verified
+        else group
         for group in groups
     )
 
@@ -109,7 +115,17 @@ def _paths(rotation: RotatableProjections) -> tuple[str, str, str, str]:
     return rotation.query, rotation.key, rotation.value, rotation.consumer
 
 
-def _rotated(group: DependencyGroup, rotation: RotatableProjections) -> DependencyGroup:
+def _above(
+    groups: Sequence[DependencyGroup], name: str, stacks: Collection[str]
+) -> tuple[str, ...]:
+    """What reads the heads with some dimensions, outside the layers, which rotate their own."""
+    heads = (g for g in groups if g.kind == "heads" and name in dict(g.partners))
+    return tuple(path for group in heads for path in group.above if not item_of(path, stacks))
+
+
+def _rotated(
+    group: DependencyGroup, rotation: RotatableProjections, above: tuple[str, ...]
+) -> DependencyGroup:
     """The group with its rotation, which is computed at queries, keys and heads."""
     inputs = (rotation.query, rotation.key, rotation.consumer)
     return replace(
@@ -117,7 +133,7 @@ def _rotated(group: DependencyGroup, rotation: RotatableProjections) -> Dependen
         consumers=inputs,
         consumers_by_input=tuple((path,) for path in inputs),
         residual=None,
-        above=(),
+        above=above,
         rotation=rotation,
     )
 

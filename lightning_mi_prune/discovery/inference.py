@@ -270,7 +270,9 @@ class _Collector:
             ),
             reductions=tuple(self._reductions(by_atom, kept)),
             unknown=tuple(self.trace.unknown),
-            roles=self._roles([a for a, kind in zip(free, kinds, strict=True) if kind == "head_dim"]),
+            roles=self._roles(
+                [a for a, kind in zip(free, kinds, strict=True) if kind == "head_dim"]
+            ),
         )
 
     def _roles(self, atoms: Sequence[Atom]) -> dict[str, str]:
@@ -359,7 +361,6 @@ class _Collector:
             consumers=consumers,
             consumers_by_input=inputs if len(inputs) > 1 or hidden else (),
             network=network,
-            inferred=True,
             scope=self.streams.home(first, network) if scope is None else scope,
             level=first,
             residual=None if hidden or not uses else self.streams.residual(uses[0]),

@@ -73,13 +73,29 @@ class Streams:
             calls = [
                 call
                 for call in self._calls_by_input.get(self._trace.root(other), ())
-                if call.start <= use.index and call.path and self._has_weight(call.path)
+                if call.start <= use.index
+                and call.path
+                and self._has_weight(call.path)
+                and self._is_last(call, use.index)
             ]
             if calls:
                 near = [len(shared_path([owner, call.path]).split(".")) for call in calls]
                 best = max(range(len(calls)), key=lambda i: (near[i], -calls[i].start))
                 return calls[best].path
         return None
+
+    @cached_property
+    def _calls_by_path(self) -> dict[str, list[ModuleCall]]:
+        found: dict[str, list[ModuleCall]] = defaultdict(list)
+        for call in self._recording.calls:
+            found[call.path].append(call)
+        return found
+
+    def _is_last(self, call: ModuleCall, index: int) -> bool:
+        """Whether a module was not called again, on something else, before an operator."""
+        return not any(
+            call.start < other.start <= index for other in self._calls_by_path[call.path]
+        )
 
     def _has_weight(self, path: str) -> bool:
         return next(self._model.get_submodule(path).parameters(), None) is not None

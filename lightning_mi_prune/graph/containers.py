@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_mi_prune.core.empty_linear import module_at
 from lightning_mi_prune.core.errors import PruningError, counted
+from lightning_mi_prune.graph.groups import LayerStack
 
 __all__ = [
     "layer_container",
     "layer_paths",
+    "stack_at",
 ]
 
 
@@ -68,3 +71,18 @@ def layer_paths(model: nn.Module, stack: str) -> list[str]:
             "all of one class."
         )
     return [f"{stack}.{index}" if stack else str(index) for index in range(len(container))]
+
+
+def stack_at(model: nn.Module, path: str) -> LayerStack | None:
+    """The stack of the container at a path, or None if there is no container.
+
+    Example:
+        >>> stack_at(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "").size
+        2
+    """
+    container = module_at(model, path)
+    if not isinstance(container, (nn.ModuleList, nn.Sequential)) or not len(container):
+        return None
+    # A ModuleList is not called itself, but its parent is.
+    scope = path if isinstance(container, nn.Sequential) else path.rpartition(".")[0]
+    return LayerStack(name=path, size=len(container), network=scope, scope=scope)

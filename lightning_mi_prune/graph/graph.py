@@ -18,6 +18,7 @@ from lightning_mi_prune.graph.groups import (
     LayerStack,
     Refusal,
     count_parameters,
+    is_within,
     join_path,
 )
 from lightning_mi_prune.graph.storage import fields_from_json, fields_to_json
@@ -25,7 +26,9 @@ from lightning_mi_prune.graph.storage import fields_from_json, fields_to_json
 __all__ = [
     "PruningGraph",
     "Refusal",
+    "check_within",
     "choose_groups",
+    "modules_without_groups",
     "summarize_groups",
 ]
 
@@ -50,10 +53,9 @@ class PruningGraph:
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> from lightning_mi_prune.discovery.families import find_groups
-        >>> from lightning_mi_prune.discovery.families.stacks import find_stacks
+        >>> from lightning_mi_prune import discover
         >>> net = BertModel(BertConfig(num_hidden_layers=3, hidden_size=24, vocab_size=50))
-        >>> graph = PruningGraph(tuple(find_groups(net)), tuple(find_stacks(net)))
+        >>> graph = discover(net)
         >>> plan = graph.keep_layers(graph.full, {"encoder.layer": (0, 2)})
         >>> top = next(a for a in graph.groups_at(plan) if a.name == "encoder.layer.2.ffn")
         >>> top.consumers
@@ -310,7 +312,7 @@ def choose_groups(
             are none of these.
         include: Choose only groups whose name contains a match.
         exclude: Leave out groups whose name contains a match.
-        modules: Paths of modules without any group (:func:`families.modules_without_groups`).
+        modules: Paths of modules without any group (:func:`modules_without_groups`).
 
     Raises:
         PruningError: If a kind or an expression matches no group, is not valid, or nothing is left.
@@ -350,6 +352,57 @@ def _unread(groups: Sequence[DependencyGroup]) -> set[str]:
     }
 
 
+def check_within(module: Any, path: str) -> None:
+    """Refuse a path of the option ``module`` that is no part of the model.
+
+    Raises:
+        PruningError: Naming the parts that there are.
+
+    Example:
+        >>> from torch import nn
+        >>> check_within(nn.Sequential(nn.ReLU()), "0")
+    """
+    try:
+        module.get_submodule(path)
+    except AttributeError as error:
+        children = [name for name, _ in module.named_children()]
+        raise PruningError(
+            f"module={path!r} is not part of {type(module).__name__}; it has {children}."
+        ) from error
+
+
+def modules_without_groups(
+    module: Any, groups: Sequence[DependencyGroup], within: str = ""
+) -> list[str]:
+    """Paths of the modules with weight matrices that take part in no group.
+
+    Args:
+        module: Module from which the groups are named.
+        groups: All its groups.
+        within: Path of a submodule to look at instead of all of ``module``.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_mi_prune import linear_group
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2), nn.Linear(2, 2))
+        >>> group = linear_group(net, "ffn", kind="ffn", producers=["0"], consumers=["2"])
+        >>> modules_without_groups(net, [group])
+        ['3']
+    """
+    touched = {""}
+    for group in groups:
+        for path in (group.name, *group.consumers, *(s.tensor for s in group.tensors)):
+            parts = path.split(".")
+            touched |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return [
+        path
+        for path, part in module.named_modules()
+        if path not in touched
+        and is_within(path, within)
+        and any(p.ndim > 1 for p in part.parameters())
+    ]
+
+
 def summarize_groups(groups: Sequence[DependencyGroup]) -> str:
     """Number and names of the groups of each kind, as text.
 
@@ -381,13 +434,13 @@ def _found(
     paths = shortened(map(repr, namesakes), most=3)
     if not found:
         sample = [group.name for group in groups[:4]]
-        mention = f" No group belongs to the module {paths}; describe its units (register_family)."
+        mention = f" No group belongs to the module {paths}: print(graph) shows why."
         raise PruningError(
             f"{option}={expression!r} matches no group; the names look like {sample}."
             f"{mention if namesakes else ''}"
         )
     if namesakes:
-        describe = "describe its units with register_family, or "
+        describe = "describe its units by hand (linear_group), or "
         warnings.warn(
             f"{option}={expression!r} finds {summarize_groups(found)}. No group belongs to the "
             f"module {paths}, which stays as it is: {describe if option == 'include' else ''}write "

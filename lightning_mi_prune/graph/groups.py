@@ -20,7 +20,6 @@ __all__ = [
     "RotatableProjections",
     "SizeAttribute",
     "UnitArgument",
-    "as_built",
     "count_parameters",
     "full_depth",
     "full_plan",
@@ -157,7 +156,7 @@ class DependencyGroup:
     Args:
         name: Path of the group, ``"encoder.layer.0.ffn"``.
         kind: ``"ffn"``, ``"heads"``, ``"head_dim"`` (dimensions of all heads of a layer),
-            ``"pooler"`` or ``"hidden"``; free for other families.
+            ``"pooler"`` or ``"hidden"``; any other word for groups described by hand.
         size: Number of units as built (neurons or heads).
         tensors: The tensors cut together.
         consumers: Linear modules that read the units: their inputs are calibrated, their weights
@@ -182,7 +181,6 @@ class DependencyGroup:
             sizes as built.
         rotation: Projections to rotate before units, the dimensions of heads, are removed.
         current_name: Its name in the present model, if layers were removed.
-        inferred: Whether a recorded call showed it, and no family describes it.
     """
 
     name: str
@@ -207,7 +205,6 @@ class DependencyGroup:
     partners: tuple[tuple[str, int], ...] = ()
     rotation: RotatableProjections | None = None
     current_name: str = ""
-    inferred: bool = False
 
     @property
     def inputs(self) -> dict[str, tuple[str, ...]]:
@@ -306,29 +303,6 @@ def is_within(path: str, top: str) -> bool:
 def full_plan(groups: Sequence[DependencyGroup]) -> PruningPlan:
     """The plan that keeps every unit of every group."""
     return PruningPlan.full({group.name: group.size for group in groups})
-
-
-def as_built(groups: Sequence[DependencyGroup], sizes: Mapping[str, int]) -> list[DependencyGroup]:
-    """Groups found on a cut model, with the sizes they were built with."""
-    built = {group.name: sizes.get(group.name, group.size) for group in groups}
-    grown = {
-        (s.tensor, s.dim): layout_size(s.layout, group.all_widths(built))
-        for group in groups
-        for s in group.tensors
-    }
-
-    def shape(s: PrunableDim) -> tuple[int, ...]:
-        return tuple(grown.get((s.tensor, d), n) for d, n in enumerate(s.shape))
-
-    return [
-        replace(
-            group,
-            size=built[group.name],
-            tensors=tuple(replace(s, shape=shape(s)) for s in group.tensors),
-            partners=tuple((name, sizes.get(name, size)) for name, size in group.partners),
-        )
-        for group in groups
-    ]
 
 
 def count_parameters(

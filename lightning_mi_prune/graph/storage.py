@@ -220,7 +220,6 @@ _GROUP = _record(
         "partners": _many(_pair(text, _SIZE)),
         "rotation": _or_none(_ROTATION),
         "current_name": text,
-        "inferred": flag,
     },
 )
 _STACK = _record(

@@ -29,7 +29,7 @@ from lightning_mi_prune.core.consumers import (
 from lightning_mi_prune.core.empty_linear import linear_at
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.running import move_tensors
-from lightning_mi_prune.discovery.families import is_within
+from lightning_mi_prune.graph.groups import is_within
 from lightning_mi_prune.importance.information import mean_variance
 from lightning_mi_prune.reconstruction.layerwise import LayerCall, run_layerwise
 from lightning_mi_prune.reconstruction.targets import ReconstructedLayer, Targets

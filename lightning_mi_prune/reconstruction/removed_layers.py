@@ -9,13 +9,12 @@ from torch import nn
 
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.core.consumers import is_pointwise, why_not_consumer
-from lightning_mi_prune.core.empty_linear import linear_at
+from lightning_mi_prune.core.empty_linear import linear_at, module_at
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import copy_networks
-from lightning_mi_prune.discovery.families import is_within
-from lightning_mi_prune.discovery.families.residual import module_at
 from lightning_mi_prune.graph.graph import PruningGraph
+from lightning_mi_prune.graph.groups import is_within
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reconstruction.least_squares import Sum, reconstruct_networks
 from lightning_mi_prune.reconstruction.targets import ReconstructedLayer
@@ -60,9 +59,9 @@ def replacements_for(graph: PruningGraph, current: PruningPlan, plan: PruningPla
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> from lightning_mi_prune.discovery.families.stacks import find_stacks
+        >>> from lightning_mi_prune import discover
         >>> net = BertModel(BertConfig(num_hidden_layers=3, hidden_size=24, vocab_size=50))
-        >>> graph = PruningGraph(stacks=tuple(find_stacks(net)))
+        >>> graph = PruningGraph(stacks=discover(net).stacks)
         >>> plan = graph.keep_layers(graph.full, {"encoder.layer": (0, 2)})
         >>> found = replacements_for(graph, graph.full, plan)
         >>> [(r.layer, r.target.layer) for r in found.layers][0]

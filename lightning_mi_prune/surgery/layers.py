@@ -67,10 +67,10 @@ def remove_layers(
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> from lightning_mi_prune.discovery.families.stacks import find_stacks
+        >>> from lightning_mi_prune import discover
         >>> model = BertModel(BertConfig(num_hidden_layers=3, hidden_size=24, vocab_size=50))
         >>> plan = PruningPlan({"encoder.layer": 3}, {"encoder.layer": (0, 2)})
-        >>> removed = remove_layers(model, find_stacks(model), plan)
+        >>> removed = remove_layers(model, discover(model).stacks, plan)
         >>> len(removed), model.config.num_hidden_layers, len(model.encoder.layer)
         (1, 2, 2)
     """

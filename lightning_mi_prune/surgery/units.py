@@ -127,7 +127,7 @@ def apply_plan(
         PruningError: If the plan does not fit the model.
 
     Example:
-        >>> from lightning_mi_prune.discovery.families.describe import linear_group
+        >>> from lightning_mi_prune.graph.describe import linear_group
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
         >>> rewrites = apply_plan(net, [group], PruningPlan({"hidden": 4}, {"hidden": (0, 2)}))
@@ -139,6 +139,8 @@ def apply_plan(
         )
     """
     now = full_plan(groups) if current is None else current
+    # Such as stacks of layers, which a plan of units keeps whole.
+    plan = plan.only(n for n in plan.sizes if n in now.sizes or plan.width(n) < plan.sizes[n])
     kept = plan.positions_in(now)
     target = now.then(plan)
     check_empty(model, groups, target)
@@ -357,8 +359,7 @@ def _update_sizes(
             vars(config).pop(CONFIG_FIELD, None)
             continue
         setattr(config, CONFIG_FIELD, record.to_json())
-        if any(group.inferred for group in inside):
-            setattr(config, GRAPH_FIELD, _graph_record(inside, path).to_json())
+        setattr(config, GRAPH_FIELD, _graph_record(inside, path).to_json())
 
 
 def _affected(

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 
 from lightning_mi_prune.allocation.costs import MacCosts, ParameterCosts
@@ -11,10 +12,9 @@ from lightning_mi_prune.allocation.macs import count_macs, measure_macs
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim, count_parameters
 from lightning_mi_prune.surgery.units import apply_plan
+from tests.support.graphs import groups_of
 from tests.support.models import batch, build, entries_of, random_plan
 
 FAMILIES = ["bert", "distilbert", "albert", "deberta-v2"]
@@ -40,7 +40,7 @@ def plans(groups):
 @pytest.mark.parametrize("head", ["sequence", "masked-lm"])
 def test_costs_are_those_of_models_that_are_cut(family, head):
     model = build(family, head)
-    groups = find_groups(model)
+    groups = groups_of(model)
     macs = measure_macs(model, groups, {"": ONE})
     outside = sum(p.numel() for p in model.parameters()) - count_parameters(groups)
     parameters = ParameterCosts(groups, outside)
@@ -55,7 +55,7 @@ def test_costs_are_those_of_models_that_are_cut(family, head):
 
 def test_costs_as_built_are_found_on_a_cut_model():
     model = build("bert")
-    groups = find_groups(model)
+    groups = groups_of(model)
     built = count_macs(model, ONE)
     (*_, headless) = plans(groups)
     for plan in (random_plan(groups), headless):
@@ -69,7 +69,7 @@ def test_costs_as_built_are_found_on_a_cut_model():
 
 def test_heads_cost_their_products_over_all_pairs_of_positions():
     model = build("bert")
-    groups = find_groups(model)
+    groups = groups_of(model)
     macs = measure_macs(model, groups, {"": ONE})
     (heads,) = (a for a in groups if a.name.endswith("0.heads"))
     length, hidden = 12, 24
@@ -81,7 +81,7 @@ def test_heads_cost_their_products_over_all_pairs_of_positions():
 def test_a_network_inside_a_module_is_counted_by_its_call():
     model = build("bert")
     root = nn.ModuleDict({"net": nn.ModuleDict({"inner": model})})
-    groups = find_groups(root)
+    groups = groups_of(root)
     with ActivationRecorder(root, groups) as recorder:
         model(**batch(4))
     macs = measure_macs(root, groups, recorder.calls(groups))
@@ -106,7 +106,7 @@ def test_convolutions_count_and_embeddings_do_not():
 
 def test_measuring_leaves_modes_and_hooks_as_they_were():
     model = build("bert").train()
-    groups = find_groups(model)
+    groups = groups_of(model)
     with pytest.raises(ValueError, match="exactly one"):
         measure_macs(model, groups, {"": RecordedCall((), {"nonsense": 1})})
     assert all(m.training for m in model.modules())
@@ -114,7 +114,7 @@ def test_measuring_leaves_modes_and_hooks_as_they_were():
 
 
 def test_units_cost_less_where_a_neighbour_has_shrunk():
-    groups = find_groups(build("bert", "masked-lm"))
+    groups = groups_of(build("bert", "masked-lm"))
     costs, now = ParameterCosts(groups), sizes(groups)
     (stream,) = (a.name for a in groups if a.kind == "hidden")
     ffn = next(a.name for a in groups if a.kind == "ffn")
@@ -126,7 +126,7 @@ def test_units_cost_less_where_a_neighbour_has_shrunk():
 
 @pytest.mark.parametrize("name", ["hidden", "ffn", "heads"])
 def test_savings_are_differences_of_totals(name):
-    groups = find_groups(build("bert", "masked-lm"))  # its transform is square in the stream
+    groups = groups_of(build("bert", "masked-lm"))  # its transform is square in the stream
     costs = ParameterCosts(groups, fixed=7)
     now = {a.name: max(1, a.size - i) for i, a in enumerate(groups)}
     group = next(a for a in groups if a.kind == name)

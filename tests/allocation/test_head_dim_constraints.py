@@ -18,12 +18,11 @@ from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.options import Constraints, Importance, Latency
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.surgery.transaction import cut_model
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.allocation.test_latency_table import ruler
+from tests.support.graphs import groups_of, stacks_of
 from tests.support.head_dims import FAMILIES, SMALL, UNITS, lesson, loss, tiny
 from tests.support.models import build, entries_of, outputs, partner_of
 
@@ -44,7 +43,7 @@ def test_dimensions_cannot_be_ranked_without_gradients():
 def test_milliseconds_are_shared_by_heads_and_their_dimensions(tmp_path):
     """The table's own clock, which counts products, times the model that a budget left."""
     model, inputs = tiny()
-    groups, path = find_groups(model), tmp_path / "latency.json"
+    groups, path = groups_of(model), tmp_path / "latency.json"
     call = RecordedCall((), inputs)
     table = measure_table(model, groups, {"": call}, clock=ruler, multiple=1)
     table.write(path)
@@ -68,7 +67,7 @@ def test_milliseconds_are_shared_by_heads_and_their_dimensions(tmp_path):
 def test_a_table_without_dimensions_of_heads_is_refused(tmp_path):
     model, inputs = tiny()
     path = tmp_path / "latency.json"
-    groups, call = find_groups(model), RecordedCall((), inputs)
+    groups, call = groups_of(model), RecordedCall((), inputs)
     measure_table(model, groups, {"": call}, kinds=["ffn", "heads"], clock=ruler).write(path)
     budget = Budget(target_latency_ms=0.5)
     method = {"importance": Importance(relevance="gradient"), "latency": Latency(str(path))}
@@ -130,7 +129,7 @@ def test_keys_that_hardly_change_keep_a_bias_that_half_precision_holds(size, bia
 def test_no_config_scales_attention_by_fewer_dimensions(family, tmp_path):
     """Four heads of 3 in a stream of 12 look like a smaller model, but scores were made for 6."""
     model, inputs = tiny(family)
-    groups = find_groups(model)
+    groups = groups_of(model)
     sizes = {"head_dim": 3, "hidden": 12, "pooler": 12}
     kept = {group.name: tuple(range(sizes.get(group.kind, group.size))) for group in groups}
     apply_plan(model, groups, PruningPlan({group.name: group.size for group in groups}, kept))
@@ -141,7 +140,7 @@ def test_no_config_scales_attention_by_fewer_dimensions(family, tmp_path):
 
 def test_a_rotation_of_another_model_is_refused():
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     name = "bert.encoder.layer.0.attention.self.query.weight"
     values = {name: model.get_parameter(name).detach().clone()}
     plan = full_plan(groups)
@@ -154,19 +153,19 @@ def test_a_rotation_of_another_model_is_refused():
 
 @pytest.mark.parametrize("family", ["albert", "deberta-v2"])
 def test_attention_that_needs_more_than_products_has_no_such_group(family):
-    assert not any(group.kind == "head_dim" for group in find_groups(build(family)))
+    assert not any(group.kind == "head_dim" for group in groups_of(build(family)))
 
 
 def test_groups_found_after_a_layer_was_removed_are_paired_in_their_own_layer():
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**{**SMALL, "num_hidden_layers": 3}))
-    tracker = PlanTracker.of(model, find_stacks)
+    tracker = PlanTracker.of(model, stacks_of)
     (stack,) = tracker.graph.stacks
     plan = tracker.graph.keep_layers(tracker.plan, {stack.name: (0, 2)})
     done = cut_model(model, tracker.graph, plan, current=tracker.plan)
     tracker.plan = done.after
     tracker.store(done.removed)
-    groups = {group.name: group for group in PlanTracker.of(model, find_groups).groups}
+    groups = {group.name: group for group in PlanTracker.of(model, groups_of).groups}
     crossing = {name: partner_of(group) for name, group in groups.items() if partner_of(group)}
     assert {name.rpartition(".")[0] for name in crossing} >= {f"{stack.name}.2"}
     for name, crossed in crossing.items():
@@ -175,9 +174,9 @@ def test_groups_found_after_a_layer_was_removed_are_paired_in_their_own_layer():
 
 def test_groups_keep_their_pair_under_other_paths():
     net = nn.ModuleDict({"inner": build()})
-    pairs = {group.name: partner_of(group) for group in find_groups(net) if partner_of(group)}
+    pairs = {group.name: partner_of(group) for group in groups_of(net) if partner_of(group)}
     assert pairs
     assert all(pairs[other] == name for name, other in pairs.items())
-    group = next(group for group in find_groups(net) if group.rotation is not None)
+    group = next(group for group in groups_of(net) if group.rotation is not None)
     assert net.get_submodule(group.rotation.query).out_features == group.size * entries_of(group)
     assert replace(group, rotation=None).unit_inputs == group.inputs

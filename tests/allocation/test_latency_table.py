@@ -17,9 +17,9 @@ from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
-from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim
 from lightning_mi_prune.surgery.units import apply_plan
+from tests.support.graphs import groups_of
 from tests.support.models import batch, build, random_plan
 
 HERE = Device("cpu", "a processor", 2, "2.9.0", "float32")
@@ -175,7 +175,7 @@ def test_the_device_is_named():
 
 def test_groups_of_one_shape_are_measured_together_on_copies():
     root = nn.ModuleDict({"net": nn.ModuleDict({"inner": build("bert")}), "other": nn.Linear(2, 2)})
-    groups, calls = find_groups(root), {"net.inner": TWO}
+    groups, calls = groups_of(root), {"net.inner": TWO}
     before = copy.deepcopy(root.state_dict())
     table = measure_table(root, groups, calls, clock=ruler)
     assert (table.batch, table.length) == (2, 12)
@@ -193,7 +193,7 @@ def test_groups_of_one_shape_are_measured_together_on_copies():
 
 def test_a_cut_model_is_measured_as_it_was_built():
     model = build("bert")
-    groups = find_groups(model)
+    groups = groups_of(model)
     whole = measure_table(model, groups, {"": TWO}, clock=ruler)
     apply_plan(model, groups, random_plan(groups))
     shapes = [p.shape for p in model.parameters()]
@@ -203,7 +203,7 @@ def test_a_cut_model_is_measured_as_it_was_built():
 
 def test_calls_are_timed_in_the_dtype_they_were_recorded_in():
     model, seen = build("bert"), []
-    groups = find_groups(model)
+    groups = groups_of(model)
     with (
         torch.autocast("cpu", torch.bfloat16),
         ActivationRecorder(model, groups, positions=8) as recorder,
@@ -231,7 +231,7 @@ def test_calls_are_timed_in_the_dtype_they_were_recorded_in():
 
 def test_chosen_kinds_are_measured_and_a_slower_cut_saves_nothing():
     model = build("bert")
-    groups, turns = find_groups(model), []
+    groups, turns = groups_of(model), []
 
     def moody(calls):
         turns.append(sorted(calls))
@@ -246,7 +246,7 @@ def test_chosen_kinds_are_measured_and_a_slower_cut_saves_nothing():
 
 def test_real_clocks_give_a_table():
     model = build("bert")
-    groups = find_groups(model)
+    groups = groups_of(model)
     table = measure_table(model, groups, {"": TWO}, kinds=["heads"], seconds=0.01)
     assert LatencyTable.from_json(table.to_json()) == table
     assert table.device == device_of(model)
@@ -384,7 +384,7 @@ def test_a_latency_budget_is_met_on_the_table():
 
 def test_a_table_predicts_models_that_are_cut():
     model = build("bert")
-    groups = find_groups(model)
+    groups = groups_of(model)
     costs = LatencyCosts(measure_table(model, groups, {"": TWO}, clock=ruler), groups)
     kept = {a.name: tuple(range(a.size)) for a in groups}
     kept |= {a.name: () for a in groups if a.name.endswith(("0.ffn", "1.heads"))}

@@ -28,12 +28,12 @@ from lightning_mi_prune import MutualInformationPruning
 from lightning_mi_prune.allocation.macs import count_macs, macs_of_calls, measure_macs
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim
 from lightning_mi_prune.pipeline import prune
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, trainer
+from tests.support.graphs import groups_of
 from tests.support.models import EVERY, batch, build, inputs_of, random_plan
 
 
@@ -59,7 +59,7 @@ def widths_of(plan):
 @pytest.mark.parametrize(("family", "head"), EVERY)
 def test_report_and_cost_model_agree_before_and_after_a_cut(family, head):
     model, one = build(family, head), first(inputs_of(head))
-    groups = find_groups(model)
+    groups = groups_of(model)
     costs = measure_macs(model, groups, {"": one})
     assert costs.total({}) == count_macs(model, one) == plain(model, one) > 0
     half = random_plan(groups)
@@ -275,7 +275,7 @@ def test_threads_count_separately_and_global_state_stays():
     running = modes()
 
     def count(family, model):
-        groups = find_groups(model)
+        groups = groups_of(model)
         start.wait()
         for _ in range(6):
             costs = measure_macs(model, groups, {"": calls[family]})
@@ -375,7 +375,7 @@ class Absent(nn.Module):
 def test_a_layer_without_units_counts_the_positions_that_pass(fresh):
     """It may be of any class: a group cuts its weight."""
     model, one = build(), first(batch(1))
-    groups, built = find_groups(model), count_macs(model, one)
+    groups, built = groups_of(model), count_macs(model, one)
     kept = {a.name: () if a.kind == "ffn" else tuple(range(a.size)) for a in groups}
     plan = PruningPlan({a.name: a.size for a in groups}, kept)
     apply_plan(model, groups, plan)

@@ -24,10 +24,10 @@ from benchmarks.baselines import (
 )
 from benchmarks.subjects import settle, size_of, weight_names
 from benchmarks.tasks import train, training_of
-from lightning_mi_prune import find_groups
 from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.graph.groups import count_parameters
 from tests.benchmarks.tiny import Epochs, labelled, opened, subject
+from tests.support.graphs import groups_of
 from tests.support.models import batch, build, entries_of, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -38,7 +38,7 @@ def budget(steps: int = 6):
 
 
 def groups_of(model: nn.Module):
-    return choose_groups(find_groups(model))
+    return choose_groups(groups_of(model))
 
 
 @pytest.mark.parametrize(

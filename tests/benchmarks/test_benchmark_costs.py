@@ -18,7 +18,6 @@ from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.core.options import Reconstruction
-from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.importance.criteria import MutualInformation
@@ -26,6 +25,7 @@ from lightning_mi_prune.importance.information import plugin_bias, unit_informat
 from lightning_mi_prune.importance.statistics import UnitStatistics
 from lightning_mi_prune.pipeline import reconstruct
 from lightning_mi_prune.reconstruction.compensation import Decision
+from tests.support.graphs import groups_of
 
 CLOCKS = ("wall_s", "cpu_s", "peak_mb")
 
@@ -106,7 +106,7 @@ def test_hooks_are_timed_without_what_they_hang_on():
 
 def test_what_a_reconstruction_sends_is_what_was_worked_out_on_paper() -> None:
     network = encoder(num_hidden_layers=2, hidden_size=24, intermediate_size=96)
-    groups = choose_groups(find_groups(network))
+    groups = choose_groups(groups_of(network))
     with ActivationRecorder(network, groups, positions=512, batches=1, calls=512) as recorder:
         network(torch.randint(5, 1000, (16, 32)))
     sizes: list[int] = []

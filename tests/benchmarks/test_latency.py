@@ -9,9 +9,9 @@ import torch
 from benchmarks import latency, layers
 from benchmarks.latency import shaped
 from benchmarks.subjects import size_of
-from lightning_mi_prune import find_groups
 from lightning_mi_prune.graph.graph import choose_groups
 from tests.benchmarks.tiny import opened, subject
+from tests.support.graphs import groups_of
 from tests.support.models import batch, build, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -23,7 +23,7 @@ def test_shapes_are_built_anew(family: str) -> None:
     model = build(family)
     kept = {"heads": [3, 1], "ffn": [8, 2]}
     again = shaped(copy.deepcopy(model.config), kept)
-    assert size_of(again, choose_groups(find_groups(model)))["kept"] == kept
+    assert size_of(again, choose_groups(groups_of(model)))["kept"] == kept
     assert outputs(again, batch()).isfinite().all()
 
 
@@ -32,7 +32,7 @@ def test_shapes_with_fewer_layers_or_narrower_heads_are_built_anew() -> None:
     short = shaped(copy.deepcopy(model.config), {"heads": [4], "ffn": [40]})
     assert len(short.bert.encoder.layer) == 1
     kept = {"heads": [3, 1], "ffn": [8, 2], "head_dim": [3, 2]}
-    again, groups = shaped(copy.deepcopy(model.config), kept), find_groups(model)
+    again, groups = shaped(copy.deepcopy(model.config), kept), groups_of(model)
     dims = choose_groups(groups, kinds=("head_dim",))
     assert size_of(again, choose_groups(groups), dims)["kept"] == kept
 

@@ -23,9 +23,9 @@ from benchmarks.tasks import (
 )
 from examples.text_classification import model as classifier
 from examples.text_classification import packaged
-from lightning_mi_prune import find_groups
 from lightning_mi_prune.graph.graph import choose_groups
 from tests.benchmarks.tiny import Epochs, labelled, opened, subject
+from tests.support.graphs import groups_of
 from tests.support.models import randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -233,7 +233,7 @@ def test_a_small_model_pays_for_its_own_training(tiny: str, subject, monkeypatch
     for sparsity, layers in ((0.5, 2), (0.9, 1)):
         model, seconds = recovery.pruned(tiny, 0, entry_of("small-dense"), sparsity)
         assert seconds == dense_record(tiny, 0, layers)["cpu_seconds"] > 0
-        size = size_of(model, choose_groups(find_groups(whole)))
+        size = size_of(model, choose_groups(groups_of(whole)))
         assert size["kept"] == {"heads": [4] * layers, "ffn": [40] * layers}
         assert not size["masked"]
     recovery.pruned.cache_clear()

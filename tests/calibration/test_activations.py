@@ -8,8 +8,8 @@ import torch
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.moments import Moments
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.discovery.families import find_groups
 from tests.conftest import count_hooks
+from tests.support.graphs import groups_of
 from tests.support.models import CONFIGS, HEADS, batch, build
 
 
@@ -17,7 +17,7 @@ from tests.support.models import CONFIGS, HEADS, batch, build
 @pytest.mark.parametrize("head", HEADS)
 def test_padding_is_left_out(family, head):
     model, inputs = build(family, head), batch()
-    groups = find_groups(model)
+    groups = groups_of(model)
     with ActivationRecorder(model, groups) as recorder, torch.inference_mode():
         model(**inputs)
     rows, real = len(inputs["input_ids"]), int(inputs["attention_mask"].sum())
@@ -34,7 +34,7 @@ def test_padding_is_left_out(family, head):
 
 def test_samples_are_the_inputs_of_the_consumer():
     model, inputs = build(), batch()
-    group = next(a for a in find_groups(model) if a.kind == "ffn")
+    group = next(a for a in groups_of(model) if a.kind == "ffn")
     seen = []
     consumer = model.get_submodule(group.consumers[0])
     handle = consumer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
@@ -49,7 +49,7 @@ def test_samples_are_the_inputs_of_the_consumer():
 
 def test_positions_are_bounded_spread_over_batches_and_drawn_alike():
     model = build()
-    groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
+    groups = [a for a in groups_of(model) if a.kind in ("ffn", "heads")]
     state = torch.get_rng_state()
 
     def record():
@@ -76,7 +76,7 @@ def test_only_our_hooks_are_removed_at_the_end_of_the_block():
     model.register_forward_hook(lambda *a: None)
 
     def fail():
-        with ActivationRecorder(model, find_groups(model)):
+        with ActivationRecorder(model, groups_of(model)):
             assert count_hooks(model) > 1
             raise RuntimeError("stop")
 
@@ -87,7 +87,7 @@ def test_only_our_hooks_are_removed_at_the_end_of_the_block():
 
 def test_autocast_and_inference_leave_ordinary_float64_sums():
     model, inputs = build(), batch()
-    groups = find_groups(model)
+    groups = groups_of(model)
     with ActivationRecorder(model, groups) as recorder:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             model(**inputs)
@@ -99,7 +99,7 @@ def test_autocast_and_inference_leave_ordinary_float64_sums():
 
 def test_one_example_is_kept_for_counting():
     model = build()
-    with ActivationRecorder(model, find_groups(model)) as recorder:
+    with ActivationRecorder(model, groups_of(model)) as recorder:
         model(**batch())
     example = recorder.examples[""]
     assert example.kwargs["input_ids"].shape[0] == 1
@@ -109,7 +109,7 @@ def test_one_example_is_kept_for_counting():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_broken_activations_are_named(bad):
     model, inputs = build(), batch()
-    groups = find_groups(model)
+    groups = groups_of(model)
     with torch.no_grad():
         model.bert.encoder.layer[1].intermediate.dense.bias[0] = bad
     with ActivationRecorder(model, groups) as recorder:
@@ -122,7 +122,7 @@ def test_broken_activations_are_named(bad):
 
 def test_a_layer_that_never_ran_is_named():
     model = build()
-    with ActivationRecorder(model, find_groups(model)) as recorder:
+    with ActivationRecorder(model, groups_of(model)) as recorder:
         pass
     with pytest.raises(PruningError, match="No activations were collected at"):
         recorder.check()
@@ -133,7 +133,7 @@ def test_longer_validation_needs_no_more_products(monkeypatch):
     ran, update = [], Moments.update
     monkeypatch.setattr(Moments, "update", lambda self, x: (ran.append(len(x)), update(self, x)))
     model = build()
-    groups = [a for a in find_groups(model) if a.kind == "ffn"]
+    groups = [a for a in groups_of(model) if a.kind == "ffn"]
     counts = {}
     for batches in (4, 64):
         ran.clear()

@@ -7,11 +7,12 @@ from functools import partial
 
 import pytest
 import torch
+from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mi_prune import MutualInformationPruning, PruningError, find_groups
+from lightning_mi_prune import MutualInformationPruning, PruningError
 from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import (
@@ -21,11 +22,11 @@ from lightning_mi_prune.calibration.gradients import (
     relevance_of,
 )
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.pipeline import PipelineOptions, decide
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer
+from tests.support.graphs import groups_of
 from tests.support.models import batch, build
 from tests.support.pruning import pruning_units
 from tests.support.runs import PRECISIONS
@@ -66,7 +67,7 @@ def bert(**options):
     """A network without dropout, its groups, and the loss of a step."""
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = build("bert", **none).train()
-    groups = choose_groups(find_groups(model))
+    groups = choose_groups(groups_of(model))
     return model, groups, lambda step: model(**texts(step)).loss
 
 
@@ -248,11 +249,11 @@ def test_operations_in_place_on_the_output_of_a_frozen_consumer_work():
 
 def test_every_network_counts_the_same_examples():
     pair = nn.ModuleDict({"a": build("bert"), "b": build("distilbert", seed=1)})
-    sums = gradient_sums(pair, choose_groups(find_groups(pair)), lambda step: sum(
+    sums = gradient_sums(pair, choose_groups(groups_of(pair)), lambda step: sum(
         pair[name](**texts(step)).loss for name in pair
     ))  # fmt: skip
     alone = gradient_sums(
-        pair["a"], choose_groups(find_groups(pair["a"])), lambda s: pair["a"](**texts(s)).loss
+        pair["a"], choose_groups(groups_of(pair["a"])), lambda s: pair["a"](**texts(s)).loss
     )
     same(
         {f"a.{key}": s for key, s in alone.items()}, {k: s for k, s in sums.items() if k[0] == "a"}

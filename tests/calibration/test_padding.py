@@ -9,6 +9,8 @@ from dataclasses import replace
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning_mi_prune.discovery.families import register_family
+from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -21,13 +23,12 @@ from lightning_mi_prune.calibration.calls import RecordedCall, merge_calls, spli
 from lightning_mi_prune.calibration.gradients import GradientRecorder
 from lightning_mi_prune.calibration.layers import LayerRecorder
 from lightning_mi_prune.core.options import Importance, Reconstruction
-from lightning_mi_prune.discovery.families import find_groups, register_family
-from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.graph.containers import layer_paths
 from lightning_mi_prune.pipeline import prune
 from lightning_mi_prune.reconstruction.layerwise import run_layerwise
 from tests.conftest import count_hooks
 from tests.support.boring import trainer
+from tests.support.graphs import groups_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:enable_nested_tensor is True:UserWarning",
@@ -159,7 +160,7 @@ def test_padding_is_not_among_the_samples(options):
     for padded, filler in ((True, 13), (False, 0)):
         net = Net(**options)
         data = batches(net, padded=padded, filler=filler)
-        groups = find_groups(net)
+        groups = groups_of(net)
         with ActivationRecorder(net.eval(), groups) as recorder, torch.no_grad():
             for batch in data:
                 net(*batch)
@@ -185,7 +186,7 @@ def test_outputs_are_the_same_with_hooks_and_without():
         want = net.encoder(x, src_key_padding_mask=padding)
         assert (want[:, SHORT:] == 0).all()
         with (
-            ActivationRecorder(net, find_groups(net)),
+            ActivationRecorder(net, groups_of(net)),
             LayerRecorder(net, layer_paths(net, "encoder.layers")),
         ):
             got = net.encoder(x, src_key_padding_mask=padding)
@@ -201,7 +202,7 @@ def test_nested_tensors_of_the_user():
     given = torch.nested.nested_tensor(texts)
     with torch.no_grad():
         want = net.encoder(given)
-        with ActivationRecorder(net, find_groups(net), calls=100) as recorder:
+        with ActivationRecorder(net, groups_of(net), calls=100) as recorder:
             got = net.encoder(given)
         assert got.is_nested
         for one, other in zip(got.unbind(), want.unbind(), strict=True):
@@ -214,7 +215,7 @@ def test_frozen_layers_get_nested_tensors_with_gradients_on():
     net = Net().eval()
     net.encoder.requires_grad_(False)
     net.embed.requires_grad_(False)
-    with GradientRecorder(net, find_groups(net)) as recorder, recorder.step(0):
+    with GradientRecorder(net, groups_of(net)) as recorder, recorder.step(0):
         loss(net, batches(net, padded=True)[0]).backward()
     for sums in recorder.sums.values():
         assert sums.matrix.isfinite().all()
@@ -226,7 +227,7 @@ def test_first_order_changes_are_summed_by_example_whatever_comes_first():
     sums = []
     for options in ({}, {"inside": True}, {"positions_first": True}):
         net = Net(dropout=0.0, **options).train()
-        with GradientRecorder(net, find_groups(net), taylor=True) as recorder, recorder.step(0):
+        with GradientRecorder(net, groups_of(net), taylor=True) as recorder, recorder.step(0):
             loss(net, batches(net, padded=True)[0]).backward()
         sums.append(recorder.sums["ffn1"].taylor)
         assert recorder.sums["ffn1"].counts[0] == 24
@@ -239,7 +240,7 @@ def test_masks_that_are_added_to_scores(first):
     net = Net(inside=not first).eval()
     ids, padding = batches(net, padded=True)[0]
     added = torch.zeros(padding.shape).masked_fill(padding, -torch.inf)
-    with ActivationRecorder(net, find_groups(net)) as recorder, torch.no_grad():
+    with ActivationRecorder(net, groups_of(net)) as recorder, torch.no_grad():
         net(ids, added)
     assert int(recorder.moments["ffn0"].count) == 24 * SHORT
 
@@ -307,7 +308,7 @@ def test_layers_of_a_stack_are_compared_without_padding(options):
 def test_stored_calls_bring_their_mask_and_can_be_joined(options):
     net = Net(**options).eval()
     long, short = batches(net, padded=True)[0], batches(net, padded=False, rows=9)[0]
-    with ActivationRecorder(net, find_groups(net), calls=2000) as recorder, torch.no_grad():
+    with ActivationRecorder(net, groups_of(net), calls=2000) as recorder, torch.no_grad():
         net(*long)
         net(*short)
     stored = recorder.stored[""]
@@ -322,7 +323,7 @@ def test_stored_calls_bring_their_mask_and_can_be_joined(options):
         assert torch.allclose(net(*whole.args).sum(0), want.sum(0), atol=1e-4)
         parts = [net(*piece.args) for piece in split_call(whole)]
         assert torch.allclose(torch.cat(parts).sum(0), want.sum(0), atol=1e-4)
-    first = recorder.calls(find_groups(net))[""]
+    first = recorder.calls(groups_of(net))[""]
     assert first.rows == 1
     assert first.args[0].numel() == LONG
 
@@ -377,7 +378,7 @@ class Operators(TorchDispatchMode):
 def test_work_is_counted_at_all_positions_and_timed_on_the_fast_path():
     net = Net().eval()
     ids, padding = batches(net, padded=True)[0]
-    one, groups = RecordedCall((ids[:1], padding[:1]), {}), find_groups(net)
+    one, groups = RecordedCall((ids[:1], padding[:1]), {}), groups_of(net)
     weights = sum(p.numel() for p in net.encoder.parameters() if p.ndim > 1)
     expected = LONG * weights + 2 * 2 * LONG**2 * WIDTH + net.head.weight.numel()
     assert count_macs(net, one) == expected
@@ -405,7 +406,7 @@ def test_a_budget_of_macs_is_met():
 
 def test_hooks_are_removed_after_an_error():
     net = Net().eval()
-    with pytest.raises(RuntimeError, match="stop"), ActivationRecorder(net, find_groups(net)):
+    with pytest.raises(RuntimeError, match="stop"), ActivationRecorder(net, groups_of(net)):
         raise RuntimeError("stop")
     assert not count_hooks(net)
 

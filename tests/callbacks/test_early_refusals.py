@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_mi_prune.discovery.families import register_family
+from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForTokenClassification
@@ -15,8 +17,6 @@ from lightning_mi_prune import MutualInformationPruning, prune
 from lightning_mi_prune.callbacks.monitors import logged_in_code
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.options import Calibration, Constraints
-from lightning_mi_prune.discovery.families import register_family
-from lightning_mi_prune.discovery.families.describe import linear_group
 from tests.support.boring import Classifier, Data, Sentences, trainer
 from tests.support.models import CONFIGS, batch, build
 from tests.support.pruning import pruning_units

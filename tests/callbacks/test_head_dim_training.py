@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_mi_prune.discovery.families import find_groups
+from tests.support.graphs import groups_of
 from tests.support.runs import OPTIMIZERS, POINTS, PRECISIONS, fit, resumed_equals_straight
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -25,7 +25,7 @@ def test_the_report_tells_of_dimensions(tmp_path):
     assert {group.kind for group in cut.groups} == set(UNITS)
     assert cut.sparsity >= 0.5
     assert any(group.after < group.before for group in cut.groups if group.kind == "head_dim")
-    for group in find_groups(module):
+    for group in groups_of(module):
         if group.kind == "head_dim":
             attention = module.get_submodule(group.attributes[0].module)
             assert attention.attention_head_size == prune_callback.plan.width(group.name)
@@ -53,11 +53,11 @@ def test_layers_go_first(tmp_path):
     run, module, _ = fit(tmp_path, **both)
     assert len(module.model.bert.encoder.layer) == 1
     plan = run.callbacks[0].plan
-    assert any(plan.width(a.name) < a.size for a in find_groups(module) if a.kind == "head_dim")
+    assert any(plan.width(a.name) < a.size for a in groups_of(module) if a.kind == "head_dim")
 
 
 @pytest.mark.parametrize("budget", [{"target_macs": 60_000}, {"target_parameters": 9_000}])
 def test_every_budget_that_knows_dimensions_reaches_them(tmp_path, budget):
     run, module, _ = fit(tmp_path, pruning={**PRUNING, "sparsity": None, **budget})
     plan = run.callbacks[0].plan
-    assert any(plan.width(a.name) < a.size for a in find_groups(module) if a.kind == "head_dim")
+    assert any(plan.width(a.name) < a.size for a in groups_of(module) if a.kind == "head_dim")

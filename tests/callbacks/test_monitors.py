@@ -41,12 +41,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from lightning_mi_prune import MutualInformationPruning, PruningError, find_groups
+from lightning_mi_prune import MutualInformationPruning, PruningError
 from lightning_mi_prune.callbacks.distributed import refuse_unsupported
 from lightning_mi_prune.callbacks.monitors import BestOf, restart_comparison
 from lightning_mi_prune.callbacks.schedule import run_length
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer
+from tests.support.graphs import groups_of
 from tests.support.models import build, entries_of
 from tests.support.pruning import pruning_units, records
 from tests.support.runs import PRECISIONS, Batches, Module, fit
@@ -100,7 +101,7 @@ def stored(path):
 
 
 def is_cut_and_clean(module, prune, epochs=(1, 2)):
-    for group in find_groups(module):
+    for group in groups_of(module):
         rows = module.get_parameter(group.tensors[0].tensor).shape[group.tensors[0].dim]
         assert rows == prune.plan.width(group.name) * entries_of(group, prune.plan.widths)
     assert prune.report.cuts[-1].sparsity >= 0.5

@@ -16,13 +16,13 @@ from lightning_mi_prune import PruningError
 from lightning_mi_prune.calibration.calls import RecordedCall, StoredCalls
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.core.running import move_tensors
-from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.reconstruction import removed_layers as takeover
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reconstruction.targets import ReconstructedLayer, Targets
 from tests.callbacks.test_stages import OPTIONS, Any, t5, tokens
 from tests.support.boring import trainer
+from tests.support.graphs import stacks_of
 from tests.support.models import batch, build
 from tests.support.pruning import pruning_layers
 from tests.support.runs import Point, fit
@@ -128,7 +128,7 @@ class Pair(nn.Module):
 
 def test_only_networks_that_lose_layers_are_copied(monkeypatch):
     module = Pair()
-    graph = PruningGraph(stacks=tuple(find_stacks(module)))
+    graph = PruningGraph(stacks=tuple(stacks_of(module)))
     name = f"student.{STACK.removeprefix('model.')}"
     plan = graph.keep_layers(graph.full, {name: (0, 1, 4, 5)})
     seen = []

@@ -12,6 +12,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
+from lightning_mi_prune.discovery.families import modules_without_groups
 from torch import nn
 
 from lightning_mi_prune import (
@@ -25,10 +26,10 @@ from lightning_mi_prune.callbacks.monitors import MetricGuard
 from lightning_mi_prune.cli.program import prune_module
 from lightning_mi_prune.core.errors import counted, number, shortened
 from lightning_mi_prune.core.options import Constraints
-from lightning_mi_prune.discovery.families import find_groups, modules_without_groups
 from lightning_mi_prune.graph.graph import choose_groups, summarize_groups
 from lightning_mi_prune.graph.groups import DependencyGroup
 from tests.support.boring import Classifier, trainer
+from tests.support.graphs import groups_of
 from tests.support.models import build
 from tests.support.pruning import made, pruning_layers, pruning_units
 from tests.support.runs import Point, fit
@@ -56,7 +57,7 @@ def quiet(**options):
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_module_that_an_expression_names_but_cannot_cut_is_mentioned(option):
     module = WithHead()
-    groups = find_groups(module)
+    groups = groups_of(module)
     others = modules_without_groups(module, groups)
     with pytest.warns(PruningWarning, match=rf"{option}='head' finds 2 groups.* module 'head'"):
         chosen = choose_groups(groups, modules=others, **{option: "head"})
@@ -70,7 +71,7 @@ def test_a_module_that_an_expression_names_but_cannot_cut_is_mentioned(option):
 )
 def test_expressions_that_find_what_they_name_are_not_remarked_upon(expression):
     module = WithHead()
-    groups = find_groups(module)
+    groups = groups_of(module)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_groups(
@@ -80,9 +81,9 @@ def test_expressions_that_find_what_they_name_are_not_remarked_upon(expression):
 
 def test_modules_that_belong_to_groups_are_not_without_them():
     model = build()
-    others = modules_without_groups(model, find_groups(model))
+    others = modules_without_groups(model, groups_of(model))
     assert others == []  # the residual stream meets every matrix
-    groups = [group for group in find_groups(model) if group.kind == "heads"]
+    groups = [group for group in groups_of(model) if group.kind == "heads"]
     others = modules_without_groups(model, groups)
     assert "classifier" in others
     assert not any("attention" in path for path in others)

@@ -12,9 +12,9 @@ from lightning_mi_prune import pipeline as method
 from lightning_mi_prune.allocation.measuring import measure_table
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningWarning
-from lightning_mi_prune.discovery.families import find_groups
 from tests.support.boring import Classifier, trainer
 from tests.support.crashing import Falling
+from tests.support.graphs import groups_of
 from tests.support.pruning import pruning_units
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -140,7 +140,7 @@ def test_whole_sublayers_may_vanish_and_training_goes_on():
     module, callback, run = fit(sparsity=0.93)
     gone = [group.name for group in callback.report.cuts[-1].groups if group.after == 0]
     assert gone
-    assert any(group.size for group in find_groups(module))
+    assert any(group.size for group in groups_of(module))
     before = {n: p.clone() for n, p in module.named_parameters()}
     run.fit_loop.max_epochs += 1
     module.loss(next(iter(module.train_dataloader()))).backward()

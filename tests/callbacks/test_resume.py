@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_mi_prune import MutualInformationPruning, PruningError, find_groups, load_pruned
+from lightning_mi_prune import MutualInformationPruning, PruningError, load_pruned
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.callbacks.state import RunState
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
@@ -17,6 +17,7 @@ from lightning_mi_prune.reporting.report import PruningReport
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.callbacks.test_rollback import BUDGET, Painless, Scored
 from tests.support.boring import Classifier, Sentences, trainer
+from tests.support.graphs import groups_of
 from tests.support.models import entries_of, random_plan
 from tests.support.runs import Batches, Module, Point, fit, resumed_equals_straight, sha
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.
 
 
 def widths(module, kind):
-    groups = [a for a in find_groups(module) if a.kind == kind]
+    groups = [a for a in groups_of(module) if a.kind == kind]
     return [module.get_parameter(a.tensors[0].tensor).shape[0] // entries_of(a) for a in groups]
 
 
@@ -246,7 +247,7 @@ def test_loggers_hear_of_the_size_that_came_back(tmp_path):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_network_that_came_pruned_has_no_second_tracker(tmp_path):
     small = Classifier()
-    groups = find_groups(small.model)
+    groups = groups_of(small.model)
     PlanTracker.of(small.model).plan = random_plan(groups, 0.75)
     apply_plan(small.model, groups, random_plan(groups, 0.75))
     torch.save(small.model.state_dict(), tmp_path / "net.pt")

@@ -18,11 +18,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_mi_prune import MutualInformationPruning, PruningError, find_groups
+from lightning_mi_prune import MutualInformationPruning, PruningError
 from lightning_mi_prune.allocation.budget import sparsity_of
 from lightning_mi_prune.allocation.latency import Device, LatencyTable
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer
+from tests.support.graphs import groups_of
 from tests.support.models import CONFIGS, entries_of
 from tests.support.pruning import made, pruning_units, records
 
@@ -62,7 +63,7 @@ def present(callback):
 
 
 def widths(module, kind):
-    groups = [a for a in find_groups(module) if a.kind == kind]
+    groups = [a for a in groups_of(module) if a.kind == kind]
     return [module.get_parameter(a.tensors[0].tensor).shape[0] // entries_of(a) for a in groups]
 
 

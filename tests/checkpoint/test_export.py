@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mi_prune import PruningPlan, apply_plan, find_groups
+from lightning_mi_prune import PruningPlan, apply_plan
 from lightning_mi_prune.graph.groups import full_plan
+from tests.support.graphs import groups_of
 from tests.support.models import CONFIGS, PICTURES, batch, build, pictures
 
 
@@ -25,7 +26,7 @@ class Logits(nn.Module):
 def cut(family: str) -> tuple[Logits, tuple[torch.Tensor, ...]]:
     """A model without the heads of one layer and the neurons of another, narrower elsewhere."""
     model = build(family, "image" if family in PICTURES else "sequence")
-    groups = find_groups(model)
+    groups = groups_of(model)
     whole = full_plan(groups)
     kept = dict(whole.kept)
     for kind, empty in (("heads", 0), ("ffn", 1), ("head_dim", None)):

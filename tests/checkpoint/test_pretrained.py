@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from lightning_mi_prune.discovery.families import present_plan
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -33,9 +34,9 @@ from transformers import (
 from lightning_mi_prune import PruningError, from_pretrained
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups, present_plan
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support import models
+from tests.support.graphs import groups_of
 from tests.support.models import CONFIGS, batch, build, inputs_of, outputs, pictures, random_plan
 from tests.support.packages import hide
 
@@ -47,14 +48,14 @@ PLAN = '{{"version": 1, "sizes": {{"a": 2}}, "kept": {{"a": [{}]}}}}'
 
 def pruned(model=None, **options):
     model = build() if model is None else model
-    groups = find_groups(model)
+    groups = groups_of(model)
     apply_plan(model, groups, random_plan(groups, **options))
     return model
 
 
 def emptied(model):
     """The first layer has no heads, the last no neurons, the others half of each."""
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups)
     first = next(group for group in groups if group.kind == "heads")
     last = [group for group in groups if group.kind == "ffn"][-1]
@@ -129,7 +130,7 @@ def test_every_family_opens_in_every_way(family, head, cut, tmp_path):
         assert not any(t.is_meta for t in (*again.parameters(), *again.buffers()))
         after = outputs(again, inputs_of(head))
         assert torch.allclose(after, before, atol=1e-6)
-        assert present_plan(again, find_groups(again)) == present_plan(model, find_groups(model))
+        assert present_plan(again, groups_of(again)) == present_plan(model, groups_of(model))
         assert again.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(outputs(copy.deepcopy(again), inputs_of(head)), after)
     again.save_pretrained(tmp_path / "again")
@@ -337,7 +338,7 @@ def test_options_of_the_config_and_of_the_model(folder):
 def test_classes_of_the_user(tmp_path):
     seen, folder = [], tmp_path
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups)
     apply_plan(model, groups, plan.joined(PruningPlan.full({"pooler": 24})))
     model.save_pretrained(folder)
@@ -480,8 +481,8 @@ def test_a_number_that_disagrees_never_changes_the_outputs(family, residual, tmp
     model = pruned(build(family, head), residual=residual, dims=residual)
     model.save_pretrained(tmp_path)
     before = outputs(model, inputs_of(head))
-    fields = {group.config for group in find_groups(model)} - {None}
-    fields |= {alias for group in find_groups(model) for alias in group.config_aliases if residual}
+    fields = {group.config for group in groups_of(model)} - {None}
+    fields |= {alias for group in groups_of(model) for alias in group.config_aliases if residual}
     original = (tmp_path / "config.json").read_text()
     for name, number in itertools.product(fields, (48, 12, 2)):
         (tmp_path / "config.json").write_text(original)

@@ -7,6 +7,8 @@ from functools import partial
 
 import pytest
 import torch
+from lightning_mi_prune.discovery.families import present_plan
+from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from transformers import BertModel
 
@@ -15,9 +17,8 @@ from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import PLAN_KEY, is_plan
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups, present_plan
-from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.surgery.units import apply_plan
+from tests.support.graphs import groups_of
 from tests.support.models import CONFIGS, HEADS, batch, build, outputs, random_plan
 
 EVERY = pytest.mark.parametrize(("family", "head"), [(f, h) for f in CONFIGS for h in HEADS])
@@ -108,19 +109,19 @@ def test_a_damaged_entry_is_refused_and_the_model_stays(entry, message):
 @EVERY
 def test_save_pretrained_and_back(family, head, tmp_path):
     model = build(family, head)
-    groups = find_groups(model)
+    groups = groups_of(model)
     apply_plan(model, groups, random_plan(groups))
     model.save_pretrained(tmp_path)
     again = from_pretrained(HEADS[head], tmp_path)
     assert torch.equal(outputs(again, batch()), outputs(model, batch()))
-    assert present_plan(again, find_groups(again)) == present_plan(model, groups)
+    assert present_plan(again, groups_of(again)) == present_plan(model, groups)
     if head == "masked-lm":
         assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
 
 
 def test_a_model_class_works_like_an_auto_class(tmp_path):
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     apply_plan(model, groups, random_plan(groups))
     model.save_pretrained(tmp_path)
     again = from_pretrained(type(model), str(tmp_path))
@@ -166,9 +167,9 @@ def two(*, within="", cut_as_built=False):
     """Two networks, of which a tracker may know one; the other may come cut from its folder."""
     root = nn.ModuleDict({"q": build(), "d": build(seed=1)})
     if cut_as_built:
-        groups = find_groups(root, "d")
+        groups = groups_of(root, "d")
         apply_plan(root, groups, random_plan(groups, seed=3))
-    return root, PlanTracker(root, partial(find_groups, within=within))
+    return root, PlanTracker(root, partial(groups_of, within=within))
 
 
 @pytest.mark.parametrize("cut_as_built", [False, True])
@@ -290,12 +291,12 @@ def test_a_module_has_one_tracker_and_its_copies_have_their_own():
 def test_networks_with_one_config_object_keep_their_own_plans(tmp_path):
     config = CONFIGS["bert"]()
     pair = nn.ModuleDict({"q": BertModel(config), "d": BertModel(config)}).eval()
-    groups = find_groups(pair, "q")
+    groups = groups_of(pair, "q")
     apply_plan(pair, groups, random_plan(groups))
     assert pair["q"].config.intermediate_size == 20
     assert pair["d"].config.intermediate_size == 40
     assert not hasattr(pair["d"].config, "pruning_plan")
-    both = find_groups(pair)
+    both = groups_of(pair)
     apply_plan(pair, both, random_plan(both, 0.25), current=present_plan(pair, both))
     for name in ("q", "d"):
         pair[name].save_pretrained(tmp_path / name)
@@ -306,9 +307,9 @@ def test_networks_with_one_config_object_keep_their_own_plans(tmp_path):
 
 def test_the_encoder_of_a_pruned_classifier_can_be_saved_alone(tmp_path):
     model = build()
-    groups = [group for group in find_groups(model, "bert") if group.kind != "pooler"]
+    groups = [group for group in groups_of(model, "bert") if group.kind != "pooler"]
     assert len(groups) == 7
-    apply_plan(model, find_groups(model), random_plan(groups))
+    apply_plan(model, groups_of(model), random_plan(groups))
     model.bert.save_pretrained(tmp_path / "encoder")
     model.save_pretrained(tmp_path / "whole")
     encoder = from_pretrained(BertModel, tmp_path / "encoder")
@@ -316,13 +317,13 @@ def test_the_encoder_of_a_pruned_classifier_can_be_saved_alone(tmp_path):
         assert torch.equal(a, b)
     whole = from_pretrained(type(model), tmp_path / "whole")
     assert torch.equal(outputs(whole, batch()), outputs(model, batch()))
-    assert [a.size for a in find_groups(model.bert)] == [4, 6, 40, 4, 6, 40, 24]
+    assert [a.size for a in groups_of(model.bert)] == [4, 6, 40, 4, 6, 40, 24]
 
 
 def test_weights_come_from_the_same_place_as_the_config(tmp_path):
     first, second = build(), build(seed=1)
     for model, folder in ((first, tmp_path), (second, tmp_path / "sub")):
-        groups = find_groups(model)
+        groups = groups_of(model)
         apply_plan(model, groups, random_plan(groups))
         model.save_pretrained(folder)
     again = from_pretrained(type(first), tmp_path, subfolder="sub")

@@ -33,7 +33,6 @@ from lightning_mi_prune.core.files import check_writable, write_whole
 from lightning_mi_prune.core.options import Latency
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.core.untrusted import check_nesting, described
-from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.pipeline import PipelineOptions, check
 from lightning_mi_prune.reporting.report import PruningReport
 from lightning_mi_prune.surgery.optimizers import (
@@ -46,6 +45,7 @@ from lightning_mi_prune.surgery.units import apply_plan
 from tests.callbacks.test_rollback import BUDGET, Scored
 from tests.reporting.test_report import CUT, stack_cut
 from tests.support.boring import Classifier, trainer
+from tests.support.graphs import groups_of
 from tests.support.models import batch, build, random_plan
 from tests.support.pruning import pruning_units
 from tests.support.runs import Point, fit, sha
@@ -749,7 +749,7 @@ def test_a_table_that_could_not_be_written_is_refused_before_the_first_batch(
 
 def test_a_process_that_writes_no_table_may_have_another_disk(bad_paths):
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     sizes = {group.name: group.size for group in groups}
     method = PipelineOptions(Budget(target_latency_ms=9.0), latency=Latency(str(bad_paths[1])))
     chosen = [group for group in groups if group.kind == "ffn"]

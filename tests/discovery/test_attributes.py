@@ -17,11 +17,11 @@ from lightning_mi_prune.discovery.attributes import (
     sub_layouts,
 )
 from lightning_mi_prune.discovery.copies import structural_copy
-from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.search import solve, without_groups
 from lightning_mi_prune.discovery.verification import Verifier
 from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim, SizeAttribute
 from lightning_mi_prune.graph.layouts import layout_size
+from tests.support.graphs import groups_of
 from tests.support.models import EVERY, build, inputs_of
 
 
@@ -47,8 +47,8 @@ def test_the_numbers_of_the_descriptions_are_found_again(family: str) -> None:
     # The hidden size needs the operators of normalisations; attention scaled by its head size
     # cannot be cut along that without rotation.
     kinds = ("ffn", "heads", "pooler")
-    gone = {g.name: g.size for g in find_groups(model) if g.kind not in kinds}
-    groups = without_groups([g for g in find_groups(model) if g.kind in kinds], gone)
+    gone = {g.name: g.size for g in groups_of(model) if g.kind not in kinds}
+    groups = without_groups([g for g in groups_of(model) if g.kind in kinds], gone)
     solution = solution_of(model, groups, **inputs_of(head))
     assert not solution.refused
     sizes = {group.name: group.size for group in groups}

@@ -11,10 +11,9 @@ from torch import nn
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.discovery.config_fields import with_config_fields, with_depth_fields
 from lightning_mi_prune.discovery.discover import discover
-from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.surgery.units import apply_plan
+from tests.support.graphs import groups_of, stacks_of
 from tests.support.models import EVERY, build, inputs_of
 
 
@@ -25,7 +24,7 @@ def fields(groups) -> dict[str, tuple]:
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "vit"])
 def test_the_fields_of_the_descriptions_are_found_again(family: str) -> None:
     model = build(family, dict(EVERY)[family])
-    groups = find_groups(model)
+    groups = groups_of(model)
     bare = [replace(g, config=None, tie=None, config_aliases=()) for g in groups]
     found = with_config_fields(model, bare)
     expected = fields(groups)
@@ -38,7 +37,7 @@ def test_the_fields_of_the_descriptions_are_found_again(family: str) -> None:
 @pytest.mark.parametrize("family", ["bert", "distilbert", "vit"])
 def test_depth_is_found_again(family: str) -> None:
     model = build(family, dict(EVERY)[family])
-    (stack,) = find_stacks(model)
+    (stack,) = stacks_of(model)
     (found,) = with_depth_fields(model, [replace(stack, config_fields=(), config_lists=())])
     assert set(found.config_fields) >= set(stack.config_fields)
 
@@ -60,7 +59,7 @@ def test_a_network_built_from_the_config_of_a_cut_one_has_its_shapes(family: str
 
 def test_a_field_that_changes_something_else_is_not_believed() -> None:
     model = build("bert")
-    ffn = [g for g in find_groups(model) if g.kind == "ffn"]
+    ffn = [g for g in groups_of(model) if g.kind == "ffn"]
     one = [replace(g, config=None, tie=None) for g in ffn[:1]]
     assert [g.config for g in with_config_fields(model, one)] == [None]
 
@@ -79,7 +78,5 @@ def test_layers_know_their_index() -> None:
 
     net = nn.Module()
     net.layers = nn.ModuleList(Layer(i) for i in range(4))
-    (stack,) = with_depth_fields(
-        net, [replace(find_stacks(build("bert"))[0], name="layers", size=4)]
-    )
+    (stack,) = with_depth_fields(net, [replace(stacks_of(build("bert"))[0], name="layers", size=4)])
     assert stack.index_attributes == ("layer_idx", "number")

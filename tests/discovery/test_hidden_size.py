@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning_mi_prune.discovery.families import present_plan
 from torch import nn
 from transformers import (
     AutoModel,
@@ -23,7 +24,6 @@ from lightning_mi_prune.checkpoint.pretrained import from_pretrained
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups, present_plan
 from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.graph.groups import count_parameters, full_plan
 from lightning_mi_prune.surgery.optimizers import update_optimizers
@@ -34,6 +34,7 @@ from lightning_mi_prune.surgery.units import (
     revert_rewrites,
 )
 from tests.support import models
+from tests.support.graphs import groups_of
 from tests.support.models import (
     CONFIGS,
     batch,
@@ -96,14 +97,14 @@ def stirred(family, head="sequence", **options):
 @EVERY
 def test_a_cut_hidden_size_equals_the_masked_model(family, head):
     model = stirred(family, head)
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups, residual=True)
     masked, before = masked_stream(model, groups, plan), outputs(model, inputs_of(head))
     apply_plan(model, groups, plan)
     after = outputs(model, inputs_of(head))
     assert torch.allclose(after, outputs(masked, inputs_of(head)), atol=1e-5)
     assert not torch.allclose(after, before, atol=1e-3)
-    assert find_groups(model) == groups
+    assert groups_of(model) == groups
     assert present_plan(model, groups) == plan
 
 
@@ -111,7 +112,7 @@ def test_a_cut_hidden_size_equals_the_masked_model(family, head):
 def test_every_tensor_of_hidden_size_is_in_the_group(family, head):
     """Every dimension of hidden size that is in no other group is cut."""
     model = build(family, head)
-    groups = find_groups(model)
+    groups = groups_of(model)
     (group,) = (group for group in groups if group.kind == "hidden")
     cut = {(id(model.get_parameter(s.tensor)), s.dim) for a in groups for s in a.tensors}
     for name, parameter in model.named_parameters():
@@ -135,7 +136,7 @@ def test_every_tensor_of_hidden_size_is_in_the_group(family, head):
 def test_skips_and_readers_above(family, head):
     """The residual input is added to the consumer's output, which the modules above read."""
     model = stirred(family, head)
-    groups = [group for group in find_groups(model) if group.kind in ("ffn", "heads")]
+    groups = [group for group in groups_of(model) if group.kind in ("ffn", "heads")]
     order: list[str] = []
     streams: dict[str, torch.Tensor] = {}
     written: dict[str, torch.Tensor] = {}
@@ -157,7 +158,7 @@ def test_skips_and_readers_above(family, head):
         )
     outputs(model, inputs_of(head))
     last = {name: index for index, name in enumerate(order)}
-    (residual,) = (group for group in find_groups(model) if group.kind == "hidden")
+    (residual,) = (group for group in groups_of(model) if group.kind == "hidden")
     for group in groups:
         assert streams[group.name].shape == written[group.name].shape
         assert set(group.above) <= set(residual.consumers)
@@ -171,7 +172,7 @@ def test_the_config_says_what_fits_and_then_anyone_can_load(tmp_path):
     for family in families:
         head = "image" if family in models.PICTURES else "sequence"
         model, inputs = stirred(family, head), inputs_of(head)
-        groups = find_groups(model)
+        groups = groups_of(model)
         sizes = {group.name: group.size for group in groups}
         whole = {group.name for group in groups if group.kind == "head_dim"}
         kept = {n: tuple(range(0 if n in whole else s // 2, s)) for n, s in sizes.items()}
@@ -183,7 +184,7 @@ def test_the_config_says_what_fits_and_then_anyone_can_load(tmp_path):
             from_pretrained(type(model), tmp_path / family),
         ):
             assert torch.equal(outputs(again, inputs), outputs(model, inputs))
-            assert present_plan(again, find_groups(again)) == present_plan(model, groups)
+            assert present_plan(again, groups_of(again)) == present_plan(model, groups)
         encoder = getattr(model, model.base_model_prefix)
         encoder.save_pretrained(tmp_path / "encoder")
         alone = AutoModel.from_pretrained(tmp_path / "encoder")
@@ -194,7 +195,7 @@ def test_the_config_says_what_fits_and_then_anyone_can_load(tmp_path):
 def test_a_head_size_in_the_config_frees_the_heads(tmp_path):
     head = "image"
     model = stirred("vit", head, head_dim=4)
-    groups = find_groups(model)
+    groups = groups_of(model)
     assert {entries_of(a) for a in groups if a.kind == "heads"} == {4}
     kept = {a.name: tuple(range(2 if a.kind == "heads" else a.size)) for a in groups}
     apply_plan(model, groups, PruningPlan({a.name: a.size for a in groups}, kept))
@@ -206,13 +207,13 @@ def test_a_head_size_in_the_config_frees_the_heads(tmp_path):
 
 def test_plans_without_the_hidden_size_open(tmp_path):
     model = build()
-    groups = [group for group in find_groups(model) if group.kind != "hidden"]
+    groups = [group for group in groups_of(model) if group.kind != "hidden"]
     apply_plan(model, groups, random_plan(groups))
     assert "hidden" not in model.config.pruning_plan
     model.save_pretrained(tmp_path)
     again = from_pretrained(type(model), tmp_path)
     assert torch.equal(outputs(again, batch()), outputs(model, batch()))
-    everything = find_groups(again)
+    everything = groups_of(again)
     assert present_plan(again, everything).width("bert.hidden") == 24
     plan = PruningPlan({"bert.hidden": 24}, {"bert.hidden": tuple(range(12))})
     apply_plan(again, everything, plan, current=present_plan(again, everything))
@@ -224,7 +225,7 @@ def test_plans_without_the_hidden_size_open(tmp_path):
 )
 def test_the_config_stays_as_built_where_it_does_not_fit(widths, tmp_path):
     model = stirred("bert")
-    groups = find_groups(model)
+    groups = groups_of(model)
     whole = {} if not widths else {"head_dim": 6}
     kept = {a.name: tuple(range((widths | whole).get(a.kind, a.size // 2))) for a in groups}
     if not widths:
@@ -256,14 +257,14 @@ def test_folders_and_state_dicts(family, head, tmp_path):
 
 def test_a_tied_decoder_is_cut_once_under_either_name():
     model = stirred("bert", "masked-lm")
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups, residual=True)
     decoder = model.get_output_embeddings()
     apply_plan(model, groups, plan)
     assert model.get_input_embeddings().weight is decoder.weight
     assert (decoder.in_features, decoder.weight.shape[1]) == (12, 12)
     untied = stirred("bert", "masked-lm", tie_word_embeddings=False)
-    both = find_groups(untied)
+    both = groups_of(untied)
     names = {s.tensor for group in both for s in group.tensors}
     assert "cls.predictions.decoder.weight" in names
     untied.cls.predictions.decoder.weight = untied.get_input_embeddings().weight  # tied afterwards
@@ -276,7 +277,7 @@ def test_a_tied_decoder_is_cut_once_under_either_name():
 @FEW
 def test_growing_and_going_back(family, head):
     model = stirred(family, head)
-    groups, inputs = find_groups(model), inputs_of(head)
+    groups, inputs = groups_of(model), inputs_of(head)
     plan, before = random_plan(groups, residual=True), outputs(model, inputs)
     values = {k: v.clone() for k, v in (*model.named_parameters(), *model.named_buffers())}
     rewrites = apply_plan(model, groups, plan)
@@ -296,7 +297,7 @@ def test_growing_and_going_back(family, head):
 def test_training_goes_on():
     model = stirred("bert")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    groups = find_groups(model)
+    groups = groups_of(model)
     for plan in (random_plan(groups, residual=True), random_plan(groups, 0.25, residual=True)):
         now = present_plan(model, groups)
         smaller = {n: tuple(p for p in k if p in now.kept[n])[:6] for n, k in plan.kept.items()}
@@ -314,7 +315,7 @@ def test_training_goes_on():
 
 def test_values_in_final_shape_for_every_kind_of_parameter():
     model = stirred("bert")
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups, residual=True)
     small = copy.deepcopy(model)
     apply_plan(small, groups, plan)
@@ -337,7 +338,7 @@ def test_values_in_final_shape_for_every_kind_of_parameter():
 
 def test_an_empty_hidden_size_is_refused():
     model = stirred("bert")
-    groups = find_groups(model)
+    groups = groups_of(model)
     before = copy.deepcopy(model.state_dict())
     empty = full_plan(groups).then(PruningPlan({"bert.hidden": 24}, {"bert.hidden": ()}))
     sentence = r"none of 24 units of group 'bert.hidden', which cannot be empty"
@@ -361,7 +362,7 @@ def test_an_empty_hidden_size_is_refused():
 @pytest.mark.parametrize("head", ["sequence", "masked-lm"])
 def test_every_deberta(options, parts, head):
     model = stirred("deberta-v2", head, **options)
-    groups = find_groups(model)
+    groups = groups_of(model)
     assert any(parts in s.tensor for group in groups for s in group.tensors)
     plan = random_plan(groups, residual=True)
     masked = masked_stream(model, groups, plan)
@@ -373,7 +374,7 @@ def test_every_deberta(options, parts, head):
 def test_embeddings_with_a_width_of_their_own_are_no_part_of_it(head):
     model = models.HEADS[head].from_config(models.ElectraConfig(**models._BERT, embedding_size=16))
     models.randomize(model.eval())
-    groups = find_groups(model)
+    groups = groups_of(model)
     assert not any("word_embeddings" in s.tensor for group in groups for s in group.tensors)
     assert any("embeddings_project" in s.tensor for group in groups for s in group.tensors)
     plan = random_plan(groups, residual=True)
@@ -396,7 +397,7 @@ def test_encoders_alone_and_other_heads(tmp_path):
         ),
     ]:
         models.randomize(model.eval())
-        groups = find_groups(model)
+        groups = groups_of(model)
         plan = random_plan(groups, residual=True)
         (hidden,) = (group for group in groups if group.kind == "hidden")
         masked = masked_stream(model, groups, plan)
@@ -423,10 +424,10 @@ def test_heads_that_no_table_describes_have_no_such_group():
         models.PICTURES["vit"](num_labels=0),
         build("deberta-v2", "masked-lm", legacy=False),
     ):
-        kinds = {group.kind for group in find_groups(model)}
+        kinds = {group.kind for group in groups_of(model)}
         assert kinds - {"head_dim"} == {"ffn", "heads"}
         with pytest.raises(PruningError, match=r"names 'hidden'; this model has"):
-            choose_groups(find_groups(model), kinds=["hidden"])
+            choose_groups(groups_of(model), kinds=["hidden"])
 
 
 def test_an_unknown_embedding_leaves_the_other_groups():
@@ -435,12 +436,12 @@ def test_an_unknown_embedding_leaves_the_other_groups():
 
     model = build()
     model.bert.embeddings.word_embeddings = Own(64, 24)
-    assert {group.kind for group in find_groups(model)} == {"ffn", "heads", "head_dim", "pooler"}
+    assert {group.kind for group in groups_of(model)} == {"ffn", "heads", "head_dim", "pooler"}
 
 
 def test_two_networks_have_two_hidden_sizes():
     root = nn.ModuleDict({"a": build(), "b": build(seed=1)})
-    groups = find_groups(root)
+    groups = groups_of(root)
     names = [group.name for group in groups if group.kind == "hidden"]
     assert names == ["a.bert.hidden", "b.bert.hidden"]
     plan = PruningPlan({names[0]: 24}, {names[0]: tuple(range(12))})

@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.discovery.inference import infer
 from lightning_mi_prune.graph.layouts import layout_size
+from tests.support.graphs import groups_of
 from tests.support.models import EVERY, build, inputs_of
 
 # One bias of positions is added to the scores of all layers, so their heads go together; the
@@ -54,7 +54,7 @@ def streams(model, groups, run):
 def test_the_call_shows_what_was_described_by_hand(family, head):
     model = build(family, head).eval()
     inputs = inputs_of(head)
-    by_hand = [g for g in find_groups(model) if g.kind in KINDS]
+    by_hand = [g for g in groups_of(model) if g.kind in KINDS]
     inferred = {
         places(model, g): g
         for g in infer(model, lambda model: model(**inputs)).groups

@@ -20,13 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.support.graphs import groups_of
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mi_prune import apply_plan, find_groups, linear_group, prune, register_family
+from lightning_mi_prune import PruningGraph, apply_plan, linear_group, prune
 from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.allocation.latency import LatencyCurve, LatencyTable
 from lightning_mi_prune.allocation.measuring import device_of
@@ -107,7 +109,9 @@ def called(name: str) -> str:
 
 def plan_record(plan: Any) -> Record:
     """Units kept of every group; orders and what is lost on the way, where they are known."""
-    groups = sorted(plan.kept, key=called)
+    stacks = {n for n in plan.kept if n.rpartition(".")[2] in ("layer", "layers")}
+    whole = {n for n in stacks if len(plan.kept[n]) == plan.sizes[n]}
+    groups = sorted(set(plan.kept) - whole, key=called)
     ranked = [n for n in groups if n in plan.rankings]
     orders = [[called(n), list(plan.rankings[n].order)] for n in ranked]
     curves = [[list(plan.rankings[n].loss), list(plan.rankings[n].nats)] for n in ranked]
@@ -223,8 +227,9 @@ def squares(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def kinds_of(model: nn.Module) -> list[str]:
-    """Every kind of unit of a model."""
-    return sorted({group.kind for group in find_groups(model)})
+    """Every kind of unit of a model that can be ranked."""
+    groups = groups_of(model)
+    return sorted({group.kind for group in groups if group.kind != DIMS or group.rotation})
 
 
 def family(kind: str, every: bool, _: Path) -> Record:
@@ -260,7 +265,8 @@ def bert(
 def milliseconds(folder: Path) -> Record:
     """A budget in milliseconds, by a table that is given: nothing is timed."""
     model = build()
-    groups = [group for group in find_groups(model) if group.kind != DIMS]
+    groups = [group for group in groups_of(model) if group.kind != DIMS]
+    groups.sort(key=lambda group: group.kind == "hidden")
     curves = tuple(
         LatencyCurve((group.name,), (group.size, group.size // 2, 0), (0.0, 0.5 + i / 8, 2.0))
         for i, group in enumerate(groups)
@@ -293,7 +299,7 @@ def fresh(_: Path) -> Record:
     widths = {n: max(1, done.plan.width(n) // 2) for n in done.plan.rankings}
     further = {n: r.kept(widths[n]) for n, r in done.plan.rankings.items()}
     plan = replace(done.plan, kept={**done.plan.kept, **further})
-    apply_plan(other, find_groups(other), plan)
+    apply_plan(other, groups_of(other), plan)
     return plan_record(plan) | weights_record(other)
 
 
@@ -315,21 +321,16 @@ class Normed(nn.Module):
 def own_network(gradients: bool, _: Path) -> Record:
     """A network whose groups are described by hand."""
 
-    @register_family(f"golden-normed-{gradients}", matches=lambda m: isinstance(m, Normed))
-    def describe(net: nn.Module) -> list[Any]:
-        low = {"producers": ["up"], "consumers": ["down"], "level": 0}
-        high = {"producers": ["mid"], "consumers": ["one", "two"], "level": 1}
-        return [
-            linear_group(net, "low", kind=FFN, **low),
-            linear_group(net, "high", kind=FFN, **high),
-        ]
-
+    low = {"producers": ["up"], "consumers": ["down"], "level": 0}
+    high = {"producers": ["mid"], "consumers": ["one", "two"], "level": 1}
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randn(150, 10, generator=generator) * 2 + 1 for _ in range(4)]
     net = Normed().train()
     for data in rows:
         net(data)
-    return one_shot(net, rows, 0.5, loss=squares if gradients else None)
+    groups = [linear_group(net, n, kind=FFN, **g) for n, g in (("low", low), ("high", high))]
+    graph = PruningGraph.of(groups)
+    return one_shot(net, rows, 0.5, loss=squares if gradients else None, graph=graph)
 
 
 class Encoder(nn.Module):
@@ -351,24 +352,19 @@ class Encoder(nn.Module):
 
 def torch_encoder(norm_first: bool, _: Path) -> Record:
     """The neurons of ``nn.TransformerEncoder``, with padding and the residual stream named."""
-
-    @register_family(f"golden-encoder-{norm_first}", matches=lambda m: isinstance(m, Encoder))
-    def describe(net: Any) -> list[Any]:
-        found = []
-        for i, layer in enumerate(net.encoder.layers):
-            path = f"encoder.layers.{i}"
-            ends = {"producers": [f"{path}.linear1"], "consumers": [f"{path}.linear2"]}
-            group = linear_group(net, f"ffn{i}", kind=FFN, level=i, **ends)
-            stream = f"{path}.norm2" if layer.norm_first else f"{path}.linear1"
-            found.append(replace(group, residual=stream))
-        return found
-
+    net, found = Encoder(norm_first=norm_first).eval(), []
+    for i in range(2):
+        path = f"encoder.layers.{i}"
+        ends = {"producers": [f"{path}.linear1"], "consumers": [f"{path}.linear2"]}
+        group = linear_group(net, f"ffn{i}", kind=FFN, level=i, **ends)
+        stream = f"{path}.norm2" if norm_first else f"{path}.linear1"
+        found.append(replace(group, residual=stream))
     data = []
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, 50, (32, 10), generator=generator)
         data.append((ids, (torch.arange(10) >= 7).expand(32, 10).clone()))
-    return one_shot(Encoder(norm_first=norm_first).eval(), data, 0.5, loss=squares)
+    return one_shot(net, data, 0.5, loss=squares, graph=PruningGraph.of(found))
 
 
 def lightning_module(_: Path) -> Record:

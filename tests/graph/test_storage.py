@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.graph.graph import PruningGraph, Refusal
+from tests.support.graphs import groups_of, stacks_of
 from tests.support.models import build
 
 
@@ -19,8 +18,8 @@ def graph_of(family: str) -> PruningGraph:
     refused = (Refusal("embeddings.weight", "", 64, 1536, "its rows are the vocabulary"),)
     total = sum(p.numel() for p in model.parameters())
     return PruningGraph(
-        tuple(find_groups(model)),
-        () if family == "albert" else tuple(find_stacks(model)),
+        tuple(groups_of(model)),
+        () if family == "albert" else tuple(stacks_of(model)),
         refused,
         ("einsum in 'encoder'",),
         parameters=total,

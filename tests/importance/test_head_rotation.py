@@ -11,11 +11,11 @@ from lightning_mi_prune.allocation.macs import count_macs, measure_macs
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.options import Constraints, Reconstruction
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.graph.groups import as_built, count_parameters, full_plan
 from lightning_mi_prune.importance.ranking import rank_groups
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.covering import half
+from tests.support.graphs import groups_of
 from tests.support.head_dims import FAMILIES, UNITS, known, lesson, loss, narrow, rotations, tiny
 from tests.support.models import (
     batch,
@@ -73,7 +73,7 @@ def test_the_directions_are_those_of_a_balanced_system():
 @pytest.mark.parametrize("dims", [2, 3])
 def test_dimensions_that_heads_never_use_are_removed_without_loss(family, dims):
     model, inputs = tiny(family)
-    groups = find_groups(model)
+    groups = groups_of(model)
     narrow(model, groups, 2)
     before = outputs(model, inputs)
     method = {
@@ -91,7 +91,7 @@ def test_dimensions_that_heads_never_use_are_removed_without_loss(family, dims):
 @every
 def test_a_cut_model_computes_what_the_masked_model_computes(family):
     model, inputs = tiny(family)
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups, dims=True)
     masked = masked_copy(model, groups, plan)
     apply_plan(model, groups, plan)
@@ -106,7 +106,7 @@ def test_a_cut_model_computes_what_the_masked_model_computes(family):
 @every
 def test_dimensions_then_heads_are_both_at_once(family):
     twice, once = tiny(family)[0], tiny(family)[0]
-    groups = find_groups(twice)
+    groups = groups_of(twice)
     plan = random_plan(groups, dims=True)
     first = PruningPlan(
         plan.sizes,
@@ -117,7 +117,7 @@ def test_dimensions_then_heads_are_both_at_once(family):
     apply_plan(once, groups, plan)
     for a, b in zip(twice.parameters(), once.parameters(), strict=True):
         assert torch.equal(a, b)
-    again = as_built(find_groups(once), plan.sizes)
+    again = as_built(groups_of(once), plan.sizes)
     assert [(a.name, a.size, entries_of(a), a.tensors) for a in again] == [
         (a.name, a.size, entries_of(a), a.tensors) for a in groups
     ]
@@ -126,7 +126,7 @@ def test_dimensions_then_heads_are_both_at_once(family):
 @every
 def test_one_call_meets_its_budget_and_what_is_saved_opens_again(family, tmp_path):
     model, inputs = tiny(family)
-    whole = count_parameters([a for a in find_groups(model) if a.kind in UNITS])
+    whole = count_parameters([a for a in groups_of(model) if a.kind in UNITS])
     done = prune(model, lesson(family), 0.6, loss=loss, kinds=UNITS)
     assert done.prunable_parameters[0] == whole
     assert 0.6 <= done.sparsity < 0.75
@@ -192,7 +192,7 @@ def test_kinds_may_change_from_cut_to_cut(first, second, widths, tmp_path):
 
 def test_costs_are_those_of_the_cut_model():
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups, dims=True)
     calls = {"": RecordedCall((), batch(1))}
     macs = measure_macs(model, groups, calls)
@@ -210,7 +210,7 @@ def test_costs_are_those_of_the_cut_model():
 def test_rankings_end_with_all_the_loss_and_all_the_information():
     """Without the last dimension as much is lost as without the last head."""
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     weights = dict(model.named_parameters())
     moments, relevance = known(model, groups)
     chosen = [group for group in groups if group.kind in ("heads", "head_dim")]
@@ -228,7 +228,7 @@ def test_rankings_end_with_all_the_loss_and_all_the_information():
 def test_heads_are_scored_by_the_dimensions_that_stay():
     """A head that only uses removed dimensions has nothing to lose."""
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     group = next(group for group in groups if group.kind == "head_dim")
     weights = dict(model.named_parameters())
     moments, relevance = known(model, groups)

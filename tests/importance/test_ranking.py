@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 
 from lightning_mi_prune.calibration.activations import ActivationRecorder
@@ -16,8 +17,6 @@ from lightning_mi_prune.calibration.gradients import (
     relevance_of_weights,
 )
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.importance.criteria import (
     ActivationNorm,
@@ -32,6 +31,7 @@ from lightning_mi_prune.importance.ranking import loss_curve, rank_groups
 from lightning_mi_prune.importance.statistics import UnitStatistics, unit_statistics
 from lightning_mi_prune.reconstruction.compensation import select_units
 from lightning_mi_prune.surgery.units import apply_plan
+from tests.support.graphs import groups_of
 from tests.support.models import batch, build
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -160,7 +160,7 @@ def test_loss_of_an_order_predicts_the_rise_of_a_quadratic_loss():
 
 def test_without_gradients_the_kept_weights_above_give_the_relevance():
     net, group = build(), None
-    groups = [a for a in find_groups(net) if a.kind in ("ffn", "heads")]
+    groups = [a for a in groups_of(net) if a.kind in ("ffn", "heads")]
     group = next(a for a in groups if a.kind == "heads")
     weights = dict(net.named_parameters())
     rows = {(f"{r}.weight", 0): torch.arange(3) for r in group.above if "intermediate" in r}
@@ -197,7 +197,7 @@ def test_without_gradients_the_kept_weights_above_give_the_relevance():
 )
 def test_every_criterion_ranks_every_kind_of_group_to_its_last_unit(criterion):
     net = build()
-    groups = [group for group in find_groups(net) if group.kind != "head_dim"]  # no criterion's own
+    groups = [group for group in groups_of(net) if group.kind != "head_dim"]  # no criterion's own
     assert {a.kind for a in groups} == {"ffn", "heads", "pooler", "hidden"}
     inputs = batch(128)
     recorder = collect(net, groups, inputs)
@@ -235,7 +235,7 @@ def test_taylor_is_the_first_order_change_of_each_example():
 
 def test_a_smaller_budget_needs_no_new_pass():
     net = build()
-    groups = [a for a in find_groups(net) if a.kind in ("ffn", "heads")]
+    groups = [a for a in groups_of(net) if a.kind in ("ffn", "heads")]
     recorder = collect(net, groups, batch(256))
     weights, plan = dict(net.named_parameters()), full_plan(groups)
     half = {a.name: a.size // 2 for a in groups}
@@ -253,7 +253,7 @@ def test_a_smaller_budget_needs_no_new_pass():
 
 def test_the_hidden_size_has_statistics_of_each_input():
     net = build()
-    groups = find_groups(net)
+    groups = groups_of(net)
     hidden = next(a for a in groups if a.kind == "hidden")
     recorder = collect(net, groups, batch(64))
     found = unit_statistics(

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.graph.groups import (
     DependencyGroup,
     PrunableDim,
@@ -25,6 +24,7 @@ from lightning_mi_prune.importance.information import joint_information
 from lightning_mi_prune.importance.statistics import UnitStatistics
 from lightning_mi_prune.reconstruction.compensation import select_units
 from lightning_mi_prune.surgery.units import apply_plan
+from tests.support.graphs import groups_of
 from tests.support.models import CONFIGS, HEADS, batch, build, duplicate, make_constant, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -61,7 +61,7 @@ def record(net, group, n=2000):
 def test_removing_duplicates_and_constants_keeps_the_outputs(family, head, selection):
     """Neurons in pairs and two constant ones, heads in pairs: half of it is free."""
     model = build(family, head)
-    groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
+    groups = [a for a in groups_of(model) if a.kind in ("ffn", "heads")]
     for group in groups:
         if group.kind == "ffn":
             make_constant(model, group, 0)
@@ -218,9 +218,7 @@ def test_a_second_cut_numbers_units_as_built():
 )
 def test_every_criterion_orders_every_kind_of_unit(criterion):
     model = build()
-    groups = [
-        group for group in find_groups(model) if group.kind != "head_dim"
-    ]  # no unit by itself
+    groups = [group for group in groups_of(model) if group.kind != "head_dim"]  # no unit by itself
     widths = {a.name: a.size // 2 for a in groups}
     chosen = choose(model, groups, widths, criterion)
     assert {n: chosen.plan.width(n) for n in widths} == widths

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 
 import lightning_mi_prune
@@ -23,8 +24,6 @@ from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.options import Reconstruction
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import evaluating
-from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.pipeline import reconstruct
 from lightning_mi_prune.reconstruction.compensation import Decision, select_units
@@ -39,6 +38,7 @@ from lightning_mi_prune.reconstruction.targets import (
     layers_to_reconstruct,
 )
 from lightning_mi_prune.surgery.units import apply_plan
+from tests.support.graphs import groups_of
 from tests.support.models import (
     CONFIGS,
     PICTURES,
@@ -79,7 +79,7 @@ def cut_by(model, groups, plan, compensated=None):
 @pytest.mark.parametrize(("family", "head"), FAMILIES)
 def test_nothing_cut_is_nothing_changed(family, head):
     model = build(family, head)
-    groups = find_groups(model)
+    groups = groups_of(model)
     keep = Decision(full_plan(groups), {}, {})
     assert layers_to_reconstruct(groups, full_plan(groups), keep.plan) == []
     assert (
@@ -99,7 +99,7 @@ def test_nothing_cut_is_nothing_changed(family, head):
 @pytest.mark.parametrize(("family", "head"), FAMILIES)
 def test_solving_an_uncut_model_again_leaves_its_outputs(family, head):
     model, inputs = build(family, head), many(head)
-    groups = find_groups(model)
+    groups = groups_of(model)
     found = layers_to_reconstruct(
         groups, full_plan(groups), random_plan(groups)
     )  # as if all of it had been cut
@@ -117,8 +117,8 @@ def test_solving_an_uncut_model_again_leaves_its_outputs(family, head):
 def test_duplicates_are_made_up_for_through_several_layers(family, head):
     """Without compensation every layer lacks half of its units; reconstruction restores them."""
     model = build(family, head)
-    groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
-    every = find_groups(model)
+    groups = [a for a in groups_of(model) if a.kind in ("ffn", "heads")]
+    every = groups_of(model)
     for group in groups:
         for unit in range(0, group.size, 2):
             duplicate(model, group, unit, unit + 1)
@@ -143,7 +143,7 @@ def test_duplicates_are_made_up_for_through_several_layers(family, head):
 @pytest.mark.parametrize(("family", "head"), [f for f in FAMILIES if f[0] != "albert"])
 def test_a_reconstructed_model_is_nearer_to_the_dense_one(family, head, residual):
     model = build(family, head, seed=3)
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups, 0.75, residual=residual)
     plan = PruningPlan(
         plan.sizes,
@@ -178,7 +178,7 @@ def test_a_reconstructed_model_is_nearer_to_the_dense_one(family, head, residual
 @pytest.mark.parametrize("family", ["bert", "albert"])
 def test_a_few_targets_at_a_time_are_the_same_targets(family, room):
     model, inputs = build(family), many("sequence")
-    groups, call, runs = find_groups(model), call_of(inputs), []
+    groups, call, runs = groups_of(model), call_of(inputs), []
     found = layers_to_reconstruct(groups, full_plan(groups), random_plan(groups, residual=True))
     layers = [r.layer for r in found]
     ran = []
@@ -204,7 +204,7 @@ def test_a_few_targets_at_a_time_are_the_same_targets(family, room):
 def test_layers_above_the_lowest_cut_are_solved():
     """An output projection also makes up for losses of the residual stream below it."""
     model, _inputs = build(), many("sequence")
-    groups = find_groups(model)
+    groups = groups_of(model)
     low = next(a for a in groups if a.kind == "ffn")
     kept = {a.name: tuple(range(a.size)) for a in groups} | {low.name: (0, 1, 2, 3)}
     plan = PruningPlan({a.name: a.size for a in groups}, kept)
@@ -217,7 +217,7 @@ def test_layers_above_the_lowest_cut_are_solved():
 
 def test_too_small_samples_are_refused_and_optional_layers_left_out():
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     selection = Decision(random_plan(groups, 0.5), {}, {})
     before = {n: p.clone() for n, p in model.named_parameters()}
     with pytest.raises(PruningError, match=r"Only .* positions? to reconstruct .* raise the pos"):
@@ -238,7 +238,7 @@ def test_too_small_samples_are_refused_and_optional_layers_left_out():
 
 def test_mode_hooks_gradients_and_random_state_stay():
     model = build().train()
-    groups = find_groups(model)
+    groups = groups_of(model)
     state = torch.get_rng_state()
     selection = Decision(random_plan(groups, 0.5), {}, {})
     found = reconstruct(
@@ -260,7 +260,7 @@ def solve_on_a_rank(rows):
     """One rank of two, or the only one: reconstruct on its share of the calls."""
     rank, world = place()
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     inputs = batch(64)
     parts = [{k: v[r] for k, v in inputs.items()} for r in rows]
     ranks = [{"": [call_of(p)]} if len(p["input_ids"]) else {} for p in parts]
@@ -327,7 +327,7 @@ def test_targets_of_padded_texts_are_those_of_each_text_alone():
 
 def test_stored_calls_keep_to_the_bound():
     model = build()
-    groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
+    groups = [a for a in groups_of(model) if a.kind in ("ffn", "heads")]
     with ActivationRecorder(model, groups, batches=4, calls=100) as recorder, torch.no_grad():
         for seed in range(4):
             recorder.start_batch(32, padded=2)
@@ -340,7 +340,7 @@ def test_stored_calls_keep_to_the_bound():
 @pytest.mark.parametrize("batches", [40, None])
 def test_pictures_are_stored_within_the_bound_however_many_batches_there_are(batches):
     model = build("vit", "image")
-    groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
+    groups = [a for a in groups_of(model) if a.kind in ("ffn", "heads")]
     with ActivationRecorder(model, groups, batches=batches, calls=200) as recorder, torch.no_grad():
         for _ in range(40):
             recorder.start_batch()
@@ -370,7 +370,7 @@ def pieces(request, monkeypatch):
 def test_pieces_give_what_the_whole_gives(family, head, monkeypatch):
     """Also of what has no examples in its first dimension: DeBERTa's table of distances."""
     model, inputs = build(family, head), many(head)
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups, 0.75, residual=True)
     args = (
         model,
@@ -391,7 +391,7 @@ def test_pieces_give_what_the_whole_gives(family, head, monkeypatch):
 
 def test_room_holds_however_padding_is_spread():
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     inputs = batch(400, 12)
     inputs["attention_mask"][:40, 2:] = 0  # the first piece is nearly empty
     call, room = call_of(inputs), 1_000_000
@@ -434,7 +434,7 @@ def test_calls_recorded_under_autocast_run_in_full_precision():
 
 def test_reconstruction_beats_compensation_on_new_data():
     model = build(seed=5)
-    groups = [a for a in find_groups(model) if a.kind in ("ffn", "heads")]
+    groups = [a for a in groups_of(model) if a.kind in ("ffn", "heads")]
     with ActivationRecorder(model, groups, calls=4000) as recorder, torch.no_grad():
         model(**batch(300))
     widths = {a.name: a.size // 2 for a in groups}

@@ -12,8 +12,6 @@ from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.running import evaluating
-from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reconstruction.layerwise import valid_positions
@@ -22,6 +20,7 @@ from lightning_mi_prune.reconstruction.removed_layers import (
     replacements_for,
 )
 from lightning_mi_prune.surgery.transaction import cut_model
+from tests.support.graphs import groups_of, stacks_of
 from tests.support.models import batch, build, pictures
 from tests.support.ranks import added, check_ranks, place
 from tests.support.stacks import deep_bert
@@ -35,8 +34,8 @@ def call_of(inputs):
 
 
 def body(model):
-    units = find_groups(model) if type(model).__name__.startswith(("Bert", "ViT")) else ()
-    return PruningGraph(tuple(units), tuple(find_stacks(model)))
+    units = groups_of(model) if type(model).__name__.startswith(("Bert", "ViT")) else ()
+    return PruningGraph(tuple(units), tuple(stacks_of(model)))
 
 
 def without_layers(graph, *gone, current=None):
@@ -194,7 +193,7 @@ def test_a_second_cut_uses_the_present_paths():
 
 def test_unknown_projections_stay():
     model = made("gpt2")
-    graph = PruningGraph(stacks=tuple(find_stacks(model)))
+    graph = PruningGraph(stacks=tuple(stacks_of(model)))
     call = call_of({"input_ids": batch(8)["input_ids"]})
     _, selection = shorter(model, graph, without_layers(graph, 1), call)
     assert not selection.compensated
@@ -203,7 +202,7 @@ def test_unknown_projections_stay():
 def test_a_projection_that_is_not_linear_is_refused():
     model = deep_bert()
     model.bert.encoder.layer[0].output.dense = nn.Sequential(nn.Linear(40, 24))
-    graph = PruningGraph(stacks=tuple(find_stacks(model)))
+    graph = PruningGraph(stacks=tuple(stacks_of(model)))
     with pytest.raises(
         PruningError,
         match=r"layer\.0\.output\.dense' cannot be solved again: Sequential is neither",

@@ -12,12 +12,12 @@ from lightning_mi_prune.allocation.macs import count_macs
 from lightning_mi_prune.allocation.measuring import measure_latency
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
-from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.importance.layer_criteria import StackCut
 from lightning_mi_prune.reporting.plots import heatmap, save_heatmap
 from lightning_mi_prune.reporting.report import Cut, GroupCut, PruningReport
 from lightning_mi_prune.reporting.tables import Table, print_cut, print_table
 from lightning_mi_prune.surgery.units import apply_plan
+from tests.support.graphs import groups_of
 from tests.support.models import batch, build, random_plan
 from tests.support.packages import hide
 
@@ -128,7 +128,7 @@ def test_counting_leaves_modes_gradients_and_random_state_alone():
     model.bert.encoder.layer[0].eval()
     modes = [m.training for m in model.modules()]
     state = torch.get_rng_state()
-    groups = find_groups(model)
+    groups = groups_of(model)
     before = count_macs(model, RecordedCall((), batch(1)))
     apply_plan(model, groups, random_plan(groups))
     assert count_macs(model, RecordedCall((), batch(1))) < 0.7 * before

@@ -6,10 +6,10 @@ import torch
 
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.gradients import GradientRecorder, relevance_of
-from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.importance.head_rotation import head_rotation
 from lightning_mi_prune.importance.statistics import unit_statistics
+from tests.support.graphs import groups_of
 from tests.support.models import CONFIGS, PICTURES, batch, build, entries_of, inputs_of, pictures
 
 FAMILIES = [*sorted(set(CONFIGS) - {"albert", "deberta-v2"}), *PICTURES]
@@ -54,7 +54,7 @@ def known(model, groups, family="bert"):
 
 def rotations(model, family="bert"):
     """The rotation of every layer of a model, with the statistics of the values."""
-    groups, weights = find_groups(model), dict(model.named_parameters())
+    groups, weights = groups_of(model), dict(model.named_parameters())
     moments, relevance = known(model, groups, family)
     plan = full_plan(groups)
     found = []

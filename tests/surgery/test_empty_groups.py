@@ -8,6 +8,8 @@ from functools import partial
 
 import pytest
 import torch
+from lightning_mi_prune.discovery.families import present_plan
+from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertModel
@@ -18,8 +20,6 @@ from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups, present_plan
-from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.graph.groups import EmptyForward, full_plan
 from lightning_mi_prune.surgery.optimizers import update_optimizers
 from lightning_mi_prune.surgery.units import (
@@ -29,6 +29,7 @@ from lightning_mi_prune.surgery.units import (
     revert_rewrites,
 )
 from tests.support import models
+from tests.support.graphs import groups_of
 from tests.support.models import CONFIGS, batch, build, inputs_of, masked_copy, outputs, random_plan
 from tests.support.ranks import grouped, launch
 
@@ -51,12 +52,12 @@ def vanished(groups, what):
 @FAMILIES
 def test_what_is_left_is_the_bias(family, head, what):
     model = build(family, head)
-    groups, inputs = find_groups(model), inputs_of(head)
+    groups, inputs = groups_of(model), inputs_of(head)
     plan = vanished(groups, what)
     masked = masked_copy(model, groups, plan)
     apply_plan(model, groups, plan)
     assert torch.allclose(outputs(model, inputs), outputs(masked, inputs), atol=1e-5)
-    assert find_groups(model) == groups
+    assert groups_of(model) == groups
     assert present_plan(model, groups) == plan
     for group in groups:
         if plan.width(group.name) == 0:
@@ -66,7 +67,7 @@ def test_what_is_left_is_the_bias(family, head, what):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_both_attention_kernels_do_without_heads(attention):
     model = build("bert", attn_implementation=attention)
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = vanished(groups, "both")
     masked = masked_copy(model, groups, plan)
     apply_plan(model, groups, plan)
@@ -76,7 +77,7 @@ def test_both_attention_kernels_do_without_heads(attention):
 @FAMILIES
 def test_gradients_reach_everything_and_training_goes_on(family, head):
     model = build(family, head).train()
-    groups, inputs = find_groups(model), inputs_of(head)
+    groups, inputs = groups_of(model), inputs_of(head)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     labels = torch.zeros(len(next(iter(inputs.values()))), dtype=torch.long)
     left_out = {n for n, _ in model.named_parameters()}
@@ -108,7 +109,7 @@ def three_steps(kind):
     """DDP complains, in the second step, of parameters the loss does not know."""
     family, head = kind
     model = build(family, head).train()
-    groups, inputs = find_groups(model), inputs_of(head)
+    groups, inputs = groups_of(model), inputs_of(head)
     apply_plan(model, groups, vanished(groups, "all"))
     labels = torch.zeros(len(next(iter(inputs.values()))), dtype=torch.long)
     parallel = DistributedDataParallel(model)
@@ -127,7 +128,7 @@ def test_no_parameter_is_unused():
 @FAMILIES
 def test_growing_back(family, head, what):
     model = build(family, head)
-    groups, inputs = find_groups(model), inputs_of(head)
+    groups, inputs = groups_of(model), inputs_of(head)
     plan, before = vanished(groups, what), outputs(model, inputs)
     values = {k: v.clone() for k, v in (*model.named_parameters(), *model.named_buffers())}
     full = copy.deepcopy(model.state_dict())
@@ -154,7 +155,7 @@ def test_growing_back(family, head, what):
 @FAMILIES
 def test_copies_and_pickles(family, head):
     model = build(family, head)
-    groups, inputs = find_groups(model), inputs_of(head)
+    groups, inputs = groups_of(model), inputs_of(head)
     apply_plan(model, groups, vanished(groups, "both"))
     expected = outputs(model, inputs)
     file = io.BytesIO()
@@ -193,12 +194,12 @@ def test_folders_and_state_dicts(family, head, tmp_path):
     model.save_pretrained(tmp_path / "folder")
     again = from_pretrained(type(model), tmp_path / "folder")
     assert torch.equal(outputs(again, inputs), expected)
-    assert present_plan(again, find_groups(again)) == plan
+    assert present_plan(again, groups_of(again)) == plan
 
 
 def test_no_config_field_says_nothing_is_left(tmp_path):
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     sizes = {group.name: group.size for group in groups}
     gone = {group.name: () for group in groups if group.kind in ("ffn", "heads")}
     apply_plan(model, groups, PruningPlan(sizes, {**full_plan(groups).kept, **gone}))
@@ -212,7 +213,7 @@ def test_no_config_field_says_nothing_is_left(tmp_path):
 @FAMILIES
 def test_in_mixed_precision(family, head):
     model = build(family, head)
-    groups, inputs = find_groups(model), inputs_of(head)
+    groups, inputs = groups_of(model), inputs_of(head)
     apply_plan(model, groups, vanished(groups, "both"))
     expected = outputs(model, inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -238,7 +239,7 @@ def own_forward(model):
 )
 def test_what_cannot_be_empty_is_refused_whole(sabotage, message):
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     kept = {**random_plan(groups).kept, **sabotage(model)}
     before = copy.deepcopy(model.state_dict())
     values = {k: v.clone() for k, v in (*model.named_parameters(), *model.named_buffers())}
@@ -252,7 +253,7 @@ def test_what_cannot_be_empty_is_refused_whole(sabotage, message):
 
 
 def test_decoders_keep_a_head_and_a_neuron():
-    groups = find_groups(BertModel(CONFIGS["bert"](is_decoder=True)))
+    groups = groups_of(BertModel(CONFIGS["bert"](is_decoder=True)))
     assert not any(group.may_be_empty or group.empty_forward for group in groups)
 
 
@@ -266,7 +267,7 @@ def test_any_linear_group_may_be_allowed_to_be_empty():
 
 def test_mpnet_takes_the_biases_of_its_own_heads():
     model = build("mpnet")
-    groups = find_groups(model)
+    groups = groups_of(model)
     name = "mpnet.encoder.layer.0.heads"
     plan = full_plan(groups).then(PruningPlan({name: 4}, {name: (1, 3)}))
     masked = masked_copy(model, groups, plan)
@@ -289,7 +290,7 @@ def test_mpnet_takes_the_biases_of_its_own_heads():
 
 def test_attentions_and_checkpointed_layers():
     model = build("bert", attn_implementation="eager")
-    groups = find_groups(model)
+    groups = groups_of(model)
     apply_plan(model, groups, vanished(groups, "both"))
     seen = model(**batch(), output_attentions=True, output_hidden_states=True)
     assert len(seen.hidden_states) == 3
@@ -303,7 +304,7 @@ def test_attentions_and_checkpointed_layers():
 def test_networks_at_any_depth(family, head):
     model, inputs = build(family, head), inputs_of(head)
     root = nn.ModuleDict({"nets": nn.ModuleList([model, build(family, head, seed=1)])})
-    groups = find_groups(root)
+    groups = groups_of(root)
     plan = vanished(groups, "both")
     masked = masked_copy(root, groups, plan)
     apply_plan(root, groups, plan)

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 from lightning_mi_prune.core.empty_linear import EmptyLinear
 from lightning_mi_prune.core.options import Constraints, Importance
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.pipeline import prune
 from lightning_mi_prune.surgery.optimizers import parameter_names, update_optimizers
 from lightning_mi_prune.surgery.units import apply_plan, reshape_tensors
 from tests.support.boring import Classifier, Sentences, trainer
+from tests.support.graphs import groups_of
 from tests.support.models import CONFIGS, PICTURES, build, inputs_of, outputs
 from tests.support.pruning import pruning_layers, pruning_units
 
@@ -29,7 +29,7 @@ GONE = ("heads", "ffn")
 
 def without_units(model, kinds=GONE, layers=99):
     """The model without units of some kinds, its groups and the plan."""
-    groups = find_groups(model)
+    groups = groups_of(model)
     full = full_plan(groups)
     gone = [group.name for group in groups if group.kind in kinds][:layers]
     plan = PruningPlan(full.sizes, {**full.kept, **dict.fromkeys(gone, ())})

@@ -7,14 +7,13 @@ import io
 import numpy as np
 import pytest
 import torch
+from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers.optimization import Adafactor as HFAdafactor
 
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.families.describe import linear_group
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import (
     parameter_names,
@@ -23,6 +22,7 @@ from lightning_mi_prune.surgery.optimizers import (
     update_optimizers,
 )
 from lightning_mi_prune.surgery.units import Rewrite, apply_plan, reshape_tensors
+from tests.support.graphs import groups_of
 from tests.support.models import CONFIGS, HEADS, batch, build, entries_of, random_plan
 
 OPTIMIZERS = {
@@ -124,7 +124,7 @@ def test_adam_after_a_cut_equals_adam_on_the_sliced_problem_in_every_family(fami
 
     for seed in range(3):
         train(model, adam, seed)
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups)
     states = {n: copy.deepcopy(adam.state[p]) for n, p in model.named_parameters()}
     values = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -150,7 +150,7 @@ def test_adam_after_a_cut_equals_adam_on_the_sliced_problem_in_every_family(fami
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_every_live_parameter_is_held_once_and_moves(kind, family):
     model = build(family)
-    stack = find_groups(model)[0].name.partition(".0.")[0] + ".0"
+    stack = groups_of(model)[0].name.partition(".0.")[0] + ".0"
     for name, parameter in model.get_submodule(stack).named_parameters():
         parameter.requires_grad_("attention" not in name)
     live = [p for p in model.parameters() if p.requires_grad]
@@ -165,7 +165,7 @@ def test_every_live_parameter_is_held_once_and_moves(kind, family):
         optimizer.step()
 
     train()
-    groups = find_groups(model)
+    groups = groups_of(model)
     update_optimizers([optimizer], apply_plan(model, groups, random_plan(groups)))
     assert [group["params"] for group in optimizer.param_groups] == lists
     assert all(a is b["params"] for a, b in zip(lists, optimizer.param_groups, strict=True))

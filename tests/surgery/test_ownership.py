@@ -16,12 +16,11 @@ from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import is_plan
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.surgery.layers import remove_layers
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.boring import Classifier, Data, trainer
+from tests.support.graphs import groups_of, stacks_of
 from tests.support.models import CONFIGS, PICTURES, batch, build, inputs_of, outputs, random_plan
 from tests.support.pruning import pruning_units
 
@@ -48,7 +47,7 @@ def test_a_config_of_the_user_stays_and_builds_dense_models(family, head, residu
     mine = made.config
     before = copy.deepcopy(mine.to_dict())
     model = type(made)(mine)
-    groups = find_groups(model)
+    groups = groups_of(model)
     apply_plan(model, groups, random_plan(groups, residual=residual))
     assert mine.to_dict() == before
     assert model.config is not mine
@@ -61,7 +60,7 @@ def test_a_config_of_the_user_stays_when_layers_go():
     mine = CONFIGS["bert"]()
     model = BertModel(mine)
     remove_layers(
-        model, find_stacks(model), PruningPlan({"encoder.layer": 2}, {"encoder.layer": (1,)})
+        model, stacks_of(model), PruningPlan({"encoder.layer": 2}, {"encoder.layer": (1,)})
     )
     assert (mine.num_hidden_layers, model.config.num_hidden_layers) == (2, 1)
 
@@ -69,7 +68,7 @@ def test_a_config_of_the_user_stays_when_layers_go():
 def test_two_towers_of_one_config_are_cut_each_by_itself():
     config = CONFIGS["bert"]()
     towers = nn.ModuleDict({"query": BertModel(config), "document": BertModel(config)})
-    groups = find_groups(towers, "query")
+    groups = groups_of(towers, "query")
     apply_plan(towers, groups, random_plan(groups))
     assert towers["document"].config is config
     assert not hasattr(config, "pruning_plan")
@@ -78,7 +77,7 @@ def test_two_towers_of_one_config_are_cut_each_by_itself():
 
 def test_a_refused_cut_leaves_no_record():
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     names = {group.name: group.size for group in groups}
     with pytest.raises(PruningError):
         apply_plan(model, groups, PruningPlan(names, {**full_plan(groups).kept, "pooler": ()}))

@@ -22,11 +22,10 @@ from transformers import (
 
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.graph.groups import LayerStack, full_depth
 from lightning_mi_prune.surgery.layers import remove_layers
 from lightning_mi_prune.surgery.units import apply_plan
+from tests.support.graphs import groups_of, stacks_of
 from tests.support.models import CONFIGS, PICTURES, build, inputs_of, outputs, random_plan
 
 ENCODERS = [(f, "sequence") for f in CONFIGS if f != "albert"] + [(f, "image") for f in PICTURES]
@@ -86,7 +85,7 @@ def made(kind):
 @pytest.mark.parametrize(("family", "head"), ENCODERS)
 def test_an_encoder_without_a_layer_is_the_model_built_without_it(family, head, tmp_path):
     model = build(family, head)
-    stacks = find_stacks(model)
+    stacks = stacks_of(model)
     (stack,) = stacks
     wanted = [
         id(p)
@@ -107,7 +106,7 @@ def test_an_encoder_without_a_layer_is_the_model_built_without_it(family, head, 
 
 def test_a_layer_that_adds_nothing_is_not_missed():
     model = build("vit", "image", seed=1)
-    stacks = find_stacks(model)
+    stacks = stacks_of(model)
     idle = model.get_submodule(stacks[0].name)[1]
     with torch.no_grad():
         for part in (idle.attention.o_proj, idle.mlp.fc2):
@@ -121,7 +120,7 @@ def test_a_layer_that_adds_nothing_is_not_missed():
 @pytest.mark.parametrize("kind", [*DECODERS, *BOTH])
 def test_generation_and_caches_are_right(kind, tmp_path):
     model = made(kind)
-    stacks = find_stacks(model)
+    stacks = stacks_of(model)
     gone = remove_layers(model, stacks, plan_of(stacks))
     assert len(gone) == len(stacks) == (2 if kind in BOTH else 1)
     for stack in stacks:
@@ -150,14 +149,14 @@ def test_kinds_of_layers_go_with_their_layers():
     model = made("qwen2")
     before = model.config.layer_types
     assert len(set(before)) == 2
-    stacks = find_stacks(model)
+    stacks = stacks_of(model)
     remove_layers(model, stacks, plan_of(stacks, drop=(0, 3)))
     assert model.config.layer_types == before[1:3]
 
 
 def test_cuts_compose_in_the_numbering_as_built():
     model = made("llama")
-    stacks, names = find_stacks(model), "model.layers"
+    stacks, names = stacks_of(model), "model.layers"
     layers = list(model.get_submodule(names))
     first = PruningPlan({names: 4}, {names: (0, 1, 3)})
     remove_layers(model, stacks, first)
@@ -168,7 +167,7 @@ def test_cuts_compose_in_the_numbering_as_built():
 
 def test_two_halves_are_shortened_apart_and_alone():
     model = made("t5")
-    stacks = {a.name: a for a in find_stacks(model)}
+    stacks = {a.name: a for a in stacks_of(model)}
     assert {n: a.size for n, a in stacks.items()} == {"encoder.block": 4, "decoder.block": 3}
     plan = PruningPlan({"encoder.block": 4}, {"encoder.block": (0, 3)})
     remove_layers(model, [stacks["encoder.block"]], plan)
@@ -178,7 +177,7 @@ def test_two_halves_are_shortened_apart_and_alone():
 
 def test_what_would_break_is_refused_and_changes_nothing():
     model = made("t5")
-    stacks = find_stacks(model)
+    stacks = stacks_of(model)
     before = copy.deepcopy(model.config.to_dict())
     with pytest.raises(PruningError, match="cannot lose its first 1"):
         remove_layers(model, stacks, plan_of(stacks, drop=(0,)))
@@ -189,18 +188,18 @@ def test_what_would_break_is_refused_and_changes_nothing():
     with pytest.raises(PruningError, match="changed without the plan"):
         remove_layers(model, stacks, plan_of(stacks, drop=(1, 2)), current=plan_of(stacks))
     with pytest.raises(PruningError, match="ALBERT runs one layer many times"):
-        find_stacks(build("albert"))
+        stacks_of(build("albert"))
     with pytest.raises(PruningError, match="No stack of layers"):
-        find_stacks(nn.Linear(2, 2))
+        stacks_of(nn.Linear(2, 2))
     scaled = made("gpt2")
     scaled.config.scale_attn_by_inverse_layer_idx = True
     with pytest.raises(PruningError, match="scale_attn_by_inverse_layer_idx=False"):
-        find_stacks(scaled)
+        stacks_of(scaled)
     cut = build("bert")
-    groups = find_groups(cut)
+    groups = groups_of(cut)
     apply_plan(cut, groups, random_plan(groups))
     with pytest.raises(PruningError, match="Remove layers first"):
-        remove_layers(cut, find_stacks(cut), plan_of(find_stacks(cut), drop=(0,)))
+        remove_layers(cut, stacks_of(cut), plan_of(stacks_of(cut), drop=(0,)))
     shared = nn.ModuleDict({"stack": nn.ModuleList([nn.Linear(2, 2)] * 2)})
     twice = LayerStack("stack", 2)
     with pytest.raises(PruningError, match="holds a layer twice"):
@@ -212,7 +211,7 @@ def test_what_would_break_is_refused_and_changes_nothing():
 
 def test_an_error_in_the_middle_puts_everything_back(monkeypatch):
     model = made("llama")
-    stacks = find_stacks(model)
+    stacks = stacks_of(model)
     layers, before = list(model.model.layers), copy.deepcopy(model.config.to_dict())
     last = layers[-1].self_attn
     frozen = type("Frozen", (type(last),), {"__setattr__": None})
@@ -238,7 +237,7 @@ def test_a_stack_inside_another_module_keeps_its_neighbours_config():
         for part in model.modules():
             if getattr(part, "config", None) is not None:
                 part.config = shared
-    mine = [group for group in find_stacks(two) if group.name.startswith("a.")]
+    mine = [group for group in stacks_of(two) if group.name.startswith("a.")]
     assert full_depth(mine).width(mine[0].name) == 2
     remove_layers(two, mine, plan_of(mine))
     assert (two["a"].config.num_hidden_layers, two["b"].config.num_hidden_layers) == (1, 2)

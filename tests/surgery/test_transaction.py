@@ -12,11 +12,10 @@ from torch import nn
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups
-from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.surgery.layers import without_storage
 from lightning_mi_prune.surgery.transaction import cancel_cut, cut_model, restore_model
+from tests.support.graphs import groups_of, stacks_of
 from tests.support.models import batch, outputs
 from tests.support.runs import sha
 from tests.support.stacks import deep_bert
@@ -25,7 +24,7 @@ STACK = "bert.encoder.layer"
 
 
 def parts(model):
-    return [*find_groups(model), *find_stacks(model)]
+    return [*groups_of(model), *stacks_of(model)]
 
 
 def body():
@@ -256,11 +255,11 @@ def test_a_tracker_of_the_whole_takes_over_from_that_of_a_part():
 def test_groups_found_later_are_named_as_built():
     """A second finder sees the shortened model only."""
     model = deep_bert().eval()
-    tracker = PlanTracker(model, find_stacks)
+    tracker = PlanTracker(model, stacks_of)
     plan = tracker.graph.keep_layers(tracker.plan, {STACK: (0, 3)})
     tracker.store(cut_model(model, tracker.graph, plan, current=tracker.plan).removed)
     tracker.plan = plan
-    assert PlanTracker.of(model, find_groups) is tracker
+    assert PlanTracker.of(model, groups_of) is tracker
     names = {group.name for group in tracker.groups if group.kind == "ffn"}
     assert names == {f"{STACK}.0.ffn", f"{STACK}.3.ffn"}
     (top,) = (group for group in tracker.groups if group.name == f"{STACK}.3.ffn")

@@ -8,12 +8,12 @@ from torch import nn
 
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.discovery.families import find_groups
 from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.surgery.units import apply_plan, reshape_tensors
 from tests.support import models
+from tests.support.graphs import groups_of
 from tests.support.models import CONFIGS, batch, build, inputs_of, masked_copy, outputs, random_plan
 
 EVERY = pytest.mark.parametrize(("family", "head"), models.EVERY)
@@ -22,7 +22,7 @@ EVERY = pytest.mark.parametrize(("family", "head"), models.EVERY)
 @EVERY
 def test_keeping_everything_changes_no_bit(family, head):
     model = build(family, head)
-    groups = find_groups(model)
+    groups = groups_of(model)
     before, parameters = outputs(model, inputs_of(head)), list(model.parameters())
     assert apply_plan(model, groups, full_plan(groups)) == []
     assert torch.equal(outputs(model, inputs_of(head)), before)
@@ -32,7 +32,7 @@ def test_keeping_everything_changes_no_bit(family, head):
 @EVERY
 def test_a_cut_model_computes_what_the_masked_model_computes(family, head):
     model = build(family, head)
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups)
     masked = masked_copy(model, groups, plan)
     apply_plan(model, groups, plan)
@@ -44,7 +44,7 @@ def test_a_cut_model_computes_what_the_masked_model_computes(family, head):
 @EVERY
 def test_two_cuts_are_one_cut(family, head):
     twice, once = build(family, head), build(family, head)
-    groups = find_groups(twice)
+    groups = groups_of(twice)
     first = random_plan(groups, 0.75)
     second = PruningPlan(first.sizes, {n: k[: max(1, len(k) // 2)] for n, k in first.kept.items()})
     apply_plan(twice, groups, first)
@@ -58,7 +58,7 @@ def test_two_cuts_are_one_cut(family, head):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_both_attention_kernels_take_fewer_heads(family, attention):
     model = build(family, attn_implementation=attention)
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups)
     masked = masked_copy(model, groups, plan)
     apply_plan(model, groups, plan)
@@ -68,7 +68,7 @@ def test_both_attention_kernels_take_fewer_heads(family, attention):
 @EVERY
 def test_numbers_on_modules_follow(family, head):
     model = build(family, head)
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups)
     apply_plan(model, groups, plan)
     for module in model.modules():
@@ -83,7 +83,7 @@ def test_numbers_on_modules_follow(family, head):
 
 def test_the_config_tells_one_width_or_stays_as_built():
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     apply_plan(model, groups, random_plan(groups, 0.5))
     assert model.config.intermediate_size == 20
     other = build()
@@ -96,7 +96,7 @@ def test_the_config_tells_one_width_or_stays_as_built():
 
 def test_a_uniform_neuron_cut_is_an_ordinary_model(tmp_path):
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     ffn = [a for a in groups if a.kind == "ffn"]
     apply_plan(model, groups, random_plan(ffn, 0.5))
     model.save_pretrained(tmp_path)
@@ -106,7 +106,7 @@ def test_a_uniform_neuron_cut_is_an_ordinary_model(tmp_path):
 
 def test_rewrites_tell_what_survived():
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     before = dict(model.named_parameters())
     rewrites = apply_plan(model, groups, random_plan(groups))
     names = {id(p): n for n, p in before.items()}
@@ -123,7 +123,7 @@ def test_frozen_dtype_and_gradients():
     for parameter in model.bert.encoder.layer[0].parameters():
         parameter.requires_grad_(False)
     model(**batch()).logits.sum().backward()
-    groups = find_groups(model)
+    groups = groups_of(model)
     rewrites = apply_plan(model, groups, random_plan(groups))
     assert all(r.new.requires_grad == r.old.requires_grad for r in rewrites)
     assert {r.new.requires_grad for r in rewrites} == {True, False}
@@ -133,7 +133,7 @@ def test_frozen_dtype_and_gradients():
 
 def test_a_tied_decoder_stays_tied():
     model = build("bert", "masked-lm")
-    groups = find_groups(model)
+    groups = groups_of(model)
     apply_plan(model, groups, random_plan(groups))
     embeddings = model.get_input_embeddings().weight
     assert model.get_output_embeddings().weight is embeddings
@@ -142,7 +142,7 @@ def test_a_tied_decoder_stays_tied():
 def test_a_module_under_two_names_stays_one():
     root = nn.ModuleDict({"a": build()})
     root["b"] = root["a"]
-    groups = find_groups(root)
+    groups = groups_of(root)
     apply_plan(root, groups, random_plan(groups))
     assert all(p is q for p, q in zip(root["a"].parameters(), root["b"].parameters(), strict=True))
     outputs(root["b"], batch())
@@ -151,7 +151,7 @@ def test_a_module_under_two_names_stays_one():
 def test_a_layer_used_twice_is_cut_once():
     model = build()
     model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan = random_plan(groups)
     masked = masked_copy(model, groups, plan)
     apply_plan(model, groups, plan)
@@ -243,7 +243,7 @@ def plan_of_another_model(model, groups):
 )
 def test_what_cannot_be_cut_is_refused_whole(sabotage, message):
     model = build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     plan, compensated = sabotage(model, groups)
     before = snapshot(model)
     with pytest.raises(PruningError, match=message):
@@ -253,7 +253,7 @@ def test_what_cannot_be_cut_is_refused_whole(sabotage, message):
 
 def test_reshape_grows_and_shrinks():
     model, fresh = build(), build()
-    groups = find_groups(model)
+    groups = groups_of(model)
     state = model.state_dict()
     small = random_plan(groups)
     apply_plan(fresh, groups, small)

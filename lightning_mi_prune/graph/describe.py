@@ -1,4 +1,8 @@
-"""Build a group from the paths of linear layers, with checked shapes."""
+"""Describe a group by hand: from the paths of linear layers, with checked shapes.
+
+For modules that no call shows, such as code that discovery refuses; a graph of such groups,
+``PruningGraph.of([linear_group(...)])``, is given wherever a graph is taken.
+"""
 
 from __future__ import annotations
 
