@@ -103,8 +103,9 @@ def with_rotations(
         }
     except OutOfTime:
         verified = set()
+    owner = {name: g for g in groups if g.kind == "heads" for name, _ in g.partners}
     return tuple(
-        _rotated(group, rotates[group.name], _above(groups, group.name, stacks))
+        _rotated(group, rotates[group.name], owner.get(group.name, group), stacks)
         if group.name in verified
         else group
         for group in groups
@@ -115,16 +116,11 @@ def _paths(rotation: RotatableProjections) -> tuple[str, str, str, str]:
     return rotation.query, rotation.key, rotation.value, rotation.consumer
 
 
-def _above(
-    groups: Sequence[DependencyGroup], name: str, stacks: Collection[str]
-) -> tuple[str, ...]:
-    """What reads the heads with some dimensions, outside the layers, which rotate their own."""
-    heads = (g for g in groups if g.kind == "heads" and name in dict(g.partners))
-    return tuple(path for group in heads for path in group.above if not item_of(path, stacks))
-
-
 def _rotated(
-    group: DependencyGroup, rotation: RotatableProjections, above: tuple[str, ...]
+    group: DependencyGroup,
+    rotation: RotatableProjections,
+    heads: DependencyGroup,
+    stacks: Collection[str],
 ) -> DependencyGroup:
     """The group with its rotation, which is computed at queries, keys and heads."""
     inputs = (rotation.query, rotation.key, rotation.consumer)
@@ -132,8 +128,10 @@ def _rotated(
         group,
         consumers=inputs,
         consumers_by_input=tuple((path,) for path in inputs),
+        level=heads.level,
         residual=None,
-        above=above,
+        # Layers above rotate their own heads.
+        above=tuple(path for path in heads.above if not item_of(path, stacks)),
         rotation=rotation,
     )
 
