@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -49,13 +48,3 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _families_stay_as_they_were() -> Iterator[None]:
-    """What a test registers would be asked about every network of the tests after it."""
-    from lightning_mi_prune.discovery import families
-
-    before = list(families._FAMILIES)
-    yield
-    families._FAMILIES[:] = before

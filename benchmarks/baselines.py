@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from benchmarks.methods import Name, Widths
-from benchmarks.subjects import entries_of, size_of, weight_names, width_of
+from benchmarks.subjects import entries_of, graph_of, size_of, weight_names, width_of
 from benchmarks.tasks import Batch
-from lightning_mi_prune import PruningPlan, apply_plan, find_groups
+from lightning_mi_prune import PruningPlan, apply_plan
 from lightning_mi_prune.calibration.layers import StackRecorder
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS
-from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters, full_depth
 from lightning_mi_prune.graph.layouts import layout_size
@@ -57,7 +56,7 @@ def magnitude_masks(
     It is what Lightning's ModelPruning does with `l1_unstructured` and global pruning. Masks save
     neither memory nor time in dense products. Biases count as prunable, but stay.
     """
-    groups = choose_groups(find_groups(model))
+    groups = choose_groups(graph_of(model).groups)
     paths = [name.removesuffix(".weight") for name in weight_names(groups)]
     prune.global_unstructured(
         [(model.get_submodule(path), "weight") for path in paths],
@@ -85,7 +84,7 @@ def without_layers(criterion: LayerCriterion) -> Prune:
 
     @torch.no_grad()
     def cut(model: nn.Module, batches: Sequence[Batch], sparsity: float, seed: int) -> nn.Module:
-        stacks = find_stacks(model)
+        stacks = graph_of(model).stacks
         with StackRecorder(model, stacks) as recorder:
             for batch in batches:
                 recorder.start_batch()
@@ -152,7 +151,7 @@ class Movement:
 
     def __init__(self, model: nn.Module, sparsity: float) -> None:
         self.model, self.sparsity = model, sparsity
-        self.groups = choose_groups(find_groups(model))
+        self.groups = choose_groups(graph_of(model).groups)
         self.scored = {
             group.consumers[0]: Scored(group.size, entries_of(group)) for group in self.groups
         }
@@ -249,7 +248,7 @@ def _search(
     larger ratio can remove less. The search is a bisection nevertheless, and the best ratio that
     was tried is taken.
     """
-    groups = choose_groups(find_groups(model))
+    groups = choose_groups(graph_of(model).groups)
 
     def at(step: int) -> nn.Module:
         return pruned_by_library(model, groups, batch, step / GRID, importance, together=together)

@@ -34,7 +34,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.records import Figures, Job, single
 from benchmarks.subjects import entries_of
-from lightning_mi_prune import PruningPlan, apply_plan, find_groups
+from lightning_mi_prune import PruningPlan, apply_plan, discover
 from lightning_mi_prune.allocation.allocate import allocate
 from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.allocation.costs import ParameterCosts
@@ -94,7 +94,7 @@ class Run:
     ) -> None:
         self.model, self.batches, self.positions = bert(shape), batches, positions
         self.timed = batches if timed is None else timed
-        self.groups = choose_groups(find_groups(self.model))
+        self.groups = choose_groups(discover(self.model).groups)
         self.ids = torch.randint(5, 1000, (rows, length))
         self.weights, self.plan = dict(self.model.named_parameters()), full_plan(self.groups)
         self.moments: dict[str, Moments] = {}
@@ -273,7 +273,7 @@ def _one_cut(shape: str, repeats: int) -> Figures:
 def steps_of(shape: Mapping[str, int], positions: int) -> dict[str, float]:
     """One pass of the whole method at half of the parameters, positions in batches of 32 x 64."""
     model = bert(shape)
-    groups = find_groups(model)
+    groups = discover(model).groups
     chosen = choose_groups(groups)
     ids = torch.randint(5, 1000, (32, 64))
     batches = -(-positions // ids.numel())

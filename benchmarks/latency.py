@@ -17,10 +17,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from benchmarks.records import Figures, Job, Store, cpu_name, single
-from benchmarks.subjects import Kept
+from benchmarks.subjects import Kept, graph_of
 from benchmarks.tasks import RECIPES, SEEDS, TASKS, task_data, token_ids, typical_length
 from examples.text_classification.packaged import model_path
-from lightning_mi_prune import PruningPlan, apply_plan, find_groups
+from lightning_mi_prune import PruningPlan, apply_plan
 from lightning_mi_prune.allocation.macs import count_macs
 from lightning_mi_prune.allocation.measuring import measure_latency
 from lightning_mi_prune.calibration.calls import RecordedCall
@@ -47,7 +47,7 @@ def shaped(config: Any, kept: Kept | None = None) -> nn.Module:
         config.num_hidden_layers = len(kept["ffn"])
     model: nn.Module = AutoModelForSequenceClassification.from_config(config).eval()
     if kept is not None:
-        chosen = choose_groups(find_groups(model), kinds=[*kept])
+        chosen = choose_groups(graph_of(model).groups, kinds=[*kept])
         groups = sorted(chosen, key=lambda group: group.level)
         widths = {kind: iter(values) for kind, values in kept.items()}
         places = {group.name: tuple(range(next(widths[group.kind]))) for group in groups}

@@ -12,13 +12,12 @@ import torch
 
 from benchmarks.latency import timed
 from benchmarks.records import Figures, Job, single
-from benchmarks.subjects import opened, quality_of
+from benchmarks.subjects import graph_of, opened, quality_of
 from benchmarks.tasks import RECIPES, keep_first_layers, task_data, trainer_for
 from examples.text_classification.model import TextClassifier
 from lightning_mi_prune import CKALayerPruning, options
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.layers import StackRecorder
-from lightning_mi_prune.discovery.families.stacks import find_stacks
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import LayerStack
 from lightning_mi_prune.importance.layer_criteria import LayerSelector
@@ -117,7 +116,7 @@ def layers_one_shot(
 def compared(task: str, seed: int) -> tuple[StackRecorder, LayerStack]:
     """The layers of a fine-tuned model, compared on the validation split."""
     subject, _ = opened(task, seed, calibrated=False)
-    (stack,) = find_stacks(subject.model)
+    (stack,) = graph_of(subject.model).stacks
     sizes = {"calls": POSITIONS, "batches": len(subject.validation), "positions": 256}
     recorder = StackRecorder(subject.model, [stack], seed=seed, **sizes)
     with torch.no_grad(), recorder:

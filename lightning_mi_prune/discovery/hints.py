@@ -19,6 +19,7 @@ __all__ = [
     "Hint",
     "hint_for",
     "unit_arguments",
+    "why_layers_stay",
 ]
 
 
@@ -62,6 +63,21 @@ def hint_for(network: nn.Module) -> Hint | None:
     if getattr(config, "is_decoder", False):
         return None
     return HINTS.get(str(getattr(config, "model_type", None)))
+
+
+def why_layers_stay(network: nn.Module) -> str:
+    """Why no layer of a network can be removed; "" where nothing is known against it.
+
+    Example:
+        >>> why_layers_stay(nn.Linear(4, 2))
+        ''
+    """
+    if getattr(getattr(network, "config", None), "scale_attn_by_inverse_layer_idx", False):
+        return (
+            "attention is scaled by the index of a layer, so a shorter model that is built from "
+            "its config differs; set scale_attn_by_inverse_layer_idx=False"
+        )
+    return ""
 
 
 def unit_arguments(module: nn.Module) -> dict[str, UnitArgument]:

@@ -31,8 +31,9 @@ from lightning_mi_prune.discovery.copies import (
     tensor_outputs,
 )
 from lightning_mi_prune.discovery.inference import Reduction
-from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, full_depth
 from lightning_mi_prune.graph.layouts import Factor, kept_positions, layout_names, map_layout
+from lightning_mi_prune.surgery.layers import arrange_layers
 from lightning_mi_prune.surgery.units import apply_plan
 
 __all__ = [
@@ -268,6 +269,35 @@ class Verifier:
                 return Outcome(first_line(error), failing_module(error, self.base))
         return self._compared(got, want)
 
+    def check_layer(self, stack: LayerStack, index: int) -> Outcome:
+        """Remove one layer of a stack; outputs must be those as if it returned its input.
+
+        Args:
+            stack: The stack, with the numbers that depend on its depth.
+            index: The layer.
+
+        Raises:
+            OutOfTime: If the time is over.
+        """
+        layer = self.base.get_submodule(f"{stack.name}.{index}" if stack.name else str(index))
+        handle = layer.register_forward_hook(_returns_input, with_kwargs=True)
+        try:
+            want = self.call(self.base)
+        finally:
+            handle.remove()
+        self._masked = ((), {}, [], want)
+        kept = tuple(each for each in range(stack.size) if each != index)
+        plan = PruningPlan({stack.name: stack.size}, {stack.name: kept})
+        with changed_within(self.base):
+            try:
+                arrange_layers(self.base, [stack], plan, current=full_depth([stack]))
+                got = self.call(self.base)
+            except OutOfTime:
+                raise
+            except Exception as error:  # any code may run in a module
+                return Outcome(first_line(error), failing_module(error, self.base))
+        return self._compared(got, want)
+
     def _positions(
         self, groups: Sequence[DependencyGroup], kept: Mapping[str, tuple[int, ...]]
     ) -> list[tuple[str, int, list[int]]]:
@@ -323,6 +353,14 @@ def _query_factors(
         for group in groups
         if group.rotation is not None and group.rotation.rescaled
     }
+
+
+def _returns_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """Replaces the first output of a layer by its first input."""
+    first = args[0] if args else next(iter(kwargs.values()))
+    return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
 def _is_constant(tensor: Tensor) -> bool:

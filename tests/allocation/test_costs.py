@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 
 from lightning_mi_prune.allocation.costs import MacCosts, ParameterCosts
@@ -12,6 +11,7 @@ from lightning_mi_prune.allocation.macs import count_macs, measure_macs
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.graph.describe import linear_group
 from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim, count_parameters
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.graphs import groups_of

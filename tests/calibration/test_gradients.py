@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +21,7 @@ from lightning_mi_prune.calibration.gradients import (
     relevance_of,
 )
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.graph.describe import linear_group
 from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.pipeline import PipelineOptions, decide
 from tests.conftest import count_hooks

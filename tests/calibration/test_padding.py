@@ -9,8 +9,6 @@ from dataclasses import replace
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning_mi_prune.discovery.families import register_family
-from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -24,11 +22,12 @@ from lightning_mi_prune.calibration.gradients import GradientRecorder
 from lightning_mi_prune.calibration.layers import LayerRecorder
 from lightning_mi_prune.core.options import Importance, Reconstruction
 from lightning_mi_prune.graph.containers import layer_paths
+from lightning_mi_prune.graph.describe import linear_group
 from lightning_mi_prune.pipeline import prune
 from lightning_mi_prune.reconstruction.layerwise import run_layerwise
 from tests.conftest import count_hooks
+from tests.support import graphs
 from tests.support.boring import trainer
-from tests.support.graphs import groups_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:enable_nested_tensor is True:UserWarning",
@@ -63,8 +62,10 @@ class Net(nn.Module):
         return self.head(x[0] if self.inside or self.positions_first else x[:, 0])
 
 
-@register_family("test-encoder", matches=lambda m: isinstance(m, Net))
-def describe(net):
+def groups_of(net):
+    """The neurons of torch's own encoder, or the groups of a Hugging Face model."""
+    if not isinstance(net, Net):
+        return graphs.groups_of(net)
     found = []
     for i, layer in enumerate(net.encoder.layers):
         path = f"encoder.layers.{i}"

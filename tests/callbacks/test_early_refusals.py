@@ -7,8 +7,6 @@ import copy
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_mi_prune.discovery.families import register_family
-from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForTokenClassification
@@ -149,13 +147,6 @@ class Pair(nn.Module):
 class Scaled(Pair):
     def forward(self, x, scale=None):
         return self.down(self.up(x).relu()) * scale
-
-
-@pytest.fixture(autouse=True)
-def _pair():
-    @register_family("early-pair", matches=lambda module: isinstance(module, Pair))
-    def describe(net):
-        return [linear_group(net, "hidden", kind="ffn", producers=["up"], consumers=["down"])]
 
 
 def test_values_by_position_go_where_they_are_meant_to():

@@ -12,7 +12,6 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
-from lightning_mi_prune.discovery.families import modules_without_groups
 from torch import nn
 
 from lightning_mi_prune import (
@@ -26,7 +25,7 @@ from lightning_mi_prune.callbacks.monitors import MetricGuard
 from lightning_mi_prune.cli.program import prune_module
 from lightning_mi_prune.core.errors import counted, number, shortened
 from lightning_mi_prune.core.options import Constraints
-from lightning_mi_prune.graph.graph import choose_groups, summarize_groups
+from lightning_mi_prune.graph.graph import choose_groups, modules_without_groups, summarize_groups
 from lightning_mi_prune.graph.groups import DependencyGroup
 from tests.support.boring import Classifier, trainer
 from tests.support.graphs import groups_of

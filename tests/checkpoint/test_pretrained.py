@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from lightning_mi_prune.discovery.families import present_plan
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -32,6 +31,7 @@ from transformers import (
 )
 
 from lightning_mi_prune import PruningError, from_pretrained
+from lightning_mi_prune.checkpoint.recorded import present_plan
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.surgery.units import apply_plan

@@ -7,16 +7,16 @@ from functools import partial
 
 import pytest
 import torch
-from lightning_mi_prune.discovery.families import present_plan
-from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from transformers import BertModel
 
 from lightning_mi_prune.checkpoint.pretrained import from_pretrained
+from lightning_mi_prune.checkpoint.recorded import present_plan
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import PLAN_KEY, is_plan
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.graph.describe import linear_group
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.graphs import groups_of
 from tests.support.models import CONFIGS, HEADS, batch, build, outputs, random_plan

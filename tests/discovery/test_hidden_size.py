@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from lightning_mi_prune.discovery.families import present_plan
 from torch import nn
 from transformers import (
     AutoModel,
@@ -21,6 +20,7 @@ from transformers import (
 
 from lightning_mi_prune.checkpoint.loading import load_pruned
 from lightning_mi_prune.checkpoint.pretrained import from_pretrained
+from lightning_mi_prune.checkpoint.recorded import present_plan
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan

@@ -7,7 +7,6 @@ from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.graph.groups import (
     DependencyGroup,
     PrunableDim,
-    as_built,
     count_parameters,
 )
 
@@ -25,15 +24,6 @@ def test_a_tensor_in_two_groups_counts_once():
     ]
     assert count_parameters(groups) == 24
     assert count_parameters(groups, {"rows": 3, "columns": 1}) == 3 * 2
-
-
-def test_groups_of_a_cut_model_get_their_built_sizes():
-    pairs = (("a", 2),)
-    tensors = (PrunableDim("w", 0, (6, 4), pairs), PrunableDim("v", 1, (5, 6), pairs))
-    cut = group("a", size=3, tensors=tensors)
-    (built,) = as_built([cut], {"a": 7})
-    assert built.size == 7
-    assert [s.shape for s in built.tensors] == [(14, 4), (5, 14)]
 
 
 def test_prefix_reaches_every_name():

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 
 from lightning_mi_prune.calibration.activations import ActivationRecorder
@@ -17,6 +16,7 @@ from lightning_mi_prune.calibration.gradients import (
     relevance_of_weights,
 )
 from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.graph.describe import linear_group
 from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.importance.criteria import (
     ActivationNorm,

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 
 from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.graph.describe import linear_group
 from lightning_mi_prune.graph.groups import (
     DependencyGroup,
     PrunableDim,

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 
 import lightning_mi_prune
@@ -24,6 +23,7 @@ from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.options import Reconstruction
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import evaluating
+from lightning_mi_prune.graph.describe import linear_group
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.pipeline import reconstruct
 from lightning_mi_prune.reconstruction.compensation import Decision, select_units

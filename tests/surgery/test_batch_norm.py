@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_mi_prune import PruningPlan, linear_group, prune, register_family
+from lightning_mi_prune import PruningGraph, PruningPlan, linear_group, prune
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.graph.groups import LayerStack
 from lightning_mi_prune.surgery.batch_norm import reestimate_batch_norm
@@ -162,25 +162,17 @@ def test_a_loader_that_shuffles_leaves_the_random_state_alone():
 
 
 def test_units_that_go_in_one_call_too():
-    @register_family("batch-norm", matches=lambda module: isinstance(module, Net))
-    def describe(net):
-        return [
-            linear_group(
-                net,
-                f"blocks.{i}.ffn",
-                kind="ffn",
-                producers=[f"blocks.{i}.up"],
-                consumers=[f"blocks.{i}.down"],
-            )
-            for i in range(3)
-        ]
-
+    ends = [([f"blocks.{i}.up"], [f"blocks.{i}.down"]) for i in range(3)]
+    graph = PruningGraph.of(
+        linear_group(Net(), f"blocks.{i}.ffn", kind="ffn", producers=one, consumers=two)
+        for i, (one, two) in enumerate(ends)
+    )
     loss = lambda net, x: net(x).square().mean()  # noqa: E731
     found = []
     for batch_norm in (False, True):
         net = trained()
         before = statistics(net)
-        prune(net, ROWS, 0.7, loss=loss, batch_norm=batch_norm)
+        prune(net, ROWS, 0.7, loss=loss, batch_norm=batch_norm, graph=graph)
         same = all(torch.equal(v, before[n]) for n, v in statistics(net).items())
         assert same != batch_norm
         found.append(gap(net))

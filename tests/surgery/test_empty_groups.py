@@ -8,18 +8,18 @@ from functools import partial
 
 import pytest
 import torch
-from lightning_mi_prune.discovery.families import present_plan
-from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertModel
 
 from lightning_mi_prune.checkpoint.loading import load_pruned
 from lightning_mi_prune.checkpoint.pretrained import from_pretrained
+from lightning_mi_prune.checkpoint.recorded import present_plan
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.graph.describe import linear_group
 from lightning_mi_prune.graph.groups import EmptyForward, full_plan
 from lightning_mi_prune.surgery.optimizers import update_optimizers
 from lightning_mi_prune.surgery.units import (

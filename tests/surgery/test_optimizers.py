@@ -7,13 +7,13 @@ import io
 import numpy as np
 import pytest
 import torch
-from lightning_mi_prune.graph.describe import linear_group
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers.optimization import Adafactor as HFAdafactor
 
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.graph.describe import linear_group
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import (
     parameter_names,
