@@ -77,7 +77,7 @@ def test_groups_of_a_cut_model_are_those_as_built(family):
     assert present_plan(build(family), groups).is_full
 
 
-@pytest.mark.parametrize(("record", "message"), [(3, "expected text"), ("{}", "is no graph")])
+@pytest.mark.parametrize(("record", "message"), [(3, "expected text"), ("{}", "has version None")])
 def test_a_damaged_record_is_refused(record, message):
     model = build()
     model.config.pruning_graph = record
