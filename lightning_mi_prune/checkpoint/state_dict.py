@@ -287,8 +287,16 @@ class PlanTracker:
     def _write(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         if self._plan is None:
             return
+        # The hidden size of an encoder reaches into the head around it, which a part cannot write.
+        wide = {
+            group.name
+            for group in self._graph.groups
+            if not any(_is_inside(group, path) for path in self._below)
+        }
         own = self._plan.only(
-            n for n in self._plan.sizes if not any(is_within(n, path) for path in self._below)
+            name
+            for name in self._plan.sizes
+            if name in wide or not any(is_within(name, path) for path in self._below)
         )
         if not own.is_full:
             state[prefix + PLAN_KEY] = write_plan(own, self._graph)
@@ -396,6 +404,11 @@ class PlanTracker:
         unsaved = unsaved_buffers(self.module)
         grown = [group for group in graph.groups if is_group_uncut(group, state, unsaved)]
         return now.joined(full_plan(grown)).joined(stored), now
+
+
+def _is_inside(group: DependencyGroup, path: str) -> bool:
+    """Whether a group and all that it cuts are in one module."""
+    return all(is_within(name, path) for name in (group.name, *(s.tensor for s in group.tensors)))
 
 
 def _grown(groups: Sequence[DependencyGroup], before: PruningGraph) -> list[DependencyGroup]:

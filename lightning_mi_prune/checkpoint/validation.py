@@ -82,6 +82,7 @@ def plan_in_state(
     rankings: dict[str, Ranking] = {}
     # Found by the name that the key starts with; the text after it may change.
     keys = [key for key in state if key.startswith(prefix) and _NAME in key]
+    keys.sort(key=lambda key: key.index(_NAME))  # a part knows less of a group than the whole
     for key in keys:
         path = key[len(prefix) : key.index(_NAME, len(prefix))].removesuffix(".")
         plan, found = _read(state[key])

@@ -92,6 +92,11 @@ class Inference:
     roles: Mapping[str, str]
 
 
+_VIEWS = frozenset(
+    ("t", "transpose", "permute", "view", "_unsafe_view", "detach", "alias", "_to_copy")
+)
+
+
 def infer(module: nn.Module, run: Callable[[nn.Module], Any]) -> Inference:
     """Record one call of a module and collect the groups that its operators leave free.
 
@@ -139,13 +144,21 @@ def _selected_arguments(
 
 
 def _used_operators(recording: Recording) -> list[Operator]:
-    """Operators whose results matter: others only served to read a shape."""
+    """Operators whose results matter, or that use a parameter: others served to read a shape.
+
+    A pooler whose output nobody reads must still run in the cut module.
+    """
     wanted = {id(tensor) for tensor in tensors_in(recording.output)}
+    weights = {id(t) for t in recording.tensors.values() if isinstance(t, nn.Parameter)}
+    for operator in recording.operators:
+        if operator.name in _VIEWS and id(operator.inputs[0]) in weights:
+            weights |= {id(tensor) for tensor in operator.outputs}
     found = []
     for operator in reversed(recording.operators):
         inputs = {id(tensor) for tensor in operator.inputs}
         outputs = {id(tensor) for tensor in operator.outputs}
-        if not outputs or outputs & wanted or outputs & inputs:
+        multiplied = bool(inputs & weights) and not outputs <= weights
+        if not outputs or outputs & wanted or outputs & inputs or multiplied:
             wanted |= inputs
             found.append(operator)
     return found[::-1]

@@ -26,7 +26,6 @@ from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.callbacks.distributed import differences
 from lightning_mi_prune.callbacks.resume import check_snapshot
 from lightning_mi_prune.callbacks.state import RunState, Snapshot, read, write
-from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import PLAN_KEY
 from lightning_mi_prune.core.errors import PruningWarning
 from lightning_mi_prune.core.files import check_writable, write_whole
@@ -45,7 +44,7 @@ from lightning_mi_prune.surgery.units import apply_plan
 from tests.callbacks.test_rollback import BUDGET, Scored
 from tests.reporting.test_report import CUT, stack_cut
 from tests.support.boring import Classifier, trainer
-from tests.support.graphs import groups_of
+from tests.support.graphs import groups_of, tracker_of
 from tests.support.models import batch, build, random_plan
 from tests.support.pruning import pruning_units
 from tests.support.runs import Point, fit, sha
@@ -323,7 +322,7 @@ def trained(optimizer=torch.optim.AdamW, steps=1):
     model.register_buffer("mask", torch.full((3,), -torch.inf))
     model.register_buffer("unset", torch.full((2,), torch.nan))
     model.constant = nn.Parameter(torch.full((2,), -torch.inf), requires_grad=False)
-    tracker = PlanTracker.of(model)
+    tracker = tracker_of(model)
     adam = optimizer(model.parameters(), lr=1e-3)
     for _ in range(steps):
         model(**batch()).logits.square().mean().backward()
@@ -601,7 +600,7 @@ class Odd(torch.Tensor):
 )
 def test_an_entry_of_another_kind_is_no_plan_and_is_not_looked_at(entry):
     root = Classifier()
-    PlanTracker.of(root)
+    tracker_of(root)
     state = root.state_dict()
     with Touched() as touched, pytest.raises(PruningError, match=r"not a plan"):
         root.load_state_dict({**state, PLAN_KEY: entry})

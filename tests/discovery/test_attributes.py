@@ -37,7 +37,7 @@ def solution_of(model: nn.Module, groups: list[DependencyGroup], **inputs: Tenso
     verifier = Verifier(model, run, (), {group.name: group.size for group in groups})
     verifier.vary_constants(bare)
     seen = seen_numbers(verifier.base, run)
-    return solve(verifier, bare, numbers_of(verifier.base), seen)
+    return solve(verifier, bare, numbers_of(verifier.base), seen, {})
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "deberta-v2", "albert", "vit"])

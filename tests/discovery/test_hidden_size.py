@@ -21,7 +21,6 @@ from transformers import (
 from lightning_mi_prune.checkpoint.loading import load_pruned
 from lightning_mi_prune.checkpoint.pretrained import from_pretrained
 from lightning_mi_prune.checkpoint.recorded import present_plan
-from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.graph import choose_groups
@@ -34,7 +33,7 @@ from lightning_mi_prune.surgery.units import (
     revert_rewrites,
 )
 from tests.support import models
-from tests.support.graphs import groups_of
+from tests.support.graphs import groups_of, tracker_of
 from tests.support.models import (
     CONFIGS,
     batch,
@@ -241,7 +240,7 @@ def test_the_config_stays_as_built_where_it_does_not_fit(widths, tmp_path):
 @EVERY
 def test_folders_and_state_dicts(family, head, tmp_path):
     model = stirred(family, head)
-    tracker = PlanTracker.of(model)
+    tracker = tracker_of(model)
     plan = random_plan(tracker.groups, residual=True)
     apply_plan(model, tracker.groups, plan)
     tracker.plan = plan

@@ -69,7 +69,7 @@ def verifier_of(module: nn.Module, run=call, **options) -> tuple[Verifier, list[
 
 
 def with_numbers(module: nn.Module, verifier: Verifier, groups: list[DependencyGroup]):
-    return list(solve(verifier, groups, (), set()).groups)
+    return list(solve(verifier, groups, (), set(), {}).groups)
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, RMSNorm])
@@ -103,7 +103,7 @@ def test_a_group_without_one_of_its_tensors_is_refused_by_name() -> None:
         wrong = [
             replace(g, tensors=tuple(s for s in g.tensors if s.tensor != lost)) for g in groups
         ]
-        solution = solve(verifier, wrong, (), set())
+        solution = solve(verifier, wrong, (), set(), {})
         refused = {r.name: r.reason for r in solution.refused}
         (name,) = [
             g.name for g in groups if any(s.tensor == lost for s in g.tensors) and g.kind == "ffn"
@@ -173,7 +173,7 @@ def test_nothing_of_the_module_changes() -> None:
     config = copy.deepcopy(net.config.to_dict())
     state = torch.get_rng_state()
     verifier, groups = verifier_of(net, lambda net: net(**inputs))
-    assert solve(verifier, groups, (), set()).groups
+    assert solve(verifier, groups, (), set(), {}).groups
     assert torch.equal(torch.get_rng_state(), state)
     assert net.training
     assert all(part.training for part in net.modules())
@@ -234,7 +234,7 @@ def test_time_is_limited() -> None:
     verifier, groups = verifier_of(net, seconds=0.0)
     with pytest.raises(OutOfTime):
         verifier.check(groups)
-    solution = solve(verifier, groups, (), set())
+    solution = solve(verifier, groups, (), set(), {})
     assert not solution.groups
     assert all("time" in refusal.reason for refusal in solution.refused)
     assert len(solution.refused) == len(groups)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from lightning_mi_prune.checkpoint.recorded import recorded_graph
+from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningWarning
 from lightning_mi_prune.discovery.discover import discover
 from lightning_mi_prune.graph.graph import PruningGraph
@@ -26,8 +27,8 @@ def graph_of(module: nn.Module) -> PruningGraph:
 
 
 def groups_of(module: nn.Module) -> list[DependencyGroup]:
-    """The groups of :func:`graph_of`."""
-    return list(graph_of(module).groups)
+    """The groups of :func:`graph_of`; the hidden sizes last."""
+    return sorted(graph_of(module).groups, key=lambda group: group.kind == "hidden")
 
 
 def stacks_of(module: nn.Module) -> list[LayerStack]:
@@ -56,3 +57,11 @@ def _discovered(network: nn.Module) -> PruningGraph:
             warnings.simplefilter("ignore", PruningWarning)
             _FOUND[key] = discover(network)
     return _FOUND[key]
+
+
+def tracker_of(module: nn.Module) -> PlanTracker:
+    """The tracker of a module that knows what each Hugging Face model inside it can lose."""
+    tracker = PlanTracker.of(module)
+    if not tracker.is_whole:
+        tracker.extend(graph_of(module))
+    return tracker

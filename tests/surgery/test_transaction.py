@@ -15,7 +15,7 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.surgery.layers import without_storage
 from lightning_mi_prune.surgery.transaction import cancel_cut, cut_model, restore_model
-from tests.support.graphs import groups_of, stacks_of
+from tests.support.graphs import graph_of, groups_of, stacks_of, tracker_of
 from tests.support.models import batch, outputs
 from tests.support.runs import sha
 from tests.support.stacks import deep_bert
@@ -185,7 +185,7 @@ def test_an_error_while_units_go_puts_layers_back(monkeypatch):
 
 
 def kept(model):
-    return PlanTracker(nn.ModuleDict({"net": model}), parts)
+    return tracker_of(nn.ModuleDict({"net": model}))
 
 
 def shrink(tracker, layers, share=0.5):
@@ -234,14 +234,14 @@ def test_weights_of_other_layers_than_the_plan_says_are_refused():
 
 
 def test_a_tracker_of_the_whole_takes_over_from_that_of_a_part():
-    inner = PlanTracker(deep_bert().eval(), parts)
+    inner = tracker_of(deep_bert().eval())
     graph = inner.graph
     plan = graph.keep_layers(graph.full, {STACK: (0, 3)})
     done = cut_model(inner.module, graph, plan, current=graph.full)
     inner.store(done.removed)
     inner.plan = done.after
     root = nn.ModuleDict({"net": inner.module})
-    tracker = PlanTracker.of(root, parts)
+    tracker = PlanTracker.of(root)
     assert tracker.plan.kept[f"net.{STACK}"] == (0, 3)
     top = [group for group in tracker.groups if group.name == f"net.{STACK}.3.ffn"]
     assert top[0].consumers == (f"net.{STACK}.1.output.dense",)
@@ -253,13 +253,14 @@ def test_a_tracker_of_the_whole_takes_over_from_that_of_a_part():
 
 
 def test_groups_found_later_are_named_as_built():
-    """A second finder sees the shortened model only."""
+    """What is found on the shortened model."""
     model = deep_bert().eval()
-    tracker = PlanTracker(model, stacks_of)
+    tracker = PlanTracker(model, PruningGraph(stacks=tuple(stacks_of(model))))
     plan = tracker.graph.keep_layers(tracker.plan, {STACK: (0, 3)})
     tracker.store(cut_model(model, tracker.graph, plan, current=tracker.plan).removed)
     tracker.plan = plan
-    assert PlanTracker.of(model, groups_of) is tracker
+    tracker.extend(graph_of(model))
+    assert PlanTracker.of(model) is tracker
     names = {group.name for group in tracker.groups if group.kind == "ffn"}
     assert names == {f"{STACK}.0.ffn", f"{STACK}.3.ffn"}
     (top,) = (group for group in tracker.groups if group.name == f"{STACK}.3.ffn")

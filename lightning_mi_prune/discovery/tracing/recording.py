@@ -194,7 +194,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls: list[ModuleCall] = []
         self._module = module
         self._running: list[_Running] = []
+        # A decoder that is tied to a table goes by the name of the table: where a model is built
+        # from a file, both are one tensor only after the weights are loaded.
+        tables = {
+            f"{path}.weight".lstrip("."): part.weight
+            for path, part in module.named_modules()
+            if isinstance(part, nn.Embedding)
+        }
         self.tensors: dict[str, Tensor] = {
+            **tables,
             **dict(module.named_parameters(remove_duplicate=False)),
             **dict(module.named_buffers(remove_duplicate=False)),
         }
