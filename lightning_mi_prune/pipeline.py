@@ -613,7 +613,7 @@ def _check_runs_copies(model: nn.Module, run: Callable[[nn.Module], Any]) -> Non
         raise PruningError(
             f"forward runs {type(ran[0]).__name__} of the original model when it is given a copy, "
             "so no cut can be verified. Run the model that is passed in: "
-            "forward=lambda model, batch: model(batch)."
+            "forward=lambda model, batch: model(batch). Or give what can be cut: graph=."
         )
 
 
