@@ -594,7 +594,8 @@ def _discovered(model: nn.Module, forward: Forward, batch: Any) -> PruningGraph:
         few(model)
     except Exception:  # examples of the whole batch may belong together
         few = partial(run, batch)
-    _check_runs_copies(model, few)
+    with undisturbed(model):
+        _check_runs_copies(model, few)
     return discover_run(model, few)
 
 
