@@ -219,8 +219,7 @@ def discover_in_step(
     Raises:
         PruningError: If the step cannot run on a copy, or nothing can be cut.
     """
-    whole = copy_module(module)
-    _detached_from(trainer)(whole)
+    whole, detach = copy_module(module), _detached_from(trainer)
     whole.__dict__["all_gather"] = _alone
     for part in whole.modules():
         if isinstance(part, Metric):
@@ -231,7 +230,7 @@ def discover_in_step(
         batch = map_tensors(batch, lambda x: x.float() if x.dtype in halves else x)
     autocast = trainer.precision_plugin.val_step_context
     tries = [
-        partial(_observed, step, given, loader, context)
+        partial(_observed, step, given, loader, context, detach)
         for context in (nullcontext, autocast)  # only some modules need theirs
         for given in (first_examples(batch), batch)
     ]
@@ -272,6 +271,7 @@ def _observed(
     batch: Any,
     loader: int,
     context: Callable[[], AbstractContextManager[Any]],
+    detach: Callable[[nn.Module], None],
     whole: nn.Module,
 ) -> dict[str, Any]:
     """Run a step; returns all that it makes: its result, what it logs, and its last outputs."""
@@ -285,6 +285,8 @@ def _observed(
         for name, value in values.items():
             log(name, value)
 
+    if getattr(whole, "_trainer", None) is None:  # a copy, which has no trainer yet
+        detach(whole)
     whole.__dict__.update(log=log, log_dict=log_dict)
     whole.eval()
     torch.manual_seed(0)  # a step that draws numbers draws the same each time
