@@ -2,6 +2,10 @@
 
 A consumer reads units and maps them linearly. Whatever its class, its input becomes samples x
 entries, its output samples x outputs, and its weight outputs x entries x kernel positions.
+
+A consumer is named by the path of its layer or, where a module multiplies with a parameter of its
+own (:mod:`functional`), by that of the parameter. The matrices of the experts of a mixture are one
+parameter: they map the same entries, and are to its weight what kernel positions are to a filter.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ __all__ = [
     "stacked_weight",
     "stored_weight",
     "why_not_consumer",
+    "why_not_functional",
 ]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -64,6 +69,28 @@ def why_not_consumer(module: nn.Module) -> str:
             f"{kind} has groups={module.groups}; expected groups=1, where every output reads "
             "every channel."
         )
+    return ""
+
+
+def why_not_functional(weight: Tensor, read: int | None) -> str:
+    """Why the input of products with a parameter cannot be calibrated; "" if it can.
+
+    Args:
+        weight: The parameter, which a module multiplies with its inputs.
+        read: Dimension that is summed over; None if the parameter was reshaped before.
+
+    Example:
+        >>> why_not_functional(nn.Parameter(torch.zeros(3, 4)), 0)
+        ''
+        >>> why_not_functional(nn.Parameter(torch.zeros(2, 3, 4, 5)), 3)
+        'has 4 dimensions; expected a matrix, or one for each expert.'
+    """
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return f"is a {type(weight).__name__} of {weight.dtype}; quantize and shard after the cut."
+    if weight.ndim not in (2, 3):
+        return f"has {weight.ndim} dimensions; expected a matrix, or one for each expert."
+    if read is None or (weight.ndim == 3 and read == 0):
+        return "is reshaped before it is multiplied, so its input is not known."
     return ""
 
 
@@ -146,13 +173,16 @@ def _moves(module: nn.Module, x: Tensor) -> bool:
     return has_kernel(module) and not x.is_nested and 0 <= _channels(module, x) <= 1
 
 
-def stacked_weight(weight: Tensor, read: int, fold: int = 1) -> Tensor:
+def stacked_weight(
+    weight: Tensor, read: int, fold: int = 1, *, several: bool = False
+) -> Tensor:
     """A weight as outputs x entries x kernel positions ``(m, d, k)``.
 
     Args:
         weight: Weight of a consumer as it is stored.
         read: Dimension that counts the entries.
         fold: Positions of a flattened map that follow each other, for each of its channels.
+        several: Whether its first dimension counts matrices; they come in place of positions.
 
     Example:
         >>> stacked_weight(torch.zeros(8, 3, 5, 5), 1).shape
@@ -161,20 +191,27 @@ def stacked_weight(weight: Tensor, read: int, fold: int = 1) -> Tensor:
         torch.Size([8, 3, 1])
         >>> stacked_weight(torch.zeros(8, 3 * 49), 1, 49).shape
         torch.Size([8, 3, 49])
+        >>> stacked_weight(torch.zeros(4, 8, 3), 2, several=True).shape
+        torch.Size([8, 3, 4])
     """
+    if several:
+        return weight.permute(3 - read, read, 0)
     if weight.ndim > 2:
         return weight.flatten(2)
     shape = (weight.shape[output_dim(read)], weight.shape[read] // fold, fold)
     return (weight if read else weight.mT).reshape(shape)
 
 
-def stored_weight(stacked: Tensor, like: Tensor, read: int) -> Tensor:
+def stored_weight(stacked: Tensor, like: Tensor, read: int, *, several: bool = False) -> Tensor:
     """The inverse of :func:`stacked_weight`, in type and kernel shape of ``like``.
 
     Example:
         >>> stored_weight(torch.zeros(8, 2, 25), torch.zeros(8, 3, 5, 5), 1).shape
         torch.Size([8, 2, 5, 5])
     """
+    if several:
+        order = (2, 0, 1) if read == 2 else (2, 1, 0)
+        return stacked.permute(order).contiguous().to(like)
     if like.ndim > 2:
         return stacked.reshape(*stacked.shape[:2], *like.shape[2:]).to(like)
     matrix = stacked.flatten(1)

@@ -159,8 +159,8 @@ class DependencyGroup:
             ``"pooler"`` or ``"hidden"``; free for other families.
         size: Number of units as built (neurons or heads).
         tensors: The tensors cut together.
-        consumers: Linear modules that read the units: their inputs are calibrated, their weights
-            compensated.
+        consumers: Layers that read the units: their inputs are calibrated, their weights
+            compensated; or parameters that a module multiplies with (``"experts.down_proj"``).
         attributes: Numbers on modules that depend on the width.
         network: Path of the network the group belongs to.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
@@ -169,7 +169,8 @@ class DependencyGroup:
         consumers_by_input: Consumers with the same input together, if there are several inputs
             (the residual stream has many); empty if all have the same.
         residual: Module whose input is the residual stream that is added to the consumer's output.
-        above: Linear modules above that read the consumer's output, directly or through norms.
+        above: Layers, or such parameters, that read the consumer's output, directly or through
+            norms.
         norms: Normalisations over the units of the group.
         empty_forward: Replacements for modules that cannot run without units.
         may_be_empty: Whether the group may lose all its units; with ``empty_forward`` it may too.
@@ -182,6 +183,7 @@ class DependencyGroup:
         rotation: Projections to rotate before units, the dimensions of heads, are removed.
         current_name: Its name in the present model, if layers were removed.
         inferred: Whether a recorded call showed it, and no family describes it.
+        multiple: What its width must be a multiple of, for operators that need aligned rows.
     """
 
     name: str
@@ -207,6 +209,7 @@ class DependencyGroup:
     rotation: RotatableProjections | None = None
     current_name: str = ""
     inferred: bool = False
+    multiple: int = 1
 
     @property
     def inputs(self) -> dict[str, tuple[str, ...]]:

@@ -221,6 +221,7 @@ _GROUP = _record(
         "rotation": _or_none(_ROTATION),
         "current_name": text,
         "inferred": flag,
+        "multiple": partial(whole, high=_LARGEST_GROUP, low=1),
     },
 )
 _STACK = _record(

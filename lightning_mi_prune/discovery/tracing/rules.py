@@ -231,7 +231,8 @@ def _repeated(trace: Trace, operator: Operator) -> None:
 def _selected(trace: Trace, operator: Operator) -> None:
     source = operator.inputs[0]
     dims, dim = trace.dims(source), operator.argument(1, "dim", 0) % source.ndim
-    fix(dims[dim], operator.label)
+    expert = trace.chooses_expert(source, dim)
+    fix(dims[dim], trace.experts(operator) if expert else operator.label)
     rest = [i for i in range(source.ndim) if i != dim]
     for output in operator.outputs:
         trace.set(output, [dims[i] for i in rest])
@@ -250,13 +251,19 @@ def _sliced(trace: Trace, operator: Operator) -> None:
         first, last = operator.argument(2, "start"), operator.argument(3, "end")
         step = operator.argument(4, "step", 1)
         bounds = slice(first, last, step).indices(dims[dim].size)
+    part: Expression
     if bounds == (0, dims[dim].size, 1):
         trace.set(output, dims)
         trace.alias(output, source, range(source.ndim))
         return
-    if bounds[2] != 1:
+    every, size = bounds[2], dims[dim].size
+    if every > 1 and size % every == 0 and bounds[0] < every and bounds[1] > size - every:
+        # Entries in turn, such as gates and values: a product with what is left out between.
+        part, turn = reshaped([dims[dim]], [size // every, every], operator.label)
+        fix(turn, operator.label)
+    elif every != 1:
         fix(dims[dim], operator.label)
-        part: Expression = Atom(output.shape[dim], operator.label)
+        part = Atom(output.shape[dim], operator.label)
     else:
         part = part_of(dims[dim], bounds[0], bounds[1], operator.label)
     trace.set(output, [*dims[:dim], part, *dims[dim + 1 :]])
@@ -365,7 +372,9 @@ def _indexed(trace: Trace, operator: Operator) -> None:
         width = 1 if index is None or index.dtype not in _MASKS else index.ndim
         for place in [] if index is None else range(at, at + width):
             hit.append(place)
-            _fix_places(dims[place], index, operator.label)
+            expert = trace.chooses_expert(source, place)
+            reason = trace.experts(operator) if expert else operator.label
+            _fix_places(dims[place], index, reason)
         at += width
     rest = [dim for place, dim in enumerate(dims) if place not in hit]
     adjacent = hit == list(range(hit[0], hit[0] + len(hit)))
@@ -374,6 +383,8 @@ def _indexed(trace: Trace, operator: Operator) -> None:
     new = [Atom(n, DATA if n > 1 else "") for n in fresh]
     trace.set(output, [*rest[:start], *new, *rest[start:]])
     trace.set_origin(output, trace.origin(source))
+    if hit == [0] and output.ndim == source.ndim and trace.chooses_expert(source, 0):
+        trace.alias(output, source, range(source.ndim))
 
 
 def _fix_places(dim: Expression, index: Tensor, reason: str) -> None:

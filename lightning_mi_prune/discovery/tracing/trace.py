@@ -151,6 +151,14 @@ class Trace:
         if index is not None:
             self._origins[id(tensor)] = index
 
+    def chooses_expert(self, tensor: Tensor, dim: int) -> bool:
+        """Whether a dimension counts the matrices in a parameter, one for each expert."""
+        return dim == 0 and tensor.ndim == 3 and self.parameter_of(tensor) is not None
+
+    def experts(self, operator: Operator) -> str:
+        """Why the number of experts stays."""
+        return f"the number of experts in {operator.module}, which routing chooses by number"
+
     # ---------------------------------------------------------------- operators without a rule
 
     def refuse(self, operator: Operator, reason: str = "") -> None:
