@@ -61,6 +61,8 @@ def why_not_consumer(module: nn.Module) -> str:
             f"{kind} is neither a linear layer (nn.Linear, Conv1D of transformers) nor nn.Conv1d, "
             "nn.Conv2d or nn.Conv3d."
         )
+    if weight is not None and weight.is_complex():
+        return f"{kind} has a complex weight ({weight.dtype}); moments are of real numbers."
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         held = "nothing" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
         return f"{kind} holds {held} as its weight; quantize and shard after the cut."
@@ -83,14 +85,16 @@ def why_not_functional(weight: Tensor, read: int | None) -> str:
         >>> why_not_functional(nn.Parameter(torch.zeros(3, 4)), 0)
         ''
         >>> why_not_functional(nn.Parameter(torch.zeros(2, 3, 4, 5)), 3)
-        'has 4 dimensions; expected a matrix, or one for each expert.'
+        'it has 4 dimensions; expected a matrix, or one for each expert.'
     """
+    if weight.is_complex():
+        return f"it is complex ({weight.dtype}); moments are of real numbers."
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return f"is a {type(weight).__name__} of {weight.dtype}; quantize and shard after the cut."
+        return f"it is a {type(weight).__name__} of {weight.dtype}; quantize and shard after the cut."
     if weight.ndim not in (2, 3):
-        return f"has {weight.ndim} dimensions; expected a matrix, or one for each expert."
+        return f"it has {weight.ndim} dimensions; expected a matrix, or one for each expert."
     if read is None or (weight.ndim == 3 and read == 0):
-        return "is reshaped before it is multiplied, so its input is not known."
+        return "it is reshaped before it is multiplied, so its input is not known."
     return ""
 
 

@@ -367,7 +367,7 @@ class _Collector:
                 continue
             why = self._why_not(atom, use)
             if why:
-                reason = f"{use.tensor} {why}"
+                reason = f"{use.tensor}: {why}"
             elif use.tensor not in {each.tensor for each in found}:
                 found.append(use)
         return found, reason
@@ -381,14 +381,14 @@ class _Collector:
         if (why := why_not_functional(tensor, read)) or read is None:
             return why
         if any(dim != read and _entries(each, [atom]) for dim, each in enumerate(dims)):
-            return "reads these units and makes them, so they cannot be told apart"
+            return "it reads these units and makes them, so they cannot be told apart"
         here = {call.path for call in self.streams.calls_around(use.index)}
         if not here & set(calling_modules(use.tensor)):
-            return "is used outside the forward of the module that holds it"
+            return "it is used outside the forward of the module that holds it"
         uses = sum(each.tensor == use.tensor for each in self.trace.uses)
         if self.products[use.tensor, dims[read].size] < uses:
             return (
-                f"is multiplied in a way that is not intercepted ({use.operator}); expected "
+                f"it is multiplied in a way that is not intercepted ({use.operator}); expected "
                 "functional.linear, matmul (@), mm, bmm or grouped_mm of it, of one of its "
                 "matrices or of its transpose"
             )

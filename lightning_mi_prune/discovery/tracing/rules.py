@@ -310,6 +310,18 @@ def _stacked(trace: Trace, operator: Operator) -> None:
     trace.set(output, [*dims[:dim], Atom(count, operator.label if count > 1 else ""), *dims[dim:]])
 
 
+def _parts_of_complex(trace: Trace, operator: Operator) -> None:
+    """``view_as_real`` and its inverse: the last dimension counts real and imaginary part."""
+    source, output = operator.inputs[0], operator.outputs[0]
+    dims = trace.dims(source)
+    if output.ndim > source.ndim:
+        trace.set(output, [*dims, Atom(2, operator.label)])
+    else:
+        fix(dims[-1], operator.label)
+        trace.set(output, dims[:-1])
+    trace.set_origin(output, trace.origin(source))
+
+
 def _padded(trace: Trace, operator: Operator) -> None:
     source, output = operator.inputs[0], operator.outputs[0]
     dims: list[Expression] = []
@@ -480,7 +492,7 @@ RULES: Mapping[str, Rule] = {
     **_named("copy_", _copy_into),
     **_named(
         "_to_copy clone alias detach to contiguous lift_fresh lift_fresh_copy bernoulli "
-        "masked_fill masked_fill_ fill_ zero_ nan_to_num where isin _conj",
+        "masked_fill masked_fill_ fill_ zero_ nan_to_num where isin _conj complex polar",
         _pointwise,
     ),
     # Not marked as such by torch, in one overload or all.
@@ -491,6 +503,7 @@ RULES: Mapping[str, Rule] = {
         "log_sigmoid_forward isfinite isinf isnan __rshift__ __lshift__",
         _pointwise,
     ),
+    **_named("view_as_real view_as_complex", _parts_of_complex),
     **_named("native_dropout dropout", _dropout),
     **_named("ones_like zeros_like full_like empty_like new_empty_strided", _like),
     **_named(

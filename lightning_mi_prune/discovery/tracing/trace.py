@@ -157,7 +157,7 @@ class Trace:
 
     def experts(self, operator: Operator) -> str:
         """Why the number of experts stays."""
-        return f"the number of experts in {operator.module}, which routing chooses by number"
+        return f"the matrices of a parameter (experts) are chosen by number in {operator.module}"
 
     # ---------------------------------------------------------------- operators without a rule
 
