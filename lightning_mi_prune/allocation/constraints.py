@@ -237,6 +237,11 @@ def _pin(constraints: Constraints, group: DependencyGroup, now: int) -> int | No
             "expected one number. Narrow one of the expressions."
         )
     (pin,) = widths
+    if pin < group.size and pin % group.multiple:
+        raise PruningError(
+            f"pins: {pins[0][0]!r} pins {group.name!r} to {counted(pin, 'unit')}; expected a "
+            f"multiple of {group.multiple}, which its operators need. Pin it to one."
+        )
     if pin > now:
         raise PruningError(
             f"pins: {pins[0][0]!r} pins {group.name!r} to {counted(pin, 'unit')}, above the "

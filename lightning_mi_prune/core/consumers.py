@@ -25,6 +25,7 @@ __all__ = [
     "input_dim",
     "input_gradient",
     "is_pointwise",
+    "matrix_dims",
     "output_dim",
     "stacked_weight",
     "stored_weight",
@@ -90,10 +91,12 @@ def why_not_functional(weight: Tensor, read: int | None) -> str:
     if weight.is_complex():
         return f"it is complex ({weight.dtype}); moments are of real numbers."
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return f"it is a {type(weight).__name__} of {weight.dtype}; quantize and shard after the cut."
+        return (
+            f"it is a {type(weight).__name__} of {weight.dtype}; quantize and shard after the cut."
+        )
     if weight.ndim not in (2, 3):
         return f"it has {weight.ndim} dimensions; expected a matrix, or one for each expert."
-    if read is None or (weight.ndim == 3 and read == 0):
+    if read is None:
         return "it is reshaped before it is multiplied, so its input is not known."
     return ""
 
@@ -117,6 +120,20 @@ def input_dim(module: nn.Module) -> int:
 def output_dim(read: int) -> int:
     """The dimension of the weight that counts the outputs, if ``read`` counts the entries."""
     return 1 - read
+
+
+def matrix_dims(read: int) -> tuple[int, int]:
+    """The dimensions of several matrices in one parameter that count these, and their outputs.
+
+    Args:
+        read: Dimension that counts the entries they read.
+
+    Example:
+        >>> matrix_dims(2), matrix_dims(1), matrix_dims(0)
+        ((0, 1), (0, 2), (1, 2))
+    """
+    matrices = 0 if read else 1
+    return matrices, 3 - read - matrices
 
 
 def has_kernel(module: nn.Module) -> bool:
@@ -177,16 +194,15 @@ def _moves(module: nn.Module, x: Tensor) -> bool:
     return has_kernel(module) and not x.is_nested and 0 <= _channels(module, x) <= 1
 
 
-def stacked_weight(
-    weight: Tensor, read: int, fold: int = 1, *, several: bool = False
-) -> Tensor:
+def stacked_weight(weight: Tensor, read: int, fold: int = 1, *, several: bool = False) -> Tensor:
     """A weight as outputs x entries x kernel positions ``(m, d, k)``.
 
     Args:
         weight: Weight of a consumer as it is stored.
         read: Dimension that counts the entries.
         fold: Positions of a flattened map that follow each other, for each of its channels.
-        several: Whether its first dimension counts matrices; they come in place of positions.
+        several: Whether it holds several matrices, as :func:`matrix_dims` tells; they come in place
+            of positions.
 
     Example:
         >>> stacked_weight(torch.zeros(8, 3, 5, 5), 1).shape
@@ -199,7 +215,8 @@ def stacked_weight(
         torch.Size([8, 3, 4])
     """
     if several:
-        return weight.permute(3 - read, read, 0)
+        matrices, output = matrix_dims(read)
+        return weight.permute(output, read, matrices)
     if weight.ndim > 2:
         return weight.flatten(2)
     shape = (weight.shape[output_dim(read)], weight.shape[read] // fold, fold)
@@ -214,7 +231,8 @@ def stored_weight(stacked: Tensor, like: Tensor, read: int, *, several: bool = F
         torch.Size([8, 2, 5, 5])
     """
     if several:
-        order = (2, 0, 1) if read == 2 else (2, 1, 0)
+        matrices, output = matrix_dims(read)
+        order = sorted(range(3), key=[output, read, matrices].__getitem__)
         return stacked.permute(order).contiguous().to(like)
     if like.ndim > 2:
         return stacked.reshape(*stacked.shape[:2], *like.shape[2:]).to(like)

@@ -23,6 +23,7 @@ __all__ = [
     "intercept_gradients",
     "intercept_inputs",
     "intercept_products",
+    "summed_dim",
 ]
 
 # Positions of the two factors among the arguments, and their names.
@@ -68,6 +69,31 @@ def calling_modules(name: str) -> tuple[str, ...]:
     """
     owner = name.rpartition(".")[0]
     return (owner, owner.rpartition(".")[0]) if owner else (owner,)
+
+
+def summed_dim(equation: str, place: int) -> int | None:
+    """The dimension of a factor that ``einsum`` sums over with the other one, if it is one.
+
+    Args:
+        equation: What to sum.
+        place: Which of the two factors.
+
+    Example:
+        >>> summed_dim("...d,dhk->...hk", 0), summed_dim("hkd,bshk->bsd", 1)
+        (-1, None)
+    """
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow or len(terms) != 2:
+        return None
+    own, other = terms[place], terms[1 - place]
+    summed = [a for a in own if a.isalpha() and a in other and a not in output]
+    if len(summed) != 1:
+        return None
+    before, ellipsis, after = own.partition("...")
+    if ellipsis and summed[0] in after:
+        return after.index(summed[0]) - len(after)
+    return before.index(summed[0])
 
 
 def intercept_products(
@@ -211,6 +237,8 @@ class _Products(TorchFunctionMode):
         if called in _PRODUCTS:
             args = self._observed(called, args, named)
             return func(*args, **named)
+        if called == "einsum":
+            return func(*self._summed(args), **named)
         output = func(*args, **named)
         if called in _SAME_WEIGHT and args and isinstance(args[0], Tensor):
             name = self._name(args[0])
@@ -256,6 +284,23 @@ class _Products(TorchFunctionMode):
             return (*args[:position], other, *args[position + 1 :])
         named[keyword] = other
         return args
+
+    def _summed(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments of ``einsum``, with the input that is multiplied."""
+        names = [self._name(given) for given in args[1:]]
+        if len(names) != 2 or (names[0] is None) == (names[1] is None):
+            return args
+        place = 1 if names[0] is None else 0
+        dim = summed_dim(str(args[0]), 1 - place)
+        x = args[2 - place]
+        if dim is None or not isinstance(x, Tensor):
+            return args
+        other = self._observe(str(names[place]), x, dim)
+        return (
+            args
+            if other is None
+            else (args[0], *((args[1], other) if not place else (other, args[2])))
+        )
 
     @staticmethod
     def _at(place: tuple[int, str], args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:

@@ -361,7 +361,6 @@ class _Collector:
         found: list[WeightUse] = []
         reason = "no layer reads these units"
         for use in self.read[id(atom)]:
-            path, _, last = use.tensor.rpartition(".")
             if use.tensor in self.trace.embedded:
                 reason = f"{use.tensor} is tied to an embedding"
                 continue

@@ -53,7 +53,7 @@ class ReadWeight:
     Args:
         tensor: Its name.
         read: Dimension that counts the entries it reads.
-        several: Whether its first dimension counts matrices, those of experts.
+        several: Whether it holds several matrices, as those of experts.
 
     Example:
         >>> ReadWeight("fc.weight", 1).output, ReadWeight("experts.down", 2, several=True).output
@@ -67,7 +67,7 @@ class ReadWeight:
     @property
     def output(self) -> int:
         """The dimension that counts the outputs."""
-        return (3 if self.several else 1) - self.read
+        return 1 - self.read if not self.several else 1 if self.read == 2 else 2
 
 
 @dataclass(frozen=True)
@@ -203,14 +203,14 @@ def read_above(shape: Sequence[int], width: int, *, several: bool = False) -> in
     Args:
         shape: Shape of the weight.
         width: Size of the output; a flattened map has several entries for each of it.
-        several: Whether the first dimension counts matrices, those of experts.
+        several: Whether it holds several matrices, as those of experts.
 
     Example:
         >>> read_above((32, 16), 16), read_above((16, 24), 16), read_above((4, 16, 24), 16)
         (1, 0, 1)
     """
     if several:
-        return 2 if shape[2] == width else 1
+        return next((dim for dim in (2, 1, 0) if shape[dim] == width), 1)
     # Only a weight that is stored as (in, out) has its inputs in the first dimension.
     return 0 if len(shape) == 2 and shape[1] % width and shape[0] == width else 1
 

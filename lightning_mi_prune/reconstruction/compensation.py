@@ -291,7 +291,7 @@ class _Fit:
         read = self.given.weight(consumer)
         if tensor != read.tensor:
             return (0,)
-        return (0, read.output) if read.several else (read.output,)
+        return tuple({0, 1, 2} - {read.read}) if read.several else (read.output,)
 
     def information(self, ridge: float) -> GroupInformation:
         """Information with the layer above, whose noise is ``ridge`` of its mean variance."""
@@ -327,9 +327,7 @@ class _Fit:
             dropped = weight[:, self.dropped]
             parts.append((weight[:, self.kept] + dropped @ coefficients).to(stored))
             shifts.append(dropped @ shift)
-        new_weight = stored_weight(
-            torch.stack(parts, 2), stored, read.read, several=read.several
-        )
+        new_weight = stored_weight(torch.stack(parts, 2), stored, read.read, several=read.several)
         new = {read.tensor: new_weight}
         if bias is not None:
             new[f"{consumer}.bias"] = (bias.detach().to(shift) + sum(shifts)).to(bias)

@@ -53,6 +53,8 @@ USES = {
     "in a batch": ((4, 8), lambda x, w: (x[None] @ w.mT)[0]),
     "each expert": ((3, 4, 8), each_expert),
     "each expert, transposed": ((3, 8, 4), lambda x, w: each_expert(x, w.mT)),
+    "einsum": ((8, 4), lambda x, w: torch.einsum("bd,dm->bm", x, w)),
+    "einsum from the left": ((4, 8), lambda x, w: torch.einsum("m...d,b...d->b...m", w, x)),
     "gathered": ((3, 4, 8), lambda x, w: torch.bmm(w[CHOSEN], x[:, :, None])[..., 0]),
     "gathered, transposed": ((3, 8, 4), lambda x, w: torch.bmm(x[:, None], w[CHOSEN])[:, 0]),
     "grouped": ((3, 4, 8), grouped),

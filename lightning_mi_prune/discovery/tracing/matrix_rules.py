@@ -33,14 +33,13 @@ def _note_use(
     if known is None:
         return
     name, order = known
-    dim = None if order is None else order[contracted]
     trace.uses.append(
         WeightUse(
             operator.index,
             operator.name,
             name,
             operator.module,
-            dim,
+            order[contracted],
             trace.root(source),
             output,
         )

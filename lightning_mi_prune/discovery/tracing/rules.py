@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lightning_mi_prune.discovery.tracing.trace import DATA, Trace
 
 __all__ = [
     "follow",
+    "unchanged_dims",
 ]
 
 Rule = Callable[[Trace, Operator], None]
@@ -152,6 +153,37 @@ def _numbered(trace: Trace, operator: Operator) -> None:
 # --------------------------------------------------------------------------------- shapes
 
 
+def unchanged_dims(before: Sequence[int], after: Sequence[int]) -> list[int | None]:
+    """The dimension behind each one after ``view``; None for new, split and merged ones.
+
+    Args:
+        before: Shape before.
+        after: Shape after.
+
+    Example:
+        >>> unchanged_dims((8, 3, 5), (1, 8, 15)), unchanged_dims((4, 1, 6), (2, 2, 6))
+        ([None, 0, None], [None, None, 2])
+    """
+    found: list[int | None] = [None] * len(after)
+    left = [i for i, n in enumerate(before) if n != 1]
+    right = [i for i, n in enumerate(after) if n != 1]
+    while left and right:
+        one, two = [left.pop(0)], [right.pop(0)]
+        sizes = before[one[0]], after[two[0]]
+        while sizes[0] != sizes[1]:
+            if sizes[0] < sizes[1] and left:
+                one.append(left.pop(0))
+                sizes = sizes[0] * before[one[-1]], sizes[1]
+            elif sizes[0] > sizes[1] and right:
+                two.append(right.pop(0))
+                sizes = sizes[0], sizes[1] * after[two[-1]]
+            else:  # without entries
+                return found
+        if len(one) == len(two) == 1:
+            found[two[0]] = one[0]
+    return found
+
+
 def _moved(trace: Trace, operator: Operator) -> None:
     source, output = operator.inputs[0], operator.outputs[0]
     dims, n = trace.dims(source), source.ndim
@@ -175,7 +207,7 @@ def _unsqueezed(trace: Trace, operator: Operator) -> None:
     dims, dim = trace.dims(source), operator.argument(1, "dim") % output.ndim
     whole = len(dims) == output.ndim  # changed in place before it was first used
     trace.set(output, dims if whole else [*dims[:dim], Atom(1), *dims[dim:]])
-    trace.alias(output, source)
+    trace.alias(output, source, unchanged_dims(source.shape, output.shape))
 
 
 def _squeezed(trace: Trace, operator: Operator) -> None:
@@ -185,7 +217,7 @@ def _squeezed(trace: Trace, operator: Operator) -> None:
     wanted = {dim % source.ndim for dim in ([every] if isinstance(every, int) else every)}
     dims = [d for i, d in enumerate(trace.dims(source)) if not (i in wanted and d.size == 1)]
     trace.set(output, dims)
-    trace.alias(output, source)
+    trace.alias(output, source, unchanged_dims(source.shape, output.shape))
 
 
 def _viewed(trace: Trace, operator: Operator) -> None:
@@ -195,22 +227,20 @@ def _viewed(trace: Trace, operator: Operator) -> None:
         trace.alias(output, source, range(source.ndim))
         return
     trace.set(output, reshaped(trace.dims(source), list(output.shape), operator.label))
-    trace.alias(output, source)
+    trace.alias(output, source, unchanged_dims(source.shape, output.shape))
 
 
 def _expanded(trace: Trace, operator: Operator) -> None:
     source, output = operator.inputs[0], operator.outputs[0]
     dims = trace.dims(source)
     offset = output.ndim - len(dims)
-    same = offset == 0 and source.shape == output.shape
-    trace.set(
-        output,
-        [
-            Atom(n) if i < offset or dims[i - offset].size != n else dims[i - offset]
-            for i, n in enumerate(output.shape)
-        ],
-    )
-    trace.alias(output, source, range(source.ndim) if same else None)
+    same = [
+        None if i < offset or dims[i - offset].size != n else i - offset
+        for i, n in enumerate(output.shape)
+    ]
+    sizes = zip(same, output.shape, strict=True)
+    trace.set(output, [Atom(n) if dim is None else dims[dim] for dim, n in sizes])
+    trace.alias(output, source, same)
 
 
 def _repeated(trace: Trace, operator: Operator) -> None:
@@ -419,7 +449,7 @@ def _strided(trace: Trace, operator: Operator) -> None:
     if [dim.size for dim in dims] != list(output.shape):
         dims = reshaped(dims, list(output.shape), operator.label)
     trace.set(output, dims)
-    trace.alias(output, source)
+    trace.alias(output, source, unchanged_dims(source.shape, output.shape))
 
 
 def _put(trace: Trace, operator: Operator) -> None:
