@@ -201,6 +201,7 @@ class _Collector:
         products: Mapping[tuple[str, int], int],
     ) -> None:
         self.module, self.trace, self.products = module, trace, products
+        self.uses = Counter(use.tensor for use in trace.uses)
         self.functional: dict[str, bool] = {}
         self.streams = Streams(module, recording, trace)
         self.stacks = find_chains(module, recording, trace)
@@ -360,14 +361,17 @@ class _Collector:
         """Uses of weights that read units and can be calibrated; why there are none."""
         found: list[WeightUse] = []
         reason = "no layer reads these units"
+        first: dict[str, WeightUse] = {}
         for use in self.read[id(atom)]:
+            first.setdefault(use.tensor, use)
+        for use in first.values():
             if use.tensor in self.trace.embedded:
                 reason = f"{use.tensor} is tied to an embedding"
                 continue
             why = self._why_not(atom, use)
             if why:
                 reason = f"{use.tensor}: {why}"
-            elif use.tensor not in {each.tensor for each in found}:
+            else:
                 found.append(use)
         return found, reason
 
@@ -384,12 +388,11 @@ class _Collector:
         here = {call.path for call in self.streams.calls_around(use.index)}
         if not here & set(calling_modules(use.tensor)):
             return "it is used outside the forward of the module that holds it"
-        uses = sum(each.tensor == use.tensor for each in self.trace.uses)
-        if self.products[use.tensor, dims[read].size] < uses:
+        if self.products[use.tensor, dims[read].size] < self.uses[use.tensor]:
             return (
                 f"it is multiplied in a way that is not intercepted ({use.operator}); expected "
-                "functional.linear, matmul (@), mm, bmm or grouped_mm of it, of one of its "
-                "matrices or of its transpose"
+                "functional.linear, matmul (@), mm, bmm, einsum or grouped_mm of it, of one of "
+                "its matrices or of its transpose"
             )
         return ""
 

@@ -25,6 +25,7 @@ __all__ = [
     "full_depth",
     "full_plan",
     "join_path",
+    "modules_with",
 ]
 
 
@@ -321,6 +322,27 @@ def as_built(groups: Sequence[DependencyGroup], sizes: Mapping[str, int]) -> lis
         )
         for group in groups
     ]
+
+
+def modules_with(groups: Sequence[DependencyGroup]) -> set[str]:
+    """Paths of modules that hold all that groups name: networks, and layers outside of them.
+
+    Steps of a LightningModule may call its layers one by one, so that no network holds all of them.
+
+    Example:
+        >>> dims = (PrunableDim("up.weight", 0, (8, 4), (("ffn",),)),)
+        >>> group = DependencyGroup("ffn", "ffn", 8, dims, ("down",), network="down")
+        >>> sorted(modules_with([group]))
+        ['down', 'up']
+    """
+    found = {group.network for group in groups}
+    found |= {s.tensor.rpartition(".")[0] for group in groups for s in group.tensors}
+    found |= {number.module for group in groups for number in group.attributes}
+    return {
+        path
+        for path in found
+        if not any(f"{path}.".startswith(f"{other}." if other else "") for other in found - {path})
+    }
 
 
 def count_parameters(
