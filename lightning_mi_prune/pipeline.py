@@ -67,14 +67,22 @@ from lightning_mi_prune.graph.graph import (
     choose_groups,
     modules_without_groups,
 )
-from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters, is_within
+from lightning_mi_prune.graph.groups import (
+    DependencyGroup,
+    count_parameters,
+    is_within,
+    modules_with,
+)
 from lightning_mi_prune.graph.inputs import multiplied_with
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation, criterion_of
 from lightning_mi_prune.importance.head_rotation import check_rotations
 from lightning_mi_prune.importance.ranking import RelevanceSource, rank_groups
 from lightning_mi_prune.reconstruction.compensation import Decision, GroupInformation, select_units
 from lightning_mi_prune.reconstruction.least_squares import Sum, reconstruct_networks
-from lightning_mi_prune.reconstruction.targets import layers_to_reconstruct
+from lightning_mi_prune.reconstruction.targets import (
+    calls_of_whole_networks,
+    layers_to_reconstruct,
+)
 from lightning_mi_prune.surgery.batch_norm import reestimate_batch_norm
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import update_optimizers
@@ -355,13 +363,13 @@ def reconstruct(
     found = layers_to_reconstruct(groups, current, decision.plan, decision.rotated)
     if reconstruction.method != "layerwise" or not found:
         return decision
-    cut = copy_networks(module, {group.network for group in groups})
+    cut = copy_networks(module, modules_with(groups))
     apply_plan(cut, groups, decision.plan, current=current, compensated=decision.compensated)
     solved = reconstruct_networks(
         module,
         cut,
         found,
-        data.ranks,
+        calls_of_whole_networks(data.ranks, groups, current, decision.plan),
         positions=reconstruction.positions,
         ridge=ridge,
         add=add,

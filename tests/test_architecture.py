@@ -45,6 +45,7 @@ TORCH_FREE = [
 WITH_TORCH = {
     "core/consumers.py",
     "core/empty_linear.py",
+    "core/functional.py",
     "allocation/mac_counter.py",
     "allocation/mac_meter.py",
     "allocation/macs.py",

@@ -236,11 +236,17 @@ def _doubled(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     return copy.deepcopy(model).double(), Inputs(args, kwargs)
 
 
+def _whole(group: DependencyGroup, width: int) -> int:
+    """The next width below that the operators of a group can compute."""
+    return max(group.multiple, width // group.multiple * group.multiple)
+
+
 def _third(groups: Sequence[DependencyGroup], seed: int) -> dict[str, tuple[int, ...]]:
     generator = random.Random(seed)  # noqa: S311
     kept = {}
     for group in groups:
         left = group.size - max(1, group.size // SHARE) if group.size > 1 else 1
+        left = _whole(group, left)
         kept[group.name] = tuple(sorted(generator.sample(range(group.size), left)))
     return kept
 
@@ -258,6 +264,7 @@ def _cut(
 def halved(model: nn.Module, groups: Sequence[DependencyGroup]) -> nn.Module:
     """A copy with half of the units of every group."""
     kept = {g.name: tuple(range(0, g.size, 2)) if g.size > 1 else (0,) for g in groups}
+    kept = {g.name: kept[g.name][: _whole(g, len(kept[g.name]))] for g in groups}
     return _cut(model, groups, kept)
 
 

@@ -73,7 +73,8 @@ def resolve_bounds(
 def step_of(group: DependencyGroup, multiple: int) -> int:
     """Units that leave a group together: ``multiple`` neurons or dimensions, or one head.
 
-    Heads and other units of several adjacent entries leave one by one.
+    Heads and other units of several adjacent entries leave one by one; operators that need aligned
+    rows ask for a multiple of their own.
 
     Example:
         >>> from lightning_mi_prune.graph.groups import PrunableDim
@@ -82,7 +83,7 @@ def step_of(group: DependencyGroup, multiple: int) -> int:
         1
     """
     fine = all(innermost(s.layout, group.name) for s in group.tensors[:1])
-    return multiple if fine and group.size > multiple else 1
+    return math.lcm(multiple if fine and group.size > multiple else 1, group.multiple)
 
 
 def widths_between(least: int, most: int, step: int) -> list[int]:
@@ -236,6 +237,11 @@ def _pin(constraints: Constraints, group: DependencyGroup, now: int) -> int | No
             "expected one number. Narrow one of the expressions."
         )
     (pin,) = widths
+    if pin < group.size and pin % group.multiple:
+        raise PruningError(
+            f"pins: {pins[0][0]!r} pins {group.name!r} to {counted(pin, 'unit')}; expected a "
+            f"multiple of {group.multiple}, which its operators need. Pin it to one."
+        )
     if pin > now:
         raise PruningError(
             f"pins: {pins[0][0]!r} pins {group.name!r} to {counted(pin, 'unit')}, above the "

@@ -17,6 +17,7 @@ from lightning_mi_prune.allocation.mac_meter import Product, WeightMeter
 from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.inputs import weight_name
 from lightning_mi_prune.graph.layouts import Layout, layout_size
 from lightning_mi_prune.surgery.tensors import tensors_of
 
@@ -149,7 +150,8 @@ def _unseen_attention(
 ) -> Iterator[tuple[Layout, float]]:
     """The products of heads that are all gone, of which nothing can be counted: plain attention."""
     pairs = max((empty.pairs.get(s.tensor, 0) for s in group.tensors), default=0)
-    consumers = {f"{consumer}.weight" for consumer in group.consumers}
+    names = {s.tensor for s in group.tensors}
+    consumers = {weight_name(consumer, names) for consumer in group.consumers}
     layout = next((s.layout for s in group.tensors if s.tensor in consumers), None)
     if layout is not None and pairs:
         yield layout, 2 * pairs

@@ -22,7 +22,7 @@ from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import copy_networks
-from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
+from lightning_mi_prune.graph.groups import DependencyGroup, full_plan, modules_with
 from lightning_mi_prune.graph.layouts import Layout, map_layout
 from lightning_mi_prune.surgery.units import reshape_tensors
 
@@ -150,7 +150,7 @@ def measure_table(
         PruningError: If there is no group to measure.
     """
     timed = partial(measure_latency, seconds=seconds, rounds=3) if clock is None else clock
-    dense, cut = (copy_networks(root, {group.network for group in groups}) for _ in range(2))
+    dense, cut = (copy_networks(root, modules_with(groups)) for _ in range(2))
     reshape_tensors(dense, groups, full_plan(groups))
     subsets: dict[Any, list[DependencyGroup]] = {}
     for group in groups:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -33,10 +35,12 @@ from lightning_mi_prune.core.consumers import (
     fold_positions,
     has_kernel,
     input_dim,
+    output_dim,
 )
-from lightning_mi_prune.core.empty_linear import linear_at
+from lightning_mi_prune.core.empty_linear import linear_at, parameters_of
+from lightning_mi_prune.core.functional import intercept_inputs
 from lightning_mi_prune.graph.groups import DependencyGroup
-from lightning_mi_prune.graph.inputs import ConsumerInput
+from lightning_mi_prune.graph.inputs import ConsumerInput, weight_name
 from lightning_mi_prune.surgery.attention import open_attention
 
 __all__ = [
@@ -45,6 +49,7 @@ __all__ = [
     "ModuleHooks",
     "Recorder",
     "input_sizes",
+    "read_shape",
 ]
 
 
@@ -268,11 +273,17 @@ class ActivationRecorder(CallRecorder):
             (path, self._on_call(path))
             for path in sorted({path for group in groups for path in (group.network, group.scope)})
         ]
+        products: dict[str, list[Callable[[Tensor], None]]] = defaultdict(list)
+        names = parameters_of(self._model)
         for key, (group, consumer) in self._consumers.items():
-            hooks.append((consumer, self._on_input(group, key)))
+            if consumer in names:  # no layer: a parameter that a module multiplies with
+                products[consumer].append(partial(self._add_input, group, key, None))
+            else:
+                hooks.append((consumer, self._on_input(group, key)))
         for path, hook in hooks:
             module = self._model.get_submodule(path)
             yield module.register_forward_pre_hook(hook, with_kwargs=True)
+        yield from intercept_inputs(self._model, products)
         yield from self._padding.attach(self._model)  # last: a scope may receive such masks itself
 
     def _clear(self) -> None:
@@ -321,41 +332,54 @@ class ActivationRecorder(CallRecorder):
 
     def _on_input(self, group: DependencyGroup, key: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            started = time.perf_counter()
-            x = fold_positions(
-                channels_last(module, consumer_input(args, kwargs).detach()), self._folds[key]
-            )
-            self._store_call((group.network, group.scope), x, self._each(module))
-            room = self._positions - self._taken[key]
-            wanted = min(self._left.get(key, self._quota), room)
-            if wanted <= 0:
-                return
-            x, mask = self._padding.rows_first(x, self._masks.get(group.scope))
-            index = self._valid(x, mask, x.shape[:-1])
-            if len(index) > wanted:
-                index = index[self._draw(group.scope, len(index), wanted).to(x.device)]
-            if has_kernel(module):  # a copy of the chosen positions only
-                samples = x[torch.unravel_index(index, x.shape[:-1])]
-            else:
-                samples = x.reshape(x.shape[:-1].numel(), x.shape[-1])[index]
-            self._pending[key].append(samples)
-            self._taken[key] += len(index)
-            if sum(map(len, self._pending[key])) >= _SAMPLES_TOGETHER:
-                self._sum(key)
-            if key in self._left:
-                self._left[key] -= len(index)
-            self.seconds += time.perf_counter() - started
+            x = channels_last(module, consumer_input(args, kwargs).detach())
+            self._add_input(group, key, module, x)
 
         return hook
 
-    def _each(self, module: nn.Module) -> float | None:
+    def _add_input(
+        self, group: DependencyGroup, key: str, module: nn.Module | None, x: Tensor
+    ) -> None:
+        """Add the input of a consumer ``(..., entries)`` to the samples.
+
+        Args:
+            group: The group whose units it holds.
+            key: Key of the input.
+            module: The consumer; None if it is a parameter.
+            x: The input.
+        """
+        started = time.perf_counter()
+        x = fold_positions(x, self._folds[key])
+        with_kernel = module is not None and has_kernel(module)
+        self._store_call((group.network, group.scope), x, self._each(with_kernel))
+        room = self._positions - self._taken[key]
+        wanted = min(self._left.get(key, self._quota), room)
+        if wanted <= 0:
+            return
+        x, mask = self._padding.rows_first(x, self._masks.get(group.scope))
+        index = self._valid(x, mask, x.shape[:-1])
+        if len(index) > wanted:
+            index = index[self._draw(group.scope, len(index), wanted).to(x.device)]
+        if with_kernel:  # a copy of the chosen positions only
+            samples = x[torch.unravel_index(index, x.shape[:-1])]
+        else:
+            samples = x.reshape(x.shape[:-1].numel(), x.shape[-1])[index]
+        self._pending[key].append(samples)
+        self._taken[key] += len(index)
+        if sum(map(len, self._pending[key])) >= _SAMPLES_TOGETHER:
+            self._sum(key)
+        if key in self._left:
+            self._left[key] -= len(index)
+        self.seconds += time.perf_counter() - started
+
+    def _each(self, with_kernel: bool) -> float | None:
         """Positions that one example counts for when calls are stored: those of an image are few.
 
         Layers that are solved again after the convolutions have one position for each image.
         """
         return (
             None
-            if not has_kernel(module)
+            if not with_kernel
             else float(max(map(positions_of, self._running.values()), default=1))
         )
 
@@ -393,13 +417,35 @@ def input_sizes(model: nn.Module, groups: Sequence[DependencyGroup]) -> dict[str
         >>> input_sizes(net, [group])
         {'hidden': 4}
     """
-    found = {}
-    for group in groups:
-        for key, consumers in group.inputs.items():
-            read = input_dim(linear_at(model.get_submodule(consumers[0])))
-            entries = model.get_parameter(f"{consumers[0]}.weight").shape[read]
-            found[key] = entries // _fold(group, consumers)
-    return found
+    parameters = parameters_of(model)
+    return {
+        key: read_shape(model, parameters, group, consumers)[0] // _fold(group, consumers)
+        for group in groups
+        for key, consumers in group.inputs.items()
+    }
+
+
+def read_shape(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    group: DependencyGroup,
+    consumers: Sequence[str],
+) -> tuple[int, int]:
+    """Entries and outputs of the first consumer of an input.
+
+    Args:
+        model: Module that holds the group.
+        parameters: Its parameters by name.
+        group: A group whose units are in the input.
+        consumers: Consumers that read it.
+    """
+    first = consumers[0]
+    shape = parameters[weight_name(first, parameters)].shape
+    if first in parameters:
+        weight = ConsumerInput.of(group, consumers).weight(first)
+        return shape[weight.read], shape[weight.output]
+    read = input_dim(linear_at(model.get_submodule(first)))
+    return shape[read], shape[output_dim(read)]
 
 
 def _fold(group: DependencyGroup, consumers: Sequence[str]) -> int:

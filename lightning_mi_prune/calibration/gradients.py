@@ -7,8 +7,8 @@ loss depends on them, and ``1/2 tr(G Cov(z | kept))`` is the expected rise of th
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_mi_prune.calibration.activations import ModuleHooks
+from lightning_mi_prune.calibration.activations import ModuleHooks, read_shape
 from lightning_mi_prune.calibration.calls import batch_size_of
 from lightning_mi_prune.calibration.moments import check_packed, pack_symmetric, unpack_symmetric
 from lightning_mi_prune.calibration.padding import Padding
@@ -26,16 +26,21 @@ from lightning_mi_prune.core.consumers import (
     channels_last,
     consumer_input,
     fold_positions,
-    input_dim,
     input_gradient,
-    output_dim,
     stacked_weight,
 )
-from lightning_mi_prune.core.empty_linear import linear_at
+from lightning_mi_prune.core.empty_linear import parameters_of
 from lightning_mi_prune.core.errors import PruningError, counted
+from lightning_mi_prune.core.functional import intercept_gradients
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.groups import DependencyGroup
-from lightning_mi_prune.graph.inputs import ConsumerInput, widths_now
+from lightning_mi_prune.graph.inputs import (
+    ConsumerInput,
+    ReadWeight,
+    read_above,
+    weight_name,
+    widths_now,
+)
 from lightning_mi_prune.graph.layouts import layout_size
 
 __all__ = [
@@ -181,18 +186,20 @@ def relevance_of_weights(
     """
     if not group.above or group.consumers_by_input:
         return {}
-    read = ConsumerInput.of(group, group.consumers).dim
-    width = weights[f"{group.consumers[0]}.weight"].shape[output_dim(read)]
+    first = ConsumerInput.of(group, group.consumers).weight(group.consumers[0])
+    width = weights[first.tensor].shape[first.output]
     total: Tensor | None = None
-    for name in (f"{consumer}.weight" for consumer in group.above):
+    for consumer in group.above:
+        name = weight_name(consumer, weights)
         weight = weights[name].detach().double()
-        # Only a weight that is stored as (in, out) has its inputs in the first dimension.
-        dim = 0 if weight.ndim == 2 and weight.shape[1] % width and len(weight) == width else 1
-        kept = rows.get((name, output_dim(dim)))
+        several = name == consumer and weight.ndim == 3
+        dim = read_above(tuple(weight.shape), width, several=several)
+        output = ReadWeight(name, dim, several).output
+        kept = rows.get((name, output))
         if kept is not None:
-            weight = weight.index_select(output_dim(dim), kept.to(weight.device))
+            weight = weight.index_select(output, kept.to(weight.device))
         fold = weight.shape[dim] // width if weight.ndim == 2 else 1
-        for part in stacked_weight(weight, dim, fold).unbind(2):
+        for part in stacked_weight(weight, dim, fold, several=several).unbind(2):
             total = part.mT @ part if total is None else total + part.mT @ part
     return {} if total is None else {group.name: Relevance(total)}
 
@@ -272,9 +279,15 @@ class GradientRecorder(ModuleHooks):
             module, hook = self._model.get_submodule(path), partial(self._count, path)
             yield module.register_forward_pre_hook(hook, with_kwargs=True)
         yield from self._padding.attach(self._model)
+        products: dict[str, list[Callable[[Tensor, Tensor], None]]] = defaultdict(list)
+        names = parameters_of(self._model)
         for keys, consumer, path in self._consumers:
+            if consumer in names:  # no layer: a parameter that a module multiplies with
+                products[consumer].append(partial(self._add_at_input, keys))
+                continue
             module, hook = self._model.get_submodule(consumer), self._on_output(keys, path)
             yield module.register_forward_hook(hook, with_kwargs=True)
+        yield from intercept_gradients(self._model, products, self._is_wanted)
 
     @contextmanager
     def step(self, index: int, *, scale: float = 1.0) -> Iterator[None]:
@@ -345,11 +358,15 @@ class GradientRecorder(ModuleHooks):
             default=0,
         )
 
+    def _is_wanted(self) -> bool:
+        """Whether the call that runs now is one of a step that is recorded."""
+        return self._recording and torch.is_grad_enabled()
+
     def _on_output(self, keys: Sequence[str], path: str) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
-            if not self._recording or not torch.is_grad_enabled():
+            if not self._is_wanted():
                 return None
             if not output.requires_grad:
                 # All below is frozen, yet gradients from above are wanted. A copy, because a leaf
@@ -376,28 +393,47 @@ class GradientRecorder(ModuleHooks):
         if swapped:
             x, grad = x.transpose(0, 1), grad.transpose(0, 1)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            sums, (fold, _) = self.sums[keys[0]], self._units[keys[0]]
+            over_units = self.sums[keys[0]].over_units
             g = channels_last(module, grad).flatten(0, -2).float()
             down = g
-            if self._taylor or sums.over_units:
+            if self._taylor or over_units:
                 down = channels_last(module, input_gradient(module, x, grad))
-                down = fold_positions(down, fold)
-            recorded = down.flatten(0, -2) if sums.over_units else g
-            for key in keys:
-                if key not in self._staged:
-                    # new_zeros, as precision plugins change the default type; one matrix for all.
-                    size = sums.dimension if key == keys[0] else 0
-                    taylor = g.new_zeros(self.sums[key].units)
-                    self._staged[key] = [g.new_zeros(size, size), taylor]
-            self._staged[keys[0]][0].addmm_(recorded.mT, recorded)
+                down = fold_positions(down, self._units[keys[0]][0])
+            self._stage(keys, down.flatten(0, -2) if over_units else g)
             if self._taylor:
-                inputs = fold_positions(channels_last(module, x), fold)
-                change = inputs.reshape(down.shape).float() * down
-                change = change.reshape(x.shape[0], -1, down.shape[-1]).sum(1)
-                for key in keys:
-                    entries, units = self._units[key][1], self.sums[key].units
-                    own = change if entries is None else change[:, entries.to(change.device)]
-                    self._staged[key][1] += own.view(x.shape[0], units, -1).sum(2).square().sum(0)
+                self._stage_change(keys, x.shape[0], channels_last(module, x), down)
+
+    def _add_at_input(self, keys: Sequence[str], x: Tensor, grad: Tensor) -> None:
+        """The same for a gradient at the input ``(..., entries)`` of a functional weight."""
+        if not self._recording:
+            return
+        if self._padding.positions_first(x):
+            x, grad = x.transpose(0, 1), grad.transpose(0, 1)
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            down = fold_positions(grad, self._units[keys[0]][0]).float()
+            self._stage(keys, down.reshape(-1, down.shape[-1]))
+            if self._taylor:
+                self._stage_change(keys, x.shape[0], x, down)
+
+    def _stage(self, keys: Sequence[str], rows: Tensor) -> None:
+        """Add gradients ``(rows, dimension)`` to the matrix of an input."""
+        for key in keys:
+            if key not in self._staged:
+                # new_zeros, as precision plugins change the default type; one matrix for all.
+                size = self.sums[keys[0]].dimension if key == keys[0] else 0
+                taylor = rows.new_zeros(self.sums[key].units)
+                self._staged[key] = [rows.new_zeros(size, size), taylor]
+        self._staged[keys[0]][0].addmm_(rows.mT, rows)
+
+    def _stage_change(self, keys: Sequence[str], examples: int, x: Tensor, down: Tensor) -> None:
+        """Add first-order changes of the loss without each unit."""
+        inputs = fold_positions(x, self._units[keys[0]][0])
+        change = inputs.reshape(down.shape).float() * down
+        change = change.reshape(examples, -1, down.shape[-1]).sum(1)
+        for key in keys:
+            entries, units = self._units[key][1], self.sums[key].units
+            own = change if entries is None else change[:, entries.to(change.device)]
+            self._staged[key][1] += own.view(examples, units, -1).sum(2).square().sum(0)
 
 
 def _unit_entries(
@@ -432,14 +468,14 @@ def empty_sums(
 ) -> dict[str, GradientSums]:
     """Empty sums for every input, for a model that carries a plan (default: as built)."""
     widths = {} if plan is None else plan.widths
+    parameters = parameters_of(model)
     sums: dict[str, GradientSums] = {}
     for group in groups:
         for key, consumers in group.inputs.items():
-            read = input_dim(linear_at(model.get_submodule(consumers[0])))
-            shape = model.get_parameter(f"{consumers[0]}.weight").shape
-            outputs, entries = shape[output_dim(read)], shape[read]
+            entries, outputs = read_shape(model, parameters, group, consumers)
             # Of units that several layers read, except where heads rotate: there, of outputs.
             shared, rotates = group.consumers_by_input or len(consumers) > 1, group.rotation
+            shared = shared or consumers[0] in parameters  # of a functional weight: at its input
             over_units = bool(shared) and rotates is None
             if rotates is None:
                 entries //= ConsumerInput.of(group, consumers).fold

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from lightning_mi_prune.core.consumers import why_not_functional
+from lightning_mi_prune.core.empty_linear import parameters_of
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.untrusted import described
@@ -107,6 +109,11 @@ def _check_names(module: nn.Module, group: DependencyGroup) -> None:
     for path in _paths(group):
         if path not in modules:
             raise _refusal(f"group {described(group.name)} names the module {described(path)}")
+    parameters = parameters_of(module)
+    for path in (path for path in _consumers(group) if path not in modules):
+        read = max((s.dim for s in group.tensors if s.tensor == path), default=1)
+        if path not in parameters or why_not_functional(parameters[path], read):
+            raise _refusal(f"group {described(group.name)} names the consumer {described(path)}")
     for name in _fields(group):
         _check_field(name)
     network = modules[group.network]
@@ -119,8 +126,7 @@ def _check_names(module: nn.Module, group: DependencyGroup) -> None:
 
 
 def _paths(group: DependencyGroup) -> Iterator[str]:
-    yield from (group.network, group.scope, *group.consumers, *group.above, *group.norms)
-    yield from (path for site in group.consumers_by_input for path in site)
+    yield from (group.network, group.scope, *group.norms)
     if group.residual is not None:
         yield group.residual
     for empty in group.empty_forward:
@@ -129,6 +135,12 @@ def _paths(group: DependencyGroup) -> Iterator[str]:
     yield from (argument.module for argument in group.unit_arguments)
     if (rotation := group.rotation) is not None:
         yield from (rotation.query, rotation.key, rotation.value, rotation.consumer)
+
+
+def _consumers(group: DependencyGroup) -> Iterator[str]:
+    """Layers, or parameters that modules multiply with."""
+    yield from (*group.consumers, *group.above)
+    yield from (path for paths in group.consumers_by_input for path in paths)
 
 
 def _fields(group: DependencyGroup) -> Iterator[str]:

@@ -2,6 +2,10 @@
 
 A consumer reads units and maps them linearly. Whatever its class, its input becomes samples x
 entries, its output samples x outputs, and its weight outputs x entries x kernel positions.
+
+A consumer is named by the path of its layer or, where a module multiplies with a parameter of its
+own (:mod:`functional`), by that of the parameter. The matrices of the experts of a mixture are one
+parameter: they map the same entries, and are to its weight what kernel positions are to a filter.
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ __all__ = [
     "input_dim",
     "input_gradient",
     "is_pointwise",
+    "matrix_dims",
     "output_dim",
     "stacked_weight",
     "stored_weight",
     "why_not_consumer",
+    "why_not_functional",
 ]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -56,6 +62,8 @@ def why_not_consumer(module: nn.Module) -> str:
             f"{kind} is neither a linear layer (nn.Linear, Conv1D of transformers) nor nn.Conv1d, "
             "nn.Conv2d or nn.Conv3d."
         )
+    if weight is not None and weight.is_complex():
+        return f"{kind} has a complex weight ({weight.dtype}); moments are of real numbers."
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         held = "nothing" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
         return f"{kind} holds {held} as its weight; quantize and shard after the cut."
@@ -64,6 +72,32 @@ def why_not_consumer(module: nn.Module) -> str:
             f"{kind} has groups={module.groups}; expected groups=1, where every output reads "
             "every channel."
         )
+    return ""
+
+
+def why_not_functional(weight: Tensor, read: int | None) -> str:
+    """Why the input of products with a parameter cannot be calibrated; "" if it can.
+
+    Args:
+        weight: The parameter, which a module multiplies with its inputs.
+        read: Dimension that is summed over; None if the parameter was reshaped before.
+
+    Example:
+        >>> why_not_functional(nn.Parameter(torch.zeros(3, 4)), 0)
+        ''
+        >>> why_not_functional(nn.Parameter(torch.zeros(2, 3, 4, 5)), 3)
+        'it has 4 dimensions; expected a matrix, or one for each expert.'
+    """
+    if weight.is_complex():
+        return f"it is complex ({weight.dtype}); moments are of real numbers."
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return (
+            f"it is a {type(weight).__name__} of {weight.dtype}; quantize and shard after the cut."
+        )
+    if weight.ndim not in (2, 3):
+        return f"it has {weight.ndim} dimensions; expected a matrix, or one for each expert."
+    if read is None:
+        return "it is reshaped before it is multiplied, so its input is not known."
     return ""
 
 
@@ -86,6 +120,20 @@ def input_dim(module: nn.Module) -> int:
 def output_dim(read: int) -> int:
     """The dimension of the weight that counts the outputs, if ``read`` counts the entries."""
     return 1 - read
+
+
+def matrix_dims(read: int) -> tuple[int, int]:
+    """The dimensions of several matrices in one parameter that count these, and their outputs.
+
+    Args:
+        read: Dimension that counts the entries they read.
+
+    Example:
+        >>> matrix_dims(2), matrix_dims(1), matrix_dims(0)
+        ((0, 1), (0, 2), (1, 2))
+    """
+    matrices = 0 if read else 1
+    return matrices, 3 - read - matrices
 
 
 def has_kernel(module: nn.Module) -> bool:
@@ -146,13 +194,15 @@ def _moves(module: nn.Module, x: Tensor) -> bool:
     return has_kernel(module) and not x.is_nested and 0 <= _channels(module, x) <= 1
 
 
-def stacked_weight(weight: Tensor, read: int, fold: int = 1) -> Tensor:
+def stacked_weight(weight: Tensor, read: int, fold: int = 1, *, several: bool = False) -> Tensor:
     """A weight as outputs x entries x kernel positions ``(m, d, k)``.
 
     Args:
         weight: Weight of a consumer as it is stored.
         read: Dimension that counts the entries.
         fold: Positions of a flattened map that follow each other, for each of its channels.
+        several: Whether it holds several matrices, as :func:`matrix_dims` tells; they come in place
+            of positions.
 
     Example:
         >>> stacked_weight(torch.zeros(8, 3, 5, 5), 1).shape
@@ -161,20 +211,29 @@ def stacked_weight(weight: Tensor, read: int, fold: int = 1) -> Tensor:
         torch.Size([8, 3, 1])
         >>> stacked_weight(torch.zeros(8, 3 * 49), 1, 49).shape
         torch.Size([8, 3, 49])
+        >>> stacked_weight(torch.zeros(4, 8, 3), 2, several=True).shape
+        torch.Size([8, 3, 4])
     """
+    if several:
+        matrices, output = matrix_dims(read)
+        return weight.permute(output, read, matrices)
     if weight.ndim > 2:
         return weight.flatten(2)
     shape = (weight.shape[output_dim(read)], weight.shape[read] // fold, fold)
     return (weight if read else weight.mT).reshape(shape)
 
 
-def stored_weight(stacked: Tensor, like: Tensor, read: int) -> Tensor:
+def stored_weight(stacked: Tensor, like: Tensor, read: int, *, several: bool = False) -> Tensor:
     """The inverse of :func:`stacked_weight`, in type and kernel shape of ``like``.
 
     Example:
         >>> stored_weight(torch.zeros(8, 2, 25), torch.zeros(8, 3, 5, 5), 1).shape
         torch.Size([8, 2, 5, 5])
     """
+    if several:
+        matrices, output = matrix_dims(read)
+        order = sorted(range(3), key=[output, read, matrices].__getitem__)
+        return stacked.permute(order).contiguous().to(like)
     if like.ndim > 2:
         return stacked.reshape(*stacked.shape[:2], *like.shape[2:]).to(like)
     matrix = stacked.flatten(1)

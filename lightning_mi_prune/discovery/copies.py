@@ -71,7 +71,7 @@ def run_once(module: nn.Module, run: Run, *modes: Any) -> Any:
 
 
 # Outputs that a caller only asks for to look at, or to give them back to the model.
-_INNER = re.compile(r"hidden_state|attention|past|cache|feature_map|states$")
+_INNER = re.compile(r"hidden_states|_last_hidden_state|attention|past|cache|feature_map|states$")
 
 
 def results_of(output: Any) -> Any:
@@ -80,6 +80,8 @@ def results_of(output: Any) -> Any:
     Example:
         >>> list(results_of({"logits": 1, "past_key_values": 2, "loss": None}))
         ['logits']
+        >>> list(results_of({"last_hidden_state": 1, "encoder_last_hidden_state": 2}))
+        ['last_hidden_state']
     """
     if not isinstance(output, Mapping):
         return output

@@ -8,15 +8,18 @@ that no layer reads, such as the dimensions of queries and keys, have no consume
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lightning_mi_prune.core.consumers import why_not_consumer
+from lightning_mi_prune.core.consumers import why_not_consumer, why_not_functional
+from lightning_mi_prune.core.functional import calling_modules, intercept_products
 from lightning_mi_prune.discovery.copies import results_of
 from lightning_mi_prune.discovery.hints import unit_arguments
 from lightning_mi_prune.discovery.labels import Candidate, kinds_of, names_of
@@ -47,7 +50,8 @@ from lightning_mi_prune.graph.groups import (
     UnitArgument,
     is_within,
 )
-from lightning_mi_prune.graph.layouts import Block, Factor, Layout, layout_names
+from lightning_mi_prune.graph.inputs import read_above
+from lightning_mi_prune.graph.layouts import Block, Factor, Layout, innermost, layout_names
 
 __all__ = [
     "Inference",
@@ -117,7 +121,8 @@ def infer(module: nn.Module, run: Callable[[nn.Module], Any]) -> Inference:
         >>> group.name, group.kind, group.size, group.consumers
         ('0.ffn', 'ffn', 8, ('2',))
     """
-    recording = record_call(module, run)
+    products: Counter[tuple[str, int]] = Counter()
+    recording = record_call(module, partial(_with_products, products, run))
     trace = Trace(recording.tensors)
     selected = _selected_arguments(module, recording)
     for operator in _used_operators(recording):
@@ -126,7 +131,25 @@ def infer(module: nn.Module, run: Callable[[nn.Module], Any]) -> Inference:
                 stack.enter_context(trace.apart(tensor, dim))
             follow(trace, operator)
     _fix_results(trace, recording.output)
-    return _Collector(module, recording, trace).collect()
+    return _Collector(module, recording, trace, products).collect()
+
+
+def _with_products(
+    products: Counter[tuple[str, int]], run: Callable[[nn.Module], Any], module: nn.Module
+) -> Any:
+    """Run a module and count the products with each parameter, and entries of their inputs."""
+
+    def note(name: str, x: Tensor, dim: int) -> None:
+        products[name, x.shape[dim]] += 1
+
+    matrices = [name for name, p in module.named_parameters() if p.ndim > 1]
+    handles: list[RemovableHandle] = []
+    try:
+        handles.extend(intercept_products(module, matrices, note))
+        return run(module)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _selected_arguments(
@@ -212,8 +235,16 @@ def _entries(expression: Expression, wanted: Iterable[Atom]) -> bool:
 class _Collector:
     """Collects atoms of parameters, and what is known of each."""
 
-    def __init__(self, module: nn.Module, recording: Recording, trace: Trace) -> None:
-        self.module, self.trace = module, trace
+    def __init__(
+        self,
+        module: nn.Module,
+        recording: Recording,
+        trace: Trace,
+        products: Mapping[tuple[str, int], int],
+    ) -> None:
+        self.module, self.trace, self.products = module, trace, products
+        self.uses = Counter(use.tensor for use in trace.uses)
+        self.functional: dict[str, bool] = {}
         self.streams = Streams(module, recording, trace)
         self.arguments = unit_arguments(module)
         self.stacks = find_chains(module, recording, trace)
@@ -360,7 +391,7 @@ class _Collector:
         uses, reason = self._consumers(atom)
         by_input: dict[int, dict[str, None]] = defaultdict(dict)
         for use in uses:
-            by_input[use.source][_owner(use.tensor)] = None
+            by_input[use.source][self._path(use)] = None
         inputs = tuple(tuple(paths) for paths in by_input.values())
         consumers = tuple(dict.fromkeys(path for paths in inputs for path in paths))
         first = min((use.index for use in uses), default=self._first_index(atom))
@@ -376,9 +407,10 @@ class _Collector:
             network=network,
             scope=self.streams.home(first, network) if scope is None else scope,
             level=first,
-            residual=None if hidden or not uses else self.streams.residual(uses[0]),
+            residual=None if hidden or not uses else self._residual(uses[0]),
             above=() if hidden else self._above(uses),
             norms=self._norms(atom),
+            multiple=self._multiple(atom, name, tensors),
             partners=tuple((other, sizes[other]) for other in partners),
             unit_arguments=self._unit_arguments(kind, tensors),
         )
@@ -399,21 +431,74 @@ class _Collector:
         """Uses of weights that read units and can be calibrated; why there are none."""
         found: list[WeightUse] = []
         reason = "no layer reads these units"
+        first: dict[str, WeightUse] = {}
         for use in self.read[id(atom)]:
-            path, _, last = use.tensor.rpartition(".")
+            first.setdefault(use.tensor, use)
+        for use in first.values():
             if use.tensor in self.trace.embedded:
                 reason = f"{use.tensor} is tied to an embedding"
                 continue
-            why = (
-                f"{use.tensor} is not the weight of a layer"
-                if last != "weight"
-                else why_not_consumer(self.module.get_submodule(path))
-            )
+            why = self._why_not(atom, use)
             if why:
                 reason = f"{use.tensor}: {why}"
-            elif use.tensor not in {each.tensor for each in found}:
+            else:
                 found.append(use)
         return found, reason
+
+    def _why_not(self, atom: Atom, use: WeightUse) -> str:
+        """Why the input of a product with a parameter cannot be calibrated."""
+        if not self._is_functional(use):
+            return why_not_consumer(self.module.get_submodule(_owner(use.tensor)))
+        tensor, read = self._tensor(use), use.input_dim
+        dims = self.trace.dims(tensor)
+        if (why := why_not_functional(tensor, read)) or read is None:
+            return why
+        if any(dim != read and _entries(each, [atom]) for dim, each in enumerate(dims)):
+            return "it reads these units and makes them, so they cannot be told apart"
+        here = {call.path for call in self.streams.calls_around(use.index)}
+        if not here & set(calling_modules(use.tensor)):
+            return "it is used outside the forward of the module that holds it"
+        if self.products[use.tensor, dims[read].size] < self.uses[use.tensor]:
+            return (
+                f"it is multiplied in a way that is not intercepted ({use.operator}); expected "
+                "functional.linear, matmul (@), mm, bmm, einsum or grouped_mm of it, of one of "
+                "its matrices or of its transpose"
+            )
+        return ""
+
+    def _is_functional(self, use: WeightUse) -> bool:
+        """Whether a parameter is used by itself, and not by a call of the layer that holds it."""
+        if use.tensor not in self.functional:
+            self.functional[use.tensor] = self._is_used_alone(use.tensor)
+        return self.functional[use.tensor]
+
+    def _is_used_alone(self, tensor: str) -> bool:
+        owner, _, last = tensor.rpartition(".")
+        module = self.module.get_submodule(owner)
+        parent = self.module.get_submodule(_owner(owner)) if owner else module
+        if last != "weight":
+            return True
+        if why_not_consumer(module):
+            return not type(module).__module__.startswith("torch.nn.")
+        if isinstance(parent, nn.MultiheadAttention):  # runs through its projection when recorded
+            return False
+        uses = [use for use in self.trace.uses if use.tensor == tensor]
+        return not any(
+            owner in {call.path for call in self.streams.calls_around(use.index)} for use in uses
+        )
+
+    def _path(self, use: WeightUse) -> str:
+        """Path of a consumer: of the layer, or of the parameter itself."""
+        return use.tensor if self._is_functional(use) else _owner(use.tensor)
+
+    def _residual(self, use: WeightUse) -> str | None:
+        """Input of the residual stream, where the consumer is a layer that can be solved again."""
+        return None if self._is_functional(use) else self.streams.residual(use)
+
+    def _multiple(self, atom: Atom, name: str, tensors: Sequence[PrunableDim]) -> int:
+        """What widths must be multiples of."""
+        fine = "aligned" in atom.marks and any(innermost(s.layout, name) for s in tensors)
+        return _ALIGNED if fine else 1
 
     def _above(self, uses: Sequence[WeightUse]) -> tuple[str, ...]:
         """Layers that read the output of a consumer, directly or through the residual stream."""
@@ -425,9 +510,19 @@ class _Collector:
                     continue
                 for atom in atoms_of(expression):
                     later = {each.tensor for each in self.read[id(atom)] if each.index > use.index}
-                    readers = [each.tensor for each in self._consumers(atom)[0]]
-                    found |= {_owner(name): None for name in readers if name in later}
+                    readers = self._consumers(atom)[0]
+                    found |= {
+                        self._path(each): None
+                        for each in readers
+                        if each.tensor in later and self._is_plain(each, expression)
+                    }
         return tuple(found)
+
+    def _is_plain(self, use: WeightUse, output: Expression) -> bool:
+        """Whether the dimension of a weight that reads an output follows from its size."""
+        shape = tuple(self._tensor(use).shape)
+        several = len(shape) == 3 and self._is_functional(use)
+        return not several or read_above(shape, output.size, several=True) == use.input_dim
 
     def _norms(self, atom: Atom) -> tuple[str, ...]:
         found: dict[str, None] = {}
@@ -492,6 +587,10 @@ class _Collector:
             network=network,
             scope=self.streams.home(first, network) if scope is None else scope,
         )
+
+
+# Rows of a multiple of 16 bytes, in types of 16 bits.
+_ALIGNED = 8
 
 
 def _owner(tensor: str) -> str:

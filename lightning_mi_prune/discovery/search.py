@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -514,6 +515,7 @@ class _Search:
                 consumers=tuple(dict.fromkeys(one.consumers + other.consumers)),
                 consumers_by_input=one.consumers_by_input + other.consumers_by_input,
                 norms=tuple(dict.fromkeys(one.norms + other.norms)),
+                multiple=math.lcm(one.multiple, other.multiple),
                 partners=tuple(dict(one.partners + other.partners).items()),
             )
         self.groups = {

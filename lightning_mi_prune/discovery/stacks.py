@@ -40,6 +40,8 @@ def find_chains(model: nn.Module, recording: Recording, trace: Trace) -> dict[st
     for path, container in model.named_modules():
         if not isinstance(container, (nn.ModuleList, nn.Sequential)) or len(container) < 2:
             continue
+        if [*container._modules] != [str(index) for index in range(len(container))]:
+            continue  # they could not be numbered anew
         names = [f"{path}.{name}" if path else name for name in container._modules]
         each = [calls.get(name, []) for name in names]
         if any(len(c) != 1 or not c[0].inputs or not c[0].outputs for c in each):

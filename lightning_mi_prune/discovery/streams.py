@@ -66,10 +66,15 @@ class Streams:
 
         Returns:
             Path of a module that receives it as its first argument, the innermost; None if nothing
-            is added, or no module receives what is.
+            is added, no module receives what is, or it has other dimensions than the output, as
+            behind the experts of a mixture, which run on all positions in one row.
         """
         owner = use.tensor.rpartition(".")[0]
+        made = [call for call in self.calls_around(use.index) if call.path == owner]
+        shapes = [sorted(call.outputs[0].shape) for call in made[:1] if call.outputs]
         for other in self._added_to(use.output):
+            if shapes and sorted(other.shape) != shapes[0]:
+                continue
             calls = [
                 call
                 for call in self._calls_by_input.get(self._trace.root(other), ())

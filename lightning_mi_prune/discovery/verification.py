@@ -90,6 +90,8 @@ def random_halves(groups: Sequence[DependencyGroup], seed: int = 0) -> dict[str,
         used[group.size] = turn + 1
         low, high = max(1, group.size // 3), max(1, (2 * group.size) // 3)
         width = low + (group.size // 2 - low + turn) % (high - low + 1)
+        if group.multiple > 1:
+            width = min(group.size, max(1, round(width / group.multiple)) * group.multiple)
         found[group.name] = tuple(sorted(source.sample(range(group.size), width)))
     return found
 

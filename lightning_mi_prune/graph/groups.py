@@ -25,6 +25,7 @@ __all__ = [
     "full_plan",
     "is_within",
     "join_path",
+    "modules_with",
 ]
 
 
@@ -159,8 +160,8 @@ class DependencyGroup:
             ``"pooler"`` or ``"hidden"``; any other word for groups described by hand.
         size: Number of units as built (neurons or heads).
         tensors: The tensors cut together.
-        consumers: Linear modules that read the units: their inputs are calibrated, their weights
-            compensated.
+        consumers: Layers that read the units: their inputs are calibrated, their weights
+            compensated; or parameters that a module multiplies with (``"experts.down_proj"``).
         attributes: Numbers on modules that depend on the width.
         network: Path of the network the group belongs to.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
@@ -169,7 +170,8 @@ class DependencyGroup:
         consumers_by_input: Consumers with the same input together, if there are several inputs
             (the residual stream has many); empty if all have the same.
         residual: Module whose input is the residual stream that is added to the consumer's output.
-        above: Linear modules above that read the consumer's output, directly or through norms.
+        above: Layers, or such parameters, that read the consumer's output, directly or through
+            norms.
         norms: Normalisations over the units of the group.
         empty_forward: Replacements for modules that cannot run without units.
         may_be_empty: Whether the group may lose all its units; with ``empty_forward`` it may too.
@@ -181,6 +183,7 @@ class DependencyGroup:
             sizes as built.
         rotation: Projections to rotate before units, the dimensions of heads, are removed.
         current_name: Its name in the present model, if layers were removed.
+        multiple: What its width must be a multiple of, for operators that need aligned rows.
     """
 
     name: str
@@ -205,6 +208,7 @@ class DependencyGroup:
     partners: tuple[tuple[str, int], ...] = ()
     rotation: RotatableProjections | None = None
     current_name: str = ""
+    multiple: int = 1
 
     @property
     def inputs(self) -> dict[str, tuple[str, ...]]:
@@ -303,6 +307,27 @@ def is_within(path: str, top: str) -> bool:
 def full_plan(groups: Sequence[DependencyGroup]) -> PruningPlan:
     """The plan that keeps every unit of every group."""
     return PruningPlan.full({group.name: group.size for group in groups})
+
+
+def modules_with(groups: Sequence[DependencyGroup]) -> set[str]:
+    """Paths of modules that hold all that groups name: networks, and layers outside of them.
+
+    Steps of a LightningModule may call its layers one by one, so that no network holds all of them.
+
+    Example:
+        >>> dims = (PrunableDim("up.weight", 0, (8, 4), (("ffn",),)),)
+        >>> group = DependencyGroup("ffn", "ffn", 8, dims, ("down",), network="down")
+        >>> sorted(modules_with([group]))
+        ['down', 'up']
+    """
+    found = {group.network for group in groups}
+    found |= {s.tensor.rpartition(".")[0] for group in groups for s in group.tensors}
+    found |= {number.module for group in groups for number in group.attributes}
+    return {
+        path
+        for path in found
+        if not any(f"{path}.".startswith(f"{other}." if other else "") for other in found - {path})
+    }
 
 
 def count_parameters(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_mi_prune.core.errors import PruningError
@@ -18,15 +18,56 @@ from lightning_mi_prune.graph.layouts import (
 
 __all__ = [
     "ConsumerInput",
+    "ReadWeight",
     "kept_now",
     "multiplied_with",
+    "read_above",
     "read_dims",
+    "weight_name",
     "widths_now",
 ]
 
 # Entries beyond which the positions of a flattened map are taken as samples of its channels: a
 # covariance of all entries would grow with the square of the positions.
 _MOST_ENTRIES = 4096
+
+
+def weight_name(consumer: str, names: Container[str]) -> str:
+    """Name of the weight of a consumer: that of a layer, or the parameter that it is.
+
+    Args:
+        consumer: Path of the consumer.
+        names: Names of parameters.
+
+    Example:
+        >>> weight_name("fc", ["fc.weight"]), weight_name("experts.down", ["experts.down"])
+        ('fc.weight', 'experts.down')
+    """
+    return consumer if consumer in names else f"{consumer}.weight"
+
+
+@dataclass(frozen=True)
+class ReadWeight:
+    """The weight of a consumer, and which of its dimensions counts what.
+
+    Args:
+        tensor: Its name.
+        read: Dimension that counts the entries it reads.
+        several: Whether it holds several matrices, as those of experts.
+
+    Example:
+        >>> ReadWeight("fc.weight", 1).output, ReadWeight("experts.down", 2, several=True).output
+        (0, 1)
+    """
+
+    tensor: str
+    read: int
+    several: bool = False
+
+    @property
+    def output(self) -> int:
+        """The dimension that counts the outputs."""
+        return 1 - self.read if not self.several else 1 if self.read == 2 else 2
 
 
 @dataclass(frozen=True)
@@ -38,12 +79,14 @@ class ConsumerInput:
         dim: Dimension of its weight that counts the entries.
         layout: What an entry of a sample belongs to.
         fold: Positions of a flattened map that are samples, not entries; 1 where there are none.
+        weights: The weights of all consumers that the group names, by path.
     """
 
     consumer: str
     dim: int
     layout: Layout
     fold: int = 1
+    weights: tuple[tuple[str, ReadWeight], ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
@@ -79,6 +122,10 @@ class ConsumerInput:
         """Positions of the entries that stay, over all groups in the input."""
         return kept_positions(self.layout, kept, widths)
 
+    def weight(self, consumer: str) -> ReadWeight:
+        """The weight of one of the consumers."""
+        return dict(self.weights).get(consumer) or ReadWeight(f"{consumer}.weight", self.dim)
+
     @classmethod
     def of(cls, group: DependencyGroup, consumers: Sequence[str]) -> ConsumerInput:
         """The input that some consumers of a group read.
@@ -96,18 +143,31 @@ class ConsumerInput:
             >>> ConsumerInput.of(group, ("fc",)).units("channels", {"channels": 2})[1][:3]
             [49, 50, 51]
         """
-        for consumer in consumers:
-            dims = {s.dim: s for s in group.tensors if s.tensor == f"{consumer}.weight"}
-            if dims:
-                # A weight with the group in both dimensions is that of a linear layer.
-                s = dims.get(1) or next(iter(dims.values()))
-                fold = _fold(s)
-                layout = s.layout if fold == 1 else tuple(block[:-1] or (1,) for block in s.layout)
-                return cls(consumers[0], s.dim, layout, fold)
+        found = [(consumer, s) for consumer in consumers if (s := _read_dim(group, consumer))]
+        if found:
+            s = found[0][1]
+            fold = _fold(s)
+            layout = s.layout if fold == 1 else tuple(block[:-1] or (1,) for block in s.layout)
+            weights = tuple((consumer, _weight(consumer, s)) for consumer, s in found)
+            return cls(consumers[0], s.dim, layout, fold, weights)
         raise PruningError(
             f"{group.name!r} names no weight of {', '.join(map(repr, consumers))}; expected the "
             "dimension that reads the units among its tensors. Describe the group anew."
         )
+
+
+def _read_dim(group: DependencyGroup, consumer: str) -> PrunableDim | None:
+    """The dimension of a consumer's weight that reads units of a group, if it names one."""
+    name = weight_name(consumer, {s.tensor for s in group.tensors})
+    dims = {s.dim: s for s in group.tensors if s.tensor == name}
+    if not dims:
+        return None
+    # A weight with the group in both dimensions is that of a linear layer.
+    return dims.get(1) or dims[max(dims)]
+
+
+def _weight(consumer: str, s: PrunableDim) -> ReadWeight:
+    return ReadWeight(s.tensor, s.dim, several=s.tensor == consumer and len(s.shape) == 3)
 
 
 def _fold(s: PrunableDim) -> int:
@@ -128,16 +188,31 @@ def read_dims(groups: Sequence[DependencyGroup]) -> dict[str, int]:
         >>> read_dims([DependencyGroup("ffn", "ffn", 8, (up, down), ("down",))])
         {'down.weight': 0}
     """
-    found: dict[str, int] = {}
-    for group in groups:
-        dims: dict[str, set[int]] = {}
-        for s in group.tensors:
-            dims.setdefault(s.tensor, set()).add(s.dim)
-        for consumers in group.unit_inputs.values():
-            for tensor in (f"{consumer}.weight" for consumer in consumers):
-                if tensor in dims:
-                    found[tensor] = 1 if 1 in dims[tensor] else 0
-    return found
+    return {
+        s.tensor: s.dim
+        for group in groups
+        for consumers in group.unit_inputs.values()
+        for consumer in consumers
+        if (s := _read_dim(group, consumer)) is not None
+    }
+
+
+def read_above(shape: Sequence[int], width: int, *, several: bool = False) -> int:
+    """The dimension of a weight above that reads an output, by its size.
+
+    Args:
+        shape: Shape of the weight.
+        width: Size of the output; a flattened map has several entries for each of it.
+        several: Whether it holds several matrices, as those of experts.
+
+    Example:
+        >>> read_above((32, 16), 16), read_above((16, 24), 16), read_above((4, 16, 24), 16)
+        (1, 0, 1)
+    """
+    if several:
+        return next((dim for dim in (2, 1, 0) if shape[dim] == width), 1)
+    # Only a weight that is stored as (in, out) has its inputs in the first dimension.
+    return 0 if len(shape) == 2 and shape[1] % width and shape[0] == width else 1
 
 
 def multiplied_with(group: DependencyGroup) -> frozenset[str]:

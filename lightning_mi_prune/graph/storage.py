@@ -220,6 +220,7 @@ _GROUP = _record(
         "partners": _many(_pair(text, _SIZE)),
         "rotation": _or_none(_ROTATION),
         "current_name": text,
+        "multiple": partial(whole, high=_LARGEST_GROUP, low=1),
     },
 )
 _STACK = _record(

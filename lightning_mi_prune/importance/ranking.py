@@ -14,6 +14,7 @@ from lightning_mi_prune.calibration.gradients import Relevance, relevance_of_wei
 from lightning_mi_prune.calibration.moments import Moments
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.inputs import weight_name
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation
 from lightning_mi_prune.importance.head_rotation import HeadRotation, head_rotation
 from lightning_mi_prune.importance.information import (
@@ -167,10 +168,11 @@ def _kept_above(
     groups: Sequence[DependencyGroup],
 ) -> dict[tuple[str, int], Tensor | None]:
     """Outputs that are kept of all weights above a group, by tensor and dimension."""
+    names = {s.tensor for other in groups for s in other.tensors}
     return {
         (name, dim): kept_rows(name, kept, current, groups, dim)
-        for name in (f"{consumer}.weight" for consumer in group.above)
-        for dim in (0, 1)
+        for name in (weight_name(consumer, names) for consumer in group.above)
+        for dim in (0, 1, 2)
     }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_mi_prune.calibration.gradients import Relevance
 from lightning_mi_prune.calibration.moments import Moments
-from lightning_mi_prune.core.consumers import output_dim, stacked_weight
+from lightning_mi_prune.core.consumers import stacked_weight
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.groups import DependencyGroup
@@ -239,9 +239,10 @@ def _kept_weights(
     parts: list[Tensor] = []
     first = torch.empty(0, dtype=torch.long)
     for consumer in consumers:
-        stored = weights[f"{consumer}.weight"].detach()
-        weight = stacked_weight(stored, given.dim, given.fold)
-        rows = kept_rows(f"{consumer}.weight", kept, current, groups, output_dim(given.dim))
+        read = given.weight(consumer)
+        stored = weights[read.tensor].detach()
+        weight = stacked_weight(stored, read.read, given.fold, several=read.several)
+        rows = kept_rows(read.tensor, kept, current, groups, read.output)
         rows = torch.arange(len(weight)) if rows is None else rows
         first = first if parts else rows
         parts.append(weight[rows.to(weight.device)])

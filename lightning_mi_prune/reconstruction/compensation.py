@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lightning_mi_prune.calibration.moments import Moments
-from lightning_mi_prune.core.consumers import output_dim, stacked_weight, stored_weight
+from lightning_mi_prune.core.consumers import stacked_weight, stored_weight
 from lightning_mi_prune.core.errors import PruningWarning, counted
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.graph.groups import DependencyGroup
@@ -125,7 +125,7 @@ def select_units(
     topk = isinstance(criterion, MutualInformation) and criterion.selection == "topk"
     kept = dict(current.kept)
     compensated: dict[str, Tensor] = {}
-    outputs: dict[str, int] = {}
+    others: dict[str, tuple[int, ...]] = {}
     information: dict[str, GroupInformation] = {}
     few_samples: list[str] = []
     copies: list[str] = []
@@ -150,10 +150,10 @@ def select_units(
                 mine.append(fits[given.consumer])
                 if compensate and len(mine[-1].dropped):
                     for consumer in consumers:
-                        if f"{consumer}.weight" not in compensated:
+                        if given.weight(consumer).tensor not in compensated:
                             found = mine[-1].compensate(consumer, weights)
                             compensated |= found
-                            outputs |= {name: mine[-1].output_dim(t) for name, t in found.items()}
+                            others |= {name: mine[-1].others(consumer, name) for name in found}
             parts = [fit.information(ridge) for fit in mine]
             information[one.name] = GroupInformation(
                 total=sum(part.total for part in parts), kept=sum(part.kept for part in parts)
@@ -168,12 +168,11 @@ def select_units(
     # Which outputs a group below removes is known only now.
     final = {}
     for name, tensor in compensated.items():
-        rows = kept_rows(name, kept, current, groups, outputs[name])
-        at = None if rows is None else rows.to(tensor.device)
-        final[name] = tensor if at is None else tensor.index_select(outputs[name], at)
+        final[name] = _cut_tensor(name, tensor, kept, current, groups, others[name])
     for name, tensor in rotated.items():
         if name not in final:
-            final[name] = _cut_tensor(name, tensor, kept, current, groups)
+            dims = {s.dim for group in groups for s in group.tensors if s.tensor == name}
+            final[name] = _cut_tensor(name, tensor, kept, current, groups, sorted(dims))
     ranked = {name: ranking for name, ranking in rankings.items() if name in current.sizes}
     return Decision(PruningPlan(current.sizes, kept, ranked), final, information, maps)
 
@@ -204,9 +203,10 @@ def _cut_tensor(
     kept: Mapping[str, tuple[int, ...]],
     current: PruningPlan,
     groups: Sequence[DependencyGroup],
+    dims: Iterable[int],
 ) -> Tensor:
-    """The part of a whole tensor that stays."""
-    for dim in sorted({s.dim for group in groups for s in group.tensors if s.tensor == name}):
+    """The part of a tensor that stays, of some of its dimensions."""
+    for dim in dims:
         rows = kept_rows(name, kept, current, groups, dim)
         if rows is not None:
             tensor = tensor.index_select(dim, rows.to(tensor.device))
@@ -286,9 +286,12 @@ class _Fit:
         single = all(len(units[unit]) == 1 for unit in stay)
         return single and copies_kept(self.values, [units[unit][0] for unit in stay]) > 0
 
-    def output_dim(self, tensor: Tensor) -> int:
-        """The dimension of a weight or a bias of the consumers that counts their outputs."""
-        return output_dim(self.given.dim) if tensor.ndim > 1 else 0
+    def others(self, consumer: str, tensor: str) -> tuple[int, ...]:
+        """The dimensions of a weight or a bias of a consumer that do not count what it reads."""
+        read = self.given.weight(consumer)
+        if tensor != read.tensor:
+            return (0,)
+        return tuple({0, 1, 2} - {read.read}) if read.several else (read.output,)
 
     def information(self, ridge: float) -> GroupInformation:
         """Information with the layer above, whose noise is ``ridge`` of its mean variance."""
@@ -310,19 +313,22 @@ class _Fit:
         Without a bias, M is fitted to the raw second moments.
         """
         values, coefficients = self.values, self.coefficients
-        stored = weights[f"{consumer}.weight"].detach()
+        read = self.given.weight(consumer)
+        stored = weights[read.tensor].detach()
         bias = weights.get(f"{consumer}.bias")
         if bias is None:
             raw = values.covariance + torch.outer(values.mean, values.mean)
             coefficients = regression(raw, self.kept, self.dropped, values.samples)
         shift = values.mean[self.dropped] - coefficients @ values.mean[self.kept]
         parts, shifts = [], []
-        for part in stacked_weight(stored, self.given.dim, self.given.fold).unbind(2):
+        stacked = stacked_weight(stored, read.read, self.given.fold, several=read.several)
+        for part in stacked.unbind(2):
             weight = part.to(values.covariance)
             dropped = weight[:, self.dropped]
             parts.append((weight[:, self.kept] + dropped @ coefficients).to(stored))
             shifts.append(dropped @ shift)
-        new = {f"{consumer}.weight": stored_weight(torch.stack(parts, 2), stored, self.given.dim)}
+        new_weight = stored_weight(torch.stack(parts, 2), stored, read.read, several=read.several)
+        new = {read.tensor: new_weight}
         if bias is not None:
             new[f"{consumer}.bias"] = (bias.detach().to(shift) + sum(shifts)).to(bias)
         return new

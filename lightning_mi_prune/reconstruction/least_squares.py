@@ -26,7 +26,7 @@ from lightning_mi_prune.core.consumers import (
     stored_weight,
     why_not_consumer,
 )
-from lightning_mi_prune.core.empty_linear import linear_at
+from lightning_mi_prune.core.empty_linear import linear_at, parameters_of
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.graph.groups import is_within
@@ -150,6 +150,7 @@ def reconstruct_networks(
         PruningError: If the sample is smaller than what a layer has to learn from it.
     """
     solved: dict[str, Tensor] = {}
+    functional_weights = parameters_of(cut)  # those above units: no layer that could be solved
     for path in sorted({path for calls in ranks for path in calls}):
         stored = [call for calls in ranks[rank::world] for call in calls.get(path, ())]
         # A rank without calls runs one of another's with weight 0: all must add the same sums.
@@ -158,7 +159,9 @@ def reconstruct_networks(
         inside = [
             layer
             for layer in layers
-            if is_within(layer.layer, path) and is_solvable(cut.get_submodule(layer.layer))
+            if is_within(layer.layer, path)
+            and layer.layer not in functional_weights
+            and is_solvable(cut.get_submodule(layer.layer))
         ]
         if call is None or not inside:
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from lightning_mi_prune.calibration.calls import RecordedCall, split_call
 from lightning_mi_prune.core.consumers import output_dim
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.groups import DependencyGroup
-from lightning_mi_prune.graph.inputs import read_dims
+from lightning_mi_prune.graph.inputs import read_dims, weight_name
 from lightning_mi_prune.importance.statistics import kept_rows
 from lightning_mi_prune.reconstruction.layerwise import LayerCall, run_layerwise
 from lightning_mi_prune.surgery.parameters import RotationMaps, rotate_along
@@ -20,6 +20,7 @@ from lightning_mi_prune.surgery.parameters import RotationMaps, rotate_along
 __all__ = [
     "ReconstructedLayer",
     "Targets",
+    "calls_of_whole_networks",
     "layers_to_reconstruct",
 ]
 
@@ -94,6 +95,41 @@ def layers_to_reconstruct(
         )
     # Heads and their dimensions have the same consumer.
     return list({one.layer: one for one in reversed(found)}.values())[::-1]
+
+
+def calls_of_whole_networks(
+    ranks: Sequence[Mapping[str, Sequence[RecordedCall]]],
+    groups: Sequence[DependencyGroup],
+    current: PruningPlan,
+    plan: PruningPlan,
+) -> list[dict[str, Sequence[RecordedCall]]]:
+    """Stored calls without those of networks that receive units which a plan removes.
+
+    Steps of a LightningModule may pass the output of one layer to the next themselves. What was
+    stored for the second one then has the width from before the cut.
+
+    Args:
+        ranks: Stored calls of each rank, by path of the network.
+        groups: All groups of the model.
+        current: Plan the model carries now.
+        plan: Plan it will carry.
+    """
+    after = current.then(plan)
+    cut = [group for group in groups if after.width(group.name) < current.width(group.name)]
+
+    def receives(path: str) -> bool:
+        stem = f"{path}." if path else ""
+        for group in cut:
+            names = {s.tensor for s in group.tensors}
+            read = {weight_name(consumer, names) for consumer in group.consumers}
+            if any(name.startswith(stem) for name in read) and not all(
+                name.startswith(stem) for name in names
+            ):
+                return True
+        return False
+
+    skipped = {path for calls in ranks for path in calls if receives(path)}
+    return [{p: calls[p] for p in calls if p not in skipped} for calls in ranks]
 
 
 class Targets:

@@ -211,7 +211,7 @@ def _module(tensor: str) -> str:
 
 
 def check_empty(model: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan) -> None:
-    """Refuse a plan that empties a group which cannot be empty.
+    """Refuse a plan that empties a group which cannot be empty, or with a width that cannot run.
 
     Raises:
         PruningError: If there is such a group, or a ``forward`` to replace was replaced before.
@@ -225,6 +225,12 @@ def check_empty(model: nn.Module, groups: Sequence[DependencyGroup], plan: Pruni
                 f"The plan keeps none of {counted(group.size, 'unit')} of group {group.name!r}, "
                 "which cannot be empty; expected one or more. Lower the sparsity, or exclude the "
                 "group."
+            )
+        if width < group.size and width % group.multiple:
+            raise PruningError(
+                f"The plan keeps {counted(width, 'unit')} of group {group.name!r}; expected a "
+                f"multiple of {group.multiple}, because grouped_mm needs aligned rows. Choose such "
+                "a width, or set the experts of the model to 'eager' and discover it again."
             )
         paths = [s.module for s in group.empty_forward if not width]
         paths += [s.module for s in group.unit_arguments if width < group.size]

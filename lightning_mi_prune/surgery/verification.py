@@ -138,7 +138,10 @@ def half_plan(groups: Sequence[DependencyGroup], current: PruningPlan) -> Prunin
         >>> half_plan([group], PruningPlan({"ffn": 6}, {"ffn": (0, 2, 3, 5)})).kept["ffn"]
         (0, 2)
     """
-    kept = {a.name: current.kept[a.name][: -(-current.width(a.name) // 2)] for a in groups}
+    kept = {}
+    for group in groups:
+        width = group.multiple * -(-current.width(group.name) // (2 * group.multiple))
+        kept[group.name] = current.kept[group.name][:width]
     return PruningPlan({group.name: group.size for group in groups}, kept)
 
 

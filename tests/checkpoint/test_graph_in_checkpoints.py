@@ -165,7 +165,15 @@ HOSTILE = {
     ),
     "a module that is missing": (
         lambda graph: first(graph).update(consumers=["nowhere"]),
-        "names the module 'nowhere'",
+        "names the consumer 'nowhere'",
+    ),
+    "a consumer that is no matrix": (
+        lambda graph: first(graph).update(consumers=["norm.weight"]),
+        "names the consumer 'norm.weight'",
+    ),
+    "a consumer that is a buffer": (
+        lambda graph: first(graph).update(above=["norm.running_mean"]),
+        "names the consumer 'norm.running_mean'",
     ),
     "a size that no layout has": (
         lambda graph: first(graph).update(size=2**23),

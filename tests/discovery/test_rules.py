@@ -49,6 +49,7 @@ EXACT = {
     "cat": lambda x, n: torch.cat([x, x * 2, torch.ones(4, 5)], 0),
     "chunk across": lambda x, n: heads(x, n).chunk(2, 1)[1],
     "slice across": lambda x, n: heads(x, n)[:, 1:],
+    "every second": lambda x, n: x[::2] * x[1::2],
     "narrow across": lambda x, n: x.narrow(1, 1, 3),
     "select across": lambda x, n: heads(x, n)[:, 1],
     "unbind across": lambda x, n: heads(x, n).unbind(1)[0],
@@ -96,6 +97,8 @@ EXACT = {
         x.t(), torch.zeros(n * 2), torch.ones(n * 2), training=False
     ),
     "embedding": lambda x, n: functional.embedding(torch.tensor([1, 2]), x.t()),
+    "complex": lambda x, n: torch.view_as_real(torch.complex(x, x.exp()) * torch.polar(x.abs(), x)),
+    "real": lambda x, n: torch.view_as_complex(torch.stack([x, x.exp()], -1)).abs(),
 }
 # Operators that mix the units themselves: they must keep their number.
 FIXED = {
@@ -107,7 +110,7 @@ FIXED = {
     "roll": lambda x, n: x.roll(1, 0),
     "cumsum": lambda x, n: x.cumsum(0),
     "sort": lambda x, n: x.sort(0).values,
-    "stride": lambda x, n: x[::2],
+    "stride": lambda x, n: x[2::2],
     "pad": lambda x, n: functional.pad(x, (0, 0, 1, 1)),
     "arange": lambda x, n: x + torch.arange(n * 2)[:, None],
     "eye": lambda x, n: torch.eye(n * 2) @ x,
@@ -165,4 +168,5 @@ def test_units_that_are_mixed_keep_their_number(name):
 
 
 def test_every_rule_has_a_real_operator():
-    assert [name for name in RULES if not hasattr(torch.ops.aten, name)] == []
+    others = {"grouped_mm_fallback"}  # of transformers
+    assert {name for name in RULES if not hasattr(torch.ops.aten, name)} == others

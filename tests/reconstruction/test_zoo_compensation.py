@@ -12,9 +12,9 @@ from lightning_mi_prune.calibration.gradients import relevance_of
 from lightning_mi_prune.core.consumers import (
     channels_last,
     consumer_input,
-    output_dim,
     stacked_weight,
 )
+from lightning_mi_prune.core.functional import intercept_inputs
 from lightning_mi_prune.core.options import Reconstruction
 from lightning_mi_prune.discovery.discover import discover
 from lightning_mi_prune.graph.groups import full_plan
@@ -44,6 +44,7 @@ def logits(model, batch):
 def inputs_of(model, consumers, given):
     """Inputs of all consumers over some batches, one sample a row."""
     found = {consumer: [] for consumer in consumers}
+    parameters = dict(model.named_parameters())
     with open_attention(model), torch.no_grad():
         handles = [
             model.get_submodule(consumer).register_forward_pre_hook(
@@ -53,7 +54,16 @@ def inputs_of(model, consumers, given):
                 with_kwargs=True,
             )
             for consumer, rows in found.items()
+            if consumer not in parameters
         ]
+        products = {name: rows for name, rows in found.items() if name in parameters}
+        handles += intercept_inputs(
+            model,
+            {
+                name: [lambda x, rows=rows: rows.append(x.flatten(0, -2))]
+                for name, rows in products.items()
+            },
+        )
         for batch in given:
             run(model, batch)
     for handle in handles:
@@ -81,7 +91,7 @@ def test_compensation_lowers_the_error_at_every_consumer(name):
     relevance = relevance_of(sums)
     rankings = rank_groups(groups, data.moments, weights, plan, relevance=relevance)
     assert {key: len(ranking.order) for key, ranking in rankings.items()} == dict(plan.sizes)
-    widths = {group.name: max(1, group.size // 2) for group in groups}
+    widths = {g.name: max(1, g.size // 2 // g.multiple * g.multiple) for g in groups}
     decision = select_units(
         groups, data.moments, weights, widths, plan, relevance=relevance, rankings=rankings
     )
@@ -97,15 +107,17 @@ def test_compensation_lowers_the_error_at_every_consumer(name):
         now = kept_now([*read.names], decision.plan.kept, plan)
         at = read.kept(now, plan.sizes)
         rest = sorted(set(range(rows[consumer].shape[1])) - set(at))
-        weight = stacked_weight(weights[f"{consumer}.weight"].detach().double(), read.dim)
-        found = decision.compensated[f"{consumer}.weight"].double()
-        found = stacked_weight(found, read.dim)
+        own = read.weight(consumer)
+        shape = (own.read, read.fold)
+        weight = stacked_weight(weights[own.tensor].detach().double(), *shape, several=own.several)
+        found = decision.compensated[own.tensor].double()
+        found = stacked_weight(found, *shape, several=own.several)
         x = rows[consumer]
         x = x - x.mean(0) if f"{consumer}.bias" in weights else x
         outputs = torch.arange(len(weight))
         if len(found) != len(weight):  # some of its outputs were cut too
             kept = decision.plan.kept
-            outputs = kept_rows(f"{consumer}.weight", kept, plan, groups, output_dim(read.dim))
+            outputs = kept_rows(own.tensor, kept, plan, groups, own.output)
         for part, new in zip(weight[outputs].unbind(2), found.unbind(2), strict=True):
             lost = x[:, rest] @ part[:, rest].mT
             before = float(lost.square().mean())

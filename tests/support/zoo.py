@@ -1,4 +1,4 @@
-"""Twelve tiny models, one of each kind, with batches to train them on."""
+"""Tiny models, one of each kind, with batches to train them on."""
 
 from __future__ import annotations
 
@@ -103,6 +103,38 @@ class Residual(nn.Module):
         for up, down in zip(self.up, self.down, strict=True):
             x = x + down(functional.gelu(up(x)))
         return self.head(x.mean(1))
+
+
+class Functional(nn.Module):
+    """Blocks that multiply with parameters of their own, without a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 24)
+        self.blocks = nn.ModuleList(FunctionalBlock() for _ in range(2))
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean(1))
+
+
+class FunctionalBlock(nn.Module):
+    """Neurons that one matrix makes and another reads, stored in either order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(24, 40) / 5)
+        self.down = nn.Parameter(torch.randn(24, 40) / 6)
+        self.bias = nn.Parameter(torch.zeros(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(functional.gelu(x @ self.up), self.down, self.bias)
+
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 @dataclass(frozen=True)
@@ -217,6 +249,28 @@ ZOO: dict[str, Kind] = {
     "concatenated": Kind(Concatenated, "pictures", ("channels",)),
     "torch-encoder": Kind(TorchEncoder, "text", ("ffn",)),
     "hand-written": Kind(Residual, "text", ("ffn",)),
+    "functional": Kind(Functional, "text", ("ffn",)),
+    "mixtral": Kind(
+        lambda: _of(
+            "MixtralForCausalLM", **_TEXT, num_key_value_heads=2, num_local_experts=4, **_ENDS
+        ),
+        "tokens",
+        ("ffn", "heads"),
+        generates=True,
+    ),
+    "qwen-moe": Kind(
+        lambda: _of(
+            "Qwen2MoeForCausalLM",
+            **_TEXT,
+            **_EXPERTS,
+            **_ENDS,
+            num_key_value_heads=2,
+            shared_expert_intermediate_size=56,
+        ),
+        "tokens",
+        ("ffn", "heads"),
+        generates=True,
+    ),
 }
 
 

@@ -33,14 +33,13 @@ def _note_use(
     if known is None:
         return
     name, order = known
-    dim = None if order is None else order[contracted]
     trace.uses.append(
         WeightUse(
             operator.index,
             operator.name,
             name,
             operator.module,
-            dim,
+            order[contracted],
             trace.root(source),
             output,
         )
@@ -89,13 +88,16 @@ def _vector(trace: Trace, operator: Operator) -> None:
 
 
 def _grouped_matrix(trace: Trace, operator: Operator) -> None:
-    """``_grouped_mm``: each row of ``x`` is multiplied by the matrix of its expert."""
+    """``_grouped_mm`` and its stand-in in transformers: each row of ``x`` times its expert."""
     x, w = operator.inputs[:2]
     if x.ndim != 2 or w.ndim != 3:
         raise ValueError("another form of _grouped_mm")
-    fix(trace.dims(w)[0], f"experts in {operator.module}")
+    fix(trace.dims(w)[0], trace.experts(operator))
     trace.equal(trace.dims(x)[1], trace.dims(w)[1], operator)
     trace.set(operator.outputs[0], [trace.dims(x)[0], trace.dims(w)[2]])
+    if operator.name == "_grouped_mm":  # its kernels need rows of a multiple of 16 bytes
+        for dim in trace.dims(w)[1:]:
+            mark(dim, "aligned")
     _note_use(trace, operator, x, w, 1)
 
 
@@ -299,7 +301,7 @@ MATRIX_RULES: Mapping[str, Rule] = {
     **_named("mm addmm bmm baddbmm", _matrix),
     **_named("linear", _linear),
     **_named("mv dot", _vector),
-    **_named("_grouped_mm", _grouped_matrix),
+    **_named("_grouped_mm grouped_mm_fallback", _grouped_matrix),
     **_named("convolution", _convolution),
     **_named(
         "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lightning_mi_prune.discovery.tracing.trace import DATA, Trace
 
 __all__ = [
     "follow",
+    "unchanged_dims",
 ]
 
 Rule = Callable[[Trace, Operator], None]
@@ -152,6 +153,37 @@ def _numbered(trace: Trace, operator: Operator) -> None:
 # --------------------------------------------------------------------------------- shapes
 
 
+def unchanged_dims(before: Sequence[int], after: Sequence[int]) -> list[int | None]:
+    """The dimension behind each one after ``view``; None for new, split and merged ones.
+
+    Args:
+        before: Shape before.
+        after: Shape after.
+
+    Example:
+        >>> unchanged_dims((8, 3, 5), (1, 8, 15)), unchanged_dims((4, 1, 6), (2, 2, 6))
+        ([None, 0, None], [None, None, 2])
+    """
+    found: list[int | None] = [None] * len(after)
+    left = [i for i, n in enumerate(before) if n != 1]
+    right = [i for i, n in enumerate(after) if n != 1]
+    while left and right:
+        one, two = [left.pop(0)], [right.pop(0)]
+        sizes = before[one[0]], after[two[0]]
+        while sizes[0] != sizes[1]:
+            if sizes[0] < sizes[1] and left:
+                one.append(left.pop(0))
+                sizes = sizes[0] * before[one[-1]], sizes[1]
+            elif sizes[0] > sizes[1] and right:
+                two.append(right.pop(0))
+                sizes = sizes[0], sizes[1] * after[two[-1]]
+            else:  # without entries
+                return found
+        if len(one) == len(two) == 1:
+            found[two[0]] = one[0]
+    return found
+
+
 def _moved(trace: Trace, operator: Operator) -> None:
     source, output = operator.inputs[0], operator.outputs[0]
     dims, n = trace.dims(source), source.ndim
@@ -175,7 +207,7 @@ def _unsqueezed(trace: Trace, operator: Operator) -> None:
     dims, dim = trace.dims(source), operator.argument(1, "dim") % output.ndim
     whole = len(dims) == output.ndim  # changed in place before it was first used
     trace.set(output, dims if whole else [*dims[:dim], Atom(1), *dims[dim:]])
-    trace.alias(output, source)
+    trace.alias(output, source, unchanged_dims(source.shape, output.shape))
 
 
 def _squeezed(trace: Trace, operator: Operator) -> None:
@@ -185,7 +217,7 @@ def _squeezed(trace: Trace, operator: Operator) -> None:
     wanted = {dim % source.ndim for dim in ([every] if isinstance(every, int) else every)}
     dims = [d for i, d in enumerate(trace.dims(source)) if not (i in wanted and d.size == 1)]
     trace.set(output, dims)
-    trace.alias(output, source)
+    trace.alias(output, source, unchanged_dims(source.shape, output.shape))
 
 
 def _viewed(trace: Trace, operator: Operator) -> None:
@@ -195,22 +227,20 @@ def _viewed(trace: Trace, operator: Operator) -> None:
         trace.alias(output, source, range(source.ndim))
         return
     trace.set(output, reshaped(trace.dims(source), list(output.shape), operator.label))
-    trace.alias(output, source)
+    trace.alias(output, source, unchanged_dims(source.shape, output.shape))
 
 
 def _expanded(trace: Trace, operator: Operator) -> None:
     source, output = operator.inputs[0], operator.outputs[0]
     dims = trace.dims(source)
     offset = output.ndim - len(dims)
-    same = offset == 0 and source.shape == output.shape
-    trace.set(
-        output,
-        [
-            Atom(n) if i < offset or dims[i - offset].size != n else dims[i - offset]
-            for i, n in enumerate(output.shape)
-        ],
-    )
-    trace.alias(output, source, range(source.ndim) if same else None)
+    same = [
+        None if i < offset or dims[i - offset].size != n else i - offset
+        for i, n in enumerate(output.shape)
+    ]
+    sizes = zip(same, output.shape, strict=True)
+    trace.set(output, [Atom(n) if dim is None else dims[dim] for dim, n in sizes])
+    trace.alias(output, source, same)
 
 
 def _repeated(trace: Trace, operator: Operator) -> None:
@@ -231,7 +261,8 @@ def _repeated(trace: Trace, operator: Operator) -> None:
 def _selected(trace: Trace, operator: Operator) -> None:
     source = operator.inputs[0]
     dims, dim = trace.dims(source), operator.argument(1, "dim", 0) % source.ndim
-    fix(dims[dim], operator.label)
+    expert = trace.chooses_expert(source, dim)
+    fix(dims[dim], trace.experts(operator) if expert else operator.label)
     rest = [i for i in range(source.ndim) if i != dim]
     for output in operator.outputs:
         trace.set(output, [dims[i] for i in rest])
@@ -250,13 +281,19 @@ def _sliced(trace: Trace, operator: Operator) -> None:
         first, last = operator.argument(2, "start"), operator.argument(3, "end")
         step = operator.argument(4, "step", 1)
         bounds = slice(first, last, step).indices(dims[dim].size)
+    part: Expression
     if bounds == (0, dims[dim].size, 1):
         trace.set(output, dims)
         trace.alias(output, source, range(source.ndim))
         return
-    if bounds[2] != 1:
+    every, size = bounds[2], dims[dim].size
+    if every > 1 and size % every == 0 and bounds[0] < every and bounds[1] > size - every:
+        # Entries in turn, such as gates and values: a product with what is left out between.
+        part, turn = reshaped([dims[dim]], [size // every, every], operator.label)
+        fix(turn, operator.label)
+    elif every != 1:
         fix(dims[dim], operator.label)
-        part: Expression = Atom(output.shape[dim], operator.label)
+        part = Atom(output.shape[dim], operator.label)
     else:
         part = part_of(dims[dim], bounds[0], bounds[1], operator.label)
     trace.set(output, [*dims[:dim], part, *dims[dim + 1 :]])
@@ -301,6 +338,18 @@ def _stacked(trace: Trace, operator: Operator) -> None:
     dims = trace.dims(operator.inputs[0])
     count = len(operator.inputs)
     trace.set(output, [*dims[:dim], Atom(count, operator.label if count > 1 else ""), *dims[dim:]])
+
+
+def _parts_of_complex(trace: Trace, operator: Operator) -> None:
+    """``view_as_real`` and its inverse: the last dimension counts real and imaginary part."""
+    source, output = operator.inputs[0], operator.outputs[0]
+    dims = trace.dims(source)
+    if output.ndim > source.ndim:
+        trace.set(output, [*dims, Atom(2, operator.label)])
+    else:
+        fix(dims[-1], operator.label)
+        trace.set(output, dims[:-1])
+    trace.set_origin(output, trace.origin(source))
 
 
 def _padded(trace: Trace, operator: Operator) -> None:
@@ -365,7 +414,9 @@ def _indexed(trace: Trace, operator: Operator) -> None:
         width = 1 if index is None or index.dtype not in _MASKS else index.ndim
         for place in [] if index is None else range(at, at + width):
             hit.append(place)
-            _fix_places(dims[place], index, operator.label)
+            expert = trace.chooses_expert(source, place)
+            reason = trace.experts(operator) if expert else operator.label
+            _fix_places(dims[place], index, reason)
         at += width
     rest = [dim for place, dim in enumerate(dims) if place not in hit]
     adjacent = hit == list(range(hit[0], hit[0] + len(hit)))
@@ -374,6 +425,8 @@ def _indexed(trace: Trace, operator: Operator) -> None:
     new = [Atom(n, DATA if n > 1 else "") for n in fresh]
     trace.set(output, [*rest[:start], *new, *rest[start:]])
     trace.set_origin(output, trace.origin(source))
+    if hit == [0] and output.ndim == source.ndim and trace.chooses_expert(source, 0):
+        trace.alias(output, source, range(source.ndim))
 
 
 def _fix_places(dim: Expression, index: Tensor, reason: str) -> None:
@@ -396,7 +449,7 @@ def _strided(trace: Trace, operator: Operator) -> None:
     if [dim.size for dim in dims] != list(output.shape):
         dims = reshaped(dims, list(output.shape), operator.label)
     trace.set(output, dims)
-    trace.alias(output, source)
+    trace.alias(output, source, unchanged_dims(source.shape, output.shape))
 
 
 def _put(trace: Trace, operator: Operator) -> None:
@@ -469,7 +522,7 @@ RULES: Mapping[str, Rule] = {
     **_named("copy_", _copy_into),
     **_named(
         "_to_copy clone alias detach to contiguous lift_fresh lift_fresh_copy bernoulli "
-        "masked_fill masked_fill_ fill_ zero_ nan_to_num where isin _conj",
+        "masked_fill masked_fill_ fill_ zero_ nan_to_num where isin _conj complex polar",
         _pointwise,
     ),
     # Not marked as such by torch, in one overload or all.
@@ -480,6 +533,7 @@ RULES: Mapping[str, Rule] = {
         "log_sigmoid_forward isfinite isinf isnan __rshift__ __lshift__",
         _pointwise,
     ),
+    **_named("view_as_real view_as_complex", _parts_of_complex),
     **_named("native_dropout dropout", _dropout),
     **_named("ones_like zeros_like full_like empty_like new_empty_strided", _like),
     **_named(

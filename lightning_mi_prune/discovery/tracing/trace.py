@@ -85,7 +85,7 @@ class Trace:
         self.statistics: list[Statistic] = []
         self.unknown: dict[str, None] = {}
         self._dims: dict[int, list[Expression]] = {}
-        self._names: dict[int, tuple[str, tuple[int, ...] | None]] = {}
+        self._names: dict[int, tuple[str, tuple[int | None, ...]]] = {}
         self._roots: dict[int, int] = {}
         self._origins: dict[int, int] = {}
         for name, tensor in tensors.items():
@@ -125,7 +125,7 @@ class Trace:
 
     # ---------------------------------------------------------------- what a tensor is made of
 
-    def parameter_of(self, tensor: Tensor) -> tuple[str, tuple[int, ...] | None] | None:
+    def parameter_of(self, tensor: Tensor) -> tuple[str, tuple[int | None, ...]] | None:
         """The parameter that a tensor is a view or cast of.
 
         Returns:
@@ -134,20 +134,20 @@ class Trace:
         """
         return self._names.get(id(tensor))
 
-    def alias(self, output: Tensor, source: Tensor, dims: Sequence[int] | None = None) -> None:
+    def alias(self, output: Tensor, source: Tensor, dims: Sequence[int | None]) -> None:
         """Note that a tensor holds the values of another, with its dimensions in another order.
 
         Args:
             output: The new tensor.
             source: The other one.
-            dims: Dimension of ``source`` behind each one of ``output``; None after a reshape.
+            dims: Dimension of ``source`` behind each one of ``output``; None where it was reshaped.
         """
         self._roots[id(output)] = self.root(source)
         known = self._names.get(id(source))
         if known is not None and id(output) not in self._names:
             name, order = known
-            moved = None if order is None or dims is None else tuple(order[dim] for dim in dims)
-            self._names[id(output)] = (name, moved)
+            moved = (None if dim is None else order[dim] for dim in dims)
+            self._names[id(output)] = (name, tuple(moved))
         if (origin := self._origins.get(id(source))) is not None:
             self._origins[id(output)] = origin
 
@@ -163,6 +163,14 @@ class Trace:
         """Note which product or sum made an activation."""
         if index is not None:
             self._origins[id(tensor)] = index
+
+    def chooses_expert(self, tensor: Tensor, dim: int) -> bool:
+        """Whether a dimension counts the matrices in a parameter, one for each expert."""
+        return dim == 0 and tensor.ndim == 3 and self.parameter_of(tensor) is not None
+
+    def experts(self, operator: Operator) -> str:
+        """Why the number of experts stays."""
+        return f"the matrices of a parameter (experts) are chosen by number in {operator.module}"
 
     # ---------------------------------------------------------------- operators without a rule
 
