@@ -31,6 +31,7 @@ from lightning_mi_prune.core.running import (
     fixed_random_state,
     map_tensors,
 )
+from lightning_mi_prune.discovery.copies import tensor_outputs
 from lightning_mi_prune.discovery.discover import discover_run
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack
@@ -203,7 +204,7 @@ def _copied(batch: Any, device: torch.device) -> Any:
 
 def discover_in_step(
     trainer: pl.Trainer, module: pl.LightningModule, step: str, batch: Any, loader: int = 0
-) -> PruningGraph:
+) -> PruningGraph | None:
     """Find what a module can lose by what it does in a step; the module is only copied.
 
     The copy runs two examples, in evaluation mode, in single precision or better, and by itself:
@@ -215,6 +216,9 @@ def discover_in_step(
         step: ``"training_step"`` or ``"validation_step"``.
         batch: What the step is called with.
         loader: Index of its loader.
+
+    Returns:
+        What it can lose; None if the step runs no network, so that another one has to show it.
 
     Raises:
         PruningError: If the step cannot run on a copy, or nothing can be cut.
@@ -242,7 +246,7 @@ def discover_in_step(
                 f"copy in evaluation mode ({failure}). Expected a step that runs again on the same "
                 "batch; or give graph=discover(model, ...)."
             )
-        return discover_run(whole, run)
+        return discover_run(whole, run) if tensor_outputs(run(whole)) else None
 
 
 def _first_that_runs(
