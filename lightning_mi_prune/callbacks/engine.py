@@ -284,6 +284,8 @@ class RunEngine:
     def _begin_run(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Reconcile what a run resumes with and the options, now that it is known what may go."""
         session = self._session(trainer, module)
+        if self._given is None and self.state.graph is None:  # known from an earlier fit
+            self.state.graph = session.graph
         for dropped in self.strategy.reconcile(session):
             rank_zero_warn(dropped)
         for other in self._others(trainer):  # one run, one report: that of the first turn
