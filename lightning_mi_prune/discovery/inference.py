@@ -275,6 +275,9 @@ class _Collector:
                     if id(atom) not in self.places:
                         self.atoms.append(atom)
                     self.places[id(atom)].append((name, dim))
+        self._sources: dict[int, set[str]] = defaultdict(set)
+        for use in trace.uses:
+            self._sources[use.source].add(_owner(use.tensor))
         self.read: dict[int, list[WeightUse]] = defaultdict(list)
         self.made: dict[int, list[WeightUse]] = defaultdict(list)
         for use in trace.uses:
@@ -406,7 +409,11 @@ class _Collector:
         by_input: dict[int, dict[str, None]] = defaultdict(dict)
         for use in uses:
             by_input[use.source][self._path(use)] = None
-        inputs = tuple(tuple(paths) for paths in by_input.values())
+        # Hooks are set at the first consumer of an input, which should read nothing else.
+        several = Counter(path for paths in self._sources.values() for path in paths)
+        inputs = tuple(
+            tuple(sorted(paths, key=lambda path: several[path] > 1)) for paths in by_input.values()
+        )
         consumers = tuple(dict.fromkeys(path for paths in inputs for path in paths))
         first = min((use.index for use in uses), default=self._first_index(atom))
         hidden = kind == "hidden"
