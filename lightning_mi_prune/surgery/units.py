@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS, parameters_of, place_linears
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, PruningPlan
+from lightning_mi_prune.graph.containers import stack_at
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.surgery.attention import fit_attentions
@@ -139,8 +140,7 @@ def apply_plan(
         )
     """
     now = full_plan(groups) if current is None else current
-    # Such as stacks of layers, which a plan of units keeps whole.
-    plan = plan.only(n for n in plan.sizes if n in now.sizes or plan.width(n) < plan.sizes[n])
+    plan = plan.only(n for n in plan.sizes if n in now.sizes or not _is_whole_stack(model, n, plan))
     kept = plan.positions_in(now)
     target = now.then(plan)
     check_empty(model, groups, target)
@@ -360,6 +360,11 @@ def _update_sizes(
             continue
         setattr(config, CONFIG_FIELD, record.to_json())
         setattr(config, GRAPH_FIELD, _graph_record(inside, path).to_json())
+
+
+def _is_whole_stack(model: nn.Module, name: str, plan: PruningPlan) -> bool:
+    """Whether a plan of layers and units keeps all layers of a stack, which no group names."""
+    return plan.width(name) == plan.sizes[name] and stack_at(model, name) is not None
 
 
 def _affected(
