@@ -602,7 +602,8 @@ def _discovered(model: nn.Module, forward: Forward, batch: Any) -> PruningGraph:
         few(model)
     except Exception:  # examples of the whole batch may belong together
         few = partial(run, batch)
-    _check_runs_copies(model, few)
+    with undisturbed(model):
+        _check_runs_copies(model, few)
     return discover_run(model, few)
 
 
@@ -621,7 +622,7 @@ def _check_runs_copies(model: nn.Module, run: Callable[[nn.Module], Any]) -> Non
         raise PruningError(
             f"forward runs {type(ran[0]).__name__} of the original model when it is given a copy, "
             "so no cut can be verified. Run the model that is passed in: "
-            "forward=lambda model, batch: model(batch)."
+            "forward=lambda model, batch: model(batch). Or give what can be cut: graph=."
         )
 
 

@@ -284,6 +284,8 @@ class RunEngine:
     def _begin_run(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Reconcile what a run resumes with and the options, now that it is known what may go."""
         session = self._session(trainer, module)
+        if self._given is None and self.state.graph is None:  # known from an earlier fit
+            self.state.graph = session.graph
         for dropped in self.strategy.reconcile(session):
             rank_zero_warn(dropped)
         for other in self._others(trainer):  # one run, one report: that of the first turn
@@ -335,8 +337,18 @@ class RunEngine:
         """Record, if the next epoch starts with a cut; the last validation before it counts."""
         self._forget_outdated(trainer)
         self._hold_patience(trainer)
+        if not self._awaits_batch:  # else its first batch shows first what there is to record
+            self._record(trainer, module)
+
+    def _record(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not self._collects(trainer) or not is_last_validation(trainer):
             return
+        if self._awaits_batch:
+            raise PruningError(
+                f"What {type(module).__name__} can lose is not known: neither its training_step "
+                "nor its validation_step runs a network whose outputs could be compared. Expected "
+                "steps that call it; or give graph=discover(model, ...)."
+            )
         self._stop_recording()
         self.state.calibration = None
         self.recorder = self.strategy.recorder(self._session(trainer, module)).__enter__()
@@ -345,7 +357,9 @@ class RunEngine:
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int, loader: int
     ) -> None:
         """Try a cut on the first batch; give every batch its share of the positions."""
-        self._discover(trainer, module, "validation_step", batch, loader)
+        if self._awaits_batch:
+            self._discover(trainer, module, "validation_step", batch, loader)
+            self._record(trainer, module)
         self._try(trainer, module, "validation_step", batch, loader)
         if self.recorder is not None:
             self.recorder.start_batch(*padded_rows(trainer, index, loader))
@@ -375,7 +389,8 @@ class RunEngine:
     def end_epoch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Log sizes; decide what to cut at the start of the next epoch, if that is open."""
         self._hold_patience(trainer)
-        for name, value in self._logged(trainer, module).items():
+        sizes = {} if self._awaits_batch else self._logged(trainer, module)
+        for name, value in sizes.items():
             module.log(
                 f"prune/{name}", float(value), on_step=False, on_epoch=True, rank_zero_only=True
             )
@@ -412,11 +427,13 @@ class RunEngine:
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int
     ) -> None:
         """Try a cut on the first batch; some resumptions skip the start of an epoch."""
-        self._discover(trainer, module, "training_step", batch)
+        if self._awaits_batch:
+            self._discover(trainer, module, "training_step", batch)
         self._try(trainer, module, "training_step", batch)
         self.carry_out(trainer, module)
         steps = self.strategy.steps
-        if steps is not None and self.state.calibration is None and self._collects(trainer):
+        collects = self._collects(trainer) and not self._awaits_batch
+        if steps is not None and self.state.calibration is None and collects:
             steps.begin(self._session(trainer, module), index)
 
     def end_step(self) -> None:
@@ -516,22 +533,27 @@ class RunEngine:
     ) -> None:
         """Find what can be pruned by what a step does, if that is not known.
 
-        Rank 0 finds it for all; with two callbacks the first one does.
+        Rank 0 finds it for all; with two callbacks the first one does. A step that runs no network
+        shows nothing: then one of another kind has to.
         """
-        if not self._awaits_batch:
-            return
         tracker = self._tracked()
         if not tracker.is_whole:
 
-            def find() -> PruningGraph:
+            def find() -> str:
+                needed = any(engine.strategy.needs_graph for engine in _engines(trainer))
                 try:
-                    return discover_in_step(trainer, module, step, batch, loader)
+                    found = discover_in_step(trainer, module, step, batch, loader)
                 except PruningError:
-                    if any(engine.strategy.needs_graph for engine in _engines(trainer)):
+                    if needed:
                         raise
-                    return PruningGraph()
+                    found = None
+                if found is None and needed:
+                    return ""
+                return (found or PruningGraph()).to_json()
 
-            text = broadcast_decision(trainer.strategy, lambda: find().to_json())
+            text = broadcast_decision(trainer.strategy, find)
+            if not text:
+                return
             tracker.extend(PruningGraph.from_json(text))
             rank_zero_info(f"Found in the first batch of {type(module).__name__}:\n{tracker.graph}")
             for engine in _engines(trainer):
@@ -552,7 +574,7 @@ class RunEngine:
     ) -> None:
         """Run a step once, on a copy of the whole module that was cut."""
         over = self.state.fitted.epochs and self._is_finished()
-        if trainer.state.fn != "fit" or self._dry_run.has(step) or over:
+        if trainer.state.fn != "fit" or self._dry_run.has(step) or over or self._awaits_batch:
             return
         self._dry_run.remember(step, batch, loader)
         session = self._session(trainer, module)

@@ -31,6 +31,7 @@ from lightning_mi_prune.core.running import (
     fixed_random_state,
     map_tensors,
 )
+from lightning_mi_prune.discovery.copies import tensor_outputs
 from lightning_mi_prune.discovery.discover import discover_run
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack
@@ -203,7 +204,7 @@ def _copied(batch: Any, device: torch.device) -> Any:
 
 def discover_in_step(
     trainer: pl.Trainer, module: pl.LightningModule, step: str, batch: Any, loader: int = 0
-) -> PruningGraph:
+) -> PruningGraph | None:
     """Find what a module can lose by what it does in a step; the module is only copied.
 
     The copy runs two examples, in evaluation mode, in single precision or better, and by itself:
@@ -216,11 +217,13 @@ def discover_in_step(
         batch: What the step is called with.
         loader: Index of its loader.
 
+    Returns:
+        What it can lose; None if the step runs no network, so that another one has to show it.
+
     Raises:
         PruningError: If the step cannot run on a copy, or nothing can be cut.
     """
-    whole = copy_module(module)
-    _detached_from(trainer)(whole)
+    whole, detach = copy_module(module), _detached_from(trainer)
     whole.__dict__["all_gather"] = _alone
     for part in whole.modules():
         if isinstance(part, Metric):
@@ -231,7 +234,7 @@ def discover_in_step(
         batch = map_tensors(batch, lambda x: x.float() if x.dtype in halves else x)
     autocast = trainer.precision_plugin.val_step_context
     tries = [
-        partial(_observed, step, given, loader, context)
+        partial(_observed, step, given, loader, context, detach)
         for context in (nullcontext, autocast)  # only some modules need theirs
         for given in (first_examples(batch), batch)
     ]
@@ -243,7 +246,7 @@ def discover_in_step(
                 f"copy in evaluation mode ({failure}). Expected a step that runs again on the same "
                 "batch; or give graph=discover(model, ...)."
             )
-        return discover_run(whole, run)
+        return discover_run(whole, run) if tensor_outputs(run(whole)) else None
 
 
 def _first_that_runs(
@@ -272,6 +275,7 @@ def _observed(
     batch: Any,
     loader: int,
     context: Callable[[], AbstractContextManager[Any]],
+    detach: Callable[[nn.Module], None],
     whole: nn.Module,
 ) -> dict[str, Any]:
     """Run a step; returns all that it makes: its result, what it logs, and its last outputs."""
@@ -285,6 +289,8 @@ def _observed(
         for name, value in values.items():
             log(name, value)
 
+    if getattr(whole, "_trainer", None) is None:  # a copy, which has no trainer yet
+        detach(whole)
     whole.__dict__.update(log=log, log_dict=log_dict)
     whole.eval()
     torch.manual_seed(0)  # a step that draws numbers draws the same each time

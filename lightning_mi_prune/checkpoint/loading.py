@@ -332,14 +332,22 @@ def _misfit(
 def _narrower(
     module: nn.Module, state: Mapping[str, Any]
 ) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
-    """The first tensor with fewer entries than the module's along some dimension, and no more."""
+    """The first tensor with fewer entries than the module's, where the weights look pruned.
+
+    What lost units is narrower in what makes them and in what reads them, so along first and along
+    other dimensions. Fewer labels, words or features are narrower along one of these alone.
+    """
+    found: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    narrower: set[bool] = set()
     for name, old in module.named_parameters(remove_duplicate=False):
         new = state.get(name)
         if not isinstance(new, Tensor) or new.ndim != old.ndim or new.shape == old.shape:
             continue
-        if all(a <= b for a, b in zip(new.shape, old.shape, strict=True)):
-            return name, tuple(new.shape), tuple(old.shape)
-    return None
+        sizes = list(zip(new.shape, old.shape, strict=True))
+        if all(a <= b for a, b in sizes):
+            found.append((name, tuple(new.shape), tuple(old.shape)))
+            narrower |= {dim == 0 for dim, (a, b) in enumerate(sizes) if a < b}
+    return found[0] if len(narrower) == 2 else None
 
 
 def _open(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_mi_prune.checkpoint.fitting import fitted_graph, with_found
 from lightning_mi_prune.checkpoint.loading import substitute_class
 from lightning_mi_prune.checkpoint.recorded import named_plan, present_plan, recorded_graph
 from lightning_mi_prune.checkpoint.stored_graph import check_stored
@@ -26,7 +28,7 @@ from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.surgery.parameters import config_numbers, shapes_at
-from lightning_mi_prune.surgery.tensors import tensor_of
+from lightning_mi_prune.surgery.tensors import replace_tensors, tensor_of, tensors_of
 from lightning_mi_prune.surgery.units import reshape_tensors
 
 __all__ = [
@@ -46,6 +48,8 @@ _HUB = (
 # While it opens a folder, transformers replaces methods of its classes; two threads at once would
 # leave them replaced, and no model of the process would have tied weights any more.
 _ONE_AT_A_TIME = threading.RLock()
+
+_OF_ATTENTION = ("heads", "query_heads", "head_dim")  # no other part reads their units
 
 
 def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -94,21 +98,13 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
 def _open(
     cls: Any, name_or_path: str | Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    concrete = _concrete(cls, name_or_path, kwargs)
-    found_anew = _graph_of_class(concrete, name_or_path, kwargs)
-    cuts: list[_Cut] = []
-
-    def build(config: Any, *inputs: Any, **options: Any) -> Any:
-        network, cut = _shaped(concrete, found_anew, name_or_path, config, *inputs, **options)
-        cuts.append(cut)
-        return network
-
-    # With all load errors by name, what may be ignored is decided below.
-    wanted = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    load = partial(_load, _concrete(cls, name_or_path, kwargs), name_or_path, args, kwargs)
     try:
-        network, found = substitute_class(concrete, build).from_pretrained(
-            name_or_path, *args, **wanted
-        )
+        cut, found = load(None)
+        if cut.may_cut_more(found):
+            graph = cut.discovered(name_or_path)
+            del cut
+            cut, found = load(graph)
     except Exception as error:
         if isinstance(error, RuntimeError) and "must match the size of tensor" in str(error):
             raise PruningError(
@@ -119,11 +115,43 @@ def _open(
         if _is_clear(error):
             raise
         raise _damage(error, cls, name_or_path) from error
+    network = cut.network
     _fill_shared(network, found["missing_keys"])
     ignores = bool(kwargs.get("ignore_mismatched_sizes"))
-    _check_loaded(network, cuts[-1], found, name_or_path, ignores)
-    cuts[-1].fill()
+    _check_loaded(network, cut, found, name_or_path, ignores)
+    cut.fill()
     return (network, found) if kwargs.get("output_loading_info") else network
+
+
+def _load(
+    concrete: Any,
+    source: str | Path,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    found_anew: PruningGraph | None,
+) -> tuple[_Cut, dict[str, Any]]:
+    """A network in the shape of its plan, with the weights, and the load errors by name.
+
+    Args:
+        concrete: Its class.
+        source: The folder.
+        args: Of the call.
+        kwargs: Of the call.
+        found_anew: What a call of this class shows, where the record may not be all of it.
+    """
+    cuts: list[_Cut] = []
+
+    def build(config: Any, *inputs: Any, **options: Any) -> Any:
+        def from_config(config: Any) -> Any:
+            return concrete(config, *inputs, **options)
+
+        cuts.append(_shaped(from_config, found_anew, source, config))
+        return cuts[-1].network
+
+    # With all load errors by name, what may be ignored is decided by the caller.
+    wanted = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    _, found = substitute_class(concrete, build).from_pretrained(source, *args, **wanted)
+    return cuts[-1], found
 
 
 def _is_clear(error: Exception) -> bool:
@@ -220,31 +248,6 @@ def _concrete(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> Any:
     return cls
 
 
-def _graph_of_class(
-    concrete: Any, source: str | Path, kwargs: Mapping[str, Any]
-) -> PruningGraph | None:
-    """The graph of a class that is not the one the folder was saved from; None for that one.
-
-    Other classes have other heads, which a record of the folder does not name: it is found in a
-    call of a model of this class, as built, with random weights.
-    """
-    given = kwargs.get("config")
-    config = copy.deepcopy(given)
-    if not hasattr(given, "to_dict"):
-        hub = {name: kwargs[name] for name in _HUB if name in kwargs}
-        config = concrete.config_class.from_pretrained(given or source, **hub)
-    if concrete.__name__ in (getattr(config, "architectures", None) or ()):
-        return None
-    record = PruningGraph.from_json(_recorded_text(config, source))
-    for name, number in config_numbers(record.groups, full_plan(record.groups)).items():
-        setattr(config, name, number)
-    for name in (CONFIG_FIELD, GRAPH_FIELD):
-        vars(config).pop(name, None)
-    with warnings.catch_warnings(), fixed_random_state(nn.Identity()):
-        warnings.simplefilter("ignore", PruningWarning)
-        return discover(concrete(config).eval())
-
-
 def _recorded_text(config: Any, source: str | Path) -> str:
     text = getattr(config, GRAPH_FIELD, None)
     if not isinstance(text, str):
@@ -256,39 +259,63 @@ def _recorded_text(config: Any, source: str | Path) -> str:
 
 
 def _shaped(
-    build: Callable[..., Any],
-    graph: PruningGraph | None,
-    source: str | Path,
-    config: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Any, _Cut]:
+    build: Callable[..., Any], found_anew: PruningGraph | None, source: str | Path, config: Any
+) -> _Cut:
     """Build a network in the shape of the plan in its config; no weights are loaded yet.
 
     Args:
-        build: The class of the network.
-        graph: What the class can lose; None for what the config records.
+        build: Builds the network from a config.
+        found_anew: What a call of it shows, where the record may not be all of it.
         source: The folder, for messages.
         config: A config of which no other object holds a reference.
-        args: Passed on.
-        kwargs: Passed on.
     """
     recorded = PruningGraph.from_json(_recorded_text(config, source)).groups
-    plan = _read(vars(config)) or full_plan(recorded)
+    whole = full_plan(recorded)
+    plan = _read(vars(config)) or whole
+    for name in sorted(set(plan.sizes) - set(whole.sizes)):
+        raise PruningError(
+            f"The plan of {source} cuts {name!r}, which the graph beside it does not name; "
+            f"expected one of {sorted(whole.sizes)[:6]}. Was config.json edited? Copy or save the "
+            "folder again."
+        )
+    plan = whole.joined(plan)
     # A part that is not in the folder is cut like the others if it is built like them.
     for name, number in _check_numbers(config, recorded, plan, source).items():
         setattr(config, name, number)
-    network = build(config, *args, **kwargs)
-    if graph is None:
-        graph = recorded_graph(network) or PruningGraph()
-    plan = present_plan(network, graph.groups)
-    _check_built(network, graph.groups, plan, source)
+    as_built = copy.deepcopy(config)
+    network = build(config)
+    _tie(network)
+    saved = getattr(config, "architectures", None) or ()
+    own = any(base.__name__ in saved for base in type(network).__mro__)
+    # In another class a head of the same name may read other units.
+    graph = recorded_graph(network) or PruningGraph()
+    graph = fitted_graph(graph, network, "" if own else _base(network).rstrip("."))
+    if found_anew is not None:
+        graph = fitted_graph(with_found(graph, found_anew), network)
+    now = present_plan(network, graph.groups)
+    _check_built(network, graph.groups, now, source)
     check_stored(network, graph, graph.full)
-    reshape_tensors(network, graph.groups, plan)
+    reshape_tensors(network, graph.groups, now)
     # The state dict of a module with a tracker contains the plan, which is expected here.
     known = getattr(network, "_keys_to_ignore_on_load_unexpected", None)
     network._keys_to_ignore_on_load_unexpected = {*(known or ()), r"lightning_mi_prune\.plan"}
-    return network, _Cut(network, graph.groups, plan)
+    narrowed = [group for group in recorded if plan.width(group.name) < group.size]
+    sizes = {group.size for group in narrowed if group.kind not in _OF_ATTENTION}
+    return _Cut(network, graph.groups, now, partial(_rebuilt, build, as_built), sizes)
+
+
+def _tie(network: Any) -> None:
+    """Share the tensors that are shared once weights are loaded; a graph names them once."""
+    ties = getattr(network, "all_tied_weights_keys", None) or {}
+    pairs = [(network.get_parameter(a), network.get_parameter(b)) for a, b in ties.items()]
+    replace_tensors(network, [(old, new) for old, new in pairs if old is not new])
+
+
+def _rebuilt(build: Callable[..., Any], config: Any) -> Any:
+    """The network as built, with random weights."""
+    for name in (CONFIG_FIELD, GRAPH_FIELD):
+        vars(config).pop(name, None)
+    return build(config).eval()
 
 
 def _check_built(
@@ -417,9 +444,15 @@ class _Cut:
     """Tensors of a network that a plan cuts, and which of them must be in the weights."""
 
     def __init__(
-        self, network: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan
+        self,
+        network: nn.Module,
+        groups: Sequence[DependencyGroup],
+        plan: PruningPlan,
+        rebuild: Callable[[], nn.Module],
+        sizes: Collection[int],
     ) -> None:
         self.network, self.groups, self.plan = network, groups, plan
+        self._rebuild, self._sizes = rebuild, sizes
         narrowed = [group for group in groups if plan.width(group.name) < group.size]
         self.shapes = shapes_at(network, groups, plan)
         self.dims: dict[str, set[int]] = {}
@@ -429,6 +462,34 @@ class _Cut:
                 self.dims.setdefault(s.tensor, set()).add(s.dim)
                 self.kinds.setdefault(s.tensor, set()).add(group.kind)
         self.base = _base(network)
+
+    def may_cut_more(self, found: Mapping[str, Any]) -> bool:
+        """Whether a part that the record does not name, such as a new head, may read what is cut.
+
+        Args:
+            found: The load errors.
+        """
+        names = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+        tensors = tensors_of(self.network)
+        lengths = {n for name in names - self.dims.keys() for n in tensors[name].shape}
+        return any(length % size == 0 for length in lengths for size in self._sizes)
+
+    def discovered(self, source: str | Path) -> PruningGraph:
+        """What a call of the network shows that it can lose, found as built with random weights.
+
+        Raises:
+            PruningError: If nothing is found.
+        """
+        network = self._rebuild()
+        with warnings.catch_warnings(), fixed_random_state(network):
+            warnings.simplefilter("ignore", PruningWarning)
+            try:
+                return discover(network)
+            except PruningError as error:
+                raise PruningError(
+                    f"{source} has no weights for a part of {type(network).__name__}, and which of "
+                    f"it must be cut is not known: {error} {_saved_from(network)}"
+                ) from error
 
     def needs(self, name: str, found: Mapping[str, Any]) -> bool:
         """Whether a missing tensor must be in the weights.

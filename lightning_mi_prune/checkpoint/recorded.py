@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -115,4 +116,10 @@ def _named_here(network: nn.Module, graph: PruningGraph) -> PruningGraph:
     inside = [part.name.startswith(stem) for part in graph.parts]
     if not prefix or has_base == any(inside):
         return graph
-    return graph.prefixed(prefix) if has_base else graph.under(prefix)
+    if not has_base:
+        return graph.under(prefix)
+    outside = graph.prefixed(prefix)  # the config is that of the whole network
+    return PruningGraph(
+        tuple(replace(group, network="") for group in outside.groups),
+        tuple(replace(stack, network="") for stack in outside.stacks),
+    )

@@ -26,6 +26,7 @@ from lightning_mi_prune.core.empty_linear import modules_of, parameters_of
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.boring import Classifier, trainer
+from tests.support.graphs import graph_of
 from tests.support.models import batch, build, outputs, random_plan
 from tests.support.runs import Module, fit
 
@@ -118,14 +119,27 @@ CLASSES = {
 EVERY = pytest.mark.parametrize("cls", CLASSES)
 
 
+def tracked(module):
+    """The tracker of a module that learned what it can lose, as after a first batch."""
+    tracker = PlanTracker.of(module)
+    tracker.adopt(graph_of(module))
+    return tracker
+
+
 def pruned(module):
     """A cut module with its plan, as after a run with the callback."""
     module.configure_model()
-    tracker = PlanTracker.of(module)
-    plan = random_plan(tracker.groups)
+    cut(module, tracked(module))
+    return module
+
+
+def cut(module, tracker, share=0.5, *, seed=0, empty=False):
+    plan = tracker.plan.joined(random_plan(tracker.groups, share, seed=seed))
+    if empty:
+        gone = {group.name: () for group in tracker.groups if group.may_be_empty}
+        plan = PruningPlan(plan.sizes, {**plan.kept, **gone})
     apply_plan(module, tracker.groups, plan)
     tracker.plan = plan
-    return module
 
 
 def save(module, path, *, weights_only=True):
@@ -373,15 +387,9 @@ def test_a_refused_load_leaves_the_module_as_it_was(kind, before, tmp_path):
     torch.save(spoiled(pruned(Classifier()).state_dict(), kind), tmp_path / "a.pt")
     module = Late() if before == "late" else Classifier()
     if before == "with a tracker":
-        assert PlanTracker.of(module).plan.is_full
+        assert tracked(module).plan.is_full
     elif before in ("cut otherwise", "emptied"):
-        tracker = PlanTracker.of(module)
-        plan = random_plan(tracker.groups, 0.75, seed=3)
-        if before == "emptied":
-            gone = {group.name: () for group in tracker.groups if group.may_be_empty}
-            plan = PruningPlan(plan.sizes, {**plan.kept, **gone})
-        apply_plan(module, tracker.groups, plan)
-        tracker.plan = plan
+        cut(module, tracked(module), 0.75, seed=3, empty=before == "emptied")
     # It takes no copy: all its entries are one.
     module.register_buffer("ones", torch.ones(1).expand(3), persistent=False)
     view = picture(module)
@@ -578,7 +586,7 @@ def test_a_refused_file_leaves_the_module_as_it_was(had_a_tracker, tmp_path):
     state["model.classifier.weight"] = torch.zeros(3, 5)
     torch.save(state, tmp_path / "a.pt")
     fresh = Classifier()
-    tracker = PlanTracker.of(fresh) if had_a_tracker else None
+    tracker = tracked(fresh) if had_a_tracker else None
     before = copy.deepcopy(fresh.state_dict())
     with pytest.raises(PruningError, match=r"'model.classifier.weight' has shape \(3, 5\)"):
         load_pruned(fresh, tmp_path / "a.pt")
@@ -604,7 +612,7 @@ def test_errors_of_the_module_itself_pass_through(tmp_path):
 
 def test_a_network_that_was_opened_cut_loads_its_own_training(tmp_path):
     net = build()
-    groups = PlanTracker(net).groups
+    groups = graph_of(net).groups
     apply_plan(net, groups, random_plan(groups))
     net.save_pretrained(tmp_path)
 

@@ -48,8 +48,7 @@ class Scored(Deep):
 
     def validation_step(self, batch, index):
         super().validation_step(batch, index)
-        score = torch.tensor(self.score(), dtype=torch.float64)
-        self.log("score", score, batch_size=1)
+        self.log("score", self.score(), batch_size=1)
 
     def score(self):
         return len(self.model.bert.encoder.layer) / 6
