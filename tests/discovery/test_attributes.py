@@ -17,7 +17,7 @@ from lightning_mi_prune.discovery.attributes import (
     sub_layouts,
 )
 from lightning_mi_prune.discovery.copies import structural_copy
-from lightning_mi_prune.discovery.discover import discover
+from lightning_mi_prune.discovery.discover import discover_run
 from lightning_mi_prune.discovery.search import solve, without_groups
 from lightning_mi_prune.discovery.verification import Verifier
 from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim, SizeAttribute
@@ -216,6 +216,6 @@ def test_a_stride_counts_no_units() -> None:
     torch.manual_seed(0)
     net, x = Squeeze(), torch.randn(2, 6, 4, 4)
     assert {number.attribute for number in numbers_of(net)} == {"in_channels", "out_channels"}
-    [group] = discover(net, x, kinds=["channels"]).groups
+    [group] = discover_run(net, lambda net: net(x), kinds=["channels"]).groups
     assert group.size == 2
     assert {a.module for a in group.attributes} == {"reduce", "expand"}
