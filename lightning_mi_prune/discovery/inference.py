@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.core.consumers import why_not_consumer, why_not_functional
 from lightning_mi_prune.core.functional import calling_modules, intercept_products
+from lightning_mi_prune.core.running import clear_caches
 from lightning_mi_prune.discovery.copies import results_of
 from lightning_mi_prune.discovery.hints import unit_arguments
 from lightning_mi_prune.discovery.labels import Candidate, kinds_of, names_of
@@ -122,6 +123,7 @@ def infer(module: nn.Module, run: Callable[[nn.Module], Any]) -> Inference:
         ('0.ffn', 'ffn', 8, ('2',))
     """
     products: Counter[tuple[str, int]] = Counter()
+    clear_caches(module.modules())  # or what was computed from parameters before is a constant
     recording = record_call(module, partial(_with_products, products, run))
     trace = Trace(recording.tensors)
     selected = _selected_arguments(module, recording)
