@@ -13,9 +13,10 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,9 @@ __all__ = ["Outcome", "check_groups", "first_output", "halved", "places"]
 
 TOLERANCE = 1e-4  # of the largest output, in float32; what exceeds it is tried in float64
 PARTS = 8  # normalisations over parts of a dimension are restricted up to so many
+
 SHARE = 3  # one in so many units goes
+Manager: TypeAlias = AbstractContextManager[Any]
 
 
 @dataclass
@@ -145,10 +148,23 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return named | dict(model.named_parameters(remove_duplicate=False))
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode without what some modules keep there until they train again."""
+    found = copy.deepcopy(model)
+    _forget(found)
+    return found
+
+
+def _forget(model: nn.Module) -> None:
+    """Let modules drop what they keep in evaluation mode; ``train`` need not return the model."""
+    model.train()
+    model.eval()
+
+
 @torch.no_grad()
 def _masked(model: nn.Module, geometry: Geometry, kept: Mapping[str, Sequence[int]]) -> nn.Module:
     """A copy whose removed units are zero in every tensor but variances."""
-    masked = copy.deepcopy(model)
+    masked = _copied(model)
     tensors = _tensors(masked)
     for (name, dim), positions in geometry.chosen(kept).items():
         tensor = tensors[name]
@@ -163,7 +179,7 @@ def _permuted(
     model: nn.Module, geometry: Geometry, order: Mapping[str, Sequence[int]]
 ) -> nn.Module:
     """A copy whose units stand in another order in every tensor."""
-    found = copy.deepcopy(model)
+    found = _copied(model)
     tensors, done = _tensors(found), set[tuple[int, int]]()
     for (name, dim), positions in geometry.chosen(order).items():
         tensor = tensors[name]
@@ -177,7 +193,7 @@ class RestrictedNorms(TorchFunctionMode):
     """Normalisations over a dimension with removed units take the statistics of the others.
 
     Layer and root-mean-square normalisations of torch are recognised by their width, those that
-    transformers write in Python by their mean over the last dimension.
+    libraries write in Python by their mean over one dimension.
 
     Args:
         alive: For the width of a dimension, the positions that stay.
@@ -193,19 +209,18 @@ class RestrictedNorms(TorchFunctionMode):
             found = self._positions(args[0])
             if found is not None and args[0].shape[-1] == args[1][-1]:
                 return self._normalised(func, found, args, kwargs)
-        if func is Tensor.mean and isinstance(args[0], Tensor):
-            dims = args[1] if len(args) > 1 else kwargs.get("dim")
-            last = args[0].ndim - 1
-            found = self._positions(args[0]) if dims in (-1, [-1], (-1,), last) else None
-            if found is not None:
-                return func(*args, **kwargs) * (args[0].shape[-1] / len(found))
+        if func in (Tensor.mean, torch.mean) and isinstance(args[0], Tensor):
+            dim = _single(args[1] if len(args) > 1 else kwargs.get("dim"))
+            found = None if dim is None else self._positions(args[0], dim)
+            if dim is not None and found is not None:
+                return func(*args, **kwargs) * (args[0].shape[dim] / len(found))
         return func(*args, **kwargs)
 
-    def _positions(self, tensor: Tensor) -> Tensor | None:
+    def _positions(self, tensor: Tensor, dim: int = -1) -> Tensor | None:
         """Positions that stay, of a tensor that is zero at all others."""
         for width, positions in self.alive:
-            if tensor.ndim and tensor.shape[-1] == width:
-                rest = tensor.detach().index_fill(-1, positions, 0)
+            if tensor.ndim and tensor.shape[dim] == width:
+                rest = tensor.detach().index_fill(dim, positions, 0)
                 if not rest.any():
                     return positions
         return None
@@ -218,6 +233,13 @@ class RestrictedNorms(TorchFunctionMode):
                 given[name] = given[name].index_select(0, found)
         out = func(args[0].index_select(-1, found), (len(found),), **given)
         return torch.zeros_like(args[0]).index_copy(-1, found, out)
+
+
+def _single(dims: Any) -> int | None:
+    """The dimension, if it is a single one."""
+    if isinstance(dims, (list, tuple)) and len(dims) == 1:
+        dims = dims[0]
+    return dims if isinstance(dims, int) else None
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
@@ -314,7 +336,8 @@ def _case(
         if found.verdict == "wrong":
             try:
                 doubled, given = _doubled(model, inputs)
-                _run(doubled, given)
+                with torch.no_grad():
+                    _run(doubled, given)
             except Exception:  # some mix in float32: the first answer stands
                 return found
             found = _compared(doubled, given, groups, chosen, seed, TOLERANCE)
@@ -334,31 +357,37 @@ def _compared(
     tolerance: float,
 ) -> Outcome:
     geometry, kept = Geometry.of(groups), _third(chosen, seed)
+    masked, places_kept = _masked(model, geometry, kept), geometry.chosen(kept)
     with torch.no_grad():
-        whole = _run(model, inputs)
-    masked, cut = _masked(model, geometry, kept), _cut(model, groups, kept)
-    got = _run(cut, inputs)
-    want = _run(masked, inputs)
-    effect = _distance(want.detach(), whole)
+        whole = _run(model, inputs)  # before the cut, as in use
+        cut = _cut(model, groups, kept)
+        got, want = _run(cut, inputs), _run(masked, inputs)
+    effect = _distance(want, whole)
     if got.shape != want.shape:
         return Outcome("wrong", f"outputs of {tuple(got.shape)}, not {tuple(want.shape)}", effect)
     if not got.isfinite().all() and whole.isfinite().all():
         return Outcome("wrong", "outputs are not finite", effect)
-    verdict, off = "exact", _distance(got.detach(), want.detach())
+    off = _distance(got, want)
     moved = _reordered(model, inputs, geometry, chosen, whole, seed)
     if moved > tolerance:
         return Outcome("wrong", f"another order of units moves outputs by {moved:.1e}", effect)
-    if off > tolerance:
-        _clear_inputs_of_norms(masked, geometry.chosen(kept))
-        with RestrictedNorms(_alive(model, geometry, kept)):
-            want = _run(masked, inputs)
-        verdict = "exact with restricted norms"
-        if _distance(got.detach(), want.detach()) > tolerance:
-            if all(group.kind != "hidden" for group in chosen):
-                return Outcome("wrong", f"cut and masked model differ by {off:.1e}", effect)
-            verdict = "ran"
-    count, reason = _gradients(cut, masked, got, want, geometry.chosen(kept), verdict, tolerance)
-    return Outcome("wrong" if reason else verdict, reason, effect, count)
+    whole_norms: Manager = nullcontext()
+    if off <= tolerance:
+        count, reason = _gradients(cut, masked, inputs, whole_norms, places_kept, tolerance)
+        if not reason:
+            return Outcome("exact", "", effect, count)
+    _clear_inputs_of_norms(masked, places_kept)
+    norms = RestrictedNorms(_alive(model, geometry, kept))
+    with torch.no_grad(), norms:
+        want = _run(masked, inputs)
+    if _distance(got, want) <= tolerance:
+        count, reason = _gradients(cut, masked, inputs, norms, places_kept, tolerance)
+        verdict = "wrong" if reason else "exact with restricted norms"
+        return Outcome(verdict, reason, effect, count)
+    if all(group.kind != "hidden" for group in chosen):
+        return Outcome("wrong", f"cut and masked model differ by {off:.1e}", effect)
+    count, reason = _gradients(cut, masked, inputs, norms, places_kept, float("inf"))
+    return Outcome("wrong" if reason else "ran", reason, effect, count)
 
 
 def _alive(
@@ -423,13 +452,21 @@ def _reordered(
 def _gradients(
     cut: nn.Module,
     masked: nn.Module,
-    got: Tensor,
-    want: Tensor,
+    inputs: Inputs,
+    norms: Manager,
     kept: Mapping[tuple[str, int], Sequence[int]],
-    verdict: str,
     tolerance: float,
 ) -> tuple[int, str]:
-    """Compare gradients of the cut model with those of the masked one at what stays."""
+    """Compare gradients of the cut model with those of the masked one at what stays.
+
+    With an infinite tolerance they only have to be there, and finite.
+    """
+    for network in (cut, masked):
+        _forget(network)
+        network.zero_grad()
+    got = _run(cut, inputs)
+    with norms:
+        want = _run(masked, inputs)
     torch.autograd.backward([got.square().sum(), want.square().sum()])
     mine = dict(cut.named_parameters(remove_duplicate=False))
     count = 0
@@ -447,7 +484,9 @@ def _gradients(
             continue
         if not found.isfinite().all():
             return count, f"the gradient of {name} is not finite"
-        if verdict == "ran" or left.shape != found.shape:  # a shared one, cut under another name
+        if (
+            tolerance == float("inf") or left.shape != found.shape
+        ):  # a shared one, cut under another name
             continue
         scale = float(left.abs().max())
         if float((found - left).abs().max()) > 100 * tolerance * scale + 1e-5:

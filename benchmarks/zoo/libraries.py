@@ -52,7 +52,7 @@ FAMILIES: dict[str, int] = {
     "beit_base_patch16_224": 64,
     "eva02_tiny_patch14_224": 56,
     "cait_xxs24_224": 64,
-    "coat_lite_tiny": 64,
+    "coat_lite_tiny": 224,
     "coatnet_nano_rw_224": 224,
     "convit_tiny": 64,
     "crossvit_tiny_240": 240,
@@ -89,7 +89,7 @@ FAMILIES: dict[str, int] = {
 """A small member of each family of timm, and the size of its images."""
 
 RESIZED = ("vit_", "deit", "beit", "eva02", "cait", "convit", "mixer", "mvitv2", "resmlp")
-RESIZED_TOO = ("swin", "tiny_vit", "tnt", "volo", "pit_")
+RESIZED_TOO = ("swin", "tnt", "volo", "pit_")
 
 
 def _images(size: int) -> Inputs:

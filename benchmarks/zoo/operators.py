@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,13 +46,15 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         >>> nms(boxes, torch.tensor([0.5, 0.9, 0.1]), 0.5)
         tensor([1, 2])
     """
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    kept, left = [], scores.argsort(descending=True)
+    order = scores.detach().argsort(descending=True).numpy()
+    places = boxes.detach().numpy()  # one operator of torch for each box would be recorded
+    area = (places[:, 2:] - places[:, :2]).prod(1)
+    kept, left = list[int](), order
     while len(left):
         best, left = left[0], left[1:]
-        kept.append(best)
-        low = torch.maximum(boxes[best, :2], boxes[left, :2])
-        high = torch.minimum(boxes[best, 2:], boxes[left, 2:])
-        shared = (high - low).clamp(min=0).prod(1)
+        kept.append(int(best))
+        low = np.maximum(places[best, :2], places[left, :2])
+        high = np.minimum(places[best, 2:], places[left, 2:])
+        shared = (high - low).clip(min=0).prod(1)
         left = left[shared <= iou_threshold * (area[best] + area[left] - shared)]
-    return torch.stack(kept) if kept else torch.empty(0, dtype=torch.long)
+    return torch.tensor(kept, dtype=torch.long)

@@ -115,10 +115,13 @@ class LayerStrategy:
         else:
             mine = [stack for stack in stacks if stack.name in self._paths]
         if not mine:
+            refused = [r for r in session.graph.refused if r.kind == "depth"]
+            why = "; ".join(f"{each.name!r} can lose none: {each.reason}" for each in refused)
             raise PruningError(
                 f"No stack of layers was found in {type(module).__name__}"
                 f"{f' below module={self._within!r}' if self._within else ''}; expected layers "
                 f"that run one after another. There are {[s.name for s in stacks] or 'none'}."
+                f"{f' {why}.' if why else ''}"
             )
         self._stacks = without_frozen(module, mine)
         _check_reached(module, self._names)

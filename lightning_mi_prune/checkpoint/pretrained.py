@@ -49,7 +49,7 @@ _HUB = (
 # leave them replaced, and no model of the process would have tied weights any more.
 _ONE_AT_A_TIME = threading.RLock()
 
-_OF_ATTENTION = ("heads", "kv_heads", "head_dim")  # no other part reads their units
+_OF_ATTENTION = ("heads", "query_heads", "head_dim")  # no other part reads their units
 
 
 def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:

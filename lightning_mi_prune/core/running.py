@@ -6,7 +6,7 @@ import copy
 import inspect
 import random
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from lightning_mi_prune.core.errors import PruningError
 __all__ = [
     "TensorRecord",
     "call_step",
+    "clear_caches",
     "clone_batch",
     "copy_networks",
     "evaluating",
@@ -51,6 +52,36 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     """Evaluation mode, without gradients; training flags are restored."""
     with _evaluation_mode(network), torch.no_grad():
         yield
+
+
+def clear_caches(modules: Iterable[nn.Module]) -> None:
+    """Let modules with a ``train`` of their own drop what they computed from their parameters.
+
+    Some store it in evaluation mode until they train again, as the attention of LeViT in timm does
+    with its position biases. Training flags stay as they are.
+
+    Args:
+        modules: Modules whose parameters changed; others in them are not asked.
+
+    Example:
+        >>> class Cached(nn.Linear):
+        ...     def train(self, mode=True):
+        ...         self.cache = None
+        ...         return super().train(mode)
+        >>> layer = Cached(2, 2).eval()
+        >>> layer.cache = layer.weight.sum()
+        >>> clear_caches([layer])
+        >>> layer.cache, layer.training
+        (None, False)
+    """
+    for module in modules:
+        if type(module).train is not nn.Module.train:
+            flags = [(part, part.training) for part in module.modules()]
+            mode = module.training
+            module.train(True)
+            module.train(mode)
+            for part, training in flags:  # inner ones may have differed
+                part.training = training
 
 
 def copy_networks(

@@ -34,6 +34,7 @@ __all__ = [
 _Key: TypeAlias = tuple[str, str, Layout]  # patterns of module and layout, and the attribute
 
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+_NO_COUNT = re.compile(r"(^|_)(strides?|padding|dilations?|kernel_size|ratio)$")  # of no units
 _LONGEST = 16  # entries of a list of numbers that is looked at
 _MOST_BLOCKS = 12  # of a layout whose partial sums are looked at
 
@@ -66,6 +67,9 @@ class Number:
 def numbers_of(module: nn.Module) -> list[Number]:
     """The numbers from 2 in attributes, lists and configs of modules; not those of ``torch.nn``.
 
+    Nor strides and the like, by their names: a small one may equal a number of units by chance,
+    and the outputs need not show it.
+
     Example:
         >>> net = nn.Module()
         >>> net.heads, net.sizes = 4, [3, 5]
@@ -87,6 +91,8 @@ def _of_torch(module: nn.Module) -> bool:
 
 
 def _numbers(name: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
+    if _NO_COUNT.search(name):
+        return
     if type(value) is int:
         if value > 1:
             yield name, value

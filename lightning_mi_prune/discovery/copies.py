@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_mi_prune.core.running import evaluating, fixed_random_state
+from lightning_mi_prune.core.running import clear_caches, evaluating, fixed_random_state
 from lightning_mi_prune.surgery.attention import slow_path
 from lightning_mi_prune.surgery.verification import copy_module
 
@@ -48,7 +48,9 @@ def structural_copy(module: nn.Module, *, buffers: bool = False) -> nn.Module:
         (False, True)
     """
     shared: list[Tensor] = [*module.parameters(), *([] if buffers else module.buffers())]
-    return copy_module(module, {id(tensor): tensor for tensor in shared}).eval()
+    copied = copy_module(module, {id(tensor): tensor for tensor in shared}).eval()
+    clear_caches(copied.modules())
+    return copied
 
 
 def run_once(module: nn.Module, run: Run, *modes: Any) -> Any:
@@ -190,6 +192,7 @@ def tensor_at(module: nn.Module, name: str) -> Tensor | None:
 def put_tensors(module: nn.Module, replaced: Mapping[int, Tensor]) -> None:
     """Replace parameters and buffers of a copy in every module that holds them, by their ``id``."""
     new: dict[int, Tensor] = {}
+    changed: dict[nn.Module, None] = {}
     for part in module.modules():
         held = (*part.named_parameters(recurse=False, remove_duplicate=False),)
         held += (*part.named_buffers(recurse=False, remove_duplicate=False),)  # type: ignore[arg-type]
@@ -199,6 +202,8 @@ def put_tensors(module: nn.Module, replaced: Mapping[int, Tensor]) -> None:
                 if isinstance(old, nn.Parameter):
                     value = new.setdefault(id(old), nn.Parameter(value, old.requires_grad))
                 setattr(part, name, value)
+                changed[part] = None
+    clear_caches(changed)
 
 
 def first_line(error: BaseException) -> str:

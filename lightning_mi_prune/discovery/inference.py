@@ -9,7 +9,7 @@ that no layer reads, such as the dimensions of queries and keys, have no consume
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.core.consumers import why_not_consumer, why_not_functional
 from lightning_mi_prune.core.functional import calling_modules, intercept_products
+from lightning_mi_prune.core.running import clear_caches
 from lightning_mi_prune.discovery.copies import results_of
 from lightning_mi_prune.discovery.hints import unit_arguments
 from lightning_mi_prune.discovery.labels import Candidate, kinds_of, names_of
@@ -122,14 +123,19 @@ def infer(module: nn.Module, run: Callable[[nn.Module], Any]) -> Inference:
         ('0.ffn', 'ffn', 8, ('2',))
     """
     products: Counter[tuple[str, int]] = Counter()
+    clear_caches(module.modules())  # or what was computed from parameters before is a constant
     recording = record_call(module, partial(_with_products, products, run))
     trace = Trace(recording.tensors)
     selected = _selected_arguments(module, recording)
-    for operator in _used_operators(recording):
+    live = {operator.index for operator in _operators_behind(recording, ())}
+    for operator in _operators_behind(recording, _uses_of_parameters(recording)):
         with ExitStack() as stack:
             for tensor, dim in selected.get(operator.index, ()):
                 stack.enter_context(trace.apart(tensor, dim))
+            uses = len(trace.uses)
             follow(trace, operator)
+            if operator.index not in live:
+                del trace.uses[uses:]  # nothing to calibrate: no loss depends on it
     _fix_results(trace, recording.output)
     return _Collector(module, recording, trace, products).collect()
 
@@ -166,25 +172,35 @@ def _selected_arguments(
     return found
 
 
-def _used_operators(recording: Recording) -> list[Operator]:
-    """Operators whose results matter, or that use a parameter: others served to read a shape.
+def _operators_behind(recording: Recording, also: Collection[int]) -> list[Operator]:
+    """Operators whose results matter for the output or for some others, by their indices.
 
-    A pooler whose output nobody reads must still run in the cut module.
+    The rest only served to read a shape.
     """
     wanted = {id(tensor) for tensor in tensors_in(recording.output)}
-    weights = {id(t) for t in recording.tensors.values() if isinstance(t, nn.Parameter)}
-    for operator in recording.operators:
-        if operator.name in _VIEWS and id(operator.inputs[0]) in weights:
-            weights |= {id(tensor) for tensor in operator.outputs}
     found = []
     for operator in reversed(recording.operators):
         inputs = {id(tensor) for tensor in operator.inputs}
         outputs = {id(tensor) for tensor in operator.outputs}
-        multiplied = bool(inputs & weights) and not outputs <= weights
-        if not outputs or outputs & wanted or outputs & inputs or multiplied:
+        if not outputs or outputs & wanted or outputs & inputs or operator.index in also:
             wanted |= inputs
             found.append(operator)
     return found[::-1]
+
+
+def _uses_of_parameters(recording: Recording) -> set[int]:
+    """Operators that compute with a parameter, such as a pooler whose output nobody reads.
+
+    They must run in the cut module too.
+    """
+    weights = {id(t) for t in recording.tensors.values() if isinstance(t, nn.Parameter)}
+    found = set()
+    for operator in recording.operators:
+        if operator.name in _VIEWS and id(operator.inputs[0]) in weights:
+            weights |= {id(tensor) for tensor in operator.outputs}
+        elif any(id(tensor) in weights for tensor in operator.inputs):
+            found.add(operator.index)
+    return found
 
 
 def _fix_results(trace: Trace, output: Any) -> None:
@@ -261,6 +277,9 @@ class _Collector:
                     if id(atom) not in self.places:
                         self.atoms.append(atom)
                     self.places[id(atom)].append((name, dim))
+        self._sources: dict[int, set[str]] = defaultdict(set)
+        for use in trace.uses:
+            self._sources[use.source].add(_owner(use.tensor))
         self.read: dict[int, list[WeightUse]] = defaultdict(list)
         self.made: dict[int, list[WeightUse]] = defaultdict(list)
         for use in trace.uses:
@@ -392,7 +411,11 @@ class _Collector:
         by_input: dict[int, dict[str, None]] = defaultdict(dict)
         for use in uses:
             by_input[use.source][self._path(use)] = None
-        inputs = tuple(tuple(paths) for paths in by_input.values())
+        # Hooks are set at the first consumer of an input, which should read nothing else.
+        several = Counter(path for paths in self._sources.values() for path in paths)
+        inputs = tuple(
+            tuple(sorted(paths, key=lambda path: several[path] > 1)) for paths in by_input.values()
+        )
         consumers = tuple(dict.fromkeys(path for paths in inputs for path in paths))
         first = min((use.index for use in uses), default=self._first_index(atom))
         hidden = kind == "hidden"

@@ -83,6 +83,8 @@ def _kind(
         return "hidden"
     if one.convolution:
         return "channels"
+    if not one.producers:
+        return "hidden"  # the width of a table, such as that of relative positions
     return "pooler" if attends and items == {""} and not one.positions else "ffn"
 
 

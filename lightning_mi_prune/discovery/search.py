@@ -35,6 +35,8 @@ __all__ = [
 Claims = Mapping[tuple[str, str], SizeAttribute]
 
 _MOST = {1: 8, 2: 5, 3: 4}  # numbers of which sets of each size are tried
+_LATE = "not verified in the time given; more seconds may be enough"
+_RESERVE = 0.3  # of the time that is left, to verify what passed all at once
 _MOST_TIME = 0.2  # of what is left, for the numbers of one class of groups
 _LOCAL = 0.6  # nearness from which a number that is not seen is taken to describe a group
 _DESCRIBES = re.compile(
@@ -142,10 +144,9 @@ def solve(
     try:
         search.run()
     except OutOfTime:
-        late = "not verified in the time given; more seconds may be enough"
         for name in search.groups:
             if name not in search.accepted:
-                search.reasons.setdefault(name, late)
+                search.reasons.setdefault(name, _LATE)
     return search.solution()
 
 
@@ -305,20 +306,38 @@ class _Search:
         """Verify classes, search their numbers, tie what passes only together; then all at once."""
         failed: list[tuple[list[str], Outcome]] = []
         passed: list[tuple[list[str], Claims]] = []
-        self.halve(classes, guess, passed, failed)
-        failed, guess = self.tie(failed, passed, guess)
-        for names, outcome in failed:
-            found, outcome = self.search(names, outcome, self.claims)
-            whole = names
-            if found is None:
-                whole = self.alone(names, guess) if len(names) > 1 else []
-                found = _naming(guess, whole)
-            if whole:
-                passed.append((whole, found))
-            for name in names:
-                if name not in whole:
-                    self.reasons[name] = _reason(outcome)
+        reserve = _RESERVE * self.verifier.left
+        self.verifier.extend(-reserve)
+        try:
+            self.halve(classes, guess, passed, failed)
+            failed, guess = self.tie(failed, passed, guess)
+            for names, outcome in failed:
+                self.one(names, outcome, guess, passed)
+        except OutOfTime:  # what passed until then is accepted
+            done = {name for names, _ in passed for name in names} | {*self.accepted}
+            for name in self.groups.keys() - done:
+                self.reasons.setdefault(name, _LATE)
+        self.verifier.extend(reserve)
         self.together(passed)
+
+    def one(
+        self,
+        names: list[str],
+        outcome: Outcome,
+        guess: Claims,
+        passed: list[tuple[list[str], Claims]],
+    ) -> None:
+        """Search the numbers of one class, or find those of its groups that pass."""
+        found, outcome = self.search(names, outcome, self.claims)
+        whole = names
+        if found is None:
+            whole = self.alone(names, guess) if len(names) > 1 else []
+            found = _naming(guess, whole)
+        if whole:
+            passed.append((whole, found))
+        for name in names:
+            if name not in whole:
+                self.reasons[name] = _reason(outcome)
 
     def together(self, passed: Sequence[tuple[list[str], Claims]]) -> None:
         """Accept classes that passed alone, as many of them at once as possible."""
@@ -455,7 +474,14 @@ class _Search:
             targets = first * len(second) if len(first) == 1 else first
             renamed = self.merge(dict(zip(second, targets, strict=True)), halves=halves)
             mine = _naming(renamed(guess), first)
-            if self.check(first, {**mine, **self.claims}).equal or self.rescaled(first, mine):
+            try:
+                same = self.check(first, {**mine, **self.claims}).equal or self.rescaled(
+                    first, mine
+                )
+            except OutOfTime:
+                self.verifier, self.groups, self.claims = before
+                raise
+            if same:
                 guess = renamed(guess)
                 passed[:] = [*((names, renamed(claims)) for names, claims in passed), (first, mine)]
                 left = [names for names in left if names not in (first, second)]

@@ -105,7 +105,12 @@ class Verifier:
         reductions: Operators of that call that compute statistics over units.
         sizes: Size of every group, by name.
         seconds: Time after which :class:`OutOfTime` is raised.
+
+    Attributes:
+        clock: What the time is read from.
     """
+
+    clock: Callable[[], float] = staticmethod(time.monotonic)
 
     def __init__(
         self,
@@ -120,7 +125,7 @@ class Verifier:
         self.runs = 0
         self._run = run
         self._reductions = tuple(reductions)
-        self._end = time.monotonic() + seconds
+        self._end = self.clock() + seconds
         self._masked: tuple[object, dict[int, Tensor], list[Any], list[Tensor]] | None = None
         self._use_single_precision()
 
@@ -179,7 +184,11 @@ class Verifier:
     @property
     def left(self) -> float:
         """Seconds that are left."""
-        return self._end - time.monotonic()
+        return self._end - self.clock()
+
+    def extend(self, seconds: float) -> None:
+        """Move the end by some seconds; earlier ones are kept for what comes afterwards."""
+        self._end += seconds
 
     def call(self, module: nn.Module, *modes: Any) -> list[Tensor]:
         """The outputs of a copy.

@@ -12,9 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_mi_prune.core.empty_linear import KEPT_UNITS, parameters_of, place_linears
+from lightning_mi_prune.core.empty_linear import (
+    KEPT_UNITS,
+    linear_at,
+    parameters_of,
+    place_linears,
+)
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, PruningPlan
+from lightning_mi_prune.core.running import clear_caches
+from lightning_mi_prune.graph.containers import stack_at
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.surgery.attention import fit_attentions
@@ -139,8 +146,7 @@ def apply_plan(
         )
     """
     now = full_plan(groups) if current is None else current
-    # Such as stacks of layers, which a plan of units keeps whole.
-    plan = plan.only(n for n in plan.sizes if n in now.sizes or plan.width(n) < plan.sizes[n])
+    plan = plan.only(n for n in plan.sizes if n in now.sizes or not _is_whole_stack(model, n, plan))
     kept = plan.positions_in(now)
     target = now.then(plan)
     check_empty(model, groups, target)
@@ -346,6 +352,7 @@ def _update_sizes(
     for group in mine:
         _set_forward(model, group, plan.kept[group.name])
     fit_attentions(model, (s.tensor for group in mine for s in group.tensors))
+    clear_caches(_changed_modules(model, mine))
     for path in sorted({group.network for group in mine}):
         config = own_config(model, path)
         if config is None:
@@ -360,6 +367,18 @@ def _update_sizes(
             continue
         setattr(config, CONFIG_FIELD, record.to_json())
         setattr(config, GRAPH_FIELD, _graph_record(inside, path).to_json())
+
+
+def _is_whole_stack(model: nn.Module, name: str, plan: PruningPlan) -> bool:
+    """Whether a plan of layers and units keeps all layers of a stack, which no group names."""
+    return plan.width(name) == plan.sizes[name] and stack_at(model, name) is not None
+
+
+def _changed_modules(model: nn.Module, groups: Sequence[DependencyGroup]) -> list[nn.Module]:
+    """The modules that hold a tensor or a number of groups, each once."""
+    paths = [s.tensor.rpartition(".")[0] for group in groups for s in group.tensors]
+    paths += [number.module for group in groups for number in group.attributes]
+    return list(dict.fromkeys(linear_at(model.get_submodule(path)) for path in paths))
 
 
 def _affected(

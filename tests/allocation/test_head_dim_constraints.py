@@ -18,11 +18,12 @@ from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.options import Constraints, Importance, Latency
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.graph.graph import PruningGraph, choose_groups
 from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.surgery.transaction import cut_model
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.allocation.test_latency_table import ruler
-from tests.support.graphs import groups_of, stacks_of
+from tests.support.graphs import graph_of, groups_of, stacks_of
 from tests.support.head_dims import FAMILIES, SMALL, UNITS, lesson, loss, tiny
 from tests.support.models import build, entries_of, outputs, partner_of
 
@@ -68,7 +69,8 @@ def test_a_table_without_dimensions_of_heads_is_refused(tmp_path):
     model, inputs = tiny()
     path = tmp_path / "latency.json"
     groups, call = groups_of(model), RecordedCall((), inputs)
-    measure_table(model, groups, {"": call}, kinds=["ffn", "heads"], clock=ruler).write(path)
+    kinds = ["ffn", "heads", "hidden", "pooler"]
+    measure_table(model, groups, {"": call}, kinds=kinds, clock=ruler).write(path)
     budget = Budget(target_latency_ms=0.5)
     method = {"importance": Importance(relevance="gradient"), "latency": Latency(str(path))}
     with pytest.raises(
@@ -90,7 +92,7 @@ def test_projections_with_one_weight_cannot_be_rotated(one, other):
     inner = model.bert.encoder.layer[1].attention.self
     getattr(inner, other).weight = getattr(inner, one).weight
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(PruningError, match=rf"{one}.weight' and .*{other}.weight' are one parame"):
+    with pytest.raises(PruningError, match="names 'head_dim'; this model has"):
         prune(model, lesson("bert"), 0.5, loss=loss, kinds=UNITS)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     prune(model, lesson("bert"), 0.5, loss=loss)  # heads alone may
@@ -151,21 +153,24 @@ def test_a_rotation_of_another_model_is_refused():
         apply_plan(model, groups, plan, rotated={name: {0: torch.eye(6).expand(4, 6, 6)}})
 
 
-@pytest.mark.parametrize("family", ["albert", "deberta-v2"])
-def test_attention_that_needs_more_than_products_has_no_such_group(family):
-    assert not any(group.kind == "head_dim" for group in groups_of(build(family)))
+def test_attention_that_needs_more_than_products_is_not_rotated():
+    groups = groups_of(build("deberta-v2"))
+    assert not any(group.rotation for group in groups)
+    with pytest.raises(PruningError, match="which no layer reads alone"):
+        choose_groups(groups, kinds=["head_dim"])
 
 
 def test_groups_found_after_a_layer_was_removed_are_paired_in_their_own_layer():
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**{**SMALL, "num_hidden_layers": 3}))
-    tracker = PlanTracker.of(model, stacks_of)
+    tracker = PlanTracker(model, PruningGraph(stacks=tuple(stacks_of(model))))
     (stack,) = tracker.graph.stacks
     plan = tracker.graph.keep_layers(tracker.plan, {stack.name: (0, 2)})
     done = cut_model(model, tracker.graph, plan, current=tracker.plan)
     tracker.plan = done.after
     tracker.store(done.removed)
-    groups = {group.name: group for group in PlanTracker.of(model, groups_of).groups}
+    tracker.extend(graph_of(model))
+    groups = {group.name: group for group in tracker.groups}
     crossing = {name: partner_of(group) for name, group in groups.items() if partner_of(group)}
     assert {name.rpartition(".")[0] for name in crossing} >= {f"{stack.name}.2"}
     for name, crossed in crossing.items():

@@ -23,6 +23,7 @@ from lightning_mi_prune.calibration.layers import LayerRecorder
 from lightning_mi_prune.core.options import Importance, Reconstruction
 from lightning_mi_prune.graph.containers import layer_paths
 from lightning_mi_prune.graph.describe import linear_group
+from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.pipeline import prune
 from lightning_mi_prune.reconstruction.layerwise import run_layerwise
 from tests.conftest import count_hooks
@@ -76,6 +77,11 @@ def groups_of(net):
     return found
 
 
+def neurons(net):
+    """A graph of those groups."""
+    return PruningGraph.of(groups_of(net))
+
+
 def batches(net, *, padded, masked=True, rows=24, count=3, filler=0):
     """The same texts with and without padding, which holds tokens shifted by ``filler``."""
     found = []
@@ -125,7 +131,7 @@ def loss(net, batch):
 def test_it_is_pruned_and_reconstructed_in_one_call(options, masked):
     net = Net(**options)
     data, whole = batches(net, padded=True, masked=masked), copy.deepcopy(net)
-    done = prune(net, data, 0.5, loss=loss)
+    done = prune(net, data, 0.5, loss=loss, graph=neurons(net))
     assert done.sparsity == pytest.approx(0.5, abs=0.05)
     assert not count_hooks(net)
     prune(
@@ -146,7 +152,14 @@ def test_the_order_of_examples_and_positions_does_not_matter(masked):
     for options in ({}, {"inside": True}, {"positions_first": True}):
         net = Net(**options)
         data = batches(net, padded=True, masked=masked)
-        done = prune(net, data, 0.5, loss=loss, importance=Importance(relevance="weights"))
+        done = prune(
+            net,
+            data,
+            0.5,
+            loss=loss,
+            graph=neurons(net),
+            importance=Importance(relevance="weights"),
+        )
         found.append((done.plan.kept, dict(net.named_parameters())))
     for kept, weights in found[1:]:
         assert kept == found[0][0]
@@ -166,7 +179,7 @@ def test_padding_is_not_among_the_samples(options):
             for batch in data:
                 net(*batch)
         plain = {"importance": Importance(relevance="weights")}
-        done = prune(net, data, 0.5, loss=loss, **plain)
+        done = prune(net, data, 0.5, loss=loss, graph=neurons(net), **plain)
         found.append((recorder.moments, done.plan.kept, dict(net.named_parameters())))
     (moments, kept, weights), (bare, expected, wanted) = found
     for name, sums in bare.items():
@@ -401,7 +414,7 @@ def test_a_budget_of_macs_is_met():
     data = batches(net, padded=True)
     one = RecordedCall(tuple(x[:1] for x in data[0]), {})
     goal = int(0.8 * count_macs(net, one))
-    prune(net, data, target_macs=goal, loss=loss)
+    prune(net, data, target_macs=goal, loss=loss, graph=neurons(net))
     assert 0.95 * goal < count_macs(net, one) <= goal
 
 

@@ -17,6 +17,7 @@ from lightning_mi_prune.discovery.attributes import (
     sub_layouts,
 )
 from lightning_mi_prune.discovery.copies import structural_copy
+from lightning_mi_prune.discovery.discover import discover_run
 from lightning_mi_prune.discovery.search import solve, without_groups
 from lightning_mi_prune.discovery.verification import Verifier
 from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim, SizeAttribute
@@ -192,3 +193,29 @@ def test_candidates_are_of_their_own_layer() -> None:
         ("1.part", (("1.h",),)),
     }
     assert pattern_of("0.h") == "#.h"
+
+
+class Strided(nn.Conv2d):
+    """A convolution of another package, whose numbers are not those of ``torch.nn``."""
+
+
+class Squeeze(nn.Module):
+    """Two units that scale channels, before a convolution with a stride of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(6, 2, 1), nn.Conv2d(2, 6, 1)
+        self.last = Strided(6, 3, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.expand(torch.relu(self.reduce(x.mean((2, 3), keepdim=True))))
+        return self.last(x * scale.sigmoid()).mean((2, 3))
+
+
+def test_a_stride_counts_no_units() -> None:
+    torch.manual_seed(0)
+    net, x = Squeeze(), torch.randn(2, 6, 4, 4)
+    assert {number.attribute for number in numbers_of(net)} == {"in_channels", "out_channels"}
+    [group] = discover_run(net, lambda net: net(x), kinds=["channels"]).groups
+    assert group.size == 2
+    assert {a.module for a in group.attributes} == {"reduce", "expand"}

@@ -25,7 +25,7 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.groups import LayerStack, full_depth
 from lightning_mi_prune.surgery.layers import remove_layers
 from lightning_mi_prune.surgery.units import apply_plan
-from tests.support.graphs import groups_of, stacks_of
+from tests.support.graphs import graph_of, groups_of, stacks_of
 from tests.support.models import CONFIGS, PICTURES, build, inputs_of, outputs, random_plan
 
 ENCODERS = [(f, "sequence") for f in CONFIGS if f != "albert"] + [(f, "image") for f in PICTURES]
@@ -187,19 +187,11 @@ def test_what_would_break_is_refused_and_changes_nothing():
     assert [len(model.get_submodule(a.name)) for a in stacks] == [4, 3]
     with pytest.raises(PruningError, match="changed without the plan"):
         remove_layers(model, stacks, plan_of(stacks, drop=(1, 2)), current=plan_of(stacks))
-    with pytest.raises(PruningError, match="ALBERT runs one layer many times"):
-        stacks_of(build("albert"))
-    with pytest.raises(PruningError, match="No stack of layers"):
-        stacks_of(nn.Linear(2, 2))
-    scaled = made("gpt2")
-    scaled.config.scale_attn_by_inverse_layer_idx = True
-    with pytest.raises(PruningError, match="scale_attn_by_inverse_layer_idx=False"):
-        stacks_of(scaled)
     cut = build("bert")
-    groups = groups_of(cut)
+    groups, stacks = groups_of(cut), stacks_of(cut)
     apply_plan(cut, groups, random_plan(groups))
     with pytest.raises(PruningError, match="Remove layers first"):
-        remove_layers(cut, stacks_of(cut), plan_of(stacks_of(cut), drop=(0,)))
+        remove_layers(cut, stacks, plan_of(stacks, drop=(0,)))
     shared = nn.ModuleDict({"stack": nn.ModuleList([nn.Linear(2, 2)] * 2)})
     twice = LayerStack("stack", 2)
     with pytest.raises(PruningError, match="holds a layer twice"):
@@ -207,6 +199,21 @@ def test_what_would_break_is_refused_and_changes_nothing():
     single = LayerStack("stack.0", 2)
     with pytest.raises(PruningError, match="is a Linear"):
         remove_layers(shared, [single], plan_of([single]))
+
+
+def test_layers_that_cannot_go_are_no_stack():
+    """ALBERT runs one layer many times; this GPT-2 scales attention by the index of a layer."""
+    assert not stacks_of(build("albert"))
+    scaled = made("gpt2")
+    scaled.config.scale_attn_by_inverse_layer_idx = True
+    graph = graph_of(scaled)
+    assert not graph.stacks
+    (refused,) = (each for each in graph.refused if each.kind == "depth")
+    assert "scale_attn_by_inverse_layer_idx=False" in refused.reason
+
+
+def test_the_first_block_of_t5_stays_for_its_position_biases():
+    assert [stack.fixed for stack in stacks_of(made("t5"))] == [1, 1]
 
 
 def test_an_error_in_the_middle_puts_everything_back(monkeypatch):
