@@ -312,7 +312,7 @@ def _last_outputs(whole: nn.Module) -> Iterator[list[Tensor]]:
         nonlocal depth
         depth -= 1
         if depth == 0 and any(True for _ in part.parameters()):
-            values = output.values() if isinstance(output, Mapping) else output
+            values = list(output.values()) if isinstance(output, Mapping) else output
             values = values if isinstance(values, (list, tuple)) else [values]
             found[:] = [value for value in values if isinstance(value, Tensor)]
 

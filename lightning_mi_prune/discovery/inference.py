@@ -594,7 +594,7 @@ class _Collector:
             residual = self.streams.residual(use)
             if residual is not None and residual.startswith(f"{stem}{index}."):
                 branches[inner, residual[len(f"{stem}{index}.") :]] += 1
-        first = next(use.index for use in self.trace.uses if use.tensor.startswith(path))
+        first = self.streams.start(f"{path}.0" if path else "0")
         network = self.streams.network(first)
         scope = self.streams.scope(first)
         norms = {self.streams.last_module(f"{path}.{i}" if path else str(i)) for i in range(size)}
