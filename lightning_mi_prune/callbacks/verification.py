@@ -360,8 +360,11 @@ class _Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _last_outputs(whole: nn.Module) -> Iterator[list[Tensor]]:
-    """The tensors that the last module called from a step returns: its predictions, mostly."""
-    depth, found, handles = 0, list[Tensor](), []
+    """The tensors that the last module called from a step returns: its predictions, mostly.
+
+    And the losses of other networks that compute their own: no later one reads what they return.
+    """
+    depth, found, losses, handles = 0, list[Tensor](), list[Tensor](), []
 
     def enter(*_: object) -> None:
         nonlocal depth
@@ -371,9 +374,11 @@ def _last_outputs(whole: nn.Module) -> Iterator[list[Tensor]]:
         nonlocal depth
         depth -= 1
         if depth == 0 and any(True for _ in part.parameters()):
-            values = output.values() if isinstance(output, Mapping) else output
+            values = list(output.values()) if isinstance(output, Mapping) else output
             values = values if isinstance(values, (list, tuple)) else [values]
-            found[:] = [value for value in values if isinstance(value, Tensor)]
+            loss = output.get("loss") if isinstance(output, Mapping) else None
+            found[:] = [*losses, *(value for value in values if isinstance(value, Tensor))]
+            losses.extend([loss] if isinstance(loss, Tensor) else [])
 
     try:
         for part in whole.modules():

@@ -589,7 +589,7 @@ class _Collector:
                 yield Reduction(statistic.index, statistic.operator, dims)
 
     def _stack(self, path: str, size: int, fixed: int) -> LayerStack:
-        first = next(use.index for use in self.trace.uses if use.tensor.startswith(path))
+        first = self.streams.start(f"{path}.0" if path else "0")
         network = self.streams.network(first)
         scope = self.streams.scope(first)
         norms = {self.streams.last_module(f"{path}.{i}" if path else str(i)) for i in range(size)}
