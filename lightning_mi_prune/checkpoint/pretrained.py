@@ -498,7 +498,8 @@ class _Cut:
             except PruningError as error:
                 raise PruningError(
                     f"{source} has no weights for a part of {type(network).__name__}, and which of "
-                    f"it must be cut is not known: {error} {_saved_from(network)}"
+                    f"it must be cut was not found ({error}); expected the class it was saved "
+                    f"from. {_saved_from(network)}"
                 ) from error
 
     def needs(self, name: str, found: Mapping[str, Any]) -> bool:
