@@ -24,7 +24,7 @@ from lightning_mi_prune.allocation.latency import Device, LatencyTable
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.graphs import groups_of
-from tests.support.models import CONFIGS, entries_of
+from tests.support.models import CONFIGS, batch, entries_of, outputs
 from tests.support.pruning import made, pruning_units, records
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -354,10 +354,8 @@ def test_only_what_was_asked_for_is_cut():
 @pytest.mark.parametrize("family", ["bert", "distilbert", "albert"])
 def test_sublayers_that_vanish_are_refitted_too(family):
     """What is left of them is a bias: the mean of what they said, past what the stream lost."""
-    module, first = (
-        Classifier(family=family),
-        r"(layer|groups)\.0\.(albert_layers\.0\.)?(heads|ffn)$",
-    )
+    module = Classifier(family=family)
+    first = r"(layer|groups)\.0\.(albert_layers\.0\.)?(attention\.)?(heads|ffn)$"
     callback = quiet(0.5, pins={first: 0})
     trainer(callback, max_epochs=2).fit(module)
     gone = [name for name, kept in callback.plan.kept.items() if not kept]
@@ -538,7 +536,7 @@ BAD_RUNS = [
     (fit_with(NotANumber), "NaN or infinite activations at 'model.bert.encoder.layer.1.ffn'"),
     (fit_with(Silent), "No activations were collected at"),
     (fit_with(History), "LBFGS keeps a history"),
-    (fit_with(Compiled), "is compiled for the uncut shape"),
+    (fit_with(Compiled), "'model' is compiled, so its operators cannot be recorded"),
     (
         fit_with(None, None, StochasticWeightAveraging(1e-2)),
         "StochasticWeightAveraging cannot run beside",
@@ -787,17 +785,22 @@ class Stale(Classifier):
         self.model = type(self.model)(small.model.config)  # four heads, where the plan keeps two
 
 
-@pytest.mark.parametrize(
-    ("module", "message"), [(Tied, "is cut by .* at once"), (Stale, "changed without the plan")]
-)
-def test_models_that_cannot_be_cut_are_refused_before_the_first_batch(module, message):
+def test_layers_that_share_a_weight_lose_the_same_units():
+    module = Tied()
+    trainer(even(0.5), max_epochs=2).fit(module)
+    first, second = module.model.bert.encoder.layer
+    assert first.intermediate.dense.weight is second.intermediate.dense.weight
+    assert first.intermediate.dense.out_features == second.output.dense.in_features < 40
+    assert outputs(module.model, batch()).isfinite().all()
+
+
+def test_a_model_built_from_the_config_of_a_cut_one_is_refused_before_the_first_batch():
     steps = []
 
     class Watch(pl.Callback):
         def on_train_start(self, trainer, pl_module):
             steps.append(1)
 
-    target = module()
-    with pytest.raises(PruningError, match=message):
-        trainer(quiet(0.5), Watch()).fit(target)
+    with pytest.raises(PruningError, match=r"made for another model: .* has shape"):
+        trainer(quiet(0.5), Watch()).fit(Stale())
     assert steps == []
