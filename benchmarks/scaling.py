@@ -23,8 +23,9 @@ from benchmarks.costs import SHAPES, Run, log_det_information, noisy
 from benchmarks.measuring import Part, in_fresh_process, take_turns
 from benchmarks.records import Figures, Job
 from benchmarks.subjects import entries_of
-from lightning_mi_prune import discover
 from lightning_mi_prune.calibration.moments import Moments
+from lightning_mi_prune.discovery.discover import discover_run
+from lightning_mi_prune.discovery.example_inputs import example_inputs
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.importance.criteria import MutualInformation
 from lightning_mi_prune.importance.statistics import UnitStatistics
@@ -145,8 +146,10 @@ def encoder(**shape: int) -> nn.Module:
 
 def layer_groups(shape: Mapping[str, int]) -> list[DependencyGroup]:
     """Neurons and heads of a BERT encoder; those of its layers are found in one of two layers."""
-    groups = discover(encoder(**{**shape, "num_hidden_layers": 2})).groups
-    layer = [group for group in groups if ".0." in group.name and group.kind in ("ffn", "heads")]
+    network = encoder(**{**shape, "num_hidden_layers": 2})
+    inputs = example_inputs(network)
+    groups = discover_run(network, lambda net: net(**inputs), kinds=("ffn", "heads")).groups
+    layer = [group for group in groups if ".0." in group.name]
     found = []
     for number in range(shape["num_hidden_layers"]):
 

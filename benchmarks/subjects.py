@@ -199,7 +199,7 @@ def size_of(
     modules = dict(model.named_modules())
     sizes = {}
     for group in dims:
-        (number,) = group.attributes
+        number = next(n for n in group.attributes if n.layout == ((group.name,),))
         module = model.get_submodule(number.module)
         sizes[group.name] = int(getattr(module, number.attribute))
     widths = {

@@ -39,6 +39,7 @@ from lightning_mi_prune.core.consumers import (
 )
 from lightning_mi_prune.core.empty_linear import linear_at, parameters_of
 from lightning_mi_prune.core.functional import intercept_inputs
+from lightning_mi_prune.graph.containers import outermost_part
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.inputs import ConsumerInput, weight_name
 from lightning_mi_prune.surgery.attention import open_attention
@@ -271,7 +272,7 @@ class ActivationRecorder(CallRecorder):
         groups = [group for group, _ in self._consumers.values()]
         hooks = [
             (path, self._on_call(path))
-            for path in sorted({path for group in groups for path in (group.network, group.scope)})
+            for path in sorted({path for group in groups for path in self._around(group)})
         ]
         products: dict[str, list[Callable[[Tensor], None]]] = defaultdict(list)
         names = parameters_of(self._model)
@@ -323,7 +324,11 @@ class ActivationRecorder(CallRecorder):
         self._left = dict.fromkeys(self._moments, self._quota)
 
     def _on_call(self, path: str) -> Any:
+        named = {p for group, _ in self._consumers.values() for p in (group.network, group.scope)}
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if path not in named and "" in self.examples:
+                return
             call = self._start_call(path, module, args, kwargs)
             self._masks[path], self._running[path] = call.mask, call
             self._draws.clear()
@@ -351,12 +356,14 @@ class ActivationRecorder(CallRecorder):
         started = time.perf_counter()
         x = fold_positions(x, self._folds[key])
         with_kernel = module is not None and has_kernel(module)
-        self._store_call((group.network, group.scope), x, self._each(with_kernel))
+        around = self._around(group)
+        self._store_call(around, x, self._each(with_kernel))
         room = self._positions - self._taken[key]
         wanted = min(self._left.get(key, self._quota), room)
         if wanted <= 0:
             return
-        x, mask = self._padding.rows_first(x, self._masks.get(group.scope))
+        masks = [self._masks[path] for path in around[1:] if path in self._masks]
+        x, mask = self._padding.rows_first(x, masks[0] if masks else None)
         index = self._valid(x, mask, x.shape[:-1])
         if len(index) > wanted:
             index = index[self._draw(group.scope, len(index), wanted).to(x.device)]
@@ -371,6 +378,12 @@ class ActivationRecorder(CallRecorder):
         if key in self._left:
             self._left[key] -= len(index)
         self.seconds += time.perf_counter() - started
+
+    def _around(self, group: DependencyGroup) -> list[str]:
+        """Network and scope of a group; a part of the whole model while only parts are called."""
+        if group.network or "" in self.examples:
+            return [group.network, group.scope]
+        return [group.network, group.scope, outermost_part(self._model, group.consumers[0])]
 
     def _each(self, with_kernel: bool) -> float | None:
         """Positions that one example counts for when calls are stored: those of an image are few.
@@ -392,9 +405,9 @@ class ActivationRecorder(CallRecorder):
     def calls(self, groups: Sequence[DependencyGroup]) -> dict[str, RecordedCall]:
         """One call of each network, or of its encoder where the network itself is never called."""
         found: dict[str, RecordedCall] = {}
-        for network, scope in sorted({(group.network, group.scope) for group in groups}):
-            path = network if network in self.examples else scope
-            if path in self.examples:
+        for paths in sorted({tuple(self._around(group)) for group in groups}):
+            path = next((path for path in paths if path in self.examples), None)
+            if path is not None:
                 found[path] = self.examples[path]
         return found
 

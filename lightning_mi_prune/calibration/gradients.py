@@ -33,6 +33,7 @@ from lightning_mi_prune.core.empty_linear import parameters_of
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.functional import intercept_gradients
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.graph.containers import outermost_part
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.inputs import (
     ConsumerInput,
@@ -265,6 +266,10 @@ class GradientRecorder(ModuleHooks):
         self._padding = Padding()
         self._stride = 1 if batches is None else max(1, batches // steps)
         self._networks = sorted({group.scope or group.network for group in groups})
+        # Steps may call the parts of the whole model instead of the model.
+        whole = (consumers for consumers, path, _ in keys if not path)
+        parts = {outermost_part(model, consumer) for several in whole for consumer in several}
+        self._parts = sorted(parts - {""})
         self._staged: dict[str, list[Tensor]] = {}
         self._rows: Counter[tuple[str, bool]] = Counter()
         self._last: dict[str, int] = {}
@@ -275,7 +280,7 @@ class GradientRecorder(ModuleHooks):
         return [consumer for _, consumer, _ in self._consumers]
 
     def _attach(self) -> Iterator[RemovableHandle]:
-        for path in self._networks:
+        for path in [*self._networks, *self._parts]:
             module, hook = self._model.get_submodule(path), partial(self._count, path)
             yield module.register_forward_pre_hook(hook, with_kwargs=True)
         yield from self._padding.attach(self._model)
@@ -347,16 +352,19 @@ class GradientRecorder(ModuleHooks):
     def _count_positions_first(self, path: str, x: Tensor) -> None:
         """Correct the count of a call whose inputs turn out to be ``(positions, rows, ...)``."""
         positions, rows = x.shape[:2]
-        if self._last.get(path) == positions:
-            self._rows[path, _is_again()] += rows - positions
-            self._last[path] = rows
+        for called in [path] if path else ["", *self._parts]:
+            if self._last.get(called) == positions:
+                self._rows[called, _is_again()] += rows - positions
+                self._last[called] = rows
 
     def _examples(self) -> int:
         """Examples of the step; each runs through every network once, or again in backward."""
-        return max(
-            (self._rows[path, False] or self._rows[path, True] for path in self._networks),
-            default=0,
-        )
+
+        def most(paths: Sequence[str]) -> int:
+            rows = (self._rows[path, False] or self._rows[path, True] for path in paths)
+            return max(rows, default=0)
+
+        return most(self._networks) or most(self._parts)
 
     def _is_wanted(self) -> bool:
         """Whether the call that runs now is one of a step that is recorded."""

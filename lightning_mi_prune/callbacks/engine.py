@@ -515,7 +515,8 @@ class RunEngine:
         """
         current = session.plan
         stacks = {stack.name for stack in session.graph.stacks}
-        if any(n in stacks or not plan.width(n) for n in plan.sizes if current.width(n)):
+        smaller = [name for name in plan.sizes if plan.width(name) < current.width(name)]
+        if any(name in stacks or not plan.width(name) for name in smaller):
             check = partial(self._dry_run.check, session.trainer, session.module, session.graph)
             on_all_ranks(
                 session.trainer.strategy,

@@ -330,8 +330,8 @@ class CKALayerPruning(PruningCallback):
         monitor: Metric that ``max_drop`` compares, as validation logs it.
         similarity: How layers are compared.
         reconstruction: Whether layers that stay make up for the removed ones above them, by least
-            squares on stored inputs, before training goes on; in stacks of known Hugging Face
-            models but GPT-2. ``"layerwise"`` or ``"none"``.
+            squares on stored inputs, before training goes on; where all that layers add comes from
+            linear layers. ``"layerwise"`` or ``"none"``.
         schedule: ``cuts`` is the largest number of attempts. Default: 1, half-way through the run;
             with ``max_drop`` what fits, at most 4.
         monitoring: How metrics are compared while the model changes its size.
@@ -411,6 +411,6 @@ def _check_reached(module: nn.Module, stacks: Sequence[str]) -> None:
     unknown = sorted(set(stacks) - {name for name, _ in module.named_modules()})
     if unknown:
         raise PruningError(
-            f"{unknown} are reached through a wrapper, such as that of PEFT; expected paths of "
-            "modules. Merge adapters first (merge_and_unload), or add them with add_adapter."
+            f"{unknown} are reached through a wrapper, such as that of PEFT; expected paths as "
+            "named_modules() has them. Merge adapters first (merge_and_unload), or give those."
         )

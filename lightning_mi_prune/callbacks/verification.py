@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -17,6 +17,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import Metric
 from typing_extensions import Self
 
@@ -33,6 +34,7 @@ from lightning_mi_prune.core.running import (
 )
 from lightning_mi_prune.discovery.copies import tensor_outputs
 from lightning_mi_prune.discovery.discover import discover_run
+from lightning_mi_prune.discovery.tracing.recording import tensors_in
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack
 from lightning_mi_prune.surgery.verification import copy_module, held_elsewhere, verify_cut
@@ -234,7 +236,7 @@ def discover_in_step(
         batch = map_tensors(batch, lambda x: x.float() if x.dtype in halves else x)
     autocast = trainer.precision_plugin.val_step_context
     tries = [
-        partial(_observed, step, given, loader, context, detach)
+        _Observed(step, given, loader, context, detach)
         for context in (nullcontext, autocast)  # only some modules need theirs
         for given in (first_examples(batch), batch)
     ]
@@ -246,12 +248,11 @@ def discover_in_step(
                 f"copy in evaluation mode ({failure}). Expected a step that runs again on the same "
                 "batch; or give graph=discover(model, ...)."
             )
+        run = run.of_activations(whole)
         return discover_run(whole, run) if tensor_outputs(run(whole)) else None
 
 
-def _first_that_runs(
-    tries: Sequence[Callable[[nn.Module], Any]], whole: nn.Module
-) -> tuple[Callable[[nn.Module], Any] | None, str]:
+def _first_that_runs(tries: Sequence[_Observed], whole: nn.Module) -> tuple[_Observed | None, str]:
     """The first way to run a module that works, else why the first one does not."""
     failures = []
     for run in tries:
@@ -270,39 +271,100 @@ def _failure_of(run: Callable[[nn.Module], Any], whole: nn.Module) -> str:
     return ""
 
 
-def _observed(
-    step: str,
-    batch: Any,
-    loader: int,
-    context: Callable[[], AbstractContextManager[Any]],
-    detach: Callable[[nn.Module], None],
-    whole: nn.Module,
-) -> dict[str, Any]:
-    """Run a step; returns all that it makes: its result, what it logs, and its last outputs."""
-    logged: dict[str, Any] = {}
+@dataclass(frozen=True)
+class _Observed:
+    """Runs a step of a copy; returns all that it makes: its result, what it logs, last outputs.
 
-    def log(name: str, value: Any, *_: object, **__: object) -> None:
-        if isinstance(value, Tensor):
-            logged[name] = value
+    Args:
+        step: Name of the step.
+        batch: What it is called with.
+        loader: Index of its loader.
+        context: Context in which it runs.
+        detach: Keeps a copy from logging, stepping and stopping in a run.
+        names: Names of the logged values to return; None for all.
+    """
 
-    def log_dict(values: Mapping[str, Any], *_: object, **__: object) -> None:
-        for name, value in values.items():
-            log(name, value)
+    step: str
+    batch: Any
+    loader: int
+    context: Callable[[], AbstractContextManager[Any]]
+    detach: Callable[[nn.Module], None]
+    names: frozenset[str] | None = None
 
-    if getattr(whole, "_trainer", None) is None:  # a copy, which has no trainer yet
-        detach(whole)
-    whole.__dict__.update(log=log, log_dict=log_dict)
-    whole.eval()
-    torch.manual_seed(0)  # a step that draws numbers draws the same each time
-    with torch.no_grad(), context(), _last_outputs(whole) as outputs:
-        result = call_step(getattr(whole, step), clone_batch(batch), loader)
-    return {"result": result, "logged": logged, "outputs": list(outputs)}
+    def __call__(self, whole: nn.Module) -> dict[str, Any]:
+        logged: dict[str, Any] = {}
+
+        def log(name: str, value: Any, *_: object, **__: object) -> None:
+            if isinstance(value, Tensor) and (self.names is None or name in self.names):
+                logged[name] = value
+
+        def log_dict(values: Mapping[str, Any], *_: object, **__: object) -> None:
+            for name, value in values.items():
+                log(name, value)
+
+        if getattr(whole, "_trainer", None) is None:  # a copy, which has no trainer yet
+            self.detach(whole)
+        whole.__dict__.update(log=log, log_dict=log_dict)
+        whole.eval()
+        torch.manual_seed(0)  # a step that draws numbers draws the same each time
+        with torch.no_grad(), self.context(), _last_outputs(whole) as outputs:
+            result = call_step(getattr(whole, self.step), clone_batch(self.batch), self.loader)
+        return {"result": result, "logged": logged, "outputs": list(outputs)}
+
+    def of_activations(self, whole: nn.Module) -> _Observed:
+        """The same without logged values that are not computed from activations.
+
+        Every cut changes a number of parameters, however right it is.
+        """
+        with _Activations().following(whole, self.batch) as known:
+            logged = self(whole)["logged"]
+        return replace(self, names=frozenset(n for n, v in logged.items() if known.has(v)))
+
+
+class _Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Which tensors are computed from a batch, or from what modules return."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known: dict[int, Tensor] = {}  # kept alive, so that no other gets the same id
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of them."""
+        return id(tensor) in self._known
+
+    def add(self, values: Any) -> None:
+        """Count all tensors in nested containers among them."""
+        self._known |= {id(tensor): tensor for tensor in tensors_in(values)}
+
+    @contextmanager
+    def following(self, whole: nn.Module, batch: Any) -> Iterator[Self]:
+        """A block in which a module runs on a batch."""
+        self.add(batch)
+        parts = [part for part in whole.modules() if any(True for _ in part.parameters())]
+        handles = [part.register_forward_hook(lambda *given: self.add(given[-1])) for part in parts]
+        try:
+            with self:
+                yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if any(map(self.has, tensors_in((args, kwargs)))):
+            self.add(output)
+        return output
 
 
 @contextmanager
 def _last_outputs(whole: nn.Module) -> Iterator[list[Tensor]]:
-    """The tensors that the last module called from a step returns: its predictions, mostly."""
-    depth, found, handles = 0, list[Tensor](), []
+    """The tensors that the last module called from a step returns: its predictions, mostly.
+
+    And the losses of other networks that compute their own: no later one reads what they return.
+    """
+    depth, found, losses, handles = 0, list[Tensor](), list[Tensor](), []
 
     def enter(*_: object) -> None:
         nonlocal depth
@@ -312,9 +374,11 @@ def _last_outputs(whole: nn.Module) -> Iterator[list[Tensor]]:
         nonlocal depth
         depth -= 1
         if depth == 0 and any(True for _ in part.parameters()):
-            values = output.values() if isinstance(output, Mapping) else output
+            values = list(output.values()) if isinstance(output, Mapping) else output
             values = values if isinstance(values, (list, tuple)) else [values]
-            found[:] = [value for value in values if isinstance(value, Tensor)]
+            loss = output.get("loss") if isinstance(output, Mapping) else None
+            found[:] = [*losses, *(value for value in values if isinstance(value, Tensor))]
+            losses.extend([loss] if isinstance(loss, Tensor) else [])
 
     try:
         for part in whole.modules():

@@ -23,7 +23,8 @@ from lightning_mi_prune.core.empty_linear import KEPT_UNITS, empty_linears
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, require
 from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, PruningPlan, recorded_plan
 from lightning_mi_prune.core.running import fixed_random_state
-from lightning_mi_prune.discovery.discover import discover
+from lightning_mi_prune.discovery.discover import discover_run
+from lightning_mi_prune.discovery.example_inputs import example_inputs
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.graph.layouts import layout_size
@@ -481,10 +482,19 @@ class _Cut:
             PruningError: If nothing is found.
         """
         network = self._rebuild()
+        inputs = example_inputs(network)
+
+        def run(called: nn.Module) -> Any:
+            output = called(**inputs)
+            if not isinstance(output, Mapping):
+                return output
+            # The record may cut the hidden size, which makes these narrower.
+            return {n: v for n, v in output.items() if n != "last_hidden_state"} or output
+
         with warnings.catch_warnings(), fixed_random_state(network):
             warnings.simplefilter("ignore", PruningWarning)
             try:
-                return discover(network)
+                return discover_run(network, run)
             except PruningError as error:
                 raise PruningError(
                     f"{source} has no weights for a part of {type(network).__name__}, and which of "

@@ -92,9 +92,9 @@ def named_plan(
     plan = recorded_plan(network)
     if plan is None:
         return None
-    mine = {group.name for group in groups}
+    mine = {group.name: group.size for group in groups}
     names = [plan.prefixed(path), *(other.prefixed(path) for other in _other_names(network, plan))]
-    return next((p for p in names if mine & set(p.sizes)), names[0])
+    return max(names, key=lambda p: len(mine.items() & p.sizes.items()))
 
 
 def _base(network: nn.Module) -> tuple[str, bool]:

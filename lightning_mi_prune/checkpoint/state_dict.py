@@ -105,6 +105,8 @@ class PlanTracker:
         tracker._drop_replaced()
         for path, graph in recorded_networks(module).items():
             part = module.get_submodule(path)
+            if any(is_within(known.name, path) for known in tracker._graph.parts):
+                continue  # from the weights, which say more than the config
             if part is module and not tracker.is_known:
                 tracker._graph = graph
             elif cls.held_by(part) is None:

@@ -78,6 +78,12 @@ def discover(module: nn.Module, *args: Any, **kwargs: Any) -> PruningGraph:
         '48 of 50 parameters (96.0%) are in 1 group'
     """
     _check_supported(module)
+    compiled = compiled_part(module, [path for path, _ in module.named_modules()])
+    if compiled is not None:
+        raise PruningError(
+            f"{compiled!r} is compiled for its present sizes; expected the module as it was "
+            "written. Compile it after pruning."
+        )
     if not args and not kwargs:
         kwargs = example_inputs(module)
     for_all = inspect.signature(module.forward).parameters
@@ -118,7 +124,7 @@ def discover_run(
     """
     _check_supported(module)
     call = _with_outputs(run)
-    with undisturbed(module), _full_precision(module):
+    with undisturbed(module), _full_precision(module), torch.compiler.set_stance("force_eager"):
         copied = structural_copy(module, buffers=True)
         _check_repeats(copied, call)
         inference = _of_kinds(infer(copied, call), kinds)
@@ -173,12 +179,6 @@ def _check_supported(module: nn.Module) -> None:
                 f"{where} ({name}) splits its sequences into chunks, where padding cannot be "
                 "identified. Set config.chunk_size_feed_forward=0 when the model is built."
             )
-    compiled = compiled_part(module, [path for path, _ in module.named_modules()])
-    if compiled is not None:
-        raise PruningError(
-            f"{compiled!r} is compiled, so its operators cannot be recorded; expected the module "
-            "as it was written. Compile it after pruning."
-        )
     for path, tensor in module.named_parameters():
         if nn.parameter.is_lazy(tensor):
             raise PruningError(

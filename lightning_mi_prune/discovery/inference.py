@@ -18,7 +18,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_mi_prune.core.consumers import why_not_consumer, why_not_functional
+from lightning_mi_prune.core.consumers import (
+    is_pointwise,
+    why_not_consumer,
+    why_not_functional,
+)
+from lightning_mi_prune.core.empty_linear import module_at
 from lightning_mi_prune.core.functional import calling_modules, intercept_products
 from lightning_mi_prune.core.running import clear_caches
 from lightning_mi_prune.discovery.copies import results_of
@@ -588,17 +593,7 @@ class _Collector:
                 yield Reduction(statistic.index, statistic.operator, dims)
 
     def _stack(self, path: str, size: int, fixed: int) -> LayerStack:
-        branches: dict[tuple[str, str], int] = defaultdict(int)
-        for use in self.trace.uses:
-            owner = _owner(use.tensor)
-            stem = f"{path}." if path else ""
-            index, _, inner = owner[len(stem) :].partition(".")
-            if not owner.startswith(stem) or not index.isdigit() or not inner:
-                continue
-            residual = self.streams.residual(use)
-            if residual is not None and residual.startswith(f"{stem}{index}."):
-                branches[inner, residual[len(f"{stem}{index}.") :]] += 1
-        first = next(use.index for use in self.trace.uses if use.tensor.startswith(path))
+        first = self.streams.start(f"{path}.0" if path else "0")
         network = self.streams.network(first)
         scope = self.streams.scope(first)
         norms = {self.streams.last_module(f"{path}.{i}" if path else str(i)) for i in range(size)}
@@ -610,10 +605,40 @@ class _Collector:
             size=size,
             fixed=fixed,
             final_norm=last if last and f"{top}.{last}" in normed else "",
-            residual_branches=tuple(p for p, count in branches.items() if count >= size - fixed),
+            residual_branches=self._branches(f"{path}." if path else "", range(fixed, size)),
             network=network,
             scope=self.streams.home(first, network) if scope is None else scope,
         )
+
+    def _branches(self, stem: str, layers: Sequence[int]) -> tuple[tuple[str, str], ...]:
+        """What every layer of a stack adds to the residual stream, in the order of the call.
+
+        Nothing, unless that is all of it and can be solved by least squares again. A layer whose
+        weight is computed from others counts: it is named to the user where it is needed.
+
+        Args:
+            stem: Path of the stack, with a dot.
+            layers: Numbers of the layers that may go.
+        """
+        found: dict[tuple[str, str], set[int]] = defaultdict(set)
+        used = set()
+        for use in self.trace.uses:
+            owner = _owner(use.tensor)
+            used.add(owner)
+            index, _, inner = owner[len(stem) :].partition(".")
+            if not owner.startswith(stem) or not index.isdigit() or not inner:
+                continue
+            residual = self.streams.residual(use)
+            if residual is not None and residual.startswith(f"{stem}{index}."):
+                found[inner, residual[len(f"{stem}{index}.") :]].add(int(index))
+        for (inner, _), where in found.items():
+            rest = {f"{stem}{index}.{inner}" for index in layers if index not in where}
+            if rest & used or any(module_at(self.module, path) is None for path in rest):
+                return ()
+            one = self.module.get_submodule(f"{stem}{min(where)}.{inner}")
+            if why_not_consumer(one) or not is_pointwise(one):
+                return ()
+        return tuple(found)
 
 
 # Rows of a multiple of 16 bytes, in types of 16 bits.

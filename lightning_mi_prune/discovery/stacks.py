@@ -20,10 +20,11 @@ __all__ = [
 
 
 def find_chains(model: nn.Module, recording: Recording, trace: Trace) -> dict[str, tuple[int, int]]:
-    """Containers of layers of one class, each called once, on the output of the one before.
+    """Containers of layers of one class, each called on the output of the one before.
 
     The first output of a layer is the first input of the next one, and both have the same
     dimensions, so that any layer can go; first layers of which that is not true have to stay.
+    Where the layers run several times, as in generating a text, that is true of every pass.
 
     Args:
         model: The module that was called.
@@ -44,20 +45,22 @@ def find_chains(model: nn.Module, recording: Recording, trace: Trace) -> dict[st
             continue  # they could not be numbered anew
         names = [f"{path}.{name}" if path else name for name in container._modules]
         each = [calls.get(name, []) for name in names]
-        if any(len(c) != 1 or not c[0].inputs or not c[0].outputs for c in each):
+        if len({*map(len, each)}) > 1 or not each[0]:
+            continue
+        if any(not call.inputs or not call.outputs for every in each for call in every):
             continue
         kinds = {type(layer) for layer in container}
         if len(kinds) > 1 or len(set(map(id, container))) < len(container):
             continue
-        chain = [c[0] for c in each]
-        same = [_keeps_dimensions(call, trace) for call in chain]
+        same = [all(_keeps_dimensions(call, trace) for call in every) for every in each]
         fixed = same.index(True) if True in same else len(same)
-        if all(same[fixed:]) and len(same) - fixed > 0 and _follows(chain, trace):
+        passes = zip(*each, strict=True)
+        if all(same[fixed:]) and len(same) - fixed > 0 and all(_follows(p, trace) for p in passes):
             found[path] = (len(container), fixed)
     return found
 
 
-def _follows(calls: list[ModuleCall], trace: Trace) -> bool:
+def _follows(calls: Sequence[ModuleCall], trace: Trace) -> bool:
     """Whether each call receives what the one before returned."""
     return all(trace.root(a.outputs[0]) == trace.root(b.inputs[0]) for a, b in pairwise(calls))
 

@@ -137,6 +137,10 @@ class Streams:
         """Calls of modules in which an operator ran, the innermost first."""
         return [call for call in self._by_length if call.start <= index < call.end]
 
+    def start(self, path: str) -> int:
+        """Running number of the first operator in a call of a module."""
+        return self._calls_by_path[path][0].start
+
     def last_module(self, path: str) -> str:
         """The module inside another that makes its first output, named from there; "" for none."""
         call = next(call for call in self._by_length if call.path == path)

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -269,16 +270,8 @@ class Verifier:
             raise
         except Exception as error:  # any code may run in a module
             return Outcome(f"the masked module fails ({first_line(error)})")
-        with changed_within(self.base):
-            try:
-                cut = {group.name: group.size for group in groups}
-                apply_plan(self.base, groups, PruningPlan(cut, kept))
-                got = self.call(self.base)
-            except OutOfTime:
-                raise
-            except Exception as error:  # any code may run in a module
-                return Outcome(first_line(error), failing_module(error, self.base))
-        return self._compared(got, want)
+        plan = PruningPlan({group.name: group.size for group in groups}, kept)
+        return self._tried(partial(apply_plan, self.base, groups, plan), want)
 
     def check_layer(self, stack: LayerStack, index: int) -> Outcome:
         """Remove one layer of a stack; outputs must be those as if it returned its input.
@@ -303,9 +296,14 @@ class Verifier:
         self._masked = ((), {}, [], want)
         kept = tuple(each for each in range(stack.size) if each != index)
         plan = PruningPlan({stack.name: stack.size}, {stack.name: kept})
+        now = full_depth([stack])
+        return self._tried(partial(arrange_layers, self.base, [stack], plan, current=now), want)
+
+    def _tried(self, change: Callable[[], object], want: Sequence[Tensor]) -> Outcome:
+        """Whether the copy has some outputs after a change, which is taken back."""
         with changed_within(self.base):
             try:
-                arrange_layers(self.base, [stack], plan, current=full_depth([stack]))
+                change()
                 got = self.call(self.base)
             except OutOfTime:
                 raise

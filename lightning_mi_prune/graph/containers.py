@@ -11,6 +11,7 @@ from lightning_mi_prune.graph.groups import LayerStack
 __all__ = [
     "layer_container",
     "layer_paths",
+    "outermost_part",
     "stack_at",
 ]
 
@@ -86,3 +87,22 @@ def stack_at(model: nn.Module, path: str) -> LayerStack | None:
     # A ModuleList is not called itself, but its parent is.
     scope = path if isinstance(container, nn.Sequential) else path.rpartition(".")[0]
     return LayerStack(name=path, size=len(container), network=scope, scope=scope)
+
+
+def outermost_part(model: nn.Module, path: str) -> str:
+    """Path of the outermost part of a model around a layer or parameter; "" for none.
+
+    It is what runs where the model itself is not called: steps call its parts one by one. Lists
+    of parts are never called.
+
+    Example:
+        >>> net = nn.Sequential(nn.ModuleList([nn.Sequential(nn.Linear(2, 2))]))
+        >>> outermost_part(net, "0.0.0")
+        '0.0'
+    """
+    names = path.split(".")
+    for end in range(1, len(names) + 1):
+        part = module_at(model, ".".join(names[:end]))
+        if not isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+            return "" if part is None else ".".join(names[:end])
+    return ""

@@ -227,7 +227,8 @@ class DependencyGroup:
     def prefixed(self, prefix: str) -> DependencyGroup:
         """The same group, named from a module that holds this network at ``prefix``."""
         path = partial(join_path, prefix)
-        return self.at_paths(path).renamed(path)
+        now = path(self.current_name) if self.current_name else ""
+        return replace(self.at_paths(path).renamed(path), current_name=now)
 
     def renamed(self, name: Callable[[str], str]) -> DependencyGroup:
         """The same group with every name of a group mapped by ``name``; paths stay."""

@@ -169,9 +169,27 @@ def apply_plan(
 def check_cuttable(
     model: nn.Module, groups: Sequence[DependencyGroup], current: PruningPlan
 ) -> None:
-    """Refuse a model in which :func:`apply_plan` would refuse to cut these groups."""
+    """Refuse a model in which :func:`apply_plan` would refuse to cut these groups.
+
+    So are adapters: their own files name the rank and the layers that they were made for.
+    """
+    _check_adapters(model, groups)
     parameter_cuts(model, groups, current, {group.name: () for group in groups}, {})
     check_attributes(model, groups)
+
+
+def _check_adapters(model: nn.Module, groups: Sequence[DependencyGroup]) -> None:
+    for name in dict.fromkeys(s.tensor for group in groups for s in group.tensors):
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            path = ".".join(parts[:end])
+            kind = type(model.get_submodule(path))
+            if kind.__module__.startswith("peft.tuners") and hasattr(kind, "merge"):
+                raise PruningError(
+                    f"{path!r} is a {kind.__module__}.{kind.__qualname__}; expected a layer "
+                    "without adapters. Merge them first "
+                    "(model.merge_and_unload().requires_grad_(True) of PEFT)."
+                )
 
 
 def reshape_tensors(

@@ -27,7 +27,7 @@ from benchmarks.tasks import train, training_of
 from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.graph.groups import count_parameters
 from tests.benchmarks.tiny import Epochs, labelled, opened, subject
-from tests.support.graphs import groups_of
+from tests.support.graphs import graph_of
 from tests.support.models import batch, build, entries_of, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -38,7 +38,7 @@ def budget(steps: int = 6):
 
 
 def groups_of(model: nn.Module):
-    return choose_groups(groups_of(model))
+    return choose_groups(graph_of(model).groups)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_mi_prune import MutualInformationPruning, PruningError
 from lightning_mi_prune.allocation.budget import Budget
+from lightning_mi_prune.calibration.activations import ActivationRecorder
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import (
     GradientRecorder,
@@ -245,6 +246,33 @@ def test_operations_in_place_on_the_output_of_a_frozen_consumer_work():
     wanted = gradient_sums(net, groups, lambda _: net(x).sum())
     net[:3].requires_grad_(False)
     same(gradient_sums(net, groups, lambda _: net(x).sum()), wanted)
+
+
+class Holder(nn.Module):
+    """A module that others call the parts of, as steps of a LightningModule do."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.parts = nn.ModuleList([network])
+
+    def forward(self, x):
+        return self.parts[0](x)
+
+
+def test_a_step_may_call_the_parts_of_a_module():
+    holder, x = Holder(small_net()[0]), torch.randn(5, 3)
+    layers = {"producers": ["parts.0.0"], "consumers": ["parts.0.2"]}
+    groups = [linear_group(holder, "hidden", kind="ffn", **layers)]
+    whole, part = (
+        gradient_sums(holder, groups, lambda _, run=run: run(x).square().mean(), taylor=True)
+        for run in (holder, holder.parts[0])
+    )
+    assert int(whole["hidden"].counts[0]) == 5
+    same(part, whole, 0)
+    with ActivationRecorder(holder, groups, calls=100) as recorder:
+        holder.parts[0](x)
+    assert int(recorder.moments["hidden"].count) == 5
+    assert [*recorder.stored] == [*recorder.calls(groups)] == ["parts.0"]
 
 
 def test_every_network_counts_the_same_examples():

@@ -487,7 +487,7 @@ def test_tuning_before_fit_listens_to_nothing_and_cuts_nothing(tune, tmp_path):
     module, prune = Tunable(), quiet()
     tuned = trainer(prune, default_root_dir=tmp_path)
     tune(tuned, module)
-    assert prune.plan.is_full
+    assert prune.plan is None  # no batch flowed in a fit
     assert prune.report.cuts == []
     assert size(module.state_dict()) == BUILT
     assert count_hooks(module) == 0

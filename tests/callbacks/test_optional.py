@@ -163,11 +163,25 @@ def test_nothing_above_the_last_layer_is_run():
         assert len(ran) == count
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_stacks_in_a_wrapper_are_refused_at_the_start():
+def adapted():
     module = Deep()
     module.model = peft.get_peft_model(module.model, peft.LoraConfig(target_modules=["query"]))
-    run = trainer(pruning_layers(target_layers=4, **OPTIONS), max_epochs=3)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_paths_through_a_wrapper_are_refused_at_the_start():
+    run = trainer(pruning_layers(target_layers=4, stacks=[STACK], **OPTIONS), max_epochs=3)
     with pytest.raises(PruningError, match=r"through a wrapper.*merge_and_unload"):
-        run.fit(module)
+        run.fit(adapted())
     assert run.global_step == 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_layers_in_a_wrapper_are_removed():
+    module, callback = adapted(), pruning_layers(target_layers=4, **OPTIONS)
+    with pytest.warns(UserWarning, match="No layer makes up.*is frozen"):
+        trainer(callback, max_epochs=3).fit(module)
+    assert len(module.get_submodule(f"model.base_model.{STACK}")) == 4
+    merged = copy.deepcopy(module.model).merge_and_unload()
+    torch.testing.assert_close(merged(**batch()).logits, module.model(**batch()).logits)

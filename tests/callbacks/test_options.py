@@ -28,7 +28,7 @@ from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.graph.graph import choose_groups, modules_without_groups, summarize_groups
 from lightning_mi_prune.graph.groups import DependencyGroup
 from tests.support.boring import Classifier, trainer
-from tests.support.graphs import groups_of
+from tests.support.graphs import graph_of, groups_of
 from tests.support.models import build
 from tests.support.pruning import made, pruning_layers, pruning_units
 from tests.support.runs import Point, fit
@@ -90,8 +90,10 @@ def test_modules_that_belong_to_groups_are_not_without_them():
 
 def test_what_will_be_cut_is_shown_as_fit_starts(caplog):
     caplog.set_level(logging.INFO)
+    module = WithHead()  # the graph is of the network only
+    prune = quiet(include="head", graph=graph_of(module))
     with pytest.warns(PruningWarning, match="No group belongs to the module 'head'"):
-        trainer(quiet(include="head"), fast_dev_run=True, max_epochs=2).fit(WithHead())
+        trainer(prune, fast_dev_run=True, max_epochs=2).fit(module)
     said = [r.message for r in caplog.records if r.message.startswith("Pruning may cut")]
     where = "model.bert.encoder.layer.{0,1}.heads"
     assert said == [f"Pruning may cut 2 groups: 2 of kind 'heads' ({where})."]

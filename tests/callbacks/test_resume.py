@@ -17,7 +17,7 @@ from lightning_mi_prune.reporting.report import PruningReport
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.callbacks.test_rollback import BUDGET, Painless, Scored
 from tests.support.boring import Classifier, Sentences, trainer
-from tests.support.graphs import groups_of
+from tests.support.graphs import groups_of, tracker_of
 from tests.support.models import entries_of, random_plan
 from tests.support.runs import Batches, Module, Point, fit, resumed_equals_straight, sha
 
@@ -248,7 +248,7 @@ def test_loggers_hear_of_the_size_that_came_back(tmp_path):
 def test_a_network_that_came_pruned_has_no_second_tracker(tmp_path):
     small = Classifier()
     groups = groups_of(small.model)
-    PlanTracker.of(small.model).plan = random_plan(groups, 0.75)
+    tracker_of(small.model).plan = random_plan(groups, 0.75)
     apply_plan(small.model, groups, random_plan(groups, 0.75))
     torch.save(small.model.state_dict(), tmp_path / "net.pt")
     module = Module()
@@ -267,7 +267,7 @@ def test_a_network_that_came_pruned_has_no_second_tracker(tmp_path):
 def test_plans_of_parts_are_read_by_the_whole():
     inner = nn.ModuleDict({"net": Classifier().model})
     root = nn.ModuleDict({"part": inner})
-    tracker = PlanTracker.of(inner)
+    tracker = tracker_of(inner)
     plan = random_plan(tracker.groups)
     apply_plan(inner, tracker.groups, plan)
     tracker.plan = plan

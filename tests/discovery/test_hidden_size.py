@@ -46,6 +46,7 @@ from tests.support.models import (
     random_plan,
 )
 
+SOME = pytest.mark.parametrize(("family", "head"), models.SOME)
 EVERY = pytest.mark.parametrize(("family", "head"), models.EVERY)
 FEW = pytest.mark.parametrize(
     ("family", "head"),
@@ -134,7 +135,7 @@ def test_every_tensor_of_hidden_size_is_in_the_group(family, head):
     assert count_parameters(groups) <= sum(p.numel() for p in model.parameters())
 
 
-@EVERY
+@SOME
 def test_skips_and_readers_above(family, head):
     """The residual input is added to the consumer's output, which the modules above read."""
     model = stirred(family, head)
@@ -243,7 +244,7 @@ def test_the_config_stays_as_built_where_it_does_not_fit(widths, tmp_path):
     assert torch.equal(outputs(again, batch()), outputs(model, batch()))
 
 
-@EVERY
+@SOME
 def test_folders_and_state_dicts(family, head, tmp_path):
     model = stirred(family, head)
     tracker = tracker_of(model)

@@ -224,3 +224,22 @@ def test_checkpointed_blocks_are_followed(reentrant):
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     plain, again = (infer(net, lambda model: model(x)) for net in (Residual(), Checkpointed()))
     assert [g.tensors for g in again.groups] == [g.tensors for g in plain.groups]
+
+
+class Penalised(nn.Module):
+    """A loss with the squares of its own weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        weights = (self.up.weight, self.down.weight)
+        penalty = sum(w.square().sum() for w in weights) + self.up.weight.norm()
+        return self.down(self.up(x).relu()).square().mean() + 0.1 * penalty
+
+
+def test_penalties_of_weights_keep_no_units():
+    x = torch.randn(4, 3)
+    (group,) = infer(Penalised(), lambda model: model(x)).groups
+    assert (group.kind, group.size) == ("ffn", 8)

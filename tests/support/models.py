@@ -87,6 +87,8 @@ HEADS = {
     "masked-lm": AutoModelForMaskedLM,
 }
 EVERY = [(family, head) for family in CONFIGS for head in HEADS] + [(f, "image") for f in PICTURES]
+# Each family and each head once, for what their combination cannot change.
+SOME = [(f, h) for f, h in EVERY if h in ("sequence", "image") or f == "bert"]
 
 
 def build(family: str = "bert", head: str = "sequence", *, seed: int = 0, **options: object):

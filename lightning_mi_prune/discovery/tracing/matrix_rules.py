@@ -241,6 +241,10 @@ def _group_normalised(trace: Trace, operator: Operator) -> None:
         trace.set(stat, [Atom(n, DATA if n > 1 else "") for n in stat.shape])
 
 
+# Of weights as a whole these are penalties of a loss, to which removed weights add nothing.
+_SUMS = frozenset(("sum", "norm", "linalg_vector_norm"))
+
+
 def _reduced(trace: Trace, operator: Operator) -> None:
     """``mean``, ``sum``, ``amax`` ... over some dimensions or all."""
     x, output = operator.inputs[0], operator.outputs[0]
@@ -257,7 +261,7 @@ def _reduced(trace: Trace, operator: Operator) -> None:
     keep = output.ndim == x.ndim
     if keep:
         _note_statistic(trace, operator, [(0, dim) for dim in sorted(over)])
-    else:
+    elif not (operator.name in _SUMS and id(x) in trace.of_parameters and output.numel() == 1):
         for dim in over:
             fix(dims[dim], operator.label)
     for result in operator.outputs:

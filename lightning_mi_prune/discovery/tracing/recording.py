@@ -148,7 +148,7 @@ def record_call(module: nn.Module, run: Callable[[nn.Module], Any]) -> Recording
         (['t', 'addmm', 'relu'], '')
     """
     recorder = _Recorder(module)
-    buffers = {name: b.clone() for name, b in module.named_buffers() if not b.is_meta}
+    buffers = {name: (b._version, b.clone()) for name, b in module.named_buffers() if not b.is_meta}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it is one opaque operator
     try:
@@ -165,8 +165,9 @@ def record_call(module: nn.Module, run: Callable[[nn.Module], Any]) -> Recording
         torch.backends.mha.set_fastpath_enabled(fast)
         with torch.no_grad():
             for name, buffer in module.named_buffers():
-                if name in buffers and buffers[name].shape == buffer.shape:
-                    buffer.copy_(buffers[name])
+                version, value = buffers.get(name, (buffer._version, buffer))
+                if buffer._version != version and value.shape == buffer.shape:
+                    buffer.copy_(value)
     if not recorder.operators:
         raise PruningError(
             f"The call of {type(module).__name__} ran no tensor operator; expected a call that "

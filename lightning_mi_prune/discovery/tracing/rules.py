@@ -39,6 +39,8 @@ def follow(trace: Trace, operator: Operator) -> None:
         trace: The trace so far.
         operator: The operator.
     """
+    if operator.inputs and all(id(x) in trace.of_parameters for x in operator.inputs):
+        trace.of_parameters |= {id(output) for output in operator.outputs}
     rule = RULES.get(operator.name)
     if rule is None and operator.pointwise:
         rule = _pointwise

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mi_prune.discovery.tracing.expressions import (
     Atom,
@@ -77,6 +77,7 @@ class Trace:
         embedded: Names of parameters whose rows are looked up.
         statistics: Operators that compute statistics over units.
         unknown: Labels of operators without a rule that touched dimensions that could be cut.
+        of_parameters: Identities of tensors that are computed from parameters alone.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -84,6 +85,7 @@ class Trace:
         self.embedded: set[str] = set()
         self.statistics: list[Statistic] = []
         self.unknown: dict[str, None] = {}
+        self.of_parameters = {id(t) for t in tensors.values() if isinstance(t, nn.Parameter)}
         self._dims: dict[int, list[Expression]] = {}
         self._names: dict[int, tuple[str, tuple[int | None, ...]]] = {}
         self._roots: dict[int, int] = {}
