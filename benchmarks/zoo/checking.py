@@ -174,6 +174,25 @@ def _masked(model: nn.Module, geometry: Geometry, kept: Mapping[str, Sequence[in
     return masked
 
 
+def _rescale(
+    masked: nn.Module, groups: Sequence[DependencyGroup], kept: Mapping[str, Sequence[int]]
+) -> None:
+    """Enlarge queries where attention divides by the root of the size that heads have now.
+
+    The masked model divides by that as built. In training the package makes up for it; here the
+    cut model is compared as `apply_plan` leaves it.
+    """
+    for group in groups:
+        if group.rotation is not None and group.rotation.rescaled:
+            factor = (group.size / len(kept[group.name])) ** 0.5
+            query = masked.get_submodule(group.rotation.query)
+            query.register_forward_hook(partial(_times, factor))
+
+
+def _times(factor: float, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * factor
+
+
 @torch.no_grad()
 def _permuted(
     model: nn.Module, geometry: Geometry, order: Mapping[str, Sequence[int]]
@@ -358,6 +377,7 @@ def _compared(
 ) -> Outcome:
     geometry, kept = Geometry.of(groups), _third(chosen, seed)
     masked, places_kept = _masked(model, geometry, kept), geometry.chosen(kept)
+    _rescale(masked, chosen, kept)
     with torch.no_grad():
         whole = _run(model, inputs)  # before the cut, as in use
         cut = _cut(model, groups, kept)
@@ -443,7 +463,8 @@ def _reordered(
     """How far outputs move when units stand in another order."""
     generator, order = random.Random(seed + 1), {}  # noqa: S311
     for group in chosen:
-        if group.kind != "head_dim":  # rotary halves have an order
+        # Rotary halves have an order, and so have arguments with an entry for every unit as built.
+        if group.kind != "head_dim" and not group.unit_arguments:
             order[group.name] = generator.sample(range(group.size), group.size)
     with torch.no_grad():
         return _distance(_run(_permuted(model, geometry, order), inputs), whole)

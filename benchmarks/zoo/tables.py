@@ -55,6 +55,7 @@ def shortfalls(records: Records) -> list[str]:
             continue
         reasons += [f"no rule for {name}" for name in (r.get("unknown") or [])[:2]]
         reasons += (r.get("refusals") or [])[:2]
+        reasons = reasons or ["what is left has sizes of inputs or outputs"]
         text = "; ".join(reasons).replace("|", "/").replace("\n", " ")
         rows.append(row([r["model"], _share(r.get("covered")), text[:240]]))
     return with_head(["model", "covered", "why"], rows) if rows else ["None."]

@@ -89,6 +89,7 @@ def with_rotations(
         group.name: group.rotation or rotation
         for group in groups
         if group.kind == "head_dim"
+        and group.partners  # the heads, which may have been refused
         and (rotation := rotatable_projections(group, roles)) is not None
         and all(type(verifier.base.get_submodule(p)) is nn.Linear for p in _paths(rotation))
     }

@@ -327,7 +327,11 @@ class _Collector:
         kept = {group.name for group in groups}
         return Inference(
             groups=tuple(groups),
-            stacks=tuple(self._stack(path, *sizes) for path, sizes in self.stacks.items()),
+            stacks=tuple(
+                self._stack(path, *sizes)
+                for path, sizes in self.stacks.items()
+                if any(use.tensor.startswith(path) for use in self.trace.uses)
+            ),
             refused=(
                 *unread,
                 *(

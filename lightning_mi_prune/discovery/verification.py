@@ -287,6 +287,10 @@ class Verifier:
         handle = layer.register_forward_hook(_returns_input, with_kwargs=True)
         try:
             want = self.call(self.base)
+        except OutOfTime:
+            raise
+        except Exception as error:  # any code may run in a module
+            return Outcome(f"the module fails if the layer returns its input ({first_line(error)})")
         finally:
             handle.remove()
         self._masked = ((), {}, [], want)
@@ -369,7 +373,7 @@ def _returns_input(
 ) -> Any:
     """Replaces the first output of a layer by its first input."""
     first = args[0] if args else next(iter(kwargs.values()))
-    return (first, *output[1:]) if isinstance(output, tuple) else first
+    return type(output)([first, *output[1:]]) if type(output) in (tuple, list) else first
 
 
 def _is_constant(tensor: Tensor) -> bool:

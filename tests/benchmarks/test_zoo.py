@@ -113,6 +113,30 @@ def test_a_wrong_stream_is_not_excused_by_its_norm() -> None:
     assert verdicts(wrong)["hidden"] == "wrong"
 
 
+class Responses(nn.Module):
+    """Channels divided by the mean of their responses, as in ConvNeXt V2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        size = x.norm(p=2, dim=(2, 3), keepdim=True)
+        return self.last(x * size / size.mean(dim=1, keepdim=True))
+
+
+def test_a_mean_over_channels_is_one_over_those_that_stay() -> None:
+    layout = (("channels",),)
+    tensors = [("first.weight", 0, (6, 3, 1, 1)), ("first.bias", 0, (6,))]
+    tensors += [("last.weight", 1, (2, 6, 1, 1))]
+    dimensions = tuple(PrunableDim(*each, layout) for each in tensors)
+    group = DependencyGroup("channels", "channels", 6, dimensions, ("last",))
+    found = check_groups(randomized(Responses()), Inputs((torch.randn(2, 3, 4, 4),)), [group])
+    assert found["channels"].verdict == "exact with restricted norms"
+    assert found["channels"].gradients == 4
+
+
 def test_positions_are_those_of_the_package() -> None:
     generator = random.Random(0)  # noqa: S311
     widths = {"a": 5, "b": 3}
