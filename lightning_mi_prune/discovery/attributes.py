@@ -78,16 +78,24 @@ def numbers_of(module: nn.Module) -> list[Number]:
     """
     found = []
     for path, part in module.named_modules():
-        if not _of_torch(part):
-            for name, value in vars(part).items():
-                if name[:1] != "_" and name != "training":
-                    found += [Number(path, where, n) for where, n in _numbers(name, value, 1)]
+        for name, value in _own_attributes(part).items():
+            found += [Number(path, where, n) for where, n in _numbers(name, value, 1)]
     return found
 
 
-def _of_torch(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind is not nn.Module and kind.__module__.startswith("torch.nn.modules")
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a module but for those that classes of ``torch.nn`` have for their tensors."""
+    bases = [
+        kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules")
+    ]
+    if type(module) in bases and type(module) is not nn.Module:
+        return {}
+    known = {name for kind in bases for name in vars(kind).get("__constants__", ())}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name[:1] != "_" and name != "training" and name not in known
+    }
 
 
 def _numbers(name: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
@@ -203,10 +211,8 @@ def seen_numbers(module: nn.Module, run: Callable[[nn.Module], Any]) -> set[tupl
     arrivals = _Arrivals()
     with changed_within(module):
         for path, part in module.named_modules():
-            if not _of_torch(part):
-                for name, value in list(vars(part).items()):
-                    if name[:1] != "_" and name != "training":
-                        object.__setattr__(part, name, _with_origin(path, name, value, 1))
+            for name, value in _own_attributes(part).items():
+                object.__setattr__(part, name, _with_origin(path, name, value, 1))
         try:
             run_once(module, run, arrivals)
         except Exception:  # any code may run in a module, and need not accept such integers

@@ -309,3 +309,29 @@ def test_little_coverage_is_a_warning() -> None:
 def test_a_limit_of_time_refuses_what_is_left() -> None:
     with pytest.raises(PruningError, match="not verified in the time"):
         discover_run(mlp(), lambda net: net(torch.ones(2, 3)), seconds=0.0)
+
+
+class OwnNorm(nn.LayerNorm):
+    """As timm has it."""
+
+
+class Subclassed(nn.Module):
+    """Attention whose heads times their size equal the width of the stream, under such a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim = 3, 8
+        self.norm, self.qkv, self.out = OwnNorm(24), nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, self.num_heads, -1).unbind(2)
+        mixed = nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def test_the_shape_of_a_norm_counts_its_own_tensor_whatever_its_class() -> None:
+    net = nn.Sequential(nn.Linear(5, 24), Subclassed(), Subclassed(), nn.Linear(24, 2)).eval()
+    groups = discover(net, torch.randn(2, 4, 5)).groups
+    numbers = {(a.module, a.attribute) for g in groups if g.kind == "heads" for a in g.attributes}
+    assert not any("norm" in module for module, _ in numbers)
+    assert any(g.kind == "hidden" for g in groups)
