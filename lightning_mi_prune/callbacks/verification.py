@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -309,7 +309,8 @@ class _Observed:
         torch.manual_seed(0)  # a step that draws numbers draws the same each time
         with torch.no_grad(), self.context(), _last_outputs(whole) as outputs:
             result = call_step(getattr(whole, self.step), clone_batch(self.batch), self.loader)
-        return {"result": result, "logged": logged, "outputs": list(outputs)}
+        seen = outputs.of_models or (outputs.others if not tensors_in([result, logged]) else [])
+        return {"result": result, "logged": logged, "outputs": list(seen)}
 
     def of_activations(self, whole: nn.Module) -> _Observed:
         """The same without logged values that are not computed from activations.
@@ -358,13 +359,21 @@ class _Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
 
+class _Outputs(NamedTuple):
+    """Tensors that networks returned: predictions and losses, or what a step may read on."""
+
+    of_models: list[Tensor]
+    others: list[Tensor]
+
+
 @contextmanager
-def _last_outputs(whole: nn.Module) -> Iterator[list[Tensor]]:
+def _last_outputs(whole: nn.Module) -> Iterator[_Outputs]:
     """The tensors that the last module called from a step returns: its predictions, mostly.
 
     And the losses of other networks that compute their own: no later one reads what they return.
+    What a network without a loss returns by name, such as hidden states, the step may read on.
     """
-    depth, found, losses, handles = 0, list[Tensor](), list[Tensor](), []
+    depth, found, losses, handles = 0, _Outputs([], []), list[Tensor](), []
 
     def enter(*_: object) -> None:
         nonlocal depth
@@ -374,10 +383,14 @@ def _last_outputs(whole: nn.Module) -> Iterator[list[Tensor]]:
         nonlocal depth
         depth -= 1
         if depth == 0 and any(True for _ in part.parameters()):
-            values = list(output.values()) if isinstance(output, Mapping) else output
-            values = values if isinstance(values, (list, tuple)) else [values]
-            loss = output.get("loss") if isinstance(output, Mapping) else None
-            found[:] = [*losses, *(value for value in values if isinstance(value, Tensor))]
+            named = isinstance(output, Mapping)
+            loss = output.get("loss") if named else None
+            every = list(output.values()) if named else output
+            every = every if isinstance(every, (list, tuple)) else [every]
+            values = [value for value in every if isinstance(value, Tensor)]
+            read_on = named and not isinstance(loss, Tensor)
+            found.of_models[:] = [*losses, *([] if read_on else values)]
+            found.others[:] = values
             losses.extend([loss] if isinstance(loss, Tensor) else [])
 
     try:

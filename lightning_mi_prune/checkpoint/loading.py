@@ -60,11 +60,12 @@ def load_pruned(
     Example:
         >>> import tempfile
         >>> from transformers import BertConfig, BertModel
-        >>> from lightning_mi_prune import PruningPlan, apply_plan
+        >>> from lightning_mi_prune import PruningPlan, apply_plan, discover
         >>> sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
         >>> sizes |= {"num_attention_heads": 2, "intermediate_size": 6}
+        >>> sizes |= {"max_position_embeddings": 8}
         >>> net = BertModel(BertConfig(**sizes))
-        >>> tracker, name = PlanTracker.of(net), "encoder.layer.0.ffn"
+        >>> tracker, name = PlanTracker(net, discover(net)), "encoder.layer.0.ffn"
         >>> tracker.plan = tracker.plan.then(PruningPlan({name: 6}, {name: (0, 3)}))
         >>> rewrites = apply_plan(net, tracker.groups, tracker.plan)
         >>> with tempfile.NamedTemporaryFile() as file:

@@ -79,6 +79,7 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
         >>> from lightning_mi_prune import PruningPlan, apply_plan, discover
         >>> sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
         >>> sizes |= {"num_attention_heads": 2, "intermediate_size": 6}
+        >>> sizes |= {"max_position_embeddings": 8}
         >>> net = BertModel(BertConfig(**sizes))
         >>> groups, name = discover(net).groups, "encoder.layer.0.ffn"
         >>> plan = full_plan(groups).then(PruningPlan({name: 6}, {name: (0, 3)}))
