@@ -33,9 +33,9 @@ from lightning_mi_prune.discovery.hints import why_layers_stay
 from lightning_mi_prune.discovery.inference import Inference, Reduction, infer
 from lightning_mi_prune.discovery.labels import short_names
 from lightning_mi_prune.discovery.search import solve, without_groups
-from lightning_mi_prune.discovery.verification import OutOfTime, Verifier
+from lightning_mi_prune.discovery.verification import LATE, OutOfTime, Verifier
 from lightning_mi_prune.graph.graph import PruningGraph
-from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, Refusal
+from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, Refusal, count_parameters
 from lightning_mi_prune.graph.layouts import layout_names, map_layout
 from lightning_mi_prune.surgery.verification import compiled_part
 
@@ -136,7 +136,8 @@ def discover_run(
         numbers = numbers_of(verifier.base)
         solution = solve(verifier, inference.groups, numbers, seen, inference.roles)
         layers = [stack.name for stack in inference.stacks]
-        groups = with_rotations(verifier, solution.groups, inference.roles, layers)
+        rotated = with_rotations(verifier, solution.groups, inference.roles, layers)
+        groups, unturned = _without_unverified(solution.groups, rotated)
         groups = with_empty_attention(verifier, module, _that_may_be_empty(verifier, groups))
         groups = _with_short_names(groups, layers)
         groups = with_config_fields(module, groups)
@@ -146,7 +147,7 @@ def discover_run(
     graph = PruningGraph(
         groups,
         stacks,
-        (*solution.refused, *inference.refused, *wrong),
+        (*solution.refused, *unturned, *inference.refused, *wrong),
         inference.unknown,
         sum(p.numel() for p in module.parameters()),
         _reachable(module, groups),
@@ -304,6 +305,19 @@ def _of_kinds(inference: Inference, kinds: Sequence[str] | None) -> Inference:
     )
 
 
+def _without_unverified(
+    before: Sequence[DependencyGroup], rotated: Sequence[DependencyGroup]
+) -> tuple[tuple[DependencyGroup, ...], tuple[Refusal, ...]]:
+    """Leave out dimensions of heads that are right only if queries are scaled, which failed."""
+    failed = [a for a, b in zip(before, rotated, strict=True) if a.rotation and not b.rotation]
+    gone = {group.name: group.size for group in failed}
+    reason = "scores are divided by the root of the present head size, which queries cannot undo"
+    return (
+        tuple(without_groups([g for g in rotated if g.name not in gone], gone)),
+        tuple(Refusal(g.name, g.kind, g.size, count_parameters([g]), reason) for g in failed),
+    )
+
+
 def _with_short_names(
     groups: Sequence[DependencyGroup], stacks: Sequence[str]
 ) -> tuple[DependencyGroup, ...]:
@@ -345,7 +359,7 @@ def _that_can_be_shortened(
             try:
                 why = verifier.check_layer(stack, fixed).reason
             except OutOfTime:
-                why = "not verified in the time given; more seconds may be enough"
+                why = LATE
             if not why:
                 found.append(replace(stack, fixed=fixed))
                 break

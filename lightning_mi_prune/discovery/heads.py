@@ -108,7 +108,7 @@ def with_rotations(
     return tuple(
         _rotated(group, rotates[group.name], owner.get(group.name, group), stacks)
         if group.name in verified
-        else group
+        else replace(group, rotation=None)
         for group in groups
     )
 

@@ -16,7 +16,7 @@ from lightning_mi_prune.discovery.attributes import (
     pattern_of,
 )
 from lightning_mi_prune.discovery.heads import rotatable_projections
-from lightning_mi_prune.discovery.verification import Outcome, OutOfTime, Verifier
+from lightning_mi_prune.discovery.verification import LATE, Outcome, OutOfTime, Verifier
 from lightning_mi_prune.graph.groups import (
     DependencyGroup,
     Refusal,
@@ -35,7 +35,6 @@ __all__ = [
 Claims = Mapping[tuple[str, str], SizeAttribute]
 
 _MOST = {1: 8, 2: 5, 3: 4}  # numbers of which sets of each size are tried
-_LATE = "not verified in the time given; more seconds may be enough"
 _RESERVE = 0.3  # of the time that is left, to verify what passed all at once
 _MOST_TIME = 0.2  # of what is left, for the numbers of one class of groups
 _LOCAL = 0.6  # nearness from which a number that is not seen is taken to describe a group
@@ -146,7 +145,7 @@ def solve(
     except OutOfTime:
         for name in search.groups:
             if name not in search.accepted:
-                search.reasons.setdefault(name, _LATE)
+                search.reasons.setdefault(name, LATE)
     return search.solution()
 
 
@@ -316,7 +315,7 @@ class _Search:
         except OutOfTime:  # what passed until then is accepted
             done = {name for names, _ in passed for name in names} | {*self.accepted}
             for name in self.groups.keys() - done:
-                self.reasons.setdefault(name, _LATE)
+                self.reasons.setdefault(name, LATE)
         self.verifier.extend(reserve)
         self.together(passed)
 

@@ -38,6 +38,7 @@ from lightning_mi_prune.surgery.layers import arrange_layers
 from lightning_mi_prune.surgery.units import apply_plan
 
 __all__ = [
+    "LATE",
     "OutOfTime",
     "Outcome",
     "Verifier",
@@ -47,6 +48,9 @@ __all__ = [
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 _LOW_PRECISION = 3e-2  # of types with less than 24 bits, where an exact check is not possible
 _MOST_NOISE = 1e-3  # a network that amplifies rounding more than this is not verified
+
+
+LATE = "not verified in the time given; more seconds may be enough"
 
 
 class OutOfTime(Exception):  # noqa: N818  # no error: what is left is refused

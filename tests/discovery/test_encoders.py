@@ -101,3 +101,12 @@ def test_layers_after_a_repeated_one_keep_their_place():
 def test_chunked_sequences_are_refused():
     with pytest.raises(PruningError, match="chunk_size_feed_forward=0"):
         groups_of(build(chunk_size_feed_forward=4))
+
+
+def test_head_sizes_that_need_a_rotation_go_only_with_one(monkeypatch):
+    """MPNet divides by the present size: without queries that make up for it no cut is right."""
+    monkeypatch.setattr("lightning_mi_prune.discovery.heads._unchanged", lambda *_: False)
+    graph = discover(build("mpnet"))
+    assert not any(group.kind == "head_dim" for group in graph.groups)
+    assert {each.size for each in graph.refused if each.kind == "head_dim"} == {6}
+    assert {size for g in graph.groups if g.kind == "heads" for _, size in g.partners} == set()
