@@ -45,7 +45,8 @@ def cheapest_removal(
 
     Example:
         >>> def loss(removed):  # those in the middle undo one another
-        ...     return 1.0 if removed == {1, 2} else 1 + sum((0.3, 0.5, 0.4, 0.2)[i] for i in removed)
+        ...     alone = sum((0.3, 0.5, 0.4, 0.2)[layer] for layer in removed)
+        ...     return 1.0 if removed == {1, 2} else 1 + alone
         >>> found = cheapest_removal(lambda sets: [loss(s) for s in sets], range(4), 2)
         >>> found.removed, found.after, found.measured
         ((1, 2), 1.0, 8)
