@@ -371,10 +371,12 @@ class CKALayerPruning(PruningCallback):
         threshold: Least CKA with the first layer of a cluster, above 0 and up to 1. None takes the
             clusters that lose least on the way to ``target_layers``.
         target_layers: Fewest layers that stay in every stack; None leaves it to the threshold.
-        criterion: ``"cka"``, or what people do instead, which needs ``target_layers``:
-            ``"angle"`` removes the layers that turn their input least (ShortGPT),
-            ``"angular_run"`` the run of layers that together turn it least (Gromov et al.),
-            ``"last"`` the top ones, ``"random"`` any.
+        criterion: ``"cka"``, or one that needs ``target_layers``: ``"measured_loss"`` removes those
+            without which the loss of ``training_step``, on ``similarity.loss_steps`` batches, is
+            lowest, greedily or as one run of neighbours. Or what people do instead: ``"angle"``
+            removes the layers that turn their input least (ShortGPT), ``"angular_run"`` the run of
+            layers that together turn it least (Gromov et al.), ``"last"`` the top ones,
+            ``"random"`` any.
         stacks: Paths of the containers whose layers may go, such as ``"model.encoder.block"`` or
             ``"backbone.layer3"``; default: all that are found.
         module: Path of the submodule to search for them; default: the whole module.
