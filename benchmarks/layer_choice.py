@@ -13,13 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from benchmarks.language import as_batches, brown, loaded, pieces_of, score_tokens
-from benchmarks.records import Figures, Job, single
+from benchmarks.records import FOLDER, Figures, Job, Store, single
 from benchmarks.subjects import graph_of, score
 from benchmarks.tasks import QUICK, RECIPES, Batch, finetuned, labels_loss
 from lightning_mi_prune.calibration.bypass import losses_without
@@ -52,6 +53,7 @@ CRITERIA: tuple[LayerCriterion, ...] = (
 CALIBRATION, TEST = 64, 48  # pieces of text
 LOSS_BATCHES = {"smollm2-135m": 2}  # batches whose loss is measured without layers
 OTHERS = 4  # as the callback does
+CHOICE = ("losses_measured", "loss_tokens", "seconds", "loss", "loss_after")  # of measured_loss
 
 Compensation = Literal["none", "layerwise"]
 
@@ -107,6 +109,7 @@ def layer_choice(
     layers: Sequence[int] = (),
     criteria: Sequence[LayerCriterion] = CRITERIA,
     compensations: Sequence[Compensation] = ("none", "layerwise"),
+    folder: Path = FOLDER,
 ) -> Iterator[Job]:
     """Perplexity or accuracy without the layers that each criterion removes, in one shot."""
     for model, seed, compensation in (
@@ -117,7 +120,7 @@ def layer_choice(
                 about = {"task": task_of(model), "model": model, "layers": number}
                 about |= {"criterion": criterion, "compensation": compensation, "steps": 0}
                 given = model, seed, number, criterion, compensation
-                yield single(about | {"seed": seed}, measured, *given)
+                yield single(about | {"seed": seed}, measured, *given, folder)
 
 
 def task_of(model: str) -> str:
@@ -154,11 +157,17 @@ def examined(name: str, seed: int) -> Examined:
     return Examined(network, stack, comparison, *stored, training, test, dense)
 
 
-@lru_cache(maxsize=64)
 def chosen(
-    name: str, seed: int, layers: int, criterion: LayerCriterion
+    name: str, seed: int, layers: int, criterion: LayerCriterion, folder: Path
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """The layers that a criterion removes, and what is known of the choice."""
+    """The layers that a criterion removes, and what is known of the choice.
+
+    What was chosen for a record with another compensation is not chosen again.
+    """
+    about = {"model": name, "seed": seed, "layers": layers, "criterion": criterion}
+    for record in Store("layer-choice", folder).find(**about):
+        known = {key: record[key] for key in CHOICE if key in record.figures}
+        return tuple(record["removed"]), known
     subject = examined(name, seed)
     compared = subject.comparison
     if criterion != "measured_loss":
@@ -174,8 +183,8 @@ def chosen(
     found = cheapest_removal(losses, compared.layers, count, compared.fixed)
     seconds = sum(subject.losses[removed][1] for removed in asked)
     tokens = sum(int(batch["input_ids"].numel()) for batch in subject.measured)
-    known = {"losses_measured": found.measured, "loss_tokens": tokens, "seconds": seconds}
-    return found.removed, known | {"loss": found.whole, "loss_after": found.after}
+    figures = found.measured, tokens, seconds, found.whole, found.after
+    return found.removed, dict(zip(CHOICE, figures, strict=True))
 
 
 @lru_cache(maxsize=64)  # criteria that choose the same layers
@@ -202,11 +211,16 @@ def quality(
 
 
 def measured(
-    name: str, seed: int, layers: int, criterion: LayerCriterion, compensation: Compensation
+    name: str,
+    seed: int,
+    layers: int,
+    criterion: LayerCriterion,
+    compensation: Compensation,
+    folder: Path,
 ) -> Figures:
     """Test one model without the layers of one criterion."""
     subject = examined(name, seed)
-    removed, known = chosen(name, seed, layers, criterion)
+    removed, known = chosen(name, seed, layers, criterion, folder)
     (right, nats), seconds = quality(name, seed, removed, compensation)
     found: dict[str, Any] = {"removed": [*removed], **known, "compensation_seconds": seconds}
     if task_of(name) == BROWN:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from benchmarks import layer_choice
 from benchmarks.cases import CASES
 from benchmarks.layer_choice import CRITERIA
 from benchmarks.pages import layer_choice as table
-from benchmarks.records import Record
+from benchmarks.records import Record, Store
 
 
 def tiny(name: str):
@@ -29,20 +30,20 @@ def texts(part: str) -> list[str]:
 
 
 @pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[layer_choice.Job]]:
+def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[layer_choice.Job]]:
     monkeypatch.setattr(layer_choice, "loaded", tiny)
     monkeypatch.setattr(layer_choice, "brown", texts)
     monkeypatch.setattr(layer_choice, "DEPTHS", {"tiny": (3, 2)})
     monkeypatch.setattr(layer_choice, "LOSS_BATCHES", {"tiny": 1})
-    caches = layer_choice.examined, layer_choice.chosen, layer_choice.quality
+    caches = layer_choice.examined, layer_choice.quality
     for cache in caches:
         cache.cache_clear()
-    yield [*CASES["layer-choice"].jobs(models=["tiny"])]
+    yield [*CASES["layer-choice"].jobs(models=["tiny"], folder=tmp_path)]
     for cache in caches:
         cache.cache_clear()
 
 
-def test_every_criterion_has_a_record_with_and_without_compensation(jobs) -> None:
+def test_every_criterion_has_a_record_with_and_without_compensation(jobs, tmp_path: Path) -> None:
     assert len(jobs) == 2 * 2 * len(CRITERIA)
     found = {}
     for job in jobs:
@@ -51,6 +52,7 @@ def test_every_criterion_has_a_record_with_and_without_compensation(jobs) -> Non
         assert setting.keys() >= {"task", "model", "layers", "criterion", "compensation", "steps"}
         assert len(figures["removed"]) == 4 - setting["layers"]
         assert math.isfinite(figures["perplexity"])
+        Store("layer-choice", tmp_path).add(setting, job.seed, figures)
         found[tuple(setting.values())[2:5]] = Record("c", setting, job.seed, figures, {}, {})
     layers = {(n, c): found[n, c, "none"]["removed"] for n, c, _ in found}
     assert all(found[n, c, "layerwise"]["removed"] == layers[n, c] for n, c in layers)
