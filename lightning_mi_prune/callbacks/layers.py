@@ -159,11 +159,15 @@ class LayerStrategy:
         elif data is not None and self._stored and not any(data.ranks):
             state.calibration = None
             dropped.append("No inputs were stored to reconstruct from; a cut waits for validation.")
-        elif data is not None and not self._is_measured(session, data, self._goal(session)):
+        elif data is not None and not self._is_measured(
+            data, self._goal(session, state.calibration_epoch)
+        ):
             state.calibration = None
             dropped.append("Losses were measured without other layers; a cut waits for validation.")
         if self.steps is not None:
             self.steps.resume(session)
+        else:
+            state.batches = []
         if state.pending is not None and not (
             set(state.comparison.stacks) <= names and self._would_choose(session, state.pending)
         ):
@@ -174,7 +178,7 @@ class LayerStrategy:
     def _would_choose(self, session: Session, pending: PendingCut) -> bool:
         """Whether the present options lead to a cut that is decided."""
         kept = pending.decision.plan.kept
-        if not self._is_measured(session, session.state.comparison, pending.sparsity):
+        if not self._is_measured(session.state.comparison, pending.sparsity):
             return False
         choices = self._choices(session, session.state.comparison, pending.sparsity)
         return all(kept.get(choice.name, choice.before) == choice.after for choice in choices)
@@ -230,10 +234,9 @@ class LayerStrategy:
             data.ranks = gather_ranks(strategy, move_tensors(recorder.stored, torch.device("cpu")))
         return data
 
-    def _goal(self, session: Session) -> float:
-        """How far the cut that comes next goes."""
-        epoch, state = session.trainer.current_epoch + 1, session.state
-        return state.schedule.due(epoch, state.reached) or 1.0
+    def _goal(self, session: Session, epoch: int) -> float:
+        """How far the cut after the validation of an epoch goes."""
+        return session.state.schedule.due(epoch + 1, session.state.reached) or 1.0
 
     def _measured(
         self, session: Session, stacks: Mapping[str, LayerComparison]
@@ -242,7 +245,8 @@ class LayerStrategy:
         built = {stack.name: stack for stack in self._stacks}
         found = dict(stacks)
         for name, compared in stacks.items():
-            count = self._count(name, compared, self._goal(session))
+            goal = self._goal(session, session.trainer.current_epoch)
+            count = self._count(name, compared, goal)
             if count:
                 losses = measure_removal(session, built[name], count, compared.fixed)
                 if losses is None:
@@ -254,7 +258,7 @@ class LayerStrategy:
         built = {stack.name: stack.size for stack in self._stacks}
         return self.selector.number_to_remove(compared, goal, built[name])
 
-    def _is_measured(self, session: Session, data: CalibrationData, goal: float) -> bool:
+    def _is_measured(self, data: CalibrationData, goal: float) -> bool:
         """Whether losses are known for the numbers of layers that go, where they decide."""
         return self.steps is None or all(
             len(compared.losses.removed if compared.losses else ())
