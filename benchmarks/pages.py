@@ -259,7 +259,11 @@ def layer_choice(records: Records) -> list[str]:
     for (model, number, criterion), found in sorted(groups.items(), key=_by_quality):
         first = next(iter(found.values()))
         cells = [model, f"{_quality(first, 'dense_'):.2f}", str(-number), f"`{criterion}`"]
-        cells += [f"{_quality(found[c]):.2f}" if c in found else "" for c in ("none", "layerwise")]
+        shown = {c: _quality(r) for c, r in found.items()}
+        cells += [
+            f"{shown[c]:,.{0 if shown[c] >= 1000 else 2}f}" if c in shown else ""
+            for c in ("none", "layerwise")
+        ]
         cells += [" ".join(map(str, first["removed"]))]
         cells += [f"{first.get('seconds'):.0f}" if first.get("seconds") else ""]
         rows.append(row(cells))
