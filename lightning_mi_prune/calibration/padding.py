@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from greenlet import getcurrent
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -52,7 +52,7 @@ class Padding:
     A ``src_key_padding_mask``, ``tgt_key_padding_mask`` or the ``key_padding_mask`` of
     self-attention applies from the moment a module receives it, to all activations with that many
     examples and positions; so does the order of these two dimensions (``batch_first``). Calls in
-    different threads and greenlets are kept apart.
+    different threads are kept apart.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
@@ -75,7 +75,7 @@ class Padding:
 
     def start_call(self) -> None:
         """Forget the masks of the previous call."""
-        self._known.pop(getcurrent(), None)
+        self._known.pop(threading.get_ident(), None)
 
     def clear(self) -> None:
         """Forget the masks of all calls."""
@@ -120,7 +120,7 @@ class Padding:
         return known.real if fits else None
 
     def _of(self, x: Tensor) -> _Known:
-        known = {} if x.is_nested else self._known.get(getcurrent(), {})
+        known = {} if x.is_nested else self._known.get(threading.get_ident(), {})
         return known.get(tuple(x.shape[:-1]), _Known()) if known else _Known()
 
     def _hook(self, input_name: str, mask_name: str) -> Any:
@@ -138,7 +138,7 @@ class Padding:
                 real = _is_real(mask)
                 real = real.mT if positions_first else real
                 real = real if real.shape == x.shape[:-1] else None
-            known = self._known.setdefault(getcurrent(), {})
+            known = self._known.setdefault(threading.get_ident(), {})
             known[tuple(x.shape[:-1])] = _Known(real, positions_first)
 
         return hook
@@ -206,23 +206,23 @@ def pad_nested(model: nn.Module) -> Iterator[RemovableHandle]:
     def enter(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("src")
         if isinstance(x, Tensor) and not x.is_nested and x.ndim == 3:
-            widths[getcurrent()] = x.shape[1]
+            widths[threading.get_ident()] = x.shape[1]
 
     def leave(*_: object) -> None:
-        widths.pop(getcurrent(), None)
+        widths.pop(threading.get_ident(), None)
 
     def pad(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = inspect.signature(layer.forward).bind_partial(*args, **kwargs)
         x = bound.arguments.get("src")
-        lengths[getcurrent(), layer] = None
+        lengths[threading.get_ident(), layer] = None
         if not isinstance(x, Tensor) or not x.is_nested:
             return None
         if "src_key_padding_mask" not in bound.signature.parameters:
             return None
         sizes = [len(part) for part in x.unbind()]
-        width = max([widths.get(getcurrent(), 0), *sizes])
+        width = max([widths.get(threading.get_ident(), 0), *sizes])
         shape = (len(sizes), width, x.size(-1))
-        lengths[getcurrent(), layer] = (sizes, x.layout)
+        lengths[threading.get_ident(), layer] = (sizes, x.layout)
         bound.arguments["src"] = torch.nested.to_padded_tensor(x, 0.0, shape)
         places = torch.arange(width, device=x.device)
         padding = places >= torch.tensor(sizes, device=x.device)[:, None]
@@ -230,7 +230,7 @@ def pad_nested(model: nn.Module) -> Iterator[RemovableHandle]:
         return bound.args, bound.kwargs
 
     def nest(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        given = lengths.pop((getcurrent(), layer), None)
+        given = lengths.pop((threading.get_ident(), layer), None)
         if given is None:
             return None
         parts = [row[:size] for row, size in zip(output, given[0], strict=True)]

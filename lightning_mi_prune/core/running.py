@@ -30,6 +30,7 @@ __all__ = [
     "map_tensors",
     "move_tensors",
     "run_batch",
+    "tensors_in",
     "undisturbed",
 ]
 
@@ -158,7 +159,7 @@ def first_examples(batch: Any, count: int = 2) -> Any:
         >>> first_examples((torch.zeros(7, 5, 3), torch.zeros(5)))[0].shape
         torch.Size([7, 5, 3])
     """
-    sizes = {x.shape[0] for x in _tensors_in(batch) if x.ndim}
+    sizes = {x.shape[0] for x in tensors_in(batch) if x.ndim}
     rows = sizes.pop() if len(sizes) == 1 else 0
     return _first_of(batch, rows, count) if rows > count else batch
 
@@ -171,17 +172,18 @@ def _parts_of(value: Any) -> dict[Any, Any]:
     return dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     for part in _parts_of(value).values():
-        yield from _tensors_in(part)
+        yield from tensors_in(part)
 
 
 def _first_of(value: Any, rows: int, count: int) -> Any:
     if isinstance(value, Tensor):
         return value[:count] if value.ndim else value
-    plain = isinstance(value, (list, tuple)) and not any(True for _ in _tensors_in(value))
+    plain = isinstance(value, (list, tuple)) and not any(True for _ in tensors_in(value))
     if plain and len(value) == rows and not hasattr(value, "_fields"):
         return value[:count]  # one text or number for each example
     return _rebuilt(value, partial(_first_of, rows=rows, count=count))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from lightning_mi_prune.core.empty_linear import linear_at, parameters_of
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.graph.groups import is_within
-from lightning_mi_prune.reconstruction.layerwise import LayerCall, run_layerwise
+from lightning_mi_prune.reconstruction.block_runs import BlockRuns, LayerCall
 from lightning_mi_prune.reconstruction.ridge import FOLDS, choose_strength, linear_change
 from lightning_mi_prune.reconstruction.targets import ReconstructedLayer, Targets
 
@@ -58,22 +59,20 @@ def reconstruct_network(
     *,
     add: Sum = lambda sums: sums,
     share: float = 1.0,
-    once: bool = False,
 ) -> dict[str, Tensor]:
     """Weights and biases that restore the residual stream of the dense model in a cut one.
 
-    The model is only run, never changed: a layer is solved when all of the sample has reached it,
-    and its new output goes on to the layers above. A layer that runs several times in a pass
-    (ALBERT's are shared) stays as it is: each of its calls would make up for the same loss.
+    A layer is solved when the layers below it are; its new values are set in the cut model, which
+    runs on, block by block. A layer that runs several times in a pass (ALBERT's are shared) stays
+    as it is: each of its calls would make up for the same loss.
 
     Args:
-        cut: The cut model, with compensated weights.
+        cut: The cut model, with compensated weights; it gets the new ones.
         layers: Layers to solve, for which :func:`is_solvable` holds.
         path: Network that is called.
         targets: The sample, and the outputs of the dense model on it.
         add: Adds sums up over ranks; every rank calls it for the same layers in the same order.
         share: Weight of this rank's sample; 0 for one that only takes part in the sums.
-        once: As for :func:`layerwise.run_layerwise`.
 
     Returns:
         New values in the shape they have in the cut model, by tensor name.
@@ -82,37 +81,46 @@ def reconstruct_network(
         PruningError: If the sample is smaller than what a layer has to learn from it.
     """
     solved: dict[str, Tensor] = {}
-    equations = _NormalEquations()
-
-    def solve(layer: ReconstructedLayer, parts: Sequence[LayerCall]) -> Sequence[Tensor]:
-        target = targets.take(layer.target.layer)
-        module = cut.get_submodule(layer.layer)
-        if target is None:
-            return [part.output for part in parts]
-        wanted = [
-            _without_stream(layer, part, values)
-            for part, values in zip(parts, _split(target, parts), strict=True)
-        ]
-        if is_gain(module):
-            offset, plain = _normalized(module, [part.x for part in parts])
-            pairs = [(part.valid(x), y) for part, x, y in zip(parts, plain, wanted, strict=True)]
-            sums = share * sum((_norm_sums(x, y) for x, y in pairs), torch.tensor(0.0))
-            new = _solve_norm(module, add(sums), offset)
-            outputs = [x * (new["weight"] + offset) + new.get("bias", 0) for x in plain]
-        else:
-            missing = [y - part.valid(part.output) for part, y in zip(parts, wanted, strict=True)]
-            new = _solve(layer, module, add(share * equations.sums(parts, missing)))
-            outputs = [part.output for part in parts]
-            if new:
-                outputs = [functional.linear(p.x, new["weight"], new.get("bias")) for p in parts]
-                stored = module.get_parameter("weight")
-                matrix = new["weight"][..., None]
-                new["weight"] = stored_weight(matrix, stored, input_dim(linear_at(module)))
-        solved.update({f"{layer.layer}.{name}": value for name, value in new.items()})
-        return outputs
-
-    run_layerwise(cut, layers, path, targets.calls, solve, once=once)
+    runs = BlockRuns(cut, layers, path, targets.calls)
+    for wave in runs.waves:
+        wanted = {layer.layer: targets.take(layer.target.layer) or {} for layer in wave}
+        shared = _Outer()
+        sums = {
+            layer.layer: _sums_of(cut.get_submodule(layer.layer), shared)
+            for layer in wave
+            if wanted[layer.layer]
+        }
+        mine = [layer for layer in wave if layer.layer in sums]
+        if not mine:
+            continue
+        runs.finish_below(mine[0])
+        runs.visit(mine, partial(_add_call, wanted, sums))
+        for layer in mine:
+            found = sums[layer.layer]
+            new = found.solve(layer, add(share * found.total()))
+            module = linear_at(cut.get_submodule(layer.layer))
+            for name, value in new.items():  # another parameter: of a tied one only this use
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+                solved[f"{layer.layer}.{name}"] = value
     return solved
+
+
+def _sums_of(module: nn.Module, shared: _Outer) -> _LinearSums | _GainSums:
+    """Empty sums of a layer of the cut model."""
+    return _GainSums(module) if is_gain(module) else _LinearSums(module, shared)
+
+
+def _add_call(
+    wanted: Mapping[str, Mapping[int, Tensor]],
+    sums: Mapping[str, _LinearSums | _GainSums],
+    number: int,
+    layer: ReconstructedLayer,
+    part: LayerCall,
+) -> None:
+    """Add one call of a layer to its sums, if the present model ran it too."""
+    target = wanted[layer.layer].get(number)
+    if target is not None:
+        sums[layer.layer].add(number, part, _without_stream(layer, part, target))
 
 
 def reconstruct_networks(
@@ -125,7 +133,6 @@ def reconstruct_networks(
     add: Sum = lambda sums: sums,
     rank: int = 0,
     world: int = 1,
-    once: bool = False,
 ) -> dict[str, Tensor]:
     """:func:`reconstruct_network` of every network whose calls were stored.
 
@@ -138,7 +145,6 @@ def reconstruct_networks(
         add: As for :func:`reconstruct_network`.
         rank: This process.
         world: Processes that solve together, each on its own calls.
-        once: As for :func:`layerwise.run_layerwise`.
 
     Returns:
         New values by tensor name.
@@ -165,15 +171,10 @@ def reconstruct_networks(
             continue
         device = next(module.parameters()).device
         call = replace(call, **move_tensors(vars(call), device))
-        targets = Targets(module, inside, path, call, once=once)
+        targets = Targets(module, inside, path, call)
         share = 1.0 if stored else 0.0
-        solved |= reconstruct_network(cut, inside, path, targets, add=add, share=share, once=once)
+        solved |= reconstruct_network(cut, inside, path, targets, add=add, share=share)
     return solved
-
-
-def _split(target: Tensor, parts: Sequence[LayerCall]) -> Sequence[Tensor]:
-    """A target of the whole sample, divided among the calls."""
-    return torch.split(target, [len(part.valid(part.output)) for part in parts])
 
 
 def _without_stream(layer: ReconstructedLayer, part: LayerCall, target: Tensor) -> Tensor:
@@ -193,38 +194,84 @@ def _rescaled(target: Tensor, present: Tensor) -> Tensor:
     return mean + centred * (spread / target.std(-1, keepdim=True).clamp_min(1e-6))
 
 
-class _NormalEquations:
-    """Sums of least squares by fold; layers that read the same input share its part of them."""
+class _Outer:
+    """``[1 x]' [1 x]`` of every fold, which layers that read the same input share."""
 
     def __init__(self) -> None:
-        self._x: list[Tensor] = []
-        self._valid: list[Tensor] = []
-        self._folds: list[Tensor] = []
-        self._outer = torch.empty(0)
+        self.sums = torch.empty(0)
+        self.calls: set[int] = set()
 
-    def sums(self, parts: Sequence[LayerCall], missing: Sequence[Tensor]) -> Tensor:
-        """``[1 x]' [1 x]`` beside ``[1 x]' missing`` of every fold, without the padding."""
-        given = [part.x for part in parts]
-        fresh = [*map(id, given)] != [*map(id, self._x)]
-        if fresh:
-            self._x, self._valid = given, [part.valid(part.x) for part in parts]
-            self._folds = [_folds_of(part) for part in parts]
-            size = self._valid[0].shape[1] + 1
-            self._outer = _double(given[0][:0]).new_zeros(FOLDS, size, size)
-        cross = self._outer.new_zeros(*self._outer.shape[:2], missing[0].shape[1])
-        for valid, rest, folds in zip(self._valid, missing, self._folds, strict=True):
-            for fold in range(FOLDS):
-                index = (folds == fold).nonzero().flatten()
-                # In pieces: all of it in double precision would be larger than anything else.
-                for some in torch.split(index, _PIECE) if len(index) else ():
-                    inputs = functional.pad(_double(valid[some]), (1, 0), value=1.0)
-                    cross[fold].addmm_(inputs.mT, _double(rest[some]))
-                    if fresh:
-                        add_outer(self._outer[fold], inputs)
-        if fresh:
-            for outer in self._outer:
-                mirror(outer)
-        return torch.cat([self._outer, cross], dim=2)
+
+class _LinearSums:
+    """Sums of least squares of a linear layer, fold by fold.
+
+    Args:
+        module: The layer in the cut model.
+        shared: The part that layers with the same input have in common.
+    """
+
+    def __init__(self, module: nn.Module, shared: _Outer) -> None:
+        self._module, self._shared = module, shared
+        self._cross = torch.empty(0)
+
+    def add(self, number: int, part: LayerCall, wanted: Tensor) -> None:
+        """Add a call of that number, whose output should be ``wanted (positions, outputs)``."""
+        x, folds, shared = part.valid(part.x), _folds_of(part), self._shared
+        missing = wanted - part.valid(part.output)
+        fresh = number not in shared.calls
+        shared.calls.add(number)
+        size = x.shape[1] + 1
+        if not shared.sums.numel():
+            shared.sums = _double(x[:0]).new_zeros(FOLDS, size, size)
+        if not self._cross.numel():
+            self._cross = shared.sums.new_zeros(FOLDS, size, missing.shape[1])
+        for fold in range(FOLDS):
+            index = (folds == fold).nonzero().flatten()
+            # In pieces: all of it in double precision would be larger than anything else.
+            for some in torch.split(index, _PIECE) if len(index) else ():
+                inputs = functional.pad(_double(x[some]), (1, 0), value=1.0)
+                self._cross[fold].addmm_(inputs.mT, _double(missing[some]))
+                if fresh:
+                    add_outer(shared.sums[fold], inputs)
+
+    def total(self) -> Tensor:
+        """The sums of every fold ``(folds, 1 + inputs, 1 + inputs + outputs)``."""
+        for outer in self._shared.sums:
+            mirror(outer)
+        return torch.cat([self._shared.sums, self._cross], dim=2)
+
+    def solve(self, layer: ReconstructedLayer, sums: Tensor) -> dict[str, Tensor]:
+        """New values by name, in the layout of the module."""
+        new = _solve(layer, self._module, sums)
+        if new:
+            stored, matrix = self._module.get_parameter("weight"), new["weight"][..., None]
+            new["weight"] = stored_weight(matrix, stored, input_dim(linear_at(self._module)))
+        return new
+
+
+class _GainSums:
+    """Sums that determine gain and offset of each entry of a normalisation.
+
+    Args:
+        module: The normalisation in the cut model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._sums, self._offset = module, torch.zeros(()), 0.0
+
+    def add(self, number: int, part: LayerCall, wanted: Tensor) -> None:
+        """Add a call whose output should be ``wanted (positions, entries)``."""
+        self._offset, plain = _normalized(self._module, part.x)
+        found = _norm_sums(part.valid(plain), wanted)
+        self._sums = self._sums.to(found) + found
+
+    def total(self) -> Tensor:
+        """``(5, entries)``: count, inputs, outputs, squares of inputs, products."""
+        return self._sums
+
+    def solve(self, layer: ReconstructedLayer, sums: Tensor) -> dict[str, Tensor]:
+        """New values by name."""
+        return _solve_norm(self._module, sums, self._offset)
 
 
 def _folds_of(part: LayerCall) -> Tensor:
@@ -297,12 +344,6 @@ def _solve(layer: ReconstructedLayer, module: nn.Module, folds: Tensor) -> dict[
     return {name: value.detach() for name, value in new.items()}
 
 
-def _norm_sums(plain: Tensor, wanted: Tensor) -> Tensor:
-    """Sums over positions that determine gain and offset of each entry, ``(5, entries)``."""
-    x, y = _double(plain), _double(wanted)
-    return torch.stack([v.sum(0) for v in (torch.ones_like(x), x, y, x * x, x * y)])
-
-
 def is_gain(module: nn.Module) -> bool:
     """Whether a module normalises each position and multiplies each entry by a weight.
 
@@ -330,26 +371,30 @@ def is_solvable(module: nn.Module) -> bool:
     return is_gain(layer) or (is_pointwise(layer) and not why_not_consumer(layer))
 
 
-def _normalized(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-    """What a module adds to its weight before it multiplies, and inputs that are only normalised.
+def _norm_sums(plain: Tensor, wanted: Tensor) -> Tensor:
+    """Sums over positions that determine gain and offset of each entry, ``(5, entries)``."""
+    x, y = _double(plain), _double(wanted)
+    return torch.stack([v.sum(0) for v in (torch.ones_like(x), x, y, x * x, x * y)])
+
+
+def _normalized(module: nn.Module, x: Tensor) -> tuple[float, Tensor]:
+    """What a module adds to its weight before it multiplies, and an input that is only normalised.
 
     Some add 1 (Gemma), so that a weight of 0 changes nothing.
     """
     if isinstance(module, nn.LayerNorm):
-        shape, eps = module.normalized_shape, module.eps
-        return 0.0, [functional.layer_norm(x, shape, eps=eps) for x in inputs]
+        return 0.0, functional.layer_norm(x, module.normalized_shape, eps=module.eps)
     weight = module.get_parameter("weight").detach()
 
-    def run(x: Tensor, value: float) -> Tensor:
+    def run(value: float) -> Tensor:
         other = copy.copy(module)
         other.__dict__["_parameters"] = {"weight": torch.full_like(weight, value)}
         found: Tensor = other.forward(x)  # not called: it shares the hooks
         return found
 
     with torch.no_grad():
-        low, high = zip(*((run(x, 0.0), run(x, 1.0)) for x in inputs), strict=True)
-    offset = 1.0 if any(bool(x.any()) for x in low) else 0.0
-    return offset, [b - a for a, b in zip(low, high, strict=True)]
+        low, high = run(0.0), run(1.0)
+    return (1.0 if bool(low.any()) else 0.0), high - low
 
 
 def _solve_norm(module: nn.Module, sums: Tensor, offset: float = 0.0) -> dict[str, Tensor]:

@@ -160,7 +160,6 @@ def compensate_removed_layers(
         add=add,
         rank=rank,
         world=world,
-        once=True,
     )
     missing = [r.layer for r in found.layers if r.normed and f"{r.layer}.weight" not in solved]
     if missing:  # a copied normalisation expects the sum that the layer would have learned

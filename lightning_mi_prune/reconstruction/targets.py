@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lightning_mi_prune.calibration.calls import RecordedCall, split_call
@@ -14,7 +13,7 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.inputs import read_dims, weight_name
 from lightning_mi_prune.importance.statistics import kept_rows
-from lightning_mi_prune.reconstruction.layerwise import LayerCall, run_layerwise
+from lightning_mi_prune.reconstruction.block_runs import BlockRuns, LayerCall
 from lightning_mi_prune.surgery.parameters import RotationMaps, rotate_along
 
 __all__ = [
@@ -135,17 +134,14 @@ def calls_of_whole_networks(
 class Targets:
     """Outputs of the present model on a sample, for the layers of the cut one to reproduce.
 
-    All of them at once would outgrow the model, so a few layers are stored at a time, in the order
-    in which they run: when the next one is asked for, the model runs again, for the layers that
-    fit.
+    All of them at once would outgrow the model, so the model runs one block at a time, when the
+    first layer in it is asked for.
 
     Args:
         model: Module from which everything is named; it is only run.
         layers: Layers that will be solved.
         path: Network that is called.
         call: The sample.
-        room: Bytes that may be stored; the layer that is asked for is stored in any case.
-        once: Whether every layer runs once in a pass, so that what is above the last need not run.
     """
 
     def __init__(
@@ -154,17 +150,12 @@ class Targets:
         layers: Sequence[ReconstructedLayer],
         path: str,
         call: RecordedCall,
-        room: int = 2**29,
-        *,
-        once: bool = False,
     ) -> None:
-        self._model, self._path, self._room = model, path, room
-        self._once = once
         self._left = {layer.target.layer: layer.target for layer in layers}
-        self._sizes: dict[str, float] = {}
-        self._stored: dict[str, Tensor] = {}
-        self._repeated: set[str] = set()
-        self._call, self._pieces = call, split_call(call)
+        self._stored: dict[str, dict[int, Tensor]] = {}
+        self._runs = BlockRuns(model, [*self._left.values()], path, split_call(call))
+        if self._runs.is_whole and len(self._runs.calls) > 1:
+            self._runs = BlockRuns(model, [*self._left.values()], path, [call])
 
     @property
     def calls(self) -> Sequence[RecordedCall]:
@@ -173,86 +164,37 @@ class Targets:
         It is one piece where the outputs of a layer are not per example, such as a table of
         distances.
         """
-        if not self._sizes:
-            self._run("")
-        return self._pieces
+        return self._runs.calls
 
-    def take(self, layer: str) -> Tensor | None:
-        """The target ``(positions, outputs)`` of a layer, to be asked for once.
+    def take(self, layer: str) -> dict[int, Tensor] | None:
+        """The target ``(positions, outputs)`` of a layer in every piece, to be asked for once.
 
-        None for one that runs several times in a pass, however often it is asked for.
+        By number of the piece; None for a layer that does not run exactly once in a call.
         """
-        if layer in self._left and layer not in self._stored:
-            self._run(layer)
-        return None if layer in self._repeated else self._stored.pop(layer)
+        if not self._runs.runs_once(layer):
+            return None
+        while layer not in self._stored:
+            self._store_next(layer)
+        return self._stored.pop(layer)
 
-    def _chosen(self, asked: str) -> list[ReconstructedLayer]:
-        """Layers to run for: all that are left, or those that fit once the sizes are known."""
-        left = list(self._left.values())
-        if not self._sizes:
-            return left
-        room, found = self._room - self._sizes.get(asked, 0.0), [self._left[asked]]
-        for layer, size in self._sizes.items():  # in the order in which they run
-            if layer in self._left and layer != asked and size <= room:
-                found.append(self._left[layer])
-                room -= size
-        return found
+    def _store_next(self, asked: str) -> None:
+        """Run one block further, or up to a layer that is in the next one or above all."""
+        found = self._runs.left_in_block([*self._left.values()])
+        layers = [self._left.pop(layer.layer) for layer in found]
+        self._stored |= {layer.layer: {} for layer in layers}
 
-    def _run(self, asked: str) -> None:
-        """Run the model; store what fits, and the layer that is asked for in any case."""
-        parts, used, ran = dict[str, list[Tensor]](), 0.0, set[str]()
-        chosen, once = self._chosen(asked), self._once or bool(self._sizes)
-        pieces, whole = self._pieces, False
+        def store(number: int, layer: ReconstructedLayer, part: LayerCall) -> None:
+            output = part.output
+            target = part.valid(output if part.stream is None else output + part.stream)
+            if layer.rotation is not None:
+                target = rotate_along(target, 1, layer.rotation.to(target))
+            if layer.rows is not None:
+                target = target[:, layer.rows.to(target.device)]
+            self._stored[layer.layer][number] = target
 
-        def store(layer: ReconstructedLayer, calls: Sequence[LayerCall]) -> Sequence[Tensor]:
-            nonlocal used, whole
-            (part,), name = calls, layer.layer
-            if name in ran:
-                self._repeated.add(name)
-            elif part.call.rows not in _first_dims(part.output) and len(pieces) > 1:
-                whole = True  # its outputs are not per example, so they cannot come in pieces
-            elif name in parts or part.call is pieces[0]:
-                output = part.output
-                target = part.valid(output if part.stream is None else output + part.stream)
-                if layer.rotation is not None:
-                    target = rotate_along(target, 1, layer.rotation.to(target))
-                if layer.rows is not None:
-                    target = target[:, layer.rows.to(target.device)]
-                size = 0.0
-                if name not in parts:
-                    size = self._sizes[name] = target.nbytes * _scale(self._call, part.call)
-                if name == asked or used + size <= self._room:
-                    parts.setdefault(name, []).append(target)
-                    used += size
-            ran.add(name)
-            return [part.output]
-
-        for piece in pieces:
-            ran.clear()
-            run_layerwise(self._model, chosen, self._path, [piece], store, once=once)
-            if whole:
-                break
-        if whole:
-            self._pieces = [self._call]
-            self._sizes.clear()
-            self._repeated.clear()
-            self._run(asked)
+        if layers or self._runs.is_below(asked):
+            self._runs.visit(layers, store, finish=self._runs.finished < len(self._runs.blocks))
             return
-        for layer in self._repeated:
-            parts.pop(layer, None)
-            self._left.pop(layer, None)
-        for layer in list(parts):
-            self._stored[layer] = torch.cat(parts.pop(layer))
-            del self._left[layer]
-
-
-def _first_dims(output: Tensor) -> tuple[int, ...]:
-    """The dimensions that may count examples; positions may come before them."""
-    return tuple(output.shape[: max(1, output.ndim - 1)][:2])
-
-
-def _scale(whole: RecordedCall, piece: RecordedCall) -> float:
-    """How many times as large the whole call is as one of its pieces."""
-    if whole.mask is None or piece.mask is None:
-        return whole.rows / max(1, piece.rows)
-    return float(whole.mask.sum()) / max(1.0, float(piece.mask.sum()))
+        layer = self._left.pop(asked)  # it reads what an earlier block passed on
+        self._stored[asked] = {}
+        self._runs.visit([layer], store)

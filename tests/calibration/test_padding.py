@@ -25,7 +25,7 @@ from lightning_mi_prune.graph.containers import layer_paths
 from lightning_mi_prune.graph.describe import linear_group
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.pipeline import prune
-from lightning_mi_prune.reconstruction.layerwise import run_layerwise
+from lightning_mi_prune.reconstruction.block_runs import BlockRuns
 from tests.conftest import count_hooks
 from tests.support import graphs
 from tests.support.boring import trainer
@@ -362,20 +362,20 @@ def test_calls_without_a_mask_are_not_padded():
 
 
 @pytest.mark.parametrize("options", [{}, {"inside": True}, {"positions_first": True}])
-def test_several_calls_wait_for_each_other_at_each_layer(options):
+def test_layers_of_several_calls_are_visited_without_their_padding(options):
     net, seen = Net(**options).eval(), []
 
     class Spot:
         layer, residual = "encoder.layers.1.linear2", "encoder.layers.1"
 
-    def act(spot, parts):
-        for part in parts:
-            seen.append(len(part.valid(part.x)))
-            assert len(part.valid(part.stream)) == len(part.valid(part.output)) == seen[-1]
-        return [part.output for part in parts]
+    def visit(number, spot, part):
+        seen.append(len(part.valid(part.x)))
+        assert len(part.valid(part.stream)) == len(part.valid(part.output)) == seen[-1]
 
     data = [batches(net, padded=True, rows=4)[0], batches(net, padded=True, rows=LONG)[0]]
-    run_layerwise(net, [Spot], "", [RecordedCall(batch, {}) for batch in data], act)
+    runs = BlockRuns(net, [Spot], "", [RecordedCall(batch, {}) for batch in data])
+    runs.finish_below(Spot)
+    runs.visit([Spot], visit)
     assert seen == [4 * SHORT, LONG * SHORT]
 
 

@@ -157,10 +157,11 @@ def test_nothing_above_the_last_layer_is_run():
     inputs = batch(8)
     call = RecordedCall((), inputs, inputs["attention_mask"])
     reading = ReconstructedLayer("bert.encoder.layer.1.output.dense", None, None)
-    for once, count in ((True, 0), (False, 1)):
-        wanted = Targets(model, [reading], "", call, once=once).take(reading.layer)
-        assert wanted.shape == (int(inputs["attention_mask"].sum()), 24)
-        assert len(ran) == count
+    targets = Targets(model, [reading], "", call)
+    ran.clear()  # a few examples have shown in which order layers run
+    (wanted,) = targets.take(reading.layer).values()
+    assert wanted.shape == (int(inputs["attention_mask"].sum()), 24)
+    assert not ran
 
 
 def adapted():

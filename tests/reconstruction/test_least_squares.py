@@ -61,6 +61,12 @@ def many(head):
     return pictures(96) if head == "image" else batch(160)
 
 
+def target_of(model, layers, call, layer):
+    """The target of a layer at all positions of a sample."""
+    pieces = Targets(model, layers, "", call).take(layer)
+    return torch.cat([pieces[number] for number in sorted(pieces)])
+
+
 def call_of(inputs):
     return RecordedCall((), dict(inputs), inputs.get("attention_mask"))
 
@@ -162,41 +168,14 @@ def test_a_reconstructed_model_is_nearer_to_the_dense_one(family, head, residual
         cut_by(model, groups, plan, compensated) for compensated in ({}, kept.compensated)
     )
     last = [r for r in found if r.residual is not None][-1]
-    wanted = Targets(model, found, "", call).take(last.layer)
+    wanted = target_of(model, found, call, last.layer)
     errors = []
     for cut in (plain, fitted):
         own = [type(last)(last.layer, last.residual, None)]
-        found_output = Targets(cut, own, "", call).take(last.layer)
+        found_output = target_of(cut, own, call, last.layer)
         errors.append(float((found_output - wanted).square().mean()))
     assert errors[1] < errors[0]
     assert model.config.to_dict() == build(family, head, seed=3).config.to_dict()
-
-
-@pytest.mark.parametrize("room", [1, 500_000])
-@pytest.mark.parametrize("family", ["bert", "albert"])
-def test_a_few_targets_at_a_time_are_the_same_targets(family, room):
-    model, inputs = build(family), many("sequence")
-    groups, call, runs = groups_of(model), call_of(inputs), []
-    found = layers_to_reconstruct(groups, full_plan(groups), random_plan(groups, residual=True))
-    layers = [r.layer for r in found]
-    ran = []
-    handles = [
-        model.get_submodule(n).register_forward_hook(lambda *_, n=n: ran.append(n)) for n in layers
-    ]
-    outputs(model, inputs)
-    for handle in handles:
-        handle.remove()
-    whole, parts = (Targets(model, found, "", call, room=n) for n in (2**30, room))
-    model.register_forward_pre_hook(lambda *_: runs.append(1))
-    held = []
-    for layer in ran:
-        one, other = whole.take(layer), parts.take(layer)
-        assert (one is None) == (other is None) == (ran.count(layer) > 1)
-        assert one is None or torch.equal(one, other)
-        held.append(sum(t.nbytes for t in parts._stored.values()))
-    assert max(held) <= room
-    if family == "bert":  # one run holds all of it, one a layer, or some layers each
-        assert len(runs) == 1 + len(ran) if room == 1 else 2 < len(runs) < 1 + len(ran)
 
 
 def test_layers_above_the_lowest_cut_are_solved():
@@ -314,10 +293,10 @@ def test_targets_of_padded_texts_are_those_of_each_text_alone():
     lengths = []
     model.bert.embeddings.register_forward_hook(lambda *call: lengths.append(call[2].shape[1]))
     layer = ReconstructedLayer("bert.encoder.layer.1.output.dense", None, None)
-    found_output = Targets(model, [layer], "", call_of(inputs)).take(layer.layer)
+    found_output = target_of(model, [layer], call_of(inputs), layer.layer)
     assert max(lengths) <= 5
     alone = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(12)]
-    parts = [Targets(model, [layer], "", call_of(one)).take(layer.layer) for one in alone]
+    parts = [target_of(model, [layer], call_of(one), layer.layer) for one in alone]
     assert torch.allclose(torch.cat(parts), found_output, atol=1e-5)
 
 
@@ -383,19 +362,6 @@ def test_pieces_give_what_the_whole_gives(family, head, monkeypatch):
     assert parts.keys() == whole.keys()
     for name, value in whole.items():
         assert torch.allclose(parts[name], value, atol=1e-4), name
-
-
-def test_room_holds_however_padding_is_spread():
-    model = build()
-    groups = groups_of(model)
-    inputs = batch(400, 12)
-    inputs["attention_mask"][:40, 2:] = 0  # the first piece is nearly empty
-    call, room = call_of(inputs), 1_000_000
-    found = layers_to_reconstruct(groups, full_plan(groups), random_plan(groups))
-    targets = Targets(model, found, "", call, room=room)
-    targets.take("bert.encoder.layer.0.attention.output.dense")
-    held = sum(t.nbytes for t in targets._stored.values())
-    assert 0 < held <= room
 
 
 def test_calls_recorded_under_autocast_run_in_full_precision():

@@ -14,8 +14,8 @@ from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.running import evaluating
 from lightning_mi_prune.graph.graph import PruningGraph
+from lightning_mi_prune.reconstruction.block_runs import valid_positions
 from lightning_mi_prune.reconstruction.compensation import Decision
-from lightning_mi_prune.reconstruction.layerwise import valid_positions
 from lightning_mi_prune.reconstruction.removed_layers import (
     compensate_removed_layers,
     replacements_for,
