@@ -29,6 +29,7 @@ from lightning_mi_prune.calibration.collect import (
     check_input,
     collect_activations,
     collect_gradients,
+    explaining_failures,
     first_batches,
     run_forward,
     training_loss,
@@ -599,7 +600,7 @@ def _discovered(model: nn.Module, forward: Forward, batch: Any) -> PruningGraph:
         few(model)
     except Exception:  # examples of the whole batch may belong together
         few = partial(run, batch)
-    with undisturbed(model):
+    with undisturbed(model), explaining_failures(model, batch, 0):
         _check_runs_copies(model, few)
     return discover_run(model, few)
 

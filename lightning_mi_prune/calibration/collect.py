@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -16,9 +17,15 @@ from lightning_mi_prune.calibration.gradients import (
     GradientSums,
     check_gradients,
 )
-from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.core.running import call_step, fixed_random_state, move_tensors, undisturbed
+from lightning_mi_prune.core.running import (
+    call_step,
+    fixed_random_state,
+    move_tensors,
+    tensors_in,
+    undisturbed,
+)
 from lightning_mi_prune.graph.groups import DependencyGroup
 
 __all__ = [
@@ -27,6 +34,7 @@ __all__ = [
     "check_input",
     "collect_activations",
     "collect_gradients",
+    "explaining_failures",
     "first_batches",
     "run_forward",
     "training_loss",
@@ -118,9 +126,10 @@ def collect_activations(
         calls=stored_positions,
     )
     with undisturbed(model), torch.no_grad(), recorder:
-        for batch in batches:
+        for index, batch in enumerate(batches):
             recorder.start_batch()
-            run_forward(forward, model, batch)
+            with explaining_failures(model, batch, index):
+                run_forward(forward, model, batch)
             if recorder.is_full:
                 break
     recorder.check()
@@ -150,17 +159,70 @@ def collect_gradients(
     Raises:
         PruningError: If a loss is no number with gradients, or gradients are not finite.
     """
-    recorder = GradientRecorder(model, groups, steps=steps, plan=plan)
+    recorder, without_loss, taken = GradientRecorder(model, groups, steps=steps, plan=plan), 0, 0
     with undisturbed(model), torch.enable_grad(), recorder:
         for index, batch in enumerate(islice(batches, steps)):
             for parameter in model.parameters():
                 parameter.grad = None
-            with recorder.step(index):
+            taken += 1
+            recorder.begin(index)
+            with explaining_failures(model, batch, index):
                 value = _checked(loss(model, _own(batch, model)), skips=loss is training_loss)
-                if value is not None:
-                    value.backward()  # type: ignore[no-untyped-call]
+            if value is not None and value.isnan():
+                without_loss += 1  # a mean over no label at all
+            elif value is not None:
+                value.backward()  # type: ignore[no-untyped-call]
+                recorder.end()
+    if taken and without_loss == taken:
+        raise PruningError(
+            f"The loss of all {counted(taken, 'batch', 'batches')} is NaN, so nothing shows what "
+            "matters for it; expected finite losses. Labels of -100 are ignored: give batches with others, or "
+            "look for a diverged model."
+        )
     check_gradients(recorder.sums)
     return recorder.sums
+
+
+@contextmanager
+def explaining_failures(model: nn.Module, batch: Any, index: int) -> Iterator[None]:
+    """Say what is wrong with a batch that a model cannot run on, where that can be seen.
+
+    Args:
+        model: The model.
+        batch: What it is run on in the block.
+        index: Number of the batch, from 0.
+
+    Raises:
+        PruningError: In place of the error of the embedding, if whole numbers in the batch are
+            larger than every table of the model, or texts are longer than its positions.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        why = None if isinstance(error, PruningError) else _why_not(model, batch)
+        if why is None:
+            raise
+        raise PruningError(f"Batch {index} of the calibration data {why}") from error
+
+
+def _why_not(model: nn.Module, batch: Any) -> str | None:
+    """What a batch has that no embedding of the model holds; None if it is something else."""
+    rows = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)]
+    whole = [x for x in tensors_in(batch) if x.dtype in (torch.int32, torch.int64) and x.numel()]
+    highest = max((int(x.max()) for x in whole), default=0)
+    if rows and highest >= max(rows):
+        return (
+            f"has ids up to {highest}, but the largest table of {type(model).__name__} has "
+            f"{max(rows)} rows; expected ids below that. Use the tokenizer of this model."
+        )
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = max((x.shape[1] for x in whole if x.ndim > 1), default=0)
+    if isinstance(most, int) and longest > most:
+        return (
+            f"has texts of {longest} positions, but {type(model).__name__} has {most}; expected at "
+            "most that many. Truncate the texts."
+        )
+    return None
 
 
 def first_batches(batches: Iterable[Any], count: int) -> Iterator[Any]:
