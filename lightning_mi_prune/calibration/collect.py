@@ -176,8 +176,8 @@ def collect_gradients(
     if taken and without_loss == taken:
         raise PruningError(
             f"The loss of all {counted(taken, 'batch', 'batches')} is NaN, so nothing shows what "
-            "matters for it; expected finite losses. Labels of -100 are ignored: give batches with others, or "
-            "look for a diverged model."
+            "matters for it; expected finite losses. Labels of -100 are ignored: give batches with "
+            "others, or look for a diverged model."
         )
     check_gradients(recorder.sums)
     return recorder.sums

@@ -179,9 +179,8 @@ class Streams:
     def scope(self, index: int) -> str | None:
         """Path of the innermost module that received ``attention_mask`` of examples x positions."""
         for call in self.calls_around(index):
-            if "attention_mask" in call.names and any(
-                tensor.ndim == 2 and not tensor.is_floating_point() for tensor in call.inputs
-            ):
+            mask = call.arguments.get("attention_mask")  # layers may get one of position pairs
+            if mask is not None and mask.ndim == 2:
                 return call.path
         return None
 

@@ -80,7 +80,6 @@ class ModuleCall:
         end: Number of operators that had run after it.
         inputs: Tensors among its arguments.
         outputs: Tensors that it returned.
-        names: Names of arguments that hold tensors, as far as they were given by name.
         arguments: Tensors among its arguments, by the name that its ``forward`` has for them.
     """
 
@@ -89,7 +88,6 @@ class ModuleCall:
     end: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    names: tuple[str, ...]
     arguments: Mapping[str, Tensor]
 
 
@@ -182,7 +180,6 @@ class _Running:
     path: str
     start: int
     inputs: tuple[Tensor, ...]
-    names: tuple[str, ...]
     arguments: Mapping[str, Tensor]
 
 
@@ -252,10 +249,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            names = tuple(name for name, value in kwargs.items() if isinstance(value, Tensor))
             inputs = tuple(tensors_of((args, kwargs)))
             given = _named(module, args, kwargs)
-            self._running.append(_Running(path, len(self.operators), inputs, names, given))
+            self._running.append(_Running(path, len(self.operators), inputs, given))
 
         return hook
 
@@ -268,7 +264,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 len(self.operators),
                 call.inputs,
                 tuple(tensors_in(output)),
-                call.names,
                 call.arguments,
             )
         )
