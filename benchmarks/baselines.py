@@ -286,7 +286,7 @@ def pruned_by_library(
             # One head must stay: a layer that would lose all of its heads is left whole.
             most = min(most, 1 - 1 / group.size - 1e-6)
     # The hidden size stays: neither embeddings nor what writes into the residual stream is pruned.
-    kinds = nn.Linear | nn.Embedding
+    kinds = nn.Linear | nn.Embedding | nn.Conv2d
     fixed = [m for m in cut.modules() if isinstance(m, kinds) and m not in producers]
     # MPNet has one table of position biases, a column a head, for all layers: the package would
     # keep every head for it. Without a gradient it is ignored, and is indexed below.
