@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks import pictures
 from benchmarks.baselines import pruned_by_library, torch_pruning
+from benchmarks.comparison import name_of
 from benchmarks.methods import OURS, Name
 from benchmarks.pictures import (
     RECIPES,
@@ -45,8 +46,7 @@ from lightning_mi_prune import (
 from lightning_mi_prune.allocation.macs import count_macs
 from lightning_mi_prune.allocation.measuring import measure_latency
 from lightning_mi_prune.calibration.calls import RecordedCall
-from lightning_mi_prune.graph.graph import choose_groups
-from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.graph import PruningGraph, choose_groups
 
 __all__ = ["BATCHES", "DENSE", "WAYS", "vision", "vision_latency", "vision_layers"]
 
@@ -131,22 +131,20 @@ def split(seed: int) -> tuple[pictures.Pictures, list[Batch], list[Batch]]:
     return training, in_batches(validation, pictures.BATCH), in_batches(fashion_mnist("test"))
 
 
+def example(rows: int = 2) -> dict[str, torch.Tensor]:
+    """Some pictures, as arguments of a network."""
+    return {"pixel_values": fashion_mnist("test").pixels[:rows]}
+
+
 def macs_of(network: nn.Module) -> int:
     """Multiply-accumulates for one picture."""
-    return count_macs(
-        network, RecordedCall((), {"pixel_values": split(0)[2][0]["pixel_values"][:1]})
-    )
+    return count_macs(network, RecordedCall((), example(1)))
 
 
 @cache
-def built(model: str) -> tuple[nn.Module, tuple[DependencyGroup, ...]]:
-    """A network as it is built, and all it can lose."""
-    network = RECIPES[model].build().eval()
-    return network, discover(network, **_two(network)).groups
-
-
-def _two(_: nn.Module) -> dict[str, torch.Tensor]:
-    return {"pixel_values": split(0)[2][0]["pixel_values"][:2]}
+def graph_of(model: str) -> PruningGraph:
+    """All that a network can lose."""
+    return discover(RECIPES[model].build().eval(), **example())
 
 
 def fitted(model: str, seed: int, callbacks: Sequence[pl.Callback]) -> tuple[nn.Module, float]:
@@ -210,7 +208,7 @@ def measured(folder: Path, model: str, seed: int, way: Way, sparsity: float) -> 
         callbacks = [LibraryPruning(way, dict(cuts), split(seed)[1])]
     network, seconds = fitted(model, seed, callbacks)
     accuracy, cross_entropy = score(network, split(seed)[2])
-    groups = choose_groups(built(model)[1], kinds=way.kinds)
+    groups = choose_groups(graph_of(model).groups, kinds=way.kinds)
     found = {
         "n_test": len(fashion_mnist("test").labels),
         "accuracy": accuracy,
@@ -223,9 +221,7 @@ def measured(folder: Path, model: str, seed: int, way: Way, sparsity: float) -> 
         dense: Mapping[str, Any] = found
     else:
         dense = recorded(folder, model, seed, DENSE, 0.0).figures
-        found["cuts"] = [
-            [*each] for callback in callbacks for each in made(callback)
-        ]  # pairs of an epoch and MACs
+        found["cuts"] = [[*cut] for callback in callbacks for cut in made(callback)]
     names = ("accuracy", "cross_entropy", "macs", "parameters", "cpu_seconds")
     return found | {f"dense_{name}": dense[name] for name in names}
 
@@ -279,7 +275,7 @@ class LibraryPruning(pl.Callback):
             importance = package.GroupTaylorImportance()
             for batch in self.batches:
                 (network(**batch).loss / len(self.batches)).backward()
-        groups = choose_groups(discover(network, **_two(network)).groups, kinds=self.way.kinds)
+        groups = choose_groups(discover(network, **example()).groups, kinds=self.way.kinds)
         together = self.way.widths == "global"
         at = partial(pruned_by_library, network, groups, self.batches[0], importance=importance)
         low, high, best = 1, GRID - 1, (float("inf"), network)
@@ -314,7 +310,7 @@ def vision_layers(
 
 def shortened(folder: Path, model: str, seed: int, criterion: str, solved: bool) -> Figures:
     """Train with layers removed half-way, and test."""
-    stacks = discover(built(model)[0], **_two(built(model)[0])).stacks
+    stacks = graph_of(model).stacks
     target = min(stack.size for stack in stacks) * 2 // 3
     given: dict[str, Any] = {"target_layers": target, "criterion": criterion, "seed": seed}
     method: Any = "layerwise" if solved else "none"
@@ -351,20 +347,16 @@ def vision_latency(
     for model, sparsity in ((model, sparsity) for model in models for sparsity in sparsities):
         for found in Store("vision", folder).find(model=model, sparsity=sparsity):
             known = {name: found[name] for name in ("task", "model", "method", "widths", "weights")}
-            if found.seed == 0 and (found["method"].startswith("torch") or found_is_mine(found)):
+            library = found["method"].startswith("torch-pruning")
+            if found.seed == 0 and (library or name_of(found) == MINE.name):
                 setting = known | {"sparsity": sparsity, "cpu": cpu_name(), "kept": found["kept"]}
                 yield single(setting, speed, model, found["kept"], seconds, rounds)
-
-
-def found_is_mine(record: Record) -> bool:
-    """Whether a record is of our method with its defaults."""
-    return (record["method"], record["widths"], record["weights"]) == MINE.name
 
 
 def shaped(model: str, kept: Kept) -> nn.Module:
     """A network with random weights and these widths."""
     network = RECIPES[model].build().eval()
-    groups = choose_groups(built(model)[1], kinds=[*kept])
+    groups = choose_groups(graph_of(model).groups, kinds=[*kept])
     widths = {kind: iter(values) for kind, values in kept.items()}
     ordered = sorted(groups, key=lambda group: group.level)
     places = {group.name: tuple(range(next(widths[group.kind]))) for group in ordered}
@@ -376,15 +368,15 @@ def speed(model: str, kept: Kept, seconds: float, rounds: int) -> Figures:
     """Latency in ms of the dense network and of a shape, in turn, for every batch size."""
     networks, found = {"dense_": RECIPES[model].build().eval(), "": shaped(model, kept)}, {}
     for rows in BATCHES:
-        pixels = split(0)[2][0]["pixel_values"][:rows]
+        given = example(rows)
         calls: dict[str, Callable[[], Any]] = {
-            name: partial(_forward, network, pixels) for name, network in networks.items()
+            name: partial(_forward, network, given) for name, network in networks.items()
         }
         for name, ms in measure_latency(calls, seconds=seconds, rounds=rounds).items():
             found[f"{name}ms_b{rows}"] = ms
     return {f"{name}macs": macs_of(network) for name, network in networks.items()} | found
 
 
-def _forward(network: nn.Module, pixels: torch.Tensor) -> None:
+def _forward(network: nn.Module, given: Mapping[str, torch.Tensor]) -> None:
     with torch.inference_mode():
-        network(pixel_values=pixels)
+        network(**given)
