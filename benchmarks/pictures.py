@@ -124,7 +124,7 @@ class _Steps(Sampler[Tensor]):
         end = start + self.steps * BATCH
         first, last = start // self.pictures, (end - 1) // self.pictures
         orders = torch.cat([self._order(number) for number in range(first, last + 1)])
-        yield from orders[start - first * self.pictures :][: end - start].split(BATCH)
+        yield from orders[start - first * self.pictures :][: end - start].view(-1, BATCH)
 
 
 class _Batches(Dataset[Batch]):
@@ -226,7 +226,8 @@ def vit(width: int = 64, layers: int = 6, patch: int = 7) -> nn.Module:
         num_labels=10,
         initializer_range=0.1,  # about the root of 1 / width; a fifth of it learns much slower
     )
-    return ViTForImageClassification(config)
+    network: nn.Module = ViTForImageClassification(config)
+    return network
 
 
 # --------------------------------------------------------------------------------------- training

@@ -154,8 +154,9 @@ def fitted(model: str, seed: int, callbacks: Sequence[pl.Callback]) -> tuple[nn.
     module = Classifier(RECIPES[model], pictures.EPOCHS * pictures.STEPS)
     trainer = trainer_for(pictures.EPOCHS, callbacks)
     started = time.process_time()
-    loaders = training_batches(training, seed), DataLoader(validation, batch_size=None)
-    trainer.fit(module, *loaders)
+    batches: Any = validation  # a list is data enough for a loader
+    held = DataLoader(batches, batch_size=None)
+    trainer.fit(module, training_batches(training, seed), held)
     return module.network.eval(), time.process_time() - started
 
 
