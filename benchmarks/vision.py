@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -67,8 +67,9 @@ class Way:
         widths: "global" where all layers compete, "uniform" where all keep the same share.
         weights: What happens to the weights that stay.
         given: Options of our callback; what is None is one of torch-pruning's.
+        counted: What its budget counts: a share of the parameters, or the MACs that ours has then.
         kinds: Kinds of unit that may go; None is those that our callback cuts by default.
-        seeds: Seeds that are measured by default.
+        seeds: Seeds that are measured.
         models: Models that it is for.
     """
 
@@ -76,6 +77,7 @@ class Way:
     widths: str
     weights: str
     given: Mapping[str, Any] | None = field(default=None, hash=False)
+    counted: Literal["parameters", "MACs"] = "MACs"
     kinds: tuple[str, ...] | None = None
     seeds: tuple[int, ...] = SEEDS
     models: tuple[str, ...] = MODELS
@@ -85,14 +87,16 @@ class Way:
         """What distinguishes it from all others."""
         return self.method, self.widths, self.weights
 
-    def callback(self, sparsity: float, seed: int) -> MutualInformationPruning:
+    def callback(self, sparsity: float, seed: int, macs: int) -> MutualInformationPruning:
         """Ours, or a criterion to compare with in our callback."""
+        by_macs = self.counted == "MACs"
         method: Any = "layerwise" if self.weights == "reconstruction" else self.weights
         kinds = None if self.kinds is None else [*self.kinds]
         solved = options.Reconstruction(method)
         given = {"reconstruction": solved, "kinds": kinds, **(self.given or {})}
         return MutualInformationPruning(
-            sparsity,
+            None if by_macs else sparsity,
+            target_macs=macs if by_macs else None,
             widths="uniform" if self.widths == "uniform" else "global",
             seed=seed,
             verbose=False,
@@ -105,19 +109,27 @@ def _with(criterion: Any) -> dict[str, Any]:
 
 
 DENSE = Way("dense", "uniform", "none")
-MINE = Way(*OURS.name, given={})
+MINE = Way(*OURS.name, given={}, counted="parameters")
 WAYS = (
     MINE,
     *(
-        Way(f"torch-pruning-{score}", widths, "none")
+        Way(f"torch-pruning-{score}", widths, "none", seeds=SEEDS if widths == "uniform" else (0,))
         for score in ("magnitude", "taylor")
         for widths in ("uniform", "global")
     ),
     *(
-        Way(name, "global", "reconstruction", given=_with(name.replace("-", "_")), seeds=(0,))
+        Way(
+            name,
+            "global",
+            "reconstruction",
+            given=_with(name.replace("-", "_")),
+            counted="parameters",
+            seeds=(0,),
+        )
         for name in ("taylor", "activation-norm", "magnitude", "random")
     ),
-    Way("relevance-mi", "global", "none", given={}, seeds=(0,)),
+    Way("relevance-mi", "global", "none", given={}, counted="parameters", seeds=(0,)),
+    Way("relevance-mi-macs", "global", "reconstruction", given={}, models=("resnet",)),
 )
 
 
@@ -184,7 +196,7 @@ def recorded(folder: Path, model: str, seed: int, way: Way, sparsity: float) -> 
 def vision(
     folder: Path,
     models: Sequence[str] = MODELS,
-    seeds: Sequence[int] = (),
+    seeds: Sequence[int] = SEEDS,
     sparsities: Sequence[float] = SPARSITIES,
     methods: Sequence[str] = (),
 ) -> Iterator[Job]:
@@ -192,9 +204,9 @@ def vision(
     asked = [(DENSE, 0.0), *((MINE, sparsity) for sparsity in sparsities)]
     others = [way for way in WAYS if way != MINE and (not methods or way.method in methods)]
     asked += [(way, sparsity) for way in others for sparsity in sparsities]
-    for seed, model in ((seed, model) for seed in seeds or SEEDS for model in models):
+    for seed, model in ((seed, model) for seed in seeds for model in models):
         for way, sparsity in asked:
-            if model in way.models and (seeds or seed in way.seeds):
+            if model in way.models and seed in way.seeds:
                 setting = about(model, seed, way, sparsity)
                 yield single(setting, measured, folder, model, seed, way, sparsity)
 
@@ -202,11 +214,13 @@ def vision(
 def measured(folder: Path, model: str, seed: int, way: Way, sparsity: float) -> Figures:
     """Train with the callback of a way, and test."""
     callbacks: list[Any] = []
+    targets: Targets = {}
+    if way != DENSE and way.counted == "MACs":
+        targets = dict(recorded(folder, model, seed, MINE, sparsity)["cuts"])
     if way != DENSE and way.given is not None:
-        callbacks = [way.callback(sparsity, seed)]
+        callbacks = [way.callback(sparsity, seed, [*targets.values()][-1] if targets else 0)]
     elif way != DENSE:
-        cuts = recorded(folder, model, seed, MINE, sparsity)["cuts"]
-        callbacks = [LibraryPruning(way, dict(cuts), split(seed)[1])]
+        callbacks = [LibraryPruning(way, targets, split(seed)[1])]
     network, seconds = fitted(model, seed, callbacks)
     accuracy, cross_entropy = score(network, split(seed)[2])
     groups = choose_groups(graph_of(model).groups, kinds=way.kinds)

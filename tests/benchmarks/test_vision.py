@@ -92,7 +92,7 @@ def test_batches_depend_on_seed_and_epoch_alone(few: Path) -> None:
     loader, seen = training_batches(training, 0), []
     for epoch in range(3):
         loader.sampler.set_epoch(epoch)
-        seen += [places for places in loader.sampler]
+        seen += [*loader.sampler]
     first = torch.cat(seen)[: len(training.labels)]
     assert sorted(first.tolist()) == [*range(len(training.labels))]
 
