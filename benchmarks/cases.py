@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, costs, latency, layers, recovery, scaling, vision
+from benchmarks import ablations, costs, latency, layers, photographs, recovery, scaling, vision
 from benchmarks.methods import SETTINGS
 from benchmarks.records import Job, Store, key_of
 from benchmarks.tasks import QUICK, RECIPES
@@ -76,6 +76,7 @@ CASES = {
         Case("vision", vision.vision, PICTURES | {"sparsities": [0.5], "methods": ["taylor"]}),
         Case("vision-layers", vision.vision_layers, PICTURES),
         Case("vision-latency", vision.vision_latency, {"models": ["resnet"]} | FAST),
+        Case("mobilenet", photographs.mobilenet, {"seeds": [0], "sparsities": [0.1]}),
         Case("zoo", zoo, {"models": ["bert", "cnn-flatten"]}),
     )
 }

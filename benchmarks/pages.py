@@ -296,6 +296,18 @@ def _left(records: Records, size: str) -> str:
     return f"{statistics.mean(shares):.0%}" if shares else ""
 
 
+def mobilenet(records: Records) -> list[str]:
+    """Agreement of a network pruned in one shot with the dense one."""
+    rows = []
+    for r in sorted(records, key=lambda r: (r["sparsity"], -r["top1"])):
+        cells = [f"{r['sparsity']:.0%}", *comparison.name_of(r), str(r.seed)]
+        cells += [f"{r['top1']:.1%}", f"{r['top5']:.1%}", f"{r['divergence']:.2f}"]
+        rows.append(row([*cells, *(_left([r], size) for size in ("macs", "parameters"))]))
+    head = ["sparsity", "method", "widths", "weights", "seed", "same class", "among five"]
+    head += ["divergence, nats", "MACs", "parameters"]
+    return [*with_head(head, rows), "", f"{records[0]['n_test']} crops."]
+
+
 def vision_layers(records: Records) -> list[str]:
     """Blocks removed while a network is trained."""
     groups: dict[tuple[str, str, bool], list[Record]] = {}
@@ -390,6 +402,7 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "layers-speed": ("layers-speed", layers_speed),
     "vision": ("vision", vision),
     "vision-lost": ("vision", comparison.lost),
+    "mobilenet": ("mobilenet", mobilenet),
     "vision-layers": ("vision-layers", vision_layers),
     "vision-latency": ("vision-latency", vision_latency),
     "zoo-machine": ("zoo", measured_on),

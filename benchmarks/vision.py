@@ -8,6 +8,7 @@ that ours had after that cut.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -253,6 +254,30 @@ def made(callback: Any) -> list[tuple[int, int]]:
 GRID = 1000  # ratios are tried in thousandths
 
 
+def heads_ratio(ratio: float, sizes: Mapping[str, int], built: Mapping[str, int]) -> float:
+    """Share of the heads to remove beside a share of the neurons.
+
+    The package rounds heads down. It does so once, not again in every cut, if as large a share of
+    those that were built goes as of the neurons.
+
+    Args:
+        ratio: Share of the neurons to remove.
+        sizes: Heads and neurons that there are, by kind.
+        built: The same before the first cut.
+
+    Example:
+        >>> built = {"heads": 24, "ffn": 1000}
+        >>> round(heads_ratio(0.25, built, built), 3)
+        0.25
+        >>> heads_ratio(0.2, {"heads": 12, "ffn": 750}, built)  # 60 % of 24 are more than 12
+        0.0
+    """
+    if "heads" not in sizes:
+        return ratio
+    kept = (1 - ratio) * sizes["ffn"] / built["ffn"] * built["heads"]
+    return max(0.0, 1 - kept / sizes["heads"] - 1e-6)
+
+
 class LibraryPruning(pl.Callback):
     """torch-pruning at the start of some epochs, with all of the validation split for Taylor.
 
@@ -268,6 +293,7 @@ class LibraryPruning(pl.Callback):
     def __init__(self, way: Way, targets: Targets, batches: Sequence[Batch]) -> None:
         self.way, self.targets, self.batches = way, targets, batches
         self.made: dict[int, int] = {}
+        self.built: Counter[str] = Counter()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Cut, where a cut is due."""
@@ -291,12 +317,17 @@ class LibraryPruning(pl.Callback):
             for batch in self.batches:
                 (network(**batch).loss / len(self.batches)).backward()
         groups = choose_groups(discover(network, **example()).groups, kinds=self.way.kinds)
-        together = self.way.widths == "global"
         at = partial(pruned_by_library, network, groups, self.batches[0], importance=importance)
+        sizes = Counter[str]()
+        for group in groups:
+            sizes[group.kind] += group.size
+        self.built = self.built or sizes
+        together = self.way.widths == "global"
         low, high, best = 1, GRID - 1, (float("inf"), network)
         while low <= high:
             step = (low + high) // 2
-            found = at(ratio=step / GRID, together=together)
+            heads = heads_ratio(step / GRID, sizes, self.built)
+            found = at(ratio=step / GRID, together=together, heads_ratio=heads)
             reached = macs_of(found)
             if (apart := abs(reached - wanted)) < best[0]:
                 best = apart, found
