@@ -17,7 +17,7 @@ import torch
 from benchmarks import comparison
 from benchmarks.comparison import nats, points, row, spread, with_head
 from benchmarks.latency import BATCHES
-from benchmarks.methods import DEFAULT, SETTINGS
+from benchmarks.methods import DEFAULT, SETTINGS, Name
 from benchmarks.records import FOLDER, Record, Store
 from benchmarks.scaling import (
     ENCODERS,
@@ -268,7 +268,7 @@ def vision(records: Records) -> list[str]:
             "",
         ]
         sparsities = sorted({r["sparsity"] for r in same} - {0.0})
-        found: dict[comparison.Name, dict[float, list[Record]]] = {}
+        found: dict[Name, dict[float, list[Record]]] = {}
         for r in same:
             if r["sparsity"]:
                 found.setdefault(comparison.name_of(r), {}).setdefault(r["sparsity"], []).append(r)

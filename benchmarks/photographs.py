@@ -210,10 +210,11 @@ def mobilenet(
     """MobileNetV2 in one shot: agreement with the dense network on other photographs."""
     for seed, sparsity in ((seed, sparsity) for seed in seeds for sparsity in sparsities):
         for name in METHODS:
-            about = dict(zip(("method", "widths", "weights"), name, strict=True))
-            setting = {"task": "photographs", "model": "mobilenet-v2"} | about
-            setting |= {"sparsity": sparsity, "steps": 0, "seed": seed}
-            yield single(setting, measured, name, sparsity, seed)
+            method, widths, weights = name
+            setting = {"task": "photographs", "model": "mobilenet-v2", "method": method}
+            setting |= {"widths": widths, "weights": weights}
+            numbers = {"sparsity": sparsity, "steps": 0, "seed": seed}
+            yield single(setting | numbers, measured, name, sparsity, seed)
 
 
 def measured(name: Name, sparsity: float, seed: int) -> Figures:

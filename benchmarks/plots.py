@@ -35,6 +35,7 @@ BLUE, SKY, GREEN, PURPLE, BLACK = "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#
 LOOKS: dict[Name, tuple[str, str, str]] = {
     OURS.name: ("ours", "#D55E00", "*"),
     ("relevance-mi-head-dim", *OURS.name[1:]): ("ours, head dimensions too", "#D55E00", "v"),
+    ("relevance-mi-macs", *OURS.name[1:]): ("ours, by MACs", "#D55E00", "^"),
     ("taylor", "uniform", "none"): ("Taylor", BLUE, "o"),
     ("activation-norm", "uniform", "none"): ("activation norm", SKY, "o"),
     ("taylor", "global", "reconstruction"): ("Taylor, our widths and reconstruction", BLUE, "^"),
@@ -51,7 +52,7 @@ LOOKS: dict[Name, tuple[str, str, str]] = {
 }
 LABELS = {"size": "prunable parameters that are left (methods moved apart)"}
 LABELS |= {f"speed-b{rows}": f"measured speed-up, batch of {rows}" for rows in BATCHES}
-XTICKS = {"size": (0.1, 0.25, 0.5)} | {
+XTICKS: dict[str, tuple[float, ...]] = {"size": (0.1, 0.25, 0.5)} | {
     f"speed-b{rows}": (1, 1.5, 2, 3, 4, 6, 8) for rows in BATCHES
 }
 FIGURES = [f"{steps}-{view}" for steps in ("one-shot", "100-steps") for view in LABELS]
