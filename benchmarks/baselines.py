@@ -270,14 +270,18 @@ def pruned_by_library(
     importance: Any,
     *,
     together: bool,
+    heads_ratio: float | None = None,
 ) -> nn.Module:
-    """A copy with this share of neurons and heads removed by the pruner of torch-pruning."""
+    """A copy with this share of neurons and heads removed by the pruner of torch-pruning.
+
+    Another share of the heads can be given.
+    """
     cut = copy.deepcopy(model)
     for new, old in zip(cut.parameters(), model.parameters(), strict=True):
         new.grad = None if old.grad is None else old.grad.clone()
     heads: dict[nn.Module, int] = {}
     producers: set[nn.Module] = set()
-    most = ratio
+    most = ratio if heads_ratio is None else heads_ratio
     for group in groups:
         own = {cut.get_submodule(s.tensor.rpartition(".")[0]) for s in group.tensors if s.dim == 0}
         producers |= own
@@ -286,7 +290,7 @@ def pruned_by_library(
             # One head must stay: a layer that would lose all of its heads is left whole.
             most = min(most, 1 - 1 / group.size - 1e-6)
     # The hidden size stays: neither embeddings nor what writes into the residual stream is pruned.
-    kinds = nn.Linear | nn.Embedding
+    kinds = nn.Linear | nn.Embedding | nn.Conv2d
     fixed = [m for m in cut.modules() if isinstance(m, kinds) and m not in producers]
     # MPNet has one table of position biases, a column a head, for all layers: the package would
     # keep every head for it. Without a gradient it is ignored, and is indexed below.

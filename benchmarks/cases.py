@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, costs, latency, layer_choice, layers, recovery, scaling
+from benchmarks import (
+    ablations,
+    costs,
+    latency,
+    layer_choice,
+    layers,
+    photographs,
+    recovery,
+    scaling,
+    vision,
+)
 from benchmarks.methods import SETTINGS
 from benchmarks.records import Job, Store, key_of
 from benchmarks.tasks import QUICK, RECIPES
@@ -55,7 +65,8 @@ FAST: dict[str, Any] = {"seconds": 0.02, "rounds": 1}
 TINY: dict[str, Any] = {"shapes": ["tiny"], "repeats": 1}
 BASELINES = ["relevance-mi", "taylor", "movement-units"]
 PAIR = ["default", "MACs"]
-METHODS = [*dict.fromkeys(entry.method for entry in recovery.ENTRIES)]
+PICTURES: dict[str, Any] = {"models": ["resnet"], "seeds": [0]}
+METHODS = [*dict.fromkeys(entry.method for entry in (*recovery.ENTRIES, *vision.WAYS))]
 CASES = {
     case.name: case
     for case in (
@@ -73,6 +84,10 @@ CASES = {
         Case("one-cut", costs.one_cut, TINY),
         Case("scaling", scaling.scaling, {"repeats": 1, "tiny": True}),
         Case("demo", costs.demo, {"seeds": [0]}),
+        Case("vision", vision.vision, PICTURES | {"sparsities": [0.5], "methods": ["taylor"]}),
+        Case("vision-layers", vision.vision_layers, PICTURES),
+        Case("vision-latency", vision.vision_latency, {"models": ["resnet"]} | FAST),
+        Case("mobilenet", photographs.mobilenet, {"seeds": [0], "sparsities": [0.1]}),
         Case("zoo", zoo, {"models": ["bert", "cnn-flatten"]}),
     )
 }

@@ -17,7 +17,7 @@ import torch
 from benchmarks import comparison
 from benchmarks.comparison import nats, points, row, spread, with_head
 from benchmarks.latency import BATCHES
-from benchmarks.methods import DEFAULT, SETTINGS
+from benchmarks.methods import DEFAULT, SETTINGS, Name
 from benchmarks.records import FOLDER, Record, Store
 from benchmarks.scaling import (
     ENCODERS,
@@ -27,12 +27,13 @@ from benchmarks.scaling import (
     reduced_bytes,
     ring_seconds,
 )
+from benchmarks.vision import BATCHES as PICTURES
 from benchmarks.zoo import tables as zoo
 
 __all__ = ["TABLES", "rewritten", "table_lines"]
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("ablations", "comparison", "cost", "distributed", "layers", "models")
+DOCS = ("ablations", "comparison", "cost", "distributed", "layers", "models", "vision")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 Records = Sequence[Record]
 
@@ -284,6 +285,95 @@ def _by_quality(entry: tuple[tuple[Any, ...], Mapping[str, Record]]) -> tuple[An
     return model, number, quality if "perplexity" in first.figures else -quality, criterion
 
 
+# ------------------------------------------------------------------------------------------ vision
+
+
+def vision(records: Records) -> list[str]:
+    """A table for each network: points to the dense control, MACs and parameters that are left."""
+    lines: list[str] = []
+    for task in sorted({r["task"] for r in records}):
+        same = [r for r in records if r["task"] == task]
+        dense = [r for r in same if not r["sparsity"]]
+        accuracy = statistics.mean(r["accuracy"] for r in dense)
+        lines += [
+            f"**{task}**: dense {accuracy:.2%} ({len(dense)} seeds), "
+            f"{dense[0]['parameters']:,} parameters, {dense[0]['macs'] / 1e6:.1f} million MACs, "
+            f"{statistics.mean(r['cpu_seconds'] for r in dense):.0f} CPU s; "
+            f"{dense[0]['steps']} steps, {dense[0]['n_test']} test pictures.",
+            "",
+        ]
+        sparsities = sorted({r["sparsity"] for r in same} - {0.0})
+        found: dict[Name, dict[float, list[Record]]] = {}
+        for r in same:
+            if r["sparsity"]:
+                found.setdefault(comparison.name_of(r), {}).setdefault(r["sparsity"], []).append(r)
+        rows = []
+        for name, by_sparsity in found.items():
+            cells = [*name]
+            for sparsity in sparsities:
+                mine = by_sparsity.get(sparsity, [])
+                ours = found.get(comparison.MINE, {}).get(sparsity, [])
+                gaps = [comparison.by_seed(each, [task]) for each in (mine, ours)]
+                other = gaps[1] if name != comparison.MINE else None
+                cells += [str(len(mine) or ""), comparison.cell(gaps[0], other, 2)]
+                cells += [_left(mine, size) for size in ("macs", "parameters")]
+            every = [r["cpu_seconds"] for group in by_sparsity.values() for r in group]
+            rows.append(row([*cells, f"{statistics.mean(every):.0f}"]))
+        head = ["method", "widths", "weights"]
+        for sparsity in sparsities:
+            head += ["seeds", f"{sparsity:.0%}: points; ours minus it", "MACs", "parameters"]
+        lines += [*with_head([*head, "CPU s"], rows), ""]
+    return lines[:-1]
+
+
+def _left(records: Records, size: str) -> str:
+    shares = [r[size] / r[f"dense_{size}"] for r in records]
+    return f"{statistics.mean(shares):.0%}" if shares else ""
+
+
+def mobilenet(records: Records) -> list[str]:
+    """Agreement of a network pruned in one shot with the dense one."""
+    rows = []
+    for r in sorted(records, key=lambda r: (r["sparsity"], -r["top1"])):
+        cells = [f"{r['sparsity']:.0%}", *comparison.name_of(r), str(r.seed)]
+        cells += [f"{r['top1']:.1%}", f"{r['top5']:.1%}", f"{r['divergence']:.2f}"]
+        rows.append(row([*cells, *(_left([r], size) for size in ("macs", "parameters"))]))
+    head = ["sparsity", "method", "widths", "weights", "seed", "same class", "among five"]
+    head += ["divergence, nats", "MACs", "parameters"]
+    return [*with_head(head, rows), "", f"{records[0]['n_test']} crops."]
+
+
+def vision_layers(records: Records) -> list[str]:
+    """Blocks removed while a network is trained."""
+    groups: dict[tuple[str, str, bool], list[Record]] = {}
+    for r in records:
+        groups.setdefault((r["task"], r["criterion"], r["reconstruction"]), []).append(r)
+    rows = []
+    for (task, criterion, solved), found in groups.items():
+        lost = [sum(map(len, r["removed"][0])) for r in found]
+        cells = [task, f"`{criterion}`", "yes" if solved else ""]
+        cells += [f"{lost[0]} of {found[0]['layers']}"]
+        cells += [_left(found, "macs"), _left(found, "parameters"), str(len(found))]
+        which = ["/".join(",".join(map(str, each)) for each in r["removed"][0]) for r in found]
+        rows.append(row([*cells, spread([points(r) for r in found]), "; ".join(which)]))
+    head = ["task", "removed by", "reconstructed", "layers gone", "MACs", "parameters", "seeds"]
+    return with_head([*head, "points to dense", "removed (of each stage)"], rows)
+
+
+def vision_latency(records: Records) -> list[str]:
+    """Milliseconds of the dense network and of its pruned shapes, in turn."""
+    rows = []
+    for r in sorted(records, key=lambda r: (r["task"], r["sparsity"])):
+        cells = [r["task"], f"{r['sparsity']:.0%}", r["method"], r["widths"]]
+        cells.append(f"{r['dense_macs'] / r['macs']:.2f}x")
+        for size in PICTURES:
+            dense, cut = r[f"dense_ms_b{size}"], r[f"ms_b{size}"]
+            cells.append(f"{dense / cut:.2f}x ({dense:.2f} to {cut:.2f} ms)")
+        rows.append(row(cells))
+    head = ["task", "sparsity", "method", "widths", "MACs", *(f"batch {n}" for n in PICTURES)]
+    return [*with_head(head, rows), "", *measured_on(records)]
+
+
 # ------------------------------------------------------------------------------------------- speed
 
 
@@ -346,6 +436,11 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "layers-one-shot": ("layers-one-shot", layers_one_shot),
     "layer-choice": ("layer-choice", layer_choice),
     "layers-speed": ("layers-speed", layers_speed),
+    "vision": ("vision", vision),
+    "vision-lost": ("vision", comparison.lost),
+    "mobilenet": ("mobilenet", mobilenet),
+    "vision-layers": ("vision-layers", vision_layers),
+    "vision-latency": ("vision-latency", vision_latency),
     "zoo-machine": ("zoo", measured_on),
     "zoo-summary": ("zoo", zoo.summary),
     "zoo-shortfalls": ("zoo", zoo.shortfalls),

@@ -19,10 +19,15 @@ from benchmarks.records import FOLDER, Record, Store
 __all__ = ["FIGURES", "SHOWN", "drawn"]
 
 FLOORS = {0: -20.0, 100: -10.0}  # of the axis, in points: one shot, and after so many steps
+FLOOR = -4.0  # after a whole training
 TICKS = (2, 1, 0.5, 0, -0.5, -1, -2, -5, -10, -20)
 APART = 0.014  # between methods that would hide each other, as a share of their place
 STYLE = {"font.size": 9.0, "svg.hashsalt": "benchmark", "axes.linewidth": 0.6}
-SHOWN = ("100-steps-size", "100-steps-speed-b32")  # by the docs; the others can be drawn
+SHOWN = (
+    "100-steps-size",
+    "100-steps-speed-b32",
+    "vision-macs",
+)  # by the docs; the others can be drawn
 
 # Colours of Okabe and Ito, which people with any colour vision can tell apart: what ranks. Markers:
 # what cuts. Methods without records in most tasks are not drawn.
@@ -30,6 +35,7 @@ BLUE, SKY, GREEN, PURPLE, BLACK = "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#
 LOOKS: dict[Name, tuple[str, str, str]] = {
     OURS.name: ("ours", "#D55E00", "*"),
     ("relevance-mi-head-dim", *OURS.name[1:]): ("ours, head dimensions too", "#D55E00", "v"),
+    ("relevance-mi-macs", *OURS.name[1:]): ("ours, by MACs", "#D55E00", "^"),
     ("taylor", "uniform", "none"): ("Taylor", BLUE, "o"),
     ("activation-norm", "uniform", "none"): ("activation norm", SKY, "o"),
     ("taylor", "global", "reconstruction"): ("Taylor, our widths and reconstruction", BLUE, "^"),
@@ -46,16 +52,21 @@ LOOKS: dict[Name, tuple[str, str, str]] = {
 }
 LABELS = {"size": "prunable parameters that are left (methods moved apart)"}
 LABELS |= {f"speed-b{rows}": f"measured speed-up, batch of {rows}" for rows in BATCHES}
-XTICKS = {"size": (0.1, 0.25, 0.5)} | {
+XTICKS: dict[str, tuple[float, ...]] = {"size": (0.1, 0.25, 0.5)} | {
     f"speed-b{rows}": (1, 1.5, 2, 3, 4, 6, 8) for rows in BATCHES
 }
 FIGURES = [f"{steps}-{view}" for steps in ("one-shot", "100-steps") for view in LABELS]
+LABELS["macs"] = "multiply-accumulates that are left"
+XTICKS["macs"] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+FIGURES.append("vision-macs")
 
 
 def place_of(record: Record, shapes: Mapping[str, Record], view: str) -> float | None:
     """Where a record is on the horizontal axis; None where that was not measured."""
     if view == "size":
         return float(1 - record["reached"])
+    if view == "macs":
+        return float(record["macs"] / record["dense_macs"])
     shape, rows = shapes.get(shape_of(record["task"], record["kept"])), view.partition("-")[2]
     return float(shape[f"dense_ms_{rows}"] / shape[f"ms_{rows}"]) if shape else None
 
@@ -72,7 +83,7 @@ def draw(records: Sequence[tuple[Record, float]], view: str) -> Figure:
     names = [name for name in LOOKS if any(name_of(record) == name for record, _ in records)]
     for task, axes in zip(tasks, panels, strict=False):
         same = [(record, place) for record, place in records if record["task"] == task]
-        _frame(axes, view, FLOORS[records[0][0]["steps"]])
+        _frame(axes, view, FLOORS.get(records[0][0]["steps"], FLOOR))
         for index, name in enumerate(names):
             moved = (1 + APART) ** (index - len(names) // 2) if view == "size" else 1.0
             _method(axes, name, [(r, moved * x) for r, x in same if name_of(r) == name])
@@ -99,7 +110,7 @@ def _frame(axes: Axes, view: str, floor: float) -> None:
     axes.set_yticks(
         [t for t in TICKS if t >= floor], [f"{t:+g}" if t else "0" for t in TICKS if t >= floor]
     )
-    shown = "{:.0%}" if view == "size" else "{:g}"
+    shown = "{:g}" if view.startswith("speed") else "{:.0%}"
     axes.set_xticks(XTICKS[view], [shown.format(tick) for tick in XTICKS[view]])
     axes.minorticks_off()
 
@@ -123,13 +134,21 @@ def _method(axes: Axes, name: Name, records: Sequence[tuple[Record, float]]) -> 
     axes.errorbar(places, heights, yerr=[down, up], **look)
 
 
+def records_of(name: str, folder: Path) -> tuple[list[Record], str]:
+    """The records that a figure is drawn from, and what it has on its horizontal axis."""
+    if name.startswith("vision-"):
+        return [*Store("vision", folder)], name.removeprefix("vision-")
+    steps, view = (0 if name.startswith("one") else 100), name.split("-", 2)[2]
+    return Store("recovery", folder).find(steps=steps), view
+
+
 def drawn(names: Sequence[str], target: Path, folder: Path = FOLDER) -> list[Path]:
     """Draw figures by name; the same records give the same files."""
     shapes = {shape_of(r["task"], r["kept"]): r for r in Store("latency", folder)}
     paths = []
     for name in names:
-        steps, view = (0 if name.startswith("one") else 100), name.split("-", 2)[2]
-        same = [r for r in Store("recovery", folder).find(steps=steps) if r["sparsity"]]
+        records, view = records_of(name, folder)
+        same = [r for r in records if r["sparsity"]]
         places = [(r, place_of(r, shapes, view)) for r in same if name_of(r) in LOOKS]
         if found := [(r, place) for r, place in places if place is not None]:
             target.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from benchmarks.pages import TABLES, filled, rewritten, table_lines
 from benchmarks.plots import FIGURES, LOOKS, SHOWN, drawn
 from benchmarks.records import Record, Store
 from benchmarks.recovery import ENTRIES
+from benchmarks.vision import WAYS
 from tests.benchmarks.tiny import ROOT
 
 pytest.importorskip("scipy")  # for the intervals
@@ -201,6 +202,22 @@ def test_lengths_show_what_share_of_the_ratio_is_reached() -> None:
     assert lines[-1] == "B, threads: 2, torch 2."
 
 
+def test_pruned_networks_for_pictures_are_paired_by_seed() -> None:
+    def made(name, gap: float, seed: int, macs: int, sparsity: float = 0.5) -> Record:
+        figures = {"macs": macs, "dense_macs": 100, "parameters": 40, "dense_parameters": 100}
+        return record(name, gap, seed=seed, task="p", sparsity=sparsity, cpu_seconds=3.0, **figures)
+
+    library = ("torch-pruning-taylor", "uniform", "none")
+    dense = [made(("dense", "uniform", "none"), 0.0, seed, 100, 0.0) for seed in (0, 1)]
+    ours = [made(MINE, -1.0, 0, 50), made(MINE, -1.2, 1, 50)]
+    lines = pages.vision([*dense, *ours, made(library, -2.0, 0, 51), made(library, -2.2, 1, 51)])
+    assert lines[0].startswith("**p**: dense 90.00% (2 seeds), 40 parameters, 0.0 million MACs, 3 ")
+    assert lines[-2:] == [
+        "| relevance-mi | global | reconstruction | 2 | -1.10 | 50% | 40% | 3 |",
+        "| torch-pruning-taylor | uniform | none | 2 | -2.10; ▲+1.00 ± 0.00 | 51% | 40% | 3 |",
+    ]
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_is_rectangular_and_needs_records(name: str, tmp_path: Path) -> None:
     assert table_lines(name, tmp_path)[0].startswith("No records yet: `python -m benchmarks run ")
@@ -264,7 +281,7 @@ def test_the_numbers_of_layers_in_the_readme_are_in_the_records() -> None:
 
 
 def test_every_figure_of_the_pages_is_there_and_no_other() -> None:
-    text = (ROOT / "docs/comparison.md").read_text()
+    text = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
     named = re.findall(r"!\[[^]]+\]\(figures/(.+?)\.svg\)", text)
     assert sorted(named) == sorted(SHOWN)
     assert sorted(path.stem for path in (ROOT / "docs/figures").glob("*")) == sorted(SHOWN)
@@ -274,7 +291,7 @@ def test_every_figure_of_the_pages_is_there_and_no_other() -> None:
 def test_every_method_has_a_look_of_its_own() -> None:
     looks = [(color, marker) for _, color, marker in LOOKS.values()]
     assert len(set(looks)) == len(looks)
-    assert {entry.name for entry in ENTRIES} >= LOOKS.keys()
+    assert {entry.name for entry in (*ENTRIES, *WAYS)} >= LOOKS.keys()
     assert [name for name, look in LOOKS.items() if look[2] == "*"] == [MINE]
 
 

@@ -107,6 +107,10 @@ def test_every_case_names_its_jobs_before_anything_is_opened(name: str, tmp_path
             named = {"method": method, "widths": widths, "weights": weights}
             for seed in (0, 1):  # of one shape
                 store.add(about | named, seed, {"kept": {"ffn": [1], "heads": [1]}})
+    if name == "vision-latency":
+        about = {"task": "t", "model": "vit", "sparsity": 0.5, "method": "torch-pruning-taylor"}
+        about |= {"widths": "global", "weights": "none"}
+        Store("vision", tmp_path).add(about, 0, {"kept": {"ffn": [1], "heads": [1]}})
     given = {"tasks": ["trec-6"], "sparsities": [0.5]}
     jobs = [*missing_jobs(case, given, tmp_path, quick=False)]
     settings = [(json.dumps(setting), job.seed) for job in jobs for setting in job.settings]
