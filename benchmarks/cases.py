@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, costs, latency, layers, recovery, scaling
+from benchmarks import ablations, costs, decoders, latency, layers, recovery, scaling
 from benchmarks.methods import SETTINGS
 from benchmarks.records import Job, Store, key_of
 from benchmarks.tasks import QUICK, RECIPES
@@ -54,8 +54,9 @@ HALF: dict[str, Any] = ONE | {"sparsities": [0.5]}
 FAST: dict[str, Any] = {"seconds": 0.02, "rounds": 1}
 TINY: dict[str, Any] = {"shapes": ["tiny"], "repeats": 1}
 BASELINES = ["relevance-mi", "taylor", "movement-units"]
+SMALL: dict[str, Any] = {"models": ["smollm2-135m"], "units": ["ffn"], "methods": ["flap"]}
 PAIR = ["default", "MACs"]
-METHODS = [*dict.fromkeys(entry.method for entry in recovery.ENTRIES)]
+METHODS = [*dict.fromkeys(e.method for e in (*recovery.ENTRIES, *decoders.WAYS, *decoders.TRAINED))]
 CASES = {
     case.name: case
     for case in (
@@ -72,6 +73,12 @@ CASES = {
         Case("one-cut", costs.one_cut, TINY),
         Case("scaling", scaling.scaling, {"repeats": 1, "tiny": True}),
         Case("demo", costs.demo, {"seeds": [0]}),
+        Case("decoders", decoders.decoders, SMALL | {"sparsities": [0.25]}),
+        Case(
+            "decoders-trained",
+            decoders.decoders_trained,
+            SMALL | {"steps": [4], "methods": ["relevance-mi"]},
+        ),
         Case("zoo", zoo, {"models": ["bert", "cnn-flatten"]}),
     )
 }
@@ -84,6 +91,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "steps": {"nargs": "+", "type": int},
     "lengths": {"nargs": "+", "type": int},
     "models": {"nargs": "+"},
+    "units": {"nargs": "+", "choices": ["ffn", "ffn+heads"]},
+    "weights": {"nargs": "+", "choices": ["none", "compensation", "layerwise", "bias"]},
     "libraries": {"nargs": "+", "choices": ["torch", "transformers", "torchvision", "timm"]},
     "layers": {"nargs": "+", "type": int},
     "shapes": {"nargs": "+", "choices": [*costs.SHAPES]},

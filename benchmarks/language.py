@@ -202,7 +202,7 @@ def pieces_of(
 
 def as_batches(pieces: Tensor, rows: int = ROWS) -> list[Batch]:
     """Batches of pieces that are their own labels: a causal model moves them by one itself."""
-    return [{"input_ids": ids, "labels": ids} for ids in pieces.split(rows)]
+    return [{"input_ids": ids, "labels": ids} for ids in torch.split(pieces, rows)]
 
 
 @torch.no_grad()
