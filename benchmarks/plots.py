@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.comparison import name_of, points
+from benchmarks.decoder_pages import draw_decoders
 from benchmarks.latency import BATCHES, shape_of
 from benchmarks.methods import OURS, Name
 from benchmarks.records import FOLDER, Record, Store
@@ -22,7 +23,8 @@ FLOORS = {0: -20.0, 100: -10.0}  # of the axis, in points: one shot, and after s
 TICKS = (2, 1, 0.5, 0, -0.5, -1, -2, -5, -10, -20)
 APART = 0.014  # between methods that would hide each other, as a share of their place
 STYLE = {"font.size": 9.0, "svg.hashsalt": "benchmark", "axes.linewidth": 0.6}
-SHOWN = ("100-steps-size", "100-steps-speed-b32")  # by the docs; the others can be drawn
+DECODERS = "decoders"  # a figure of its own: perplexity against what is gone
+SHOWN = ("100-steps-size", "100-steps-speed-b32", DECODERS)  # by the docs; the others can be drawn
 
 # Colours of Okabe and Ito, which people with any colour vision can tell apart: what ranks. Markers:
 # what cuts. Methods without records in most tasks are not drawn.
@@ -50,6 +52,7 @@ XTICKS = {"size": (0.1, 0.25, 0.5)} | {
     f"speed-b{rows}": (1, 1.5, 2, 3, 4, 6, 8) for rows in BATCHES
 }
 FIGURES = [f"{steps}-{view}" for steps in ("one-shot", "100-steps") for view in LABELS]
+FIGURES.append(DECODERS)
 
 
 def place_of(record: Record, shapes: Mapping[str, Record], view: str) -> float | None:
@@ -123,17 +126,25 @@ def _method(axes: Axes, name: Name, records: Sequence[tuple[Record, float]]) -> 
     axes.errorbar(places, heights, yerr=[down, up], **look)
 
 
+@matplotlib.rc_context(STYLE)  # type: ignore[arg-type]
 def drawn(names: Sequence[str], target: Path, folder: Path = FOLDER) -> list[Path]:
     """Draw figures by name; the same records give the same files."""
     shapes = {shape_of(r["task"], r["kept"]): r for r in Store("latency", folder)}
     paths = []
     for name in names:
+        if name == DECODERS:
+            if known := [*Store(DECODERS, folder)]:
+                paths.append(_saved(draw_decoders(known), target / f"{name}.svg"))
+            continue
         steps, view = (0 if name.startswith("one") else 100), name.split("-", 2)[2]
         same = [r for r in Store("recovery", folder).find(steps=steps) if r["sparsity"]]
         places = [(r, place_of(r, shapes, view)) for r in same if name_of(r) in LOOKS]
         if found := [(r, place) for r, place in places if place is not None]:
-            target.mkdir(parents=True, exist_ok=True)
-            paths.append(target / f"{name}.svg")
-            with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
-                draw(found, view).savefig(paths[-1], facecolor="white", metadata={"Date": None})
+            paths.append(_saved(draw(found, view), target / f"{name}.svg"))
     return paths
+
+
+def _saved(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="white", metadata={"Date": None})
+    return path

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import decoders, language
+from benchmarks import decoder_pages, decoders, language
 from benchmarks.decoders import (
     DENSE,
     FLAP,
@@ -27,6 +27,7 @@ from benchmarks.decoders import (
     trained,
 )
 from benchmarks.language import as_batches, brown, pieces_of, plain_text, score_tokens
+from benchmarks.records import Record
 from benchmarks.subjects import Subject
 from lightning_mi_prune.graph.groups import count_parameters
 
@@ -218,3 +219,61 @@ def test_every_method_that_is_trained_is_one_that_is_cut_in_one_shot() -> None:
     assert len({way.name for way in WAYS}) == len(WAYS)
     assert FLAP in {way.method for way in WAYS}
     assert sys.modules["benchmarks.decoders"].decoders.__doc__
+
+
+# ------------------------------------------------------------------------------------------- pages
+
+
+def record(way: Way, perplexity: float, *, sparsity: float = 0.25, seed: int = 0, steps: int = 0):
+    setting = decoders._about("smollm2-135m", "ffn", way, sparsity, steps)
+    figures = {"perplexity": perplexity, "dense_perplexity": 50.0, "macs": 3e9, "dense_macs": 4e9}
+    figures |= {"cpu_seconds": 7.0, "dense_parameters": 134e6, "n_test": 6096}
+    if not perplexity:
+        figures = {"failed": "TimeLimitError: over 60 s of processor time"}
+    return Record("decoders", setting, seed, figures, {"cpu": "A", "threads": 1}, {"torch": "2"})
+
+
+RECORDS = [
+    record(OURS, 80.0),
+    record(OURS, 45.0, seed=1),  # the geometric mean of both is 60
+    record(OURS, 70.0, sparsity=0.15),
+    record(Way("activation-norm", "uniform", "none"), 1700.0),
+    record(Way("activation-norm", "uniform", "none"), 60.0, sparsity=0.15),
+    record(Way(f"{LIBRARY}taylor", "uniform", "none"), 0.0),
+]
+
+
+def test_tables_have_a_row_a_method_the_best_first() -> None:
+    lines = decoder_pages.tables(RECORDS)
+    assert lines[0] == "### smollm2-135m, neurons, one shot"
+    assert lines[6:] == [
+        "| **relevance-mi** | **global** | **layerwise** | 70.0 | 60.0 | 75% .. 75% | 7 |",
+        "| activation-norm | uniform | none | 60.0 | 1,700 | 75% .. 75% | 7 |",
+        "| torch-pruning-taylor | uniform | none |  | does not run |  |  |",
+    ]
+
+
+def test_a_method_that_is_better_is_listed() -> None:
+    lines = decoder_pages.lost(RECORDS)
+    assert "in 1 of 2 cells" in lines[0]
+    assert lines[-1].endswith("| 15% | `activation-norm`, uniform, none | 60.0 | 70.0 |")
+
+
+def test_a_dense_control_is_no_row() -> None:
+    trained_too = [record(OURS, 55.0, steps=200), record(DENSE, 40.0, sparsity=0.0, steps=200)]
+    lines = decoder_pages.tables(trained_too)
+    assert lines[2] == "Dense perplexity 50.0; 40.0 after as many steps."
+    assert len(lines) == 7
+    assert "in 0 of 0 cells" in decoder_pages.lost(trained_too)[0]
+
+
+def test_the_figure_is_clipped_and_has_a_panel_a_model() -> None:
+    (axes, _) = decoder_pages.draw_decoders(RECORDS).axes
+    heights = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert heights["ours"] == pytest.approx([70 / 50, 60 / 50])
+    assert heights["activation norm (Wanda-like)"] == pytest.approx([60 / 50, decoder_pages.RATIO])
+    assert "torch-pruning, Taylor" not in heights
+
+
+def test_every_look_is_of_a_way_that_is_measured() -> None:
+    assert decoder_pages.LOOKS.keys() <= {way.name for way in WAYS}
