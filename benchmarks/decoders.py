@@ -34,6 +34,7 @@ from lightning_mi_prune.allocation.budget import Budget
 from lightning_mi_prune.allocation.macs import macs_of_calls
 from lightning_mi_prune.calibration.collect import collect_activations
 from lightning_mi_prune.core.options import Importance, Reconstruction
+from lightning_mi_prune.discovery.discover import discover_run
 from lightning_mi_prune.graph.graph import choose_groups
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters, full_plan
 from lightning_mi_prune.importance.criteria import MutualInformation
@@ -360,6 +361,7 @@ def figures_of(subject: Subject, model: nn.Module, plan: PruningPlan | None) -> 
 
 # ---------------------------------------------------------------------------------- with training
 
+DISCOVERY = 600.0  # seconds
 EPOCHS, RATE, ROWS = 4, 3e-5, 2  # learning rate, constant; pieces of a training batch
 NAMES: dict[str, Importance] = {
     "relevance-mi": Importance(),
@@ -404,7 +406,7 @@ def trained(
     rows = training_pieces(name, seed, ROWS * steps)
     started = time.process_time()
     module = LanguageModel(copy.deepcopy(subject.model), RATE)
-    fit(module, subject, rows, callbacks_of(way, units, sparsity))
+    fit(module, subject, rows, callbacks_of(way, module, units, sparsity))
     seconds = time.process_time() - started
     return figures_of(subject, module.network.eval(), None) | {"cpu_seconds": seconds}
 
@@ -414,15 +416,24 @@ def training_pieces(name: str, seed: int, count: int) -> Tensor:
     return pieces_of(brown("training"), loaded(name)[1], count, seed=seed)
 
 
-def callbacks_of(way: Way, units: str, sparsity: float) -> list[pl.Callback]:
-    """The callback with its default options but for what a way changes; none for the control."""
+def callbacks_of(way: Way, module: LanguageModel, units: str, sparsity: float) -> list[pl.Callback]:
+    """The callback with its default options but for what a way changes; none for the control.
+
+    What can be cut is found beforehand, on a few tokens: in the first batch that a busy machine
+    runs, the time that the callback allows itself may not be enough.
+    """
     if way == DENSE:
         return []
+    few = torch.arange(16).view(2, 8)
+    graph = discover_run(
+        module, lambda net: net.network(input_ids=few).logits, seconds=DISCOVERY, kinds=UNITS
+    )
     assert way.compensation != "bias"  # noqa: S101
     return [
         MutualInformationPruning(
             sparsity,
             kinds=units.split("+"),
+            graph=graph,
             widths=way.widths,
             importance=NAMES[way.method],
             reconstruction=Reconstruction(way.compensation),

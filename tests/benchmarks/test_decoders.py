@@ -185,7 +185,8 @@ def test_nothing_but_the_bias_compensates_in_flap(subject: Subject) -> None:
 
 
 def test_our_way_is_the_default_of_the_package() -> None:
-    options, (callback,) = OURS.options(0.25, 0), decoders.callbacks_of(OURS, "ffn", 0.25)
+    module = decoders.LanguageModel(build(), 1e-3)
+    options, (callback,) = OURS.options(0.25, 0), decoders.callbacks_of(OURS, module, "ffn", 0.25)
     assert callback.method.importance == options.importance
     assert callback.method.reconstruction == options.reconstruction
     assert callback.method.widths == options.widths
