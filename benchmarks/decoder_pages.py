@@ -81,7 +81,7 @@ def facts(records: Sequence[Record]) -> list[str]:
         cells += [f"{dense['dense_perplexity']:.1f}", f"{dense['dense_macs'] / 1e9:.1f}"]
         rows.append(row([*cells, str(len(same))]))
     head = ["model", "parameters, M", "tokens tested on", "seeds", "dense perplexity"]
-    head += ["dense MACs of a batch, G", "records"]
+    head += ["dense MACs of a piece, G", "records"]
     cpus = sorted({record.machine["cpu"] for record in records})
     return [*with_head(head, rows), "", f"Processors: {', '.join(cpus)}."]
 
