@@ -87,7 +87,7 @@ def measured(task: str, seed: int, setting: Setting, sparsity: float) -> Figures
         _, default = cut(calibrated(task, seed, DEFAULT), plain.options(sparsity, seed))
         budget = work.total(default.widths)
     started = time.process_time()
-    model, plan = cut(subject, setting.options(budget, seed), ridge=setting.reconstruction_ridge)
+    model, plan = cut(subject, setting.options(budget, seed))
     seconds = time.process_time() - started
     before, left = (sum(p.numel() for p in net.parameters()) for net in (subject.model, model))
     return {

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, costs, decoders, latency, layers, recovery, scaling
+from benchmarks import (
+    ablations,
+    costs,
+    decoders,
+    latency,
+    layer_choice,
+    layers,
+    recovery,
+    scaling,
+)
 from benchmarks.methods import SETTINGS
 from benchmarks.records import Job, Store, key_of
 from benchmarks.tasks import QUICK, RECIPES
@@ -68,6 +77,7 @@ CASES = {
         Case("lengths", latency.lengths, {"tasks": [QUICK], "sparsities": [0.5]} | FAST),
         Case("layers", layers.layers, ONE | {"variants": 2}),
         Case("layers-one-shot", layers.layers_one_shot, ONE | {"layers": [4]}),
+        Case("layer-choice", layer_choice.layer_choice, {"models": [QUICK], "layers": [5]}),
         Case("layers-speed", layers.layers_speed, FAST),
         Case("costs", costs.costs, TINY),
         Case("one-cut", costs.one_cut, TINY),
@@ -92,9 +102,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lengths": {"nargs": "+", "type": int},
     "models": {"nargs": "+"},
     "units": {"nargs": "+", "choices": ["ffn", "ffn+heads"]},
-    "weights": {"nargs": "+", "choices": ["none", "compensation", "layerwise", "bias"]},
     "libraries": {"nargs": "+", "choices": ["torch", "transformers", "torchvision", "timm"]},
     "layers": {"nargs": "+", "type": int},
+    "criteria": {"nargs": "+", "choices": layer_choice.CRITERIA},
+    "compensations": {"nargs": "+", "choices": decoders.COMPENSATIONS},
     "shapes": {"nargs": "+", "choices": [*costs.SHAPES]},
     "variants": {"type": int},
     "repeats": {"type": int},

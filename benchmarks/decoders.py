@@ -42,7 +42,16 @@ from lightning_mi_prune.importance.elimination import Elimination
 from lightning_mi_prune.importance.statistics import UnitStatistics, unit_statistics
 from lightning_mi_prune.pipeline import PipelineOptions
 
-__all__ = ["METHODS", "OURS", "WAYS", "Way", "decoders", "decoders_trained", "name_of"]
+__all__ = [
+    "COMPENSATIONS",
+    "METHODS",
+    "OURS",
+    "WAYS",
+    "Way",
+    "decoders",
+    "decoders_trained",
+    "name_of",
+]
 
 CALIBRATION, TEST = 64, 48  # pieces
 SPARSITIES = (0.15, 0.25, 0.4)
@@ -148,6 +157,7 @@ WAYS = (
         for method in ("activation-norm", "fluctuation", "taylor", "magnitude", "random")
     ),
 )
+COMPENSATIONS = ("none", "compensation", "layerwise", "bias")
 METHODS = (*dict.fromkeys(way.method for way in WAYS),)
 
 
@@ -162,7 +172,7 @@ def decoders(
     sparsities: Sequence[float] = SPARSITIES,
     methods: Sequence[str] = (),
     units: Sequence[str] = ("ffn", "ffn+heads"),
-    weights: Sequence[str] = (),
+    compensations: Sequence[str] = (),
 ) -> Iterator[Job]:
     """Perplexity of decoders in one shot, beside the dense model."""
     places = (
@@ -171,7 +181,7 @@ def decoders(
     for seed, model, kinds, sparsity in places:
         for way in WAYS:
             if (not methods or way.method in methods) and (
-                not weights or way.compensation in weights
+                not compensations or way.compensation in compensations
             ):
                 yield single(
                     _about(model, kinds, way, sparsity, 0) | {"seed": seed},

@@ -111,7 +111,6 @@ class Setting:
         relevance: Which part of the layer above matters.
         widths: Whether groups compete for the budget or all keep the same share.
         weights: As for `Variant`.
-        reconstruction_ridge: Ridge of the reconstruction.
         counted: What the budget counts; as many MACs stay as with the default.
         also: Kinds of unit that may be removed beside neurons and heads.
         positions: Samples of each group.
@@ -125,7 +124,6 @@ class Setting:
     relevance: Literal["gradient", "weights"] | None = "gradient"
     widths: Widths = "global"
     weights: Weights = "reconstruction"
-    reconstruction_ridge: float = 1e-2
     counted: Literal["parameters", "MACs"] = "parameters"
     also: tuple[str, ...] = ()
     positions: int = POSITIONS
@@ -170,5 +168,4 @@ SETTINGS = (
     Setting("hidden size, same MACs", counted="MACs", also=("hidden",)),
     Setting("head dimensions", also=("head_dim",)),
     Setting("MACs", counted="MACs"),
-    *(Setting(f"reconstruction ridge {r:g}", reconstruction_ridge=r) for r in (1e-4, 1.0)),
 )

@@ -155,16 +155,14 @@ def score(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
     return right / rows, nats / rows
 
 
-def cut(
-    subject: Subject, options: PipelineOptions, *, ridge: float = 1e-2
-) -> tuple[nn.Module, PruningPlan]:
-    """Prune a copy of the model, with this ridge of the reconstruction; also returns the plan."""
+def cut(subject: Subject, options: PipelineOptions) -> tuple[nn.Module, PruningPlan]:
+    """Prune a copy of the model; also returns the plan."""
     data, groups, reconstruction = subject.calibration, subject.groups, options.reconstruction
     model, plan = copy.deepcopy(subject.model), full_plan(groups)
     decision = decide(options, model, groups, subject.chosen, plan, data)
     if decision is None:  # the model is as small already
         return model, plan
-    decision = reconstruct(model, groups, plan, decision, reconstruction, data, ridge=ridge)
+    decision = reconstruct(model, groups, plan, decision, reconstruction, data)
     apply_plan(model, groups, decision.plan, current=plan, compensated=decision.compensated)
     return model, plan.then(decision.plan)
 

@@ -335,7 +335,6 @@ def reconstruct(
     reconstruction: Reconstruction,
     data: CalibrationData,
     *,
-    ridge: float = 1e-2,
     add: Sum = lambda sums: sums,
     rank: int = 0,
     world: int = 1,
@@ -349,7 +348,6 @@ def reconstruct(
         decision: What will be cut.
         reconstruction: Whether, and on how many positions.
         data: What calibration collected.
-        ridge: Pull towards the compensated weights, as a share of the mean variance of the inputs.
         add: Adds sums up over ranks.
         rank: This process.
         world: Processes that solve together, each on its own calls.
@@ -371,7 +369,6 @@ def reconstruct(
         found,
         calls_of_whole_networks(data.ranks, groups, current, decision.plan),
         positions=reconstruction.positions,
-        ridge=ridge,
         add=add,
         rank=rank,
         world=world,

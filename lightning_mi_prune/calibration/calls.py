@@ -40,12 +40,14 @@ class RecordedCall(TensorRecord):
         kwargs: Keyword arguments.
         mask: The mask ``(rows, positions)`` of positions that are not padding, where that is known.
         autocast: Type of matrix products under autocast, such as ``"bfloat16"``; empty without it.
+        folds: Which fold each example belongs to ``(rows,)``, where it is left out in turn.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mask: Tensor | None = None
     autocast: str = ""
+    folds: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -67,7 +69,8 @@ class RecordedCall(TensorRecord):
         """Some examples of the call, copied."""
         values = (self.args, self.kwargs, self.mask)
         args, kwargs, mask = select_examples(values, self.rows, index, self.positions)
-        return replace(self, args=args, kwargs=kwargs, mask=mask)
+        folds = None if self.folds is None else self.folds[index.to(self.folds.device)]
+        return replace(self, args=args, kwargs=kwargs, mask=mask, folds=folds)
 
 
 def batch_size_of(values: Iterable[Any]) -> int | None:
@@ -249,7 +252,9 @@ def merge_calls(calls: Sequence[RecordedCall], most: int) -> RecordedCall | None
     shapes = [_shape(call) for call in calls]
     common = Counter(shapes).most_common(1)[0][0]
     same = [call for call, shape in zip(calls, shapes, strict=True) if shape == common]
+    folds = [c.folds for c in same if c.folds is not None]
     call = RecordedCall(*_join([(c.args, c.kwargs, c.mask) for c in same], same))
+    call = replace(call, folds=torch.cat(folds) if folds else None)
     rows, each = call.rows, sum(_lengths(call)) / call.rows
     if rows * each > most:
         spread = torch.linspace(0, rows - 1, max(1, int(most / each))).round().long()

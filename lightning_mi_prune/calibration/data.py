@@ -12,6 +12,7 @@ from lightning_mi_prune.calibration.moments import Moments
 __all__ = [
     "CalibrationData",
     "LayerComparison",
+    "LayerLosses",
     "Matrix",
 ]
 
@@ -39,6 +40,26 @@ Matrix = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
+class LayerLosses:
+    """What the loss of a model is without some layers of a stack, as numbered when built.
+
+    Args:
+        whole: With all of them.
+        single: Without each of them alone, bottom to top; None for those that must stay, and where
+            it is not finite.
+        removed: The layers whose removal together was found to cost least.
+        after: Without all of these.
+        measured: Removals whose loss was measured.
+    """
+
+    whole: float
+    single: tuple[float | None, ...]
+    removed: tuple[int, ...]
+    after: float
+    measured: int
+
+
+@dataclass(frozen=True)
 class LayerComparison:
     """How similar the layers of a stack were in one validation run.
 
@@ -48,12 +69,14 @@ class LayerComparison:
         angles: Mean angle between every pair of states ``(L + 1, L + 1)``, the input first.
         fixed: Layers at the bottom that must stay: others depend on them, or their output has
             another shape than their input.
+        losses: What the loss is without some of them, where it was measured.
     """
 
     layers: tuple[int, ...]
     similarity: Matrix
     angles: Matrix
     fixed: int = 0
+    losses: LayerLosses | None = None
 
     @property
     def largest_neighbor_cka(self) -> float:

@@ -76,10 +76,10 @@ __all__ = [
 
 
 class StepRecorder(Protocol):
-    """Records training steps of the epoch before a cut, into ``state.gradients``."""
+    """Records training steps of the epoch before a cut, into the state of the run."""
 
-    def begin(self, session: Session, index: int) -> None:
-        """A training step begins."""
+    def begin(self, session: Session, batch: Any, index: int) -> None:
+        """A training step begins on a batch."""
 
     def end(self) -> None:
         """A training step is over."""
@@ -434,7 +434,7 @@ class RunEngine:
         steps = self.strategy.steps
         collects = self._collects(trainer) and not self._awaits_batch
         if steps is not None and self.state.calibration is None and collects:
-            steps.begin(self._session(trainer, module), index)
+            steps.begin(self._session(trainer, module), batch, index)
 
     def end_step(self) -> None:
         """Add what a training step recorded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,10 +14,11 @@ from torch import nn
 
 from lightning_mi_prune.calibration.activations import Recorder
 from lightning_mi_prune.calibration.calls import update_calls
-from lightning_mi_prune.calibration.data import CalibrationData
+from lightning_mi_prune.calibration.data import CalibrationData, LayerComparison
 from lightning_mi_prune.calibration.layers import StackRecorder
 from lightning_mi_prune.callbacks.base import PruningCallback, as_misconfiguration, checked_options
 from lightning_mi_prune.callbacks.distributed import gather_ranks, sum_over_ranks, sum_tensor
+from lightning_mi_prune.callbacks.losses import BatchCollection, measure_removal
 from lightning_mi_prune.callbacks.schedule import CutSchedule, validation_batches
 from lightning_mi_prune.callbacks.state import PendingCut, Session
 from lightning_mi_prune.callbacks.verification import check_surroundings, without_frozen
@@ -58,7 +60,6 @@ class LayerStrategy:
     goal = 1.0
     budget = ""
     late: bool
-    steps = None
 
     def __init__(
         self,
@@ -76,6 +77,9 @@ class LayerStrategy:
         # Layers are reconstructed best in a well-trained model; attempts need time to be undone.
         self.late = not guarded
         self.selector = selector
+        self.steps: BatchCollection | None = None
+        if selector.criterion == "measured_loss":
+            self.steps = BatchCollection(similarity.loss_steps)
         self._similarity, self._calls = similarity, reconstruction.stored_positions
         self._paths, self._within = stacks, module
         self.needs_graph = stacks is None
@@ -155,6 +159,15 @@ class LayerStrategy:
         elif data is not None and self._stored and not any(data.ranks):
             state.calibration = None
             dropped.append("No inputs were stored to reconstruct from; a cut waits for validation.")
+        elif data is not None and not self._is_measured(
+            data, self._goal(session, state.calibration_epoch)
+        ):
+            state.calibration = None
+            dropped.append("Losses were measured without other layers; a cut waits for validation.")
+        if self.steps is not None:
+            self.steps.resume(session)
+        else:
+            state.batches = []
         if state.pending is not None and not (
             set(state.comparison.stacks) <= names and self._would_choose(session, state.pending)
         ):
@@ -165,6 +178,8 @@ class LayerStrategy:
     def _would_choose(self, session: Session, pending: PendingCut) -> bool:
         """Whether the present options lead to a cut that is decided."""
         kept = pending.decision.plan.kept
+        if not self._is_measured(session.state.comparison, pending.sparsity):
+            return False
         choices = self._choices(session, session.state.comparison, pending.sparsity)
         return all(kept.get(choice.name, choice.before) == choice.after for choice in choices)
 
@@ -202,10 +217,54 @@ class LayerStrategy:
         state.examples = update_calls(state.examples, recorder.examples)
         state.seconds = {"calibration": recorder.seconds}
         sum_over_ranks(strategy, recorder.sums)
-        data = CalibrationData(stacks=recorder.compared(session.plan))
+        stacks = recorder.compared(session.plan)
+        if self.steps is not None:
+            started = time.perf_counter()
+            measured = self._measured(session, stacks)
+            if measured is None:
+                rank_zero_warn(
+                    f"The cut of epoch {session.trainer.current_epoch + 1} waits: no training step "
+                    "to measure a loss in ran before the last validation of this epoch."
+                )
+                return None
+            stacks, state.batches = measured, []
+            state.seconds["calibration"] += time.perf_counter() - started
+        data = CalibrationData(stacks=stacks)
         if self._stored:
             data.ranks = gather_ranks(strategy, move_tensors(recorder.stored, torch.device("cpu")))
         return data
+
+    def _goal(self, session: Session, epoch: int) -> float:
+        """How far the cut after the validation of an epoch goes."""
+        return session.state.schedule.due(epoch + 1, session.state.reached) or 1.0
+
+    def _measured(
+        self, session: Session, stacks: Mapping[str, LayerComparison]
+    ) -> dict[str, LayerComparison] | None:
+        """The same with losses for the goal that is next; None where there is no batch."""
+        built = {stack.name: stack for stack in self._stacks}
+        found = dict(stacks)
+        for name, compared in stacks.items():
+            goal = self._goal(session, session.trainer.current_epoch)
+            count = self._count(name, compared, goal)
+            if count:
+                losses = measure_removal(session, built[name], count, compared.fixed)
+                if losses is None:
+                    return None
+                found[name] = replace(compared, losses=losses)
+        return found
+
+    def _count(self, name: str, compared: LayerComparison, goal: float) -> int:
+        built = {stack.name: stack.size for stack in self._stacks}
+        return self.selector.number_to_remove(compared, goal, built[name])
+
+    def _is_measured(self, data: CalibrationData, goal: float) -> bool:
+        """Whether losses are known for the numbers of layers that go, where they decide."""
+        return self.steps is None or all(
+            len(compared.losses.removed if compared.losses else ())
+            == self._count(name, compared, goal)
+            for name, compared in data.stacks.items()
+        )
 
     def decide(self, session: Session, data: CalibrationData, goal: float) -> Decision | None:
         choices = self._choices(session, data, goal)
@@ -316,10 +375,12 @@ class CKALayerPruning(PruningCallback):
         threshold: Least CKA with the first layer of a cluster, above 0 and up to 1. None takes the
             clusters that lose least on the way to ``target_layers``.
         target_layers: Fewest layers that stay in every stack; None leaves it to the threshold.
-        criterion: ``"cka"``, or what people do instead, which needs ``target_layers``:
-            ``"angle"`` removes the layers that turn their input least (ShortGPT),
-            ``"angular_run"`` the run of layers that together turn it least (Gromov et al.),
-            ``"last"`` the top ones, ``"random"`` any.
+        criterion: ``"cka"``, or one that needs ``target_layers``: ``"measured_loss"`` removes those
+            without which the loss of ``training_step``, on ``similarity.loss_steps`` batches, is
+            lowest, greedily or as one run of neighbours. Or what people do instead: ``"angle"``
+            removes the layers that turn their input least (ShortGPT), ``"angular_run"`` the run of
+            layers that together turn it least (Gromov et al.), ``"last"`` the top ones,
+            ``"random"`` any.
         stacks: Paths of the containers whose layers may go, such as ``"model.encoder.block"`` or
             ``"backbone.layer3"``; default: all that are found.
         module: Path of the submodule to search for them; default: the whole module.

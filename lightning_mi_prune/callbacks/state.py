@@ -51,7 +51,7 @@ __all__ = [
     "write",
 ]
 
-_VERSION = 6
+_VERSION = 7
 _REPEATED = 8  # bytes that tensors may show for each that the file holds
 _SMALL = 2**20
 _LARGEST = 2**20  # entries of a group
@@ -112,6 +112,7 @@ class RunState:
         information_kept: Share of the information that the cuts so far have left.
         begin: Epochs that were over when the schedule was fitted.
         gradients: Sums of gradients of the training steps of this epoch, of this rank.
+        batches: Training batches of this epoch and rank, whose loss is measured without layers.
         calibration: What the last validation collected, until a cut is decided from it.
         calibration_epoch: Epoch of that validation.
         pending: The cut that comes next.
@@ -136,6 +137,7 @@ class RunState:
     information_kept: Share = 1.0
     begin: int = 0
     gradients: Mapping[str, GradientSums] | None = None
+    batches: list[RecordedCall] = field(default_factory=list)
     calibration: CalibrationData | None = None
     calibration_epoch: int = 0
     pending: PendingCut | None = None
@@ -155,7 +157,8 @@ class RunState:
     def to_dict(self) -> dict[str, Any]:
         """Plain containers and tensors, which ``torch.load(weights_only=True)`` opens."""
         examples = {path: c for path, c in self.examples.items() if is_plain(vars(c))}
-        return {"version": _VERSION, **write(replace(self, examples=examples))}
+        batches = [batch for batch in self.batches if is_plain(vars(batch))]
+        return {"version": _VERSION, **write(replace(self, examples=examples, batches=batches))}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> RunState:
@@ -424,6 +427,11 @@ def _check_comparison(found: LayerComparison) -> None:
     whole(found.fixed, count)
     for layer in found.layers:
         whole(layer)
+    losses = found.losses
+    if losses is not None and (
+        len(losses.single) != count or not set(losses.removed) <= set(found.layers)
+    ):
+        raise ValueError(f"losses of other layers than the {count} that were compared")
 
 
 def _check_schedule(found: CutSchedule) -> None:

@@ -76,7 +76,7 @@ class GradientCollection:
         self._scale = 1.0
         self._whole = False  # whether every step of the epoch was seen
 
-    def begin(self, session: Session, index: int) -> None:
+    def begin(self, session: Session, batch: Any, index: int) -> None:
         """A training step begins; the first of an epoch begins anew."""
         trainer, state = session.trainer, session.state
         if index == 0:

@@ -32,7 +32,7 @@ from lightning_mi_prune.core.running import (
     fixed_random_state,
     map_tensors,
 )
-from lightning_mi_prune.discovery.copies import tensor_outputs
+from lightning_mi_prune.discovery.copies import structural_copy, tensor_outputs
 from lightning_mi_prune.discovery.discover import discover_run
 from lightning_mi_prune.discovery.tracing.recording import tensors_in
 from lightning_mi_prune.graph.graph import PruningGraph
@@ -43,6 +43,7 @@ __all__ = [
     "DryRun",
     "check_surroundings",
     "discover_in_step",
+    "quiet_copy",
     "without_frozen",
 ]
 
@@ -226,10 +227,7 @@ def discover_in_step(
         PruningError: If the step cannot run on a copy, or nothing can be cut.
     """
     whole, detach = copy_module(module), _detached_from(trainer)
-    whole.__dict__["all_gather"] = _alone
-    for part in whole.modules():
-        if isinstance(part, Metric):
-            part.distributed_available_fn = _never
+    _leave_ranks(whole)
     halves = {p.dtype for p in whole.parameters()} & {torch.float16, torch.bfloat16}
     if halves:
         whole.float()
@@ -250,6 +248,32 @@ def discover_in_step(
             )
         run = run.of_activations(whole)
         return discover_run(whole, run) if tensor_outputs(run(whole)) else None
+
+
+def quiet_copy(trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module:
+    """A copy that shares the parameters, in evaluation mode: its steps leave nothing behind.
+
+    They log, step, stop and gather nothing in the run.
+
+    Args:
+        trainer: The trainer.
+        module: The module; it is only read.
+
+    Raises:
+        PruningError: If it cannot be copied.
+    """
+    whole = structural_copy(module, buffers=True)
+    _detached_from(trainer)(whole)
+    _leave_ranks(whole)
+    return whole
+
+
+def _leave_ranks(whole: nn.Module) -> None:
+    """Let a copy run by itself: other ranks take no part in what it gathers."""
+    whole.__dict__["all_gather"] = _alone
+    for part in whole.modules():
+        if isinstance(part, Metric):
+            part.distributed_available_fn = _never
 
 
 def _first_that_runs(tries: Sequence[_Observed], whole: nn.Module) -> tuple[_Observed | None, str]:

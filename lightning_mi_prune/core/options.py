@@ -275,6 +275,8 @@ class Similarity:
         positions: Positions to compare in a batch of validation, at least 4.
         kernel: ``"linear"`` or ``"rbf"``.
         bandwidth: Width of the latter as a share of the median distance.
+        loss_steps: Training steps whose loss is measured without layers, over all ranks; only for
+            ``criterion="measured_loss"``.
 
     Raises:
         PruningError: If a value is out of range.
@@ -283,11 +285,13 @@ class Similarity:
     positions: int = 256
     kernel: Literal["linear", "rbf"] = "linear"
     bandwidth: float = 1.0
+    loss_steps: int = 4
 
     def __post_init__(self) -> None:
         check_count("positions", self.positions, least=4)
         check_choice("kernel", self.kernel, ("linear", "rbf"))
         check_number("bandwidth", self.bandwidth, above=0, below=100)
+        check_count("loss_steps", self.loss_steps, least=1)
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

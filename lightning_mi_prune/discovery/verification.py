@@ -43,6 +43,7 @@ __all__ = [
     "Outcome",
     "Verifier",
     "random_halves",
+    "returns_input",
 ]
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -288,7 +289,7 @@ class Verifier:
             OutOfTime: If the time is over.
         """
         layer = self.base.get_submodule(f"{stack.name}.{index}" if stack.name else str(index))
-        handle = layer.register_forward_hook(_returns_input, with_kwargs=True)
+        handle = layer.register_forward_hook(returns_input, with_kwargs=True)
         try:
             want = self.call(self.base)
         except OutOfTime:
@@ -372,10 +373,17 @@ def _query_factors(
     }
 
 
-def _returns_input(
+def returns_input(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
-    """Replaces the first output of a layer by its first input."""
+    """A forward hook that replaces the first output of a layer by its first input.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = layer.register_forward_hook(returns_input, with_kwargs=True)
+        >>> layer(torch.ones(1, 2))
+        tensor([[1., 1.]])
+    """
     first = args[0] if args else next(iter(kwargs.values()))
     return type(output)([first, *output[1:]]) if type(output) in (tuple, list) else first
 

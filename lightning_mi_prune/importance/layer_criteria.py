@@ -1,4 +1,4 @@
-"""Which layers of a stack are removed, by one of five criteria (no torch)."""
+"""Which layers of a stack are removed, by one of six criteria (no torch)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from lightning_mi_prune.calibration.data import LayerComparison, Matrix
+from lightning_mi_prune.calibration.data import LayerComparison, LayerLosses, Matrix
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.options import check_choice, check_count
 from lightning_mi_prune.core.untrusted import listed, mapping, number, text, whole
@@ -208,6 +208,21 @@ def _layers(value: object) -> tuple[int, ...]:
     return tuple(whole(layer) for layer in listed(value))
 
 
+def _read_losses(state: object, layers: Sequence[int]) -> LayerLosses:
+    found = mapping(state, [f.name for f in fields(LayerLosses)])
+    single = listed(found["single"], len(layers))
+    removed = _layers(found["removed"])
+    if not set(removed) <= set(layers):
+        raise ValueError("the loss is that without an unknown layer")
+    return LayerLosses(
+        whole=number(found["whole"]),
+        single=tuple(None if loss is None else number(loss) for loss in single),
+        removed=removed,
+        after=number(found["after"]),
+        measured=whole(found["measured"]),
+    )
+
+
 def _check_removable(count: int, layers: int) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < layers:
         raise PruningError(
@@ -216,10 +231,11 @@ def _check_removable(count: int, layers: int) -> None:
         )
 
 
-LayerCriterion = Literal["cka", "angle", "angular_run", "last", "random"]
-"""``"cka"``: clusters of similar layers (MPruner); ``"angle"``: the layers with the smallest angles
-between input and output (ShortGPT); ``"angular_run"``: the run of layers with the smallest angle
-(Gromov et al.); ``"last"``: the top ones; ``"random"``: any."""
+LayerCriterion = Literal["cka", "measured_loss", "angle", "angular_run", "last", "random"]
+"""``"cka"``: clusters of similar layers (MPruner); ``"measured_loss"``: the layers without which
+the loss is lowest (:func:`layer_losses.cheapest_removal`); ``"angle"``: the layers with the
+smallest angles between input and output (ShortGPT); ``"angular_run"``: the run of layers with the
+smallest angle (Gromov et al.); ``"last"``: the top ones; ``"random"``: any."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +251,7 @@ class StackCut:
         criterion: The :data:`LayerCriterion`.
         threshold: Least similarity of a layer to the first of its cluster (``"cka"``).
         every: Of each cluster every ``every``-th layer is removed, never the first.
+        losses: What the loss is without layers (``"measured_loss"``).
     """
 
     name: str
@@ -245,6 +262,7 @@ class StackCut:
     criterion: str
     threshold: float
     every: int = 1
+    losses: LayerLosses | None = None
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -277,6 +295,7 @@ class StackCut:
             criterion=text(found["criterion"]),
             threshold=number(found["threshold"]),
             every=whole(found["every"], low=1),
+            losses=None if found["losses"] is None else _read_losses(found["losses"], before),
         )
 
 
@@ -320,6 +339,27 @@ class LayerSelector:
                 "many layers to remove; expected target_layers too."
             )
 
+    def number_to_remove(
+        self, compared: LayerComparison, progress: float = 1.0, built: int = 0
+    ) -> int:
+        """Most layers of a stack that may go now.
+
+        Args:
+            compared: How similar its layers are.
+            progress: Share of the way from the stack as built to the target.
+            built: Layers as built; default: those that were compared.
+
+        Example:
+            >>> compared = LayerComparison((0, 1, 2, 3), ((1.0,) * 4,) * 4, ((0.0,) * 5,) * 5)
+            >>> LayerSelector(None, target=2).number_to_remove(compared, progress=0.5)
+            1
+        """
+        count, size = len(compared.layers), built or len(compared.layers)
+        if self.target is None:
+            return count
+        left = size - round(max(0, size - self.target) * progress)
+        return max(0, count - max(left, compared.fixed, 1))
+
     def choose(
         self,
         name: str,
@@ -337,13 +377,12 @@ class LayerSelector:
             every: Of each cluster every ``every``-th layer is removed (``"cka"``).
             progress: Share of the way from the stack as built to the target.
             built: Layers as built; default: those that were compared.
+
+        Raises:
+            PruningError: If no loss was measured without so many layers (``"measured_loss"``).
         """
-        count, size = len(compared.layers), built or len(compared.layers)
-        most = count
-        if self.target is not None:
-            left = size - round(max(0, size - self.target) * progress)
-            most = max(0, count - max(left, compared.fixed, 1))
-        clusters: list[Cluster] = [(place,) for place in range(count)]
+        most = self.number_to_remove(compared, progress, built)
+        clusters: list[Cluster] = [(place,) for place in range(len(compared.layers))]
         threshold = self.threshold or 0.0
         if self.criterion == "cka":
             if self.threshold is not None:
@@ -353,7 +392,7 @@ class LayerSelector:
                 threshold = min(compared.similarity[c[0]][place] for c in clusters for place in c)
             removed = _most_similar(clusters, every, compared, most)
         else:
-            removed = set(self._without_clusters(compared, most))
+            removed = set(self._without_clusters(name, compared, most))
         places = compared.layers
         return StackCut(
             name=name,
@@ -364,11 +403,21 @@ class LayerSelector:
             criterion=self.criterion,
             threshold=threshold,
             every=every,
+            losses=compared.losses if self.criterion == "measured_loss" else None,
         )
 
-    def _without_clusters(self, compared: LayerComparison, count: int) -> Sequence[int]:
+    def _without_clusters(self, name: str, compared: LayerComparison, count: int) -> Sequence[int]:
         """Places of ``count`` layers by the other criteria, none of the fixed ones."""
         fixed = compared.fixed
+        if self.criterion == "measured_loss":
+            removed = compared.losses.removed if compared.losses else ()
+            if len(removed) != count:
+                raise PruningError(
+                    f"The loss of a model without {counted(count, 'layer')} of {name!r} was not "
+                    f"measured, but without {len(removed)}; expected losses of the same number. "
+                    "Validate again."
+                )
+            return [compared.layers.index(layer) for layer in removed]
         angles = [row[fixed:] for row in compared.angles[fixed:]]
         layers = len(compared.layers) - fixed
         if count >= layers:  # all that are free

@@ -5,20 +5,22 @@ above receive. So every output projection of the cut model is solved again on it
 the layers below are done: least squares towards ``z_dense + stream_dense - stream_cut``, the output
 that restores the residual stream, with a ridge towards the weights it has. Layers that read the
 stream above the lowest cut are solved towards their outputs in the dense model, and normalisations
-whose width was cut, entry by entry.
+whose width was cut, entry by entry. How strong the ridge is, every layer finds out from examples
+that were left out (:mod:`ridge`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_mi_prune.calibration.calls import RecordedCall, merge_calls
-from lightning_mi_prune.calibration.moments import add_outer, mirror, rounding_variance, stabilize
+from lightning_mi_prune.calibration.moments import add_outer, mirror, rounding_variance
 from lightning_mi_prune.core.consumers import (
     input_dim,
     is_pointwise,
@@ -30,8 +32,8 @@ from lightning_mi_prune.core.empty_linear import linear_at, parameters_of
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.graph.groups import is_within
-from lightning_mi_prune.importance.information import mean_variance
 from lightning_mi_prune.reconstruction.layerwise import LayerCall, run_layerwise
+from lightning_mi_prune.reconstruction.ridge import FOLDS, choose_strength, linear_change
 from lightning_mi_prune.reconstruction.targets import ReconstructedLayer, Targets
 
 __all__ = [
@@ -54,7 +56,6 @@ def reconstruct_network(
     path: str,
     targets: Targets,
     *,
-    ridge: float = 1e-2,
     add: Sum = lambda sums: sums,
     share: float = 1.0,
     once: bool = False,
@@ -70,8 +71,6 @@ def reconstruct_network(
         layers: Layers to solve, for which :func:`is_solvable` holds.
         path: Network that is called.
         targets: The sample, and the outputs of the dense model on it.
-        ridge: Strength of the pull towards the present weights, as a share of the mean variance of
-            the inputs.
         add: Adds sums up over ranks; every rank calls it for the same layers in the same order.
         share: Weight of this rank's sample; 0 for one that only takes part in the sums.
         once: As for :func:`layerwise.run_layerwise`.
@@ -102,7 +101,7 @@ def reconstruct_network(
             outputs = [x * (new["weight"] + offset) + new.get("bias", 0) for x in plain]
         else:
             missing = [y - part.valid(part.output) for part, y in zip(parts, wanted, strict=True)]
-            new = _solve(layer, module, add(share * equations.sums(parts, missing)), ridge)
+            new = _solve(layer, module, add(share * equations.sums(parts, missing)))
             outputs = [part.output for part in parts]
             if new:
                 outputs = [functional.linear(p.x, new["weight"], new.get("bias")) for p in parts]
@@ -123,7 +122,6 @@ def reconstruct_networks(
     ranks: Sequence[Mapping[str, Sequence[RecordedCall]]],
     *,
     positions: int,
-    ridge: float,
     add: Sum = lambda sums: sums,
     rank: int = 0,
     world: int = 1,
@@ -137,8 +135,7 @@ def reconstruct_networks(
         layers: Layers to solve.
         ranks: Stored calls of each rank, by path of the network.
         positions: Positions that were asked for.
-        ridge: As for :func:`reconstruct_network`.
-        add: Likewise.
+        add: As for :func:`reconstruct_network`.
         rank: This process.
         world: Processes that solve together, each on its own calls.
         once: As for :func:`layerwise.run_layerwise`.
@@ -152,9 +149,10 @@ def reconstruct_networks(
     solved: dict[str, Tensor] = {}
     functional_weights = parameters_of(cut)  # those above units: no layer that could be solved
     for path in sorted({path for calls in ranks for path in calls}):
-        stored = [call for calls in ranks[rank::world] for call in calls.get(path, ())]
+        numbered = _in_folds(ranks, path)
+        stored = [call for calls in numbered[rank::world] for call in calls]
         # A rank without calls runs one of another's with weight 0: all must add the same sums.
-        others = [call for calls in ranks for call in calls.get(path, ())][:1]
+        others = [call for calls in numbered for call in calls][:1]
         call = merge_calls(stored or others, _PADDING * positions // world)
         inside = [
             layer
@@ -166,12 +164,10 @@ def reconstruct_networks(
         if call is None or not inside:
             continue
         device = next(module.parameters()).device
-        call = RecordedCall(*move_tensors((call.args, call.kwargs, call.mask), device))
+        call = replace(call, **move_tensors(vars(call), device))
         targets = Targets(module, inside, path, call, once=once)
         share = 1.0 if stored else 0.0
-        solved |= reconstruct_network(
-            cut, inside, path, targets, ridge=ridge, add=add, share=share, once=once
-        )
+        solved |= reconstruct_network(cut, inside, path, targets, add=add, share=share, once=once)
     return solved
 
 
@@ -198,32 +194,68 @@ def _rescaled(target: Tensor, present: Tensor) -> Tensor:
 
 
 class _NormalEquations:
-    """Sums of least squares; layers that read the same input share its part of them."""
+    """Sums of least squares by fold; layers that read the same input share its part of them."""
 
     def __init__(self) -> None:
         self._x: list[Tensor] = []
         self._valid: list[Tensor] = []
+        self._folds: list[Tensor] = []
         self._outer = torch.empty(0)
 
     def sums(self, parts: Sequence[LayerCall], missing: Sequence[Tensor]) -> Tensor:
-        """``[1 x]' [1 x]`` beside ``[1 x]' missing``, over the positions that are not padding."""
+        """``[1 x]' [1 x]`` beside ``[1 x]' missing`` of every fold, without the padding."""
         given = [part.x for part in parts]
         fresh = [*map(id, given)] != [*map(id, self._x)]
         if fresh:
             self._x, self._valid = given, [part.valid(part.x) for part in parts]
+            self._folds = [_folds_of(part) for part in parts]
             size = self._valid[0].shape[1] + 1
-            self._outer = _double(given[0][:0]).new_zeros(size, size)
-        cross = self._outer.new_zeros(len(self._outer), missing[0].shape[1])
-        for valid, rest in zip(self._valid, missing, strict=True):
-            # In pieces: all of it in double precision would be larger than anything else.
-            for x, y in zip(torch.split(valid, _PIECE), torch.split(rest, _PIECE), strict=True):
-                inputs = functional.pad(_double(x), (1, 0), value=1.0)
-                cross.addmm_(inputs.mT, _double(y))
-                if fresh:
-                    add_outer(self._outer, inputs)
+            self._outer = _double(given[0][:0]).new_zeros(FOLDS, size, size)
+        cross = self._outer.new_zeros(*self._outer.shape[:2], missing[0].shape[1])
+        for valid, rest, folds in zip(self._valid, missing, self._folds, strict=True):
+            for fold in range(FOLDS):
+                index = (folds == fold).nonzero().flatten()
+                # In pieces: all of it in double precision would be larger than anything else.
+                for some in torch.split(index, _PIECE) if len(index) else ():
+                    inputs = functional.pad(_double(valid[some]), (1, 0), value=1.0)
+                    cross[fold].addmm_(inputs.mT, _double(rest[some]))
+                    if fresh:
+                        add_outer(self._outer[fold], inputs)
         if fresh:
-            mirror(self._outer)
-        return torch.cat([self._outer, cross], dim=1)
+            for outer in self._outer:
+                mirror(outer)
+        return torch.cat([self._outer, cross], dim=2)
+
+
+def _folds_of(part: LayerCall) -> Tensor:
+    """The fold of every position that is not padding.
+
+    Neighbours in one text are alike, so positions of one example are in one fold; in runs only
+    where there is a single example, or the dimension of examples is not known.
+    """
+    dims, folds = part.x.shape[:-1], part.call.folds
+    dim = next((d for d, size in enumerate(dims[:2]) if size == part.call.rows), None)
+    if folds is None or dim is None:
+        places = torch.arange(len(part.valid(part.x)), device=part.x.device)
+        return places * FOLDS // max(1, len(places))
+    shape = [-1 if place == dim else 1 for place in range(len(dims))]
+    return part.valid(folds.to(part.x.device).view(shape).expand(dims)[..., None]).flatten()
+
+
+def _in_folds(
+    ranks: Sequence[Mapping[str, Sequence[RecordedCall]]], path: str
+) -> list[list[RecordedCall]]:
+    """Stored calls of every rank whose examples are in one fold after another, whoever has them."""
+    found, count = [], 0
+    several = sum(call.rows for calls in ranks for call in calls.get(path, ())) > 1
+    for calls in ranks:
+        mine = []
+        for call in calls.get(path, ()):
+            folds = (torch.arange(call.rows) + count) % FOLDS
+            mine.append(replace(call, folds=folds if several else None))
+            count += call.rows
+        found.append(mine)
+    return found
 
 
 def _double(x: Tensor) -> Tensor:
@@ -231,40 +263,38 @@ def _double(x: Tensor) -> Tensor:
     return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
 
 
-def _solve(
-    layer: ReconstructedLayer, module: nn.Module, sums: Tensor, ridge: float
-) -> dict[str, Tensor]:
-    """New weight and bias of a linear module; none where it is optional and samples are few."""
-    size = sums.shape[0]
-    outer, cross = sums[:, :size], sums[:, size:]
-    count, bias = outer[0, 0], module.bias
-    if layer.optional and float(count) < 2 * size:
+def _solve(layer: ReconstructedLayer, module: nn.Module, folds: Tensor) -> dict[str, Tensor]:
+    """New weight and bias of a linear module: as they are where no change is better on new data.
+
+    Args:
+        layer: The layer.
+        module: Its module in the cut model.
+        folds: Sums of every fold.
+
+    Raises:
+        PruningError: If there are fewer positions than unknowns, but for an optional layer.
+    """
+    sums, bias = folds.sum(0), module.bias
+    size, count = sums.shape[0], float(sums[0, 0])
+    if layer.optional and count < 2 * size:
         return {}
-    if float(count) <= size:
+    if count <= size:
         raise PruningError(
             f"Only {counted(int(count), 'position')} to reconstruct {layer.layer!r} from, which "
             f"has {counted(size, 'number')} to learn for each output; expected more, better "
             f"{number(10 * size)}. Validate on more data, raise the positions of reconstruction, "
             "or set its method to 'none'."
         )
+    intercept = isinstance(bias, Tensor)
+    strength = choose_strength(folds, intercept=intercept)
     stored = module.get_parameter("weight").detach()
     weight = stacked_weight(stored, input_dim(linear_at(module)))[..., 0]
-    if isinstance(bias, Tensor):  # centred: the bias takes what the means ask for
-        mean, shift = outer[0, 1:] / count, cross[0] / count
-        outer = stabilize(outer[1:, 1:] / count - torch.outer(mean, mean), mean, count)
-        cross = cross[1:] / count - torch.outer(mean, shift)
-        cross[outer.diagonal() == 0] = 0.0  # constant inputs act on the bias alone
-    else:
-        outer, cross = outer[1:, 1:] / count, cross[1:] / count
-    if size > 1:
-        outer = outer + ridge * mean_variance(outer) * torch.eye(size - 1).to(outer)
-        change = torch.cholesky_solve(cross, torch.linalg.cholesky(outer)).mT
-    else:
-        change = cross.mT
-    new = {"weight": (_double(weight) + change).to(weight)}
-    if isinstance(bias, Tensor):
-        new["bias"] = (_double(bias) + shift - change @ mean).to(bias)
-    return {key: value.detach() for key, value in new.items()}
+    new = {"weight": weight} | ({"bias": bias} if isinstance(bias, Tensor) else {})
+    if strength is not None:
+        change = linear_change(sums, strength, intercept=intercept)
+        changes = {"weight": change.weight, "bias": change.bias}
+        new = {name: (_double(value) + changes[name]).to(value) for name, value in new.items()}
+    return {name: value.detach() for name, value in new.items()}
 
 
 def _norm_sums(plain: Tensor, wanted: Tensor) -> Tensor:

@@ -108,7 +108,6 @@ def compensate_removed_layers(
     data: CalibrationData,
     *,
     positions: int,
-    ridge: float = 1e-2,
     add: Sum = lambda sums: sums,
     rank: int = 0,
     world: int = 1,
@@ -122,8 +121,7 @@ def compensate_removed_layers(
         selection: Layers that stay.
         data: Stored calls.
         positions: Positions that were asked for.
-        ridge: As for :func:`least_squares.reconstruct_network`.
-        add: Likewise.
+        add: As for :func:`least_squares.reconstruct_network`.
         rank: This process.
         world: Processes that solve together, each on its own calls.
 
@@ -159,7 +157,6 @@ def compensate_removed_layers(
         found.layers,
         data.ranks,
         positions=positions,
-        ridge=ridge,
         add=add,
         rank=rank,
         world=world,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_mi_prune.importance.layer_criteria import StackCut
 from lightning_mi_prune.reporting.report import Cut, PruningReport
 
 __all__ = [
@@ -79,7 +80,7 @@ def cut_table(cut: Cut, report: PruningReport) -> Table:
                 str(len(stack.after)),
                 " ".join(map(str, stack.removed)),
                 " | ".join(" ".join(map(str, cluster)) for cluster in stack.clusters),
-                f"CKA >= {stack.threshold:.4f}" if stack.criterion == "cka" else stack.criterion,
+                _decided_by(stack),
             )
             for stack in cut.stacks
         ]
@@ -100,6 +101,15 @@ def cut_table(cut: Cut, report: PruningReport) -> Table:
     title = f"{gone} prunable parameters{f' of {common}' if common else ''} are gone"
     columns = ("group", "kind", "before", "after", "nats left", "kept by this cut")
     return Table(title, columns, rows, ("group", "kind"), caption)
+
+
+def _decided_by(stack: StackCut) -> str:
+    """The criterion, with the numbers that decided."""
+    if stack.criterion == "cka":
+        return f"CKA >= {stack.threshold:.4f}"
+    if stack.losses is None:
+        return stack.criterion
+    return f"loss {stack.losses.whole:.4f} -> {stack.losses.after:.4f}"
 
 
 def _common_path(names: Sequence[str]) -> str:

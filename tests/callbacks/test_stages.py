@@ -200,7 +200,9 @@ def test_blocks_of_a_residual_stage_go_where_they_add_nothing(tmp_path):
     assert torch.equal(again.eval()(picture), module.eval()(picture))
 
 
-@pytest.mark.parametrize("criterion", ["last", "random", "angle", "angular_run", "cka"])
+@pytest.mark.parametrize(
+    "criterion", ["last", "random", "angle", "angular_run", "cka", "measured_loss"]
+)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_block_that_changes_the_shape_always_stays(criterion, seed):
     module = Pictures()

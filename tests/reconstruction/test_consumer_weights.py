@@ -180,7 +180,7 @@ def test_a_layer_is_solved_again_from_its_outputs(kind):
         wrong.layer.bias.zero_()
     layers = [ReconstructedLayer("layer", None, None)]
     targets = Targets(dense, layers, "", call)
-    solved = reconstruct_network(wrong, layers, "", targets, ridge=1e-9)
+    solved = reconstruct_network(wrong, layers, "", targets)
     assert solved["layer.weight"].shape == layer.weight.shape
     assert torch.allclose(solved["layer.weight"], dense.layer.weight, atol=1e-6)
     assert torch.allclose(solved["layer.bias"], dense.layer.bias, atol=1e-6)
@@ -192,7 +192,7 @@ def test_a_layer_that_cannot_be_solved_stays_as_it_is():
     for layer in (nn.Conv2d(5, 3, 3), ConvNextLayerNorm(5, data_format="channels_first")):
         dense = Projected(layer).double()
         layers = [ReconstructedLayer("layer", None, torch.arange(2))]
-        options = {"positions": 100, "ridge": 0.01}
+        options = {"positions": 100}
         assert not is_solvable(layer)
         assert reconstruct_networks(dense, dense, layers, [{"": [call]}], **options) == {}
     assert is_solvable(nn.Conv2d(5, 3, 1))

@@ -55,7 +55,6 @@ from tests.support.ranks import added, check_ranks, place
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 FAMILIES = [(family, "sequence") for family in CONFIGS] + [(f, "image") for f in PICTURES]
 METHOD = Reconstruction()
-RIDGE = 1e-6
 
 
 def many(head):
@@ -90,7 +89,6 @@ def test_nothing_cut_is_nothing_changed(family, head):
             keep,
             METHOD,
             calibration_data(many(head)),
-            ridge=RIDGE,
         )
         is keep
     )
@@ -129,7 +127,7 @@ def test_duplicates_are_made_up_for_through_several_layers(family, head):
     wanted = outputs(model, inputs_of(head))
     plain = outputs(cut_by(model, every, selection.plan), inputs_of(head))
     found = reconstruct(
-        model, every, full_plan(every), selection, METHOD, calibration_data(many(head)), ridge=1e-9
+        model, every, full_plan(every), selection, METHOD, calibration_data(many(head))
     )
     back = outputs(cut_by(model, every, found.plan, found.compensated), inputs_of(head))
     assert (plain - wanted).abs().max() > 1e-2
@@ -157,7 +155,7 @@ def test_a_reconstructed_model_is_nearer_to_the_dense_one(family, head, residual
         bool([r for r in found if r.residual is None and not r.optional]) == residual
     )  # the norms
     kept = reconstruct(
-        model, groups, full_plan(groups), selection, METHOD, calibration_data(inputs), ridge=RIDGE
+        model, groups, full_plan(groups), selection, METHOD, calibration_data(inputs)
     )
     assert set(kept.compensated) >= {f"{r.layer}.weight" for r in found if r.residual is not None}
     plain, fitted = (
@@ -228,11 +226,10 @@ def test_too_small_samples_are_refused_and_optional_layers_left_out():
             selection,
             METHOD,
             calibration_data(batch(1, 8)),
-            ridge=RIDGE,
         )
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     few = calibration_data(batch(16))  # more than 24 positions, but only 16 pooled ones
-    found = reconstruct(model, groups, full_plan(groups), selection, METHOD, few, ridge=RIDGE)
+    found = reconstruct(model, groups, full_plan(groups), selection, METHOD, few)
     assert "bert.pooler.dense.weight" not in found.compensated
 
 
@@ -248,7 +245,6 @@ def test_mode_hooks_gradients_and_random_state_stay():
         selection,
         METHOD,
         calibration_data(batch(128)),
-        ridge=RIDGE,
     )
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
