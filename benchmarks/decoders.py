@@ -434,10 +434,12 @@ def callbacks_of(way: Way, module: LanguageModel, units: str, sparsity: float) -
     """
     if way == DENSE:
         return []
-    few = torch.arange(16).view(2, 8)
-    graph = discover_run(
-        module, lambda net: net.network(input_ids=few).logits, seconds=DISCOVERY, kinds=UNITS
-    )
+
+    def run(net: Any) -> Tensor:
+        logits: Tensor = net.network(input_ids=torch.arange(16).view(2, 8)).logits
+        return logits
+
+    graph = discover_run(module, run, seconds=DISCOVERY, kinds=UNITS)
     assert way.compensation != "bias"  # noqa: S101
     return [
         MutualInformationPruning(
