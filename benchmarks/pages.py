@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import comparison
+from benchmarks import comparison, decoder_pages
 from benchmarks.comparison import nats, points, row, spread, with_head
 from benchmarks.latency import BATCHES
 from benchmarks.methods import DEFAULT, SETTINGS, Name
@@ -33,7 +33,16 @@ from benchmarks.zoo import tables as zoo
 __all__ = ["TABLES", "rewritten", "table_lines"]
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("ablations", "comparison", "cost", "distributed", "layers", "models", "vision")
+DOCS = (
+    "ablations",
+    "comparison",
+    "cost",
+    "decoders",
+    "distributed",
+    "layers",
+    "models",
+    "vision",
+)
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 Records = Sequence[Record]
 
@@ -441,6 +450,10 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "mobilenet": ("mobilenet", mobilenet),
     "vision-layers": ("vision-layers", vision_layers),
     "vision-latency": ("vision-latency", vision_latency),
+    "decoders-facts": ("decoders", decoder_pages.facts),
+    "decoders-lost": ("decoders", decoder_pages.lost),
+    "decoders": ("decoders", decoder_pages.tables),
+    "decoders-trained": ("decoders-trained", decoder_pages.tables),
     "zoo-machine": ("zoo", measured_on),
     "zoo-summary": ("zoo", zoo.summary),
     "zoo-shortfalls": ("zoo", zoo.shortfalls),

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.comparison import name_of, points
+from benchmarks.decoder_pages import draw_decoders
 from benchmarks.latency import BATCHES, shape_of
 from benchmarks.methods import OURS, Name
 from benchmarks.records import FOLDER, Record, Store
@@ -23,11 +24,9 @@ FLOOR = -4.0  # after a whole training
 TICKS = (2, 1, 0.5, 0, -0.5, -1, -2, -5, -10, -20)
 APART = 0.014  # between methods that would hide each other, as a share of their place
 STYLE = {"font.size": 9.0, "svg.hashsalt": "benchmark", "axes.linewidth": 0.6}
-SHOWN = (
-    "100-steps-size",
-    "100-steps-speed-b32",
-    "vision-macs",
-)  # by the docs; the others can be drawn
+DECODERS = "decoders"  # a figure of its own: perplexity against what is gone
+# By the docs; the others can be drawn.
+SHOWN = ("100-steps-size", "100-steps-speed-b32", "vision-macs", DECODERS)
 
 # Colours of Okabe and Ito, which people with any colour vision can tell apart: what ranks. Markers:
 # what cuts. Methods without records in most tasks are not drawn.
@@ -59,6 +58,7 @@ FIGURES = [f"{steps}-{view}" for steps in ("one-shot", "100-steps") for view in 
 LABELS["macs"] = "multiply-accumulates that are left"
 XTICKS["macs"] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 FIGURES.append("vision-macs")
+FIGURES.append(DECODERS)
 
 
 def place_of(record: Record, shapes: Mapping[str, Record], view: str) -> float | None:
@@ -142,6 +142,7 @@ def records_of(name: str, folder: Path) -> tuple[list[Record], str]:
     return Store("recovery", folder).find(steps=steps), view
 
 
+@matplotlib.rc_context(STYLE)  # type: ignore[arg-type]
 def drawn(names: Sequence[str], target: Path, folder: Path = FOLDER) -> list[Path]:
     """Draw figures by name; the same records give the same files."""
     shapes = {shape_of(r["task"], r["kept"]): r for r in Store("latency", folder)}
@@ -149,10 +150,19 @@ def drawn(names: Sequence[str], target: Path, folder: Path = FOLDER) -> list[Pat
     for name in names:
         records, view = records_of(name, folder)
         same = [r for r in records if r["sparsity"]]
+        if name == DECODERS:
+            if known := [*Store(DECODERS, folder)]:
+                paths.append(_saved(draw_decoders(known), target / f"{name}.svg"))
+            continue
+        steps, view = (0 if name.startswith("one") else 100), name.split("-", 2)[2]
+        same = [r for r in Store("recovery", folder).find(steps=steps) if r["sparsity"]]
         places = [(r, place_of(r, shapes, view)) for r in same if name_of(r) in LOOKS]
         if found := [(r, place) for r, place in places if place is not None]:
-            target.mkdir(parents=True, exist_ok=True)
-            paths.append(target / f"{name}.svg")
-            with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
-                draw(found, view).savefig(paths[-1], facecolor="white", metadata={"Date": None})
+            paths.append(_saved(draw(found, view), target / f"{name}.svg"))
     return paths
+
+
+def _saved(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="white", metadata={"Date": None})
+    return path

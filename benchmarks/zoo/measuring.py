@@ -39,6 +39,7 @@ from lightning_mi_prune.graph.groups import DependencyGroup
 __all__ = [
     "KINDS",
     "LIMIT",
+    "TimeLimitError",
     "all_models",
     "covered",
     "in_child",
