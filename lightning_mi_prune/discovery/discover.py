@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,8 @@ __all__ = [
 ]
 
 _EXAMPLES = 2  # of a batch; one would not show which dimension counts them
-_SECONDS = 60.0
+# Verification takes some hundred calls, of large modules many of them as long as the first.
+_SECONDS, _CALLS = 60.0, 400
 _SHARE = 0.5  # of the parameters; a graph that reaches fewer deserves a warning
 _MOST_FIXED = 2  # layers at the bottom of a stack that others may depend on
 _REPEATED = 1e-6  # largest relative difference of two equal calls
@@ -101,7 +103,7 @@ def discover_run(
     module: nn.Module,
     run: Run,
     *,
-    seconds: float = _SECONDS,
+    seconds: float | None = None,
     kinds: Sequence[str] | None = None,
 ) -> PruningGraph:
     """The same for a function that calls a module, such as a training step.
@@ -110,7 +112,8 @@ def discover_run(
         module: The module from which groups are named.
         run: Calls it, or a copy of it, always on the same example; what it returns is compared.
             If it returns no tensor, the output of the last child that ran is.
-        seconds: Time for verification; what is not verified by then is refused.
+        seconds: Time for verification; what is not verified by then is refused. Default: a minute,
+            or that of 400 calls if they take longer.
         kinds: Kinds of groups to find; None for all.
 
     Raises:
@@ -126,7 +129,10 @@ def discover_run(
     call = _with_outputs(run)
     with undisturbed(module), _full_precision(module), torch.compiler.set_stance("force_eager"):
         copied = structural_copy(module, buffers=True)
+        started = time.monotonic()
         _check_repeats(copied, call)
+        if seconds is None:
+            seconds = max(_SECONDS, _CALLS * (time.monotonic() - started) / 2)
         inference = _of_kinds(infer(copied, call), kinds)
         del copied
         sizes = {group.name: group.size for group in inference.groups}
