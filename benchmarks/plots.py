@@ -148,14 +148,12 @@ def drawn(names: Sequence[str], target: Path, folder: Path = FOLDER) -> list[Pat
     shapes = {shape_of(r["task"], r["kept"]): r for r in Store("latency", folder)}
     paths = []
     for name in names:
-        records, view = records_of(name, folder)
-        same = [r for r in records if r["sparsity"]]
         if name == DECODERS:
             if known := [*Store(DECODERS, folder)]:
                 paths.append(_saved(draw_decoders(known), target / f"{name}.svg"))
             continue
-        steps, view = (0 if name.startswith("one") else 100), name.split("-", 2)[2]
-        same = [r for r in Store("recovery", folder).find(steps=steps) if r["sparsity"]]
+        records, view = records_of(name, folder)
+        same = [r for r in records if r["sparsity"]]
         places = [(r, place_of(r, shapes, view)) for r in same if name_of(r) in LOOKS]
         if found := [(r, place) for r, place in places if place is not None]:
             paths.append(_saved(draw(found, view), target / f"{name}.svg"))

@@ -29,6 +29,7 @@ from lightning_mi_prune.discovery.example_inputs import example_inputs
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.importance.criteria import MutualInformation
 from lightning_mi_prune.importance.statistics import UnitStatistics
+from lightning_mi_prune.reconstruction.ridge import FOLDS
 
 __all__ = [
     "ENCODERS",
@@ -184,7 +185,7 @@ def reduced_bytes(
 
 
 def reconstruction_bytes(groups: Sequence[DependencyGroup], network: nn.Module) -> int:
-    """Bytes of the normal equations of all reconstructed layers, where half of each group stays."""
+    """Bytes of all sums of the reconstruction, where half of each group stays."""
     size = 0
     for group in groups:
         kept = group.size * entries_of(group) // 2 + 1
@@ -192,7 +193,7 @@ def reconstruction_bytes(groups: Sequence[DependencyGroup], network: nn.Module) 
     for consumer in {name for group in groups for name in group.above}:
         rows, columns = network.get_parameter(f"{consumer}.weight").shape
         size += 8 * (columns + 1) * (columns + 1 + rows // 2)
-    return size
+    return FOLDS * size
 
 
 def ring_seconds(size: int, ranks: int) -> float:

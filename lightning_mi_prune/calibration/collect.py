@@ -199,28 +199,29 @@ def explaining_failures(model: nn.Module, batch: Any, index: int) -> Iterator[No
     try:
         yield
     except (IndexError, RuntimeError) as error:
-        why = None if isinstance(error, PruningError) else _why_not(model, batch)
-        if why is None:
+        explained = None if isinstance(error, PruningError) else _unusable(model, batch, index)
+        if explained is None:
             raise
-        raise PruningError(f"Batch {index} of the calibration data {why}") from error
+        raise explained from error
 
 
-def _why_not(model: nn.Module, batch: Any) -> str | None:
+def _unusable(model: nn.Module, batch: Any, index: int) -> PruningError | None:
     """What a batch has that no embedding of the model holds; None if it is something else."""
     rows = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)]
     whole = [x for x in tensors_in(batch) if x.dtype in (torch.int32, torch.int64) and x.numel()]
-    highest = max((int(x.max()) for x in whole), default=0)
+    highest, name = max((int(x.max()) for x in whole), default=0), type(model).__name__
     if rows and highest >= max(rows):
-        return (
-            f"has ids up to {highest}, but the largest table of {type(model).__name__} has "
-            f"{max(rows)} rows; expected ids below that. Use the tokenizer of this model."
+        return PruningError(
+            f"Batch {index} of the calibration data has ids up to {highest}, but the largest table "
+            f"of {name} has {max(rows)} rows; expected ids below that. Use the tokenizer of this "
+            "model."
         )
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     longest = max((x.shape[1] for x in whole if x.ndim > 1), default=0)
     if isinstance(most, int) and longest > most:
-        return (
-            f"has texts of {longest} positions, but {type(model).__name__} has {most}; expected at "
-            "most that many. Truncate the texts."
+        return PruningError(
+            f"Batch {index} of the calibration data has texts of {longest} positions, but {name} "
+            f"has {most}; expected at most that many. Truncate the texts."
         )
     return None
 

@@ -114,7 +114,9 @@ def measure_removal(
         if failure is not None:
             raise _explained(failure, session.module, stack) from failure
         if failed:
-            raise PruningError(f"The loss without layers of {stack.name!r} fails on another rank.")
+            raise PruningError(
+                f"The loss without layers of {stack.name!r} fails on another rank; see its message."
+            )
         return means
 
     return cheapest_removal(losses, numbers, count, fixed)

@@ -40,8 +40,9 @@ def test_processes_may_append_to_one_file(tmp_path: Path) -> None:
 
 def test_all_records_of_the_project_have_one_format() -> None:
     files = {case.file for case in CASES.values()}
-    assert {path.stem for path in FOLDER.glob("*")} == files
-    for name in files:
+    measured = {path.stem for path in FOLDER.glob("*")}
+    assert measured <= files
+    for name in measured:
         lines = (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         for line in lines:
             record = json.loads(line)
