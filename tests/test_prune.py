@@ -235,7 +235,7 @@ REFUSED = {
         {"importance": Importance()},
         "asks for training steps, but there is no loss",
     ),
-    "nan gradients": ({"loss": nan_loss}, "NaN or infinite gradients at"),
+    "nan loss": ({"loss": nan_loss}, "loss of all 3 batches is NaN"),
     "no steps": ({"loss": by_hand, "training": []}, "there were none at"),
     "out of reach": (
         {"sparsity": Budget(target_parameters=100)},

@@ -36,6 +36,7 @@ from lightning_mi_prune.graph.groups import is_within
 from lightning_mi_prune.reconstruction.block_runs import BlockRuns, LayerCall
 from lightning_mi_prune.reconstruction.ridge import FOLDS, choose_strength, linear_change
 from lightning_mi_prune.reconstruction.targets import ReconstructedLayer, Targets
+from lightning_mi_prune.surgery.tensors import set_parameter
 
 __all__ = [
     "Sum",
@@ -100,7 +101,7 @@ def reconstruct_network(
             new = found.solve(layer, add(share * found.total()))
             module = linear_at(cut.get_submodule(layer.layer))
             for name, value in new.items():  # another parameter: of a tied one only this use
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+                set_parameter(module, name, value)
                 solved[f"{layer.layer}.{name}"] = value
     return solved
 

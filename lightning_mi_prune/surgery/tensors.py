@@ -20,6 +20,7 @@ __all__ = [
     "owners",
     "parameter_of",
     "replace_tensors",
+    "set_parameter",
     "tensor_of",
     "tensors_of",
     "unsaved_at",
@@ -111,6 +112,24 @@ def replace_tensors(model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) ->
             held = module._parameters if name in module._parameters else module._buffers
             held[name] = old  # type: ignore[assignment]  # as it was
         raise
+
+
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a module another parameter, which no other module shares, without a gradient.
+
+    Args:
+        module: A module of a copy.
+        name: Name of the parameter in it.
+        value: Its new value.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> set_parameter(layer, "weight", torch.ones(1, 1))
+        >>> layer.weight
+        Parameter containing:
+        tensor([[1.]])
+    """
+    module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
 def unsaved_buffers(model: nn.Module) -> frozenset[str]:

@@ -175,7 +175,7 @@ def state(stopped):
         "gradients": {"a": sums},
         "ranks": [{"": [call]}],
         "examples": {},
-        "stacks": {"s": {**alike, "fixed": 0}},
+        "stacks": {"s": {**alike, "fixed": 0, "losses": None}},
     }
     ranking = {"a": Ranking((1, 0), (0.0, 1.0), (0.0, 2.0))}
     state["pending"] = {
