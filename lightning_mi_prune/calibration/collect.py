@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -17,7 +18,7 @@ from lightning_mi_prune.calibration.gradients import (
     GradientSums,
     check_gradients,
 )
-from lightning_mi_prune.core.errors import PruningError, counted
+from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import (
     call_step,
@@ -179,6 +180,13 @@ def collect_gradients(
             "matters for it; expected finite losses. Labels of -100 are ignored: give batches with "
             "others, or look for a diverged model."
         )
+    if without_loss:
+        warnings.warn(
+            f"The loss of {without_loss} of {counted(taken, 'batch', 'batches')} is NaN; they are "
+            "left out. Look for batches without labels.",
+            PruningWarning,
+            stacklevel=2,
+        )
     check_gradients(recorder.sums)
     return recorder.sums
 
@@ -199,18 +207,18 @@ def explaining_failures(model: nn.Module, batch: Any, index: int) -> Iterator[No
     try:
         yield
     except (IndexError, RuntimeError) as error:
-        explained = None if isinstance(error, PruningError) else _unusable(model, batch, index)
-        if explained is None:
+        explained = _unusable(model, batch, index, ids=isinstance(error, IndexError))
+        if explained is None or isinstance(error, PruningError):
             raise
         raise explained from error
 
 
-def _unusable(model: nn.Module, batch: Any, index: int) -> PruningError | None:
+def _unusable(model: nn.Module, batch: Any, index: int, *, ids: bool) -> PruningError | None:
     """What a batch has that no embedding of the model holds; None if it is something else."""
     rows = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)]
     whole = [x for x in tensors_in(batch) if x.dtype in (torch.int32, torch.int64) and x.numel()]
     highest, name = max((int(x.max()) for x in whole), default=0), type(model).__name__
-    if rows and highest >= max(rows):
+    if ids and rows and highest >= max(rows):
         return PruningError(
             f"Batch {index} of the calibration data has ids up to {highest}, but the largest table "
             f"of {name} has {max(rows)} rows; expected ids below that. Use the tokenizer of this "

@@ -131,7 +131,7 @@ class BlockRuns(Generic[Layer]):
         self.calls = calls
         self._paddings = [Padding() for _ in calls]
         self._outputs: list[dict[str, Any]] = [{} for _ in calls]
-        self.finished = 0
+        self.finished, self._keep_all = 0, False
         candidates = _blocks_in(self._network, path, [*self._layers])
         few = calls[0].select(torch.arange(min(_FEW, max(1, calls[0].rows))))
         try:
@@ -279,8 +279,6 @@ class BlockRuns(Generic[Layer]):
                 module.__dict__.pop("forward", None)
                 if forward is not None:
                     module.__dict__["forward"] = forward
-
-    _keep_all = False
 
     def _key(self, block: str) -> str:
         """The name that the outputs of a block have: those of one list replace each other."""
