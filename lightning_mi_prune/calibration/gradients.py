@@ -7,6 +7,7 @@ loss depends on them, and ``1/2 tr(G Cov(z | kept))`` is the expected rise of th
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -274,6 +275,7 @@ class GradientRecorder(ModuleHooks):
         self._rows: Counter[tuple[str, bool]] = Counter()
         self._last: dict[str, int] = {}
         self._recording = False
+        self.seconds = 0.0  # spent on the sums, apart from the steps themselves
 
     @property
     def _hooked(self) -> Sequence[str]:
@@ -319,6 +321,7 @@ class GradientRecorder(ModuleHooks):
                 the number of accumulated batches.
         """
         staged, self._recording = self._staged, False
+        started = time.perf_counter()
         if staged:
             values = [t for parts in staged.values() for t in parts]
             finite = bool(torch.stack([t.sum() for t in values]).isfinite().all())
@@ -336,6 +339,7 @@ class GradientRecorder(ModuleHooks):
                     taylor = staged[key][1].to("cpu", torch.float64)
                     sums.taylor += taylor * weight
         self._clear()
+        self.seconds += time.perf_counter() - started
 
     def _clear(self) -> None:
         self._staged, self._rows, self._recording = {}, Counter(), False
@@ -397,7 +401,7 @@ class GradientRecorder(ModuleHooks):
     ) -> None:
         if not self._recording:
             return
-        grad = grad.detach()
+        started, grad = time.perf_counter(), grad.detach()
         if swapped:
             x, grad = x.transpose(0, 1), grad.transpose(0, 1)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
@@ -410,11 +414,13 @@ class GradientRecorder(ModuleHooks):
             self._stage(keys, down.flatten(0, -2) if over_units else g)
             if self._taylor:
                 self._stage_change(keys, x.shape[0], channels_last(module, x), down)
+        self.seconds += time.perf_counter() - started
 
     def _add_at_input(self, keys: Sequence[str], x: Tensor, grad: Tensor) -> None:
         """The same for a gradient at the input ``(..., entries)`` of a functional weight."""
         if not self._recording:
             return
+        started = time.perf_counter()
         if self._padding.positions_first(x):
             x, grad = x.transpose(0, 1), grad.transpose(0, 1)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
@@ -422,6 +428,7 @@ class GradientRecorder(ModuleHooks):
             self._stage(keys, down.reshape(-1, down.shape[-1]))
             if self._taylor:
                 self._stage_change(keys, x.shape[0], x, down)
+        self.seconds += time.perf_counter() - started
 
     def _stage(self, keys: Sequence[str], rows: Tensor) -> None:
         """Add gradients ``(rows, dimension)`` to the matrix of an input."""

@@ -74,6 +74,7 @@ class GradientCollection:
         self._steps, self._groups = steps, groups
         self._recorder: GradientRecorder | None = None
         self._scale = 1.0
+        self.seconds = 0.0  # spent on the gradients of this epoch
         self._whole = False  # whether every step of the epoch was seen
 
     def begin(self, session: Session, batch: Any, index: int) -> None:
@@ -107,6 +108,7 @@ class GradientCollection:
         """A training step is over."""
         if self._recorder is not None:
             self._recorder.end(scale=self._scale)
+            self.seconds = self._recorder.seconds
 
     def close(self) -> None:
         """Take the hooks down; the sums stay in the state of the run."""
@@ -281,7 +283,9 @@ class UnitStrategy:
         assert isinstance(recorder, ActivationRecorder)  # noqa: S101
         state, strategy = session.state, session.trainer.strategy
         state.examples = update_calls(state.examples, recorder.calls(self._present(session)))
-        state.seconds = {"calibration": recorder.seconds}
+        state.seconds |= {"calibration": recorder.seconds}
+        if self.steps is not None:
+            state.seconds["gradients"] = self.steps.seconds
         sum_over_ranks(strategy, recorder.moments)
         check_moments(recorder.moments)
         gradients = None if self.steps is None else self.steps.collect(session)
