@@ -128,7 +128,7 @@ def _solve_wave(
         return new
     parts = [shared.total(), *(found.cross() for found in linear.values())]
     folds, sizes = add(share * torch.cat(parts, dim=2)), [part.shape[2] for part in parts]
-    outer, *split = folds.split(sizes, dim=2)
+    outer, *split = torch.split(folds, sizes, dim=2)
     size, count, crosses = (
         sizes[0],
         float(outer[:, 0, 0].sum()),
