@@ -37,9 +37,14 @@ class Calibration:
         positions: Samples of every group in one validation run, over all ranks.
         gradient_steps: Training steps to take gradients from, over all ranks; only where
             ``Importance.relevance`` is ``"gradient"``.
+        memory: ``"ordinary"`` holds the sums of all groups in memory, ``8 d^2`` bytes for a group
+            of ``d`` entries; ``"low"`` holds those of one group at a time and keeps all else in
+            temporary files (in the folder that ``TMPDIR`` names). The plan is the same. Default
+            ``"auto"``: ``"low"`` where the ordinary way would need more than half of the memory
+            that is free; the log says so.
 
     Raises:
-        PruningError: If a number is no whole number, or too small.
+        PruningError: If a number is no whole number, or too small, or memory none of the choices.
 
     Example:
         >>> Calibration(positions=4096).gradient_steps
@@ -48,8 +53,10 @@ class Calibration:
 
     positions: int = 16_384
     gradient_steps: int = 64
+    memory: Literal["auto", "ordinary", "low"] = "auto"
 
     def __post_init__(self) -> None:
+        check_choice("memory", self.memory, ("auto", "ordinary", "low"))
         check_count("positions", self.positions, least=2)
         check_count("gradient_steps", self.gradient_steps, least=1)
 
