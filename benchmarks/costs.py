@@ -294,7 +294,7 @@ def steps_of(shape: Mapping[str, int], positions: int) -> dict[str, float]:
     with _clock(result, "validation"):
         validate()
     before = peak_memory()
-    options = {"positions": positions, "batches": batches, "calls": reconstruction.positions}
+    options = {"positions": positions, "batches": batches, "calls": positions}
     with ActivationRecorder(model, chosen, **options) as recorder, _clock(result, "calibration"):
         validate()
     result["calibration"] -= result["validation"]

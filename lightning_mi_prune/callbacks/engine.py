@@ -228,7 +228,7 @@ class RunEngine:
     def save(self, trainer: pl.Trainer, checkpoint: dict[str, Any], key: str) -> None:
         """Complete a checkpoint: a validation that is needed is run again, whole, on resuming."""
         state = self.state
-        collects = self._collects(trainer) and state.calibration is None
+        collects = self._collects(trainer) and not state.has_saved_calibration
         compares = state.snapshot is not None and state.snapshot.failed_epoch is None
         if (collects or compares) and "loops" in checkpoint:
             rerun_validation(trainer, checkpoint["loops"])
@@ -497,7 +497,8 @@ class RunEngine:
             return
         self._verify(session, decision.plan)
         started = time.perf_counter()
-        data.moments = {}  # as large as the model; what follows needs the room
+        # As large as the model; what follows needs the room.
+        data.moments, data.gradients = {}, None
         solved = _on_cpu(self.strategy.reconstruct(session, decision, data))
         # All ranks solved the same sums; with other processors they may differ in the last digit.
         solved = broadcast_decision(strategy, lambda: solved)

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted, number
 from lightning_mi_prune.core.options import Importance, check_choice
+from lightning_mi_prune.core.spilling import spilled
 from lightning_mi_prune.importance.elimination import Elimination, eliminate
 from lightning_mi_prune.importance.information import (
     inverse,
     plugin_bias,
     shrinkage,
     unit_information,
+    with_diagonal,
 )
 from lightning_mi_prune.importance.statistics import UnitStatistics
 
@@ -211,10 +213,11 @@ def _precisions(statistics: UnitStatistics, noise: float) -> tuple[Tensor, Tenso
     if statistics.samples < 2 * len(covariance):  # with enough samples exact copies stay exact
         # Correlations become those of `shrink`, but covariances of different entries stay.
         share = shrinkage(covariance, statistics.samples).clamp_max(0.999)
-        covariance = covariance + share / (1 - share) * torch.diag(covariance.diagonal())
+        covariance = with_diagonal(covariance, share / (1 - share) * covariance.diagonal())
     precision = inverse(covariance)
     # y = T x + noise, so Cov(x | y)^-1 = Cov(x)^-1 + T'T / noise: no second inverse.
-    return precision, precision + statistics.readout.mT @ statistics.readout / noise
+    posterior = (statistics.readout.mT @ statistics.readout).div_(noise).add_(precision)
+    return spilled(precision), spilled(posterior)
 
 
 def _ascending(scores: Tensor) -> Elimination:
