@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_mi_prune.calibration.moments import stabilize
+from lightning_mi_prune.core.spilling import spilled
 from lightning_mi_prune.importance.information import NOTHING, mean_variance
 
 __all__ = ["FOLDS", "LinearChange", "choose_strengths", "is_exact", "linear_changes"]
@@ -61,12 +62,14 @@ class _Centred:
     @classmethod
     def of(cls, outer: Tensor, cross: Tensor, *, intercept: bool) -> _Centred:
         count = outer[0, 0]
+        centred, products = outer[1:, 1:] / count, cross[1:] / count
         if not intercept:
-            zero = torch.zeros_like(outer[0, 1:]), torch.zeros_like(cross[0])
-            return cls(*zero, outer[1:, 1:] / count, cross[1:] / count)
+            return cls(
+                torch.zeros_like(outer[0, 1:]), torch.zeros_like(cross[0]), centred, products
+            )
         mean, shift = outer[0, 1:] / count, cross[0] / count
-        centred = stabilize(outer[1:, 1:] / count - torch.outer(mean, mean), mean, count)
-        products = cross[1:] / count - torch.outer(mean, shift)
+        centred = stabilize(centred.addr_(mean, mean, alpha=-1), mean, count)
+        products.addr_(mean, shift, alpha=-1)
         products[centred.diagonal() == 0] = 0.0  # constant inputs act on the bias alone
         return cls(mean, shift, centred, products)
 
@@ -116,8 +119,8 @@ def _solve(outer: Tensor, cross: Tensor, strength: float, *, intercept: bool) ->
     if math.isinf(strength):
         change = torch.zeros_like(found.cross)
     elif len(found.outer):
-        noise = strength * mean_variance(found.outer) * torch.eye(len(found.outer)).to(outer)
-        change = torch.cholesky_solve(found.cross, torch.linalg.cholesky(found.outer + noise))
+        found.outer.diagonal().add_(strength * mean_variance(found.outer))
+        change = torch.cholesky_solve(found.cross, torch.linalg.cholesky(found.outer))
     else:
         change = found.cross
     return LinearChange(change.mT, found.shift - change.mT @ found.mean)
@@ -156,13 +159,12 @@ def choose_strengths(
     if count < 2:
         return [None for _ in crosses]
     outputs = [cross.shape[2] for cross in crosses]
-    outer, cross = outer[used], torch.cat([*crosses], 2)[used]
-    total = outer.sum(0), cross.sum(0)
-    whole = _Centred.of(*total, intercept=intercept)
-    units = mean_variance(whole.outer), whole.cross.abs().amax().clamp_min(NOTHING)
+    cross = crosses[0] if len(crosses) == 1 else torch.cat([*crosses], 2)
+    total = spilled(outer.sum(0)), spilled(cross.sum(0))
+    units = _units(_Centred.of(*total, intercept=intercept))
     found = [
-        _gains((total[0] - o, total[1] - c), (o, c), outputs, units, intercept=intercept)
-        for o, c in zip(outer, cross, strict=True)
+        _gains(total, (outer[fold], cross[fold]), outputs, units, intercept=intercept)
+        for fold in used.nonzero().flatten().tolist()
     ]
     chosen: list[float | None] = []
     for gains in torch.stack(found).sum(0).unbind():
@@ -172,8 +174,13 @@ def choose_strengths(
     return chosen
 
 
+def _units(whole: _Centred) -> tuple[Tensor, Tensor]:
+    """Mean variance of the inputs, and the largest product with what is missing."""
+    return mean_variance(whole.outer), whole.cross.abs().amax().clamp_min(NOTHING)
+
+
 def _gains(
-    fitted: tuple[Tensor, Tensor],
+    total: tuple[Tensor, Tensor],
     left_out: tuple[Tensor, Tensor],
     outputs: Sequence[int],
     units: tuple[Tensor, Tensor],
@@ -183,7 +190,7 @@ def _gains(
     """Change of the squared error on a fold by what the others ask for.
 
     Args:
-        fitted: Sums of the others, ``[1 x]' [1 x]`` and ``[1 x]' missing``.
+        total: Sums of all folds, ``[1 x]' [1 x]`` and ``[1 x]' missing``.
         left_out: Those of the fold.
         outputs: Outputs of each layer.
         units: Mean variance of the inputs, and the largest product with what is missing: numbers
@@ -194,19 +201,22 @@ def _gains(
         What the changes themselves add, and what they take from the error, for each layer and
         strength ``(layers, strengths, 2)``.
     """
-    train, (scale, unit) = _Centred.of(*fitted, intercept=intercept), units
-    outer, cross = left_out
+    (scale, unit), (outer, cross) = units, left_out
+    kind = torch.float32 if is_exact(outer) else outer.dtype  # enough to compare strengths
+    train = _Centred.of(total[0] - outer, total[1] - cross, intercept=intercept)
     count, mean, shift, sums = outer[0, 0], train.mean, train.shift, outer[0, 1:]
+    variance, products = train.outer.div_(scale).to(kind), train.cross.div_(unit).to(kind)
+    del train  # the largest matrices that there are: as few at a time as can be
+    values, vectors = torch.linalg.eigh(variance)
+    del variance
     # Sums of the fold around the means of the others.
     square, product = outer[1:, 1:].clone(), cross[1:].clone()
     if intercept:
         square.addr_(sums, mean, alpha=-1).addr_(mean, sums - count * mean, alpha=-1)
         product.addr_(sums, shift, alpha=-1).addr_(mean, cross[0] - count * shift, alpha=-1)
-    kind = torch.float32 if is_exact(outer) else outer.dtype  # enough to compare strengths
-    values, vectors = torch.linalg.eigh((train.outer / scale).to(kind))
-    asked = vectors.mT @ (train.cross / unit).to(kind)
-    there = vectors.mT @ (product / unit).to(kind)
-    turned = vectors.mT @ (square / scale).to(kind) @ vectors
+    asked, there = vectors.mT @ products, vectors.mT @ (product / unit).to(kind)
+    turned = vectors.mT @ square.div_(scale).to(kind) @ vectors
+    del square
     strengths = torch.tensor(_STRENGTHS).to(values)
     factors = (values.clamp_min(0) + strengths[:, None]).reciprocal()
     found = []
