@@ -68,16 +68,25 @@ def mean_variance(covariance: Tensor) -> Tensor:
     return covariance.diagonal().mean().clamp_min(NOTHING)
 
 
-def inverse(matrix: Tensor, jitter: float = JITTER) -> Tensor:
+def inverse(matrix: Tensor, jitter: float = JITTER, *, extra: Tensor | None = None) -> Tensor:
     """Inverse of a covariance ``(d, d)`` with a little noise added to its entries.
 
     The noise is a share ``jitter`` of each entry's own variance, or of the mean variance where the
     entry is constant.
+
+    Args:
+        matrix: The covariance.
+        jitter: That share.
+        extra: Variance ``(d,)`` to add to the entries before.
     """
+    matrix = matrix.clone() if extra is None else with_diagonal(matrix, extra)
     variance = matrix.diagonal()
     mean = mean_variance(matrix)
     noise = torch.where(variance > JITTER * mean, variance, mean) * jitter
-    return torch.cholesky_inverse(cholesky(with_diagonal(matrix, noise)))
+    matrix.diagonal().add_(noise)
+    factor = cholesky(matrix)
+    del matrix  # as few matrices at a time as can be: they are the largest that there are
+    return torch.cholesky_inverse(factor)
 
 
 def with_diagonal(matrix: Tensor, values: Tensor) -> Tensor:
