@@ -135,7 +135,7 @@ def _solve_wave(
     for bias in (False, True):
         names = [one.layer for one in enough if linear[one.layer].has_bias == bias]
         cross = [crosses[name] for name in names]
-        changes = linear_changes(outer, cross, intercept=bias)
+        changes = linear_changes(outer, cross, intercept=bias, exact=shared.is_exact)
         for name, change in zip(names, changes, strict=True):
             new[name] = linear[name].changed(change)
     return new
@@ -241,11 +241,13 @@ class _Outer:
         self.sums = torch.empty(0)
         self.calls: set[int] = set()
         self._center = torch.empty(0)
+        self.is_exact = True
 
     def centered(self, x: Tensor) -> Tensor:
         """``[1 x - center]`` of inputs ``(positions, inputs)``; the first ones give the center."""
         if not self._center.numel():
             self._center = x.mean(0) if len(x) else x.new_zeros(x.shape[1])
+        self.is_exact &= x.dtype == torch.float64
         return functional.pad(x - self._center, (1, 0), value=1.0)
 
     def zeros(self, size: int) -> Tensor:

@@ -26,6 +26,8 @@ FOLDS = 4
 # Shares of the mean variance of the inputs: from almost nothing to almost no change of the weights,
 # then to a change of the bias alone.
 _STRENGTHS = (*(10 ** (step / 2) for step in range(-8, 7)), math.inf)
+# Weaker ones still, for sums in double precision; looked at where the weakest is best.
+_FINE = (1e-8, 1e-6, 1e-5, _STRENGTHS[0])
 # Share of what a change adds to the error and takes from it that may be rounding.
 _ROUNDING = 1e-5
 
@@ -75,7 +77,7 @@ class _Centred:
 
 
 def linear_changes(
-    outer: Tensor, crosses: Sequence[Tensor], *, intercept: bool
+    outer: Tensor, crosses: Sequence[Tensor], *, intercept: bool, exact: bool = True
 ) -> list[LinearChange | None]:
     """The changes of linear layers with one input that reduce the error on left-out folds most.
 
@@ -83,13 +85,14 @@ def linear_changes(
         outer: Sums ``[1 x]' [1 x]`` of every fold ``(folds, 1 + inputs, 1 + inputs)``.
         crosses: Sums ``[1 x]' missing`` of every layer ``(folds, 1 + inputs, outputs)``.
         intercept: Whether the layers have a bias.
+        exact: Whether the products that were added up are of double precision.
 
     Returns:
         A change of each layer, or None where none is better than no change.
     """
     if not crosses:
         return []
-    chosen = choose_strengths(outer, crosses, intercept=intercept)
+    chosen = choose_strengths(outer, crosses, intercept=intercept, exact=exact)
     total, found = outer.sum(0), list[LinearChange | None]()
     for cross, strength in zip(crosses, chosen, strict=True):
         known = total, cross.sum(0)
@@ -127,7 +130,7 @@ def _solve(outer: Tensor, cross: Tensor, strength: float, *, intercept: bool) ->
 
 
 def choose_strengths(
-    outer: Tensor, crosses: Sequence[Tensor], *, intercept: bool
+    outer: Tensor, crosses: Sequence[Tensor], *, intercept: bool, exact: bool = True
 ) -> list[float | None]:
     """The strengths whose changes reduce the error on left-out folds most; None if none does.
 
@@ -140,6 +143,7 @@ def choose_strengths(
         outer: As for :func:`linear_changes`; folds without samples do not count.
         crosses: The same.
         intercept: The same.
+        exact: The same.
 
     Returns:
         A strength for each layer.
@@ -154,24 +158,36 @@ def choose_strengths(
         >>> first < 1e-4, second is None
         (True, True)
     """
-    used = outer[:, 0, 0] > 0
-    count = int(used.sum())
-    if count < 2:
+    used = (outer[:, 0, 0] > 0).nonzero().flatten().tolist()
+    if len(used) < 2:
         return [None for _ in crosses]
     outputs = [cross.shape[2] for cross in crosses]
     cross = crosses[0] if len(crosses) == 1 else torch.cat([*crosses], 2)
     total = spilled(outer.sum(0)), spilled(cross.sum(0))
     units = _units(_Centred.of(*total, intercept=intercept))
-    found = [
-        _gains(total, (outer[fold], cross[fold]), outputs, units, intercept=intercept)
-        for fold in used.nonzero().flatten().tolist()
-    ]
-    chosen: list[float | None] = []
-    for gains in torch.stack(found).sum(0).unbind():
-        best = int(gains.sum(1).argmin())
-        better = bool(gains[best].sum() < -_ROUNDING * gains[best].abs().sum())
-        chosen.append(_STRENGTHS[best] * (count - 1) / count if better else None)
-    return chosen
+
+    def best(strengths: Sequence[float], kind: torch.dtype) -> list[float | None]:
+        gains = [
+            _gains(total, (outer[n], cross[n]), outputs, units, strengths, kind, intercept)
+            for n in used
+        ]
+        return [_least(strengths, each) for each in torch.stack(gains).sum(0)]
+
+    # Single precision is enough to compare strengths, but for the weakest ones.
+    chosen = best(_STRENGTHS, torch.float32 if is_exact(outer) else outer.dtype)
+    if exact and _STRENGTHS[0] in chosen:
+        finer = best(_FINE, outer.dtype)
+        pairs = zip(chosen, finer, strict=True)
+        chosen = [fine if coarse == _STRENGTHS[0] else coarse for coarse, fine in pairs]
+    share = (len(used) - 1) / len(used)
+    return [None if strength is None else strength * share for strength in chosen]
+
+
+def _least(strengths: Sequence[float], gains: Tensor) -> float | None:
+    """The strength with the least error, of gains ``(strengths, 2)``; None if none reduces it."""
+    best = int(gains.sum(1).argmin())
+    better = bool(gains[best].sum() < -_ROUNDING * gains[best].abs().sum())
+    return strengths[best] if better else None
 
 
 def _units(whole: _Centred) -> tuple[Tensor, Tensor]:
@@ -184,7 +200,8 @@ def _gains(
     left_out: tuple[Tensor, Tensor],
     outputs: Sequence[int],
     units: tuple[Tensor, Tensor],
-    *,
+    strengths: Sequence[float],
+    kind: torch.dtype,
     intercept: bool,
 ) -> Tensor:
     """Change of the squared error on a fold by what the others ask for.
@@ -195,6 +212,8 @@ def _gains(
         outputs: Outputs of each layer.
         units: Mean variance of the inputs, and the largest product with what is missing: numbers
             near 1 are what single precision needs.
+        strengths: What to compare.
+        kind: Precision of the comparison.
         intercept: Whether the layers have a bias.
 
     Returns:
@@ -202,7 +221,6 @@ def _gains(
         strength ``(layers, strengths, 2)``.
     """
     (scale, unit), (outer, cross) = units, left_out
-    kind = torch.float32 if is_exact(outer) else outer.dtype  # enough to compare strengths
     train = _Centred.of(total[0] - outer, total[1] - cross, intercept=intercept)
     count, mean, shift, sums = outer[0, 0], train.mean, train.shift, outer[0, 1:]
     variance, products = train.outer.div_(scale).to(kind), train.cross.div_(unit).to(kind)
@@ -217,8 +235,8 @@ def _gains(
     asked, there = vectors.mT @ products, vectors.mT @ (product / unit).to(kind)
     turned = vectors.mT @ square.div_(scale).to(kind) @ vectors
     del square
-    strengths = torch.tensor(_STRENGTHS).to(values)
-    factors = (values.clamp_min(0) + strengths[:, None]).reciprocal()
+    pulls = torch.tensor(strengths).to(values)
+    factors = (values.clamp_min(0) + pulls[:, None]).reciprocal()
     found = []
     for first, last in pairwise((0, *accumulate(outputs))):
         mine, error = asked[:, first:last], there[:, first:last]
