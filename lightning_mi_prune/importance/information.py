@@ -85,7 +85,7 @@ def inverse(matrix: Tensor, jitter: float = JITTER, *, extra: Tensor | None = No
     noise = torch.where(variance > JITTER * mean, variance, mean) * jitter
     matrix.diagonal().add_(noise)
     factor = cholesky(matrix)
-    del matrix  # as few matrices at a time as can be: they are the largest that there are
+    del matrix, variance  # as few matrices at a time as can be: they are the largest that there are
     return torch.cholesky_inverse(factor)
 
 
@@ -204,7 +204,9 @@ def regression(covariance: Tensor, kept: Tensor, dropped: Tensor, samples: int) 
     if freedom <= 0 or not len(dropped):
         return torch.zeros_like(skd.mT)
     skk.diagonal().add_(JITTER * mean_variance(skk))
-    plain = torch.cholesky_solve(skd, cholesky(skk)).mT
+    factor = cholesky(skk)
+    del skk
+    plain = torch.cholesky_solve(skd, factor).mT
     total = covariance.diagonal()[dropped].clamp_min(NOTHING)
     explained = ((plain * skd.mT).sum(1) / total).clamp(1e-12, 1.0)
     loss = (samples - 1) / (freedom + 1) * (samples - 2) / freedom * (samples + 1) / samples

@@ -93,7 +93,7 @@ def linear_changes(
     if not crosses:
         return []
     chosen = choose_strengths(outer, crosses, intercept=intercept, exact=exact)
-    total, found = outer.sum(0), list[LinearChange | None]()
+    total, found = spilled(outer.sum(0)), list[LinearChange | None]()
     for cross, strength in zip(crosses, chosen, strict=True):
         known = total, cross.sum(0)
         change = None if strength is None else _solve(*known, strength, intercept=intercept)
@@ -123,7 +123,8 @@ def _solve(outer: Tensor, cross: Tensor, strength: float, *, intercept: bool) ->
         change = torch.zeros_like(found.cross)
     elif len(found.outer):
         found.outer.diagonal().add_(strength * mean_variance(found.outer))
-        change = torch.cholesky_solve(found.cross, torch.linalg.cholesky(found.outer))
+        torch.linalg.cholesky(found.outer, out=found.outer)
+        change = torch.cholesky_solve(found.cross, found.outer)
     else:
         change = found.cross
     return LinearChange(change.mT, found.shift - change.mT @ found.mean)
