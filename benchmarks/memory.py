@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,23 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.comparison import row, with_head
 from benchmarks.measuring import in_fresh_process
-from benchmarks.records import Figures, Job
+from benchmarks.records import Figures, Job, Record
+from benchmarks.scaling import exponent
 from lightning_mi_prune import options, prune
 
-__all__ = ["EIGHT_BILLION", "SHAPES", "Shape", "files_on_paper", "memory", "memory_on_paper"]
+__all__ = [
+    "EIGHT_BILLION",
+    "SHAPES",
+    "Shape",
+    "by_size",
+    "exponents",
+    "files_on_paper",
+    "memory",
+    "memory_on_paper",
+    "on_paper",
+]
 
 POSITIONS, LENGTH, STEPS = 8192, 128, 8
 VOCABULARY, SPARSITY = 512, 0.25
@@ -70,7 +82,7 @@ class Shape:
 
 
 TINY = Shape(256, 1)
-WIDER = (Shape(256, 2), Shape(512, 2), Shape(1024, 2))
+WIDER = (Shape(512, 2), Shape(1024, 2), Shape(1536, 2))
 DEEPER = (Shape(256, 2), Shape(256, 4), Shape(256, 8))
 SHAPES = (*dict.fromkeys((*WIDER, *DEEPER)),)
 EIGHT_BILLION = Shape(4096, 32)
@@ -113,7 +125,7 @@ def _prune(model: nn.Module, way: Literal["ordinary", "low"], positions: int) ->
     generator = torch.Generator().manual_seed(0)
     rows = positions // LENGTH
     ids = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=generator)
-    batches = [{"input_ids": part, "labels": part} for part in ids.split(4)]
+    batches = [{"input_ids": part, "labels": part} for part in torch.split(ids, 4)]
     return prune(
         model,
         batches,
@@ -189,28 +201,79 @@ def memory_on_paper(shape: Shape) -> int:
     return 8 * shape.layers * squares
 
 
-def at_size(found: Mapping[float, float], size: float) -> tuple[float, float]:
-    """The exponent of some figures by size, and what the line through the largest gives further on.
-
-    Example:
-        >>> at_size({1.0: 2.0, 2.0: 8.0}, 4.0)
-        (2.0, 32.0)
-    """
-    from benchmarks.scaling import exponent
-
-    sizes = sorted(found)
-    slope = exponent(sizes, [found[n] for n in sizes])
-    return slope, found[sizes[-1]] * (size / sizes[-1]) ** slope
+FIGURES = {"peak_mb": "memory, MB", "files_mb": "temporary files, MB", "cpu_s": "CPU s"}
+WAYS = ("ordinary", "low")
 
 
-def by_size(
-    records: Sequence[Any], way: str, shapes: Sequence[Shape], figure: str
-) -> dict[float, float]:
-    """A figure of the records of some shapes, by hidden size or by layers, whichever grows."""
+def growing(
+    records: Sequence[Record], way: str, shapes: Sequence[Shape], figure: str
+) -> tuple[list[float], list[float]]:
+    """Sizes, hidden size or layers, whichever grows, and a figure at each of them."""
     wider = len({shape.hidden for shape in shapes}) > 1
-    return {
-        float(shape.hidden if wider else shape.layers): r[figure]
-        for shape in shapes
-        for r in records
-        if (r["hidden"], r["layers"], r["memory"]) == (shape.hidden, shape.layers, way)
-    }
+    sizes, values = [], []
+    for shape in shapes:
+        for r in records:
+            if (r["hidden"], r["layers"], r["memory"]) == (shape.hidden, shape.layers, way):
+                sizes.append(float(shape.hidden if wider else shape.layers))
+                values.append(float(r[figure]))
+    return sizes, values
+
+
+def by_size(records: Sequence[Record]) -> list[str]:
+    """Memory beside the model, files and time of one cut, both ways."""
+    rows = []
+    for shape in SHAPES:
+        found = {r["memory"]: r for r in records if (r["hidden"], r["layers"]) == astuple(shape)}
+        cells = [f"{shape.hidden:,} / {shape.neurons:,}", str(shape.layers)]
+        cells.append(f"{found['low']['model_mb']:,.0f}")
+        cells += [f"{found[way]['peak_mb']:,.0f}" for way in WAYS]
+        cells.append(f"{found['low']['files_mb']:,.0f}")
+        cells += [f"{found[way]['cpu_s']:,.0f}" for way in WAYS]
+        rows.append(row(cells))
+    head = ["hidden size / neurons", "layers", "model, MB", *(f"{way}, MB" for way in WAYS)]
+    return with_head([*head, "files, MB", *(f"{way}, CPU s" for way in WAYS)], rows, 8)
+
+
+def exponents(records: Sequence[Record]) -> list[str]:
+    """Slopes through logarithms of size, and of each figure."""
+    rows = []
+    for name, label in FIGURES.items():
+        cells = [label]
+        for shapes in (WIDER, DEEPER):
+            for way in WAYS:
+                sizes, values = growing(records, way, shapes, name)
+                cells.append(f"{exponent(sizes, values):.2f}" if all(values) else "")
+        rows.append(row(cells))
+    return with_head(["", *(f"{what}, {way}" for what in ("width", "depth") for way in WAYS)], rows)
+
+
+def on_paper(records: Sequence[Record]) -> list[str]:
+    """What the 8-billion-parameter shape needs, by formulas and by the measured exponents."""
+    shape, size = EIGHT_BILLION, 2  # bytes of bfloat16
+    (_, (*_, last)) = growing(records, "low", WIDER, "peak_mb")
+    wide, narrow = WIDER[-1], EIGHT_BILLION.hidden / WIDER[-1].hidden
+    slope = exponent(*growing(records, "low", WIDER, "peak_mb"))
+    _, (*_, seconds) = growing(records, "low", WIDER, "cpu_s")
+    growth = exponent(*growing(records, "low", WIDER, "cpu_s"))
+    deeper = exponent(*growing(records, "low", DEEPER, "cpu_s"))
+    days = seconds * narrow**growth * (shape.layers / wide.layers) ** deeper / 86_400
+    block = shape.cut_parameters / shape.layers * size
+    cells = [
+        ("weights that can be cut, bfloat16", f"{shape.cut_parameters * size / 1e9:.1f} GB"),
+        ("of one layer", f"{block / 1e9:.2f} GB"),
+        ("all sums in memory", f"{memory_on_paper(shape) / 1e9:.1f} GB"),
+        ("sums of the widest input", f"{8 * shape.neurons**2 / 1e9:.2f} GB"),
+        (
+            f"memory beside the model, `low`, by the measured exponent {slope:.2f}",
+            f"{last * narrow**slope / 1e3:.1f} GB",
+        ),
+        (
+            "temporary files, 16,384 positions",
+            f"{files_on_paper(shape, 16_384, size) / 1e9:.0f} GB",
+        ),
+        (
+            f"time on one core, by the exponents {growth:.2f} of width and {deeper:.2f} of depth",
+            f"{days:.1f} days",
+        ),
+    ]
+    return with_head(["32 layers of 4,096 / 14,336", ""], [row([*cell]) for cell in cells])
