@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,34 +45,43 @@ class LinearChange:
 
 
 @dataclass(frozen=True)
-class _Centred:
-    """Mean squares of inputs and products with what is missing, around the means.
+class _Inputs:
+    """Mean squares of inputs around their means.
 
     Args:
+        count: Samples.
         mean: Means of the inputs ``(inputs,)``; zero without an intercept.
-        shift: Means of what is missing ``(outputs,)``; zero without an intercept.
         outer: ``(inputs, inputs)``.
-        cross: ``(inputs, outputs)``.
+        constant: Inputs that do not vary ``(inputs,)``, which act on the bias alone.
+        intercept: Whether there is a bias.
     """
 
+    count: Tensor
     mean: Tensor
-    shift: Tensor
     outer: Tensor
-    cross: Tensor
+    constant: Tensor
+    intercept: bool
 
     @classmethod
-    def of(cls, outer: Tensor, cross: Tensor, *, intercept: bool) -> _Centred:
-        count = outer[0, 0]
-        centred, products = outer[1:, 1:] / count, cross[1:] / count
+    def of(cls, sums: Tensor, *, intercept: bool) -> _Inputs:
+        """From sums ``[1 x]' [1 x]``."""
+        count, outer = sums[0, 0], sums[1:, 1:] / sums[0, 0]
         if not intercept:
-            return cls(
-                torch.zeros_like(outer[0, 1:]), torch.zeros_like(cross[0]), centred, products
-            )
-        mean, shift = outer[0, 1:] / count, cross[0] / count
-        centred = stabilize(centred.addr_(mean, mean, alpha=-1), mean, count)
-        products.addr_(mean, shift, alpha=-1)
-        products[centred.diagonal() == 0] = 0.0  # constant inputs act on the bias alone
-        return cls(mean, shift, centred, products)
+            mean = torch.zeros_like(sums[0, 1:])
+            return cls(count, mean, outer, torch.zeros_like(mean, dtype=torch.bool), intercept)
+        mean = sums[0, 1:] / count
+        outer = stabilize(outer.addr_(mean, mean, alpha=-1), mean, count)
+        return cls(count, mean, outer, outer.diagonal() == 0, intercept)
+
+    def products(self, cross: Tensor) -> tuple[Tensor, Tensor]:
+        """Means of what is missing ``(outputs,)``, and products with it ``(inputs, outputs)``."""
+        products = cross[1:] / self.count
+        if not self.intercept:
+            return torch.zeros_like(cross[0]), products
+        shift = cross[0] / self.count
+        products.addr_(self.mean, shift, alpha=-1)
+        products[self.constant] = 0.0
+        return shift, products
 
 
 def linear_changes(
@@ -118,16 +126,16 @@ def _solve(outer: Tensor, cross: Tensor, strength: float, *, intercept: bool) ->
         >>> [round(float(value), 6) for value in (found.weight, found.bias)]
         [2.0, 1.0]
     """
-    found = _Centred.of(outer, cross, intercept=intercept)
+    inputs = _Inputs.of(outer, intercept=intercept)
+    shift, change = inputs.products(cross)
     if math.isinf(strength):
-        change = torch.zeros_like(found.cross)
-    elif len(found.outer):
-        found.outer.diagonal().add_(strength * mean_variance(found.outer))
-        torch.linalg.cholesky(found.outer, out=found.outer)
-        change = torch.cholesky_solve(found.cross, found.outer)
-    else:
-        change = found.cross
-    return LinearChange(change.mT, found.shift - change.mT @ found.mean)
+        change = torch.zeros_like(change)
+    elif len(inputs.outer):
+        factor = inputs.outer
+        factor.diagonal().add_(strength * mean_variance(factor))
+        torch.linalg.cholesky(factor, out=factor)
+        change = torch.cholesky_solve(change, factor)
+    return LinearChange(change.mT, shift - change.mT @ inputs.mean)
 
 
 def choose_strengths(
@@ -162,14 +170,19 @@ def choose_strengths(
     used = (outer[:, 0, 0] > 0).nonzero().flatten().tolist()
     if len(used) < 2:
         return [None for _ in crosses]
-    outputs = [cross.shape[2] for cross in crosses]
-    cross = crosses[0] if len(crosses) == 1 else torch.cat([*crosses], 2)
-    total = spilled(outer.sum(0)), spilled(cross.sum(0))
-    units = _units(_Centred.of(*total, intercept=intercept))
+    total = spilled(outer.sum(0)), [spilled(cross.sum(0)) for cross in crosses]
+    scale = mean_variance(_Inputs.of(total[0], intercept=intercept).outer)
 
     def best(strengths: Sequence[float], kind: torch.dtype) -> list[float | None]:
         gains = [
-            _gains(total, (outer[n], cross[n]), outputs, units, strengths, kind, intercept)
+            _gains(
+                total,
+                (outer[n], [cross[n] for cross in crosses]),
+                scale,
+                strengths,
+                kind,
+                intercept,
+            )
             for n in used
         ]
         return [_least(strengths, each) for each in torch.stack(gains).sum(0)]
@@ -191,28 +204,22 @@ def _least(strengths: Sequence[float], gains: Tensor) -> float | None:
     return strengths[best] if better else None
 
 
-def _units(whole: _Centred) -> tuple[Tensor, Tensor]:
-    """Mean variance of the inputs, and the largest product with what is missing."""
-    return mean_variance(whole.outer), whole.cross.abs().amax().clamp_min(NOTHING)
-
-
 def _gains(
-    total: tuple[Tensor, Tensor],
-    left_out: tuple[Tensor, Tensor],
-    outputs: Sequence[int],
-    units: tuple[Tensor, Tensor],
+    total: tuple[Tensor, Sequence[Tensor]],
+    left_out: tuple[Tensor, Sequence[Tensor]],
+    scale: Tensor,
     strengths: Sequence[float],
     kind: torch.dtype,
     intercept: bool,
 ) -> Tensor:
     """Change of the squared error on a fold by what the others ask for.
 
+    As few of the largest matrices are alive at a time as can be.
+
     Args:
-        total: Sums of all folds, ``[1 x]' [1 x]`` and ``[1 x]' missing``.
+        total: Sums of all folds: ``[1 x]' [1 x]``, and ``[1 x]' missing`` of every layer.
         left_out: Those of the fold.
-        outputs: Outputs of each layer.
-        units: Mean variance of the inputs, and the largest product with what is missing: numbers
-            near 1 are what single precision needs.
+        scale: Mean variance of the inputs.
         strengths: What to compare.
         kind: Precision of the comparison.
         intercept: Whether the layers have a bias.
@@ -221,31 +228,34 @@ def _gains(
         What the changes themselves add, and what they take from the error, for each layer and
         strength ``(layers, strengths, 2)``.
     """
-    (scale, unit), (outer, cross) = units, left_out
-    train = _Centred.of(total[0] - outer, total[1] - cross, intercept=intercept)
-    count, mean, shift, sums = outer[0, 0], train.mean, train.shift, outer[0, 1:]
-    variance, products = train.outer.div_(scale).to(kind), train.cross.div_(unit).to(kind)
-    del train  # the largest matrices that there are: as few at a time as can be
+    outer, crosses = left_out
+    train = _Inputs.of(total[0] - outer, intercept=intercept)
+    count, mean, sums = outer[0, 0], train.mean, outer[0, 1:]
+    variance = train.outer.div_(scale).to(kind)
+    train = replace(train, outer=torch.empty(0))
     values, vectors = torch.linalg.eigh(variance)
     del variance
     # Sums of the fold around the means of the others.
-    square, product = outer[1:, 1:].clone(), cross[1:].clone()
+    square = outer[1:, 1:].clone()
     if intercept:
         square.addr_(sums, mean, alpha=-1).addr_(mean, sums - count * mean, alpha=-1)
-        product.addr_(sums, shift, alpha=-1).addr_(mean, cross[0] - count * shift, alpha=-1)
-    asked, there = vectors.mT @ products, vectors.mT @ (product / unit).to(kind)
     turned = vectors.mT @ square.div_(scale).to(kind) @ vectors
     del square
     pulls = torch.tensor(strengths).to(values)
     factors = (values.clamp_min(0) + pulls[:, None]).reciprocal()
     found = []
-    for first, last in pairwise((0, *accumulate(outputs))):
-        mine, error = asked[:, first:last], there[:, first:last]
-        added = ((factors @ (turned * (mine @ mine.mT))) * factors).sum(1)
-        taken = -2 * factors @ (mine * error).sum(1)
-        bias, off = shift[first:last], cross[0, first:last]
+    for whole, cross in zip(total[1], crosses, strict=True):
+        shift, products = train.products(whole - cross)
+        unit = products.abs().amax().clamp_min(NOTHING)  # single precision needs numbers near 1
+        asked = vectors.mT @ products.div_(unit).to(kind)
+        product = cross[1:].clone()
+        if intercept:
+            product.addr_(sums, shift, alpha=-1).addr_(mean, cross[0] - count * shift, alpha=-1)
+        there = vectors.mT @ product.div_(unit).to(kind)
+        added = ((factors @ (turned * (asked @ asked.mT))) * factors).sum(1)
+        taken = -2 * factors @ (asked * there).sum(1)
         parts = torch.stack([added, taken], 1).to(outer) * (unit**2 / scale)
-        found.append(parts + torch.stack([count * bias @ bias, -2 * bias @ off]))
+        found.append(parts + torch.stack([count * shift @ shift, -2 * shift @ cross[0]]))
     return torch.stack(found)
 
 
