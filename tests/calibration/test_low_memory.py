@@ -80,6 +80,27 @@ def test_low_memory_gives_the_same_plan_and_weights_bit_for_bit(
     assert [*files.iterdir()] == []
 
 
+def test_the_state_of_an_optimizer_follows_likewise(files: Path) -> None:
+    found = []
+    for memory in ("ordinary", "low"):
+        model = build("bert")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        loss(model, batch()).backward()
+        optimizer.step()
+        prune(
+            model,
+            [batch()],
+            0.5,
+            loss=loss,
+            optimizers=[optimizer],
+            calibration=options.Calibration(memory=memory),  # type: ignore[arg-type]
+        )
+        loss(model, batch()).backward()
+        optimizer.step()
+        found.append(sha(*model.parameters()))
+    assert found[0] == found[1]
+
+
 def test_weights_return_to_memory_and_nothing_else_stays(files: Path) -> None:
     model = build("bert")
     calibration = options.Calibration(memory="low")
