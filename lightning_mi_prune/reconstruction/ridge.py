@@ -159,7 +159,10 @@ def choose_strengths(
     outer, cross = outer[used], torch.cat([*crosses], 2)[used]
     total = outer.sum(0), cross.sum(0)
     whole = _Centred.of(*total, intercept=intercept)
-    units = mean_variance(whole.outer), whole.cross.abs().amax().clamp_min(NOTHING)
+    units = total[0].new_ones(2)
+    if whole.cross.numel():  # else the bias is all there is
+        largest = whole.cross.abs().amax().clamp_min(NOTHING)
+        units = torch.stack([mean_variance(whole.outer), largest])
     found = [
         _gains((total[0] - o, total[1] - c), (o, c), outputs, units, intercept=intercept)
         for o, c in zip(outer, cross, strict=True)
@@ -176,7 +179,7 @@ def _gains(
     fitted: tuple[Tensor, Tensor],
     left_out: tuple[Tensor, Tensor],
     outputs: Sequence[int],
-    units: tuple[Tensor, Tensor],
+    units: Tensor,
     *,
     intercept: bool,
 ) -> Tensor:
