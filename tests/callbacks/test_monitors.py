@@ -68,7 +68,7 @@ BUILT = size(Module().state_dict())  # the runs below cut it at epochs 1 and 2 o
 
 
 def quiet(sparsity: float = 0.5, **options):
-    defaults = {"multiple": 2, "ramp": "linear", "verbose": False}
+    defaults = {"multiple": 2, "ramp": "linear", "cuts": 2, "verbose": False}
     return pruning_units(sparsity, **{**defaults, **options})
 
 
@@ -675,7 +675,7 @@ def test_profilers_look_on(profiler, tmp_path):
     is_cut_and_clean(module, prune, [1])
 
 
-QUIET = {"sparsity": 0.5, "multiple": 2, "ramp": "linear", "verbose": False}
+QUIET = {"sparsity": 0.5, "multiple": 2, "ramp": "linear", "cuts": 2, "verbose": False}
 
 
 class Count(MutualInformationPruning):
