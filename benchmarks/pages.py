@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import comparison, decoder_pages
+from benchmarks import comparison, decoder_pages, memory
 from benchmarks.comparison import nats, points, row, spread, with_head
 from benchmarks.latency import BATCHES
 from benchmarks.methods import DEFAULT, SETTINGS, Name
@@ -40,6 +40,7 @@ DOCS = (
     "decoders",
     "distributed",
     "layers",
+    "memory",
     "models",
     "vision",
 )
@@ -474,6 +475,10 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "scaling-machine": ("scaling", measured_on),
     "scaling": ("scaling", growth),
     "communication": ("scaling", communication),
+    "memory": ("memory", memory.by_size),
+    "memory-exponents": ("memory", memory.exponents),
+    "memory-paper": ("memory", memory.on_paper),
+    "memory-machine": ("memory", measured_on),
     "one-cut": ("one-cut", one_cut),
     "demo": ("demo", demo),
     "demo-parts": ("demo", demo_parts),

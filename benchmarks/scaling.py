@@ -34,6 +34,7 @@ from lightning_mi_prune.reconstruction.ridge import FOLDS
 __all__ = [
     "ENCODERS",
     "encoder",
+    "exponent",
     "layer_groups",
     "reconstruction_bytes",
     "reduced_bytes",

@@ -95,7 +95,7 @@ class Way:
         kinds = None if self.kinds is None else [*self.kinds]
         solved = options.Reconstruction(method)
         schedule = options.Schedule(cuts=min(4, pictures.EPOCHS // 2))
-        given = {"reconstruction": solved, "schedule": schedule, "kinds": kinds}
+        given: dict[str, Any] = {"reconstruction": solved, "schedule": schedule, "kinds": kinds}
         given |= self.given or {}
         return MutualInformationPruning(
             None if by_macs else sparsity,

@@ -67,7 +67,7 @@ from lightning_mi_prune.core.running import (
     run_batch,
     undisturbed,
 )
-from lightning_mi_prune.core.spilling import spilling
+from lightning_mi_prune.core.spilling import check_room, spilling
 from lightning_mi_prune.discovery.copies import structural_copy
 from lightning_mi_prune.discovery.discover import discover_run
 from lightning_mi_prune.graph.graph import (
@@ -516,12 +516,15 @@ def prune(
     first = check_input(model, data)
     known = PlanTracker.held_by(model)
     check_within(model, module)
+    large = is_large(amount, model)
+    if large:  # a copy of what can be cut has to fit
+        check_room(sum(p.numel() * p.element_size() for p in model.parameters()))
     tracker = PlanTracker.of(model)
     try:
         if graph is not None:
             tracker.adopt(PruningGraph.load(graph) if isinstance(graph, str) else graph)
         elif not tracker.is_whole:
-            with spilling(is_large(amount, model)):
+            with spilling(large):
                 tracker.extend(_discovered(model, run, first))
         groups, plan = tracker.groups, tracker.plan
         mine = [group for group in groups if is_within(group.name, module)]
@@ -531,15 +534,16 @@ def prune(
         _check_surroundings(model, chosen, optimizers)
         before = {name: len(units) for name, units in plan.kept.items()}
         check(options, model, groups, chosen, before)
-        memory = _memory_for(amount, model, chosen, plan, with_gradients=with_gradients)
         steps = {"forward": partial(try_forward, run, first)}
         if with_gradients:
             steps["loss"] = partial(try_loss, loss or training_loss, first)
         parameters = sum(p.numel() for p in model.parameters())
         seconds = dict.fromkeys(("calibration", "gradients", "ranking", "reconstruction"), 0.0)
+        # A function of the user may run the model that it knows by name.
+        with undisturbed(model), spilling(large):
+            verify_cut(model, tracker.graph, plan, half_plan(chosen, plan), steps)
+        memory = _memory_for(amount, model, chosen, plan, with_gradients=with_gradients)
         with spilling(memory == "low"):
-            with undisturbed(model):  # a function of the user may run the model it knows by name
-                verify_cut(model, tracker.graph, plan, half_plan(chosen, plan), steps)
             with _timed(seconds, "calibration"):
                 collected = collect_activations(
                     model,

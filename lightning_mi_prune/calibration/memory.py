@@ -87,8 +87,8 @@ def memory_needs(
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
         >>> needs = memory_needs(net, [group], full_plan([group]), positions=10, gradients=False)
-        >>> needs.low, needs.files - 10 * 4 * 4  # samples, and 26 parameters twice
-        (768, 208)
+        >>> needs.low, needs.files - 10 * 4 * 4  # samples, and 24 parameters twice
+        (768, 192)
     """
     places: dict[tuple[str, str, str], tuple[int, str]] = {}
     sizes = input_sizes(model, groups)

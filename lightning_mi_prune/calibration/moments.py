@@ -105,6 +105,9 @@ class Moments(ExactSums):
         # Metric keeps a copy of every default, so this one starts as a scalar and is given its
         # d^2 entries by the first update: half the memory.
         self.add_state("outer", zeros.sum(), dist_reduce_fx="sum")
+        # Metric wraps these in references to itself, and d^2 entries would wait for the garbage
+        # collector.
+        del self.update, self.compute
 
     def update(self, x: Tensor) -> None:
         """Add samples ``x (n, d)`` on their device, on the CPU where that has no float64 (MPS)."""

@@ -42,7 +42,7 @@ from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import PruningError, number
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
-from lightning_mi_prune.core.spilling import spilling
+from lightning_mi_prune.core.spilling import is_spilling, spilled, spilling
 from lightning_mi_prune.graph.graph import (
     PruningGraph,
     check_within,
@@ -145,8 +145,9 @@ class GradientCollection:
         """The sums of all ranks over this epoch; None, with a warning, where there are none."""
         self.close()
         trainer, groups = session.trainer, self._groups(session)
-        empty = empty_sums(session.module, groups, session.plan)
-        sums = _summed(trainer, session.state.gradients or empty)
+        with spilling(self._in_files(session)):
+            empty = empty_sums(session.module, groups, session.plan)
+            sums = _summed(trainer, session.state.gradients or empty)
         missed = not any(s.counts.any() for s in sums.values())
         if missed and not (self._whole and trainer.is_last_batch):
             rank_zero_warn(
@@ -160,11 +161,15 @@ class GradientCollection:
 
 def _summed(trainer: pl.Trainer, sums: Mapping[str, GradientSums]) -> dict[str, GradientSums]:
     """The sums over all ranks, in sums of their own; every rank must call it."""
-    together = {
-        key: GradientSums(s.dimension, s.units, over_units=s.over_units).unpack(s.packed())
-        for key, s in sums.items()
-    }
-    sum_over_ranks(trainer.strategy, together)
+    together: dict[str, GradientSums] = {}
+    for key, s in sums.items():
+        own = GradientSums(s.dimension, s.units, over_units=s.over_units).unpack(s.packed())
+        if is_spilling():  # one after another
+            sum_over_ranks(trainer.strategy, {key: own})
+        own.matrix = spilled(own.matrix)
+        together[key] = own
+    if not is_spilling():
+        sum_over_ranks(trainer.strategy, together)
     return together
 
 

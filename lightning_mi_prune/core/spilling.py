@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_mi_prune.core.errors import PruningError, number
 
 __all__ = [
+    "check_room",
     "in_file",
     "is_spilling",
     "spilled",
@@ -86,6 +87,15 @@ def in_file(x: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():  # validation may run in it
         strides = torch.empty_like(x, device="meta").stride()  # those of x, where it is dense
         return _mapped([x.numel()], x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
+def check_room(size: int) -> None:
+    """Refuse a disk that has no room for temporary files of so many bytes.
+
+    Raises:
+        PruningError: Naming the folder and the remedy.
+    """
+    _mapped([max(1, size)], torch.uint8)
 
 
 @contextmanager

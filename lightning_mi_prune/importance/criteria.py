@@ -19,7 +19,6 @@ from lightning_mi_prune.importance.information import (
     plugin_bias,
     shrinkage,
     unit_information,
-    with_diagonal,
 )
 from lightning_mi_prune.importance.statistics import UnitStatistics
 
@@ -209,15 +208,15 @@ def criterion_of(importance: Importance, seed: int = 0) -> Criterion:
 
 def _precisions(statistics: UnitStatistics, noise: float) -> tuple[Tensor, Tensor]:
     """``Cov(x)^-1`` and ``Cov(x | y)^-1`` with noise of this variance on ``y``."""
-    covariance = statistics.covariance
+    covariance, extra = statistics.covariance, None
     if statistics.samples < 2 * len(covariance):  # with enough samples exact copies stay exact
         # Correlations become those of `shrink`, but covariances of different entries stay.
         share = shrinkage(covariance, statistics.samples).clamp_max(0.999)
-        covariance = with_diagonal(covariance, share / (1 - share) * covariance.diagonal())
-    precision = inverse(covariance)
+        extra = share / (1 - share) * covariance.diagonal()
+    precision = spilled(inverse(covariance, extra=extra))
     # y = T x + noise, so Cov(x | y)^-1 = Cov(x)^-1 + T'T / noise: no second inverse.
     posterior = (statistics.readout.mT @ statistics.readout).div_(noise).add_(precision)
-    return spilled(precision), spilled(posterior)
+    return precision, spilled(posterior)
 
 
 def _ascending(scores: Tensor) -> Elimination:

@@ -68,16 +68,25 @@ def mean_variance(covariance: Tensor) -> Tensor:
     return covariance.diagonal().mean().clamp_min(NOTHING)
 
 
-def inverse(matrix: Tensor, jitter: float = JITTER) -> Tensor:
+def inverse(matrix: Tensor, jitter: float = JITTER, *, extra: Tensor | None = None) -> Tensor:
     """Inverse of a covariance ``(d, d)`` with a little noise added to its entries.
 
     The noise is a share ``jitter`` of each entry's own variance, or of the mean variance where the
     entry is constant.
+
+    Args:
+        matrix: The covariance.
+        jitter: That share.
+        extra: Variance ``(d,)`` to add to the entries before.
     """
+    matrix = matrix.clone() if extra is None else with_diagonal(matrix, extra)
     variance = matrix.diagonal()
     mean = mean_variance(matrix)
     noise = torch.where(variance > JITTER * mean, variance, mean) * jitter
-    return torch.cholesky_inverse(cholesky(with_diagonal(matrix, noise)))
+    matrix.diagonal().add_(noise)
+    factor = cholesky(matrix)
+    del matrix, variance  # as few matrices at a time as can be: they are the largest that there are
+    return torch.cholesky_inverse(factor)
 
 
 def with_diagonal(matrix: Tensor, values: Tensor) -> Tensor:
@@ -195,7 +204,9 @@ def regression(covariance: Tensor, kept: Tensor, dropped: Tensor, samples: int) 
     if freedom <= 0 or not len(dropped):
         return torch.zeros_like(skd.mT)
     skk.diagonal().add_(JITTER * mean_variance(skk))
-    plain = torch.cholesky_solve(skd, cholesky(skk)).mT
+    factor = cholesky(skk)
+    del skk
+    plain = torch.cholesky_solve(skd, factor).mT
     total = covariance.diagonal()[dropped].clamp_min(NOTHING)
     explained = ((plain * skd.mT).sum(1) / total).clamp(1e-12, 1.0)
     loss = (samples - 1) / (freedom + 1) * (samples - 2) / freedom * (samples + 1) / samples

@@ -326,7 +326,7 @@ class _Fit:
         stored = weights[read.tensor].detach()
         bias = weights.get(f"{consumer}.bias")
         if bias is None:
-            raw = values.covariance + torch.outer(values.mean, values.mean)
+            raw = spilled(torch.outer(values.mean, values.mean).add_(values.covariance))
             coefficients = regression(raw, self.kept, self.dropped, values.samples)
         shift = values.mean[self.dropped] - coefficients @ values.mean[self.kept]
         parts, shifts = [], []

@@ -32,6 +32,7 @@ from lightning_mi_prune.core.consumers import (
 from lightning_mi_prune.core.empty_linear import linear_at, parameters_of
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.running import move_tensors
+from lightning_mi_prune.core.spilling import spilled, spilled_zeros
 from lightning_mi_prune.graph.groups import is_within
 from lightning_mi_prune.reconstruction.block_runs import BlockRuns, LayerCall
 from lightning_mi_prune.reconstruction.ridge import FOLDS, LinearChange, is_exact, linear_changes
@@ -99,6 +100,7 @@ def reconstruct_network(
         for path, new in _solve_wave(mine, sums, shared, add, share).items():
             module = linear_at(cut.get_submodule(path))
             for name, value in new.items():  # another parameter: of a tied one only this use
+                value = spilled(value)
                 set_parameter(module, name, value)
                 solved[f"{path}.{name}"] = value
     return solved
@@ -126,19 +128,14 @@ def _solve_wave(
             linear[layer.layer] = found
     if not linear:
         return new
-    parts = [shared.total(), *(found.cross() for found in linear.values())]
-    folds, sizes = add(share * torch.cat(parts, dim=2)), [part.shape[2] for part in parts]
-    outer, *split = torch.split(folds, sizes, dim=2)
-    size, count, crosses = (
-        sizes[0],
-        float(outer[:, 0, 0].sum()),
-        dict(zip(linear, split, strict=True)),
-    )
+    outer = add(shared.total().mul_(share))
+    crosses = {name: add(found.cross().mul_(share)) for name, found in linear.items()}
+    size, count = outer.shape[2], float(outer[:, 0, 0].sum())
     enough = [one for one in wave if one.layer in linear and _is_enough(one, size, count)]
     for bias in (False, True):
         names = [one.layer for one in enough if linear[one.layer].has_bias == bias]
         cross = [crosses[name] for name in names]
-        changes = linear_changes(outer, cross, intercept=bias)
+        changes = linear_changes(outer, cross, intercept=bias, exact=shared.is_exact)
         for name, change in zip(names, changes, strict=True):
             new[name] = linear[name].changed(change)
     return new
@@ -244,27 +241,32 @@ class _Outer:
         self.sums = torch.empty(0)
         self.calls: set[int] = set()
         self._center = torch.empty(0)
+        self.is_exact = True
 
     def centered(self, x: Tensor) -> Tensor:
         """``[1 x - center]`` of inputs ``(positions, inputs)``; the first ones give the center."""
         if not self._center.numel():
             self._center = x.mean(0) if len(x) else x.new_zeros(x.shape[1])
+        self.is_exact &= x.dtype == torch.float64
         return functional.pad(x - self._center, (1, 0), value=1.0)
 
     def zeros(self, size: int) -> Tensor:
         """Sums of every fold ``(folds, 1 + inputs, size)``, in double precision."""
-        return _double(self._center).new_zeros(FOLDS, len(self._center) + 1, size)
+        like = _double(self._center)
+        return spilled_zeros((FOLDS, len(like) + 1, size), like.dtype, like.device)
 
     def total(self) -> Tensor:
-        """The sums of every fold ``(folds, 1 + inputs, 1 + inputs)``."""
+        """The sums of every fold ``(folds, 1 + inputs, 1 + inputs)``, to be asked for once."""
         for outer in self.sums:
             mirror(outer)
-        return self.moved(self.moved(self.sums).mT)
+        self.move(self.move(self.sums).mT)
+        return self.sums
 
-    def moved(self, sums: Tensor) -> Tensor:
-        """Sums ``[1 x - center]' y`` as those of ``[1 x]' y``."""
-        first, rest = sums[:, :1], sums[:, 1:]
-        return torch.cat([first, rest + _double(self._center)[:, None] * first], dim=1)
+    def move(self, sums: Tensor) -> Tensor:
+        """Make sums ``[1 x - center]' y`` those of ``[1 x]' y``, in place, fold by fold."""
+        for fold in sums:
+            fold[1:].addr_(_double(self._center), fold[0].clone())
+        return sums
 
 
 class _LinearSums:
@@ -302,7 +304,7 @@ class _LinearSums:
 
     def cross(self) -> Tensor:
         """``[1 x]' missing`` of every fold ``(folds, 1 + inputs, outputs)``."""
-        return self._shared.moved(self._cross)
+        return self._shared.move(self._cross)
 
     def changed(self, change: LinearChange | None) -> dict[str, Tensor]:
         """Weight and bias with a change, or as they are, in the layout of the module."""
