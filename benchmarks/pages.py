@@ -134,7 +134,10 @@ def communication(_: Records) -> list[str]:
 
 def one_cut(records: Records) -> list[str]:
     """Seconds of every part of one cut, with its share of the whole, and memory."""
-    parts = [name for name in records[0].figures if name.endswith(", CPU s")]
+    names = [name for name in records[0].figures if name.endswith(", CPU s")]
+    whole = [name for name in names if not name.startswith("of which")]
+    place = whole.index("reconstruction, CPU s") + 1
+    parts = [*whole[:place], *(name for name in names if name not in whole), *whole[place:]]
     own = [name for name in parts if not name.startswith(("of which", "validation"))]
     rows = []
     for name in parts:
