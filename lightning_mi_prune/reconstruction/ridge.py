@@ -249,7 +249,7 @@ def _gains(
     for whole, cross in zip(total[1], crosses, strict=True):
         shift, products = train.products(whole - cross)
         # Single precision needs numbers near 1; without inputs the bias is all there is.
-        unit = products.abs().amax().clamp_min(NOTHING) if len(products) else torch.ones_like(scale)
+        unit = products.abs().amax().clamp_min(NOTHING) if products.numel() else scale
         asked = vectors.mT @ products.div_(unit).to(kind)
         product = cross[1:].clone()
         if intercept:

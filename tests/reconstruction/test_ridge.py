@@ -62,3 +62,8 @@ def test_without_inputs_the_bias_is_all_there_is():
 def test_layers_that_lack_nothing_stay():
     _, outer, crosses, _ = sums(0.0)
     assert choose_strengths(outer, [0 * cross for cross in crosses], intercept=True) == [None] * 3
+
+
+def test_layers_without_outputs_stay():
+    _, outer, crosses, _ = sums(0.0)
+    assert choose_strengths(outer, [crosses[0][..., :0]], intercept=True) == [None]
