@@ -181,6 +181,7 @@ def draw_decoders(records: Sequence[Record]) -> Figure:
                 markeredgecolor="white",
                 markeredgewidth=0.5,
                 label=label,
+                zorder=4 if ours else 3,
                 clip_on=False,
             )
     bottom = 1.6 / height
