@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,12 @@ from benchmarks.measuring import (
     peak_memory,
     spread,
     take_turns,
-    timed,
 )
 from benchmarks.records import Figures, Job, single
 from benchmarks.subjects import entries_of
+from examples.text_classification.__main__ import TextClassificationCLI
+from examples.text_classification.data import TextDataModule
+from examples.text_classification.model import TextClassifier
 from lightning_mi_prune import PruningPlan, apply_plan, discover
 from lightning_mi_prune.allocation.allocate import allocate
 from lightning_mi_prune.allocation.budget import Budget
@@ -50,16 +52,19 @@ from lightning_mi_prune.importance.information import diagonal_blocks, unit_info
 from lightning_mi_prune.importance.ranking import rank_groups
 from lightning_mi_prune.importance.statistics import UnitStatistics, unit_statistics
 from lightning_mi_prune.pipeline import reconstruct
+from lightning_mi_prune.reconstruction import least_squares, ridge
 from lightning_mi_prune.reconstruction.compensation import select_units
 
 __all__ = ["SHAPES", "Run", "costs", "demo", "log_det_information", "noisy", "one_cut"]
 
 SHAPES = {
+    "TinyBERT-L4": {"num_hidden_layers": 4, "hidden_size": 312, "intermediate_size": 1200},
     "MiniLM-L6": {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536},
     "BERT-base": {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072},
     "tiny": {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 48},
 }
 REAL = ("MiniLM-L6", "BERT-base")
+STEPS = ("TinyBERT-L4", *REAL)
 # Sequences in a batch, their length, batches; batches and neurons that are really measured.
 REAL_SIZES, TINY = (32, 64, 8, 2, 16), (4, 32, 2, 1, 2)
 RIDGE = 1.0  # noise on the layer above, the same for us and for the determinants
@@ -257,8 +262,8 @@ def log_det_information(
 # ---------------------------------------------------------------------------- one cut, step by step
 
 
-def one_cut(shapes: Sequence[str] = REAL, repeats: int = 3) -> Iterator[Job]:
-    """Seconds of every step of one cut, bytes of the sums, peak memory."""
+def one_cut(shapes: Sequence[str] = STEPS, repeats: int = 3) -> Iterator[Job]:
+    """Processor seconds of every step of one cut, bytes of the sums, peak memory."""
     for shape in shapes:
         yield single({"shape": shape}, _one_cut, shape, repeats)
 
@@ -278,6 +283,7 @@ def steps_of(shape: Mapping[str, int], positions: int) -> dict[str, float]:
     ids = torch.randint(5, 1000, (32, 64))
     batches = -(-positions // ids.numel())
     reconstruction = Reconstruction()
+    result: dict[str, float] = {}
 
     def validate() -> None:
         with torch.inference_mode():
@@ -285,59 +291,111 @@ def steps_of(shape: Mapping[str, int], positions: int) -> dict[str, float]:
                 model(ids)
 
     validate()  # the first pass is slower, which the calibration would seem to save
-    validation = timed(validate)
+    with _clock(result, "validation"):
+        validate()
     before = peak_memory()
-    options = {"positions": positions, "batches": batches, "calls": reconstruction.positions}
-    with ActivationRecorder(model, chosen, **options) as recorder:
-        result = {"calibration_s": timed(validate) - validation}
+    options = {"positions": positions, "batches": batches, "calls": positions}
+    with ActivationRecorder(model, chosen, **options) as recorder, _clock(result, "calibration"):
+        validate()
+    result["calibration"] -= result["validation"]
     sums = [t for m in recorder.moments.values() for t in vars(m).values() if isinstance(t, Tensor)]
-    result["sums_mb"] = sum(t.nbytes for t in sums) / 1e6
     weights, plan = dict(model.named_parameters()), full_plan(groups)
     found = CalibrationData(recorder.moments, ranks=[recorder.stored])
-    started = time.perf_counter()
-    rankings = rank_groups(chosen, found.moments, weights, plan, relevance="weights")
-    result["order_conditional_s"] = time.perf_counter() - started
-    started = time.perf_counter()
-    widths = allocate(chosen, Budget(sparsity=0.5), costs=ParameterCosts(chosen), rankings=rankings)
-    selection = select_units(chosen, found.moments, weights, widths, plan, rankings=rankings)
-    result["allocation_s"] = time.perf_counter() - started
+    with _clock(result, "order of all groups"):
+        rankings = rank_groups(chosen, found.moments, weights, plan, relevance="weights")
+    with _clock(result, "allocation and compensation"):
+        costs = ParameterCosts(chosen)
+        widths = allocate(chosen, Budget(sparsity=0.5), costs=costs, rankings=rankings)
+        selection = select_units(chosen, found.moments, weights, widths, plan, rankings=rankings)
     found.moments = {}
     recorder.moments.clear()
-    started = time.perf_counter()
-    selection = reconstruct(model, groups, plan, selection, reconstruction, found)
-    result["reconstruction_s"] = time.perf_counter() - started
-    result["cutting_s"] = timed(partial(apply_plan, model, groups, selection.plan))
-    return result | {"peak_above_model_mb": (peak_memory() - before) / 1e6}
+    inside = {
+        "sums": (least_squares._LinearSums, "add"),
+        "strengths": (ridge, "choose_strengths"),
+    }
+    with _clock(result, "reconstruction"), ExitStack() as stack:
+        for part, (owner, name) in inside.items():
+            stack.enter_context(_clocked(result, f"of which {part}", owner, name))
+        selection = reconstruct(model, groups, plan, selection, reconstruction, found)
+    with _clock(result, "cut"):
+        apply_plan(model, groups, selection.plan)
+    seconds = {f"{part}, CPU s": value for part, value in result.items()}
+    memory = {"sums, MB": sum(t.nbytes for t in sums), "peak, MB": peak_memory() - before}
+    return seconds | {name: value / 1e6 for name, value in memory.items()}
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the processor seconds of a block to those of a part."""
+    started = time.process_time()
+    yield
+    seconds[part] = seconds.get(part, 0.0) + time.process_time() - started
+
+
+@contextmanager
+def _clocked(seconds: dict[str, float], part: str, owner: Any, name: str) -> Iterator[None]:
+    """A block in which the calls of a function count as a part."""
+    function = getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with _clock(seconds, part):
+            return function(*args, **kwargs)
+
+    with patch.object(owner, name, counted):
+        yield
 
 
 # ---------------------------------------------------------------------------------------- the demo
 
 CONFIG = "examples/text_classification/demo.yaml"
+DENSE, CUTS, EPOCHS, LONG = 0, 1, 6, 10  # CUTS: what a run of so many epochs makes by itself
+_BY_HAND = {4: ["--trainer.callbacks.schedule.last_epoch", "4"]}  # later than by itself
+_PARTS = ("discovery", "gradients", "calibration", "ranking", "reconstruction", "surgery")
 
 
-def demo(seeds: Sequence[int] = (0, 1, 2)) -> Iterator[Job]:
-    """The demo with several seeds: split, head and order of training change with them."""
-    for seed in seeds:
-        yield single({"config": CONFIG, "seed": seed}, _demo, seed)
+def demo(seeds: Sequence[int] = (0, 1, 2), cuts: Sequence[int] = (DENSE, 1, 2, 4)) -> Iterator[Job]:
+    """The demo with several seeds: split, head and order of training change with them.
+
+    Without cuts it is the dense control. The default number of cuts is also run for more epochs.
+    """
+    for number in cuts:
+        for seed in seeds:
+            about = {"config": CONFIG, "cuts": number, "epochs": EPOCHS, "seed": seed}
+            yield single(about, in_fresh_process, _demo, seed, number, EPOCHS)
+    if CUTS in cuts:
+        about = {"config": CONFIG, "cuts": CUTS, "epochs": LONG, "seed": seeds[0]}
+        yield single(about, in_fresh_process, _demo, seeds[0], CUTS, LONG)
 
 
-def _demo(seed: int) -> Figures:
-    name = f"demo-seed-{seed}"
+def _demo(seed: int, cuts: int, epochs: int) -> Figures:
+    """One run, with every clock that of the processor: other load does not count."""
+    name = f"demo-{cuts}-cuts-{epochs}-epochs-seed-{seed}"
     options = ["--seed_everything", str(seed), "--data.seed", str(seed), "--name", name]
-    command = [sys.executable, "-m", "examples.text_classification", "fit", "--config", CONFIG]
-    subprocess.run([*command, *options], check=True)  # noqa: S603
+    options += ["--trainer.max_epochs", str(epochs), "--trainer.enable_progress_bar", "false"]
+    if cuts:
+        options += ["--control", "false", "--trainer.callbacks.schedule.cuts", str(cuts)]
+        options += _BY_HAND.get(cuts, [])
+    else:
+        options += ["--trainer.callbacks", "null"]
+    with patch("time.perf_counter", time.process_time):
+        cli = TextClassificationCLI(
+            TextClassifier,
+            TextDataModule,
+            save_config_kwargs={"overwrite": True},
+            args=["fit", "--config", CONFIG, *options],
+        )
+    accuracy = cli.trainer.callback_metrics["test_accuracy"]
+    figures = {"accuracy, %": 100 * float(accuracy), "training, CPU s": cli.seconds}
+    if not cuts:
+        return figures
     report = json.loads(Path("runs", name, "report.json").read_text(encoding="utf-8"))
-    before, after = report["before"], report["after"]
-    figures = {
-        "dense accuracy, %": 100 * before["metrics"]["accuracy"],
-        "pruned accuracy, %": 100 * after["metrics"]["accuracy"],
-    }
-    figures["difference, points"] = figures["pruned accuracy, %"] - figures["dense accuracy, %"]
-    for dense, pruned in zip(before["latency_ms"], after["latency_ms"], strict=True):
-        name = f"encoder speed-up, batch {dense['batch_size']}"
-        figures[name] = dense["median"] / pruned["median"]
-    spent = sum(sum(cut["seconds"].values()) for cut in report["cuts"])
-    figures["pruning, % of the time of training"] = 100 * spent / after["fit_seconds"]
-    figures["training, seconds"] = after["fit_seconds"]
-    figures["dense training, seconds"] = before["fit_seconds"]
-    return figures
+    for dense, pruned in zip(
+        report["before"]["latency_ms"], report["after"]["latency_ms"], strict=True
+    ):
+        ratio = dense["median"] / pruned["median"]
+        figures[f"encoder speed-up, batch {dense['batch_size']}"] = ratio
+    for part in _PARTS:
+        seconds = [cut["seconds"].get(part, 0.0) for cut in report["cuts"]]
+        figures[f"{part}, % of training"] = 100 * sum(seconds) / cli.seconds
+    figures["pruning, % of training"] = sum(figures[f"{p}, % of training"] for p in _PARTS)
+    return figures | {"steps": cli.steps}

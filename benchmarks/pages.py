@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import comparison, decoder_pages, layer_pages
+from benchmarks import comparison, decoder_pages, layer_pages, memory
 from benchmarks.comparison import nats, points, row, spread, with_head
 from benchmarks.latency import BATCHES
 from benchmarks.methods import DEFAULT, SETTINGS, Name
@@ -40,6 +40,7 @@ DOCS = (
     "decoders",
     "distributed",
     "layers",
+    "memory",
     "models",
     "vision",
 )
@@ -132,30 +133,65 @@ def communication(_: Records) -> list[str]:
 
 
 def one_cut(records: Records) -> list[str]:
-    """Seconds and memory of one cut."""
-    columns = {
-        "calibration, s": ("calibration_s", ".1f"),
-        "order of all groups, s": ("order_conditional_s", ".1f"),
-        "allocation, s": ("allocation_s", ".1f"),
-        "reconstruction, s": ("reconstruction_s", ".1f"),
-        "sums, MB": ("sums_mb", ",.0f"),
-        "peak beside the model, MB": ("peak_above_model_mb", ",.0f"),
-    }
-    rows = [
-        row([r["shape"], *(format(r[key]["median"], form) for key, form in columns.values())])
-        for r in records
+    """Seconds of every part of one cut, with its share of the whole, and memory."""
+    parts = [name for name in records[0].figures if name.endswith(", CPU s")]
+    own = [name for name in parts if not name.startswith(("of which", "validation"))]
+    rows = []
+    for name in parts:
+        cells = []
+        for record in records:
+            value = record[name]["median"]
+            share = 100 * value / sum(record[part]["median"] for part in own)
+            cells.append(f"{value:.2f}" + (f" ({share:.0f} %)" if name != parts[0] else ""))
+        title = name.removesuffix(", CPU s")
+        rows.append(row([f"*{title} alone*" if name == parts[0] else title, *cells]))
+    rows += [
+        row([name, *(f"{record[name]['median']:,.0f}" for record in records)])
+        for name in ("sums, MB", "peak, MB")
     ]
-    return with_head(["shapes", *columns], rows)
+    return with_head(["", *(record["shape"] for record in records)], rows)
 
 
 def demo(records: Records) -> list[str]:
-    """The demo, over its seeds."""
+    """The demo by number of cuts, over its seeds."""
+    dense = {record["seed"]: record["accuracy, %"] for record in records if not record["cuts"]}
+    groups: dict[tuple[int, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["epochs"], record["cuts"]), []).append(record)
+    columns = {
+        "speed-up, batch 1": "encoder speed-up, batch 1",
+        "batch 32": "encoder speed-up, batch 32",
+        "training, CPU s": "training, CPU s",
+        "pruning, % of it": "pruning, % of training",
+    }
     rows = []
-    for name in records[0].figures:
-        values = [record[name] for record in records]
-        found = statistics.median(values), min(values), max(values)
-        rows.append(row([name, *(f"{value:.2f}" for value in found)]))
-    return with_head(["", "median", "min", "max"], rows)
+    for (epochs, cuts), found in sorted(groups.items()):
+        about = [str(cuts or "dense"), str(epochs), str(len(found))]
+        about.append(_medians([record["accuracy, %"] for record in found]))
+        paired = [r["accuracy, %"] - dense[r["seed"]] for r in found if r["seed"] in dense]
+        same = bool(cuts) and all(r["epochs"] == epochs for r in records if not r["cuts"])
+        about.append(_means(paired, 2) if same else "")
+        values = [[r[name] for r in found if r.get(name) is not None] for name in columns.values()]
+        rows.append(row([*about, *(_medians(each) if each else "" for each in values)]))
+    head = ["cuts", "epochs", "seeds", "accuracy, %", "against dense, points", *columns]
+    return with_head(head, rows)
+
+
+def demo_parts(records: Records) -> list[str]:
+    """Where pruning spends its share of the training of the demo."""
+    parts = [name for name in records[-1].figures if name.endswith("% of training")]
+    groups: dict[tuple[int, int], list[Record]] = {}
+    for record in records:
+        if record["cuts"]:
+            groups.setdefault((record["cuts"], record["epochs"]), []).append(record)
+    rows = []
+    for (cuts, epochs), found in sorted(groups.items()):
+        values = [statistics.median([record[name] for record in found]) for name in parts]
+        steps = statistics.median([record["steps"] for record in found])
+        about = [str(cuts), str(epochs), f"{steps:.0f}"]
+        rows.append(row([*about, *(f"{value:.1f}" for value in values)]))
+    names = [name.removesuffix(", % of training") for name in parts]
+    return with_head(["cuts", "epochs", "steps", *names], rows)
 
 
 # ----------------------------------------------------------------------------------------- quality
@@ -404,8 +440,15 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "scaling-machine": ("scaling", measured_on),
     "scaling": ("scaling", growth),
     "communication": ("scaling", communication),
+    "memory": ("memory", memory.by_size),
+    "memory-exponents": ("memory", memory.exponents),
+    "memory-paper": ("memory", memory.on_paper),
+    "memory-machine": ("memory", measured_on),
     "one-cut": ("one-cut", one_cut),
     "demo": ("demo", demo),
+    "demo-parts": ("demo", demo_parts),
+    "demo-machine": ("demo", measured_on),
+    "one-cut-machine": ("one-cut", measured_on),
     "layers": ("layers", layers),
     "layers-one-shot": ("layers-one-shot", layers_one_shot),
     "layer-choice": ("layer-choice", layer_pages.layer_choice),

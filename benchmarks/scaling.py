@@ -34,6 +34,7 @@ from lightning_mi_prune.reconstruction.ridge import FOLDS
 __all__ = [
     "ENCODERS",
     "encoder",
+    "exponent",
     "layer_groups",
     "reconstruction_bytes",
     "reduced_bytes",
@@ -190,9 +191,12 @@ def reconstruction_bytes(groups: Sequence[DependencyGroup], network: nn.Module) 
     for group in groups:
         kept = group.size * entries_of(group) // 2 + 1
         size += 8 * kept * (kept + len(network.get_parameter(f"{group.consumers[0]}.weight")))
+    inputs: dict[str, int] = {}
     for consumer in {name for group in groups for name in group.above}:
         rows, columns = network.get_parameter(f"{consumer}.weight").shape
-        size += 8 * (columns + 1) * (columns + 1 + rows // 2)
+        size += 8 * (columns + 1) * (rows // 2)
+        inputs[consumer.rpartition(".")[0]] = columns + 1  # query, key and value have the same
+    size += sum(8 * entries**2 for entries in inputs.values())
     return FOLDS * size
 
 

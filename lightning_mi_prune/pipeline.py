@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import warnings
@@ -39,6 +40,12 @@ from lightning_mi_prune.calibration.collect import (
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.datasets import batches_of
 from lightning_mi_prune.calibration.gradients import relevance_of
+from lightning_mi_prune.calibration.memory import (
+    Memory,
+    choose_memory,
+    is_large,
+    memory_needs,
+)
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.empty_linear import parameters_of
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
@@ -60,6 +67,7 @@ from lightning_mi_prune.core.running import (
     run_batch,
     undisturbed,
 )
+from lightning_mi_prune.core.spilling import check_room, spilling
 from lightning_mi_prune.discovery.copies import structural_copy
 from lightning_mi_prune.discovery.discover import discover_run
 from lightning_mi_prune.graph.graph import (
@@ -87,6 +95,7 @@ from lightning_mi_prune.reconstruction.targets import (
 from lightning_mi_prune.surgery.batch_norm import reestimate_batch_norm
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import update_optimizers
+from lightning_mi_prune.surgery.tensors import parameters_in_files
 from lightning_mi_prune.surgery.units import apply_plan, check_cuttable, revert_rewrites
 from lightning_mi_prune.surgery.verification import (
     compiled_part,
@@ -106,6 +115,7 @@ __all__ = [
     "reconstruct",
 ]
 
+_log = logging.getLogger(__name__)
 _SWEEPS = 2  # rankings of groups that cross, each given what the other keeps
 
 
@@ -362,14 +372,16 @@ def reconstruct(
     found = layers_to_reconstruct(groups, current, decision.plan, decision.rotated)
     if reconstruction.method != "layerwise" or not found:
         return decision
-    cut = copy_networks(module, modules_with(groups))
+    # Shared with the module but for what is cut: both are only run.
+    shared = {id(parameter): parameter for parameter in module.parameters()}
+    cut = copy_networks(module, modules_with(groups), shared)
     apply_plan(cut, groups, decision.plan, current=current, compensated=decision.compensated)
     solved = reconstruct_networks(
         module,
         cut,
         found,
         calls_of_whole_networks(data.ranks, groups, current, decision.plan),
-        positions=reconstruction.positions,
+        positions=reconstruction.stored_positions,
         add=add,
         rank=rank,
         world=world,
@@ -390,6 +402,7 @@ class PruneResult:
         macs: Multiply-accumulates of one example, before and after.
         information: What each group kept of its information with the layer above.
         seconds: Time spent on ``calibration``, ``gradients``, ``ranking`` and ``reconstruction``.
+        memory: Whether sums were all in memory, or made one after another from temporary files.
     """
 
     plan: PruningPlan
@@ -399,6 +412,7 @@ class PruneResult:
     macs: tuple[int, int]
     information: Mapping[str, GroupInformation]
     seconds: Mapping[str, float]
+    memory: Memory = "ordinary"
 
 
 def prune(
@@ -502,12 +516,16 @@ def prune(
     first = check_input(model, data)
     known = PlanTracker.held_by(model)
     check_within(model, module)
+    large = is_large(amount, model)
+    if large:  # a copy of what can be cut has to fit
+        check_room(sum(p.numel() * p.element_size() for p in model.parameters()))
     tracker = PlanTracker.of(model)
     try:
         if graph is not None:
             tracker.adopt(PruningGraph.load(graph) if isinstance(graph, str) else graph)
         elif not tracker.is_whole:
-            tracker.extend(_discovered(model, run, first))
+            with spilling(large):
+                tracker.extend(_discovered(model, run, first))
         groups, plan = tracker.groups, tracker.plan
         mine = [group for group in groups if is_within(group.name, module)]
         others = modules_without_groups(model, groups, module)
@@ -519,54 +537,49 @@ def prune(
         steps = {"forward": partial(try_forward, run, first)}
         if with_gradients:
             steps["loss"] = partial(try_loss, loss or training_loss, first)
-        with undisturbed(model):  # a function of the user may run the model that it knows by name
-            verify_cut(model, tracker.graph, plan, half_plan(chosen, plan), steps)
         parameters = sum(p.numel() for p in model.parameters())
         seconds = dict.fromkeys(("calibration", "gradients", "ranking", "reconstruction"), 0.0)
-
-        with _timed(seconds, "calibration"):
-            collected = collect_activations(
-                model,
-                chosen,
-                data,
-                run,
-                positions=amount.positions,
-                stored_positions=options.reconstruction.stored_positions,
-                seed=seed,
-            )
-        if with_gradients:
-            with _timed(seconds, "gradients"):
-                collected.gradients = collect_gradients(
+        # A function of the user may run the model that it knows by name.
+        with undisturbed(model), spilling(large):
+            verify_cut(model, tracker.graph, plan, half_plan(chosen, plan), steps)
+        memory = _memory_for(amount, model, chosen, plan, with_gradients=with_gradients)
+        with spilling(memory == "low"):
+            with _timed(seconds, "calibration"):
+                collected = collect_activations(
                     model,
                     chosen,
-                    plan,
-                    data if training is None else training,
-                    loss or training_loss,
-                    steps=amount.gradient_steps,
+                    data,
+                    run,
+                    positions=amount.samples,
+                    stored_positions=options.reconstruction.stored_positions,
+                    seed=seed,
                 )
-        with _timed(seconds, "ranking"):
-            decision = decide(options, model, groups, chosen, plan, collected)
-        if decision is None:
-            raise PruningError(
-                f"The module meets {options.budget} already: nothing to cut. Ask for less."
-            )
-        macs = macs_of_calls(model, collected.examples)
-        collected.moments = {}  # as large as the model; what follows needs the room
-        with _timed(seconds, "reconstruction"):
-            decision = reconstruct(model, groups, plan, decision, options.reconstruction, collected)
-        rewrites = apply_plan(
-            model,
-            groups,
-            decision.plan,
-            current=plan,
-            compensated=decision.compensated,
-            rotated=decision.rotated,
-        )
-        try:
-            update_optimizers(optimizers, rewrites)
-        except BaseException:
-            revert_rewrites(model, groups, plan, rewrites)
-            raise
+            if with_gradients:
+                with _timed(seconds, "gradients"):
+                    collected.gradients = collect_gradients(
+                        model,
+                        chosen,
+                        plan,
+                        data if training is None else training,
+                        loss or training_loss,
+                        steps=amount.gradient_steps,
+                    )
+            with _timed(seconds, "ranking"):
+                decision = decide(options, model, groups, chosen, plan, collected)
+            if decision is None:
+                raise PruningError(
+                    f"The module meets {options.budget} already: nothing to cut. Ask for less."
+                )
+            macs = macs_of_calls(model, collected.examples)
+            # As large as the model; what follows needs the room.
+            collected.moments, collected.gradients = {}, None
+            with _timed(seconds, "reconstruction"):
+                decision = reconstruct(
+                    model, groups, plan, decision, options.reconstruction, collected
+                )
+        old = parameters_in(model, groups).values() if memory == "low" else ()
+        with parameters_in_files(model, old):
+            _carry_out(model, groups, plan, decision, optimizers)
         if batch_norm:
             batches = first_batches(data, amount.gradient_steps)
             reestimate_batch_norm(model, batches, partial(run_forward, run))
@@ -584,7 +597,53 @@ def prune(
         macs=(macs, macs_of_calls(model, collected.examples)),
         information=decision.information,
         seconds=seconds,
+        memory=memory,
     )
+
+
+def _memory_for(
+    calibration: Calibration,
+    model: nn.Module,
+    groups: Sequence[DependencyGroup],
+    plan: PruningPlan,
+    *,
+    with_gradients: bool,
+) -> Memory:
+    """Whether the sums of these groups are all in memory.
+
+    Raises:
+        PruningError: If not even those of one group fit.
+    """
+    needs = memory_needs(
+        model, groups, plan, positions=calibration.samples, gradients=with_gradients
+    )
+    memory = choose_memory(calibration, needs, next(model.parameters()).device)
+    if memory == "low":
+        _log.info("Calibration with memory='low': %s.", needs)
+    return memory
+
+
+def _carry_out(
+    model: nn.Module,
+    groups: Sequence[DependencyGroup],
+    current: PruningPlan,
+    decision: Decision,
+    optimizers: Sequence[Optimizer],
+) -> None:
+    """Cut a model as decided, with the state of its optimizers; after an error it is as before."""
+    rewrites = apply_plan(
+        model,
+        groups,
+        decision.plan,
+        current=current,
+        compensated=decision.compensated,
+        rotated=decision.rotated,
+    )
+    try:
+        update_optimizers(optimizers, rewrites)
+    except BaseException:
+        revert_rewrites(model, groups, current, rewrites)
+        raise
 
 
 def _discovered(model: nn.Module, forward: Forward, batch: Any) -> PruningGraph:

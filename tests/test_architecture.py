@@ -46,6 +46,7 @@ WITH_TORCH = {
     "core/consumers.py",
     "core/empty_linear.py",
     "core/functional.py",
+    "core/spilling.py",
     "allocation/mac_counter.py",
     "allocation/mac_meter.py",
     "allocation/macs.py",

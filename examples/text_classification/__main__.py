@@ -79,7 +79,7 @@ class TextClassificationCLI(LightningCLI):
         """Save, test, train the control, compare."""
         if getattr(self.trainer, "fast_dev_run", False):
             return
-        seconds = time.perf_counter() - self.started
+        self.seconds, self.steps = time.perf_counter() - self.started, self.trainer.global_step
         names = dict(enumerate(self.datamodule.class_names))
         self.model.network.config.id2label = names
         self.model.network.config.label2id = {name: index for index, name in names.items()}
@@ -95,7 +95,7 @@ class TextClassificationCLI(LightningCLI):
             return
         extra: dict[str, Any] = {
             "before": {"metrics": {}},
-            "after": {"metrics": after, "fit_seconds": seconds},
+            "after": {"metrics": after, "fit_seconds": self.seconds},
             "epochs": self.trainer.current_epoch,
             "test_rows": len(self.datamodule.splits["test"]),
         }

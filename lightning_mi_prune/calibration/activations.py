@@ -29,6 +29,7 @@ from lightning_mi_prune.calibration.padding import (
     attention_mask_of,
     pad_nested,
 )
+from lightning_mi_prune.calibration.samples import MomentsOnDemand, StoredSamples
 from lightning_mi_prune.core.consumers import (
     channels_last,
     consumer_input,
@@ -39,6 +40,7 @@ from lightning_mi_prune.core.consumers import (
 )
 from lightning_mi_prune.core.empty_linear import linear_at, parameters_of
 from lightning_mi_prune.core.functional import intercept_inputs
+from lightning_mi_prune.core.spilling import is_spilling
 from lightning_mi_prune.graph.containers import outermost_part
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.inputs import ConsumerInput, weight_name
@@ -212,7 +214,8 @@ class ActivationRecorder(CallRecorder):
     One sample is one position that is not padding, of a text or of an image; where the layer has no
     positions (after pooling) it is one example. At most ``positions`` samples a group are taken,
     spread evenly over the batches and drawn at random within each, the same ones for every group of
-    a network.
+    a network. Made in a block of :func:`spilling`, it stores the samples in files instead of their
+    sums in memory.
 
     Args:
         model: Module that holds the groups.
@@ -255,7 +258,9 @@ class ActivationRecorder(CallRecorder):
                     self._consumers[key] = (group, consumers[0])
         sizes = input_sizes(model, groups)
         self._folds = {key: _fold(g, g.inputs[key]) for key, (g, _) in self._consumers.items()}
-        self._moments = {key: Moments(sizes[key]) for key in self._consumers}
+        self._in_files = is_spilling()
+        kind = StoredSamples if self._in_files else Moments
+        self._moments = {key: kind(sizes[key]) for key in self._consumers}
         self._pending: dict[str, list[Tensor]] = {key: [] for key in self._moments}
         self._taken = dict.fromkeys(self._moments, 0)
         self._positions = positions
@@ -301,10 +306,14 @@ class ActivationRecorder(CallRecorder):
         return all(taken >= self._positions for taken in self._taken.values())
 
     @property
-    def moments(self) -> dict[str, Moments]:
+    def moments(self) -> Mapping[str, Moments]:
         """The sums of all samples so far, by key; those of the same input are one object."""
         self._sum_pending()
-        return {key: self._moments[first] for key, first in self._shared.items()}
+        found = {key: self._moments[first] for key, first in self._shared.items()}
+        samples = {key: each for key, each in found.items() if isinstance(each, StoredSamples)}
+        if self._in_files:
+            return MomentsOnDemand(samples)
+        return {key: each for key, each in found.items() if isinstance(each, Moments)}
 
     def _sum_pending(self) -> None:
         for key in self._pending:
@@ -413,7 +422,11 @@ class ActivationRecorder(CallRecorder):
 
     def check(self) -> None:
         """Refuse sums that cannot be scored, as :func:`check_moments` does."""
-        check_moments(self.moments)
+        moments = self.moments
+        if isinstance(moments, MomentsOnDemand):
+            moments.check()
+        else:
+            check_moments(moments)
 
 
 def input_sizes(model: nn.Module, groups: Sequence[DependencyGroup]) -> dict[str, int]:

@@ -27,6 +27,7 @@ from lightning_mi_prune.core.running import (
     tensors_in,
     undisturbed,
 )
+from lightning_mi_prune.core.spilling import spilling_saved_tensors
 from lightning_mi_prune.graph.groups import DependencyGroup
 
 __all__ = [
@@ -161,19 +162,18 @@ def collect_gradients(
         PruningError: If a loss is no number with gradients, or gradients are not finite.
     """
     recorder, without_loss, taken = GradientRecorder(model, groups, steps=steps, plan=plan), 0, 0
-    with undisturbed(model), torch.enable_grad(), recorder:
+    with undisturbed(model), torch.enable_grad(), recorder, _no_gradients_kept(model):
         for index, batch in enumerate(islice(batches, steps)):
-            for parameter in model.parameters():
-                parameter.grad = None
             taken += 1
             recorder.begin(index)
-            with explaining_failures(model, batch, index):
+            with explaining_failures(model, batch, index), spilling_saved_tensors(model):
                 value = _checked(loss(model, _own(batch, model)), skips=loss is training_loss)
             if value is not None and value.isnan():
                 without_loss += 1  # a mean over no label at all
             elif value is not None:
                 value.backward()  # type: ignore[no-untyped-call]
                 recorder.end()
+            del value  # with all that its backward pass needed
     if taken and without_loss == taken:
         raise PruningError(
             f"The loss of all {counted(taken, 'batch', 'batches')} is NaN, so nothing shows what "
@@ -189,6 +189,24 @@ def collect_gradients(
         )
     check_gradients(recorder.sums)
     return recorder.sums
+
+
+@contextmanager
+def _no_gradients_kept(model: nn.Module) -> Iterator[None]:
+    """A block in which no parameter keeps a gradient: all together are as large as the model."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    mine = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in mine:
+        parameter.grad = None
+    handles = [p.register_post_accumulate_grad_hook(drop) for p in mine]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -252,7 +270,7 @@ def try_forward(forward: Forward, batch: Any, model: nn.Module) -> None:
 
 def try_loss(loss: Loss, batch: Any, model: nn.Module) -> None:
     """Compute a loss once, without a trace."""
-    with undisturbed(model), torch.enable_grad():
+    with undisturbed(model), torch.enable_grad(), spilling_saved_tensors(model):
         _checked(loss(model, _own(batch, model)), skips=loss is training_loss)
 
 

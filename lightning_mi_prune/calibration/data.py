@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.calibration.gradients import GradientSums
 from lightning_mi_prune.calibration.moments import Moments
+from lightning_mi_prune.calibration.samples import MomentsOnDemand
 
 __all__ = [
     "CalibrationData",
@@ -34,6 +35,11 @@ class CalibrationData:
     ranks: Sequence[Mapping[str, Sequence[RecordedCall]]] = ()
     examples: Mapping[str, RecordedCall] = field(default_factory=dict)
     stacks: Mapping[str, LayerComparison] = field(default_factory=dict)
+
+    @property
+    def is_in_files(self) -> bool:
+        """Whether moments are made from temporary files, which no checkpoint holds."""
+        return isinstance(self.moments, MomentsOnDemand)
 
 
 Matrix = tuple[tuple[float, ...], ...]

@@ -7,6 +7,7 @@ loss depends on them, and ``1/2 tr(G Cov(z | kept))`` is the expected rise of th
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from lightning_mi_prune.core.empty_linear import parameters_of
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.functional import intercept_gradients
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.spilling import in_file, is_spilling, spilled, spilled_zeros, spilling
 from lightning_mi_prune.graph.containers import outermost_part
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.inputs import (
@@ -46,10 +48,12 @@ from lightning_mi_prune.graph.layouts import layout_size
 
 __all__ = [
     "GradientRecorder",
+    "GradientSize",
     "GradientSums",
     "Relevance",
     "check_gradients",
     "empty_sums",
+    "gradient_sizes",
     "relevance_of",
     "relevance_of_weights",
 ]
@@ -84,7 +88,7 @@ class GradientSums:
 
     def __init__(self, dimension: int, units: int, *, over_units: bool = False) -> None:
         self.dimension, self.units, self.over_units = dimension, units, over_units
-        self.matrix = torch.zeros(dimension, dimension, dtype=torch.float64)
+        self.matrix = spilled_zeros((dimension, dimension), torch.float64, torch.device("cpu"))
         self.taylor = torch.zeros(units, dtype=torch.float64)
         # Examples, steps, and steps left out because a gradient was not finite.
         self.counts = torch.zeros(3, dtype=torch.float64)
@@ -165,7 +169,7 @@ def relevance_of(sums: Mapping[str, GradientSums]) -> dict[str, Relevance]:
     for key, each in sums.items():
         examples = each.counts[0].clamp_min(1)
         taylor = (each.taylor / examples).sqrt()
-        found[key] = Relevance(each.matrix / examples, each.over_units, taylor)
+        found[key] = Relevance(spilled(each.matrix / examples), each.over_units, taylor)
     return found
 
 
@@ -211,7 +215,7 @@ class GradientRecorder(ModuleHooks):
     The gradients are those that ordinary training computes: of scaled losses, of losses divided for
     accumulation, of several losses in one step, through activation checkpoints. Pass the scale of
     a step to :meth:`end`, so that all steps have the same weight. A step with a gradient that is
-    not finite is left out of all sums.
+    not finite is left out of all sums. Made in a block of :func:`spilling`, it has them in files.
 
     Args:
         model: Module that holds the groups.
@@ -273,7 +277,8 @@ class GradientRecorder(ModuleHooks):
         self._staged: dict[str, list[Tensor]] = {}
         self._rows: Counter[tuple[str, bool]] = Counter()
         self._last: dict[str, int] = {}
-        self._recording = False
+        self._recording, self._in_files = False, is_spilling()
+        self.seconds = 0.0  # spent on the sums, apart from the steps themselves
 
     @property
     def _hooked(self) -> Sequence[str]:
@@ -319,6 +324,7 @@ class GradientRecorder(ModuleHooks):
                 the number of accumulated batches.
         """
         staged, self._recording = self._staged, False
+        started = time.perf_counter()
         if staged:
             values = [t for parts in staged.values() for t in parts]
             finite = bool(torch.stack([t.sum() for t in values]).isfinite().all())
@@ -336,6 +342,7 @@ class GradientRecorder(ModuleHooks):
                     taylor = staged[key][1].to("cpu", torch.float64)
                     sums.taylor += taylor * weight
         self._clear()
+        self.seconds += time.perf_counter() - started
 
     def _clear(self) -> None:
         self._staged, self._rows, self._recording = {}, Counter(), False
@@ -386,6 +393,9 @@ class GradientRecorder(ModuleHooks):
             swapped = self._padding.positions_first(channels_last(module, x))
             if swapped:
                 self._count_positions_first(path, x)
+            if self._in_files:  # what the gradient waits for
+                is_read = self._taylor or self.sums[keys[0]].over_units
+                x = in_file(x) if is_read else x.new_empty((0,) * x.ndim)
             add = partial(self._add_gradient, keys, x, module, swapped)
             output.register_hook(add)  # type: ignore[no-untyped-call]
             return output
@@ -397,7 +407,7 @@ class GradientRecorder(ModuleHooks):
     ) -> None:
         if not self._recording:
             return
-        grad = grad.detach()
+        started, grad = time.perf_counter(), grad.detach()
         if swapped:
             x, grad = x.transpose(0, 1), grad.transpose(0, 1)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
@@ -410,11 +420,13 @@ class GradientRecorder(ModuleHooks):
             self._stage(keys, down.flatten(0, -2) if over_units else g)
             if self._taylor:
                 self._stage_change(keys, x.shape[0], channels_last(module, x), down)
+        self.seconds += time.perf_counter() - started
 
     def _add_at_input(self, keys: Sequence[str], x: Tensor, grad: Tensor) -> None:
         """The same for a gradient at the input ``(..., entries)`` of a functional weight."""
         if not self._recording:
             return
+        started = time.perf_counter()
         if self._padding.positions_first(x):
             x, grad = x.transpose(0, 1), grad.transpose(0, 1)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
@@ -422,6 +434,7 @@ class GradientRecorder(ModuleHooks):
             self._stage(keys, down.reshape(-1, down.shape[-1]))
             if self._taylor:
                 self._stage_change(keys, x.shape[0], x, down)
+        self.seconds += time.perf_counter() - started
 
     def _stage(self, keys: Sequence[str], rows: Tensor) -> None:
         """Add gradients ``(rows, dimension)`` to the matrix of an input."""
@@ -430,8 +443,15 @@ class GradientRecorder(ModuleHooks):
                 # new_zeros, as precision plugins change the default type; one matrix for all.
                 size = self.sums[keys[0]].dimension if key == keys[0] else 0
                 taylor = rows.new_zeros(self.sums[key].units)
-                self._staged[key] = [rows.new_zeros(size, size), taylor]
-        self._staged[keys[0]][0].addmm_(rows.mT, rows)
+                with spilling(self._in_files):  # a backward pass may run in another thread
+                    home = torch.device("cpu") if self._in_files else rows.device
+                    matrix = spilled_zeros((size, size), rows.dtype, home)
+                self._staged[key] = [matrix, taylor]
+        matrix = self._staged[keys[0]][0]
+        if matrix.device == rows.device:
+            matrix.addmm_(rows.mT, rows)
+        else:
+            matrix.add_((rows.mT @ rows).to(matrix.device))
 
     def _stage_change(self, keys: Sequence[str], examples: int, x: Tensor, down: Tensor) -> None:
         """Add first-order changes of the loss without each unit."""
@@ -475,9 +495,34 @@ def empty_sums(
     model: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan | None = None
 ) -> dict[str, GradientSums]:
     """Empty sums for every input, for a model that carries a plan (default: as built)."""
+    return {
+        key: GradientSums(size.dimension, size.units, over_units=size.over_units)
+        for key, size in gradient_sizes(model, groups, plan).items()
+    }
+
+
+@dataclass(frozen=True)
+class GradientSize:
+    """Shape of the sums of gradients at one input.
+
+    Args:
+        dimension: Rows of their matrix: outputs of the consumer, or entries of the units.
+        units: Units of the group.
+        over_units: Whether the matrix is over the units.
+    """
+
+    dimension: int
+    units: int
+    over_units: bool
+
+
+def gradient_sizes(
+    model: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan | None = None
+) -> dict[str, GradientSize]:
+    """Shape of the sums of every input, for a model that carries a plan (default: as built)."""
     widths = {} if plan is None else plan.widths
     parameters = parameters_of(model)
-    sums: dict[str, GradientSums] = {}
+    sizes: dict[str, GradientSize] = {}
     for group in groups:
         for key, consumers in group.inputs.items():
             entries, outputs = read_shape(model, parameters, group, consumers)
@@ -489,5 +534,5 @@ def empty_sums(
                 entries //= ConsumerInput.of(group, consumers).fold
             units = 1 if rotates is not None else widths.get(group.name, group.size)
             dimension = entries if over_units else outputs
-            sums[key] = GradientSums(dimension, units, over_units=over_units)
-    return sums
+            sizes[key] = GradientSize(dimension, units, over_units)
+    return sizes

@@ -16,6 +16,7 @@ __all__ = [
     "ExactSums",
     "Moments",
     "add_outer",
+    "check_finite",
     "check_moments",
     "check_packed",
     "mirror",
@@ -104,6 +105,9 @@ class Moments(ExactSums):
         # Metric keeps a copy of every default, so this one starts as a scalar and is given its
         # d^2 entries by the first update: half the memory.
         self.add_state("outer", zeros.sum(), dist_reduce_fx="sum")
+        # Metric wraps these in references to itself, and d^2 entries would wait for the garbage
+        # collector.
+        del self.update, self.compute
 
     def update(self, x: Tensor) -> None:
         """Add samples ``x (n, d)`` on their device, on the CPU where that has no float64 (MPS)."""
@@ -244,7 +248,9 @@ def stabilize(covariance: Tensor, mean: Tensor, count: Tensor) -> Tensor:
     noise = rounding_variance(mean, count) * len(mean) ** 0.5
     constant = covariance.diagonal() <= noise
     covariance.diagonal().add_(noise)
-    return covariance.masked_fill_(constant[:, None] | constant, 0.0)
+    covariance[constant] = 0.0
+    covariance[:, constant] = 0.0
+    return covariance
 
 
 def rounding_variance(mean: Tensor, count: Tensor) -> Tensor:
@@ -270,14 +276,29 @@ def check_moments(found: Mapping[str, Moments]) -> None:
         PruningError: If a layer never ran, or had NaN or infinite inputs.
     """
     for name, moments in found.items():
-        if int(moments.count) == 0:
-            raise PruningError(
-                f"No activations were collected at {name!r}: its layer never ran in validation. "
-                "Expected validation_step to call the network; exclude the group or name the "
-                "module."
-            )
-        if not torch.isfinite(moments.total).all() or not torch.isfinite(moments.outer).all():
-            raise PruningError(
-                f"NaN or infinite activations at {name!r} during validation. Expected finite "
-                "values; look for a diverged loss or an overflow in half precision first."
-            )
+        finite = torch.isfinite(moments.total).all() and torch.isfinite(moments.outer).all()
+        check_finite(name, int(moments.count), finite=bool(finite))
+
+
+def check_finite(name: str, count: int, *, finite: bool) -> None:
+    """Refuse an input without samples, or with values that are not finite.
+
+    Args:
+        name: Its key.
+        count: Samples that were taken.
+        finite: Whether all their values are finite.
+
+    Raises:
+        PruningError: Naming it, and the remedy.
+    """
+    if count == 0:
+        raise PruningError(
+            f"No activations were collected at {name!r}: its layer never ran in validation. "
+            "Expected validation_step to call the network; exclude the group or name the "
+            "module."
+        )
+    if not finite:
+        raise PruningError(
+            f"NaN or infinite activations at {name!r} during validation. Expected finite "
+            "values; look for a diverged loss or an overflow in half precision first."
+        )

@@ -228,7 +228,7 @@ class RunEngine:
     def save(self, trainer: pl.Trainer, checkpoint: dict[str, Any], key: str) -> None:
         """Complete a checkpoint: a validation that is needed is run again, whole, on resuming."""
         state = self.state
-        collects = self._collects(trainer) and state.calibration is None
+        collects = self._collects(trainer) and not state.has_saved_calibration
         compares = state.snapshot is not None and state.snapshot.failed_epoch is None
         if (collects or compares) and "loops" in checkpoint:
             rerun_validation(trainer, checkpoint["loops"])
@@ -497,7 +497,8 @@ class RunEngine:
             return
         self._verify(session, decision.plan)
         started = time.perf_counter()
-        data.moments = {}  # as large as the model; what follows needs the room
+        # As large as the model; what follows needs the room.
+        data.moments, data.gradients = {}, None
         solved = _on_cpu(self.strategy.reconstruct(session, decision, data))
         # All ranks solved the same sums; with other processors they may differ in the last digit.
         solved = broadcast_decision(strategy, lambda: solved)
@@ -517,12 +518,14 @@ class RunEngine:
         stacks = {stack.name for stack in session.graph.stacks}
         smaller = [name for name in plan.sizes if plan.width(name) < current.width(name)]
         if any(name in stacks or not plan.width(name) for name in smaller):
+            started = time.perf_counter()
             check = partial(self._dry_run.check, session.trainer, session.module, session.graph)
             on_all_ranks(
                 session.trainer.strategy,
                 "a cut of a copy of the module",
                 lambda: check(current, plan),
             )
+            self._spend("discovery", started)
 
     def _discover(
         self,
@@ -537,7 +540,7 @@ class RunEngine:
         Rank 0 finds it for all; with two callbacks the first one does. A step that runs no network
         shows nothing: then one of another kind has to.
         """
-        tracker = self._tracked()
+        tracker, started = self._tracked(), time.perf_counter()
         if not tracker.is_whole:
 
             def find() -> str:
@@ -564,6 +567,7 @@ class RunEngine:
         if self.state.graph is not None:
             refused = self.state.graph.refused
             self.state.report.left_out = [f"{part.name}: {part.reason}" for part in refused]
+        self._spend("discovery", started)
 
     def _try(
         self,
@@ -578,7 +582,7 @@ class RunEngine:
         if trainer.state.fn != "fit" or self._dry_run.has(step) or over or self._awaits_batch:
             return
         self._dry_run.remember(step, batch, loader)
-        session = self._session(trainer, module)
+        session, started = self._session(trainer, module), time.perf_counter()
         plan = self.strategy.plan_to_verify(session)
         if plan is not None:
             check = partial(self._dry_run.check, trainer, module, session.graph, session.plan)
@@ -587,6 +591,12 @@ class RunEngine:
                 f"a cut of a copy of the module, tried in {step}",
                 lambda: check(plan, only=step),
             )
+            self._spend("discovery", started)
+
+    def _spend(self, part: str, started: float) -> None:
+        """Count the time since ``started`` for a part of the cut that comes next."""
+        seconds = self.state.seconds
+        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - started
 
     def _cut(self, trainer: pl.Trainer, module: pl.LightningModule, pending: PendingCut) -> None:
         state, session, decision = self.state, self._session(trainer, module), pending.decision
@@ -621,7 +631,7 @@ class RunEngine:
         report.cuts.append(cut)
         self._follow_size(trainer)
         seconds = {**state.seconds, "surgery": time.perf_counter() - started}
-        report.cuts[-1] = replace(cut, seconds=seconds)
+        report.cuts[-1], state.seconds = replace(cut, seconds=seconds), {}
         if self.verbose and trainer.is_global_zero:
             print_cut(report.cuts[-1], report)
 

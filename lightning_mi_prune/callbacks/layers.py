@@ -215,7 +215,7 @@ class LayerStrategy:
         assert isinstance(recorder, StackRecorder)  # noqa: S101
         state, strategy = session.state, session.trainer.strategy
         state.examples = update_calls(state.examples, recorder.examples)
-        state.seconds = {"calibration": recorder.seconds}
+        state.seconds |= {"calibration": recorder.seconds}
         sum_over_ranks(strategy, recorder.sums)
         stacks = recorder.compared(session.plan)
         if self.steps is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mi_prune.calibration.activations import input_sizes
-from lightning_mi_prune.calibration.gradients import GradientSums, empty_sums
+from lightning_mi_prune.calibration.gradients import GradientSize, GradientSums, gradient_sizes
 from lightning_mi_prune.callbacks.monitors import MetricGuard
 from lightning_mi_prune.callbacks.schedule import CutSchedule, validates_after
 from lightning_mi_prune.callbacks.state import RunState, Snapshot
@@ -241,7 +241,7 @@ def reconcile_units(
     """
     dropped, names = [], {group.name for group in groups}
     widths = input_sizes(module, groups)
-    shapes, data = _shapes(empty_sums(module, groups, plan)), state.calibration
+    shapes, data = _shapes(gradient_sizes(module, groups, plan)), state.calibration
     if state.gradients is not None and (not steps or _shapes(state.gradients) != shapes):
         state.gradients = None  # collected anew in the rest of the epoch
     if data is not None and {key: m.dimension for key, m in data.moments.items()} != widths:
@@ -448,5 +448,7 @@ def forget_metric(state: RunState, guard: MetricGuard | None) -> list[str]:
     return dropped
 
 
-def _shapes(sums: Mapping[str, GradientSums]) -> dict[str, tuple[int, int, bool]]:
+def _shapes(
+    sums: Mapping[str, GradientSums] | Mapping[str, GradientSize],
+) -> dict[str, tuple[int, int, bool]]:
     return {key: (s.dimension, s.units, s.over_units) for key, s in sums.items()}

@@ -154,11 +154,18 @@ class RunState:
     graph: PruningGraph | None = None
     tables: dict[Device, LatencyTable] = field(default_factory=dict, metadata={"saved": False})
 
+    @property
+    def has_saved_calibration(self) -> bool:
+        """Whether there is a calibration that checkpoints hold: not one in temporary files."""
+        return self.calibration is not None and not self.calibration.is_in_files
+
     def to_dict(self) -> dict[str, Any]:
         """Plain containers and tensors, which ``torch.load(weights_only=True)`` opens."""
         examples = {path: c for path, c in self.examples.items() if is_plain(vars(c))}
         batches = [batch for batch in self.batches if is_plain(vars(batch))]
-        return {"version": _VERSION, **write(replace(self, examples=examples, batches=batches))}
+        calibration = self.calibration if self.has_saved_calibration else None
+        saved = replace(self, examples=examples, batches=batches, calibration=calibration)
+        return {"version": _VERSION, **write(saved)}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> RunState:

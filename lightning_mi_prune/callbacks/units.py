@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -23,9 +23,12 @@ from lightning_mi_prune.calibration.gradients import (
     check_gradients,
     empty_sums,
 )
+from lightning_mi_prune.calibration.memory import Memory, choose_memory, memory_needs
 from lightning_mi_prune.calibration.moments import check_moments
+from lightning_mi_prune.calibration.samples import MomentsOnDemand
 from lightning_mi_prune.callbacks.base import PruningCallback, as_misconfiguration, checked_options
 from lightning_mi_prune.callbacks.distributed import (
+    broadcast_decision,
     gather_ranks,
     sum_over_ranks,
     sum_tensor,
@@ -39,6 +42,7 @@ from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import PruningError, number
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
+from lightning_mi_prune.core.spilling import is_spilling, spilled, spilling
 from lightning_mi_prune.graph.graph import (
     PruningGraph,
     check_within,
@@ -47,6 +51,8 @@ from lightning_mi_prune.graph.graph import (
     summarize_groups,
 )
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters, is_within
+from lightning_mi_prune.graph.inputs import ConsumerInput
+from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
 from lightning_mi_prune.pipeline import check as check_options
 from lightning_mi_prune.reconstruction.compensation import Decision
@@ -62,18 +68,28 @@ __all__ = [
 ]
 
 
+_FEWEST_POSITIONS = 8192
+
+
 class GradientCollection:
     """Records gradients in the training steps of an epoch that ends with a decision.
 
     Args:
         steps: Training steps to take gradients from, over all ranks.
         groups: The groups that may be cut, of the layers that are there.
+        in_files: Whether sums are in temporary files instead of memory.
     """
 
-    def __init__(self, steps: int, groups: Callable[[Session], list[DependencyGroup]]) -> None:
-        self._steps, self._groups = steps, groups
+    def __init__(
+        self,
+        steps: int,
+        groups: Callable[[Session], list[DependencyGroup]],
+        in_files: Callable[[Session], bool],
+    ) -> None:
+        self._steps, self._groups, self._in_files = steps, groups, in_files
         self._recorder: GradientRecorder | None = None
         self._scale = 1.0
+        self.seconds = 0.0  # spent on the gradients of this epoch
         self._whole = False  # whether every step of the epoch was seen
 
     def begin(self, session: Session, batch: Any, index: int) -> None:
@@ -85,13 +101,14 @@ class GradientCollection:
         if self._recorder is None:
             batches = trainer.num_training_batches
             self._whole = self._whole and index == 0
-            self._recorder = GradientRecorder(
-                session.module,
-                self._groups(session),
-                steps=-(-self._steps // session.world),
-                batches=None if math.isinf(batches) else int(batches),
-                plan=session.plan,
-            )
+            with spilling(self._in_files(session)):
+                self._recorder = GradientRecorder(
+                    session.module,
+                    self._groups(session),
+                    steps=-(-self._steps // session.world),
+                    batches=None if math.isinf(batches) else int(batches),
+                    plan=session.plan,
+                )
             if state.gradients is not None:  # of a run that stopped inside this epoch
                 self._recorder.sums = dict(state.gradients)
             state.gradients = self._recorder.sums
@@ -107,6 +124,7 @@ class GradientCollection:
         """A training step is over."""
         if self._recorder is not None:
             self._recorder.end(scale=self._scale)
+            self.seconds = self._recorder.seconds
 
     def close(self) -> None:
         """Take the hooks down; the sums stay in the state of the run."""
@@ -127,8 +145,9 @@ class GradientCollection:
         """The sums of all ranks over this epoch; None, with a warning, where there are none."""
         self.close()
         trainer, groups = session.trainer, self._groups(session)
-        empty = empty_sums(session.module, groups, session.plan)
-        sums = _summed(trainer, session.state.gradients or empty)
+        with spilling(self._in_files(session)):
+            empty = empty_sums(session.module, groups, session.plan)
+            sums = _summed(trainer, session.state.gradients or empty)
         missed = not any(s.counts.any() for s in sums.values())
         if missed and not (self._whole and trainer.is_last_batch):
             rank_zero_warn(
@@ -142,16 +161,38 @@ class GradientCollection:
 
 def _summed(trainer: pl.Trainer, sums: Mapping[str, GradientSums]) -> dict[str, GradientSums]:
     """The sums over all ranks, in sums of their own; every rank must call it."""
-    together = {
-        key: GradientSums(s.dimension, s.units, over_units=s.over_units).unpack(s.packed())
-        for key, s in sums.items()
-    }
-    sum_over_ranks(trainer.strategy, together)
+    together: dict[str, GradientSums] = {}
+    for key, s in sums.items():
+        own = GradientSums(s.dimension, s.units, over_units=s.over_units).unpack(s.packed())
+        if is_spilling():  # one after another
+            sum_over_ranks(trainer.strategy, {key: own})
+        own.matrix = spilled(own.matrix)
+        together[key] = own
+    if not is_spilling():
+        sum_over_ranks(trainer.strategy, together)
     return together
 
 
 def _scaler(trainer: pl.Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def positions_while_training(groups: Sequence[DependencyGroup]) -> int:
+    """Positions that are enough for groups of a model whose training goes on.
+
+    Five for each entry of the widest input, which are twenty for each output of the layers whose
+    width is a fourth of it: training makes up for what a smaller sample costs.
+
+    Example:
+        >>> positions_while_training([])
+        8192
+    """
+    entries = [
+        layout_size(ConsumerInput.of(group, consumers).layout, group.all_widths({}))
+        for group in groups
+        for consumers in group.inputs.values()
+    ]
+    return min(options.MOST_POSITIONS, max(_FEWEST_POSITIONS, 5 * max(entries, default=0)))
 
 
 class UnitStrategy:
@@ -184,14 +225,14 @@ class UnitStrategy:
         self.pipeline, self.schedule = pipeline, schedule
         self.goal = budget.amount if budget.kind == "sparsity" else 1.0
         self.chosen: list[DependencyGroup] = []
-        self._positions, self._stored = (
-            calibration.positions,
-            pipeline.reconstruction.stored_positions,
-        )
+        self._calibration, self._memory = calibration, ""
+        self._stored = pipeline.reconstruction.stored_positions
         self._steps = (
             calibration.gradient_steps if pipeline.importance.relevance == "gradient" else 0
         )
-        self.steps = GradientCollection(self._steps, self._present) if self._steps else None
+        self.steps = (
+            GradientCollection(self._steps, self._present, self._in_files) if self._steps else None
+        )
         self._choose, self._within, self._halve = choose, module, halve
         self.budget = "" if budget.kind == "sparsity" else str(budget)
 
@@ -200,14 +241,39 @@ class UnitStrategy:
         names = {group.name for group in self.chosen}
         return [group for group in session.tracker.groups if group.name in names]
 
+    def _in_files(self, session: Session) -> bool:
+        """Whether sums are made one after another from files; rank 0 chooses for all, once a fit.
+
+        Raises:
+            PruningError: If not even those of one group fit in memory.
+        """
+
+        def choose() -> Memory:
+            needs = memory_needs(
+                session.module,
+                self._present(session),
+                session.plan,
+                positions=self._calibration.samples,
+                gradients=self.steps is not None,
+            )
+            memory = choose_memory(self._calibration, needs, session.module.device)
+            if memory == "low":
+                rank_zero_info(f"Calibration with memory='low': {needs}.")
+            return memory
+
+        self._memory = self._memory or broadcast_decision(session.trainer.strategy, choose)
+        return self._memory == "low"
+
     def check_paths(self, module: nn.Module) -> None:
         check_within(module, self._within)
 
     def prepare(self, session: Session) -> Mapping[str, object]:
+        self._memory = ""
         module, plan, groups = session.module, session.plan, session.graph.groups
         mine = [group for group in groups if is_within(group.name, self._within)]
         others = modules_without_groups(module, groups, self._within)
         self.chosen = self._choose(without_frozen(module, mine), others)
+        self._set_positions()
         rank_zero_info(f"Pruning may cut {summarize_groups(self.chosen)}.")
         present = self._present(session)
         check_cuttable(module, present, plan)
@@ -218,6 +284,17 @@ class UnitStrategy:
         check_optimizers(session.trainer.strategy.optimizers, self.parameters(session))
         self._check_budget(session, present)
         return {f"the size of {group.name!r}": group.size for group in self.chosen}
+
+    def _set_positions(self) -> None:
+        """Take as many positions as the groups need, as built, where no number is given."""
+        enough = positions_while_training(self.chosen)
+        solving = self.pipeline.reconstruction
+        self._calibration = replace(
+            self._calibration, positions=self._calibration.positions or enough
+        )
+        solving = replace(solving, positions=solving.positions or enough)
+        self.pipeline = replace(self.pipeline, reconstruction=solving)
+        self._stored = solving.stored_positions
 
     def _check_budget(self, session: Session, present: list[DependencyGroup]) -> None:
         """Refuse a budget that these groups cannot meet from their present widths."""
@@ -268,26 +345,35 @@ class UnitStrategy:
         return half_plan(present, session.plan) if present else None
 
     def recorder(self, session: Session) -> ActivationRecorder:
-        return ActivationRecorder(
-            session.module,
-            self._present(session),
-            positions=-(-self._positions // session.world),
-            batches=validation_batches(session.trainer),
-            seed=self.pipeline.seed,
-            calls=-(-self._stored // session.world),
-        )
+        with spilling(self._in_files(session)):
+            return ActivationRecorder(
+                session.module,
+                self._present(session),
+                positions=-(-self._calibration.samples // session.world),
+                batches=validation_batches(session.trainer),
+                seed=self.pipeline.seed,
+                calls=-(-self._stored // session.world),
+            )
 
     def collect(self, session: Session, recorder: Recorder) -> CalibrationData | None:
         assert isinstance(recorder, ActivationRecorder)  # noqa: S101
         state, strategy = session.state, session.trainer.strategy
         state.examples = update_calls(state.examples, recorder.calls(self._present(session)))
-        state.seconds = {"calibration": recorder.seconds}
-        sum_over_ranks(strategy, recorder.moments)
-        check_moments(recorder.moments)
+        state.seconds |= {"calibration": recorder.seconds}
+        if self.steps is not None:
+            state.seconds["gradients"] = self.steps.seconds
+        moments = recorder.moments
+        if isinstance(moments, MomentsOnDemand):
+            if session.world > 1:
+                moments = moments.reduced(partial(sum_over_ranks, strategy))
+            moments.check()
+        else:
+            sum_over_ranks(strategy, moments)
+            check_moments(moments)
         gradients = None if self.steps is None else self.steps.collect(session)
         if self.steps is not None and gradients is None:
             return None
-        data = CalibrationData(recorder.moments, gradients)
+        data = CalibrationData(moments, gradients)
         if self._stored:
             stored = move_tensors(recorder.stored, torch.device("cpu"))
             data.ranks = gather_ranks(strategy, stored)
@@ -299,31 +385,33 @@ class UnitStrategy:
             goal = self._left(session, goal)
         if goal <= 0:
             return None
-        return decide(
-            self.pipeline,
-            session.module,
-            session.tracker.groups,
-            self._present(session),
-            session.plan,
-            data,
-            progress=min(1.0, goal / self.goal),
-            kept=session.state.information_kept,
-            tables=session.state.tables,
-        )
+        with spilling(data.is_in_files):
+            return decide(
+                self.pipeline,
+                session.module,
+                session.tracker.groups,
+                self._present(session),
+                session.plan,
+                data,
+                progress=min(1.0, goal / self.goal),
+                kept=session.state.information_kept,
+                tables=session.state.tables,
+            )
 
     def reconstruct(self, session: Session, decision: Decision, data: CalibrationData) -> Decision:
         strategy = session.trainer.strategy
-        return reconstruct(
-            session.module,
-            session.tracker.groups,
-            session.plan,
-            decision,
-            self.pipeline.reconstruction,
-            data,
-            add=partial(sum_tensor, strategy),
-            rank=session.trainer.global_rank,
-            world=world_size(strategy),
-        )
+        with spilling(self._in_files(session)):
+            return reconstruct(
+                session.module,
+                session.tracker.groups,
+                session.plan,
+                decision,
+                self.pipeline.reconstruction,
+                data,
+                add=partial(sum_tensor, strategy),
+                rank=session.trainer.global_rank,
+                world=world_size(strategy),
+            )
 
     def record(self, session: Session, pending: PendingCut, before: PruningPlan) -> Cut:
         widths = {group.name: before.width(group.name) for group in self.chosen}
@@ -402,7 +490,8 @@ class MutualInformationPruning(PruningCallback):
         constraints: Fewest and most units of groups.
         latency: How milliseconds are measured.
         reconstruction: How the weights that stay make up for what was removed.
-        schedule: When a run cuts, and how much each time.
+        schedule: When a run cuts, and how much each time. Default: once, as early as possible;
+            with ``max_drop`` what fits, at most 4 times.
         monitoring: How metrics are compared while the model changes its size.
         seed: Seed of the draw of positions.
         verbose: Whether each cut prints a table on rank zero.
@@ -461,6 +550,9 @@ class MutualInformationPruning(PruningCallback):
                 groups, kinds=kinds, include=include, exclude=exclude, modules=modules
             )
 
+        # Each of several cuts can be rolled back by itself; without that, one is as good.
+        cuts = schedule.cuts if schedule.cuts is not None or max_drop is not None else 1
+        schedule = replace(schedule, cuts=cuts)
         super().__init__(
             UnitStrategy(
                 self.method,

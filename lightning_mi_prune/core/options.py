@@ -15,6 +15,7 @@ from typing import Any, Literal
 from lightning_mi_prune.core.errors import PruningError
 
 __all__ = [
+    "MOST_POSITIONS",
     "Calibration",
     "Constraints",
     "Importance",
@@ -29,29 +30,46 @@ __all__ = [
 ]
 
 
+MOST_POSITIONS = 16_384  # that are calibrated with unless the user asks for more
+
+
 @dataclass(frozen=True)
 class Calibration:
     """How much is collected before a cut.
 
     Args:
-        positions: Samples of every group in one validation run, over all ranks.
+        positions: Samples of every group in one validation run, over all ranks. Default: 16,384;
+            for a callback 5 for each entry of the widest input, from 8,192 to 16,384.
         gradient_steps: Training steps to take gradients from, over all ranks; only where
             ``Importance.relevance`` is ``"gradient"``.
+        memory: ``"ordinary"`` holds the sums of all groups in memory, ``8 d^2`` bytes for a group
+            of ``d`` entries; ``"low"`` holds those of one group at a time and keeps all else in
+            temporary files (in the folder that ``TMPDIR`` names). The plan is the same. Default
+            ``"auto"``: ``"low"`` where the ordinary way would need more than half of the memory
+            that is free; the log says so.
 
     Raises:
-        PruningError: If a number is no whole number, or too small.
+        PruningError: If a number is no whole number, or too small, or memory none of the choices.
 
     Example:
         >>> Calibration(positions=4096).gradient_steps
         64
     """
 
-    positions: int = 16_384
+    positions: int | None = None
     gradient_steps: int = 64
+    memory: Literal["auto", "ordinary", "low"] = "auto"
 
     def __post_init__(self) -> None:
-        check_count("positions", self.positions, least=2)
+        check_choice("memory", self.memory, ("auto", "ordinary", "low"))
+        if self.positions is not None:
+            check_count("positions", self.positions, least=2)
         check_count("gradient_steps", self.gradient_steps, least=1)
+
+    @property
+    def samples(self) -> int:
+        """Positions that are collected, where nothing says how many are needed."""
+        return self.positions or MOST_POSITIONS
 
 
 @dataclass(frozen=True)
@@ -166,23 +184,24 @@ class Reconstruction:
             weights that stay; ``"none"`` leaves the weights as they are. Removed layers know
             ``"layerwise"`` and ``"none"``.
         positions: Positions of validation inputs that are stored for ``"layerwise"``, over all
-            ranks; more are better.
+            ranks; more are better. Default: as many as are calibrated with.
 
     Raises:
         PruningError: If a value is none of the choices, or too small.
     """
 
     method: Literal["layerwise", "compensation", "none"] = "layerwise"
-    positions: int = 16_384
+    positions: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, ("layerwise", "compensation", "none"))
-        check_count("positions", self.positions, least=2)
+        if self.positions is not None:
+            check_count("positions", self.positions, least=2)
 
     @property
     def stored_positions(self) -> int:
         """Positions of inputs to store; 0 where nothing is solved again."""
-        return self.positions if self.method == "layerwise" else 0
+        return (self.positions or MOST_POSITIONS) if self.method == "layerwise" else 0
 
 
 @dataclass(frozen=True)
@@ -193,7 +212,8 @@ class Schedule:
     start with a cut is 1, because a validation comes before it.
 
     Args:
-        cuts: Number of cuts; default: what fits, at most 4.
+        cuts: Number of cuts. Default: 1; with ``max_drop``, which can undo each by itself, what
+            fits, at most 4.
         first_epoch: Epoch that starts with the first cut.
         last_epoch: Epoch that starts with the last cut; default: half-way through the run.
         ramp: ``"cubic"`` removes much early and little late (Zhu and Gupta 2017), ``"linear"`` the

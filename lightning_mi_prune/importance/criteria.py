@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted, number
 from lightning_mi_prune.core.options import Importance, check_choice
+from lightning_mi_prune.core.spilling import spilled
 from lightning_mi_prune.importance.elimination import Elimination, eliminate
 from lightning_mi_prune.importance.information import (
     inverse,
@@ -207,14 +208,15 @@ def criterion_of(importance: Importance, seed: int = 0) -> Criterion:
 
 def _precisions(statistics: UnitStatistics, noise: float) -> tuple[Tensor, Tensor]:
     """``Cov(x)^-1`` and ``Cov(x | y)^-1`` with noise of this variance on ``y``."""
-    covariance = statistics.covariance
+    covariance, extra = statistics.covariance, None
     if statistics.samples < 2 * len(covariance):  # with enough samples exact copies stay exact
         # Correlations become those of `shrink`, but covariances of different entries stay.
         share = shrinkage(covariance, statistics.samples).clamp_max(0.999)
-        covariance = covariance + share / (1 - share) * torch.diag(covariance.diagonal())
-    precision = inverse(covariance)
+        extra = share / (1 - share) * covariance.diagonal()
+    precision = spilled(inverse(covariance, extra=extra))
     # y = T x + noise, so Cov(x | y)^-1 = Cov(x)^-1 + T'T / noise: no second inverse.
-    return precision, precision + statistics.readout.mT @ statistics.readout / noise
+    posterior = (statistics.readout.mT @ statistics.readout).div_(noise).add_(precision)
+    return precision, spilled(posterior)
 
 
 def _ascending(scores: Tensor) -> Elimination:

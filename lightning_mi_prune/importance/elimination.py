@@ -77,7 +77,7 @@ class _Precision:
         """Drop the rows and columns of removed units; call it right after a flush."""
         g = self.entries
         index = (alive[:, None] * g + torch.arange(g, device=alive.device)).flatten()
-        self.matrix = self.matrix[index][:, index]
+        self.matrix = self.matrix[index[:, None], index]
         self.factors = self.factors[: len(index)]
         self.blocks = self.blocks[alive]
 

@@ -26,6 +26,7 @@ __all__ = [
     "shrink",
     "shrinkage",
     "unit_information",
+    "with_diagonal",
 ]
 
 # Noise added to every unit, as a share of its variance, so that matrices with exact copies and
@@ -67,16 +68,32 @@ def mean_variance(covariance: Tensor) -> Tensor:
     return covariance.diagonal().mean().clamp_min(NOTHING)
 
 
-def inverse(matrix: Tensor, jitter: float = JITTER) -> Tensor:
+def inverse(matrix: Tensor, jitter: float = JITTER, *, extra: Tensor | None = None) -> Tensor:
     """Inverse of a covariance ``(d, d)`` with a little noise added to its entries.
 
     The noise is a share ``jitter`` of each entry's own variance, or of the mean variance where the
     entry is constant.
+
+    Args:
+        matrix: The covariance.
+        jitter: That share.
+        extra: Variance ``(d,)`` to add to the entries before.
     """
+    matrix = matrix.clone() if extra is None else with_diagonal(matrix, extra)
     variance = matrix.diagonal()
     mean = mean_variance(matrix)
     noise = torch.where(variance > JITTER * mean, variance, mean) * jitter
-    return torch.cholesky_inverse(cholesky(matrix + torch.diag(noise)))
+    matrix.diagonal().add_(noise)
+    factor = cholesky(matrix)
+    del matrix, variance  # as few matrices at a time as can be: they are the largest that there are
+    return torch.cholesky_inverse(factor)
+
+
+def with_diagonal(matrix: Tensor, values: Tensor) -> Tensor:
+    """A copy of a matrix ``(d, d)`` with values ``(d,)`` added to its diagonal."""
+    copied = matrix.clone()
+    copied.diagonal().add_(values)
+    return copied
 
 
 def conditional_covariance(sxx: Tensor, sxy: Tensor, syy: Tensor) -> Tensor:
@@ -156,7 +173,9 @@ def shrink(covariance: Tensor, samples: int) -> Tensor:
         (tensor(True), tensor(True))
     """
     share = shrinkage(covariance, samples)
-    return (1 - share) * covariance + share * torch.diag(covariance.diagonal())
+    mixed = (1 - share) * covariance
+    mixed.diagonal().add_(share * covariance.diagonal())
+    return mixed
 
 
 def shrinkage(covariance: Tensor, samples: int) -> Tensor:
@@ -164,7 +183,8 @@ def shrinkage(covariance: Tensor, samples: int) -> Tensor:
     size = covariance.shape[0]
     variance = covariance.diagonal()
     scale = torch.where(variance > 0, variance, 1.0).rsqrt()
-    squares = (covariance * scale[:, None] * scale[None, :]).square().sum()
+    scaled = covariance * scale[:, None]
+    squares = scaled.mul_(scale).square_().sum()
     trace = (variance > 0).sum()
     spread = (samples + 1 - 2 / size) * (squares - trace.square() / size)
     wanted = (1 - 2 / size) * squares + trace.square()
@@ -179,12 +199,14 @@ def regression(covariance: Tensor, kept: Tensor, dropped: Tensor, samples: int) 
     new samples (Stein's formula, Darlington 1968), so that fitted noise is not used: exact
     relations stay exact, and with no more samples than kept entries all coefficients are 0.
     """
-    skk, skd = covariance[kept][:, kept], covariance[kept][:, dropped]
+    skk, skd = covariance[kept[:, None], kept], covariance[kept[:, None], dropped]
     freedom = samples - len(kept) - 2
     if freedom <= 0 or not len(dropped):
         return torch.zeros_like(skd.mT)
-    noise = JITTER * mean_variance(skk) * torch.eye(len(kept), dtype=skk.dtype, device=skk.device)
-    plain = torch.cholesky_solve(skd, cholesky(skk + noise)).mT
+    skk.diagonal().add_(JITTER * mean_variance(skk))
+    factor = cholesky(skk)
+    del skk
+    plain = torch.cholesky_solve(skd, factor).mT
     total = covariance.diagonal()[dropped].clamp_min(NOTHING)
     explained = ((plain * skd.mT).sum(1) / total).clamp(1e-12, 1.0)
     loss = (samples - 1) / (freedom + 1) * (samples - 2) / freedom * (samples + 1) / samples

@@ -144,8 +144,10 @@ def loss_curve(statistics: Sequence[UnitStatistics], order: Sequence[int]) -> li
         covariance = each.covariance
         if each.samples < 2 * len(covariance):
             covariance = shrink(covariance, each.samples)
-        jitter = JITTER**2 * mean_variance(covariance) * torch.eye(len(index)).to(covariance)
-        factor = each.readout[:, index] @ cholesky(covariance[index][:, index] + jitter)
+        jitter = JITTER**2 * mean_variance(covariance)
+        covariance = covariance[index[:, None], index]
+        covariance.diagonal().add_(jitter)
+        factor = each.readout[:, index] @ cholesky(covariance)
         shares = factor.square().sum(0).view(-1, each.entries).sum(1)
         total += shares.flip(0).cumsum(0).cpu() / 2
     return [float(loss) for loss in total]

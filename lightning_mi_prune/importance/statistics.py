@@ -13,6 +13,7 @@ from lightning_mi_prune.calibration.moments import Moments
 from lightning_mi_prune.core.consumers import stacked_weight
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.spilling import spilled
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.inputs import ConsumerInput, kept_now, read_dims, widths_now
 from lightning_mi_prune.graph.layouts import (
@@ -182,14 +183,17 @@ def input_statistics(
     Raises:
         PruningError: If there are no samples.
     """
-    if int(moments[key].count) == 0:
+    sums = moments[key]
+    samples = int(sums.count)
+    if samples == 0:
         raise PruningError(
             f"No activations were collected at {key!r}, so its units cannot be scored. Run "
             "validation first."
         )
     consumers = group.unit_inputs[key]
     given = ConsumerInput.of(group, consumers)
-    mean, covariance = moments[key].stabilized()
+    mean, covariance = sums.stabilized()
+    del sums  # where they are made on demand, this was the only one to hold them
     stacks, above = _kept_weights(given, consumers, weights, kept, current, groups)
     matrix = None if relevance is None else relevance.matrix.to(covariance)
     if index is not None:
@@ -209,9 +213,9 @@ def input_statistics(
     return UnitStatistics(
         name=group.name,
         entries=1,
-        samples=int(moments[key].count),
+        samples=samples,
         mean=mean,
-        covariance=covariance,
+        covariance=spilled(covariance),
         readout=readout,
         weight=weight,
         outputs=outputs,

@@ -171,8 +171,9 @@ class BlockRuns(Generic[Layer]):
         below = min((self._below[layer.layer] for layer in layers), default=self.finished)
         # What an earlier block passes on may be needed: then everything runs again.
         skipped = self.blocks[: self.finished] if below >= self.finished else ()
-        for number, call in enumerate(self.calls):
-            self._run(number, call, layers, visit, block, skipped)
+        with self._evaluating():
+            for number, call in enumerate(self.calls):
+                self._run(number, call, layers, visit, block, skipped)
         self.finished += finish
 
     def finish_below(self, layer: Layer) -> None:
@@ -230,7 +231,7 @@ class BlockRuns(Generic[Layer]):
             self._outputs[number][self._key(block)] = clone_batch(output)
             done(block + ".")
 
-        with self._running(padding) as hooks, self._skipping(number, skipped):
+        with self._hooking(padding) as hooks, self._skipping(number, skipped):
             for name in sorted({layer.residual for layer in layers if layer.residual}):
                 module = self._model.get_submodule(name)
                 hook = module.register_forward_pre_hook(_note(streams, name), with_kwargs=True)
@@ -249,17 +250,22 @@ class BlockRuns(Generic[Layer]):
             self._network(*call.args, **call.kwargs)
 
     @contextlib.contextmanager
-    def _running(self, padding: Padding) -> Iterator[list[RemovableHandle]]:
-        """A block in which the network runs without gradients; hooks in the list come off."""
-        hooks: list[RemovableHandle] = []
+    def _evaluating(self) -> Iterator[None]:
+        """A block in which the network runs without gradients."""
         opened = open_attention(self._model, [*self._layers])
         with padded_encoders(self._network), evaluating(self._network), opened:
-            try:
-                hooks += padding.attach(self._model)
-                yield hooks
-            finally:
-                for hook in hooks:
-                    hook.remove()
+            yield
+
+    @contextlib.contextmanager
+    def _hooking(self, padding: Padding) -> Iterator[list[RemovableHandle]]:
+        """A block at whose end the hooks in the list come off."""
+        hooks: list[RemovableHandle] = []
+        try:
+            hooks += padding.attach(self._model)
+            yield hooks
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextlib.contextmanager
     def _skipping(
@@ -336,7 +342,8 @@ class BlockRuns(Generic[Layer]):
 
             return hook
 
-        with self._running(Padding()) as hooks, self._skipping(0, skipped, outputs):
+        hooking, skipping = self._hooking(Padding()), self._skipping(0, skipped, outputs)
+        with self._evaluating(), hooking as hooks, skipping:
             for name in sorted({one.residual for one in self._layers.values() if one.residual}):
                 module = self._model.get_submodule(name)
                 hooks.append(module.register_forward_pre_hook(on_stream(name)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,7 @@ from lightning_mi_prune.calibration.moments import Moments
 from lightning_mi_prune.core.consumers import stacked_weight, stored_weight
 from lightning_mi_prune.core.errors import PruningWarning, counted
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
+from lightning_mi_prune.core.spilling import spilled
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.inputs import ConsumerInput, kept_now, widths_now
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation, copies_kept
@@ -132,6 +134,11 @@ def select_units(
     rotated: dict[str, Tensor] = {}
     maps: dict[str, Mapping[int, Tensor]] = {}
     fits: dict[str, _Fit] = {}
+    uses = Counter(
+        ConsumerInput.of(group, consumers).consumer
+        for group in groups
+        for consumers in group.unit_inputs.values()
+    )
     for group, complete in _completed_inputs(groups):
         if group in cut:
             kept[group.name] = rankings[group.name].kept(widths[group.name])
@@ -148,11 +155,14 @@ def select_units(
                         weights, values = {**weights, **rotated}, new.rotate(values)
                     fits[given.consumer] = _Fit.of(one, given, values, kept, current)
                 mine.append(fits[given.consumer])
+                uses[given.consumer] -= 1
+                if not uses[given.consumer]:  # it holds matrices of the size of the moments
+                    del fits[given.consumer]
                 if compensate and len(mine[-1].dropped):
                     for consumer in consumers:
                         if given.weight(consumer).tensor not in compensated:
                             found = mine[-1].compensate(consumer, weights)
-                            compensated |= found
+                            compensated |= {name: spilled(new) for name, new in found.items()}
                             others |= {name: mine[-1].others(consumer, name) for name in found}
             parts = [fit.information(ridge) for fit in mine]
             information[one.name] = GroupInformation(
@@ -168,7 +178,8 @@ def select_units(
     # Which outputs a group below removes is known only now.
     final = {}
     for name, tensor in compensated.items():
-        final[name] = _cut_tensor(name, tensor, kept, current, groups, others[name])
+        smaller = _cut_tensor(name, tensor, kept, current, groups, others[name])
+        final[name] = smaller if smaller is tensor else spilled(smaller)
     for name, tensor in rotated.items():
         if name not in final:
             dims = {s.dim for group in groups for s in group.tensors if s.tensor == name}
@@ -317,7 +328,7 @@ class _Fit:
         stored = weights[read.tensor].detach()
         bias = weights.get(f"{consumer}.bias")
         if bias is None:
-            raw = values.covariance + torch.outer(values.mean, values.mean)
+            raw = spilled(torch.outer(values.mean, values.mean).add_(values.covariance))
             coefficients = regression(raw, self.kept, self.dropped, values.samples)
         shift = values.mean[self.dropped] - coefficients @ values.mean[self.kept]
         parts, shifts = [], []

@@ -32,9 +32,10 @@ from lightning_mi_prune.core.consumers import (
 from lightning_mi_prune.core.empty_linear import linear_at, parameters_of
 from lightning_mi_prune.core.errors import PruningError, counted, number
 from lightning_mi_prune.core.running import move_tensors
+from lightning_mi_prune.core.spilling import spilled, spilled_zeros
 from lightning_mi_prune.graph.groups import is_within
 from lightning_mi_prune.reconstruction.block_runs import BlockRuns, LayerCall
-from lightning_mi_prune.reconstruction.ridge import FOLDS, choose_strength, linear_change
+from lightning_mi_prune.reconstruction.ridge import FOLDS, LinearChange, is_exact, linear_changes
 from lightning_mi_prune.reconstruction.targets import ReconstructedLayer, Targets
 from lightning_mi_prune.surgery.tensors import set_parameter
 
@@ -96,14 +97,48 @@ def reconstruct_network(
             continue
         runs.finish_below(mine[0])
         runs.visit(mine, partial(_add_call, wanted, sums))
-        for layer in mine:
-            found = sums[layer.layer]
-            new = found.solve(layer, add(share * found.total()))
-            module = linear_at(cut.get_submodule(layer.layer))
+        for path, new in _solve_wave(mine, sums, shared, add, share).items():
+            module = linear_at(cut.get_submodule(path))
             for name, value in new.items():  # another parameter: of a tied one only this use
+                value = spilled(value)
                 set_parameter(module, name, value)
-                solved[f"{layer.layer}.{name}"] = value
+                solved[f"{path}.{name}"] = value
     return solved
+
+
+def _solve_wave(
+    wave: Sequence[ReconstructedLayer],
+    sums: Mapping[str, _LinearSums | _GainSums],
+    shared: _Outer,
+    add: Sum,
+    share: float,
+) -> dict[str, dict[str, Tensor]]:
+    """New values of layers that read the same input, by layer and name.
+
+    Raises:
+        PruningError: If there are fewer positions than unknowns, but for optional layers.
+    """
+    new: dict[str, dict[str, Tensor]] = {}
+    linear: dict[str, _LinearSums] = {}
+    for layer in wave:
+        found = sums[layer.layer]
+        if isinstance(found, _GainSums):
+            new[layer.layer] = found.solve(add(share * found.total()))
+        else:
+            linear[layer.layer] = found
+    if not linear:
+        return new
+    outer = add(shared.total().mul_(share))
+    crosses = {name: add(found.cross().mul_(share)) for name, found in linear.items()}
+    size, count = outer.shape[2], float(outer[:, 0, 0].sum())
+    enough = [one for one in wave if one.layer in linear and _is_enough(one, size, count)]
+    for bias in (False, True):
+        names = [one.layer for one in enough if linear[one.layer].has_bias == bias]
+        cross = [crosses[name] for name in names]
+        changes = linear_changes(outer, cross, intercept=bias, exact=shared.is_exact)
+        for name, change in zip(names, changes, strict=True):
+            new[name] = linear[name].changed(change)
+    return new
 
 
 def _sums_of(module: nn.Module, shared: _Outer) -> _LinearSums | _GainSums:
@@ -196,11 +231,42 @@ def _rescaled(target: Tensor, present: Tensor) -> Tensor:
 
 
 class _Outer:
-    """``[1 x]' [1 x]`` of every fold, which layers that read the same input share."""
+    """``[1 x]' [1 x]`` of every fold, which layers that read the same input share.
+
+    Products are in single precision where that is exact enough, of inputs around a center: far
+    from zero their rounding would be larger than their spread.
+    """
 
     def __init__(self) -> None:
         self.sums = torch.empty(0)
         self.calls: set[int] = set()
+        self._center = torch.empty(0)
+        self.is_exact = True
+
+    def centered(self, x: Tensor) -> Tensor:
+        """``[1 x - center]`` of inputs ``(positions, inputs)``; the first ones give the center."""
+        if not self._center.numel():
+            self._center = x.mean(0) if len(x) else x.new_zeros(x.shape[1])
+        self.is_exact &= x.dtype == torch.float64
+        return functional.pad(x - self._center, (1, 0), value=1.0)
+
+    def zeros(self, size: int) -> Tensor:
+        """Sums of every fold ``(folds, 1 + inputs, size)``, in double precision."""
+        like = _double(self._center)
+        return spilled_zeros((FOLDS, len(like) + 1, size), like.dtype, like.device)
+
+    def total(self) -> Tensor:
+        """The sums of every fold ``(folds, 1 + inputs, 1 + inputs)``, to be asked for once."""
+        for outer in self.sums:
+            mirror(outer)
+        self.move(self.move(self.sums).mT)
+        return self.sums
+
+    def move(self, sums: Tensor) -> Tensor:
+        """Make sums ``[1 x - center]' y`` those of ``[1 x]' y``, in place, fold by fold."""
+        for fold in sums:
+            fold[1:].addr_(_double(self._center), fold[0].clone())
+        return sums
 
 
 class _LinearSums:
@@ -214,39 +280,43 @@ class _LinearSums:
     def __init__(self, module: nn.Module, shared: _Outer) -> None:
         self._module, self._shared = module, shared
         self._cross = torch.empty(0)
+        self.has_bias = isinstance(module.bias, Tensor)
 
     def add(self, number: int, part: LayerCall, wanted: Tensor) -> None:
         """Add a call of that number, whose output should be ``wanted (positions, outputs)``."""
-        x, folds, shared = part.valid(part.x), _folds_of(part), self._shared
-        missing = wanted - part.valid(part.output)
-        fresh = number not in shared.calls
+        exact = _exact(part.x)
+        x, folds, shared = exact(part.valid(part.x)), _folds_of(part), self._shared
+        missing = exact(wanted - part.valid(part.output))
+        inputs, fresh = shared.centered(x), number not in shared.calls
         shared.calls.add(number)
-        size = x.shape[1] + 1
         if not shared.sums.numel():
-            shared.sums = _double(x[:0]).new_zeros(FOLDS, size, size)
+            shared.sums = shared.zeros(inputs.shape[1])
         if not self._cross.numel():
-            self._cross = shared.sums.new_zeros(FOLDS, size, missing.shape[1])
+            self._cross = shared.zeros(missing.shape[1])
         for fold in range(FOLDS):
             index = (folds == fold).nonzero().flatten()
-            # In pieces: all of it in double precision would be larger than anything else.
+            # In pieces, since rounding grows with what is added up in single precision.
             for some in torch.split(index, _PIECE) if len(index) else ():
-                inputs = functional.pad(_double(x[some]), (1, 0), value=1.0)
-                self._cross[fold].addmm_(inputs.mT, _double(missing[some]))
+                mine = inputs[some]
+                self._cross[fold] += mine.mT @ missing[some]
                 if fresh:
-                    add_outer(shared.sums[fold], inputs)
+                    shared.sums[fold] += _outer(mine)
 
-    def total(self) -> Tensor:
-        """The sums of every fold ``(folds, 1 + inputs, 1 + inputs + outputs)``."""
-        for outer in self._shared.sums:
-            mirror(outer)
-        return torch.cat([self._shared.sums, self._cross], dim=2)
+    def cross(self) -> Tensor:
+        """``[1 x]' missing`` of every fold ``(folds, 1 + inputs, outputs)``."""
+        return self._shared.move(self._cross)
 
-    def solve(self, layer: ReconstructedLayer, sums: Tensor) -> dict[str, Tensor]:
-        """New values by name, in the layout of the module."""
-        new = _solve(layer, self._module, sums)
-        if new:
-            stored, matrix = self._module.get_parameter("weight"), new["weight"][..., None]
-            new["weight"] = stored_weight(matrix, stored, input_dim(linear_at(self._module)))
+    def changed(self, change: LinearChange | None) -> dict[str, Tensor]:
+        """Weight and bias with a change, or as they are, in the layout of the module."""
+        bias, stored = self._module.bias, self._module.get_parameter("weight").detach()
+        new = {"weight": stored} | ({"bias": bias.detach()} if isinstance(bias, Tensor) else {})
+        if change is None:
+            return new
+        read = input_dim(linear_at(self._module))
+        matrix = _double(stacked_weight(stored, read)) + change.weight[..., None]
+        new["weight"] = stored_weight(matrix, stored, read)
+        if isinstance(bias, Tensor):
+            new["bias"] = (_double(new["bias"]) + change.bias).to(bias)
         return new
 
 
@@ -270,7 +340,7 @@ class _GainSums:
         """``(5, entries)``: count, inputs, outputs, squares of inputs, products."""
         return self._sums
 
-    def solve(self, layer: ReconstructedLayer, sums: Tensor) -> dict[str, Tensor]:
+    def solve(self, sums: Tensor) -> dict[str, Tensor]:
         """New values by name."""
         return _solve_norm(self._module, sums, self._offset)
 
@@ -306,26 +376,34 @@ def _in_folds(
     return found
 
 
+def _outer(x: Tensor) -> Tensor:
+    """The upper triangle of ``x' x``, in the precision of ``x (positions, entries)``."""
+    found = x.new_zeros(x.shape[1], x.shape[1])
+    add_outer(found, x)
+    return found
+
+
+def _exact(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """What gives tensors the precision in which they are multiplied with each other.
+
+    Single precision where that is what was computed in, and products of it are not rounded further.
+    """
+    return torch.Tensor.float if x.dtype != torch.float64 and is_exact(x) else _double
+
+
 def _double(x: Tensor) -> Tensor:
     """In double precision; on the CPU where the device of ``x`` has none."""
     return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
 
 
-def _solve(layer: ReconstructedLayer, module: nn.Module, folds: Tensor) -> dict[str, Tensor]:
-    """New weight and bias of a linear module: as they are where no change is better on new data.
-
-    Args:
-        layer: The layer.
-        module: Its module in the cut model.
-        folds: Sums of every fold.
+def _is_enough(layer: ReconstructedLayer, size: int, count: float) -> bool:
+    """Whether a layer with so many unknowns for each output is solved from so many positions.
 
     Raises:
         PruningError: If there are fewer positions than unknowns, but for an optional layer.
     """
-    sums, bias = folds.sum(0), module.bias
-    size, count = sums.shape[0], float(sums[0, 0])
-    if layer.optional and count < 2 * size:
-        return {}
+    if layer.optional:
+        return count >= 2 * size
     if count <= size:
         raise PruningError(
             f"Only {counted(int(count), 'position')} to reconstruct {layer.layer!r} from, which "
@@ -333,16 +411,7 @@ def _solve(layer: ReconstructedLayer, module: nn.Module, folds: Tensor) -> dict[
             f"{number(10 * size)}. Validate on more data, raise the positions of reconstruction, "
             "or set its method to 'none'."
         )
-    intercept = isinstance(bias, Tensor)
-    strength = choose_strength(folds, intercept=intercept)
-    stored = module.get_parameter("weight").detach()
-    weight = stacked_weight(stored, input_dim(linear_at(module)))[..., 0]
-    new = {"weight": weight} | ({"bias": bias} if isinstance(bias, Tensor) else {})
-    if strength is not None:
-        change = linear_change(sums, strength, intercept=intercept)
-        changes = {"weight": change.weight, "bias": change.bias}
-        new = {name: (_double(value) + changes[name]).to(value) for name, value in new.items()}
-    return {name: value.detach() for name, value in new.items()}
+    return True
 
 
 def is_gain(module: nn.Module) -> bool:

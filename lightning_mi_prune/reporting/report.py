@@ -71,7 +71,8 @@ class Cut:
         prunable_parameters: Parameters of the tensors that a cut of the groups makes smaller.
         macs: Multiply-accumulates of the network for one example of validation.
         groups: What happened to each group.
-        seconds: Time spent on ``calibration``, ``ranking``, ``reconstruction`` and ``surgery``.
+        seconds: Time spent on ``discovery`` (in the first batches, and trials of cuts),
+            ``gradients``, ``calibration``, ``ranking``, ``reconstruction`` and ``surgery``.
         stacks: What happened to stacks of layers; ``sparsity`` and ``prunable_parameters`` are then
             those of their layers.
         information_kept: Share of the information with the layers above, in nats and summed over

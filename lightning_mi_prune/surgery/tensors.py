@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_mi_prune.core.empty_linear import linear_at, modules_of, parameters_of
 from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.spilling import in_file
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.layouts import kept_positions
 
@@ -19,6 +21,7 @@ __all__ = [
     "keep_whole",
     "owners",
     "parameter_of",
+    "parameters_in_files",
     "replace_tensors",
     "set_parameter",
     "tensor_of",
@@ -130,6 +133,33 @@ def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
         tensor([[1.]])
     """
     module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+@contextmanager
+def parameters_in_files(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """A block in which parameters are in temporary files, so that smaller ones fit beside them.
+
+    Those that the model still has at its end return to memory.
+
+    Args:
+        model: The model.
+        parameters: Some of its parameters.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with parameters_in_files(layer, layer.parameters()):
+        ...     pass
+    """
+    moved = list(parameters)
+    try:
+        for parameter in moved:
+            parameter.data = in_file(parameter.data)
+        yield
+    finally:
+        present = {id(parameter) for parameter in model.parameters()}
+        for parameter in moved:
+            if id(parameter) in present:
+                parameter.data = parameter.data.clone()
 
 
 def unsaved_buffers(model: nn.Module) -> frozenset[str]:

@@ -21,6 +21,7 @@ from lightning_mi_prune.core.empty_linear import (
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, PruningPlan
 from lightning_mi_prune.core.running import clear_caches
+from lightning_mi_prune.core.spilling import spilled
 from lightning_mi_prune.graph.containers import stack_at
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
@@ -352,7 +353,7 @@ def _rewrite(change: ParameterCut) -> Rewrite:
     else:
         for dim, index in change.kept.items():
             values = values.index_select(dim, index)
-    return Rewrite(old, _like(old, values.clone()), change.kept, change.rotated)
+    return Rewrite(old, _like(old, spilled(values.clone())), change.kept, change.rotated)
 
 
 def _update_sizes(

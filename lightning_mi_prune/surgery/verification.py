@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import copy_networks, fixed_random_state
+from lightning_mi_prune.core.spilling import is_spilling
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.surgery.transaction import cut_model
@@ -90,9 +91,11 @@ def verify_cut(
     Raises:
         PruningError: Naming the group, and the module or step that fails without its units.
     """
+    # Where memory is short the copy shares what it does not cut; steps only read parameters.
+    shared = {id(p): p for p in module.parameters()} if is_spilling() else None
 
     def attempt(tried: PruningPlan | None) -> Failure | None:
-        whole = copy_module(module)
+        whole = copy_module(module, shared)
         if tried is not None:
             cut_model(whole, graph, tried, current=current)
         prepare(whole)

@@ -122,7 +122,7 @@ def test_what_a_reconstruction_sends_is_what_was_worked_out_on_paper() -> None:
     method = Reconstruction(positions=512)
     known = network, groups, full_plan(groups), Decision(plan, {}, {}), method, found
     reconstruct(*known, add=add)
-    assert len(sizes) == 9  # six linear layers a layer; query, key and value of the lowest stay
+    assert len(sizes) == 7  # query, key and value in one; those of the lowest layer stay
     assert sum(sizes) == reconstruction_bytes(groups, network)
 
 
@@ -151,8 +151,10 @@ def test_parts_of_a_shape_are_measured_whole_or_in_part() -> None:
 def test_the_steps_of_one_cut_are_measured() -> None:
     (job,) = costs.one_cut(["tiny"], repeats=2)
     (figures,) = job.run()
-    assert figures["sums_mb"]["min"] == figures["sums_mb"]["max"] > 0
-    assert figures["reconstruction_s"]["median"] > 0
+    assert figures["sums, MB"]["min"] == figures["sums, MB"]["max"] > 0
+    whole = figures["reconstruction, CPU s"]["median"]
+    assert 0 < figures["of which sums, CPU s"]["min"] < whole
+    assert 0 < figures["of which strengths, CPU s"]["min"] < whole
 
 
 def test_every_sweep_has_costs_and_exponents() -> None:

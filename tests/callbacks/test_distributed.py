@@ -222,6 +222,7 @@ def two_ranks(folder):
         "accumulated": seen(folder, accumulate_grad_batches=3),
         "uneven": seen(folder, module=Uneven),
         "padded": seen(folder, module=Padded),
+        "low memory": seen(folder, pruning={"memory": "low"}),
         "inside heads": seen(folder, pruning=INSIDE),
         "with": collectives(folder, True),
         "without": collectives(folder, False),
@@ -281,7 +282,7 @@ def four(tmp_path_factory):
 
 ALIKE = (
     *("plain", "static", "views", "unused", "manual static", "accumulated", "uneven", "padded"),
-    "inside heads",
+    *("inside heads", "low memory"),
 )
 
 
@@ -312,6 +313,10 @@ def test_the_model_is_wrapped_once_for_each_cut_and_the_old_wrapper_is_gone(two,
 def test_options_of_the_wrapper_change_nothing(two):
     for name in ("static", "views", "unused"):
         assert two[0][name]["digests"] == two[0]["plain"]["digests"]
+
+
+def test_sums_from_files_change_nothing(two):
+    assert two[0]["low memory"]["digests"] == two[0]["plain"]["digests"]
 
 
 @pytest.mark.parametrize("name", ["plain", "padded"])

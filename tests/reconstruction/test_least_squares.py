@@ -140,7 +140,7 @@ def test_duplicates_are_made_up_for_through_several_layers(family, head):
     if family == "albert":  # a shared layer stays as it is
         assert set(found.compensated) == {"albert.pooler.weight", "albert.pooler.bias"}
     else:
-        assert torch.allclose(back, wanted, atol=1e-4)
+        assert torch.allclose(back, wanted, atol=5e-4)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -361,7 +361,7 @@ def test_pieces_give_what_the_whole_gives(family, head, monkeypatch):
     whole = reconstruct(*args).compensated
     assert parts.keys() == whole.keys()
     for name, value in whole.items():
-        assert torch.allclose(parts[name], value, atol=1e-4), name
+        assert torch.allclose(parts[name], value, atol=5e-4), name
 
 
 def test_calls_recorded_under_autocast_run_in_full_precision():
