@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.spilling import spilled
 from lightning_mi_prune.discovery.copies import (
     Run,
     changed_within,
@@ -221,7 +222,7 @@ class Verifier:
                 if old is None or name.rpartition(".")[2] == "running_var":
                     continue  # the outputs are divided by its root
                 if id(old) not in zeroed:
-                    zeroed[id(old)] = old.detach().clone()
+                    zeroed[id(old)] = spilled(old.detach().clone())
                 gone = torch.ones(old.shape[dim], dtype=torch.bool)
                 gone[index] = False
                 where = gone.nonzero().flatten().to(old.device)
