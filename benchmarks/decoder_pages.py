@@ -159,6 +159,7 @@ def draw_decoders(records: Sequence[Record]) -> Figure:
         axes.set_visible(False)
     for (place, same), axes in zip(panels.items(), axes_of, strict=False):
         _frame(axes)
+        axes.tick_params(labelbottom=axes in axes_of[: len(panels)][-2:])  # nothing is below these
         dense = same[0]["dense_perplexity"]
         axes.set_title(f"{place[0]}, {place[1]}: dense {dense:.1f}", fontsize=9, loc="left")
         for name, (label, color, marker) in LOOKS.items():
@@ -181,6 +182,7 @@ def draw_decoders(records: Sequence[Record]) -> Figure:
                 markeredgecolor="white",
                 markeredgewidth=0.5,
                 label=label,
+                zorder=4 if ours else 3,
                 clip_on=False,
             )
     bottom = 1.6 / height
@@ -190,7 +192,7 @@ def draw_decoders(records: Sequence[Record]) -> Figure:
     )
     figure.supylabel("perplexity / dense perplexity", fontsize=9)
     handles = {h.get_label(): h for a in axes_of for h in a.get_legend_handles_labels()[0]}
-    legend = [*handles.values()]
+    legend = [handles[label] for label, _, _ in LOOKS.values() if label in handles]
     figure.legend(handles=legend, loc="lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 

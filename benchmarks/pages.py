@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import comparison, decoder_pages, memory
+from benchmarks import comparison, decoder_pages, layer_pages, memory
 from benchmarks.comparison import nats, points, row, spread, with_head
 from benchmarks.latency import BATCHES
 from benchmarks.methods import DEFAULT, SETTINGS, Name
@@ -317,41 +317,6 @@ def layers_one_shot(records: Records) -> list[str]:
     return with_head(["task", "layers", "seeds", "dense", "removed", "reconstructed"], rows)
 
 
-def layer_choice(records: Records) -> list[str]:
-    """Layers removed in one shot by each criterion, best first, with and without compensation."""
-    groups: dict[tuple[Any, ...], dict[str, Record]] = {}
-    for r in records:
-        about = r["model"], -r["layers"], r["criterion"]
-        groups.setdefault(about, {})[r["compensation"]] = r
-    rows = []
-    for (model, number, criterion), found in sorted(groups.items(), key=_by_quality):
-        first = next(iter(found.values()))
-        cells = [model, f"{_quality(first, 'dense_'):.2f}", str(-number), f"`{criterion}`"]
-        shown = {c: _quality(r) for c, r in found.items()}
-        cells += [
-            f"{shown[c]:,.{0 if shown[c] >= 1000 else 2}f}" if c in shown else ""
-            for c in ("none", "layerwise")
-        ]
-        cells += [" ".join(map(str, first["removed"]))]
-        cells += [f"{first.get('seconds'):.0f}" if first.get("seconds") else ""]
-        rows.append(row(cells))
-    head = ["model", "dense", "layers left", "removed by", "as they are", "compensated", "removed"]
-    return with_head([*head, "seconds of losses"], rows)
-
-
-def _quality(record: Record, prefix: str = "") -> float:
-    """Perplexity, or accuracy in %."""
-    perplexity: float | None = record.get(f"{prefix}perplexity")
-    return perplexity if perplexity is not None else 100 * float(record[f"{prefix}accuracy"])
-
-
-def _by_quality(entry: tuple[tuple[Any, ...], Mapping[str, Record]]) -> tuple[Any, ...]:
-    (model, number, criterion), found = entry
-    first = next(iter(found.values()))
-    quality = _quality(first)
-    return model, number, quality if "perplexity" in first.figures else -quality, criterion
-
-
 # ------------------------------------------------------------------------------------------ vision
 
 
@@ -508,7 +473,7 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "one-cut-machine": ("one-cut", measured_on),
     "layers": ("layers", layers),
     "layers-one-shot": ("layers-one-shot", layers_one_shot),
-    "layer-choice": ("layer-choice", layer_choice),
+    "layer-choice": ("layer-choice", layer_pages.layer_choice),
     "layers-speed": ("layers-speed", layers_speed),
     "vision": ("vision", vision),
     "vision-lost": ("vision", comparison.lost),

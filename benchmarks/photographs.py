@@ -199,6 +199,7 @@ def graph() -> PruningGraph:
 
 METHODS: tuple[Name, ...] = (
     OURS.name,
+    *((m, "global", w) for w in ("none", "compensation") for m in ("relevance-mi", "magnitude")),
     *((name, "uniform", "none") for name in ("magnitude", "activation-norm")),
     *((name, "global", "reconstruction") for name in ("magnitude", "activation-norm")),
 )

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks.comparison import name_of, points
 from benchmarks.decoder_pages import draw_decoders
 from benchmarks.latency import BATCHES, shape_of
+from benchmarks.layer_pages import draw_layer_choice
 from benchmarks.methods import OURS, Name
 from benchmarks.records import FOLDER, Record, Store
 
@@ -24,9 +25,10 @@ FLOOR = -4.0  # after a whole training
 TICKS = (2, 1, 0.5, 0, -0.5, -1, -2, -5, -10, -20)
 APART = 0.014  # between methods that would hide each other, as a share of their place
 STYLE = {"font.size": 9.0, "svg.hashsalt": "benchmark", "axes.linewidth": 0.6}
-DECODERS = "decoders"  # a figure of its own: perplexity against what is gone
+# Figures of their own, from all records of the case of that name.
+OWN = {"decoders": draw_decoders, "layer-choice": draw_layer_choice}
 # By the docs; the others can be drawn.
-SHOWN = ("100-steps-size", "100-steps-speed-b32", "vision-macs", DECODERS)
+SHOWN = ("100-steps-size", "100-steps-speed-b32", "vision-macs", *OWN)
 
 # Colours of Okabe and Ito, which people with any colour vision can tell apart: what ranks. Markers:
 # what cuts. Methods without records in most tasks are not drawn.
@@ -57,8 +59,7 @@ XTICKS: dict[str, tuple[float, ...]] = {"size": (0.1, 0.25, 0.5)} | {
 FIGURES = [f"{steps}-{view}" for steps in ("one-shot", "100-steps") for view in LABELS]
 LABELS["macs"] = "multiply-accumulates that are left"
 XTICKS["macs"] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
-FIGURES.append("vision-macs")
-FIGURES.append(DECODERS)
+FIGURES += ["vision-macs", *OWN]
 
 
 def place_of(record: Record, shapes: Mapping[str, Record], view: str) -> float | None:
@@ -148,9 +149,9 @@ def drawn(names: Sequence[str], target: Path, folder: Path = FOLDER) -> list[Pat
     shapes = {shape_of(r["task"], r["kept"]): r for r in Store("latency", folder)}
     paths = []
     for name in names:
-        if name == DECODERS:
-            if known := [*Store(DECODERS, folder)]:
-                paths.append(_saved(draw_decoders(known), target / f"{name}.svg"))
+        if name in OWN:
+            if known := [*Store(name, folder)]:
+                paths.append(_saved(OWN[name](known), target / f"{name}.svg"))
             continue
         records, view = records_of(name, folder)
         same = [r for r in records if r["sparsity"]]

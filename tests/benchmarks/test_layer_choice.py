@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import layer_choice
 from benchmarks.cases import CASES
 from benchmarks.layer_choice import CRITERIA
-from benchmarks.pages import layer_choice as table
+from benchmarks.layer_pages import draw_layer_choice
+from benchmarks.layer_pages import layer_choice as table
 from benchmarks.records import Record, Store
 
 
@@ -63,3 +64,17 @@ def test_every_criterion_has_a_record_with_and_without_compensation(jobs, tmp_pa
     lines = table([*found.values()])
     assert len(lines) == 2 + len(layers)
     assert len({line.count("|") for line in lines}) == 1
+    (axes,) = (axes for axes in draw_layer_choice([*found.values()]).axes if axes.get_visible())
+    assert axes.get_title(loc="left").startswith("tiny: dense perplexity")
+    assert len(axes.lines) == 2 * len(CRITERIA)
+    drawn = {tuple(line.get_xdata()) for line in axes.lines}
+    assert drawn == {(3, 2)}
+
+
+def test_the_figure_draws_accuracy_in_points_and_what_is_beyond_its_edge_on_it() -> None:
+    def record(layers: int, accuracy: float) -> Record:
+        setting = {"model": "m", "layers": layers, "criterion": "cka", "compensation": "none"}
+        return Record("c", setting, 0, {"accuracy": accuracy, "dense_accuracy": 0.9}, {}, {})
+
+    axes = draw_layer_choice([record(11, 0.88), record(9, 0.2)]).axes[0]
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([-2.0, axes.get_ylim()[0]])
