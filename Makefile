@@ -103,7 +103,7 @@ decoders: $(VENV)/decoders.stamp
 	$(BIN)/python -m benchmarks plots
 
 costs: $(VENV)/benchmark.stamp
-	$(MEASURE) one-cut demo
+	$(ONE) one-cut demo
 	$(ONE) costs scaling
 	$(TABLES)
 

@@ -102,7 +102,7 @@ class Run:
         self.groups = choose_groups(discover(self.model).groups)
         self.ids = torch.randint(5, 1000, (rows, length))
         self.weights, self.plan = dict(self.model.named_parameters()), full_plan(self.groups)
-        self.moments: dict[str, Moments] = {}
+        self.moments: Mapping[str, Moments] = {}
         self.rankings: dict[str, Ranking] = {}
         self.sizes = {group.name: group.size for group in self.groups}
 
@@ -308,7 +308,7 @@ def steps_of(shape: Mapping[str, int], positions: int) -> dict[str, float]:
         widths = allocate(chosen, Budget(sparsity=0.5), costs=costs, rankings=rankings)
         selection = select_units(chosen, found.moments, weights, widths, plan, rankings=rankings)
     found.moments = {}
-    recorder.moments.clear()
+    del recorder
     inside = {
         "sums": (least_squares._LinearSums, "add"),
         "strengths": (ridge, "choose_strengths"),
@@ -348,33 +348,46 @@ def _clocked(seconds: dict[str, float], part: str, owner: Any, name: str) -> Ite
 # ---------------------------------------------------------------------------------------- the demo
 
 CONFIG = "examples/text_classification/demo.yaml"
-DENSE, CUTS, EPOCHS, LONG = 0, 1, 6, 10  # CUTS: what a run of so many epochs makes by itself
+DENSE, EPOCHS, LONG = 0, 6, 10
+METHODS = ("layerwise", "compensation")
+DEFAULT = (1, "layerwise")  # what a run does by itself
 _BY_HAND = {4: ["--trainer.callbacks.schedule.last_epoch", "4"]}  # later than by itself
 _PARTS = ("discovery", "gradients", "calibration", "ranking", "reconstruction", "surgery")
 
 
-def demo(seeds: Sequence[int] = (0, 1, 2), cuts: Sequence[int] = (DENSE, 1, 2, 4)) -> Iterator[Job]:
+def demo(
+    seeds: Sequence[int] = (0, 1, 2),
+    cuts: Sequence[int] = (DENSE, 1, 2, 4),
+    compensations: Sequence[str] = METHODS,
+) -> Iterator[Job]:
     """The demo with several seeds: split, head and order of training change with them.
 
-    Without cuts it is the dense control. The default number of cuts is also run for more epochs.
+    Without cuts it is the dense control. What a run does by itself is also run for more epochs.
     """
     for number in cuts:
-        for seed in seeds:
-            about = {"config": CONFIG, "cuts": number, "epochs": EPOCHS, "seed": seed}
-            yield single(about, in_fresh_process, _demo, seed, number, EPOCHS)
-    if CUTS in cuts:
-        about = {"config": CONFIG, "cuts": CUTS, "epochs": LONG, "seed": seeds[0]}
-        yield single(about, in_fresh_process, _demo, seeds[0], CUTS, LONG)
+        for method in compensations:
+            if method != DEFAULT[1] and number != DEFAULT[0]:
+                continue
+            for seed in seeds:
+                yield _demo_job(seed, number, method if number else "", EPOCHS)
+    if DEFAULT[0] in cuts and DEFAULT[1] in compensations:
+        yield _demo_job(seeds[0], *DEFAULT, LONG)
 
 
-def _demo(seed: int, cuts: int, epochs: int) -> Figures:
+def _demo_job(seed: int, cuts: int, method: str, epochs: int) -> Job:
+    about = {"config": CONFIG, "cuts": cuts, "compensation": method, "epochs": epochs}
+    known = (seed, cuts, method, epochs)
+    return single(about | {"seed": seed}, in_fresh_process, _demo, *known)
+
+
+def _demo(seed: int, cuts: int, method: str, epochs: int) -> Figures:
     """One run, with every clock that of the processor: other load does not count."""
-    name = f"demo-{cuts}-cuts-{epochs}-epochs-seed-{seed}"
+    name = f"demo-{cuts}-cuts-{method or 'dense'}-{epochs}-epochs-seed-{seed}"
     options = ["--seed_everything", str(seed), "--data.seed", str(seed), "--name", name]
     options += ["--trainer.max_epochs", str(epochs), "--trainer.enable_progress_bar", "false"]
     if cuts:
         options += ["--control", "false", "--trainer.callbacks.schedule.cuts", str(cuts)]
-        options += _BY_HAND.get(cuts, [])
+        options += ["--trainer.callbacks.reconstruction.method", method, *_BY_HAND.get(cuts, [])]
     else:
         options += ["--trainer.callbacks", "null"]
     with patch("time.perf_counter", time.process_time):

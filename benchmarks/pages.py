@@ -134,7 +134,10 @@ def communication(_: Records) -> list[str]:
 
 def one_cut(records: Records) -> list[str]:
     """Seconds of every part of one cut, with its share of the whole, and memory."""
-    parts = [name for name in records[0].figures if name.endswith(", CPU s")]
+    names = [name for name in records[0].figures if name.endswith(", CPU s")]
+    whole = [name for name in names if not name.startswith("of which")]
+    place = whole.index("reconstruction, CPU s") + 1
+    parts = [*whole[:place], *(name for name in names if name not in whole), *whole[place:]]
     own = [name for name in parts if not name.startswith(("of which", "validation"))]
     rows = []
     for name in parts:
@@ -152,12 +155,22 @@ def one_cut(records: Records) -> list[str]:
     return with_head(["", *(record["shape"] for record in records)], rows)
 
 
+def demo_before(records: Records) -> list[str]:
+    """The demo at an earlier revision, over its seeds; its cuts had no name."""
+    earlier = [record for record in records if record.get("cuts") is None]
+    rows = []
+    for name in earlier[0].figures if earlier else ():
+        values = [record[name] for record in earlier]
+        found = statistics.median(values), min(values), max(values)
+        rows.append(row([name, *(f"{value:.2f}" for value in found)]))
+    return with_head(["", "median", "min", "max"], rows)
+
+
 def demo(records: Records) -> list[str]:
     """The demo by number of cuts, over its seeds."""
-    dense = {record["seed"]: record["accuracy, %"] for record in records if not record["cuts"]}
-    groups: dict[tuple[int, int], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record["epochs"], record["cuts"]), []).append(record)
+    dense = {r["seed"]: r["dense accuracy, %"] for r in records if r.get("cuts") is None}
+    dense |= {r["seed"]: r["accuracy, %"] for r in records if r.get("cuts") == 0}
+    first = min(epochs for epochs, _, _ in _demo_runs(records))
     columns = {
         "speed-up, batch 1": "encoder speed-up, batch 1",
         "batch 32": "encoder speed-up, batch 32",
@@ -165,33 +178,42 @@ def demo(records: Records) -> list[str]:
         "pruning, % of it": "pruning, % of training",
     }
     rows = []
-    for (epochs, cuts), found in sorted(groups.items()):
-        about = [str(cuts or "dense"), str(epochs), str(len(found))]
+    for (epochs, cuts, how), found in sorted(_demo_runs(records).items()):
+        about = [str(cuts or "dense"), how, str(epochs), str(len(found))]
         about.append(_medians([record["accuracy, %"] for record in found]))
         paired = [r["accuracy, %"] - dense[r["seed"]] for r in found if r["seed"] in dense]
-        same = bool(cuts) and all(r["epochs"] == epochs for r in records if not r["cuts"])
-        about.append(_means(paired, 2) if same else "")
+        about.append(_means(paired, 2) if cuts and epochs == first and paired else "")
         values = [[r[name] for r in found if r.get(name) is not None] for name in columns.values()]
         rows.append(row([*about, *(_medians(each) if each else "" for each in values)]))
-    head = ["cuts", "epochs", "seeds", "accuracy, %", "against dense, points", *columns]
+    head = ["cuts", "weights", "epochs", "seeds", "accuracy, %", "against dense, points", *columns]
     return with_head(head, rows)
+
+
+def _demo_runs(records: Records) -> dict[tuple[int, int, str], list[Record]]:
+    """Runs of the demo by epochs, cuts and what happens to the weights that stay."""
+    found: dict[tuple[int, int, str], list[Record]] = {}
+    for record in records:
+        if record.get("cuts") is not None:
+            about = (record["epochs"], record["cuts"], record["compensation"])
+            found.setdefault(about, []).append(record)
+    return found
 
 
 def demo_parts(records: Records) -> list[str]:
     """Where pruning spends its share of the training of the demo."""
-    parts = [name for name in records[-1].figures if name.endswith("% of training")]
-    groups: dict[tuple[int, int], list[Record]] = {}
-    for record in records:
-        if record["cuts"]:
-            groups.setdefault((record["cuts"], record["epochs"]), []).append(record)
+    cutting = [record for record in records if record.get("cuts")]
+    parts = [name for name in cutting[0].figures if name.endswith("% of training")]
+    before = [name for name in parts if not name.startswith(("discovery", "gradients", "pruning"))]
     rows = []
-    for (cuts, epochs), found in sorted(groups.items()):
+    for (epochs, cuts, how), found in sorted(_demo_runs(cutting).items()):
         values = [statistics.median([record[name] for record in found]) for name in parts]
+        sums = [sum(record[name] for name in before) for record in found]
+        values.append(statistics.median(sums))
         steps = statistics.median([record["steps"] for record in found])
-        about = [str(cuts), str(epochs), f"{steps:.0f}"]
+        about = [str(cuts), how, str(epochs), f"{steps:.0f}"]
         rows.append(row([*about, *(f"{value:.1f}" for value in values)]))
     names = [name.removesuffix(", % of training") for name in parts]
-    return with_head(["cuts", "epochs", "steps", *names], rows)
+    return with_head(["cuts", "weights", "epochs", "steps", *names, "as counted before"], rows)
 
 
 # ----------------------------------------------------------------------------------------- quality
@@ -446,6 +468,7 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "memory-machine": ("memory", measured_on),
     "one-cut": ("one-cut", one_cut),
     "demo": ("demo", demo),
+    "demo-before": ("demo", demo_before),
     "demo-parts": ("demo", demo_parts),
     "demo-machine": ("demo", measured_on),
     "one-cut-machine": ("one-cut", measured_on),

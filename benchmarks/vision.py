@@ -94,7 +94,9 @@ class Way:
         method: Any = "layerwise" if self.weights == "reconstruction" else self.weights
         kinds = None if self.kinds is None else [*self.kinds]
         solved = options.Reconstruction(method)
-        given = {"reconstruction": solved, "kinds": kinds, **(self.given or {})}
+        schedule = options.Schedule(cuts=min(4, pictures.EPOCHS // 2))
+        given: dict[str, Any] = {"reconstruction": solved, "schedule": schedule, "kinds": kinds}
+        given |= self.given or {}
         return MutualInformationPruning(
             None if by_macs else sparsity,
             target_macs=macs if by_macs else None,

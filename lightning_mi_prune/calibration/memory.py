@@ -40,12 +40,12 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """What a cut needs beside the model, in bytes.
+    """What a cut needs beside the model and the activations of its runs, in bytes.
 
     Args:
         ordinary: Memory, where the sums of all groups are in it together with a cut copy.
         low: Memory, where only those of the largest group are.
-        files: Temporary files for all else.
+        files: Temporary files for all else, but for what backward passes keep.
         largest: The input with most entries.
         entries: Its entries.
     """
@@ -58,9 +58,10 @@ class MemoryNeeds:
 
     def __str__(self) -> str:
         return (
-            f"{_megabytes(self.low)} of memory beside the model instead of "
-            f"{_megabytes(self.ordinary)}, and temporary files of up to {_megabytes(self.files)} "
-            f"in {tempfile.gettempdir()!r}"
+            f"sums and copies take {_megabytes(self.low)} at a time instead of "
+            f"{_megabytes(self.ordinary)}, beside what the model needs to run, and "
+            f"{_megabytes(self.files)} of temporary files in {tempfile.gettempdir()!r}, beside "
+            "what backward passes keep"
         )
 
 

@@ -180,8 +180,8 @@ def _scaler(trainer: pl.Trainer) -> Any:
 def positions_while_training(groups: Sequence[DependencyGroup]) -> int:
     """Positions that are enough for groups of a model whose training goes on.
 
-    Five for each entry of the widest input, which are twenty for each output of the layers whose
-    width is a fourth of it: training makes up for what a smaller sample costs.
+    Five for each entry of the widest input: twenty for each output of a layer that is a fourth as
+    wide. Half of them are enough to solve layers again: training goes on from there.
 
     Example:
         >>> positions_while_training([])
@@ -287,12 +287,10 @@ class UnitStrategy:
 
     def _set_positions(self) -> None:
         """Take as many positions as the groups need, as built, where no number is given."""
+        calibration, solving = self._calibration, self.pipeline.reconstruction
         enough = positions_while_training(self.chosen)
-        solving = self.pipeline.reconstruction
-        self._calibration = replace(
-            self._calibration, positions=self._calibration.positions or enough
-        )
-        solving = replace(solving, positions=solving.positions or enough)
+        self._calibration = replace(calibration, positions=calibration.positions or enough)
+        solving = replace(solving, positions=solving.positions or enough // 2)
         self.pipeline = replace(self.pipeline, reconstruction=solving)
         self._stored = solving.stored_positions
 

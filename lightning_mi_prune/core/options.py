@@ -184,7 +184,8 @@ class Reconstruction:
             weights that stay; ``"none"`` leaves the weights as they are. Removed layers know
             ``"layerwise"`` and ``"none"``.
         positions: Positions of validation inputs that are stored for ``"layerwise"``, over all
-            ranks; more are better. Default: as many as are calibrated with.
+            ranks; more are better. Default: 16,384; for a callback half of those that are
+            calibrated with by default, since training goes on from there.
 
     Raises:
         PruningError: If a value is none of the choices, or too small.

@@ -82,6 +82,7 @@ class _Precision:
         self.blocks = self.blocks[alive]
 
 
+@torch.inference_mode()  # thousands of small steps: a tenth faster
 def eliminate(
     precisions: Sequence[tuple[Tensor, Tensor]],
     *,

@@ -306,14 +306,12 @@ class _Fit:
 
     def information(self, ridge: float) -> GroupInformation:
         """Information with the layer above, whose noise is ``ridge`` of its mean variance."""
-        values, coefficients = self.values, self.coefficients
-        above = values.above()
+        values, above = self.values, self.values.above()
         noise = (values.noise(ridge) or 1.0) * torch.eye(len(above)).to(above)
-        block = values.covariance[self.dropped]
-        mixed = coefficients @ block[:, self.kept].mT
-        fitted = coefficients @ values.covariance[self.kept][:, self.kept] @ coefficients.mT
-        unexplained = block[:, self.dropped] - mixed - mixed.mT + fitted
-        lost = values.readout[:, self.dropped] @ unexplained @ values.readout[:, self.dropped].mT
+        # What the layer above receives of the dropped entries, less what the kept ones tell of it.
+        missing = values.readout.clone()
+        missing[:, self.kept] = -values.readout[:, self.dropped] @ self.coefficients
+        lost = missing @ values.covariance @ missing.mT
         full, residual, floor = (torch.logdet(m) for m in (above + noise, lost + noise, noise))
         total = float(full - floor) / 2
         return GroupInformation(total=total, kept=min(total, max(0.0, float(full - residual) / 2)))

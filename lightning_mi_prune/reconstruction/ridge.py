@@ -171,7 +171,9 @@ def choose_strengths(
     if len(used) < 2:
         return [None for _ in crosses]
     total = spilled(outer.sum(0)), [spilled(cross.sum(0)) for cross in crosses]
-    scale = mean_variance(_Inputs.of(total[0], intercept=intercept).outer)
+    inputs = _Inputs.of(total[0], intercept=intercept).outer
+    scale = mean_variance(inputs) if len(inputs) else torch.ones_like(total[0][0, 0])
+    del inputs
 
     def best(strengths: Sequence[float], kind: torch.dtype) -> list[float | None]:
         gains = [
@@ -246,7 +248,8 @@ def _gains(
     found = []
     for whole, cross in zip(total[1], crosses, strict=True):
         shift, products = train.products(whole - cross)
-        unit = products.abs().amax().clamp_min(NOTHING)  # single precision needs numbers near 1
+        # Single precision needs numbers near 1; without inputs the bias is all there is.
+        unit = products.abs().amax().clamp_min(NOTHING) if products.numel() else scale
         asked = vectors.mT @ products.div_(unit).to(kind)
         product = cross[1:].clone()
         if intercept:

@@ -122,7 +122,8 @@ def test_what_a_reconstruction_sends_is_what_was_worked_out_on_paper() -> None:
     method = Reconstruction(positions=512)
     known = network, groups, full_plan(groups), Decision(plan, {}, {}), method, found
     reconstruct(*known, add=add)
-    assert len(sizes) == 7  # query, key and value in one; those of the lowest layer stay
+    # Seven inputs, which query, key and value share, and nine layers: those of the lowest stay.
+    assert len(sizes) == 7 + 9
     assert sum(sizes) == reconstruction_bytes(groups, network)
 
 

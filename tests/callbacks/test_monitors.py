@@ -68,7 +68,7 @@ BUILT = size(Module().state_dict())  # the runs below cut it at epochs 1 and 2 o
 
 
 def quiet(sparsity: float = 0.5, **options):
-    defaults = {"multiple": 2, "ramp": "linear", "verbose": False}
+    defaults = {"multiple": 2, "ramp": "linear", "cuts": 2, "verbose": False}
     return pruning_units(sparsity, **{**defaults, **options})
 
 
@@ -584,7 +584,7 @@ def test_no_gradient_crosses_a_cut(accumulate):
 
     def weights(*extra):
         module = Module()
-        run(module, *extra, accumulate_grad_batches=accumulate, max_epochs=3)
+        run(module, *extra, prune=quiet(cuts=1), accumulate_grad_batches=accumulate, max_epochs=3)
         return module.state_dict()
 
     class Clear(pl.Callback):
@@ -671,11 +671,12 @@ def test_every_logger_gets_every_cut(tmp_path):
 def test_profilers_look_on(profiler, tmp_path):
     module = Module()
     few = {"limit_train_batches": 2, "limit_val_batches": 2, "max_epochs": 2}  # it is slow
-    _, prune = run(module, profiler=profiler, default_root_dir=tmp_path, **few)
+    prune = quiet(cuts=1)
+    run(module, prune=prune, profiler=profiler, default_root_dir=tmp_path, **few)
     is_cut_and_clean(module, prune, [1])
 
 
-QUIET = {"sparsity": 0.5, "multiple": 2, "ramp": "linear", "verbose": False}
+QUIET = {"sparsity": 0.5, "multiple": 2, "ramp": "linear", "cuts": 2, "verbose": False}
 
 
 class Count(MutualInformationPruning):
@@ -754,7 +755,7 @@ def test_cuts_come_at_the_right_epoch_after_one_whole_validation(options, epochs
         def val_dataloader(self):
             return loader(128)
 
-    module, prune = Plain(), Count()
+    module, prune = Plain(), Count(cuts=len(epochs))
     run(module, prune=prune, **options)
     is_cut_and_clean(module, prune, epochs)
     assert prune.counts == [{128 * 12}] * len(epochs)
@@ -767,9 +768,9 @@ def test_a_run_resumed_where_validation_is_rare_goes_on(tmp_path):
 
     options = {"check_val_every_n_epoch": 2, "max_epochs": 6}
     straight = Module()
-    run(straight, Save(), prune=quiet(), **options)
+    run(straight, Save(), prune=quiet(cuts=1), **options)
     for epoch in (0, 1, 2):
-        module, prune = Module(), quiet()
+        module, prune = Module(), quiet(cuts=1)
         again = trainer(prune, num_sanity_val_steps=0, **options)
         again.fit(module, ckpt_path=tmp_path / f"{epoch}.ckpt", weights_only=True)
         is_cut_and_clean(module, prune, [2])

@@ -53,7 +53,7 @@ RHYTHMS = (
     {"val_check_interval": 3},
     {"val_check_interval": 2},
     {"check_val_every_n_epoch": None, "val_check_interval": 6},
-    {"check_val_every_n_epoch": 2},
+    {"check_val_every_n_epoch": 2, "pruning": {"cuts": 1}},
 )
 
 
@@ -195,7 +195,7 @@ def test_pruning_may_begin_in_the_middle_of_a_run(tmp_path):
     dense = trainer(max_epochs=6)
     dense.fit(Module())
     dense.save_checkpoint(tmp_path / "dense.ckpt")
-    _, _, watch = resumed(tmp_path, tmp_path / "dense.ckpt", max_epochs=12)
+    _, _, watch = resumed(tmp_path, tmp_path / "dense.ckpt", max_epochs=12, pruning={"cuts": 3})
     assert [cut.epoch for cut in watch.pruning.report.cuts] == [7, 8, 9]
     found = [cut.sparsity for cut in watch.pruning.report.cuts]
     assert found == sorted(found)

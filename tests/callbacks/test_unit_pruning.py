@@ -90,7 +90,7 @@ def test_the_ramp_is_nested_and_ends_where_one_shot_ends(shape):
         def on_train_epoch_end(self, trainer, pl_module):
             seen.append(dict(callback.plan.kept))
 
-    callback = quiet(0.6, multiple=2, ramp="linear", widths=shape)
+    callback = quiet(0.6, multiple=2, ramp="linear", cuts=4, widths=shape)
     trainer(callback, Watch(), max_epochs=8).fit(gradual)
     trainer(quiet(0.6, multiple=2, ramp="one_shot", widths=shape), max_epochs=2).fit(at_once)
     for earlier, later in pairwise(seen):
@@ -383,7 +383,8 @@ def test_each_cut_logs_and_prints_one_table(tmp_path, capsys):
     assert printed.count("Cut at epoch 1") == 1
     assert "1.ffn" in printed
     (cut,) = callback.report.cuts
-    assert set(cut.seconds) == {"calibration", "ranking", "reconstruction", "surgery"}
+    steps = {"discovery", "calibration", "gradients", "ranking", "reconstruction", "surgery"}
+    assert set(cut.seconds) == steps
     assert 0 < cut.information_kept < 1
     assert cut.macs < callback.report.macs
     assert cut.parameters == sum(p.numel() for p in run.lightning_module.parameters())
@@ -605,7 +606,6 @@ def test_a_refused_cut_leaves_model_and_optimizer_as_they_were(sabotage):
         ({"selection": "greedy"}, "selection='greedy'"),
         ({"seed": None}, "seed=None; expected a whole number"),
         ({"seed": -1}, "seed=-1"),
-        ({"positions": None}, "positions=None"),
         ({"include": 3}, "include=3; expected text or None"),
         ({"module": 3}, "module=3; expected text or None"),
         ({"include": "("}, r"include='\(' is not a regular expression"),
@@ -655,7 +655,7 @@ def test_a_cut_that_never_came_is_said():
             trainer.should_stop = trainer.current_epoch == 1
 
     with pytest.warns(UserWarning, match="ended after 1 of 4 cuts"):
-        trainer(quiet(0.6), Stop(), max_epochs=8).fit(Classifier())
+        trainer(quiet(0.6, cuts=4), Stop(), max_epochs=8).fit(Classifier())
 
 
 def test_a_late_validation_delays_the_cut_and_says_so():

@@ -96,7 +96,8 @@ def test_fit_reports_and_its_results_open_again(config: Path) -> None:
     assert sum(cut["seconds"].values()) < report["after"]["fit_seconds"]
     assert cut["epoch"] == 1
     assert cut["sparsity"] >= 0.5
-    assert set(cut["seconds"]) == {"calibration", "ranking", "reconstruction", "surgery"}
+    steps = {"discovery", "calibration", "gradients", "ranking", "reconstruction", "surgery"}
+    assert set(cut["seconds"]) == steps
     for group in cut["groups"]:
         assert set(group) == {
             "name",

@@ -122,7 +122,7 @@ HEAR = before(recorder.Moments, "update")
 BATCH = before(base.PruningCallback, "on_validation_batch_start")
 FEEL = before(gradients.GradientRecorder, "_add_gradient")
 JUDGE = before(ranking, "unit_statistics")
-REFIT = before(reconstruct, "_solve")
+REFIT = before(reconstruct, "_solve_wave")
 CUT = before(steps.RunEngine, "_cut")
 SWAP = before(torch.nn.Module, "register_parameter")
 STEP = before(pl.Callback, "on_before_optimizer_step")
@@ -130,7 +130,7 @@ REMOVE = before(layers, "_numbers")
 TELL = before(steps, "update_optimizers")
 GONE = {"layers": {}}
 MISSED = {"layers": {"max_drop": 1e-9, "monitor": "val_falling", "cuts": 1}}
-WRONG = {"max_drop": 1e-9, "monitor": "val_falling"}  # every cut is taken back
+WRONG = {"max_drop": 1e-9, "monitor": "val_falling", "cuts": 3}  # every cut is taken back
 ON_ERROR = {"saves": "exceptions"}
 
 CASES: dict[str, Case] = {

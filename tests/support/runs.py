@@ -253,6 +253,7 @@ def fit(
     With ``layers``, layers are cut; with ``pruning`` too, units after them.
     """
     settings = {"sparsity": 0.5, "multiple": 2, "ramp": "linear", "verbose": False}
+    settings["cuts"] = 2 if layers is None and options.get("max_epochs", 5) > 3 else 1
     prune: pl.Callback = pruning_units(**{**settings, **(pruning or {})})
     if layers is not None:
         depth = pruning_layers(**{"verbose": False, "first_epoch": 1, **layers})
