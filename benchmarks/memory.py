@@ -8,6 +8,7 @@ process of its own, both ways: with all sums in memory, and with those of one gr
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -247,16 +248,28 @@ def exponents(records: Sequence[Record]) -> list[str]:
     return with_head(["", *(f"{what}, {way}" for what in ("width", "depth") for way in WAYS)], rows)
 
 
+def further(
+    found: tuple[Sequence[float], Sequence[float]], size: float, paper: float
+) -> tuple[float, float, float]:
+    """The slope between the two largest sizes, and what it and another one give at a larger size.
+
+    Example:
+        >>> further(([1.0, 2.0, 4.0], [3.0, 5.0, 20.0]), 8.0, 3)
+        (2.0, 80.0, 160.0)
+    """
+    (*_, first, last), (*_, low, high) = found
+    slope = math.log(high / low) / math.log(last / first)
+    return slope, high * (size / last) ** slope, high * (size / last) ** paper
+
+
 def on_paper(records: Sequence[Record]) -> list[str]:
     """What the 8-billion-parameter shape needs, by formulas and by the measured exponents."""
     shape, size = EIGHT_BILLION, 2  # bytes of bfloat16
-    (_, (*_, last)) = growing(records, "low", WIDER, "peak_mb")
-    wide, narrow = WIDER[-1], EIGHT_BILLION.hidden / WIDER[-1].hidden
-    slope = exponent(*growing(records, "low", WIDER, "peak_mb"))
-    _, (*_, seconds) = growing(records, "low", WIDER, "cpu_s")
-    growth = exponent(*growing(records, "low", WIDER, "cpu_s"))
-    deeper = exponent(*growing(records, "low", DEEPER, "cpu_s"))
-    days = seconds * narrow**growth * (shape.layers / wide.layers) ** deeper / 86_400
+    by_memory, by_time = (
+        further(growing(records, "low", WIDER, figure), shape.hidden, paper)
+        for figure, paper in (("peak_mb", 2), ("cpu_s", 3))
+    )
+    deeper = shape.layers / WIDER[-1].layers
     block = shape.cut_parameters / shape.layers * size
     cells = [
         ("weights that can be cut, bfloat16", f"{shape.cut_parameters * size / 1e9:.1f} GB"),
@@ -264,16 +277,18 @@ def on_paper(records: Sequence[Record]) -> list[str]:
         ("all sums in memory", f"{memory_on_paper(shape) / 1e9:.1f} GB"),
         ("sums of the widest input", f"{8 * shape.neurons**2 / 1e9:.2f} GB"),
         (
-            f"memory beside the model, `low`, by the measured exponent {slope:.2f}",
-            f"{last * narrow**slope / 1e3:.1f} GB",
+            f"memory beside the model, `low`, by the slope {by_memory[0]:.2f} between the two "
+            "widest, or the square of the width",
+            f"{by_memory[1] / 1e3:.1f} or {by_memory[2] / 1e3:.1f} GB",
         ),
         (
             "temporary files, 16,384 positions",
             f"{files_on_paper(shape, 16_384, size) / 1e9:.0f} GB",
         ),
         (
-            f"time on one core, by the exponents {growth:.2f} of width and {deeper:.2f} of depth",
-            f"{days:.1f} days",
+            f"time on one core, 8,192 positions, by the slope {by_time[0]:.2f} between the two "
+            "widest, or the cube of the width",
+            f"{by_time[1] * deeper / 3600:.0f} or {by_time[2] * deeper / 3600:.0f} hours",
         ),
     ]
     return with_head(["32 layers of 4,096 / 14,336", ""], [row([*cell]) for cell in cells])

@@ -470,7 +470,6 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "demo": ("demo", demo),
     "demo-before": ("demo", demo_before),
     "demo-parts": ("demo", demo_parts),
-    "demo-machine": ("demo", measured_on),
     "one-cut-machine": ("one-cut", measured_on),
     "layers": ("layers", layers),
     "layers-one-shot": ("layers-one-shot", layers_one_shot),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "JITTER",
+    "NOTHING",
     "cholesky",
     "conditional_covariance",
     "diagonal_blocks",
