@@ -27,6 +27,7 @@ SHOWS = {  # what the blocks of a page print, in their order
     "docs/deploy.md": "",
     "docs/discovery.md": r"parameters .* in 1 group\nchannels 16 \('4',\)\n",
     "docs/layers.md": r"^3 \(",
+    "docs/memory.md": r"^low Sequential\(.*out_features=48, ",
     "docs/method.md": r"Linear\(in_features=32, out_features=24, ",
     "docs/training.md": "",
 }
