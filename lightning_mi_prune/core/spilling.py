@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_room",
     "in_file",
     "is_spilling",
+    "spill_outputs",
     "spilled",
     "spilled_zeros",
     "spilling",
@@ -96,6 +97,24 @@ def check_room(size: int) -> None:
         PruningError: Naming the folder and the remedy.
     """
     _mapped([max(1, size)], torch.uint8)
+
+
+def spill_outputs(outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
+    """Move what an operator returned into files, within a block of :func:`spilling`.
+
+    The tensors stay the same objects. Views of inputs stay where those are.
+
+    Args:
+        outputs: Tensors without gradients that were just made.
+        inputs: What they were made from.
+    """
+    if not is_spilling():
+        return
+    held = {x.untyped_storage().data_ptr() for x in inputs}
+    for x in outputs:
+        large = x.layout == torch.strided and _is_worth_it(x.shape, x.dtype, x.device)
+        if large and type(x) is Tensor and x.untyped_storage().data_ptr() not in held:
+            x.set_(in_file(x))  # type: ignore[call-overload]
 
 
 @contextmanager

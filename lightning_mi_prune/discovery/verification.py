@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_mi_prune.core.plan import PruningPlan
-from lightning_mi_prune.core.spilling import spilled
+from lightning_mi_prune.core.spilling import spill_outputs, spilled
 from lightning_mi_prune.discovery.copies import (
     Run,
     changed_within,
@@ -33,6 +33,7 @@ from lightning_mi_prune.discovery.copies import (
     tensor_outputs,
 )
 from lightning_mi_prune.discovery.inference import Reduction
+from lightning_mi_prune.discovery.tracing.recording import tensors_of
 from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, full_depth
 from lightning_mi_prune.graph.layouts import Factor, kept_positions, layout_names, map_layout
 from lightning_mi_prune.surgery.layers import arrange_layers
@@ -421,6 +422,7 @@ class _RestrictedReductions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **(kwargs or {}))
         # While it is alive, as in a recording: torch runs an operator more for such tensors.
         self._alive.append(output)
+        spill_outputs(tensors_of(output), tensors_of((args, kwargs or {})))
         if reduction is None:
             return output
         name = func._schema.name.partition("::")[2]

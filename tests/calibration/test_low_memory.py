@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mi_prune import PruningError, options, prune
+from lightning_mi_prune import PruningError, discover, options, prune
 from lightning_mi_prune.calibration import memory as choosing
 from lightning_mi_prune.calibration.collect import collect_gradients
 from lightning_mi_prune.calibration.gradients import GradientRecorder
@@ -27,7 +27,7 @@ from lightning_mi_prune.core.spilling import in_file, spilled, spilled_zeros
 from lightning_mi_prune.graph.groups import full_plan
 from lightning_mi_prune.surgery.tensors import parameters_in_files
 from tests.support.graphs import groups_of
-from tests.support.models import batch, build
+from tests.support.models import SOME, batch, build
 from tests.support.runs import sha
 
 CPU = torch.device("cpu")
@@ -305,6 +305,29 @@ def test_saved_tensors_in_files_give_the_same_gradients(files: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- samples
+
+
+@pytest.mark.parametrize(("family", "head"), [*SOME, ("bert", "masked-lm")])
+def test_groups_are_found_alike_with_activations_in_files(
+    files: Path, family: str, head: str
+) -> None:
+    found = []
+    for active in (False, True):
+        with spilling.spilling(active):
+            found.append(discover(build(family, head)).to_json())
+    assert found[0] == found[1]
+    assert [*files.iterdir()] == []
+
+
+def test_outputs_of_operators_go_to_files_but_views_stay(files: Path) -> None:
+    x = torch.randn(4, 5)
+    new, view = x * 2, x.mT
+    value = new.clone()
+    with spilling.spilling():
+        spilling.spill_outputs([new, view], [x])
+    assert torch.equal(new, value)
+    assert new.untyped_storage().filename is not None
+    assert view.data_ptr() == x.data_ptr()
 
 
 def test_stored_samples_give_the_sums_of_the_parts(files: Path) -> None:

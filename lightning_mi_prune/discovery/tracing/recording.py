@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.running import evaluating, fixed_random_state
+from lightning_mi_prune.core.spilling import spill_outputs
 
 __all__ = [
     "ModuleCall",
@@ -213,6 +214,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         path = self._running[-1].path if self._running else ""
         inputs = tuple(_plain(tensors_of((args, named)), func, path))
         outputs = tuple(_plain(tensors_of(output), func, path))
+        spill_outputs(outputs, inputs)  # all of them are alive until the call is understood
         name = func._schema.name.partition("::")[2]
         if len(self.operators) >= _MOST_OPERATORS:
             raise PruningError(
