@@ -51,6 +51,7 @@ def tiny() -> tuple[PreTrainedModel, Tensor]:
         num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=4,
+        eos_token_id=None,  # no token ends a sequence
     )
     tokens = torch.randint(31, (768, 24))
     for place in range(2, 24):

@@ -121,17 +121,15 @@ def test_options_in_the_text_can_be_made(name: str) -> None:
 def test_the_numbers_of_the_demo_in_the_readme_are_in_the_records() -> None:
     readme = " ".join(PAGES["README.md"].split())
     runs = Store("demo").find(cuts=1, compensation="layerwise", epochs=6)
-    one, many, share = (
+    single = [record["encoder speed-up, batch 1"] for record in runs]
+    many, share = (
         statistics.median(record[key] for record in runs)
-        for key in (
-            "encoder speed-up, batch 1",
-            "encoder speed-up, batch 32",
-            "pruning, % of training",
-        )
+        for key in ("encoder speed-up, batch 32", "pruning, % of training")
     )
     dense = {r["seed"]: r["dense accuracy, %"] for r in Store("demo") if r.get("cuts") is None}
     dense |= {r["seed"]: r["accuracy, %"] for r in Store("demo").find(cuts=0)}
     points = statistics.median(record["accuracy, %"] - dense[record["seed"]] for record in runs)
-    assert f"{one:.1f} times as fast at batch size 1 and {many:.1f} times at 32" in readme
+    assert f"{many:.1f} times as fast at batch size 32" in readme
+    assert f"(at 1 between {min(single):.1f} and {max(single):.1f} times" in readme
     assert f"changes by {points:+.1f} points (medians of {len(runs)} seeds)" in readme
     assert f"pruning takes {share:.0f} % of the training" in readme

@@ -38,15 +38,15 @@ class Calibration:
     """How much is collected before a cut.
 
     Args:
-        positions: Samples of every group in one validation run, over all ranks. Default: 16,384;
-            for a callback 5 for each entry of the widest input, from 8,192 to 16,384.
+        positions: Samples of every group, over all ranks. They are of one validation run. Default:
+            16,384; for a callback 5 for each entry of the widest input, from 8,192 to 16,384.
         gradient_steps: Training steps to take gradients from, over all ranks; only where
             ``Importance.relevance`` is ``"gradient"``.
-        memory: ``"ordinary"`` holds the sums of all groups in memory, ``8 d^2`` bytes for a group
-            of ``d`` entries; ``"low"`` holds those of one group at a time and keeps all else in
-            temporary files (in the folder that ``TMPDIR`` names). The plan is the same. Default
-            ``"auto"``: ``"low"`` where the ordinary way would need more than half of the memory
-            that is free; the log says so.
+        memory: ``"low"`` uses temporary files, ``"auto"`` where memory is short. ``"ordinary"``
+            holds the sums of all groups in memory, ``8 d^2`` bytes for a group of ``d`` entries;
+            ``"low"`` those of one group at a time, and all else in files (in the folder that
+            ``TMPDIR`` names). The plan is the same. ``"auto"`` takes it where the ordinary way
+            would need more than half of the memory that is free; the log says so.
 
     Raises:
         PruningError: If a number is no whole number, or too small, or memory none of the choices.
@@ -183,7 +183,7 @@ class Reconstruction:
             they now receive; ``"compensation"`` only adds the removed units' linear part to the
             weights that stay; ``"none"`` leaves the weights as they are. Removed layers know
             ``"layerwise"`` and ``"none"``.
-        positions: Positions of validation inputs that are stored for ``"layerwise"``, over all
+        positions: Inputs stored for ``"layerwise"``, in positions. They are of validation, over all
             ranks; more are better. Default: 16,384; for a callback half of those that are
             calibrated with by default, since training goes on from there.
 

@@ -28,6 +28,7 @@ __all__ = [
     "Recording",
     "record_call",
     "tensors_in",
+    "tensors_of",
 ]
 
 _MOST_OPERATORS = 1_000_000  # of one call; a loop over a long sequence has less
