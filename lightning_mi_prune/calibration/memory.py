@@ -34,7 +34,7 @@ __all__ = [
 Memory = Literal["ordinary", "low"]
 
 _DOUBLE = 8  # bytes
-_MATRICES = 6  # of d x d in float64 while a group of d entries is scored, or its layer solved
+_MATRICES = 4  # of d x d in float64 while a group of d entries is scored, or its layer solved
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -89,7 +89,7 @@ def memory_needs(
         >>> group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
         >>> needs = memory_needs(net, [group], full_plan([group]), positions=10, gradients=False)
         >>> needs.low, needs.files - 10 * 4 * 4  # samples, and 24 parameters twice
-        (768, 192)
+        (512, 192)
     """
     places: dict[tuple[str, str, str], tuple[int, str]] = {}
     sizes = input_sizes(model, groups)

@@ -226,6 +226,7 @@ class UnitStrategy:
         self.goal = budget.amount if budget.kind == "sparsity" else 1.0
         self.chosen: list[DependencyGroup] = []
         self._calibration, self._memory = calibration, ""
+        self._asked = calibration, pipeline.reconstruction  # each fit may have another model
         self._stored = pipeline.reconstruction.stored_positions
         self._steps = (
             calibration.gradient_steps if pipeline.importance.relevance == "gradient" else 0
@@ -287,7 +288,7 @@ class UnitStrategy:
 
     def _set_positions(self) -> None:
         """Take as many positions as the groups need, as built, where no number is given."""
-        calibration, solving = self._calibration, self.pipeline.reconstruction
+        calibration, solving = self._asked
         enough = positions_while_training(self.chosen)
         self._calibration = replace(calibration, positions=calibration.positions or enough)
         solving = replace(solving, positions=solving.positions or enough // 2)

@@ -8,6 +8,7 @@ remains of them after a crash.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -140,17 +141,12 @@ def spilling_saved_tensors(model: nn.Module) -> Iterator[None]:
 
 
 def _is_worth_it(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-    return device.type == "cpu" and size >= _SMALLEST
+    return device.type == "cpu" and dtype.itemsize * math.prod(shape) >= _SMALLEST
 
 
 def _mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros in a file whose room on the disk is reserved: a full disk would end the process."""
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
+    size = dtype.itemsize * math.prod(shape)
     handle, path = tempfile.mkstemp(prefix="lightning_mi_prune-")
     try:
         if hasattr(os, "posix_fallocate"):

@@ -27,7 +27,6 @@ __all__ = [
     "shrink",
     "shrinkage",
     "unit_information",
-    "with_diagonal",
 ]
 
 # Noise added to every unit, as a share of its variance, so that matrices with exact copies and
@@ -80,7 +79,9 @@ def inverse(matrix: Tensor, jitter: float = JITTER, *, extra: Tensor | None = No
         jitter: That share.
         extra: Variance ``(d,)`` to add to the entries before.
     """
-    matrix = matrix.clone() if extra is None else with_diagonal(matrix, extra)
+    matrix = matrix.clone()
+    if extra is not None:
+        matrix.diagonal().add_(extra)
     variance = matrix.diagonal()
     mean = mean_variance(matrix)
     noise = torch.where(variance > JITTER * mean, variance, mean) * jitter
@@ -88,13 +89,6 @@ def inverse(matrix: Tensor, jitter: float = JITTER, *, extra: Tensor | None = No
     factor = cholesky(matrix)
     del matrix, variance  # as few matrices at a time as can be: they are the largest that there are
     return torch.cholesky_inverse(factor)
-
-
-def with_diagonal(matrix: Tensor, values: Tensor) -> Tensor:
-    """A copy of a matrix ``(d, d)`` with values ``(d,)`` added to its diagonal."""
-    copied = matrix.clone()
-    copied.diagonal().add_(values)
-    return copied
 
 
 def conditional_covariance(sxx: Tensor, sxy: Tensor, syy: Tensor) -> Tensor:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from lightning_mi_prune.callbacks import units
 from lightning_mi_prune.core import spilling
-from tests.support.runs import POINTS, fit, resumed_equals_straight
+from tests.support.boring import trainer
+from tests.support.pruning import pruning_units
+from tests.support.runs import POINTS, Module, fit, resumed_equals_straight
 
 LOW = {"memory": "low"}
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -39,3 +42,17 @@ def test_validation_inside_an_epoch_is_run_again(tmp_path: Path) -> None:
     points = {name: POINTS[name] for name in ("inside an epoch", "after its last batch")}
     found = resumed_equals_straight(tmp_path, points, pruning=LOW, val_check_interval=2)
     assert not any(found.values()), found
+
+
+def test_positions_follow_the_model_of_each_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first fit needed is not what a later one was asked for."""
+    pruning = pruning_units(sparsity=0.5, multiple=2, verbose=False)
+    found = []
+    for enough in (9000, 10_000):
+        monkeypatch.setattr(units, "positions_while_training", lambda _, n=enough: n)
+        trainer(pruning, max_epochs=2, num_sanity_val_steps=0).fit(Module())
+        strategy = pruning.engine.strategy
+        found.append((strategy._calibration.positions, strategy._stored))
+    assert found == [(9000, 4500), (10_000, 5000)]
