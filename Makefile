@@ -104,7 +104,7 @@ decoders: $(VENV)/decoders.stamp
 
 costs: $(VENV)/benchmark.stamp
 	$(ONE) one-cut demo
-	$(ONE) costs scaling
+	$(ONE) costs scaling memory
 	$(TABLES)
 
 zoo: $(ZOO)/zoo.stamp
