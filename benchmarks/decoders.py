@@ -233,7 +233,8 @@ def opened(name: str, seed: int) -> Subject:
 
 def fluctuations(statistics: UnitStatistics) -> Tensor:
     """Variance of each entry times the squared norm of the weights that read it ``(units, g)``."""
-    power = statistics.covariance.diagonal() * statistics.weight.square().sum(0)
+    variance = statistics.mean_squares() - statistics.mean.square()
+    power = variance * statistics.weight.square().sum(0)
     return power.view(-1, statistics.entries)
 
 

@@ -142,8 +142,7 @@ class ActivationNorm:
         """Order the units by that product, smallest first."""
         squares = statistics[0].mean.new_zeros(statistics[0].units)
         for each in statistics:
-            power = each.covariance.diagonal() + each.mean.square()
-            entries = power * each.weight.square().sum(0)
+            entries = each.mean_squares() * each.weight.square().sum(0)
             squares = squares + entries.view(-1, each.entries).sum(1)
         return _ascending(squares)
 

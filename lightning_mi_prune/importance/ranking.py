@@ -50,6 +50,7 @@ def rank_groups(
     relevance: RelevanceSource = None,
     widths: Mapping[str, int] | None = None,
     crossed_kept: Mapping[str, tuple[int, ...]] | None = None,
+    biases: bool = True,
 ) -> dict[str, Ranking]:
     """Rank the units of every group once for all budgets.
 
@@ -69,6 +70,7 @@ def rank_groups(
         crossed_kept: Units expected to stay of the :attr:`DependencyGroup.partners` of others, in
             positions of the model as built: heads are scored by the dimensions that stay,
             dimensions by the heads.
+        biases: Whether biases may change, to make up for the mean of what is removed.
 
     Returns:
         A ranking of all present units by group name, in positions of the model as built.
@@ -89,7 +91,7 @@ def rank_groups(
         rotating = [other for other in groups if other.name in across and other.rotation]
         plain = across if not rotating and group.rotation is None else {}
         statistics = unit_statistics(
-            group, moments, weights, kept, current, groups, known, within=plain
+            *(group, moments, weights, kept, current, groups, known, plain), biases=biases
         )
         now = current.kept[group.name]
         if group.rotation is not None:

@@ -41,13 +41,14 @@ class UnitStatistics:
         entries: Entries per unit ``g``.
         samples: Samples ``N`` of the moments.
         mean: Mean of the entries ``(d,)``.
-        covariance: Covariance of the entries ``(d, d)``.
+        covariance: Covariance of the entries ``(d, d)``; their second moments if ``around_zero``.
         readout: Linear map ``T (m, d)`` to the kept units above. Relevance only weights it:
             ``T = G^(1/2) W``.
         rows: The weight rows ``(units, w)`` that produce each unit, for criteria of weights.
         weight: The weights ``W (rows, d)`` that read the entries; default the readout.
         taylor: First-order change of the loss without each unit ``(units,)``, if it is known.
         outputs: Outputs above that the readout stands for, if it was reduced; default its rows.
+        around_zero: Whether means count like what varies, because no bias makes up for them.
     """
 
     name: str
@@ -60,6 +61,7 @@ class UnitStatistics:
     weight: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     taylor: Tensor | None = None
     outputs: int = 0
+    around_zero: bool = False
 
     def __post_init__(self) -> None:
         if not self.weight.numel():
@@ -71,6 +73,11 @@ class UnitStatistics:
     def units(self) -> int:
         """Number of units now."""
         return self.covariance.shape[0] // self.entries
+
+    def mean_squares(self) -> Tensor:
+        """Mean square of each entry ``(d,)``."""
+        found = self.covariance.diagonal()
+        return found if self.around_zero else found + self.mean.square()
 
     def above(self) -> Tensor:
         """Covariance ``(m, m)`` of the layer above, a linear map of the entries."""
@@ -116,6 +123,8 @@ def unit_statistics(
     groups: Sequence[DependencyGroup],
     relevance: Mapping[str, Relevance] | None = None,
     within: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    biases: bool = True,
 ) -> list[UnitStatistics]:
     """Statistics of a group's units at each input that consists of them.
 
@@ -132,6 +141,7 @@ def unit_statistics(
         relevance: How much the loss depends on each part of the layer above, by key; None weights
             all parts equally.
         within: Units of other groups to which the entries are confined, numbered as built.
+        biases: As for :func:`input_statistics`.
 
     Raises:
         PruningError: If there are no samples at an input.
@@ -147,7 +157,10 @@ def unit_statistics(
             index = None
         known = None if relevance is None else relevance.get(key)
         whole = input_statistics(
-            group, key, moments, weights, kept, current, groups, relevance=known, index=index
+            *(group, key, moments, weights, kept, current, groups),
+            relevance=known,
+            index=index,
+            biases=biases,
         )
         entries = len(units[0]) if units else 1
         taylor = None if known is None else known.taylor
@@ -166,8 +179,12 @@ def input_statistics(
     *,
     relevance: Relevance | None = None,
     index: Sequence[int] | None = None,
+    biases: bool = True,
 ) -> UnitStatistics:
     """Statistics of the entries of one input, one entry a unit.
+
+    Where a consumer has a bias, a new one makes up for the mean of what is removed, so that only
+    the covariance counts. Where none has, second moments about zero take its place.
 
     Args:
         group: A group whose units are in the input.
@@ -179,6 +196,7 @@ def input_statistics(
         groups: The same.
         relevance: How much the loss depends on each part of the layer above.
         index: Positions of the entries; None for all in their order.
+        biases: Whether biases may change.
 
     Raises:
         PruningError: If there are no samples.
@@ -202,6 +220,9 @@ def input_statistics(
         stacks = [stack[:, at.to(stack.device)] for stack in stacks]
         if relevance is not None and relevance.over_units and matrix is not None:
             matrix = matrix[at][:, at]
+    around_zero = not (biases and any(f"{consumer}.bias" in weights for consumer in consumers))
+    if around_zero:
+        covariance.addr_(mean, mean)
     weight, outputs = _one_matrix(stacks, covariance)
     readout = weight
     if relevance is not None and matrix is not None:
@@ -219,6 +240,7 @@ def input_statistics(
         readout=readout,
         weight=weight,
         outputs=outputs,
+        around_zero=around_zero,
     )
 
 

@@ -122,7 +122,10 @@ def select_units(
     cut = [group for group in groups if widths[group.name] < len(current.kept[group.name])]
     if rankings is None:
         rankings = rank_groups(
-            cut, moments, weights, current, criterion, relevance=relevance, widths=widths
+            *(cut, moments, weights, current, criterion),
+            relevance=relevance,
+            widths=widths,
+            biases=compensate,
         )
     topk = isinstance(criterion, MutualInformation) and criterion.selection == "topk"
     kept = dict(current.kept)
@@ -147,9 +150,14 @@ def select_units(
             for key, consumers in one.unit_inputs.items():
                 given = ConsumerInput.of(one, consumers)
                 if given.consumer not in fits:
-                    values = input_statistics(one, key, moments, weights, kept, current, groups)
+                    values = input_statistics(
+                        *(one, key, moments, weights, kept, current, groups), biases=compensate
+                    )
                     if one.rotation is not None and one in cut and len(values.mean):
-                        new = _rotation(one, moments, weights, kept, current, groups, relevance)
+                        new = _rotation(
+                            *(one, moments, weights, kept, current, groups, relevance),
+                            biases=compensate,
+                        )
                         rotated |= new.weights(weights)
                         maps |= {name: dims for name, dims in new.maps.items() if name in weights}
                         weights, values = {**weights, **rotated}, new.rotate(values)
@@ -196,10 +204,13 @@ def _rotation(
     current: PruningPlan,
     groups: Sequence[DependencyGroup],
     relevance: RelevanceSource,
+    *,
+    biases: bool,
 ) -> HeadRotation:
     """The principal directions of heads, the same that were ranked."""
     known = None if isinstance(relevance, str) else relevance
-    (values,) = unit_statistics(group, moments, weights, kept, current, groups, known)
+    given = (group, moments, weights, kept, current, groups, known)
+    (values,) = unit_statistics(*given, biases=biases)
     found = head_rotation(group, values, moments, weights, known)
     if not found.rotation.rescaled:
         return found
@@ -325,7 +336,7 @@ class _Fit:
         read = self.given.weight(consumer)
         stored = weights[read.tensor].detach()
         bias = weights.get(f"{consumer}.bias")
-        if bias is None:
+        if bias is None and not values.around_zero:
             raw = spilled(torch.outer(values.mean, values.mean).add_(values.covariance))
             coefficients = regression(raw, self.kept, self.dropped, values.samples)
         shift = values.mean[self.dropped] - coefficients @ values.mean[self.kept]

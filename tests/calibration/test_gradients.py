@@ -19,6 +19,7 @@ from lightning_mi_prune.calibration.gradients import (
     GradientRecorder,
     check_gradients,
     empty_sums,
+    position_weights,
     relevance_of,
 )
 from lightning_mi_prune.core.plan import PruningPlan
@@ -30,6 +31,7 @@ from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.graphs import groups_of
 from tests.support.models import batch, build
 from tests.support.pruning import pruning_units
+from tests.support.relevance import weighted_rows
 from tests.support.runs import PRECISIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
@@ -89,8 +91,8 @@ def test_sums_are_those_computed_by_hand(positions):
         (g,) = torch.autograd.grad(
             loss_of(net[3:](z)) * len(x), z
         )  # an example's loss is not divided
-        rows = g.reshape(len(x), -1, 2)
-        matrix += torch.einsum("epi,epj->ij", rows, rows)
+        rows, weighted = g.reshape(len(x), -1, 2), weighted_rows(g, (z - net[2].bias).detach())
+        matrix += weighted.mT @ weighted
         change = (hidden.reshape(len(x), -1, 4) * (rows @ net[2].weight)).sum(1)
         taylor += change.square().sum(0)
     torch.testing.assert_close(sums.matrix, matrix.detach(), rtol=1e-5, atol=1e-8)
@@ -110,8 +112,50 @@ def test_gradients_of_heads_and_neurons_are_those_at_the_outputs_of_their_consum
         )
         (g,) = torch.autograd.grad(loss(0) * 6, outputs)
         handle.remove()
-        g = g.reshape(-1, g.shape[-1]).double()
+        g = weighted_rows(
+            g, outputs[0].detach() - model.get_parameter(f"{group.consumers[0]}.bias")
+        )
         torch.testing.assert_close(sums[group.name].matrix, g.mT @ g, rtol=1e-4, atol=1e-7)
+
+
+def test_a_position_whose_output_is_next_to_nothing_cannot_be_most_of_the_relevance():
+    """Behind a norm its gradient is huge, since the norm divides by the output."""
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Identity(), nn.Linear(2, 2, bias=False))
+    for layer in (net[0], net[2]):
+        nn.init.eye_(layer.weight)
+    group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
+    x = torch.ones(4, 8, 2)
+    x[:, 0] = 1e-3
+
+    def loss(step):
+        y = functional.normalize(net(x), dim=-1)
+        return -(y[:, 0, 1].sum() + y[:, 1:, 0].sum()) / len(x)  # the first position wants 1
+
+    relevance = relevance_of(gradient_sums(net, [group], loss))["hidden"].matrix
+    # Gradients are at right angles to the output; those of seven positions against one small one.
+    g = torch.tensor([-1.0, 1.0], dtype=torch.float64) / 8**0.5
+    wanted = torch.outer(g, g) * (7 + 1e6 * 1e-6)
+    torch.testing.assert_close(relevance, wanted, rtol=1e-3, atol=0)
+
+
+def test_weights_of_positions_depend_on_nothing_but_their_example():
+    gradients, values = torch.randn(3, 5, 4), torch.randn(3, 5, 2) * torch.rand(3, 5, 1).exp()
+    gradients[1, 3:] = 0  # padding
+    power = values.square().sum(-1)
+    found = position_weights(gradients, power)
+    assert found.min() > 0
+    assert found.max() == 1
+    for example in range(3):
+        alone = position_weights(gradients[example, None], power[example, None])
+        assert torch.equal(alone[0], found[example])
+    short = position_weights(gradients[1:2, :3], power[1:2, :3])
+    assert torch.equal(short[0], found[1, :3])
+    assert torch.equal(position_weights(gradients[:, 0], power[:, 0]), torch.ones(3))
+    assert position_weights(torch.zeros(2, 5, 4), torch.zeros(2, 5)).isfinite().all()
+    rows = weighted_rows(gradients, values)
+    assert torch.allclose(
+        (gradients.double().flatten(0, 1) * found.flatten().sqrt()[:, None]), rows
+    )
 
 
 @pytest.mark.parametrize("scale", [1 / 4, 2.0**12, 3.0])

@@ -24,6 +24,7 @@ from lightning_mi_prune.importance.criteria import (
 from lightning_mi_prune.importance.ranking import rank_groups
 from lightning_mi_prune.importance.statistics import unit_statistics
 from tests.support.layouts import Convolutions, Flattened, Grouped, Joined, pairs, recorded
+from tests.support.relevance import weighted_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 CRITERIA = [MutualInformation(), MutualInformation("topk", 0.01), Magnitude(), ActivationNorm()]
@@ -155,14 +156,20 @@ def test_units_of_a_product_are_put_next_to_each_other():
 
 
 def per_position(net, x):
-    """Gradients at the outputs of a convolution, and changes of the loss at its inputs."""
+    """Weighted gradients at the outputs of a convolution, changes of the loss at its inputs, and
+    weighted gradients there."""
     hidden = torch.relu(net.up(x)).detach().requires_grad_()
     output = net.down(hidden)
     output.retain_grad()
     output.square().mean().backward()
-    grad = output.grad.movedim(1, -1).flatten(0, -2) * len(x)
     change = (hidden * hidden.grad * len(x)).flatten(2).sum(2)
-    return grad, change, (hidden.grad * len(x)).movedim(1, -1).flatten(0, -2)
+    bias = 0 if net.down.bias is None else net.down.bias.view(-1, 1, 1)
+    places = (output.grad, output - bias), (hidden.grad, hidden)
+    grad, inputs_grad = (
+        weighted_rows(grad.movedim(1, -1), at.movedim(1, -1).detach()) * len(x)
+        for grad, at in places
+    )
+    return grad, change, inputs_grad
 
 
 @pytest.mark.parametrize("shared", [False, True])

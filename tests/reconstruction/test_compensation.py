@@ -21,6 +21,7 @@ from lightning_mi_prune.importance.criteria import (
     Random,
 )
 from lightning_mi_prune.importance.information import joint_information
+from lightning_mi_prune.importance.ranking import rank_groups
 from lightning_mi_prune.importance.statistics import UnitStatistics
 from lightning_mi_prune.reconstruction.compensation import select_units
 from lightning_mi_prune.surgery.units import apply_plan
@@ -150,6 +151,40 @@ def test_compensation_without_a_bias_fits_raw_moments():
         best = torch.linalg.lstsq(h[:, kept], z).solution
     assert set(chosen.compensated) == {"2.weight"}
     assert torch.allclose(chosen.compensated["2.weight"].double(), best.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("compensate", [True, False])
+def test_the_mean_of_a_unit_counts_unless_a_bias_makes_up_for_it(bias, compensate):
+    net, group = two_layers(4, 3, bias=bias)
+    with torch.no_grad():
+        net[0].weight[0], net[0].bias[0] = 0, 1.0  # unit 0 is constant, and the others small
+        net[0].weight[1:] *= 0.1
+    _, moments = record(net, group)
+    weights, plan = dict(net.named_parameters()), full_plan([group])
+    chosen = select_units([group], moments, weights, {"hidden": 2}, plan, compensate=compensate)
+    assert (0 in chosen.plan.kept["hidden"]) == (not (bias and compensate))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_expected_loss_is_the_residual_of_least_squares(bias):
+    """Half the squared error of the layer above, with an intercept only where there is a bias."""
+    net, group = two_layers(8, 3, bias=bias)
+    with torch.no_grad():
+        net[0].bias += 1.0
+    x, moments = record(net, group, n=20_000)
+    weights, plan = dict(net.named_parameters()), full_plan([group])
+    ranking = rank_groups([group], moments, weights, plan)["hidden"]
+    with torch.no_grad():
+        h = net[1](net[0](x)).double()
+        z = h @ net[2].weight.double().T
+    for width in (2, 5, 7):
+        design = h[:, list(ranking.kept(width))]
+        if bias:
+            design = torch.cat([design, torch.ones(len(x), 1)], 1)
+        error = z - design @ torch.linalg.lstsq(design, z).solution
+        lost = float(error.square().sum(1).mean() / 2)
+        assert ranking.lost(width)[0] == pytest.approx(lost, rel=1e-3)
 
 
 def test_compensation_can_be_left_out():
