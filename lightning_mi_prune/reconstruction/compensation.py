@@ -307,7 +307,8 @@ class _Fit:
     def information(self, ridge: float) -> GroupInformation:
         """Information with the layer above, whose noise is ``ridge`` of its mean variance."""
         values, above = self.values, self.values.above()
-        noise = (values.noise(ridge) or 1.0) * torch.eye(len(above)).to(above)
+        variance = ridge * float(values.variance(above)) if len(above) else 0.0
+        noise = (variance or 1.0) * torch.eye(len(above)).to(above)
         # What the layer above receives of the dropped entries, less what the kept ones tell of it.
         missing = values.readout.clone()
         missing[:, self.kept] = -values.readout[:, self.dropped] @ self.coefficients
