@@ -349,6 +349,10 @@ def entries_of(units: Tensor, entries: int) -> Tensor:
 
 def _factor(matrix: Tensor) -> Tensor:
     """``F`` with ``F'F = G`` for a symmetric ``G`` that is positive up to rounding."""
+    lower, failed = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
+    if not int(failed):
+        transposed: Tensor = lower.mT
+        return transposed
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     factor: Tensor = values.clamp_min(0).sqrt()[:, None] * vectors.mT
     return factor
