@@ -25,7 +25,13 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mi_prune.calibration.activations import ModuleHooks, read_shape
 from lightning_mi_prune.calibration.calls import batch_size_of
-from lightning_mi_prune.calibration.moments import check_packed, pack_symmetric, unpack_symmetric
+from lightning_mi_prune.calibration.moments import (
+    add_outer,
+    check_packed,
+    mirror,
+    pack_symmetric,
+    unpack_symmetric,
+)
 from lightning_mi_prune.calibration.padding import Padding
 from lightning_mi_prune.core.consumers import (
     channels_last,
@@ -331,6 +337,8 @@ class GradientRecorder(ModuleHooks):
         staged, self._recording = self._staged, False
         started = time.perf_counter()
         if staged:
+            for matrix, _ in staged.values():
+                mirror(matrix)
             values = [t for parts in staged.values() for t in parts]
             finite = bool(torch.stack([t.sum() for t in values]).isfinite().all())
             examples = self._examples()
@@ -473,7 +481,7 @@ class GradientRecorder(ModuleHooks):
                 self._staged[key] = [matrix, taylor]
         matrix = self._staged[keys[0]][0]
         if matrix.device == rows.device:
-            matrix.addmm_(rows.mT, rows)
+            add_outer(matrix, rows)
         else:
             matrix.add_((rows.mT @ rows).to(matrix.device))
 

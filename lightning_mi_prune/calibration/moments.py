@@ -66,7 +66,7 @@ class ExactSums(Metric):
 
 # Columns of one product of matrices: the matrix of sums is symmetric, so what lies below its
 # diagonal blocks of this size is not computed. Smaller blocks save more but are slower products.
-_BLOCK = 384
+_BLOCK = 192
 
 
 # Variance, as a share of the squared mean, below which single precision cannot tell it from

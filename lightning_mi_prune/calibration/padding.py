@@ -19,6 +19,7 @@ __all__ = [
     "Padding",
     "add_masks",
     "attention_mask_of",
+    "has_attention",
     "pad_nested",
     "padded_encoders",
 ]
@@ -31,6 +32,7 @@ _NAMES = {
     nn.TransformerDecoderLayer: ("tgt", "tgt_key_padding_mask"),
     nn.MultiheadAttention: ("query", "key_padding_mask"),
 }
+_KINDS = tuple(_NAMES)
 
 
 def attention_mask_of(
@@ -39,6 +41,16 @@ def attention_mask_of(
     """The argument ``attention_mask`` of a call, if it is a tensor."""
     given = _bound(module, args, kwargs).get("attention_mask")
     return given if isinstance(given, Tensor) else None
+
+
+def has_attention(model: nn.Module) -> bool:
+    """Whether torch's own attention is in a model, which is given masks of padding itself.
+
+    Example:
+        >>> has_attention(nn.Sequential(nn.MultiheadAttention(4, 2))), has_attention(nn.ReLU())
+        (True, False)
+    """
+    return any(isinstance(module, _KINDS) for module in model.modules())
 
 
 class _Known(NamedTuple):
@@ -69,8 +81,8 @@ class Padding:
     def attach(self, model: nn.Module) -> Iterator[RemovableHandle]:
         """Put hooks on all modules that receive such masks, one after another."""
         for module in model.modules():
-            names = next((n for kind, n in _NAMES.items() if isinstance(module, kind)), None)
-            if names is not None:
+            if isinstance(module, _KINDS):
+                names = next(n for kind, n in _NAMES.items() if isinstance(module, kind))
                 yield module.register_forward_pre_hook(self._hook(*names), with_kwargs=True)
 
     def start_call(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -143,6 +142,9 @@ def relative_difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     return worst
 
 
+_CONTAINERS = (dict, list, set, OrderedDict)
+
+
 @contextmanager
 def changed_within(module: nn.Module) -> Iterator[None]:
     """Put tensors, numbers and containers of a copy back to what they were before.
@@ -161,8 +163,7 @@ def changed_within(module: nn.Module) -> Iterator[None]:
 def _shallow(held: Mapping[str, Any]) -> dict[str, Any]:
     """The attributes of a module, with containers of their own."""
     return {
-        name: copy.copy(value) if type(value) in (dict, list, set, OrderedDict) else value
-        for name, value in held.items()
+        name: value.copy() if type(value) in _CONTAINERS else value for name, value in held.items()
     }
 
 

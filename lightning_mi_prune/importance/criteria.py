@@ -84,9 +84,15 @@ class MutualInformation:
         if self.selection == "topk":
             return _ascending(torch.stack([self.scores(each) for each in statistics]).sum(0))
         # One noise for all inputs, so that one on which the loss depends less has less information.
-        noise = sum(each.noise(self.ridge) for each in statistics) / len(statistics)
+        grams = [spilled(each.gram()) for each in statistics]
+        noises = [s.noise(self.ridge, gram) for s, gram in zip(statistics, grams, strict=True)]
+        noise = sum(noises) / len(statistics)
         # A constant layer above has no information, whatever the noise.
-        pairs = [_precisions(each, noise or 1.0) for each in statistics]
+        pairs = [
+            _precisions(each, gram, noise or 1.0)
+            for each, gram in zip(statistics, grams, strict=True)
+        ]
+        del grams
         return eliminate(pairs, keep=keep, entries=[each.entries for each in statistics])
 
     def scores(self, statistics: UnitStatistics) -> Tensor:
@@ -205,8 +211,14 @@ def criterion_of(importance: Importance, seed: int = 0) -> Criterion:
     return made[importance.criterion]
 
 
-def _precisions(statistics: UnitStatistics, noise: float) -> tuple[Tensor, Tensor]:
-    """``Cov(x)^-1`` and ``Cov(x | y)^-1`` with noise of this variance on ``y``."""
+def _precisions(statistics: UnitStatistics, gram: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """``Cov(x)^-1`` and ``Cov(x | y)^-1`` with noise of this variance on ``y``.
+
+    Args:
+        statistics: Statistics at an input.
+        gram: Its ``T'T (d, d)``, which becomes the second of the two.
+        noise: That variance.
+    """
     covariance, extra = statistics.covariance, None
     if statistics.samples < 2 * len(covariance):  # with enough samples exact copies stay exact
         # Correlations become those of `shrink`, but covariances of different entries stay.
@@ -214,8 +226,7 @@ def _precisions(statistics: UnitStatistics, noise: float) -> tuple[Tensor, Tenso
         extra = share / (1 - share) * covariance.diagonal()
     precision = spilled(inverse(covariance, extra=extra))
     # y = T x + noise, so Cov(x | y)^-1 = Cov(x)^-1 + T'T / noise: no second inverse.
-    posterior = (statistics.readout.mT @ statistics.readout).div_(noise).add_(precision)
-    return precision, spilled(posterior)
+    return precision, gram.div_(noise).add_(precision)
 
 
 def _ascending(scores: Tensor) -> Elimination:

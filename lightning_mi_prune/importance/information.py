@@ -26,6 +26,7 @@ __all__ = [
     "regression",
     "shrink",
     "shrinkage",
+    "times_lower",
     "unit_information",
 ]
 
@@ -39,16 +40,34 @@ JITTER = 1e-6
 NOTHING = 1e-150
 
 
+# Columns of one product with a triangular matrix.
+_COLUMNS = 192
+
+
 def cholesky(matrix: Tensor) -> Tensor:
     """Lower Cholesky factor, with the type that torch leaves out."""
     factor: Tensor = torch.linalg.cholesky(matrix)
     return factor
 
 
+def times_lower(matrix: Tensor, lower: Tensor) -> Tensor:
+    """Product ``(m, d)`` with a lower triangular matrix ``(d, d)``, whose zeros are left out.
+
+    Example:
+        >>> times_lower(torch.ones(1, 2), torch.tensor([[1.0, 0.0], [2.0, 3.0]]))
+        tensor([[3., 3.]])
+    """
+    found = torch.empty_like(matrix)
+    for start in range(0, len(lower), _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        torch.mm(matrix[:, start:], lower[start:, columns], out=found[:, columns])
+    return found
+
+
 def log_det_blocks(blocks: Tensor) -> Tensor:
-    """Log-determinants of ``(n, g, g)`` positive definite blocks."""
+    """Log-determinants of ``(..., g, g)`` positive definite blocks."""
     if blocks.shape[-1] == 1:
-        return blocks.flatten().log()
+        return blocks[..., 0, 0].log()
     return 2 * cholesky(blocks).diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 

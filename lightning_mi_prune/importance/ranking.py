@@ -23,6 +23,7 @@ from lightning_mi_prune.importance.information import (
     conditional_covariance,
     mean_variance,
     shrink,
+    times_lower,
 )
 from lightning_mi_prune.importance.statistics import (
     UnitStatistics,
@@ -149,7 +150,7 @@ def loss_curve(statistics: Sequence[UnitStatistics], order: Sequence[int]) -> li
         jitter = JITTER**2 * mean_variance(covariance)
         covariance = covariance[index[:, None], index]
         covariance.diagonal().add_(jitter)
-        factor = each.readout[:, index] @ cholesky(covariance)
+        factor = times_lower(each.readout[:, index], cholesky(covariance))
         shares = factor.square().sum(0).view(-1, each.entries).sum(1)
         total += shares.flip(0).cumsum(0).cpu() / 2
     return [float(loss) for loss in total]

@@ -88,11 +88,25 @@ class UnitStatistics:
         cross = self.covariance @ self.readout.mT
         return self.covariance, cross, self.readout @ cross
 
-    def noise(self, ridge: float) -> float:
-        """Noise variance on the layer above: ``ridge`` times its mean variance, 0 for no layer."""
+    def gram(self) -> Tensor:
+        """``T'T (d, d)``: how much the layer above reads of each entry."""
+        return self.readout.mT @ self.readout
+
+    def noise(self, ridge: float, gram: Tensor | None = None) -> float:
+        """Noise variance on the layer above: ``ridge`` times its mean variance, 0 for no layer.
+
+        Args:
+            ridge: That share.
+            gram: What :meth:`gram` returns, where that is known: it gives the variances of the
+                layer above without its covariance.
+        """
         if not len(self.readout):  # no unit is kept above
             return 0.0
-        return ridge * float(self.variance(self.joint()[2]))
+        if gram is not None:
+            return (
+                ridge * float(torch.vdot(gram.flatten(), self.covariance.flatten())) / self.outputs
+            )
+        return ridge * float(self.variance(self.above()))
 
     def variance(self, above: Tensor) -> Tensor:
         """Mean variance of the outputs above, of their covariance ``(m, m)``."""
@@ -357,6 +371,10 @@ def entries_of(units: Tensor, entries: int) -> Tensor:
 
 def _factor(matrix: Tensor) -> Tensor:
     """``F`` with ``F'F = G`` for a symmetric ``G`` that is positive up to rounding."""
+    lower, failed = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
+    if not int(failed):
+        transposed: Tensor = lower.mT
+        return transposed
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     factor: Tensor = values.clamp_min(0).sqrt()[:, None] * vectors.mT
     return factor

@@ -317,12 +317,16 @@ class _Fit:
 
     def information(self, ridge: float) -> GroupInformation:
         """Information with the layer above, whose noise is ``ridge`` of its mean variance."""
-        values, above = self.values, self.values.above()
-        noise = (values.noise(ridge) or 1.0) * torch.eye(len(above)).to(above)
-        # What the layer above receives of the dropped entries, less what the kept ones tell of it.
-        missing = values.readout.clone()
-        missing[:, self.kept] = -values.readout[:, self.dropped] @ self.coefficients
-        lost = missing @ values.covariance @ missing.mT
+        values, readout, kept = self.values, self.values.readout, self.kept
+        cross = readout @ values.covariance
+        above = cross @ readout.mT
+        variance = ridge * float(values.variance(above)) if len(above) else 0.0
+        noise = (variance or 1.0) * torch.eye(len(above)).to(above)
+        # What the layer above receives of the dropped entries, less what the kept ones tell of it:
+        # its covariance with the entries is that of all less that of what the kept ones stand for.
+        told = readout[:, self.dropped] @ self.coefficients
+        cross -= (readout[:, kept] + told) @ values.covariance[kept]
+        lost = cross[:, self.dropped] @ readout[:, self.dropped].mT - cross[:, kept] @ told.mT
         full, residual, floor = (torch.logdet(m) for m in (above + noise, lost + noise, noise))
         total = float(full - floor) / 2
         return GroupInformation(total=total, kept=min(total, max(0.0, float(full - residual) / 2)))

@@ -95,7 +95,6 @@ def reconstruct_network(
         mine = [layer for layer in wave if layer.layer in sums]
         if not mine:
             continue
-        runs.finish_below(mine[0])
         runs.visit(mine, partial(_add_call, wanted, sums))
         for path, new in _solve_wave(mine, sums, shared, add, share).items():
             module = linear_at(cut.get_submodule(path))
@@ -239,11 +238,31 @@ class _Outer:
 
     def __init__(self) -> None:
         self.sums = torch.empty(0)
-        self.calls: set[int] = set()
         self._center = torch.empty(0)
+        self._number, self._pieces = -1, list[tuple[int, Tensor, Tensor]]()
         self.is_exact = True
 
-    def centered(self, x: Tensor) -> Tensor:
+    def pieces(self, number: int, part: LayerCall) -> list[tuple[int, Tensor, Tensor]]:
+        """The inputs of a call in pieces: fold, positions, and ``[1 x - center]`` of these.
+
+        In pieces, since rounding grows with what is added up in single precision. The first layer
+        that asks for a call adds its inputs to the sums.
+        """
+        if number != self._number:
+            x, folds = _exact(part.x)(part.valid(part.x)), _folds_of(part)
+            inputs = self._centered(x)
+            self._number, self._pieces = number, []
+            if not self.sums.numel():
+                self.sums = self.zeros(inputs.shape[1])
+            for fold in range(FOLDS):
+                index = (folds == fold).nonzero().flatten()
+                for some in torch.split(index, _PIECE) if len(index) else ():
+                    mine = inputs[some]
+                    self._pieces.append((fold, some, mine))
+                    self.sums[fold] += _outer(mine)
+        return self._pieces
+
+    def _centered(self, x: Tensor) -> Tensor:
         """``[1 x - center]`` of inputs ``(positions, inputs)``; the first ones give the center."""
         if not self._center.numel():
             self._center = x.mean(0) if len(x) else x.new_zeros(x.shape[1])
@@ -257,6 +276,7 @@ class _Outer:
 
     def total(self) -> Tensor:
         """The sums of every fold ``(folds, 1 + inputs, 1 + inputs)``, to be asked for once."""
+        self._pieces = []
         for outer in self.sums:
             mirror(outer)
         self.move(self.move(self.sums).mT)
@@ -284,23 +304,12 @@ class _LinearSums:
 
     def add(self, number: int, part: LayerCall, wanted: Tensor) -> None:
         """Add a call of that number, whose output should be ``wanted (positions, outputs)``."""
-        exact = _exact(part.x)
-        x, folds, shared = exact(part.valid(part.x)), _folds_of(part), self._shared
-        missing = exact(wanted - part.valid(part.output))
-        inputs, fresh = shared.centered(x), number not in shared.calls
-        shared.calls.add(number)
-        if not shared.sums.numel():
-            shared.sums = shared.zeros(inputs.shape[1])
+        pieces = self._shared.pieces(number, part)
+        missing = _exact(part.x)(wanted - part.valid(part.output))
         if not self._cross.numel():
-            self._cross = shared.zeros(missing.shape[1])
-        for fold in range(FOLDS):
-            index = (folds == fold).nonzero().flatten()
-            # In pieces, since rounding grows with what is added up in single precision.
-            for some in torch.split(index, _PIECE) if len(index) else ():
-                mine = inputs[some]
-                self._cross[fold] += mine.mT @ missing[some]
-                if fresh:
-                    shared.sums[fold] += _outer(mine)
+            self._cross = self._shared.zeros(missing.shape[1])
+        for fold, some, inputs in pieces:
+            self._cross[fold] += inputs.mT @ missing[some]
 
     def cross(self) -> Tensor:
         """``[1 x]' missing`` of every fold ``(folds, 1 + inputs, outputs)``."""

@@ -173,13 +173,13 @@ class Targets:
         """
         if not self._runs.runs_once(layer):
             return None
-        while layer not in self._stored:
-            self._store_next(layer)
+        if layer not in self._stored:
+            self._store_block(layer)
         return self._stored.pop(layer)
 
-    def _store_next(self, asked: str) -> None:
-        """Run one block further, or up to a layer that is in the next one or above all."""
-        found = self._runs.left_in_block([*self._left.values()])
+    def _store_block(self, asked: str) -> None:
+        """Run up to a layer, and to the others of its block."""
+        found = self._runs.beside(asked, [*self._left.values()])
         layers = [self._left.pop(layer.layer) for layer in found]
         self._stored |= {layer.layer: {} for layer in layers}
 
@@ -192,9 +192,4 @@ class Targets:
                 target = target[:, layer.rows.to(target.device)]
             self._stored[layer.layer][number] = target
 
-        if layers or self._runs.is_below(asked):
-            self._runs.visit(layers, store, finish=self._runs.finished < len(self._runs.blocks))
-            return
-        layer = self._left.pop(asked)  # it reads what an earlier block passed on
-        self._stored[asked] = {}
-        self._runs.visit([layer], store)
+        self._runs.visit(layers, store, final=True)

@@ -62,6 +62,24 @@ def same(one, two, tolerance=1e-5):
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
 
 
+def test_sums_of_wide_layers_are_whole_matrices():
+    """Only one triangle is added up while steps run; here it takes several products."""
+    torch.manual_seed(0)
+    net, seen = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 430), nn.Tanh()), []
+    group = linear_group(net, "hidden", kind="ffn", producers=["0"], consumers=["2"])
+    handle = net[2].register_forward_hook(lambda *given: _note_gradient(given[-1], seen))
+    with GradientRecorder(net, [group]) as recorder, recorder.step(0):
+        net(torch.randn(20, 3)).square().sum(1).mean().backward()
+    handle.remove()
+    (grad,) = seen
+    expected = 20**2 * (grad.double().mT @ grad.double())
+    torch.testing.assert_close(recorder.sums["hidden"].matrix, expected, rtol=1e-4, atol=1e-6)
+
+
+def _note_gradient(output, seen):
+    output.register_hook(seen.append)
+
+
 def texts(step, rows=6):
     return {**batch(rows, seed=step), "labels": torch.arange(rows) % 3}
 

@@ -55,6 +55,8 @@ def test_prefixes_come_and_go():
         ({"a": 2}, {"a": (0, 2)}, "unit 2"),
         ({"a": 2}, {"a": (-1,)}, "unit -1"),
         ({"a": 2}, {"a": (True,)}, "unit True"),
+        ({"a": 3}, {"a": (0, None)}, "keeps unit None; expected 0 to 2"),
+        ({"a": 3}, {"a": (False, 1)}, "keeps unit False; expected 0 to 2"),
         ({"a": 3}, {"a": (1, 0)}, "out of order"),
         ({"a": 3}, {"a": (1, 1)}, "out of order"),
         ({"a": 0}, {"a": (0,)}, "size 0"),

@@ -10,9 +10,9 @@ from lightning_mi_prune.importance.information import conditional_covariance, jo
 from tests.importance.test_information import gaussian
 
 
-@pytest.mark.parametrize(("d", "entries"), [(9, 1), (12, 3), (150, 1), (160, 2)])
+@pytest.mark.parametrize(("d", "entries"), [(9, 1), (12, 3), (150, 1), (420, 1), (480, 2)])
 def test_costs_of_eliminated_units_add_up_to_the_information_lost(d, entries):
-    """Chain rule; 150 units make the delayed updates flush twice and shrink."""
+    """Chain rule; 150 units make the delayed updates flush and shrink, 420 in several products."""
     sxx, sxy, syy = gaussian(d, 6)
     posterior = torch.linalg.inv(conditional_covariance(sxx, sxy, syy))
     result = eliminate([(torch.linalg.inv(sxx), posterior)], keep=1, entries=entries)

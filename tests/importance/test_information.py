@@ -15,6 +15,7 @@ from lightning_mi_prune.importance.information import (
     plugin_bias,
     regression,
     shrink,
+    times_lower,
     unit_information,
 )
 
@@ -118,6 +119,14 @@ def test_bias_with_a_ridge_follows_the_effective_dimension():
         effective = torch.linalg.solve(noisy, syy).trace().item()
         scores.append(unit_information(sxx, sxy, noisy).mean().item())
     assert np.mean(scores) == pytest.approx(plugin_bias(n, effective), rel=0.08)
+
+
+@pytest.mark.parametrize("d", [5, 192, 500])
+def test_zeros_of_a_triangular_matrix_are_left_out(d):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(7, d, generator=generator, dtype=torch.float64)
+    lower = torch.randn(d, d, generator=generator, dtype=torch.float64).tril()
+    torch.testing.assert_close(times_lower(matrix, lower), matrix @ lower)
 
 
 def test_inverse_survives_dead_and_duplicated_entries():

@@ -1,8 +1,10 @@
-"""Networks run block by block: what is skipped changes nothing, and no block runs twice."""
+"""Networks run again and again: what is skipped changes nothing, and what is final does not run."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -51,7 +53,6 @@ def test_each_layer_gets_all_calls_and_new_weights_count_above():
     assert [tuple(part.x.shape[:2]) for *_, part in first] == [(3, 6), (2, 9), (1, 4)]
     with torch.no_grad():
         model.get_submodule(low.layer).weight.zero_()
-    runs.finish_below(high)
     after = visited(runs, [high])
     whole = visited(BlockRuns(model, [high], "", calls), [high])
     for (*_, part), (*_, wanted), (*_, old) in zip(after, whole, before, strict=True):
@@ -78,7 +79,6 @@ def test_skipped_blocks_change_nothing(family, head):
         for name in runs.blocks
     ]
     for wave in runs.waves:
-        runs.finish_below(wave[0])
         for _, layer, part in visited(runs, wave):
             assert torch.equal(part.x, plain[layer].x)
             assert torch.equal(part.output, plain[layer].output)
@@ -96,9 +96,46 @@ def test_a_run_costs_one_block_whatever_their_number():
     runs = BlockRuns(blocks, layers, "", [RecordedCall((torch.ones(4, 3),), {})])
     ran.clear()
     for wave in runs.waves:
-        runs.finish_below(wave[0])
         visited(runs, wave)
     assert len(ran) == 12 + 11  # one visit each, and once to the end of each but the last
+
+
+def test_what_lies_below_a_layer_runs_twice_at_most():
+    """Once before it is solved and once after, whatever follows in its block."""
+    model, ran = build(), Counter()
+    names = [name for name, part in model.named_modules() if type(part) is nn.Linear]
+    names = [name for name in names if ".layer." in name]
+    layers = [Layer(name) for name in names]
+    runs = BlockRuns(model, layers, "", [call_of(4)])
+    for name in ("bert.embeddings", *names):
+        part = model.get_submodule(name)
+        part.register_forward_hook(lambda *_, n=name: ran.update([n]))
+        part.forward = partial(_counted, part.forward, ran, f"{name} works")
+    for wave in runs.waves:
+        visited(runs, wave)
+    assert {ran[f"{name} works"] for name in names[:-1]} == {2}
+    assert ran["bert.embeddings works"] == ran[f"{names[-1]} works"] == 1
+
+
+def _counted(forward, ran, name, *args, **kwargs):
+    ran.update([name])
+    return forward(*args, **kwargs)
+
+
+def test_a_stream_inside_a_final_module_is_found():
+    """The attention is final, but a layer above reads the stream where its query starts."""
+    model, call = build(), call_of(4)
+    stem = "bert.encoder.layer.1"
+    low = Layer(f"{stem}.attention.output.dense", f"{stem}.attention.self.query")
+    high = Layer(f"{stem}.output.dense", f"{stem}.attention.self.query")
+    plain = {
+        n: part for _, n, part in visited(BlockRuns(model, [low, high], "", [call]), [low, high])
+    }
+    runs = BlockRuns(model, [low, high], "", [call])
+    for layer in (low, high):
+        ((_, name, part),) = visited(runs, [layer])
+        assert torch.equal(part.x, plain[name].x)
+        assert torch.equal(part.stream, plain[name].stream)
 
 
 class Skips(nn.Module):
@@ -137,12 +174,11 @@ def test_networks_that_are_no_chain_get_the_same(kind):
     plain = [part.x for *_, part in visited(BlockRuns(net, layers, "", [call]), layers)]
     runs, found = BlockRuns(net, layers, "", [call]), []
     for wave in runs.waves:
-        runs.finish_below(wave[0])
         found += [part.x for *_, part in visited(runs, wave)]
     assert len(found) == len(plain) == 4
     assert all(map(torch.equal, found, plain))
-    held = {key for outputs in runs._outputs for key in outputs}
-    assert (held == {"blocks"}) == (kind is Writes)  # of a chain only the last outputs
+    held = {key for progress in runs._pass.calls for key in progress.outputs}
+    assert (held == {"blocks."}) == (kind is Writes)  # of a chain only the last outputs
 
 
 def test_layers_with_one_input_are_visited_together():
@@ -179,7 +215,6 @@ def test_an_error_at_a_layer_leaves_nothing_behind():
     def visit(number, layer, part):
         raise PruningError("enough")
 
-    runs.finish_below(Layer(LAYERS[1]))
     with pytest.raises(PruningError, match="enough"):
         runs.visit([Layer(LAYERS[1])], visit)
     assert model.training
