@@ -1,8 +1,8 @@
 """GradientRecorder: hooks that sum the loss gradients at the outputs of every group's consumers.
 
 ``G = E[sum_p s_p g_p g_p']``, with ``g_p`` the gradient of an example's loss at position ``p`` of
-the output ``z`` of a consumer. Scoring against ``G^(1/2) z + noise`` weights outputs by how much the
-loss depends on them, and ``1/2 tr(G Cov(z | kept))`` is the expected rise of the loss in nats.
+the output ``z`` of a consumer. Scoring against ``G^(1/2) z + noise`` weights outputs by how much
+the loss depends on them, and ``1/2 tr(G Cov(z | kept))`` is the expected rise of the loss in nats.
 
 ``s_p = min(1, |z_p|^2 / median |z|^2)`` is 1 for half of the positions and more. A position whose
 output is next to nothing cannot lose much, however large its gradient: with a norm behind the
