@@ -285,11 +285,11 @@ def decide(
     costs = costs_of(options, module, groups, chosen, now, data.examples, tables)
     criterion = options.criterion or criterion_of(options.importance, options.seed)
     relevance = _relevance(options.importance, data)
-    biases = options.reconstruction.method != "none"
+    compensate = options.reconstruction.method != "none"
 
     def rank(some: Sequence[DependencyGroup], **known: Any) -> dict[str, Ranking]:
         given = (data.moments, weights, current, criterion)
-        return rank_groups(some, *given, relevance=relevance, biases=biases, **known)
+        return rank_groups(some, *given, relevance=relevance, compensate=compensate, **known)
 
     share = partial(
         allocate,
@@ -332,7 +332,7 @@ def decide(
         criterion,
         relevance=relevance,
         rankings=rankings,
-        compensate=biases,
+        compensate=compensate,
         ridge=(
             criterion if isinstance(criterion, MutualInformation) else MutualInformation()
         ).ridge,

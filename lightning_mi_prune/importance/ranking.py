@@ -36,6 +36,7 @@ __all__ = [
     "RelevanceSource",
     "loss_curve",
     "rank_groups",
+    "uncompensated_loss_curve",
 ]
 
 RelevanceSource = Mapping[str, Relevance] | Literal["weights"] | None
@@ -51,7 +52,7 @@ def rank_groups(
     relevance: RelevanceSource = None,
     widths: Mapping[str, int] | None = None,
     crossed_kept: Mapping[str, tuple[int, ...]] | None = None,
-    biases: bool = True,
+    compensate: bool = True,
 ) -> dict[str, Ranking]:
     """Rank the units of every group once for all budgets.
 
@@ -71,7 +72,7 @@ def rank_groups(
         crossed_kept: Units expected to stay of the :attr:`DependencyGroup.partners` of others, in
             positions of the model as built: heads are scored by the dimensions that stay,
             dimensions by the heads.
-        biases: Whether biases may change, to make up for the mean of what is removed.
+        compensate: Whether weights that stay, and biases, make up for what is removed.
 
     Returns:
         A ranking of all present units by group name, in positions of the model as built.
@@ -92,7 +93,7 @@ def rank_groups(
         rotating = [other for other in groups if other.name in across and other.rotation]
         plain = across if not rotating and group.rotation is None else {}
         statistics = unit_statistics(
-            *(group, moments, weights, kept, current, groups, known, plain), biases=biases
+            *(group, moments, weights, kept, current, groups, known, plain), biases=compensate
         )
         now = current.kept[group.name]
         if group.rotation is not None:
@@ -111,7 +112,8 @@ def rank_groups(
                 size = len(across[dims.name])
                 statistics = [new.select(s, range(len(now)), size) for s in statistics]
             order, costs = _whole_order(criterion, statistics)
-            loss, nats = loss_curve(statistics, order), [*accumulate(costs)]
+            curve = loss_curve if compensate else uncompensated_loss_curve
+            loss, nats = curve(statistics, order), [*accumulate(costs)]
         found[group.name] = Ranking(
             order=tuple(now[i] for i in order),
             loss=tuple(float(f"{lost:.6g}") for lost in loss),
@@ -154,6 +156,37 @@ def loss_curve(statistics: Sequence[UnitStatistics], order: Sequence[int]) -> li
         shares = factor.square().sum(0).view(-1, each.entries).sum(1)
         total += shares.flip(0).cumsum(0).cpu() / 2
     return [float(loss) for loss in total]
+
+
+def uncompensated_loss_curve(
+    statistics: Sequence[UnitStatistics], order: Sequence[int]
+) -> list[float]:
+    """As :func:`loss_curve`, where the weights that stay do not change.
+
+    ``J = 1/2 tr(T_D E[x_D x_D'] T_D')`` of the removed units ``D``: what they gave to the layer
+    above is gone. Removing one may undo what the removal of another did, so it is the largest ``J``
+    so far.
+
+    Args:
+        statistics: Statistics about zero at each input; losses add up.
+        order: All units, the first to be removed first.
+
+    Example:
+        >>> copies = torch.ones(2, 2, dtype=torch.float64)
+        >>> readout = torch.ones(1, 2, dtype=torch.float64)
+        >>> statistics = UnitStatistics("ffn", 1, 100, torch.zeros(2), copies, readout)
+        >>> uncompensated_loss_curve([statistics], (1, 0))
+        [0.5, 2.0]
+    """
+    total = torch.zeros(len(order), dtype=torch.float64)
+    for each in statistics:
+        products = (each.readout.mT @ each.readout).mul_(each.covariance)
+        units, entries = each.units, each.entries
+        products = products.view(units, entries, units, entries).sum((1, 3))
+        index = torch.tensor(tuple(order), dtype=torch.long, device=products.device)
+        products = products[index[:, None], index]
+        total += (products.tril().sum(1) - products.diagonal() / 2).cumsum(0).cpu()
+    return [*accumulate(map(float, total.clamp_min(0)), max)]
 
 
 def _whole_order(

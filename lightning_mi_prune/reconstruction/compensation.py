@@ -125,7 +125,7 @@ def select_units(
             *(cut, moments, weights, current, criterion),
             relevance=relevance,
             widths=widths,
-            biases=compensate,
+            compensate=compensate,
         )
     topk = isinstance(criterion, MutualInformation) and criterion.selection == "topk"
     kept = dict(current.kept)

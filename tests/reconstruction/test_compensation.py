@@ -167,6 +167,24 @@ def test_the_mean_of_a_unit_counts_unless_a_bias_makes_up_for_it(bias, compensat
 
 
 @pytest.mark.parametrize("bias", [True, False])
+def test_the_expected_loss_without_compensation_is_what_removed_units_gave(bias):
+    """Half the mean square of what the layer above no longer gets; the largest one so far."""
+    net, group = two_layers(8, 3, bias=bias)
+    with torch.no_grad():
+        net[0].bias += 1.0
+    x, moments = record(net, group, n=20_000)
+    weights, plan = dict(net.named_parameters()), full_plan([group])
+    ranking = rank_groups([group], moments, weights, plan, compensate=False)["hidden"]
+    with torch.no_grad():
+        parts = net[1](net[0](x)).double()[:, None] * net[2].weight.double()
+    most = 0.0
+    for width in reversed(range(8)):
+        gone = parts[..., list(ranking.order[: 8 - width])].sum(-1)
+        most = max(most, float(gone.square().sum(1).mean() / 2))
+        assert ranking.lost(width)[0] == pytest.approx(most, rel=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
 def test_the_expected_loss_is_the_residual_of_least_squares(bias):
     """Half the squared error of the layer above, with an intercept only where there is a bias."""
     net, group = two_layers(8, 3, bias=bias)
