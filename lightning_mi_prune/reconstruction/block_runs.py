@@ -4,9 +4,11 @@ Every layer of a cut model is solved on inputs that the solved layers below it g
 runs again and again, each time a little further. What ended before the first layer of a visit is
 *final*: no layer in it or below it will change. The outputs of modules that are final are stored,
 and from then on they return them without running. So each visit costs what lies between two
-neighbouring layers, whatever the depth of the network. Memory holds one output for each stored call
-and each of the few outermost modules that are final; of a *block*, a child of one of the lists of
-modules, only the last one, where that is all that what follows needs.
+neighbouring layers, whatever the depth of the network.
+
+A *block* is a child of one of the lists of modules. Memory holds, for each stored call, the outputs
+of the outermost modules inside the present block that are final, and of the blocks below it those
+of the last one, where that is all that what follows needs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_mi_prune.calibration.calls import RecordedCall, in_weight_precision
 from lightning_mi_prune.calibration.padding import Padding, has_attention, padded_encoders
 from lightning_mi_prune.core.consumers import channels_last, consumer_input, has_kernel
-from lightning_mi_prune.core.running import clone_batch, evaluating
+from lightning_mi_prune.core.running import clone_batch, evaluating, map_tensors
+from lightning_mi_prune.core.spilling import spilled
 from lightning_mi_prune.surgery.attention import open_attention
 
 __all__ = ["BlockRuns", "LayerCall", "ResidualLayer", "valid_positions"]
@@ -184,6 +187,7 @@ class BlockRuns(Generic[Layer]):
             name: once["end", name]
             for name, module in self._modules()
             if {("start", name), ("end", name)} <= once.keys()
+            and any(f"{name}.".startswith(f"{block}.") for block in over)
             and any(True for _ in module.parameters())
         }
         self._read_until = {name: self._last_reader(name, end) for name, end in self._ends.items()}
@@ -241,11 +245,10 @@ class BlockRuns(Generic[Layer]):
             stored = self._final_at(event, last)
         fresh = [name for name in stored if name not in set(runs.stored)]
         with self._evaluating():
+            keys = {self._key(name) for name in stored}
             for number, progress in enumerate(runs.calls):
                 self._run(number, progress, layers, visit, skipped, fresh, final=final)
-        keys = {self._key(name) for name in stored}
-        for progress in runs.calls:
-            progress.outputs = {k: v for k, v in progress.outputs.items() if k in keys}
+                progress.outputs = {k: v for k, v in progress.outputs.items() if k in keys}
         runs.reached, runs.stored = max(event, runs.reached), stored
 
     def _run(
@@ -293,7 +296,7 @@ class BlockRuns(Generic[Layer]):
 
         def store(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                progress.outputs[self._key(name)] = clone_batch(output)
+                progress.outputs[self._key(name)] = map_tensors(clone_batch(output), spilled)
                 done("end", name)
 
             return hook
