@@ -137,11 +137,10 @@ WAYS = (
             "reconstruction",
             given=_with(name.replace("-", "_")),
             counted="parameters",
-            seeds=(0,),
         )
         for name in ("taylor", "activation-norm", "magnitude", "random")
     ),
-    Way("relevance-mi", "global", "none", given={}, counted="parameters", seeds=(0,)),
+    Way("relevance-mi", "global", "none", given={}, counted="parameters"),
     Way("relevance-mi-macs", "global", "reconstruction", given={}, models=("resnet",)),
     Way("relevance-mi-macs", "uniform", "reconstruction", given=FINE, models=("resnet",)),
 )
