@@ -104,7 +104,7 @@ def lost(records: Sequence[Record]) -> list[str]:
         if r["criterion"] != CONTROL:
             about = r["model"], -r["layers"], r["steps"], r["compensation"] != "none"
             cells.setdefault(about, {}).setdefault(r["criterion"], []).append(r)
-    behind = dict.fromkeys(LOOKS, 0)
+    ranked: dict[str, list[bool]] = {name: [] for name in LOOKS}  # whether another is better
     rows, complete = [], 0
     for (model, number, *_), found in sorted(cells.items()):
         if not found.keys() >= {"measured_loss", "cka", "angle", "angular_run"}:
@@ -114,15 +114,15 @@ def lost(records: Sequence[Record]) -> list[str]:
         qualities = {name: mean_quality(same) for name, same in found.items()}
         best = min(qualities, key=lambda name: (sign * qualities[name], name))
         for name, value in qualities.items():
-            behind[name] += sign * value > sign * qualities[best]
+            ranked[name].append(value != qualities[best])
         if qualities["measured_loss"] != qualities[best]:
             weights = in_words(weights_of(found["cka"][0]))
             names = (best, "measured_loss", "cka")
             cells_of = [model, str(-number), weights, f"`{best}`"]
             rows.append(row([*cells_of, *(shown(qualities[name]) for name in names)]))
-    counts = ", ".join(f"`{name}` in {number}" for name, number in behind.items())
-    lead = f"Of {complete} cells (model, layers left, what happened to the weights) another "
-    lead += f"criterion is better than {counts}."
+    counts = [f"`{name}` in {sum(them)} of {len(them)}" for name, them in ranked.items()]
+    lead = f"In {complete} cells (model, layers left, what happened to the weights) all criteria "
+    lead += f"but the last two were measured. Another is better than {', '.join(counts)}."
     head = ["model", "layers left", "weights", "best", "it has", "`measured_loss`", "`cka`"]
     return [lead, *(["", *with_head(head, rows, 3)] if rows else [])]
 
