@@ -13,7 +13,7 @@ from benchmarks.comparison import row, with_head
 from benchmarks.layer_choice import CONTROL
 from benchmarks.records import Record
 
-__all__ = ["draw_layer_choice", "layer_choice", "lost"]
+__all__ = ["draw_layer_choice", "layer_choice", "lost", "short"]
 
 # Edges of the figure: perplexity as a multiple of the dense one, and points of accuracy.
 RATIO, FLOOR = 3.0, -10.0
@@ -30,6 +30,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "none": {"linestyle": (0, (3, 2)), "markerfacecolor": "white", "markeredgewidth": 1.0},
     "layerwise": {"linestyle": "-", "markeredgecolor": "white", "markeredgewidth": 0.5},
 }
+RIVALS = ("measured_loss", "cka", "angle", "angular_run")  # a comparison has all of them
 Weights = tuple[str, int]  # the compensation and the steps after it
 
 
@@ -97,6 +98,65 @@ def _by_quality(entry: tuple[tuple[str, int, str], Mapping[Weights, list[Record]
     return model, number, quality if by_perplexity(first[0]) else -quality, criterion
 
 
+def short(records: Sequence[Record]) -> list[str]:
+    """What each criterion costs, mean over the numbers of layers left that are compared."""
+    places: dict[tuple[str, int, bool], list[Record]] = {}
+    for r in records:
+        if r["criterion"] != CONTROL:
+            about = r["model"], r["steps"], r["compensation"] != "none"
+            places.setdefault(about, []).append(r)
+    rows = []
+    for (model, steps, _), same in sorted(places.items()):
+        found: dict[str, dict[int, list[Record]]] = {name: {} for name in LOOKS}
+        for r in same:
+            found[r["criterion"]].setdefault(r["layers"], []).append(r)
+        common = set.intersection(*({*found[name]} for name in RIVALS))
+        if not common:
+            continue
+        controls = controls_of(records, model, steps)
+        costs = {
+            name: statistics.mean(cost(mine[layers], controls) for layers in common)
+            for name, mine in found.items()
+            if mine.keys() >= common
+        }
+        ratio = by_perplexity(same[0])
+        best = min(costs.values()) if ratio else max(costs.values())
+        cells = [model, ", ".join(map(str, sorted(common, reverse=True)))]
+        cells.append(in_words(weights_of(same[0])))
+        for name in LOOKS:
+            value = costs.get(name)
+            word = "" if value is None else _times(value) if ratio else f"{value:+.2f}"
+            cells.append(f"**{word}**" if value == best else word)
+        rows.append(row(cells))
+    return with_head(["model", "layers left", "weights", *(f"`{n}`" for n in LOOKS)], rows, 6)
+
+
+def _times(value: float) -> str:
+    return f"{value:,.0f}x" if value >= 100 else f"{value:.3f}x"
+
+
+def controls_of(records: Iterable[Record], model: str, steps: int) -> dict[int, Record]:
+    """The whole model after as many steps, by seed."""
+    wanted = model, CONTROL, steps
+    return {r.seed: r for r in records if (r["model"], r["criterion"], r["steps"]) == wanted}
+
+
+def cost(records: Sequence[Record], controls: Mapping[int, Record]) -> float:
+    """What cuts cost, by their mean over seeds: points, or the perplexity in times the dense one.
+
+    After steps, the dense model is the control of as many steps.
+    """
+    mine, dense = mean_quality(records), dense_quality(records, controls)
+    return mine / dense if by_perplexity(records[0]) else mine - dense
+
+
+def dense_quality(records: Sequence[Record], controls: Mapping[int, Record]) -> float:
+    """That of the dense model that records are compared with: after steps, of the control."""
+    if records[0]["steps"]:
+        return mean_quality(controls[r.seed] for r in records)
+    return mean_quality(records, "dense_")
+
+
 def lost(records: Sequence[Record]) -> list[str]:
     """Where another criterion has a better mean than the measured loss, with the best of all."""
     cells: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
@@ -107,7 +167,7 @@ def lost(records: Sequence[Record]) -> list[str]:
     ranked: dict[str, list[bool]] = {name: [] for name in LOOKS}  # whether another is better
     rows, complete = [], 0
     for (model, number, *_), found in sorted(cells.items()):
-        if not found.keys() >= {"measured_loss", "cka", "angle", "angular_run"}:
+        if not found.keys() >= {*RIVALS}:
             continue
         complete += 1
         sign = 1 if by_perplexity(found["cka"][0]) else -1
@@ -148,12 +208,7 @@ def draw_layer_choice(records: Sequence[Record]) -> Figure:
     for axes in panels[len(order) :]:
         axes.set_visible(False)
     for (model, steps), axes in zip(order, panels, strict=False):
-        controls = {
-            r.seed: r
-            for r in records
-            if (r["model"], r["criterion"], r["steps"]) == (model, CONTROL, steps)
-        }
-        _panel(axes, model, steps, places[model, steps], controls)
+        _panel(axes, places[model, steps], controls_of(records, model, steps))
     bottom = 1.25 / height
     figure.subplots_adjust(0.08, bottom, 0.99, 1 - 0.3 / height, wspace=0.18, hspace=0.3)
     figure.supxlabel(
@@ -167,14 +222,9 @@ def draw_layer_choice(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def _panel(
-    axes: Axes,
-    model: str,
-    steps: int,
-    records: Sequence[Record],
-    controls: Mapping[int, Record],
-) -> None:
+def _panel(axes: Axes, records: Sequence[Record], controls: Mapping[int, Record]) -> None:
     """One model: criteria by colour, compensation by line and filling; means over seeds."""
+    model, steps = records[0]["model"], records[0]["steps"]
     depths = sorted({r["layers"] for r in records}, reverse=True)
     for name, (label, color, marker) in reversed(LOOKS.items()):  # ours above the others
         for compensation, style in STYLES.items():
@@ -197,7 +247,7 @@ def _panel(
                 clip_on=False,
                 **style,
             )
-    dense = _dense_quality([*{r.seed: r for r in records}.values()], controls)
+    dense = dense_quality([*{r.seed: r for r in records}.values()], controls)
     unit = f"perplexity {dense:.1f}" if by_perplexity(records[0]) else f"{dense:.1f} %"
     title = f"{model}, {steps} steps" if steps else model
     axes.set_title(f"{title}: dense {unit}", fontsize=9, loc="left")
@@ -221,16 +271,7 @@ def _panel(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _dense_quality(records: Sequence[Record], controls: Mapping[int, Record]) -> float:
-    """That of the dense model that records are compared with: after steps, of the control."""
-    if records[0]["steps"]:
-        return mean_quality(controls[r.seed] for r in records)
-    return mean_quality(records, "dense_")
-
-
 def _height(records: Sequence[Record], controls: Mapping[int, Record]) -> float:
-    """Where a cut is drawn, by its mean over seeds; what is beyond the edge stands on it."""
-    mine, dense = mean_quality(records), _dense_quality(records, controls)
-    if by_perplexity(records[0]):
-        return min(RATIO, mine / dense)
-    return max(FLOOR, mine - dense)
+    """Where a cut is drawn; what is beyond the edge stands on it."""
+    found = cost(records, controls)
+    return min(RATIO, found) if by_perplexity(records[0]) else max(FLOOR, found)

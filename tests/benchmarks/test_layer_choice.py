@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import layer_choice
 from benchmarks.cases import CASES
 from benchmarks.layer_choice import CONTROL, CRITERIA
-from benchmarks.layer_pages import draw_layer_choice, lost
+from benchmarks.layer_pages import draw_layer_choice, lost, short
 from benchmarks.layer_pages import layer_choice as table
 from benchmarks.records import Record, Store
 
@@ -149,3 +149,16 @@ def test_cells_in_which_the_measured_loss_is_not_best_are_listed() -> None:
     assert "`measured_loss` in 1 of 2, `cka` in 2 of 2, `angular_run` in 1 of 2" in lead
     assert "`last` in 0 of 0" in lead
     assert last == "| m | 11 | as they are | `angular_run` | 93.00 | 90.00 | 91.00 |"
+
+
+def test_costs_are_means_over_depths_that_all_rivals_have_with_the_best_in_bold() -> None:
+    names = ("measured_loss", "cka", "angle", "angular_run", "last")
+    records = [record(11, 0.9 - n / 100, name) for n, name in enumerate(names)]
+    records += [record(10, 0.8 - n / 100, name) for n, name in enumerate(names[:4])]
+    records += [record(9, 0.1, "cka"), record(12, 0.95, CONTROL, 5)]
+    records += [record(11, 0.94 - n / 100, name, 5) for n, name in enumerate(names)]
+    one_shot, after = short(records)[2:]
+    expected = "**-5.00** | -6.00 | -8.00 | -7.00 |  |  |"
+    assert one_shot == f"| m | 11, 10 | as they are | {expected}"
+    expected = "**-1.00** | -2.00 | -4.00 | -3.00 | -5.00 |  |"
+    assert after == f"| m | 11 | 5 steps | {expected}"
