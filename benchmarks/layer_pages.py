@@ -181,8 +181,8 @@ def lost(records: Sequence[Record]) -> list[str]:
             cells_of = [model, str(-number), weights, f"`{best}`"]
             rows.append(row([*cells_of, *(shown(qualities[name]) for name in names)]))
     counts = [f"`{name}` in {sum(them)} of {len(them)}" for name, them in ranked.items()]
-    lead = f"In {complete} cells (model, layers left, what happened to the weights) all criteria "
-    lead += f"but the last two were measured. Another is better than {', '.join(counts)}."
+    lead = f"Of {complete} cells (model, layers left, what happened to the weights) another "
+    lead += f"criterion is better than {', '.join(counts)}."
     head = ["model", "layers left", "weights", "best", "it has", "`measured_loss`", "`cka`"]
     return [lead, *(["", *with_head(head, rows, 3)] if rows else [])]
 

@@ -145,7 +145,7 @@ def test_cells_in_which_the_measured_loss_is_not_best_are_listed() -> None:
     records += [record(10, 0.9 - n / 100, name) for n, name in enumerate(names)]
     records += [record(9, 0.9, "cka")]  # without rivals, so it is no cell
     lead, *_, last = lost(records)
-    assert lead.startswith("In 2 cells")
+    assert lead.startswith("Of 2 cells")
     assert "`measured_loss` in 1 of 2, `cka` in 2 of 2, `angular_run` in 1 of 2" in lead
     assert "`last` in 0 of 0" in lead
     assert last == "| m | 11 | as they are | `angular_run` | 93.00 | 90.00 | 91.00 |"
