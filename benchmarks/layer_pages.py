@@ -30,7 +30,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "none": {"linestyle": (0, (3, 2)), "markerfacecolor": "white", "markeredgewidth": 1.0},
     "layerwise": {"linestyle": "-", "markeredgecolor": "white", "markeredgewidth": 0.5},
 }
-RIVALS = ("measured_loss", "cka", "angle", "angular_run")  # a comparison has all of them
+RIVALS = ("measured_loss", "cka", "angular_run")  # a comparison has all of them
 Weights = tuple[str, int]  # the compensation and the steps after it
 
 
