@@ -1,7 +1,8 @@
-"""Which layers a criterion removes from a model in one shot, and what is left of it.
+"""Which layers a criterion removes from a model, and what is left of it.
 
 A model of `benchmarks.language` is tested by its perplexity, a fine-tuned classifier by its
-accuracy. All criteria share one calibration of a model and seed.
+accuracy. All criteria share one calibration of a model and seed. Cuts are tested in one shot and
+after some training, which is the same for all criteria and a dense control.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,17 @@ from torch import nn
 from benchmarks.language import as_batches, brown, loaded, pieces_of, score_tokens
 from benchmarks.records import FOLDER, Figures, Job, Store, single
 from benchmarks.subjects import graph_of, score
-from benchmarks.tasks import QUICK, RECIPES, Batch, finetuned, labels_loss
+from benchmarks.tasks import (
+    QUICK,
+    RECIPES,
+    Batch,
+    Training,
+    finetuned,
+    labels_loss,
+    task_data,
+    train,
+    training_of,
+)
 from lightning_mi_prune.calibration.bypass import losses_without
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.calibration.data import CalibrationData, LayerComparison
@@ -37,11 +48,21 @@ from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reconstruction.removed_layers import compensate_removed_layers
 from lightning_mi_prune.surgery.transaction import cut_model
 
-__all__ = ["CRITERIA", "DEPTHS", "layer_choice"]
+__all__ = ["CONTROL", "CRITERIA", "DEPTHS", "layer_choice"]
 
 BROWN = "brown"
-# What is left of each model: 10 and 20 % fewer, or about 10 to 25 %.
-DEPTHS = {"smollm2-135m": (27, 24), "mpnet-base": (11, 10, 9), "minilm-l6": (5, 4)}
+# All layers of each model, and those that are left: 10 and 20 % fewer, or about 10 to 25 %.
+DEPTHS = {
+    "smollm2-135m": (30, 27, 24),
+    "mpnet-base": (12, 11, 10, 9),
+    "minilm-l6": (6, 5, 4),
+    QUICK: (6, 5),
+}
+# As many as a core does in some minutes, with rows of each, and the highest learning rate for text.
+STEPS = {"smollm2-135m": 40, "mpnet-base": 50, "minilm-l6": 100, QUICK: 2}
+ROWS = {"smollm2-135m": 2, "mpnet-base": 16, "minilm-l6": 32, QUICK: 32}
+RATE = 3e-5
+CONTROL = "none"
 CRITERIA: tuple[LayerCriterion, ...] = (
     "measured_loss",
     "cka",
@@ -109,18 +130,33 @@ def layer_choice(
     layers: Sequence[int] = (),
     criteria: Sequence[LayerCriterion] = CRITERIA,
     compensations: Sequence[Compensation] = ("none", "layerwise"),
+    steps: Sequence[int] = (),
     folder: Path = FOLDER,
 ) -> Iterator[Job]:
-    """Perplexity or accuracy without the layers that each criterion removes, in one shot."""
-    for model, seed, compensation in (
-        (m, s, w) for m in models for s in seeds for w in compensations
-    ):
-        for number in layers or DEPTHS[model]:
-            for criterion in criteria:
-                about = {"task": task_of(model), "model": model, "layers": number}
-                about |= {"criterion": criterion, "compensation": compensation, "steps": 0}
-                given = model, seed, number, criterion, compensation
-                yield single(about | {"seed": seed}, measured, *given, folder)
+    """Perplexity or accuracy without the layers that each criterion removes.
+
+    In one shot, and after as many steps as are asked for, always compensated then.
+    """
+    for model, seed in ((model, seed) for model in models for seed in seeds):
+        whole, *fewer = DEPTHS[model]
+        counts = steps or (0, STEPS[model])
+        for count in filter(None, counts):
+            setting = about(model, seed, whole, CONTROL, "none", count)
+            yield single(setting, control, model, seed, count)
+        for compensation, number, criterion, count in product(
+            compensations, layers or fewer, criteria, counts
+        ):
+            if compensation == "layerwise" or not count:
+                given = model, seed, number, criterion, compensation, count
+                yield single(about(*given), measured, *given, folder)
+
+
+def about(
+    model: str, seed: int, layers: int, criterion: str, compensation: Compensation, steps: int
+) -> dict[str, Any]:
+    """The setting of a record."""
+    known = {"task": task_of(model), "model": model, "layers": layers, "criterion": criterion}
+    return known | {"compensation": compensation, "steps": steps, "seed": seed}
 
 
 def task_of(model: str) -> str:
@@ -164,8 +200,8 @@ def chosen(
 
     What was chosen for a record with another compensation is not chosen again.
     """
-    about = {"model": name, "seed": seed, "layers": layers, "criterion": criterion}
-    for record in Store("layer-choice", folder).find(**about):
+    wanted = {"model": name, "seed": seed, "layers": layers, "criterion": criterion}
+    for record in Store("layer-choice", folder).find(**wanted):
         known = {key: record[key] for key in CHOICE if key in record.figures}
         return tuple(record["removed"]), known
     subject = examined(name, seed)
@@ -187,11 +223,11 @@ def chosen(
     return found.removed, dict(zip(CHOICE, figures, strict=True))
 
 
-@lru_cache(maxsize=64)  # criteria that choose the same layers
-def quality(
+@lru_cache(maxsize=1)  # jobs of one cut follow one another
+def shortened(
     name: str, seed: int, removed: tuple[int, ...], compensation: Compensation
-) -> tuple[tuple[float, float], float]:
-    """Score and cross-entropy of a model without layers, and the seconds of its compensation."""
+) -> tuple[nn.Module, float]:
+    """A copy of a model without some layers, and the seconds of its compensation."""
     subject = examined(name, seed)
     graph, full = subject.graph, subject.graph.full
     kept = tuple(n for n in full.kept[subject.stack.name] if n not in removed)
@@ -206,8 +242,45 @@ def quality(
     seconds = time.perf_counter() - started
     model = copy.deepcopy(subject.model)
     cut_model(model, graph, plan, current=full, compensated=decision.compensated)
+    return model.eval(), seconds
+
+
+@lru_cache(maxsize=64)  # criteria that choose the same layers
+def quality(
+    name: str, seed: int, removed: tuple[int, ...], compensation: Compensation, steps: int
+) -> tuple[float, float, float]:
+    """Score and cross-entropy of a model without layers, and the seconds of its compensation."""
+    model, seconds = shortened(name, seed, removed, compensation)
+    return *after_steps(name, seed, model, steps), seconds
+
+
+def after_steps(name: str, seed: int, model: nn.Module, steps: int) -> tuple[float, float]:
+    """Score and cross-entropy of a copy of a model that was trained."""
+    if steps:
+        model = copy.deepcopy(model)
+        train(model, training(name, seed, steps))
     scored = score if task_of(name) in RECIPES else score_tokens
-    return scored(model.eval(), subject.test), seconds
+    return scored(model, examined(name, seed).test)
+
+
+def training(name: str, seed: int, steps: int) -> Training:
+    """What a model and its cuts are trained on: text of other files, or more of the fine-tuning."""
+    task, rows = task_of(name), ROWS[name]
+    if task in RECIPES:
+        recipe, loader = RECIPES[task], task_data(task, seed).train_dataloader()
+        more = training_of(loader, steps, recipe.epochs, recipe.learning_rate, seed)
+        batches = [{key: value[:rows] for key, value in batch.items()} for batch in more.batches]
+        return more._replace(batches=batches)
+    pieces = pieces_of(brown("training"), loaded(name)[1], rows * steps, seed=seed)
+    return Training(as_batches(pieces, rows), RATE, seed)
+
+
+def control(name: str, seed: int, steps: int) -> Figures:
+    """Test the whole model after as many steps."""
+    subject, started = examined(name, seed), time.process_time()
+    found = after_steps(name, seed, subject.model, steps)
+    figures = {"removed": [], "cpu_seconds": time.process_time() - started}
+    return figures | tested(name, subject, found)
 
 
 def measured(
@@ -216,16 +289,22 @@ def measured(
     layers: int,
     criterion: LayerCriterion,
     compensation: Compensation,
+    steps: int,
     folder: Path,
 ) -> Figures:
     """Test one model without the layers of one criterion."""
     subject = examined(name, seed)
     removed, known = chosen(name, seed, layers, criterion, folder)
-    (right, nats), seconds = quality(name, seed, removed, compensation)
+    right, nats, seconds = quality(name, seed, removed, compensation, steps)
     found: dict[str, Any] = {"removed": [*removed], **known, "compensation_seconds": seconds}
+    return found | tested(name, subject, (right, nats))
+
+
+def tested(name: str, subject: Examined, found: tuple[float, float]) -> dict[str, Any]:
+    """The figures of a model beside those of the dense one before any step."""
+    (right, nats), (dense_right, dense_nats) = found, subject.dense
     if task_of(name) == BROWN:
-        found |= {"perplexity": math.exp(nats), "dense_perplexity": math.exp(subject.dense[1])}
-        return found
-    found |= {"n_test": sum(len(batch["labels"]) for batch in subject.test)}
-    found |= {"accuracy": right, "dense_accuracy": subject.dense[0]}
-    return found | {"cross_entropy": nats, "dense_cross_entropy": subject.dense[1]}
+        return {"perplexity": math.exp(nats), "dense_perplexity": math.exp(dense_nats)}
+    figures: dict[str, Any] = {"n_test": sum(len(batch["labels"]) for batch in subject.test)}
+    figures |= {"accuracy": right, "dense_accuracy": dense_right}
+    return figures | {"cross_entropy": nats, "dense_cross_entropy": dense_nats}

@@ -474,6 +474,8 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "layers": ("layers", layers),
     "layers-one-shot": ("layers-one-shot", layers_one_shot),
     "layer-choice": ("layer-choice", layer_pages.layer_choice),
+    "layer-choice-short": ("layer-choice", layer_pages.short),
+    "layer-choice-lost": ("layer-choice", layer_pages.lost),
     "layers-speed": ("layers-speed", layers_speed),
     "vision": ("vision", vision),
     "vision-lost": ("vision", comparison.lost),

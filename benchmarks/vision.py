@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -48,6 +48,7 @@ from lightning_mi_prune.allocation.macs import count_macs
 from lightning_mi_prune.allocation.measuring import measure_latency
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.graph.graph import PruningGraph, choose_groups
+from lightning_mi_prune.importance.layer_criteria import LayerCriterion
 
 __all__ = ["BATCHES", "DENSE", "WAYS", "vision", "vision_latency", "vision_layers"]
 
@@ -137,11 +138,10 @@ WAYS = (
             "reconstruction",
             given=_with(name.replace("-", "_")),
             counted="parameters",
-            seeds=(0,),
         )
         for name in ("taylor", "activation-norm", "magnitude", "random")
     ),
-    Way("relevance-mi", "global", "none", given={}, counted="parameters", seeds=(0,)),
+    Way("relevance-mi", "global", "none", given={}, counted="parameters"),
     Way("relevance-mi-macs", "global", "reconstruction", given={}, models=("resnet",)),
     Way("relevance-mi-macs", "uniform", "reconstruction", given=FINE, models=("resnet",)),
 )
@@ -351,28 +351,48 @@ class LibraryPruning(pl.Callback):
 
 # ------------------------------------------------------------------------------------------ layers
 
+
+class LayerWay(NamedTuple):
+    """A way to remove layers while a model trains.
+
+    Args:
+        criterion: What chooses them.
+        reconstruction: Whether the layers that stay are reconstructed.
+    """
+
+    criterion: LayerCriterion
+    reconstruction: bool
+
+
 # Nothing is known to reconstruct where a normalisation follows the last convolution of a block.
-LAYERS = (("cka", SEEDS), ("last", (0,)), ("random", (0,)))
+LAYERS: Mapping[str, Sequence[LayerWay]] = {
+    "resnet": [LayerWay(criterion, False) for criterion in ("cka", "last", "random")],
+    "vit": [
+        *(LayerWay(criterion, True) for criterion in ("cka", "measured_loss", "last", "random")),
+        LayerWay("cka", False),
+    ],
+}
 
 
 def vision_layers(
-    folder: Path, models: Sequence[str] = ("resnet",), seeds: Sequence[int] = SEEDS
+    folder: Path, models: Sequence[str] = MODELS, seeds: Sequence[int] = SEEDS
 ) -> Iterator[Job]:
-    """A third of the blocks of every stage removed inside `fit`, beside a dense control."""
+    """A third of the layers of every stack removed inside `fit`, beside a dense control."""
     steps = pictures.EPOCHS * pictures.STEPS
     for seed, model in ((seed, model) for seed in seeds for model in models):
-        for criterion in (name for name, wanted in LAYERS if seed in wanted):
+        for way in LAYERS[model]:
             setting = {"task": f"fashion-mnist-{model}", "model": model, "steps": steps}
-            setting |= {"criterion": criterion, "reconstruction": False, "seed": seed}
-            yield single(setting, shortened, folder, model, seed, criterion)
+            setting |= {**way._asdict(), "seed": seed}
+            yield single(setting, shortened, folder, model, seed, way)
 
 
-def shortened(folder: Path, model: str, seed: int, criterion: str) -> Figures:
+def shortened(folder: Path, model: str, seed: int, way: LayerWay) -> Figures:
     """Train with layers removed half-way, and test."""
     stacks = graph_of(model).stacks
     target = min(stack.size for stack in stacks) * 2 // 3
-    given: dict[str, Any] = {"target_layers": target, "criterion": criterion, "seed": seed}
-    given["reconstruction"] = options.Reconstruction("none")
+    given: dict[str, Any] = {"target_layers": target, "criterion": way.criterion, "seed": seed}
+    method: Any = "layerwise" if way.reconstruction else "none"
+    given["reconstruction"] = options.Reconstruction(method)
     callback = CKALayerPruning(None, verbose=False, **given)
     network, seconds = fitted(model, seed, [callback])
     accuracy, cross_entropy = score(network, split(seed)[2])

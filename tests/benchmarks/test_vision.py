@@ -128,13 +128,17 @@ def test_all_ways_are_measured_beside_one_dense_control(few: Path, model: str) -
     assert all(record["ms_b64"] > 0 for record in speeds)
 
 
-def test_a_third_of_the_blocks_is_removed(few: Path) -> None:
-    run(vision.vision, Store("vision", few), models=["resnet"], seeds=[0], sparsities=[])
+@pytest.mark.parametrize("model", ["resnet", "vit"])
+def test_a_third_of_the_layers_is_removed(few: Path, model: str) -> None:
+    given = {"models": [model], "seeds": [0]}
+    run(vision.vision, Store("vision", few), **given, sparsities=[])
     store = Store("vision-layers", few)
-    run(vision.vision_layers, store, seeds=[0])
-    assert {record["criterion"] for record in store} == {"cka", "last", "random"}
+    run(vision.vision_layers, store, **given)
+    found = [(record["criterion"], record["reconstruction"]) for record in store]
+    assert found == [*vision.LAYERS[model]]
+    stacks = {"resnet": 2, "vit": 1}[model]
     for record in store:
-        assert [len(removed) for removed in record["removed"][0]] == [1, 1]
+        assert [len(removed) for removed in record["removed"][0]] == [1] * stacks
         assert record["macs"] < record["dense_macs"]
 
 
