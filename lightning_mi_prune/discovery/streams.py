@@ -17,14 +17,13 @@ __all__ = [
     "Streams",
 ]
 
-# An activation keeps its meaning through these: other shape or order, scale, normalisation.
+# An activation keeps its values through these. A scale or a normalisation is none of them: what
+# the residual stream lacks behind it is not what the layer before it would have to add.
 _PASS = frozenset(
     (
         *("view", "_unsafe_view", "reshape", "_reshape_alias", "clone", "detach", "alias"),
         *("dropout", "native_dropout", "_to_copy", "transpose", "permute", "t", "contiguous"),
-        *("unsqueeze", "squeeze", "mul", "div", "slice", "native_layer_norm", "rms_norm"),
-        *("_fused_rms_norm", "native_batch_norm", "_native_batch_norm_legit"),
-        "_native_batch_norm_legit_no_training",
+        *("unsqueeze", "squeeze", "slice"),
     )
 )
 _LONGEST = 24  # operators between a product and the addition of its output to the residual stream

@@ -128,6 +128,46 @@ def test_a_stage_of_residual_blocks_is_one_stack_and_one_hidden_size():
     assert set(hidden.consumers) == {"blocks.1.one", "blocks.2.one", "head"}
 
 
+class Branch(nn.Module):
+    """A residual branch whose output goes through another module before it is added."""
+
+    def __init__(self, behind):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.behind = behind
+
+    def forward(self, x):
+        return x + self.behind(self.down(self.up(self.norm(x)).relu()))
+
+
+class Scale(nn.Module):
+    def __init__(self, size=None):
+        super().__init__()
+        self.factor = 0.1 if size is None else nn.Parameter(torch.full((size,), 0.1))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+@pytest.mark.parametrize(
+    ("behind", "residual"),
+    [
+        (nn.Identity(), "norm"),
+        (nn.Dropout(0.5), "norm"),
+        (nn.LayerNorm(6), None),
+        (nn.RMSNorm(6), None),
+        (Scale(6), None),
+        (Scale(), None),
+    ],
+    ids=["nothing", "dropout", "layer norm", "rms norm", "layer scale", "factor"],
+)
+def test_what_is_scaled_before_it_is_added_is_not_solved_towards_the_stream(behind, residual):
+    x = torch.randn(2, 5, 6)
+    found = infer(Branch(behind), lambda model: model(x))
+    (group,) = (group for group in found.groups if group.kind == "ffn")
+    assert group.residual == residual
+
+
 def test_groups_of_a_convolution_are_read_by_no_layer_that_can_be_solved():
     x = torch.randn(2, 3, 8, 8)
     found = infer(Residual(groups=2), lambda model: model(x))
