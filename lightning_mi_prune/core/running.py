@@ -39,14 +39,14 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 @contextmanager
 def _evaluation_mode(network: nn.Module) -> Iterator[None]:
-    training = [module for module in network.modules() if module.training]
-    if training:
+    modes = {module: module.training for module in network.modules()}
+    if any(modes.values()):
         network.eval()
     try:
         yield
-    finally:
-        for module in training:
-            module.training = True
+    finally:  # of all modules: what runs inside may set some to training
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextmanager

@@ -130,9 +130,8 @@ def test_gradients_of_heads_and_neurons_are_those_at_the_outputs_of_their_consum
         )
         (g,) = torch.autograd.grad(loss(0) * 6, outputs)
         handle.remove()
-        g = weighted_rows(
-            g, outputs[0].detach() - model.get_parameter(f"{group.consumers[0]}.bias")
-        )
+        bias = model.get_parameter(f"{group.consumers[0]}.bias")
+        g = weighted_rows(g, (outputs[0] - bias).detach())
         torch.testing.assert_close(sums[group.name].matrix, g.mT @ g, rtol=1e-4, atol=1e-7)
 
 
