@@ -244,10 +244,10 @@ def test_every_curve_begins_before_the_first_cut_and_information_never_rises(tmp
 
 
 def test_information_that_is_kept_is_what_the_budget_of_that_name_counts():
-    prune = quiet(keep_information=0.8, cuts=2)
+    prune = quiet(keep_information=0.6, cuts=2)
     trainer(prune, max_epochs=5).fit(Classifier())
     assert [cut.epoch for cut in prune.report.cuts] == [1, 2]
-    assert 0.8 <= prune.report.cuts[-1].information_kept < 0.9
+    assert 0.6 <= prune.report.cuts[-1].information_kept < 0.7
 
 
 def test_all_groups_count_where_only_some_are_cut():
