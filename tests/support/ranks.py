@@ -48,7 +48,8 @@ def launch(world: int, function: Callable[..., Any], *args: Any) -> dict[int, An
     """Run a function on every rank, as torchrun would; its results by rank."""
     imported()
     config = _config(world, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
-    return elastic_launch(config, _quietly)(function, *args)
+    found = elastic_launch(config, _quietly)(function, *args)
+    return dict(sorted(found.items()))  # not as they ended
 
 
 def check_ranks(solve: Callable[..., dict[str, Any]], rows: int, atol: float) -> None:
