@@ -6,7 +6,7 @@ the loss depends on them, and ``1/2 tr(G Cov(z | kept))`` is the expected rise o
 
 ``s_p = min(1, |z_p|^2 / median |z|^2)`` is 1 for half of the positions and more. A position whose
 output is next to nothing cannot lose much, however large its gradient: with a norm behind the
-output (Gemma), the first token of a text has gradients a thousand times those of all others.
+output (Gemma), the first token of a text has by far the largest gradients of all.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def uncompensated_loss_curve(
     """
     total = torch.zeros(len(order), dtype=torch.float64)
     for each in statistics:
-        products = (each.readout.mT @ each.readout).mul_(each.covariance)
+        products = each.gram().mul_(each.covariance)
         units, entries = each.units, each.entries
         products = products.view(units, entries, units, entries).sum((1, 3))
         index = torch.tensor(tuple(order), dtype=torch.long, device=products.device)

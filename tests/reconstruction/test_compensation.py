@@ -166,17 +166,23 @@ def test_the_mean_of_a_unit_counts_unless_a_bias_makes_up_for_it(bias, compensat
     assert (0 in chosen.plan.kept["hidden"]) == (not (bias and compensate))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_expected_loss_without_compensation_is_what_removed_units_gave(bias):
-    """Half the mean square of what the layer above no longer gets; the largest one so far."""
+def ranked_with_means(*, bias, compensate):
+    """The ranking of units with means, their samples, and the weight that reads them."""
     net, group = two_layers(8, 3, bias=bias)
     with torch.no_grad():
         net[0].bias += 1.0
     x, moments = record(net, group, n=20_000)
     weights, plan = dict(net.named_parameters()), full_plan([group])
-    ranking = rank_groups([group], moments, weights, plan, compensate=False)["hidden"]
+    ranking = rank_groups([group], moments, weights, plan, compensate=compensate)["hidden"]
     with torch.no_grad():
-        parts = net[1](net[0](x)).double()[:, None] * net[2].weight.double()
+        return ranking, net[1](net[0](x)).double(), net[2].weight.double()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_expected_loss_without_compensation_is_what_removed_units_gave(bias):
+    """Half the mean square of what the layer above no longer gets; the largest one so far."""
+    ranking, h, weight = ranked_with_means(bias=bias, compensate=False)
+    parts = h[:, None] * weight
     most = 0.0
     for width in reversed(range(8)):
         gone = parts[..., list(ranking.order[: 8 - width])].sum(-1)
@@ -187,19 +193,12 @@ def test_the_expected_loss_without_compensation_is_what_removed_units_gave(bias)
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_expected_loss_is_the_residual_of_least_squares(bias):
     """Half the squared error of the layer above, with an intercept only where there is a bias."""
-    net, group = two_layers(8, 3, bias=bias)
-    with torch.no_grad():
-        net[0].bias += 1.0
-    x, moments = record(net, group, n=20_000)
-    weights, plan = dict(net.named_parameters()), full_plan([group])
-    ranking = rank_groups([group], moments, weights, plan)["hidden"]
-    with torch.no_grad():
-        h = net[1](net[0](x)).double()
-        z = h @ net[2].weight.double().T
+    ranking, h, weight = ranked_with_means(bias=bias, compensate=True)
+    z = h @ weight.T
     for width in (2, 5, 7):
         design = h[:, list(ranking.kept(width))]
         if bias:
-            design = torch.cat([design, torch.ones(len(x), 1)], 1)
+            design = torch.cat([design, torch.ones(len(h), 1)], 1)
         error = z - design @ torch.linalg.lstsq(design, z).solution
         lost = float(error.square().sum(1).mean() / 2)
         assert ranking.lost(width)[0] == pytest.approx(lost, rel=1e-3)
