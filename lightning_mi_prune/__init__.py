@@ -19,6 +19,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import wrapt
+
 if TYPE_CHECKING:
     from lightning_mi_prune.callbacks.layers import CKALayerPruning
     from lightning_mi_prune.callbacks.units import MutualInformationPruning
@@ -71,6 +73,12 @@ _HOME = {
     "options": "core.options",
     "prune": "pipeline",
 }
+
+# Auto classes of transformers then open folders of pruned models; imports nothing before.
+wrapt.register_post_import_hook(
+    "lightning_mi_prune.checkpoint.registration:register",
+    "transformers.models.auto.configuration_auto",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -18,10 +18,19 @@ from torch import nn
 from lightning_mi_prune.checkpoint.fitting import fitted_graph, with_found
 from lightning_mi_prune.checkpoint.loading import substitute_class
 from lightning_mi_prune.checkpoint.recorded import named_plan, present_plan, recorded_graph
+from lightning_mi_prune.checkpoint.registration import pruned_type
 from lightning_mi_prune.checkpoint.stored_graph import check_stored
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS, empty_linears
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, require
-from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, PruningPlan, recorded_plan
+from lightning_mi_prune.core.plan import (
+    CONFIG_FIELD,
+    GRAPH_FIELD,
+    MODEL_TYPE,
+    OPENING_FIELD,
+    TYPE_FIELD,
+    PruningPlan,
+    recorded_plan,
+)
 from lightning_mi_prune.core.running import fixed_random_state
 from lightning_mi_prune.discovery.discover import discover_run
 from lightning_mi_prune.discovery.example_inputs import example_inputs
@@ -45,6 +54,9 @@ _HUB = (
     "subfolder",
     "token",
 )
+
+# Arguments of transformers that are no fields of a config, though some configs have such fields.
+_NOT_FIELDS = (*_HUB, "dtype", "torch_dtype", "quantization_config", "trust_remote_code")
 
 # While it opens a folder, transformers replaces methods of its classes; two threads at once would
 # leave them replaced, and no model of the process would have tied weights any more.
@@ -90,6 +102,7 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
         >>> again.encoder.layer[0].intermediate.dense
         Linear(in_features=8, out_features=2, bias=True)
     """
+    kwargs = _with_config(cls, name_or_path, kwargs)
     plan = _plan_to_open(name_or_path, kwargs)
     with _ONE_AT_A_TIME:
         if plan is None or plan.is_full:
@@ -154,6 +167,37 @@ def _load(
     wanted = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     _, found = substitute_class(concrete, build).from_pretrained(source, *args, **wanted)
     return cuts[-1], found
+
+
+def _with_config(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with the config of the class that was pruned, where the folder names the package.
+
+    Raises:
+        PruningError: If the folder does not name that class.
+    """
+    given = kwargs.get("config")
+    if hasattr(given, "to_dict"):
+        if getattr(type(given), "model_type", None) != MODEL_TYPE:
+            return dict(kwargs)
+        fields: Mapping[str, Any] = given.to_dict()
+    else:
+        fields = _fields(given or source, kwargs) if given or source else {}
+        if fields.get("model_type") != MODEL_TYPE:
+            return dict(kwargs)
+    kind = pruned_type(fields)
+    mapping = require("transformers", "transformers").CONFIG_MAPPING
+    wanted = getattr(cls, "config_class", None) or mapping[kind]
+    part = getattr(wanted, "base_config_key", "")
+    whole = {n: v for n, v in fields.items() if n not in (TYPE_FIELD, OPENING_FIELD, "auto_map")}
+    plain = whole[part] if part and isinstance(whole.get(part), dict) else whole
+    options = {n: v for n, v in kwargs.items() if n != "config"}
+    if hasattr(given, "to_dict"):
+        return {**options, "config": wanted.from_dict({**plain, "model_type": kind})}
+    passed = {n: options.pop(n) for n in [*options] if n in _NOT_FIELDS}
+    config, rest = wanted.from_dict(
+        {**plain, "model_type": kind}, return_unused_kwargs=True, **options
+    )
+    return {**passed, **rest, "config": config}
 
 
 def _is_clear(error: Exception) -> bool:
