@@ -88,8 +88,10 @@ def check_stored(module: nn.Module, graph: PruningGraph, now: PruningPlan) -> No
         if tensors.get(name) != expected:
             found = f"has shape {tensors[name]}" if name in tensors else "is missing"
             raise _refusal(f"{described(name)} {found} here and {expected} in it")
+    modules = dict(module.named_modules(remove_duplicate=False))
+    parameters = parameters_of(module)
     for group in groups:
-        _check_names(module, group)
+        _check_names(modules, parameters, group)
         _check_numbers(module, group, now.widths)
 
 
@@ -103,13 +105,15 @@ def _refusal(reason: str) -> PruningError:
     return PruningError(f"The graph was made for another model: {reason}. {_REMEDY}")
 
 
-def _check_names(module: nn.Module, group: DependencyGroup) -> None:
+def _check_names(
+    modules: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    group: DependencyGroup,
+) -> None:
     """All modules exist; no name of a field is private."""
-    modules = dict(module.named_modules(remove_duplicate=False))
     for path in _paths(group):
         if path not in modules:
             raise _refusal(f"group {described(group.name)} names the module {described(path)}")
-    parameters = parameters_of(module)
     for path in (path for path in _consumers(group) if path not in modules):
         read = max((s.dim for s in group.tensors if s.tensor == path), default=1)
         if path not in parameters or why_not_functional(parameters[path], read):

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class PruningGraph:
             >>> PruningGraph.from_json(graph.to_json()) == graph
             True
         """
-        return cls(**fields_from_json(given))
+        return _parsed(given) if isinstance(given, str) else cls(**fields_from_json(given))
 
     def save(self, path: str | Path) -> None:
         """Write the graph to a JSON file, whole or not at all.
@@ -259,6 +259,11 @@ class PruningGraph:
 
 
 _DEFAULT = ("ffn", "heads", "channels")
+
+
+@lru_cache(maxsize=4)  # a model that is opened is read several times
+def _parsed(given: str) -> PruningGraph:
+    return PruningGraph(**fields_from_json(given))
 
 
 def _table(graph: PruningGraph) -> str:

@@ -91,11 +91,13 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, attribute = name.rpartition(".")
-    try:
-        return linear_at(model.get_submodule(path)), attribute
-    except AttributeError as error:
-        raise PruningError(f"The model has no parameter {name!r}; was it replaced?") from error
+    *path, attribute = name.split(".")
+    module: nn.Module | None = model
+    for part in path:  # get_submodule takes ten times as long, and this runs for every tensor
+        module = None if module is None else module._modules.get(part)
+    if module is None:
+        raise PruningError(f"The model has no parameter {name!r}; was it replaced?")
+    return linear_at(module), attribute
 
 
 def replace_tensors(model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
