@@ -23,6 +23,7 @@ __all__ = [
     "substitute_class",
 ]
 
+_PLAIN = (AttributeError, LookupError, TypeError, ValueError)  # of Lightning, about a file
 _LONGEST = 1000  # characters of an error of torch
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -164,9 +165,13 @@ def _build(
     target, signature = _named_class(cls, path, kwargs)
     options = {"map_location": map_location, "strict": strict, "weights_only": True, **kwargs}
     trackers: list[PlanTracker] = []
+    theirs = False  # whether their class is running, whose errors pass through
 
     def build(*args: Any, **parameters: Any) -> Any:
+        nonlocal theirs
+        theirs = True
         module = target(*args, **parameters)
+        theirs = False
         if PlanTracker.held_by(module) is None:
             trackers.append(PlanTracker(module))
         return module
@@ -189,6 +194,12 @@ def _build(
         if "in loading state_dict" in str(error):
             module = trackers[-1].module if trackers else None
             raise _misfit(path, target, module, checkpoint["state_dict"], error) from error
+        if not theirs and isinstance(error, _PLAIN) and type(error) is not ValueError:
+            reason = " ".join(str(error).split())[:_LONGEST]
+            raise PruningError(
+                f"{path} is not as a Trainer saves it ({type(error).__name__}: {reason}); expected "
+                f"its own file. Take another, or build the {cls.__name__} and pass that."
+            ) from error
         raise
     finally:
         for tracker in trackers:
