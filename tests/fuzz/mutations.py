@@ -24,6 +24,9 @@ from hypothesis import strategies as st
 OUTSIDE = ("../../x", "/etc/passwd", "..\\..\\x", "a/../../../x", "\0", "\ud800", "\u202e💥")
 
 
+Draw = Callable[..., Any]  # of hypothesis: a value of a strategy
+
+
 def drawn(function: Callable[..., Any]) -> Callable[..., st.SearchStrategy[Any]]:
     """As ``st.composite``, for large arguments: hypothesis writes out those of its own."""
 
@@ -83,23 +86,17 @@ def places(value: Any) -> list[tuple[Any, ...]]:
     return found[1:]
 
 
-@drawn
-def _place(draw: Any, value: Any) -> tuple[Any, ...]:
+def _place(draw: Draw, value: Any) -> tuple[Any, ...]:
     """A place; half of the draws are from the shallow ones, which are few."""
     known = places(value)
-    near = [p for p in known if len(p) <= draw(st.integers(1, 3))] or known
-    return draw(one_of(known if draw(st.booleans()) else near))
-
-
-def _at(value: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        value = value[key]
-    return value
+    most = draw(st.sampled_from((1, 2, 3, 99, 99, 99)))
+    near = [path for path in known if len(path) <= most] or known
+    return near[draw(st.integers(0, len(near) - 1))]
 
 
 @drawn
-def tree(draw: Any, value: Any, *, most: int = 3, odd: Any = None, inside: bool = True) -> Any:
-    """A tree with one to ``most`` edits.
+def tree(draw: Draw, value: Any, *, most: int = 3, odd: Any = None, inside: bool = True) -> Any:
+    """A tree with one to ``most`` edits; what is not edited is that of ``value``.
 
     Args:
         draw: Of hypothesis.
@@ -108,25 +105,35 @@ def tree(draw: Any, value: Any, *, most: int = 3, odd: Any = None, inside: bool 
         odd: Strategy of the values to put in; any of JSON by default.
         inside: Whether text that is JSON itself is edited inside.
     """
-    odd = JUNK if odd is None else odd
-    found = copy.deepcopy(value)
+    return _several(draw, value, most, JUNK if odd is None else odd, inside)
+
+
+def _several(draw: Draw, value: Any, most: int, odd: Any, inside: bool) -> Any:
     for _ in range(draw(st.integers(1, most))):
-        if not isinstance(found, (dict, list)) or not places(found):
+        if not isinstance(value, (dict, list)) or not value:
             break
-        found = draw(_edited(found, odd, inside))
-    return found
+        path = _place(draw, value)
+        value = _changed(value, path, lambda holder, key: _edit(draw, holder, key, odd, inside))
+    return value
 
 
-@drawn
-def _edited(draw: Any, tree_: Any, odd: Any, inside: bool) -> Any:
-    path = draw(_place(tree_))
-    holder, key = _at(tree_, path[:-1]), path[-1]
-    if isinstance(holder, tuple):  # of a call: changed as a whole
-        return _put(tree_, path[:-1], (*holder[:key], draw(odd), *holder[key + 1 :]))
+def _changed(value: Any, path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Any:
+    """A copy along a path; ``change`` gets the container there and the key."""
+    key, *rest = path
+    new = dict(value) if isinstance(value, dict) else list(value)
+    if rest:
+        new[key] = _changed(value[key], tuple(rest), change)
+    else:
+        change(new, key)
+    return tuple(new) if isinstance(value, tuple) else new
+
+
+def _edit(draw: Draw, holder: Any, key: Any, odd: Any, inside: bool) -> None:
+    """One small change of an entry of a container."""
     old = holder[key]
     if inside and type(old) is str and old[:1] in "{[" and len(old) > 2 and draw(st.booleans()):
-        holder[key] = dumped(draw(tree(json.loads(old), most=2, odd=odd)))
-        return tree_
+        holder[key] = dumped(_several(draw, json.loads(old), 2, odd, inside))
+        return
     action = draw(st.sampled_from(("put", "near", "near", "drop", "more", "twice", "trade")))
     if action == "near" and type(old) in (int, float):
         step = draw(st.sampled_from((-1, 1, 2, -2, 1000, 2**20)))
@@ -135,15 +142,15 @@ def _edited(draw: Any, tree_: Any, odd: Any, inside: bool) -> Any:
         names = [old[:-1], f"{old}.", f"../{old}", old.upper(), old.replace("0", "1"), f"x.{old}"]
         holder[key] = draw(one_of(names))
     elif action == "near" and type(old) is list and old:
-        changed = [old[::-1], old[:-1], [*old, old[-1]], old * 2, [old[0], *old]]
-        holder[key] = draw(one_of(changed))
+        lists = [old[::-1], old[:-1], [*old, old[-1]], old * 2, [old[0], *old]]
+        holder[key] = draw(one_of(lists))
     elif action == "drop":
         del holder[key]
     elif action == "more" and isinstance(holder, dict):
         named = [f"{key}x", str(key).upper(), "more", *OUTSIDE]
-        holder[draw(one_of(named))] = draw(st.one_of(odd, st.just(old)))
+        holder[draw(one_of(named))] = old if draw(st.booleans()) else draw(odd)
     elif action == "more":
-        holder.insert(key, draw(st.one_of(odd, st.just(old))))
+        holder.insert(key, old if draw(st.booleans()) else draw(odd))
     elif action == "twice":
         holder[key] = [old, old]
     elif action == "trade":
@@ -151,17 +158,6 @@ def _edited(draw: Any, tree_: Any, odd: Any, inside: bool) -> Any:
         holder[key], holder[other] = holder[other], holder[key]
     else:
         holder[key] = draw(odd)
-    return tree_
-
-
-def _put(tree_: Any, path: tuple[Any, ...], new: Any) -> Any:
-    if not path:
-        return new
-    holder = _at(tree_, path[:-1])
-    if isinstance(holder, tuple):
-        return _put(tree_, path[:-1], (*holder[: path[-1]], new, *holder[path[-1] + 1 :]))
-    holder[path[-1]] = new
-    return tree_
 
 
 def dumped(value: Any) -> str:
@@ -172,9 +168,10 @@ def dumped(value: Any) -> str:
 
 
 @drawn
-def json_text(draw: Any, value: Any, **options: Any) -> str:
+def json_text(draw: Draw, value: Any, **options: Any) -> str:
     """Text of a damaged tree; now and then with a key that occurs twice or something after it."""
-    text = dumped(draw(tree(value, **options)))
+    chosen = {"most": 3, "odd": JUNK, "inside": True} | options
+    text = dumped(_several(draw, value, **chosen))
     how = draw(st.integers(0, 19))
     if how == 0 and text.startswith("{"):
         return text.replace("{", '{"version": 1, ', draw(st.integers(1, 3)))
@@ -186,8 +183,12 @@ def json_text(draw: Any, value: Any, **options: Any) -> str:
 
 
 @drawn
-def raw(draw: Any, sound: bytes) -> bytes:
+def raw(draw: Draw, sound: bytes) -> bytes:
     """The bytes cut off, changed, repeated, put together with others, or something else."""
+    return _raw(draw, sound)
+
+
+def _raw(draw: Draw, sound: bytes) -> bytes:
     found = bytearray(sound)
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(found)))
@@ -291,7 +292,7 @@ def _claims() -> list[bytes]:
 
 
 @drawn
-def torch_file(draw: Any, sound: bytes, command: str) -> bytes:
+def torch_file(draw: Draw, sound: bytes, command: str) -> bytes:
     """A file of ``torch.save`` whose entries lie.
 
     Args:
@@ -310,7 +311,7 @@ def torch_file(draw: Any, sound: bytes, command: str) -> bytes:
         )
     )
     if action == "pickle":
-        entries[main] = Entry(entries[main].name, draw(raw(entries[main].body)))
+        entries[main] = Entry(entries[main].name, _raw(draw, entries[main].body))
     elif action == "claims":
         entries[main] = Entry(entries[main].name, draw(one_of(_claims())))
     elif action == "code":
@@ -326,11 +327,11 @@ def torch_file(draw: Any, sound: bytes, command: str) -> bytes:
         odd = (f"../../{last}", f"/{last}", f"{home}/../{last}", one.name.upper(), f"x/{last}", "")
         entries[at] = Entry(draw(st.sampled_from(odd)), one.body)
     elif action == "twice":
-        entries.insert(draw(st.integers(0, len(entries))), Entry(one.name, draw(raw(one.body))))
+        entries.insert(draw(st.integers(0, len(entries))), Entry(one.name, _raw(draw, one.body)))
     elif action == "drop":
         del entries[at]
     elif action == "body":
-        entries[at] = Entry(one.name, draw(raw(one.body)))
+        entries[at] = Entry(one.name, _raw(draw, one.body))
     else:  # what torch wrote before 1.6: several pickles, then the storages
         return draw(one_of([*_old(), *_claims(), *_code(command)]))
     return archived(entries)
@@ -372,7 +373,7 @@ def tensors() -> st.SearchStrategy[Any]:
 
 
 @drawn
-def weights(draw: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+def weights(draw: Draw, state: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict with entries of another shape, type or name, or without some."""
     found = dict(state)
     for _ in range(draw(st.integers(1, 3))):
@@ -402,11 +403,11 @@ def weights(draw: Any, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @drawn
-def safetensors_file(draw: Any, sound: bytes) -> bytes:
+def safetensors_file(draw: Draw, sound: bytes) -> bytes:
     """A file of safetensors whose header lies: lengths, types, places beyond the file."""
     (length,) = struct.unpack("<Q", sound[:8])
     header, body = json.loads(sound[8 : 8 + length]), sound[8 + length :]
-    text = draw(json_text(header, inside=False)).encode("utf-8", "surrogatepass")
+    text = dumped(_several(draw, header, 3, JUNK, False)).encode("utf-8", "surrogatepass")
     claimed = len(text)
     if draw(st.integers(0, 5)) == 0:
         claimed = draw(st.sampled_from((0, 1, claimed - 1, claimed + 1, 2**26, 2**40, 2**64 - 1)))

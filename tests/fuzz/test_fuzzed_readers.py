@@ -190,7 +190,7 @@ def texts(sound):
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-@fuzzed(0.05, 40)
+@fuzzed(0.11, 30)
 @given(data=st.data())
 def test_texts_of_plans_graphs_and_tables(kind, texts, data):
     read, is_sound = TEXTS[kind]
@@ -202,7 +202,7 @@ FILES = {"graph": (PruningGraph.load, graph_is_sound), "table": (LatencyTable.lo
 
 
 @pytest.mark.parametrize("kind", FILES)
-@fuzzed(0.03, 25)
+@fuzzed(0.05, 20)
 @given(data=st.data())
 def test_files_of_graphs_and_tables(kind, texts, root, data):
     read, is_sound = FILES[kind]
@@ -212,7 +212,7 @@ def test_files_of_graphs_and_tables(kind, texts, root, data):
     check(f"file of a {kind}", size, lambda: read(path), is_sound, watched=root)
 
 
-@fuzzed(0.03, 30)
+@fuzzed(0.06, 30)
 @given(data=st.data())
 def test_states_of_reports(data):
     layers = replace(CUT, groups=(), stacks=(stack_cut(),))
@@ -229,7 +229,7 @@ def test_states_of_reports(data):
 # ---------------------------------------------------------------- the graph of a file for a model
 
 
-@fuzzed(0.05, 30)
+@fuzzed(0.03, 20)
 @given(data=st.data())
 def test_graphs_that_are_adopted(sound, data):
     """A graph of a file that is well formed may still lie about the model."""
@@ -262,7 +262,7 @@ def stored(body):
     return torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8)
 
 
-@fuzzed(0.08, 40)
+@fuzzed(0.04, 25)
 @given(data=st.data())
 def test_plans_in_state_dicts(sound, data):
     body = bytes(sound.state[KEY].tolist())
@@ -299,14 +299,14 @@ def opened(sound, root, name, content, reader, *, size=None):
     )
 
 
-@fuzzed(0.06, 30)
+@fuzzed(0.02, 12)
 @given(data=st.data())
 def test_weights_in_files_of_torch(sound, root, data):
     state = data.draw(mutations.weights(sound.state))
     opened(sound, root, "file.pt", saved(state), "torch file, weights")
 
 
-@fuzzed(0.04, 20)
+@fuzzed(0.02, 12)
 @given(data=st.data())
 def test_checkpoints_of_a_trainer(sound, root, data):
     checkpoint = dict(sound.checkpoint)
@@ -317,7 +317,7 @@ def test_checkpoints_of_a_trainer(sound, root, data):
     opened(sound, root, "file.ckpt", saved(odd), "checkpoint for a module")
 
 
-@fuzzed(0.04, 20)
+@fuzzed(0.015, 10)
 @given(data=st.data())
 def test_checkpoints_that_build_a_class(sound, root, data):
     state = data.draw(st.just(sound.checkpoint["state_dict"]) | mutations.weights(sound.state))
@@ -332,7 +332,7 @@ def test_checkpoints_that_build_a_class(sound, root, data):
           watched=root)  # fmt: skip
 
 
-@fuzzed(0.1, 50)
+@fuzzed(0.05, 30)
 @given(data=st.data())
 def test_archives_of_torch(sound, root, data):
     content = data.draw(
@@ -345,7 +345,7 @@ def test_archives_of_torch(sound, root, data):
     opened(sound, root, "file.pt", content, "torch file, archive")
 
 
-@fuzzed(0.02, 10)
+@fuzzed(0.01, 8)
 @given(data=st.data())
 def test_numbers_that_the_command_reads_from_a_checkpoint(sound, root, data):
     content = data.draw(mutations.torch_file(saved(sound.checkpoint), canary(root)))
@@ -358,7 +358,7 @@ def test_numbers_that_the_command_reads_from_a_checkpoint(sound, root, data):
     check("numbers of a checkpoint", size, lambda: _numbers(str(path)), are_numbers, watched=root)
 
 
-@fuzzed(0.08, 40)
+@fuzzed(0.04, 20)
 @given(data=st.data())
 def test_files_of_safetensors(sound, root, data):
     plain = to_safetensors({k: v.contiguous() for k, v in sound.state.items()})
@@ -400,7 +400,7 @@ ITS_OWN = (OSError, ValueError, ImportError)  # of transformers, whose message n
 
 
 @pytest.mark.parametrize("cls", [AutoModelForSequenceClassification, BertForSequenceClassification])
-@fuzzed(0.04, 25)
+@fuzzed(0.015, 12)
 @given(data=st.data())
 def test_configs_of_folders(cls, sound, root, data):
     config = json.loads((sound.hub / "config.json").read_text())
@@ -415,7 +415,7 @@ def test_configs_of_folders(cls, sound, root, data):
           watched=root)  # fmt: skip
 
 
-@fuzzed(0.04, 25)
+@fuzzed(0.015, 12)
 @given(data=st.data())
 def test_indices_of_shards(sound, root, data):
     name = "model.safetensors.index.json"
@@ -432,7 +432,7 @@ def same(model, other):
     assert torch.equal(outputs(model, BATCH), outputs(other, BATCH))
 
 
-@fuzzed(0.04, 25)
+@fuzzed(0.015, 10)
 @given(data=st.data())
 def test_weights_of_folders(sound, root, data):
     plain = (sound.hub / "model.safetensors").read_bytes()
@@ -443,7 +443,7 @@ def test_weights_of_folders(sound, root, data):
           lambda m: outputs(m, BATCH), errors=ITS_OWN, watched=root)  # fmt: skip
 
 
-@fuzzed(0.03, 15)
+@fuzzed(0.015, 10)
 @given(data=st.data())
 def test_torch_files_of_folders(sound, root, data):
     plain = (sound.bin / "pytorch_model.bin").read_bytes()
@@ -454,7 +454,7 @@ def test_torch_files_of_folders(sound, root, data):
           lambda m: outputs(m, BATCH), errors=ITS_OWN, watched=root)  # fmt: skip
 
 
-@fuzzed(0.04, 25)
+@fuzzed(0.02, 15)
 @given(data=st.data())
 def test_records_in_configs_of_networks(sound, data):
     """A network that was opened by someone else carries a config of unknown origin."""
@@ -508,12 +508,14 @@ def run_state():
     return state
 
 
-@fuzzed(0.08, 60)
+@fuzzed(0.08, 40)
 @given(data=st.data())
 def test_states_of_callbacks(run_state, data):
     junk = mutations.JUNK | mutations.tensors()
-    odd = data.draw(mutations.tree(run_state, most=2, odd=junk)
-                    | mutations.tree(run_state, most=1, odd=mutations.one_of(JUNK)))  # fmt: skip
+    odd = data.draw(
+        mutations.tree(run_state, most=2, odd=junk)
+        | mutations.tree(run_state, most=1, odd=mutations.one_of(JUNK))
+    )  # fmt: skip
 
     def read():
         callback = MutualInformationPruning()
@@ -523,7 +525,7 @@ def test_states_of_callbacks(run_state, data):
     check("state of a callback", 10**6, read, lambda callback: callback.state_dict())
 
 
-@fuzzed(0.03, 25)
+@fuzzed(0.02, 15)
 @given(data=st.data())
 def test_what_callbacks_read_of_checkpoints(sound, data):
     checkpoint = {
@@ -610,7 +612,7 @@ def hostile_yaml(command):
     return mutations.one_of(texts)
 
 
-@fuzzed(0.05, 60)
+@fuzzed(0.04, 40)
 @given(data=st.data())
 def test_files_of_the_command(root, data):
     content = data.draw(
@@ -641,7 +643,7 @@ def test_files_of_the_command(root, data):
     check("file of the command", size, read, is_sound, watched=root)
 
 
-@fuzzed(0.02, 25)
+@fuzzed(0.04, 25)
 @given(data=st.data())
 def test_words_of_the_command(root, data):
     names = [option.name for option in OPTIONS]
@@ -673,7 +675,7 @@ def rows(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
-@fuzzed(0.01, 12)
+@fuzzed(0.01, 8)
 @given(data=st.data())
 def test_folders_of_data_sets(name, rows, root, data):
     plain = (rows / name).read_bytes()
