@@ -134,7 +134,7 @@ def _check_pickle(file: IO[bytes], most: int) -> None:
     """
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     asked = 0
     for operation, value, _ in pickletools.genops(file):
         name = operation.name
