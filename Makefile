@@ -26,6 +26,8 @@
 #                      of its own, .venv-zoo; records in benchmarks/records)
 #   make matrix        stop and resume under every strategy, precision and optimizer
 #                      (some minutes; writes docs/matrix.md)
+#   make fuzz          10,000 damaged files and texts over all readers, new ones at every run
+#                      (a quarter of an hour); make fuzz FUZZ_SEED=7 repeats a run
 #   make format        rewrite the code in the project's format
 #   make clean         remove the environment, caches and results of runs
 
@@ -40,7 +42,7 @@ CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.ya
 # Else each of the processes that tests start compiles what it imports, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test benchmark benchmark-full benchmark-large vision decoders costs zoo matrix format clean
+.PHONY: help demo test benchmark benchmark-full benchmark-large vision decoders costs zoo matrix fuzz format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -113,6 +115,10 @@ zoo: $(ZOO)/zoo.stamp
 
 matrix: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.support.matrix
+
+fuzz: export FUZZ ?= 10000
+fuzz: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest tests/fuzz
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix-only .

@@ -21,6 +21,7 @@ from lightning_mi_prune.core.untrusted import (
     mapping,
     number,
     read_json,
+    read_text,
     reading,
     text,
     whole,
@@ -197,18 +198,9 @@ class LatencyTable:
         Raises:
             PruningError: If the file cannot be read or holds no table.
         """
+        given = read_text(path, "The latency table", "give another file", longest=_LARGEST_TEXT)
         try:
-            if Path(path).exists() and not Path(path).is_file():  # a pipe would never end
-                raise OSError(None, "it is no regular file")
-            with Path(path).open(encoding="utf-8") as file:
-                text = file.read(_LARGEST_TEXT + 1)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise PruningError(
-                f"No latency table could be read from {path} ({reason}); give another file."
-            ) from error
-        try:
-            return cls.from_json(text)
+            return cls.from_json(given)
         except PruningError as error:
             raise PruningError(f"{path}: {error} Delete the file to measure again.") from error
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_mi_prune.checkpoint.archive import check_archive
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import is_plan
 from lightning_mi_prune.core.empty_linear import modules_of
@@ -22,6 +23,9 @@ __all__ = [
     "read_tensors",
     "substitute_class",
 ]
+
+_PLAIN = (AttributeError, LookupError, TypeError, ValueError)  # of Lightning, about a file
+_LONGEST = 1000  # characters of an error of torch
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -158,12 +162,17 @@ def _build(
     cls: type[Any], path: str | Path, *, map_location: Any, strict: bool | None, **kwargs: Any
 ) -> Any:
     """``cls.load_from_checkpoint`` with a tracker on the module before its weights load."""
+    check_archive(path)
     target, signature = _named_class(cls, path, kwargs)
     options = {"map_location": map_location, "strict": strict, "weights_only": True, **kwargs}
     trackers: list[PlanTracker] = []
+    theirs = False  # whether their class is running, whose errors pass through
 
     def build(*args: Any, **parameters: Any) -> Any:
+        nonlocal theirs
+        theirs = True
         module = target(*args, **parameters)
+        theirs = False
         if PlanTracker.held_by(module) is None:
             trackers.append(PlanTracker(module))
         return module
@@ -186,6 +195,12 @@ def _build(
         if "in loading state_dict" in str(error):
             module = trackers[-1].module if trackers else None
             raise _misfit(path, target, module, checkpoint["state_dict"], error) from error
+        if not theirs and isinstance(error, _PLAIN) and type(error) is not ValueError:
+            reason = " ".join(str(error).split())[:_LONGEST]
+            raise PruningError(
+                f"{path} is not as a Trainer saves it ({type(error).__name__}: {reason}); expected "
+                f"its own file. Take another, or build the {cls.__name__} and pass that."
+            ) from error
         raise
     finally:
         for tracker in trackers:
@@ -327,7 +342,7 @@ def _misfit(
         )
     return PruningError(
         f"The weights in {path} do not fit this {cls.__name__}. Build it with the configuration "
-        f"it was trained with. ({error})"
+        f"it was trained with. ({' '.join(str(error).split())[:_LONGEST]})"
     )
 
 
@@ -378,6 +393,7 @@ def _open(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
 
             found: Any = load_file(path, device=str(torch.device(map_location)))
         else:
+            check_archive(path)
             found = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError as error:
         raise PruningError(f"There is no file {str(path)!r}; expected a local path.") from error
@@ -386,6 +402,8 @@ def _open(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
             f"{path} is a folder; expected one file. Open a Hugging Face folder with "
             "from_pretrained; consolidate a sharded checkpoint first."
         ) from error
+    except PruningError:
+        raise
     except Exception as error:  # torch raises all kinds
         blocked = re.search(r"GLOBAL (\S+)( whose module \S+ is blocked)?", str(error))
         if blocked is None:

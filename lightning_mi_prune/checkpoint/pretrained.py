@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_mi_prune.checkpoint.delta import Delta, apply_delta, read_delta
 from lightning_mi_prune.checkpoint.fitting import fitted_graph, with_found
+from lightning_mi_prune.checkpoint.folder import building_within, check_folder
 from lightning_mi_prune.checkpoint.loading import substitute_class
 from lightning_mi_prune.checkpoint.recorded import (
     named_plan,
@@ -37,10 +38,11 @@ from lightning_mi_prune.core.plan import (
     recorded_plan,
 )
 from lightning_mi_prune.core.running import fixed_random_state
+from lightning_mi_prune.core.untrusted import reading
 from lightning_mi_prune.discovery.discover import discover_run
 from lightning_mi_prune.discovery.example_inputs import example_inputs
 from lightning_mi_prune.graph.graph import PruningGraph
-from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
+from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.surgery.parameters import config_numbers, shapes_at
 from lightning_mi_prune.surgery.tensors import replace_tensors, tensor_of, tensors_of
@@ -108,6 +110,7 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
         >>> again.encoder.layer[0].intermediate.dense
         Linear(in_features=8, out_features=2, bias=True)
     """
+    check_folder(name_or_path, kwargs)
     base = kwargs.pop("base", None)
     kwargs = _with_config(cls, name_or_path, kwargs)
     delta = read_delta(name_or_path) if isinstance(name_or_path, (str, Path)) else None
@@ -119,7 +122,7 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
             "expected a folder that was saved with delta_of. Leave base out."
         )
     plan = _plan_to_open(name_or_path, kwargs)
-    with _ONE_AT_A_TIME:
+    with _ONE_AT_A_TIME, building_within(name_or_path, kwargs):
         if plan is None or plan.is_full:
             return cls.from_pretrained(name_or_path, *args, **kwargs)
         return _open(cls, name_or_path, args, kwargs)
@@ -284,7 +287,8 @@ def _fields(source: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     transformers = require("transformers", "transformers")
     hub = {name: kwargs[name] for name in _HUB if name in kwargs}
     try:
-        fields, _ = transformers.PreTrainedConfig.get_config_dict(source, **hub)
+        with reading(f"The config.json of {source}", "copy or save the folder again"):
+            fields, _ = transformers.PreTrainedConfig.get_config_dict(source, **hub)
     except OSError:
         return {}  # an adapter, or no model: transformers opens it or reports what is missing
     if not isinstance(fields, Mapping):
@@ -354,17 +358,17 @@ def _shaped(
         config: A config of which no other object holds a reference.
     """
     recorded = PruningGraph.from_json(_recorded_text(config, source)).groups
-    whole = full_plan(recorded)
-    plan = _read(vars(config)) or whole
-    for name in sorted(set(plan.sizes) - set(whole.sizes)):
+    built = {group.name: group.size for group in recorded}
+    plan = _read(vars(config)) or PruningPlan({}, {})
+    for name in sorted(set(plan.sizes) - set(built)):
         raise PruningError(
             f"The plan of {source} cuts {name!r}, which the graph beside it does not name; "
-            f"expected one of {sorted(whole.sizes)[:6]}. Was config.json edited? Copy or save the "
+            f"expected one of {sorted(built)[:6]}. Was config.json edited? Copy or save the "
             "folder again."
         )
-    plan = whole.joined(plan)
+    widths = built | plan.widths
     # A part that is not in the folder is cut like the others if it is built like them.
-    for name, number in _check_numbers(config, recorded, plan, source).items():
+    for name, number in _check_numbers(config, recorded, widths, source).items():
         setattr(config, name, number)
     as_built = copy.deepcopy(config)
     network = build(config)
@@ -383,7 +387,7 @@ def _shaped(
     # The state dict of a module with a tracker contains the plan, which is expected here.
     known = getattr(network, "_keys_to_ignore_on_load_unexpected", None)
     network._keys_to_ignore_on_load_unexpected = {*(known or ()), r"lightning_mi_prune\.plan"}
-    narrowed = [group for group in recorded if plan.width(group.name) < group.size]
+    narrowed = [group for group in recorded if widths[group.name] < group.size]
     sizes = {group.size for group in narrowed if group.kind not in _OF_ATTENTION}
     return _Cut(network, graph.groups, now, partial(_rebuilt, build, as_built), sizes)
 
@@ -436,7 +440,7 @@ def _base(network: nn.Module) -> str:
 
 
 def _check_numbers(
-    config: Any, groups: Sequence[DependencyGroup], plan: PruningPlan, source: str | Path
+    config: Any, groups: Sequence[DependencyGroup], widths: Mapping[str, int], source: str | Path
 ) -> dict[str, int]:
     """Refuse a config with other numbers than those a cut writes, or those of the model as built.
 
@@ -444,8 +448,8 @@ def _check_numbers(
         The numbers as built.
     """
     encoder = [group for group in groups if group.kind != "pooler"]
-    built = config_numbers(encoder, full_plan(encoder))
-    right = [config_numbers(encoder, plan), config_numbers(groups, plan), built]
+    built = config_numbers(encoder, {group.name: group.size for group in encoder})
+    right = [config_numbers(encoder, widths), config_numbers(groups, widths), built]
     found = {name: getattr(config, name, None) for name in built}
     ties = {group.tie for group in encoder}
     # Heads and what they are tied to are right together or wrong together.

@@ -24,14 +24,20 @@ __all__ = [
     "is_apart",
 ]
 
+_FEW_UNITS = 2**17
+_REPEATED = 8  # units for each entry of a dimension; a module that is cut had more
+
 _REMEDY = "Build the model with the configuration it was trained with, or take another checkpoint."
 
 
 def check_networks(module: nn.Module, graph: PruningGraph) -> None:
-    """Refuse a graph of networks that a module does not have.
+    """Refuse a graph of networks that a module does not have, or of far more units.
+
+    So what is made for each unit, such as the plan that keeps all of them, is no larger than the
+    module.
 
     Raises:
-        PruningError: Naming the network.
+        PruningError: Naming the network, or the number of units.
 
     Example:
         >>> check_networks(nn.Linear(4, 8), PruningGraph())
@@ -40,6 +46,11 @@ def check_networks(module: nn.Module, graph: PruningGraph) -> None:
     for part in graph.parts:
         if part.network not in modules:
             raise _refusal(f"{described(part.name)} is of the network {described(part.network)}")
+    units = sum(part.size for part in graph.parts)
+    if units > _FEW_UNITS and units > _REPEATED * sum(
+        sum(t.shape) for t in tensors_of(module).values()
+    ):
+        raise _refusal(f"its groups have {units} units in all")
 
 
 def check_stored(module: nn.Module, graph: PruningGraph, now: PruningPlan) -> None:

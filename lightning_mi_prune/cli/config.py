@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import get_loader
 
 from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.untrusted import check_nesting, read_text, reading
 
 __all__ = [
     "Block",
@@ -36,6 +37,7 @@ _PARTS = ("model", "data", "trainer")
 
 _CLASSES = ("model", "data", "cli")
 _FILES = (".yaml", ".yml", ".json")
+_LARGEST_FILE = 2**20  # characters; the reader of YAML is slow
 
 _ALIKE = 0.85  # "sparsty" is 0.93 like "sparsity", "output_dir" 0.75 like "output"
 
@@ -142,32 +144,40 @@ def read_words(words: Sequence[str], options: Collection[str]) -> Request:
     return request
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
+def read_file(path: str | Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The names and values of a YAML or JSON file, and of the files that it refers to.
 
+    Args:
+        path: The file.
+        above: The files that led to it.
+
     Raises:
-        PruningError: If a file cannot be read, or holds something else.
+        PruningError: If a file cannot be read, holds something else, or refers to itself.
     """
     path = Path(path)
+    given = read_text(path, "The file", "give a YAML file", longest=_LARGEST_FILE)
     try:
-        body = get_loader("yaml")(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise PruningError(f"{path} cannot be read: {reason}; expected a YAML file.") from error
+        with reading(str(path), "correct it"):  # values such as dates raise plain errors
+            body = get_loader("yaml")(given)
+            check_nesting(body)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
+        problem = " ".join((getattr(error, "problem", None) or str(error)).split())
         raise PruningError(f"{path} is no valid YAML{where} ({problem}); correct it.") from error
     if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
         raise PruningError(
             f"{path} holds no names with values; expected the YAML of a LightningCLI, with model:, "
             "data: and trainer:."
         )
+    here = (*above, path.resolve())
     for section in (body, *(body[s] for s in _STAGES if isinstance(body.get(s), dict))):
         for key in _PARTS:
             if isinstance(value := section.get(key), str) and value.endswith(_FILES):
-                section[key] = read_file(path.parent / value)
+                inner = path.parent / value
+                if inner.resolve() in here:
+                    raise PruningError(f"{path} refers to itself in {key}: {value}; correct it.")
+                section[key] = read_file(inner, above=here)
     return body
 
 

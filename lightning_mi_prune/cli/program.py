@@ -36,6 +36,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_mi_prune.allocation.budget import budget_of
 from lightning_mi_prune.calibration.datasets import batches_of
+from lightning_mi_prune.checkpoint.archive import check_archive
 from lightning_mi_prune.checkpoint.loading import load_pruned
 from lightning_mi_prune.cli.config import (
     Block,
@@ -430,6 +431,7 @@ def _numbers(checkpoint: str | None) -> dict[str, int | float]:
     if checkpoint is None:
         return {}
     try:
+        check_archive(checkpoint)
         found = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
         stored = found["hyper_parameters"]
         return {name: value for name, value in stored.items() if _is_number(value)}

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning_mi_prune.core.errors import PruningError, counted
-from lightning_mi_prune.core.untrusted import described, number, read_json
+from lightning_mi_prune.core.untrusted import LARGEST_TEXT, described, number, read_json
 
 __all__ = [
     "CONFIG_FIELD",
@@ -31,7 +31,6 @@ OPENING_FIELD = "how_to_open"  # a sentence in such a config
 TYPE_FIELD = "pruned_model_type"  # of the model as built, beside it
 _VERSION = 1
 _LARGEST_GROUP = 2**24
-_LARGEST_TEXT = 64 * 2**20  # characters; a plan has a few hundred thousand
 
 
 @dataclass(frozen=True)
@@ -259,7 +258,7 @@ class PruningPlan:
         Raises:
             PruningError: If the text is not a plan of a known version.
         """
-        body = read_json(text, "The plan", version=_VERSION, longest=_LARGEST_TEXT)
+        body = read_json(text, "The plan", version=_VERSION, longest=LARGEST_TEXT)
         sizes, kept = body.get("sizes"), body.get("kept")
         if not isinstance(sizes, dict) or not isinstance(kept, dict):
             raise PruningError("A plan needs the objects 'sizes' and 'kept'; was it edited?")

@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning_mi_prune.core.errors import PruningError
 
 __all__ = [
+    "LARGEST_TEXT",
     "check_nesting",
     "described",
     "flag",
@@ -18,10 +20,13 @@ __all__ = [
     "mapping",
     "number",
     "read_json",
+    "read_text",
     "reading",
     "text",
     "whole",
 ]
+
+LARGEST_TEXT = 64 * 2**20  # characters; the graph of a large model has a few million
 
 _LONGEST = 60  # characters of a value in a message
 _DEEPEST = 64  # nested containers; later code may recurse into them
@@ -194,6 +199,47 @@ def _parts(value: Any) -> list[Any] | None:
     if isinstance(value, dict):
         return [*value, *value.values()]
     return None
+
+
+def read_text(path: str | Path, what: str, remedy: str, *, longest: int = LARGEST_TEXT) -> str:
+    """The text of a regular file of bounded length.
+
+    Args:
+        path: The file.
+        what: Name of its content in the error message.
+        remedy: What to do, the end of the error message.
+        longest: Maximal number of characters; no more are read.
+
+    Raises:
+        PruningError: If there is no such file, or it is no text or too long.
+
+    Example:
+        >>> read_text("nowhere.json", "The note", "write it first")
+        Traceback (most recent call last):
+        lightning_mi_prune.core.errors.PruningError: The note cannot be read from 'nowhere.json' \
+(No such file or directory); write it first.
+    """
+    try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would never end
+            folder = Path(path).is_dir()
+            raise OSError(None, "it is a folder" if folder else "it is no regular file")
+        with Path(path).open(encoding="utf-8") as file:
+            found = file.read(longest + 1)
+    except (OSError, ValueError) as error:  # a null character in the path is a ValueError
+        what_else = "it is no text" if isinstance(error, UnicodeDecodeError) else "no path"
+        reason = getattr(error, "strerror", None) or what_else
+        raise PruningError(
+            f"{what} cannot be read from {_shown(path)} ({reason}); {remedy}."
+        ) from error
+    if len(found) > longest:
+        raise PruningError(
+            f"{what} in {_shown(path)} has more than {longest} characters; {remedy}."
+        )
+    return found
+
+
+def _shown(path: str | Path) -> str:
+    return repr(str(path)[:400])
 
 
 def read_json(given: Any, what: str, *, version: int, longest: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted, shortened
 from lightning_mi_prune.core.files import write_whole
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.untrusted import read_text
 from lightning_mi_prune.graph.groups import (
     DependencyGroup,
     LayerStack,
@@ -130,12 +131,7 @@ class PruningGraph:
         Raises:
             PruningError: If the file cannot be read or is no graph.
         """
-        try:
-            given = Path(path).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise PruningError(
-                f"{str(path)!r} cannot be read ({error}); expected a file of PruningGraph.save."
-            ) from error
+        given = read_text(path, "The pruning graph", "give a file of PruningGraph.save")
         return cls.from_json(given)
 
     @property

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightning_mi_prune.core.untrusted import (
+    LARGEST_TEXT,
     check_nesting,
     described,
     flag,
@@ -38,7 +39,6 @@ __all__ = [
 ]
 
 _VERSION = 1
-_LARGEST_TEXT = 64 * 2**20  # characters; the graph of a large model has a few million
 _LARGEST_GROUP = 2**24
 _WHAT = "The pruning graph"
 
@@ -69,7 +69,7 @@ def fields_from_json(given: Any) -> dict[str, Any]:
         >>> fields_from_json('{"groups": [], "unknown": ["einsum in net"], "version": 1}')
         {'groups': (), 'unknown': ('einsum in net',)}
     """
-    body = read_json(given, _WHAT, version=_VERSION, longest=_LARGEST_TEXT)
+    body = read_json(given, _WHAT, version=_VERSION, longest=LARGEST_TEXT)
     with reading(_WHAT, "save it again from a model"):
         check_nesting(body)
         found = {name: value for name, value in body.items() if name != "version"}

@@ -90,8 +90,8 @@ def shapes_at(
     return shapes
 
 
-def config_numbers(groups: Sequence[DependencyGroup], plan: PruningPlan) -> dict[str, int]:
-    """Values of the config fields of one network at a plan.
+def config_numbers(groups: Sequence[DependencyGroup], widths: Mapping[str, int]) -> dict[str, int]:
+    """Values of the config fields of one network at the widths of a plan.
 
     A field stays as built where one number is not enough: if groups differ in width or one is
     empty. Tied fields change together or not at all.
@@ -101,10 +101,9 @@ def config_numbers(groups: Sequence[DependencyGroup], plan: PruningPlan) -> dict
         >>> dims = (PrunableDim("w", 0, (24, 24), (("h", 6),)),)
         >>> heads = DependencyGroup("h", "heads", 4, dims, ("o",), config="n_heads", tie="dim")
         >>> stream = DependencyGroup("r", "hidden", 24, (), ("o",), config="dim")
-        >>> kept = {"h": (0, 1), "r": tuple(range(12))}
-        >>> config_numbers([heads, stream], PruningPlan({"h": 4, "r": 24}, kept))
+        >>> config_numbers([heads, stream], {"h": 2, "r": 12})
         {'n_heads': 2, 'dim': 12}
-        >>> config_numbers([heads, stream], PruningPlan({"h": 4, "r": 24}, kept | {"h": (0,)}))
+        >>> config_numbers([heads, stream], {"h": 1, "r": 12})
         {'n_heads': 4, 'dim': 24}
     """
     named: dict[str, list[DependencyGroup]] = {}
@@ -113,21 +112,21 @@ def config_numbers(groups: Sequence[DependencyGroup], plan: PruningPlan) -> dict
             named.setdefault(name, []).append(group)
     numbers: dict[str, int] = {}
     for name, holders in named.items():
-        widths = {plan.width(group.name) for group in holders}
-        uniform = len(widths) == 1 and 0 not in widths
-        numbers[name] = widths.pop() if uniform else holders[0].size
+        found = {widths[group.name] for group in holders}
+        uniform = len(found) == 1 and 0 not in found
+        numbers[name] = found.pop() if uniform else holders[0].size
     for field_name in {group.tie for group in groups if group.tie is not None}:
         tied = [group for group in groups if group.tie == field_name]
-        entries = {layout_size(a.tensors[0].layout, a.all_widths(plan.widths)) for a in tied}
+        entries = {layout_size(a.tensors[0].layout, a.all_widths(widths)) for a in tied}
         ends = [group for group in groups if group.config == field_name]
         # A model built from a config of narrower heads scales attention by their present size.
         narrow = any(
-            plan.widths.get(name, size) != size for group in tied for name, size in group.partners
+            widths.get(name, size) != size for group in tied for name, size in group.partners
         )
         if (
             narrow
             or not ends
-            or entries | {plan.width(group.name) for group in ends} != {numbers[field_name]}
+            or entries | {widths[group.name] for group in ends} != {numbers[field_name]}
         ):
             for group in (*tied, *ends):
                 for name in () if group.config is None else (group.config, *group.config_aliases):

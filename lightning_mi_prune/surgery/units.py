@@ -377,7 +377,7 @@ def _update_sizes(
         if config is None:
             continue
         inside = [group for group in groups if group.network == path]
-        for name, number in config_numbers(inside, plan).items():
+        for name, number in config_numbers(inside, plan.widths).items():
             setattr(config, name, number)
         record = _record(inside, plan).under(path)
         vars(config).pop(GRAPH_FIELD, None)

@@ -125,14 +125,14 @@ def test_a_damaged_file_is_refused(tmp_path, text, message):
 
 
 def test_a_file_that_cannot_be_read_or_is_endless_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(PruningError, match="No latency table could be read from"):
+    with pytest.raises(PruningError, match="The latency table cannot be read from"):
         LatencyTable.load(tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PruningError, match="No latency table could be read from"):
+    with pytest.raises(PruningError, match="The latency table cannot be read from"):
         LatencyTable.load(tmp_path / "binary")
     monkeypatch.setattr("lightning_mi_prune.allocation.latency._LARGEST_TEXT", 10)
     (tmp_path / "long").write_text(TABLE.to_json())
-    with pytest.raises(PruningError, match="11 characters; expected at most 10"):
+    with pytest.raises(PruningError, match="more than 10 characters"):
         LatencyTable.load(tmp_path / "long")
 
 

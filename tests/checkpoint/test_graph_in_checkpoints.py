@@ -13,6 +13,9 @@ from lightning_mi_prune.checkpoint.pretrained import from_pretrained
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import PLAN_KEY, is_plan
 from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.graph.graph import PruningGraph
+from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim
 from lightning_mi_prune.surgery.tensors import tensors_of
 from lightning_mi_prune.surgery.transaction import cut_model
 from tests.support.discovered import MODELS, build, graph_of, half, kinds_of, output_of
@@ -212,3 +215,15 @@ def test_a_plan_without_its_graph_is_refused():
     PlanTracker(fresh)
     with pytest.raises(PruningError, match=r"made for another model: group .* is missing here"):
         fresh.load_state_dict(with_body(state, body))
+
+
+def test_a_graph_of_far_more_units_than_the_module_is_refused_before_a_plan_is_made(monkeypatch):
+    made = []
+    full = PruningPlan.full
+    monkeypatch.setattr(PruningPlan, "full", lambda sizes: made.append(sizes) or full(sizes))
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    dims = (PrunableDim("0.weight", 0, (2**24, 3), (("a",),)),)
+    group = DependencyGroup("a", "ffn", 2**24, dims, ("1",))
+    with pytest.raises(PruningError, match="16777216 units in all"):
+        PlanTracker(module).adopt(PruningGraph((group,)))
+    assert not made

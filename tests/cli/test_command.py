@@ -413,7 +413,7 @@ WRONG = {
     "a bare name": ([*CLASSES[2:], "--model", "Net"], r"'Net': its module is missing"),
     "no model class": (CLASSES[2:], r"The model: of the file names no class.*--model mypackage"),
     "no data class": (CLASSES[:2], r"The data: of the file names no class.*--data mypackage"),
-    "no file": (["--config", "nix.yaml"], r"nix.yaml cannot be read: No such file"),
+    "no file": (["--config", "nix.yaml"], r"cannot be read from .nix.yaml. .No such file"),
     "an argument": ([*CLASSES, "--model.num", "3"], r"--model.num=3; model takes num_classes, lr"),
     "its type": ([*CLASSES, "--model.lr", "x"], r"model.lr: expected a float; got value: x"),
     "a class in it": ([*CLASSES, "--model.act", "torch.nn.Rel"], r"model.act: .*torch.nn.Rel"),

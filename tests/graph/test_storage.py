@@ -38,7 +38,7 @@ def test_a_graph_comes_back_equal(family: str, tmp_path) -> None:
 
 
 def test_a_missing_or_damaged_file_is_named(tmp_path) -> None:
-    with pytest.raises(PruningError, match=r"nothing.json.*cannot be read"):
+    with pytest.raises(PruningError, match=r"cannot be read.*nothing.json"):
         PruningGraph.load(tmp_path / "nothing.json")
     (tmp_path / "half.json").write_text(graph_of("bert").to_json()[:100])
     with pytest.raises(PruningError, match="not valid JSON"):
