@@ -651,16 +651,13 @@ def check_said(module: nn.Module, groups: Sequence[DependencyGroup], plan: Pruni
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> from lightning_mi_prune.discovery.discover import discover
+        >>> from lightning_mi_prune.graph.describe import linear_group
         >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 6}
-        >>> net = BertModel(BertConfig(num_hidden_layers=2, vocab_size=9, **sizes)).eval()
-        >>> groups = [group for group in discover(net).groups if group.kind == "ffn"]
-        >>> kept = {group.name: (0, 3) for group in groups}
-        >>> check_said(net, groups, PruningPlan({name: 6 for name in kept}, kept))
-        >>> check_said(net, groups[:1], PruningPlan({groups[0].name: 6}, {groups[0].name: (0,)}))
-        Traceback (most recent call last):
-        ...
-        lightning_mi_prune.core.errors.PruningError: ... has shape ...
+        >>> net = BertModel(BertConfig(num_hidden_layers=1, vocab_size=9, **sizes))
+        >>> ends = {"producers": ["encoder.layer.0.intermediate.dense"]}
+        >>> ends["consumers"] = ["encoder.layer.0.output.dense"]
+        >>> ffn = with_config_fields(net, [linear_group(net, "ffn", kind="ffn", **ends)])
+        >>> check_said(net, ffn, PruningPlan({"ffn": 6}, {"ffn": (0, 3)}))
     """
     shapes = {name: tuple(shape) for name, shape in shapes_at(module, groups, plan).items()}
     for path in dict.fromkeys(group.network for group in groups):
