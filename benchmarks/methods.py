@@ -50,8 +50,8 @@ class Variant:
 
     Args:
         method: Name of the method.
-        widths: Whether groups compete for the budget, all keep the same share, or those of one field
-            of the config have one width.
+        widths: Whether groups compete for the budget, all keep the same share, or those that share
+            a field of the config have one width.
         weights: Left alone, compensated by least squares, or also reconstructed layer by layer.
         units: Kinds of unit that may be removed.
         compared: Whether it is among the methods that are compared by default.
@@ -69,7 +69,7 @@ class Variant:
         return self.method, self.widths, self.weights
 
     def options(self, sparsity: float, seed: int) -> PipelineOptions:
-        """The options of the package for one budget, a share of what its units hold."""
+        """The options of the package for one budget: a share of what its units hold."""
         return PipelineOptions(
             Budget(sparsity=sparsity),
             self.widths,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, PruningPlan
 from lightning_mi_prune.discovery.attributes import numbers_of, pattern_of, sub_layouts
 from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, SizeAttribute, join_path
 from lightning_mi_prune.graph.layouts import Layout, layout_names, layout_size
@@ -279,6 +279,8 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
     """A config with some fields changed, as read from its file; None if its class refuses them."""
     try:
         config = copy.deepcopy(config)
+        for name in (CONFIG_FIELD, GRAPH_FIELD):  # large, and of no class
+            vars(config).pop(name, None)
         for name, value in changes.items():
             set_config_value(config, name, value)
         return type(config).from_dict(json.loads(config.to_json_string(use_diff=True)))
@@ -628,9 +630,14 @@ def _accepting(
     network: nn.Module, groups: Sequence[DependencyGroup], current: Mapping[str, int]
 ) -> Callable[[Mapping[str, int]], bool]:
     config: Any = network.config
+    asked: dict[str, bool] = {}
 
     def accepts(widths: Mapping[str, int]) -> bool:
-        return _changed(config, config_numbers(groups, {**current, **widths})) is not None
+        numbers = config_numbers(groups, {**current, **widths})
+        key = repr(sorted(numbers.items()))
+        if key not in asked:
+            asked[key] = _changed(config, numbers) is not None
+        return asked[key]
 
     return accepts
 
