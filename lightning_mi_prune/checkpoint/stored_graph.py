@@ -121,7 +121,9 @@ def _check_names(module: nn.Module, group: DependencyGroup) -> None:
     config = getattr(network, "config", None)
     fields = [group.tie, *config_fields(group)]
     for field in (field for field in fields if field is not None and hasattr(config, "to_dict")):
-        value = config_value(config, field)
+        value, top = config_value(config, field), field.rpartition(".")[0]
+        if top and not hasattr(config_value(config, top), "to_dict"):
+            raise _refusal(f"it names the field {described(field)}, but {described(top)} is none")
         if isinstance(value, bool) or not isinstance(value, int | None):  # None: by another field
             raise _refusal(f"config.{field} is {described(value)}, not a number")
 
