@@ -19,12 +19,22 @@ from lightning_mi_prune.importance.criteria import (
 )
 from lightning_mi_prune.pipeline import PipelineOptions
 
-__all__ = ["DEFAULT", "OURS", "SETTINGS", "VARIANTS", "Name", "Setting", "Variant", "Widths"]
+__all__ = [
+    "DEFAULT",
+    "OURS",
+    "SAID",
+    "SETTINGS",
+    "VARIANTS",
+    "Name",
+    "Setting",
+    "Variant",
+    "Widths",
+]
 
 Name = tuple[str, str, str]
 """Method, widths and weights: together they identify a way to prune."""
 
-Widths = Literal["global", "uniform"]
+Widths = Literal["global", "uniform", "config"]
 Weights = Literal["none", "compensation", "reconstruction"]
 RIDGE = MutualInformation().ridge
 
@@ -40,7 +50,8 @@ class Variant:
 
     Args:
         method: Name of the method.
-        widths: Whether groups compete for the budget or all keep the same share.
+        widths: Whether groups compete for the budget, all keep the same share, or those that share
+            a field of the config have one width.
         weights: Left alone, compensated by least squares, or also reconstructed layer by layer.
         units: Kinds of unit that may be removed.
         compared: Whether it is among the methods that are compared by default.
@@ -58,7 +69,7 @@ class Variant:
         return self.method, self.widths, self.weights
 
     def options(self, sparsity: float, seed: int) -> PipelineOptions:
-        """The options of the package for one budget."""
+        """The options of the package for one budget: a share of what its units hold."""
         return PipelineOptions(
             Budget(sparsity=sparsity),
             self.widths,
@@ -96,6 +107,18 @@ VARIANTS: tuple[Variant, ...] = (
             Variant(method, "uniform", "reconstruction", compared=False),
             Variant(method, "global", "reconstruction"),
         )
+    ),
+)
+
+# Widths that a config can say, so that plain transformers opens the folder. Heads of BERT are then
+# tied to the hidden size; as many parameters go, of all of these together.
+SAID = (
+    Variant(
+        "relevance-mi",
+        "config",
+        "reconstruction",
+        units=(*UNITS, "hidden", "pooler"),
+        compared=False,
     ),
 )
 

@@ -17,9 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.baselines import BASELINES, SCORES_RATE, Baseline, layers_left
-from benchmarks.methods import OURS, VARIANTS, Variant
+from benchmarks.methods import OURS, SAID, VARIANTS, Variant
 from benchmarks.records import Figures, Job, single
-from benchmarks.subjects import cut, graph_of, opened, quality_of, score, settle, size_of
+from benchmarks.subjects import (
+    EVERY_UNIT,
+    calibrated_for,
+    cut,
+    graph_of,
+    opened,
+    quality_of,
+    score,
+    settle,
+    size_of,
+)
 from benchmarks.tasks import (
     RECIPES,
     SEEDS,
@@ -33,12 +43,13 @@ from benchmarks.tasks import (
     train,
     training_of,
 )
+from lightning_mi_prune.graph.groups import count_parameters
 
 __all__ = ["ENTRIES", "distillation", "one_shot", "recovery"]
 
 Entry = Variant | Baseline
 CONTROL = Baseline("dense", "uniform")
-ENTRIES: tuple[Entry, ...] = (*VARIANTS, *BASELINES)
+ENTRIES: tuple[Entry, ...] = (*VARIANTS, *SAID, *BASELINES)
 COMPARED = tuple(entry for entry in ENTRIES if isinstance(entry, Baseline) or entry.compared)
 
 
@@ -70,7 +81,7 @@ def one_shot(
     methods: Sequence[str] = (),
 ) -> Iterator[Job]:
     """Accuracy of all variants of this package without a training step."""
-    return recovery(tasks, seeds, sparsities, methods, (0,), VARIANTS)
+    return recovery(tasks, seeds, sparsities, methods, (0,), (*VARIANTS, *SAID))
 
 
 @cache
@@ -124,7 +135,11 @@ def pruned(task: str, seed: int, entry: Entry, sparsity: float) -> tuple[nn.Modu
         return small, dense_record(task, seed, layers)["cpu_seconds"]
     started = time.process_time()
     if isinstance(entry, Variant):
-        model = cut(subject.cutting(entry.units), entry.options(sparsity, seed))[0]
+        known = {*entry.units} <= {*EVERY_UNIT}
+        chosen = subject.cutting(entry.units) if known else calibrated_for(subject, entry.units)
+        # As many parameters, whatever kinds of unit they are of.
+        share = count_parameters(subject.chosen) / count_parameters(chosen.chosen)
+        model = cut(chosen, entry.options(sparsity * share, seed))[0]
     else:
         model = copy.deepcopy(subject.model)
         if entry.prune is not None:

@@ -33,6 +33,7 @@ __all__ = [
     "Kept",
     "Subject",
     "calibrate_gradients",
+    "calibrated_for",
     "cut",
     "graph_of",
     "opened",
@@ -125,14 +126,19 @@ def examine(
 ) -> Subject:
     """Calibrate on the validation split, and test the dense model."""
     groups = graph_of(model).groups
-    calibration = CalibrationData()
-    if calibrated:
-        every = choose_groups(groups, kinds=EVERY_UNIT)
-        sizes = {"positions": POSITIONS, "stored_positions": STORED, "seed": seed}
-        calibration = collect_activations(model, every, validation, run_batch, **sizes)
-        calibration.gradients = calibrate_gradients(model, every, validation)
-    known = model, groups, choose_groups(groups, kinds=UNITS), calibration, validation, test
-    return Subject(seed, *known, *score(model, test))
+    chosen = choose_groups(groups, kinds=UNITS)
+    known = model, groups, chosen, CalibrationData(), validation, test
+    subject = Subject(seed, *known, *score(model, test))
+    return replace(calibrated_for(subject, EVERY_UNIT), chosen=chosen) if calibrated else subject
+
+
+def calibrated_for(subject: Subject, units: Sequence[str]) -> Subject:
+    """The same, of which these kinds of unit are cut, calibrated for them."""
+    model, every, rows = subject.model, subject.of(units), subject.validation
+    sizes = {"positions": POSITIONS, "stored_positions": STORED, "seed": subject.seed}
+    calibration = collect_activations(model, every, rows, run_batch, **sizes)
+    calibration.gradients = calibrate_gradients(model, every, rows)
+    return replace(subject, chosen=every, calibration=calibration)
 
 
 @lru_cache(maxsize=1)  # jobs of one model follow one another

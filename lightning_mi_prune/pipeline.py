@@ -7,13 +7,19 @@ import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from lightning_mi_prune.allocation.allocate import allocate
 from lightning_mi_prune.allocation.budget import Budget, check_reach
+from lightning_mi_prune.allocation.classes import (
+    WidthClass,
+    choices_of,
+    classes_of,
+    groups_left_whole,
+)
 from lightning_mi_prune.allocation.constraints import check_left, resolve_bounds
 from lightning_mi_prune.allocation.costs import Costs, ParameterCosts
 from lightning_mi_prune.allocation.latency import Device, LatencyCosts, LatencyTable
@@ -23,13 +29,14 @@ from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import relevance_of
 from lightning_mi_prune.core.empty_linear import parameters_of
-from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.errors import PruningError, counted, shortened
 from lightning_mi_prune.core.files import check_writable
 from lightning_mi_prune.core.options import (
     Constraints,
     Importance,
     Latency,
     Reconstruction,
+    Widths,
     check_choice,
 )
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
@@ -37,6 +44,7 @@ from lightning_mi_prune.core.running import (
     copy_networks,
     move_tensors,
 )
+from lightning_mi_prune.discovery.config_fields import check_said, configs_accepting
 from lightning_mi_prune.graph.groups import (
     DependencyGroup,
     count_parameters,
@@ -73,7 +81,9 @@ class PipelineOptions:
     Args:
         budget: How small the model must get.
         widths: ``"global"`` lets all groups compete by what they lose for their cost,
-            ``"uniform"`` keeps the same share of every group.
+            ``"uniform"`` keeps the same share of every group, ``"config"`` lets classes of groups
+            compete for which the config of a Hugging Face network has one field: then plain
+            ``AutoModel.from_pretrained`` opens the pruned model.
         importance: What decides which units go first.
         constraints: Fewest and most units of groups.
         latency: How milliseconds are measured.
@@ -83,7 +93,7 @@ class PipelineOptions:
     """
 
     budget: Budget
-    widths: Literal["global", "uniform"] = "global"
+    widths: Widths = "global"
     importance: Importance = field(default_factory=Importance)
     constraints: Constraints = field(default_factory=Constraints)
     latency: Latency = field(default_factory=Latency)
@@ -92,7 +102,7 @@ class PipelineOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("widths", self.widths, ("global", "uniform"))
+        check_choice("widths", self.widths, get_args(Widths))
 
 
 def check(
@@ -128,19 +138,54 @@ def check(
         keep_information=budget.keep_information,
     )
     now = {group.name: current[group.name] for group in chosen}
+    classes = _classes(options, module, groups, chosen, current)
+    if classes and writes:
+        _log_left_whole(chosen, classes)
     if budget.measure == "parameters":
         check_reach(
             chosen,
             budget,
             costs=costs_of(options, module, groups, chosen, current, {}),
             widths=options.widths,
+            classes=classes,
             current=now,
             constraints=constraints,
         )
         return
-    resolve_bounds(constraints, chosen, now)
+    bounds = resolve_bounds(constraints, chosen, now)
+    if options.widths == "config":
+        choices_of(classes, chosen, bounds, now, constraints.multiple)
     if budget.measure == "ms" and options.latency.table is not None and writes:
         _check_table(options.latency.table, device_of(module))
+
+
+def _classes(
+    options: PipelineOptions,
+    module: nn.Module,
+    groups: Sequence[DependencyGroup],
+    chosen: Sequence[DependencyGroup],
+    current: Mapping[str, int],
+) -> tuple[WidthClass, ...]:
+    """Groups that a config gives one width, where widths are to be such."""
+    if options.widths != "config":
+        return ()
+    names = {group.name for group in chosen}
+    return classes_of(groups, names, configs_accepting(module, groups, current))
+
+
+def _log_left_whole(chosen: Sequence[DependencyGroup], classes: Sequence[WidthClass]) -> None:
+    """Name the groups that stay whole since no field of a config says their width."""
+    whole = groups_left_whole(chosen, classes)
+    if not whole:
+        return
+    tied = sorted({group.tie for group in whole if group.tie is not None})
+    remedy = f" They change with {', '.join(tied)} if its kind, 'hidden', is cut." if tied else ""
+    _log.warning(
+        "widths='config' leaves %s whole, since no field of a config says their width alone: %s.%s",
+        counted(len(whole), "group"),
+        shortened([group.name for group in whole]),
+        remedy,
+    )
 
 
 def costs_of(
@@ -244,13 +289,14 @@ def decide(
         options.budget,
         costs=costs,
         widths=options.widths,
+        classes=_classes(options, module, groups, chosen, now),
         current=mine,
         constraints=options.constraints,
         progress=progress,
         kept=kept,
     )
     rankings: dict[str, Ranking] | None = None
-    if options.widths == "global" or options.budget.kind == "keep_information":
+    if options.widths != "uniform" or options.budget.kind == "keep_information":
         rankings = rank(chosen)
     widths = share(rankings=rankings)
     if rankings is not None and relevance == "weights":  # of which only some are kept above
@@ -268,6 +314,9 @@ def decide(
     bounds = resolve_bounds(options.constraints, chosen, mine)
     emptied = {name for name, (_, most) in bounds.items() if not most}
     check_left(groups, {**now, **widths}, emptied, options.budget)
+    if options.widths == "config":
+        units = {name: tuple(range(width)) for name, width in {**now, **widths}.items()}
+        check_said(module, groups, PruningPlan(current.sizes, units))
     if rankings is None:  # of all, so that what is lost can be set beside what there was
         rankings = rank(chosen, widths=widths)
     return select_units(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -48,6 +48,7 @@ from lightning_mi_prune.core.options import (
     Importance,
     Latency,
     Reconstruction,
+    Widths,
 )
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import (
@@ -132,7 +133,7 @@ class PruneOptions(TypedDict, total=False):
     include: str | None
     exclude: str | None
     graph: PruningGraph | str | None
-    widths: Literal["global", "uniform"]
+    widths: Widths
     calibration: Calibration | None
     importance: Importance | None
     constraints: Constraints | None
@@ -160,7 +161,7 @@ def prune(
     include: str | None = None,
     exclude: str | None = None,
     graph: PruningGraph | str | None = None,
-    widths: Literal["global", "uniform"] = "global",
+    widths: Widths = "global",
     calibration: Calibration | None = None,
     importance: Importance | None = None,
     constraints: Constraints | None = None,
@@ -199,7 +200,8 @@ def prune(
         exclude: No groups whose name this regular expression finds.
         graph: What the module can lose, or its file; default: found in the first batch.
         widths: ``"global"`` lets all groups compete for the budget, ``"uniform"`` keeps the same
-            share of every group.
+            share of every group, ``"config"`` gives groups one width that share a field of a
+            Hugging Face config: then plain ``AutoModel.from_pretrained`` opens the folder.
         calibration: How much is collected.
         importance: What decides which units go first; default: mutual information, weighted by
             gradients where there is a loss, else by the weights that are kept above.
@@ -333,7 +335,7 @@ def _calibrated(
     include: str | None = None,
     exclude: str | None = None,
     graph: PruningGraph | str | None = None,
-    widths: Literal["global", "uniform"] = "global",
+    widths: Widths = "global",
     calibration: Calibration | None = None,
     importance: Importance | None = None,
     constraints: Constraints | None = None,

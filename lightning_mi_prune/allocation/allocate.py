@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Literal
+from itertools import accumulate, product
+from typing import get_args
 
 from lightning_mi_prune.allocation.budget import (
     NATS,
@@ -18,6 +19,7 @@ from lightning_mi_prune.allocation.budget import (
     uniform,
     uniform_by_information,
 )
+from lightning_mi_prune.allocation.classes import Choices, WidthClass, choices_of
 from lightning_mi_prune.allocation.constraints import (
     Bounds,
     step_of,
@@ -25,16 +27,18 @@ from lightning_mi_prune.allocation.constraints import (
 )
 from lightning_mi_prune.allocation.costs import Costs
 from lightning_mi_prune.core.errors import PruningError, number
-from lightning_mi_prune.core.options import Constraints
+from lightning_mi_prune.core.options import Constraints, Widths, check_choice
 from lightning_mi_prune.core.plan import Ranking
 from lightning_mi_prune.graph.groups import DependencyGroup
 
 __all__ = [
     "allocate",
+    "allocate_by_class",
     "allocate_by_loss",
 ]
 
 _SLACK = 1e-12
+_MOST_TRIED = 2000  # widths of all classes but one, each with the best width of that one
 
 
 def allocate(
@@ -42,7 +46,8 @@ def allocate(
     budget: Budget,
     *,
     costs: Costs,
-    widths: Literal["global", "uniform"] = "global",
+    widths: Widths = "global",
+    classes: Sequence[WidthClass] = (),
     rankings: Mapping[str, Ranking] | None = None,
     current: Mapping[str, int] | None = None,
     constraints: Constraints | None = None,
@@ -56,8 +61,9 @@ def allocate(
         budget: How small the model must get.
         costs: What widths cost, in the measure of the budget.
         widths: ``"global"`` compares the losses of all groups, ``"uniform"`` keeps the same share
-            everywhere.
-        rankings: What each group loses with every unit; needed for ``"global"`` and for
+            everywhere, ``"config"`` compares those of classes, each of one width.
+        classes: Groups that share a width, for ``"config"``.
+        rankings: What each group loses with every unit; not needed for ``"uniform"``, unless for
             ``keep_information``.
         current: Present width of each group (default: as built).
         constraints: Floors, caps and pins, and the step of widths.
@@ -80,8 +86,7 @@ def allocate(
         >>> allocate(groups, Budget(sparsity=0.25), costs=ParameterCosts(groups), rankings=rankings)
         {'first': 2, 'second': 1}
     """
-    if widths not in ("global", "uniform"):
-        raise PruningError(f"widths={widths!r}; expected 'global' or 'uniform'.")
+    check_choice("widths", widths, get_args(Widths))
     constraints = Constraints() if constraints is None else constraints
     multiple = constraints.multiple
     now = {group.name: group.size for group in groups} if current is None else current
@@ -90,6 +95,7 @@ def allocate(
         budget,
         costs=costs,
         widths=widths,
+        classes=classes,
         current=now,
         constraints=constraints,
         progress=progress,
@@ -98,19 +104,28 @@ def allocate(
     need = None
     if budget.kind == "keep_information":
         need = (1 - progress * (1 - budget.amount)) / kept
-    if rankings is None and (widths == "global" or need is not None):
+    if rankings is None and (widths != "uniform" or need is not None):
         raise PruningError(
             f"widths={widths!r} with {budget} needs rankings of the groups; rank them first."
         )
     ranked = rankings or {}
+    choices = Choices((), {})
+    if widths == "config":
+        choices = choices_of(classes, groups, bounds, now, multiple)
     if need is not None:
-        caps = {name: most for name, (_, most) in bounds.items()}
+        caps = {name: most for name, (_, most) in bounds.items()} | choices.most
         before, after = (nats_left(groups, ranked, w, need) for w in (now, caps))
         if before >= -NATS > after:
             raise PruningError(
                 f"{budget} is out of reach: the caps and pins alone lose {number(-after)} nats "
                 "more than is allowed. Raise them, or keep less information."
             )
+    if widths == "config":
+        if progress < 1 and need is None:
+            # Never below the final widths: of few classes, another may be the first to go.
+            least = budget.target(groups, costs)
+            choices = choices.at_least(allocate_by_class(groups, ranked, costs, least, choices))
+        return allocate_by_class(groups, ranked, costs, target, choices, need=need)
     if widths == "global":
         return allocate_by_loss(
             groups, ranked, costs, target, bounds=bounds, multiple=multiple, need=need
@@ -159,12 +174,171 @@ def allocate_by_loss(
     allocator = _Allocator(costs, {name: most for name, (_, most) in bounds.items()})
     for group in groups:
         options = widths_between(*bounds[group.name], step_of(group, multiple))
-        allocator.add(group.name, options, ranking_of(group, rankings, options[0]))
+        ranking = ranking_of(group, rankings, options[0])
+        allocator.add(group.name, options, [ranking.lost(width) for width in options])
     if need is None:
         allocator.shrink_to(target)
     else:
         allocator.shrink_while(nats_left(groups, rankings, allocator.widths, need))
     return {group.name: allocator.widths[group.name] for group in groups}
+
+
+def allocate_by_class(
+    groups: Sequence[DependencyGroup],
+    rankings: Mapping[str, Ranking],
+    costs: Costs,
+    target: float,
+    choices: Choices,
+    *,
+    need: float | None = None,
+) -> dict[str, int]:
+    """The widths of classes of groups that lose least within the target.
+
+    Classes are few: all widths of all but the finest are tried, each with the widest of that one
+    which meets the target. Where these are too many, the jump with the least loss for its cost is
+    repeated, as for single groups.
+
+    Args:
+        groups: What may shrink.
+        rankings: What each group loses with every unit; losses of the groups of a class add up.
+        costs: What widths cost.
+        target: Largest cost allowed.
+        choices: The widths that each class may take.
+        need: Share of the summed information that must stay; the smallest widths that keep it are
+            then chosen, whatever the target.
+
+    Raises:
+        PruningError: If a ranking is missing or too short, or the target is out of reach.
+    """
+    sizes = {group.name: group for group in groups}
+    for options in choices.options:
+        for name, width in options[0].items():
+            ranking_of(sizes[name], rankings, width)
+    if math.prod(sorted(map(len, choices.options))[:-1]) <= _MOST_TRIED:
+        found = _best(groups, rankings, costs, target, choices, need)
+    else:
+        found = _by_jumps(groups, rankings, costs, target, choices, need)
+    if found is None and need is None:
+        raise PruningError(
+            f"A cost of {number(target)} {costs.measure} is out of reach; at least "
+            f"{number(costs.total(choices.fewest))} is left. Raise the budget or loosen the "
+            "constraints."
+        )
+    chosen = choices.most if found is None else found  # as much was lost before
+    return {group.name: chosen[group.name] for group in groups}
+
+
+def _losses(
+    options: Sequence[Mapping[str, int]], rankings: Mapping[str, Ranking]
+) -> list[tuple[float, float]]:
+    """Loss and nats of a class at each of its widths; sums never fall, but for rounding."""
+    each = [
+        [sum(parts) for parts in zip(*(rankings[n].lost(w) for n, w in one.items()), strict=True)]
+        for one in options
+    ]
+    loss, nats = (accumulate(values, max) for values in zip(*each, strict=True))
+    return list(zip(loss, nats, strict=True))
+
+
+def _best(
+    groups: Sequence[DependencyGroup],
+    rankings: Mapping[str, Ranking],
+    costs: Costs,
+    target: float,
+    choices: Choices,
+    need: float | None,
+) -> dict[str, int] | None:
+    """The best of all widths of classes; None if none meets the target."""
+    *others, finest = sorted(choices.options, key=len)
+    limit = target + _SLACK * max(1.0, costs.total(choices.most))
+    left = math.inf
+    if need is not None:
+        left = nats_left(groups, rankings, choices.most, need)
+    of_finest = _losses(finest, rankings)
+    tables = [list(zip(options, _losses(options, rankings), strict=True)) for options in others]
+    start = sum(_losses(options[:1], rankings)[0][1] for options in choices.options)
+    best: tuple[tuple[float, float], dict[str, int]] | None = None
+    for rows in product(*tables):
+        widths = dict(choices.whole)
+        for one, _ in rows:
+            widths |= one
+        loss, nats = (sum(values) for values in zip((0.0, 0.0), *(r for _, r in rows), strict=True))
+        if need is None:
+            place = bisect_left(
+                range(len(finest)),
+                True,
+                key=lambda i: costs.total({**widths, **finest[i]}) <= limit,
+            )
+        else:
+            allowed = left + start - nats + NATS
+            place = bisect_right(of_finest, allowed, key=lambda lost: lost[1]) - 1
+        if not 0 <= place < len(finest):
+            continue
+        whole = {**widths, **finest[place]}
+        value = loss + of_finest[place][0], costs.total(whole)
+        order = value if need is None else value[::-1]
+        if best is None or order < best[0]:
+            best = order, whole
+    return None if best is None else best[1]
+
+
+def _by_jumps(
+    groups: Sequence[DependencyGroup],
+    rankings: Mapping[str, Ranking],
+    costs: Costs,
+    target: float,
+    choices: Choices,
+    need: float | None,
+) -> dict[str, int]:
+    """Widths of many classes, by the jumps of single groups."""
+    merged = _ClassCosts(costs, choices)
+    allocator = _Allocator(merged, dict.fromkeys(merged.options, 0))
+    for name, options in merged.options.items():
+        allocator.add(name, list(range(0, -len(options), -1)), _losses(options, rankings))
+    if need is None:
+        allocator.shrink_to(target)
+    else:
+        allocator.shrink_while(nats_left(groups, rankings, merged.widths(allocator.widths), need))
+    return merged.widths(allocator.widths)
+
+
+class _ClassCosts:
+    """What classes cost whose "widths" are places in their lists of options, counted down from 0.
+
+    Args:
+        costs: What the widths of groups cost.
+        choices: The options.
+    """
+
+    def __init__(self, costs: Costs, choices: Choices) -> None:
+        self.options = {str(i): options for i, options in enumerate(choices.options)}
+        self._costs, self._whole = costs, choices.whole
+        self._class = {n: name for name, options in self.options.items() for n in options[0]}
+
+    @property
+    def measure(self) -> str:
+        return self._costs.measure
+
+    def widths(self, places: Mapping[str, float]) -> dict[str, int]:
+        """The width of every group."""
+        found = dict(self._whole)
+        for name, place in places.items():
+            found |= self.options[name][-int(place)]
+        return found
+
+    def total(self, widths: Mapping[str, float]) -> float:
+        return self._costs.total(self.widths(widths))
+
+    def savings(
+        self, name: str, widths: Mapping[str, float], options: Sequence[float]
+    ) -> list[float]:
+        now = self.total(widths)
+        return [now - self.total({**widths, name: place}) for place in options]
+
+    def neighbours(self, name: str) -> frozenset[str]:
+        near = (self._costs.neighbours(member) for member in self.options[name][0])
+        found = {self._class[other] for names in near for other in names if other in self._class}
+        return frozenset(found - {name})
 
 
 @dataclass
@@ -187,8 +361,7 @@ class _Allocator:
         self._candidates: dict[str, _Candidate] = {}
         self._heap: list[tuple[float, float, str, int]] = []
 
-    def add(self, name: str, options: list[int], ranking: Ranking) -> None:
-        lost = [ranking.lost(width) for width in options]
+    def add(self, name: str, options: list[int], lost: list[tuple[float, float]]) -> None:
         # Sums of losses never fall, but for rounding.
         loss, nats = (list(accumulate(values, max)) for values in zip(*lost, strict=True))
         self._candidates[name] = _Candidate(options, loss, nats)

@@ -6,8 +6,8 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
 
+from lightning_mi_prune.allocation.classes import WidthClass, choices_of
 from lightning_mi_prune.allocation.constraints import (
     Bounds,
     at_share,
@@ -18,7 +18,7 @@ from lightning_mi_prune.allocation.constraints import (
 )
 from lightning_mi_prune.allocation.costs import Costs
 from lightning_mi_prune.core.errors import PruningError, counted, number
-from lightning_mi_prune.core.options import Constraints, check_count, check_number
+from lightning_mi_prune.core.options import Constraints, Widths, check_count, check_number
 from lightning_mi_prune.core.plan import Ranking
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
 
@@ -165,7 +165,8 @@ def check_reach(
     budget: Budget,
     *,
     costs: Costs,
-    widths: Literal["global", "uniform"] = "global",
+    widths: Widths = "global",
+    classes: Sequence[WidthClass] = (),
     current: Mapping[str, int] | None = None,
     constraints: Constraints | None = None,
     progress: float = 1.0,
@@ -186,7 +187,11 @@ def check_reach(
     if widths == "uniform":
         bounds = never_empty(groups, bounds, constraints.multiple)
     target = budget.target(groups, costs, progress)
-    fewest = costs.total({name: least for name, (least, _) in bounds.items()})
+    smallest = {name: least for name, (least, _) in bounds.items()}
+    if widths == "config":
+        now = {group.name: group.size for group in groups} if current is None else current
+        smallest = choices_of(classes, groups, bounds, now, constraints.multiple).fewest
+    fewest = costs.total(smallest)
     built = costs.total({group.name: group.size for group in groups})
     if fewest <= target + _SLACK * max(1.0, built):
         return bounds
@@ -199,9 +204,13 @@ def check_reach(
             f"no fewer than {number(fewest)} {costs.measure} can be reached "
             f"(as built: {number(built)})"
         )
+    said = ""
+    if widths == "config":
+        fields = ", ".join(map(str, classes))
+        said = f", and widths='config', which can only change {fields}"
     raise PruningError(
         f"{budget} is out of reach: with the floors, pins and multiple={constraints.multiple} "
-        f"given, {best}. Loosen the budget or the constraints, or include more groups."
+        f"given{said}, {best}. Loosen the budget or the constraints, or include more groups."
     )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -479,7 +479,10 @@ class MutualInformationPruning(PruningCallback):
         graph: What the model can lose, or a file that holds it; default: what describes the model,
             else what its first batch shows.
         widths: ``"global"`` lets the groups of all layers compete for the budget by what is lost
-            for the cost that is saved, ``"uniform"`` keeps the same share everywhere.
+            for the cost that is saved, ``"uniform"`` keeps the same share everywhere. ``"config"``
+            gives groups one width that share a field of a Hugging Face config, and lets these
+            classes compete: then plain ``AutoModel.from_pretrained`` opens the folder that
+            ``save_pretrained`` of the model writes.
         max_drop: Largest loss of ``monitor``, in its own unit, that a cut may cost once it has
             recovered, against the best value of the models before it. A cut that costs more is
             rolled back: weights, optimizer state and plan. None keeps every cut.
@@ -523,7 +526,7 @@ class MutualInformationPruning(PruningCallback):
         include: str | None = None,
         exclude: str | None = None,
         graph: PruningGraph | str | None = None,
-        widths: Literal["global", "uniform"] = "global",
+        widths: options.Widths = "global",
         max_drop: float | None = None,
         monitor: str | None = None,
         calibration: options.Calibration = options.Calibration(),

@@ -44,7 +44,13 @@ from lightning_mi_prune.discovery.example_inputs import example_inputs
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.layouts import layout_size
-from lightning_mi_prune.surgery.parameters import config_numbers, shapes_at
+from lightning_mi_prune.surgery.configs import (
+    config_fields,
+    config_numbers,
+    config_value,
+    set_config_value,
+)
+from lightning_mi_prune.surgery.parameters import shapes_at
 from lightning_mi_prune.surgery.tensors import replace_tensors, tensor_of, tensors_of
 from lightning_mi_prune.surgery.units import reshape_tensors
 
@@ -369,7 +375,7 @@ def _shaped(
     widths = built | plan.widths
     # A part that is not in the folder is cut like the others if it is built like them.
     for name, number in _check_numbers(config, recorded, widths, source).items():
-        setattr(config, name, number)
+        set_config_value(config, name, number)
     as_built = copy.deepcopy(config)
     network = build(config)
     _tie(network)
@@ -450,16 +456,23 @@ def _check_numbers(
     encoder = [group for group in groups if group.kind != "pooler"]
     built = config_numbers(encoder, {group.name: group.size for group in encoder})
     right = [config_numbers(encoder, widths), config_numbers(groups, widths), built]
-    found = {name: getattr(config, name, None) for name in built}
+    found = {name: config_value(config, name) for name in built}
     ties = {group.tie for group in encoder}
     # Heads and what they are tied to are right together or wrong together.
     tied = {
         name
         for group in encoder
         if group.config is not None and (group.tie is not None or group.config in ties)
-        for name in (group.config, *group.config_aliases)
+        for name in config_fields(group)
     }
-    for subset in (tied, *({name} for name in built if name not in tied)):
+    tied &= built.keys()
+    several = {
+        frozenset(name for name in config_fields(group) if name in built)
+        for group in encoder
+        if group.config_sizes
+    }
+    alone = built.keys() - tied - {name for part in several for name in part}
+    for subset in (tied, *several, *({name} for name in alone)):
         if all(any(found[n] != (built | numbers)[n] for n in subset) for numbers in right):
             expected = built | right[0]
             wrong = {n: found[n] for n in sorted(subset) if found[n] != expected[n]}

@@ -15,6 +15,7 @@ from lightning_mi_prune.graph.containers import layer_container
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack
 from lightning_mi_prune.graph.layouts import Layout, layout_size
+from lightning_mi_prune.surgery.configs import config_fields, config_value
 from lightning_mi_prune.surgery.parameters import attribute_value, check_attributes
 from lightning_mi_prune.surgery.tensors import tensors_of
 
@@ -133,9 +134,11 @@ def _check_names(
         _check_field(name)
     network = modules[group.network]
     config = getattr(network, "config", None)
-    fields = [group.config, group.tie, *group.config_aliases]
+    fields = [group.tie, *config_fields(group)]
     for field in (field for field in fields if field is not None and hasattr(config, "to_dict")):
-        value = getattr(config, field, None)
+        value, top = config_value(config, field), field.rpartition(".")[0]
+        if top and not hasattr(config_value(config, top), "to_dict"):
+            raise _refusal(f"it names the field {described(field)}, but {described(top)} is none")
         if isinstance(value, bool) or not isinstance(value, int | None):  # None: by another field
             raise _refusal(f"config.{field} is {described(value)}, not a number")
 
@@ -159,8 +162,8 @@ def _consumers(group: DependencyGroup) -> Iterator[str]:
 
 
 def _fields(group: DependencyGroup) -> Iterator[str]:
-    yield from (name for name in (group.config, group.tie) if name is not None)
-    yield from group.config_aliases
+    names = (*config_fields(group), *(() if group.tie is None else (group.tie,)))
+    yield from (step for name in names for step in name.split("."))
     yield from (argument.argument for argument in group.unit_arguments)
     for number in group.attributes:
         yield from (step for step in number.attribute.split(".") if not step.isdecimal())

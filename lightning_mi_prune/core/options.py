@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from lightning_mi_prune.core.errors import PruningError
 
@@ -24,11 +24,15 @@ __all__ = [
     "Reconstruction",
     "Schedule",
     "Similarity",
+    "Widths",
     "check_choice",
     "check_count",
     "check_number",
 ]
 
+
+Widths: TypeAlias = Literal["global", "uniform", "config"]
+"""How widths are chosen, :class:`pipeline.PipelineOptions`."""
 
 MOST_POSITIONS = 16_384  # that are calibrated with unless the user asks for more
 

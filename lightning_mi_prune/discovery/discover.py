@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from lightning_mi_prune.discovery.attributes import numbers_of, seen_numbers
 from lightning_mi_prune.discovery.config_fields import with_config_fields, with_depth_fields
 from lightning_mi_prune.discovery.copies import (
     Run,
+    changed_within,
     failing_module,
     first_line,
     relative_difference,
@@ -36,8 +37,15 @@ from lightning_mi_prune.discovery.labels import short_names
 from lightning_mi_prune.discovery.search import solve, without_groups
 from lightning_mi_prune.discovery.verification import LATE, OutOfTime, Verifier
 from lightning_mi_prune.graph.graph import PruningGraph
-from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack, Refusal, count_parameters
+from lightning_mi_prune.graph.groups import (
+    DependencyGroup,
+    LayerStack,
+    Refusal,
+    SizeAttribute,
+    count_parameters,
+)
 from lightning_mi_prune.graph.layouts import layout_names, map_layout
+from lightning_mi_prune.surgery.parameters import set_number
 from lightning_mi_prune.surgery.verification import compiled_part
 
 __all__ = [
@@ -146,7 +154,7 @@ def discover_run(
         groups, unturned = _without_unverified(solution.groups, rotated)
         groups = with_empty_attention(verifier, module, _that_may_be_empty(verifier, groups))
         groups = _with_short_names(groups, layers)
-        groups = with_config_fields(module, groups)
+        groups = _with_config_fields(verifier, module, groups, call)
         stacks, wrong = _that_can_be_shortened(
             verifier, with_depth_fields(module, inference.stacks)
         )
@@ -330,6 +338,33 @@ def _with_short_names(
     """The groups with the names of their layers for dimensions of heads that became one."""
     short = short_names([g.name for g in groups if g.kind == "head_dim"], "head_dim", stacks)
     return tuple(group.renamed(lambda name: short.get(name, name)) for group in groups)
+
+
+def _with_config_fields(
+    verifier: Verifier, module: nn.Module, groups: tuple[DependencyGroup, ...], call: Run
+) -> tuple[DependencyGroup, ...]:
+    """Note config fields; numbers that a network built from them has otherwise stay as they are."""
+    copied = structural_copy(module, buffers=True)
+    before = tensor_outputs(run_once(copied, call))
+
+    def unused(numbers: Mapping[tuple[str, str], Any]) -> bool:
+        with changed_within(copied):
+            try:
+                for (path, attribute), value in numbers.items():
+                    set_number(copied, SizeAttribute(path, attribute, ()), value)
+                after = tensor_outputs(run_once(copied, call))
+            except Exception:  # any code may run in a module
+                return False
+        return relative_difference(after, before) <= _REPEATED
+
+    noted = with_config_fields(module, groups, unused)
+    if [group.attributes for group in noted] == [group.attributes for group in groups]:
+        return noted
+    try:
+        right = verifier.check(noted).equal
+    except OutOfTime:
+        right = False
+    return noted if right else with_config_fields(module, groups)
 
 
 def _that_may_be_empty(

@@ -114,6 +114,7 @@ def without_groups(
             group,
             tensors=tuple(replace(s, layout=fixed(s.layout)) for s in group.tensors),
             attributes=tuple(replace(a, layout=fixed(a.layout)) for a in group.attributes),
+            config_sizes=tuple((field, fixed(layout)) for field, layout in group.config_sizes),
             partners=tuple((n, size) for n, size in group.partners if n not in gone),
         )
         for group in groups

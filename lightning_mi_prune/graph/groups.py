@@ -165,7 +165,8 @@ class DependencyGroup:
         attributes: Numbers on modules that depend on the width.
         network: Path of the network the group belongs to.
         scope: Path of the module whose ``forward`` receives ``attention_mask``.
-        config: Field of the network's config that holds the width when it is the same everywhere.
+        config: Field of the network's config that holds the width when it is the same everywhere;
+            ``"text_config.intermediate_size"`` is one of a config inside it.
         level: Height in the network; groups are scored from the highest level down.
         consumers_by_input: Consumers with the same input together, if there are several inputs
             (the residual stream has many); empty if all have the same.
@@ -179,6 +180,8 @@ class DependencyGroup:
         tie: Config field that must equal ``units * entries``: transformers derive the head size
             from the hidden size and the number of heads.
         config_aliases: Further config fields that hold the same number as ``config``.
+        config_sizes: Further config fields that must be set when the width changes, with the layout
+            each of them counts: queries of all heads beside heads of keys and values.
         partners: Other groups that its layouts name, such as the dimensions of heads, with their
             sizes as built.
         rotation: Projections to rotate before units, the dimensions of heads, are removed.
@@ -205,6 +208,7 @@ class DependencyGroup:
     unit_arguments: tuple[UnitArgument, ...] = ()
     tie: str | None = None
     config_aliases: tuple[str, ...] = ()
+    config_sizes: tuple[tuple[str, Layout], ...] = ()
     partners: tuple[tuple[str, int], ...] = ()
     rotation: RotatableProjections | None = None
     current_name: str = ""
@@ -238,6 +242,9 @@ class DependencyGroup:
             tensors=tuple(replace(s, layout=map_layout(s.layout, name)) for s in self.tensors),
             attributes=tuple(
                 replace(a, layout=map_layout(a.layout, name)) for a in self.attributes
+            ),
+            config_sizes=tuple(
+                (field, map_layout(layout, name)) for field, layout in self.config_sizes
             ),
             partners=tuple((name(other), size) for other, size in self.partners),
         )

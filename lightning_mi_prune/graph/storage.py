@@ -145,6 +145,7 @@ def _check_group(group: DependencyGroup) -> None:
     """Layouts name the group or its partners, and have the size of their dimension."""
     widths = group.all_widths({})
     layouts = [s.layout for s in group.tensors] + [a.layout for a in group.attributes]
+    layouts += [layout for _, layout in group.config_sizes]
     for layout in layouts:
         odd = next((name for name in layout_names(layout) if name not in widths), None)
         if odd is not None:
@@ -217,6 +218,7 @@ _GROUP = _record(
         ),
         "tie": _or_none(text),
         "config_aliases": _NAMES,
+        "config_sizes": _many(_pair(text, layout_from_json)),
         "partners": _many(_pair(text, _SIZE)),
         "rotation": _or_none(_ROTATION),
         "current_name": text,

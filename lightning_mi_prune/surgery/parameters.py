@@ -24,12 +24,12 @@ __all__ = [
     "attribute_value",
     "check_attributes",
     "check_empty",
-    "config_numbers",
     "number_steps",
     "parameter_cuts",
     "rotate_along",
     "set_attributes",
     "set_number",
+    "set_value_at",
     "shapes_at",
 ]
 
@@ -88,50 +88,6 @@ def shapes_at(
                     shapes[s.tensor] = list(s.shape)
             shapes[s.tensor][s.dim] = layout_size(s.layout, group.all_widths(widths))
     return shapes
-
-
-def config_numbers(groups: Sequence[DependencyGroup], widths: Mapping[str, int]) -> dict[str, int]:
-    """Values of the config fields of one network at the widths of a plan.
-
-    A field stays as built where one number is not enough: if groups differ in width or one is
-    empty. Tied fields change together or not at all.
-
-    Example:
-        >>> from lightning_mi_prune.graph.groups import PrunableDim
-        >>> dims = (PrunableDim("w", 0, (24, 24), (("h", 6),)),)
-        >>> heads = DependencyGroup("h", "heads", 4, dims, ("o",), config="n_heads", tie="dim")
-        >>> stream = DependencyGroup("r", "hidden", 24, (), ("o",), config="dim")
-        >>> config_numbers([heads, stream], {"h": 2, "r": 12})
-        {'n_heads': 2, 'dim': 12}
-        >>> config_numbers([heads, stream], {"h": 1, "r": 12})
-        {'n_heads': 4, 'dim': 24}
-    """
-    named: dict[str, list[DependencyGroup]] = {}
-    for group in groups:
-        for name in () if group.config is None else (group.config, *group.config_aliases):
-            named.setdefault(name, []).append(group)
-    numbers: dict[str, int] = {}
-    for name, holders in named.items():
-        found = {widths[group.name] for group in holders}
-        uniform = len(found) == 1 and 0 not in found
-        numbers[name] = found.pop() if uniform else holders[0].size
-    for field_name in {group.tie for group in groups if group.tie is not None}:
-        tied = [group for group in groups if group.tie == field_name]
-        entries = {layout_size(a.tensors[0].layout, a.all_widths(widths)) for a in tied}
-        ends = [group for group in groups if group.config == field_name]
-        # A model built from a config of narrower heads scales attention by their present size.
-        narrow = any(
-            widths.get(name, size) != size for group in tied for name, size in group.partners
-        )
-        if (
-            narrow
-            or not ends
-            or entries | {widths[group.name] for group in ends} != {numbers[field_name]}
-        ):
-            for group in (*tied, *ends):
-                for name in () if group.config is None else (group.config, *group.config_aliases):
-                    numbers[name] = group.size
-    return numbers
 
 
 def parameter_cuts(
@@ -317,8 +273,24 @@ def set_attributes(
     for group in groups:
         at = group.all_widths(widths)
         for number in group.attributes:
-            module = linear_at(model.get_submodule(number.module))
-            set_number(module, number_steps(number), layout_size(number.layout, at))
+            set_number(model, number, layout_size(number.layout, at))
+
+
+def set_number(model: nn.Module, number: SizeAttribute, value: float) -> None:
+    """Set a number on a module, whatever its layout; what holds it is replaced by a copy.
+
+    Args:
+        model: Module from which the number is named.
+        number: The number.
+        value: Its new value.
+
+    Example:
+        >>> net = nn.Linear(2, 3)
+        >>> set_number(net, SizeAttribute("", "out_features", ()), 5)
+        >>> net.out_features
+        5
+    """
+    set_value_at(linear_at(model.get_submodule(number.module)), number_steps(number), value)
 
 
 def attribute_value(model: nn.Module, number: SizeAttribute) -> Any:
@@ -356,7 +328,7 @@ def number_steps(number: SizeAttribute) -> list[str | int]:
     return [*steps, 0] if number.sequence else steps
 
 
-def set_number(owner: Any, steps: Sequence[str | int], value: int) -> None:
+def set_value_at(owner: Any, steps: Sequence[str | int], value: float) -> None:
     """Set a number; a tuple, list or object on the way is replaced by a copy.
 
     Args:
@@ -370,10 +342,10 @@ def set_number(owner: Any, steps: Sequence[str | int], value: int) -> None:
         inner = copy.copy(owner[first] if isinstance(first, int) else getattr(owner, str(first)))
         if isinstance(inner, tuple):
             entries = list(inner)
-            set_number(entries, rest, value)
+            set_value_at(entries, rest, value)
             inner = tuple(entries)
         else:
-            set_number(inner, rest, value)
+            set_value_at(inner, rest, value)
     if isinstance(first, int):
         owner[first] = inner
     else:

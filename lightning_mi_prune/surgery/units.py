@@ -26,6 +26,7 @@ from lightning_mi_prune.graph.containers import stack_at
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
 from lightning_mi_prune.surgery.attention import fit_attentions
+from lightning_mi_prune.surgery.configs import config_numbers, set_config_value
 from lightning_mi_prune.surgery.empty_modules import (
     forward_without_units,
     is_cut_forward,
@@ -36,7 +37,6 @@ from lightning_mi_prune.surgery.parameters import (
     RotationMaps,
     check_attributes,
     check_empty,
-    config_numbers,
     parameter_cuts,
     set_attributes,
     shapes_at,
@@ -378,7 +378,7 @@ def _update_sizes(
             continue
         inside = [group for group in groups if group.network == path]
         for name, number in config_numbers(inside, plan.widths).items():
-            setattr(config, name, number)
+            set_config_value(config, name, number)
         record = _record(inside, plan).under(path)
         vars(config).pop(GRAPH_FIELD, None)
         if record.is_full:

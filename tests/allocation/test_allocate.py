@@ -286,7 +286,7 @@ def test_widths_of_bert_base():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"widths": "fair"}, "widths='fair'; expected 'global' or 'uniform'"),
+        ({"widths": "fair"}, "widths='fair'; expected one of .'global', 'uniform', 'config'"),
         ({"rankings": None}, "needs rankings of the groups"),
         ({"rankings": {}}, "'a' has no ranking"),
         ({"rankings": {"a": ranking([1.0]), "b": ranking([1.0])}}, "covers 1 of 16 units"),

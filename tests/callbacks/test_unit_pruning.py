@@ -624,7 +624,7 @@ def test_a_refused_cut_leaves_model_and_optimizer_as_they_were(sabotage):
         ({"target_macs": 1e6}, "target_macs=1000000.0; expected a whole number"),
         ({"target_latency_ms": 0}, "target_latency_ms=0; expected a number above 0"),
         ({"keep_information": 1}, "keep_information=1; expected a number above 0 and below 1"),
-        ({"widths": "free"}, r"widths='free'; expected one of \('global', 'uniform'\)"),
+        ({"widths": "free"}, r"widths='free'; expected one of \('global', 'uniform', 'config'\)"),
         ({"relevance": "labels"}, "relevance='labels'; expected one of .*'gradient', 'weights'"),
         ({"gradient_steps": 0}, "gradient_steps=0; expected a whole number of at least 1"),
         ({"method": None}, "method=None; expected one of .*'layerwise', 'compensation'"),
