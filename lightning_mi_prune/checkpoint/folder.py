@@ -25,7 +25,7 @@ from lightning_mi_prune.core.untrusted import (
 
 __all__ = ["building_within", "check_folder"]
 
-_REMEDY = "copy or save the folder again"
+_REMEDY = "expected a file of save_pretrained. Copy or save the folder again"
 _CONFIG = "config.json"
 _INDICES = "*.index*.json"
 _ARCHIVES = "*.bin"
@@ -52,13 +52,17 @@ def check_folder(source: Any, options: Mapping[str, Any]) -> None:
         if not isinstance(found, Mapping):
             raise PruningError(
                 f"The config.json of {source} is {described(found)}; expected an object with "
-                f"fields. {_REMEDY.capitalize()}."
+                "fields. Copy or save the folder again."
             )
     for path in sorted(folder.glob(_INDICES)):
+        index = _json(path)
         with reading(str(path), _REMEDY):
-            _check_index(_json(path))
+            _check_index(index)
     for path in sorted(folder.glob(_ARCHIVES)):
-        check_archive(path)
+        try:
+            check_archive(path)
+        except PruningError as error:
+            raise PruningError(f"{error} Copy or save the folder again.") from error
 
 
 @contextmanager
@@ -108,7 +112,7 @@ class _Bounded(TorchFunctionMode):
     def _refuse(self, what: str) -> None:
         raise PruningError(
             f"The config.json of {self._folder} asks for {what}, but the files of the folder have "
-            f"{self._size} bytes; expected a model of that size. {_REMEDY.capitalize()}."
+            f"{self._size} bytes; expected a model of that size. Copy or save the folder again."
         )
 
 
