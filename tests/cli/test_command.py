@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lightning_mi_prune import PruningError, load_pruned, options, prune
 from lightning_mi_prune.cli import main
-from lightning_mi_prune.cli.program import OPTIONS, prune_module
+from lightning_mi_prune.cli.pruning import OPTIONS, prune_module
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import CONFIGS, randomize
 from tests.support.packages import hide
@@ -299,7 +299,7 @@ def test_files_are_laid_over_each_other_and_words_over_files(monkeypatch):
     """In both forms, in any order of forms, and from parts that are files of their own."""
     found = []
     monkeypatch.setattr(
-        "lightning_mi_prune.cli.program.prune_module",
+        "lightning_mi_prune.cli.pruning.prune_module",
         lambda model, data, trainer, **given: found.append((model.hparams, data, given)),
     )
     Path("sub").mkdir()
@@ -328,7 +328,7 @@ def test_files_are_laid_over_each_other_and_words_over_files(monkeypatch):
 def test_paths_in_a_file_are_relative_to_it(form, monkeypatch):
     found = []
     monkeypatch.setattr(
-        "lightning_mi_prune.cli.program.prune_module",
+        "lightning_mi_prune.cli.pruning.prune_module",
         lambda model, data, *_, **__: found.append(data),
     )
     Path("sub").mkdir()
@@ -345,7 +345,7 @@ def test_the_users_own_command_line_links_what_it_links(monkeypatch):
     given = {"max_epochs": 9, "callbacks": 3}
     found = []
     monkeypatch.setattr(
-        "lightning_mi_prune.cli.program.prune_module",
+        "lightning_mi_prune.cli.pruning.prune_module",
         lambda model, data, trainer, **_: found.append((model.hparams.lr, trainer)),
     )
 
@@ -369,7 +369,7 @@ def test_several_validation_sets_and_the_hooks_of_batches(monkeypatch):
         modules.append(model)
         return inner(model, *args, **options)
 
-    monkeypatch.setattr("lightning_mi_prune.cli.program.prune_module", keep)
+    monkeypatch.setattr("lightning_mi_prune.cli.pruning.prune_module", keep)
     body = {**NAMED, "data": None, "model": named("Several")}
     main([*write(body), "--model.num_classes", "3", "--evaluate", "none"])
     assert modules[0].seen == {0, 1}
@@ -529,7 +529,7 @@ def test_a_checkpoint_names_no_class(capsys):
     made = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "lightning_mi_prune.cli.program.prune_module", lambda m, *_, **__: made.append(m)
+            "lightning_mi_prune.cli.pruning.prune_module", lambda m, *_, **__: made.append(m)
         )
         main([*write({"trainer": TRAINER}), *CLASSES, "--checkpoint", "a.ckpt"])
     hparams = {name: value for name, value in made[0].hparams.items() if name[0] != "_"}
