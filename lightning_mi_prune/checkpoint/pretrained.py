@@ -17,8 +17,12 @@ from torch import nn
 
 from lightning_mi_prune.checkpoint.fitting import fitted_graph, with_found
 from lightning_mi_prune.checkpoint.loading import substitute_class
-from lightning_mi_prune.checkpoint.recorded import named_plan, present_plan, recorded_graph
-from lightning_mi_prune.checkpoint.registration import pruned_type
+from lightning_mi_prune.checkpoint.recorded import (
+    named_plan,
+    present_plan,
+    pruned_type,
+    recorded_graph,
+)
 from lightning_mi_prune.checkpoint.stored_graph import check_stored
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS, empty_linears
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, require
@@ -175,7 +179,7 @@ def _with_config(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> dic
     Raises:
         PruningError: If the folder does not name that class.
     """
-    given = kwargs.get("config")
+    given: Any = kwargs.get("config")
     if hasattr(given, "to_dict"):
         if getattr(type(given), "model_type", None) != MODEL_TYPE:
             return dict(kwargs)

@@ -7,15 +7,14 @@ this package imported, the type is known to them like any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from lightning_mi_prune.checkpoint.recorded import pruned_type
 from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.core.plan import MODEL_TYPE, TYPE_FIELD
-from lightning_mi_prune.core.untrusted import described
+from lightning_mi_prune.core.plan import MODEL_TYPE
 
-__all__ = ["pruned_type", "register"]
+__all__ = ["register"]
 
 
 def register(configs: Any) -> None:
@@ -31,7 +30,7 @@ def register(configs: Any) -> None:
 def _config_class() -> Any:
     from transformers.configuration_utils import PreTrainedConfig
 
-    class PrunedConfig(PreTrainedConfig):
+    class PrunedConfig(PreTrainedConfig):  # type: ignore[misc]  # without types
         """Reads the config of a pruned model as that of the class that was pruned."""
 
         model_type = MODEL_TYPE
@@ -42,24 +41,6 @@ def _config_class() -> Any:
             return _pruned_class(pruned_type(config_dict)).from_dict(config_dict, **kwargs)
 
     return PrunedConfig
-
-
-def pruned_type(fields: Mapping[str, Any]) -> str:
-    """The model type of the class that was pruned, from the config of a folder.
-
-    Raises:
-        PruningError: If the installed transformers do not know it.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    found = fields.get(TYPE_FIELD)
-    if not isinstance(found, str) or found == MODEL_TYPE or found not in CONFIG_MAPPING:
-        raise PruningError(
-            f"The config of a pruned model has {TYPE_FIELD}={described(found)}; expected a model "
-            "type of the installed transformers. Was config.json edited? Copy or save the folder "
-            "again, or install the version of transformers that it was saved with."
-        )
-    return found
 
 
 @lru_cache(maxsize=64)

@@ -28,7 +28,7 @@ from lightning_mi_prune.cli.printing import Shown
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.files import check_writable
 from lightning_mi_prune.core.options import Importance
-from lightning_mi_prune.pipeline import PruneResult, prune
+from lightning_mi_prune.pruner import PruneResult, prune
 from lightning_mi_prune.reporting.tables import Table
 
 __all__ = [

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -189,7 +190,8 @@ def _sizes(card: Card) -> Iterator[tuple[str, str, str]]:
     yield "parameters", number(before), number(now)
     yield "file, MB", "", f"{card.file_size / 1e6:,.1f}"
     if card.measured.macs is not None:
-        yield "multiply-accumulates of an example", *map(number, card.measured.macs)
+        old, new = card.measured.macs
+        yield "multiply-accumulates of an example", number(old), number(new)
 
 
 def _latency_row(row: Latency) -> tuple[str, ...]:
@@ -207,11 +209,9 @@ def _groups(card: Card) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _made(card: Card) -> str:
-    from lightning_mi_prune import __version__
-
     transformers = require("transformers", "transformers")
     versions = (
-        f"lightning_mi_prune {__version__}, torch {torch.__version__}, "
+        f"lightning_mi_prune {version('lightning-mi-prune')}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
     if card.plan is None:

@@ -116,9 +116,9 @@ def network_of(model: nn.Module) -> tuple[str, Any]:
     Example:
         >>> network_of(nn.Linear(2, 2))
         Traceback (most recent call last):
-        lightning_mi_prune.core.errors.PruningError: Linear holds no Hugging Face network; expected \
-one with save_pretrained and a config. Save others with torch.save(model.state_dict(), path), and \
-open them with load_pruned.
+        lightning_mi_prune.core.errors.PruningError: Linear holds no Hugging Face network; \
+expected one with save_pretrained and a config. Save others with torch.save(model.state_dict(), \
+path), and open them with load_pruned.
     """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
