@@ -307,7 +307,7 @@ def help_text(usage: str, description: str, entries: Sequence[Entry], epilog: st
             groups[entry.title].add_argument(entry.name, metavar=entry.value, help=text)
         else:
             groups[entry.title].add_argument(entry.name, action="store_true", help=text)
-    head, blank, rest = parser.format_help().partition("\n\n")
+    head, _, rest = parser.format_help().partition("\n\n")
     paragraphs = (_wrapped(text, width) for text in (head, description, rest.rstrip(), epilog))
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 

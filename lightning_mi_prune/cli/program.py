@@ -135,9 +135,7 @@ def _check_places(command: Command, request: Request) -> None:
     found, wanted = len(request.places), len(command.places)
     if found != wanted:
         odd = f"{request.places[wanted]!r} is too much" if found > wanted else "words are missing"
-        raise PruningError(
-            f"{odd}; expected {PROGRAM} {command.name} {command.usage}. See --help."
-        )
+        raise PruningError(f"{odd}; expected {PROGRAM} {command.name} {command.usage}. See --help.")
 
 
 def _help() -> str:

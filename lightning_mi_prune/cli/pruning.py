@@ -22,7 +22,7 @@ from lightning_mi_prune.allocation.budget import budget_of
 from lightning_mi_prune.calibration.datasets import batches_of
 from lightning_mi_prune.checkpoint.loading import load_pruned
 from lightning_mi_prune.cli.building import TRAINER, build
-from lightning_mi_prune.cli.config import Request, section_of
+from lightning_mi_prune.cli.config import Request
 from lightning_mi_prune.cli.options import JSON, Command, Entry, grouped, options_of
 from lightning_mi_prune.cli.printing import Shown
 from lightning_mi_prune.core.errors import PruningError
@@ -182,6 +182,7 @@ _PATHS = {
     "data": "mypackage.MyData, or a data set's folder, name.",
     "cli": "Your LightningCLI, for its links, arguments.",
 }
+
 
 class RowsModule(pl.LightningDataModule):
     """Batches of a data set for all loops of evaluation."""
