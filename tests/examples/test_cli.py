@@ -216,7 +216,7 @@ def test_options_of_the_callback_are_checked_on_the_command_line(config: Path) -
 def test_the_demo_is_pruned_in_one_shot_by_the_command(config: Path) -> None:
     """From its YAML, whose callbacks train; the class of the CLI links the number of classes."""
     example = "examples.text_classification"
-    words = ["--config", str(config), "--model", f"{example}.model.TextClassifier"]
+    words = ["prune", str(config), "--model", f"{example}.model.TextClassifier"]
     words += ["--data", f"{example}.data.TextDataModule", "--sparsity", "0.5"]
     main([*words, "--cli", f"{example}.__main__.TextClassificationCLI"])
     module = load_pruned(TextClassifier, "pruned.ckpt")
