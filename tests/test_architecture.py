@@ -30,9 +30,9 @@ STEPS = (
     "reconstruction",
     "checkpoint",
     "reporting",
-    "export",
     "pipeline",
     "pruner",
+    "export",
     "callbacks",
     "cli",
 )

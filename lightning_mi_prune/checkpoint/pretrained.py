@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_mi_prune.checkpoint.delta import Delta, apply_delta, read_delta
 from lightning_mi_prune.checkpoint.fitting import fitted_graph, with_found
 from lightning_mi_prune.checkpoint.loading import substitute_class
 from lightning_mi_prune.checkpoint.recorded import (
@@ -82,7 +83,8 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
         cls: A model class or Auto class of transformers.
         name_or_path: Folder or hub name.
         args: Passed on.
-        kwargs: Passed on.
+        kwargs: Passed on; but for ``base``, which replaces the dense model that a folder saved with
+            ``delta_of`` names.
 
     Raises:
         PruningError: If the plan, the config and the weights do not belong together, a file is
@@ -106,7 +108,16 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
         >>> again.encoder.layer[0].intermediate.dense
         Linear(in_features=8, out_features=2, bias=True)
     """
+    base = kwargs.pop("base", None)
     kwargs = _with_config(cls, name_or_path, kwargs)
+    delta = read_delta(name_or_path) if isinstance(name_or_path, (str, Path)) else None
+    if delta is not None:
+        return _open_delta(cls, delta, base, name_or_path, args, kwargs)
+    if base is not None:
+        raise PruningError(
+            f"base={str(base)!r} is given, but {name_or_path} holds all weights of the model; "
+            "expected a folder that was saved with delta_of. Leave base out."
+        )
     plan = _plan_to_open(name_or_path, kwargs)
     with _ONE_AT_A_TIME:
         if plan is None or plan.is_full:
@@ -140,6 +151,29 @@ def _open(
     _check_loaded(network, cut, found, name_or_path, ignores)
     cut.fill()
     return (network, found) if kwargs.get("output_loading_info") else network
+
+
+def _open_delta(
+    cls: Any,
+    delta: Delta,
+    base: Any,
+    source: str | Path,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """The dense model, turned into the pruned one."""
+    config = kwargs.get("config")
+    if config is None:
+        raise PruningError(
+            f"The config of {source} names no pruned model; expected the files of "
+            "save_pretrained(..., delta_of=...). Copy or save the folder again."
+        )
+    options = {name: value for name, value in kwargs.items() if name != "config"}
+    concrete = _concrete(cls, source, kwargs)
+    dense = concrete.from_pretrained(base or delta.base, *args, **options)
+    network = dense[0] if options.get("output_loading_info") else dense
+    apply_delta(delta, network, config, source)
+    return dense
 
 
 def _load(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from uuid import uuid4
 from torch import Tensor, nn
 from torch.distributed import get_rank, is_initialized
 
+from lightning_mi_prune.checkpoint.delta import Delta, delta_between, write_delta
 from lightning_mi_prune.checkpoint.plain import difference_from_config, with_layer_fields
 from lightning_mi_prune.checkpoint.recorded import present_plan, recorded_graph
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
@@ -20,11 +22,12 @@ from lightning_mi_prune.checkpoint.validation import is_plan
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.files import write_whole
 from lightning_mi_prune.core.plan import MODEL_TYPE, OPENING_FIELD, TYPE_FIELD, PruningPlan
+from lightning_mi_prune.export.batches import BATCHES_FILE, store_batches
 from lightning_mi_prune.export.card import Card, Measured, card_of
 from lightning_mi_prune.export.code import CODE_FILE, code_fields, code_of
 from lightning_mi_prune.graph.graph import PruningGraph
 
-__all__ = ["PLAN_FILE", "network_of", "rewrite_card", "save_pretrained"]
+__all__ = ["PLAN_FILE", "check_target", "network_of", "rewrite_card", "save_pretrained"]
 
 PLAN_FILE = "pruning_plan.json"
 _CARD = "README.md"
@@ -38,6 +41,8 @@ def save_pretrained(
     processor: Any = None,
     measured: Measured | None = None,
     code: bool = False,
+    delta_of: nn.Module | str | Path | None = None,
+    calibration: Iterable[Mapping[str, Tensor]] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a Hugging Face model, pruned or not, as a folder with safetensors and a model card.
@@ -57,13 +62,18 @@ def save_pretrained(
         measured: What was measured of it, for the card; nothing else is stated there.
         code: Whether a small modelling file goes into the folder of a model that its config does
             not describe.
+        delta_of: The dense model, or its folder or hub name: the folder then holds the plan and
+            only the weights that differ from those of the dense model without the removed units,
+            and names that model. It is checked when the folder is opened.
+        calibration: Batches to store with the model, so that smaller ones can be made of it.
         overwrite: Whether the folder may be one of a model already, which is replaced.
 
     Returns:
         The folder.
 
     Raises:
-        PruningError: If there is no such network in the module, or the folder cannot be written.
+        PruningError: If there is no such network in the module, the folder cannot be written, or
+            the model is not a cut of the dense one.
 
     Example:
         >>> import tempfile
@@ -77,15 +87,29 @@ def save_pretrained(
     """
     path, network = network_of(model)
     target = Path(folder)
-    _check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite)
+    if code and delta_of is not None:
+        raise PruningError(
+            "code=True with delta_of; expected one of the two: the modelling file opens whole "
+            "weights only."
+        )
     if is_initialized() and get_rank() > 0:
         return target
+    delta = None if delta_of is None else _delta(network, delta_of)
     plan = _ranked_plan(model, path, network)
     state = {name: t for name, t in network.state_dict().items() if not is_plan(name)}
     layers = with_layer_fields(network)
     difference = None if layers else difference_from_config(network)
+    if delta is not None:
+        difference = f"the weights beside it are changes to {delta.base!r}"
     with _whole_folder(target) as draft:
         network.save_pretrained(draft, state_dict=_contiguous(state))
+        if delta is not None:
+            for file in draft.glob("model*.safetensors*"):
+                file.unlink()
+            write_delta(delta, draft)
+        if calibration is not None:
+            store_batches(calibration, draft)
         if processor is not None:
             processor.save_pretrained(draft)
         _write_config(draft / _CONFIG, network, difference, layers, code=code)
@@ -136,6 +160,7 @@ def _card_text(
     difference: str | None,
 ) -> str:
     """The card of a folder whose other files are there."""
+    weights = {*folder.glob("*.safetensors")} - {folder / BATCHES_FILE}
     return card_of(
         Card(
             network=network,
@@ -145,7 +170,7 @@ def _card_text(
             measured=measured,
             difference=difference,
             code=(folder / CODE_FILE).is_file(),
-            file_size=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+            file_size=sum(file.stat().st_size for file in weights),
         )
     )
 
@@ -182,6 +207,20 @@ path), and open them with load_pruned.
             f"save_pretrained(model.{sorted(found)[0]}, ...)."
         )
     return next(iter(found.items()))
+
+
+def _delta(network: Any, dense: nn.Module | str | Path) -> Delta:
+    """What a network changes of a dense one; its name is that of its folder or hub page."""
+    if isinstance(dense, nn.Module):
+        _, found = network_of(dense)
+        name = getattr(found.config, "_name_or_path", "")
+        if not name:
+            raise PruningError(
+                "delta_of is a model without a name; expected one that was opened from a folder or "
+                "the hub, which opening the delta needs. Save it first, and give its folder."
+            )
+        return delta_between(network, copy.deepcopy(found), str(name))
+    return delta_between(network, type(network).from_pretrained(dense), str(dense))
 
 
 def _ranked_plan(model: nn.Module, path: str, network: Any) -> PruningPlan | None:
@@ -234,7 +273,7 @@ def _write_config(
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _check_target(target: Path, *, overwrite: bool) -> None:
+def check_target(target: Path, *, overwrite: bool) -> None:
     """Refuse a folder that holds something else, or a model that may not be replaced."""
     if not target.exists():
         return
