@@ -121,9 +121,9 @@ def default_axes(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
         tensors: The inputs.
 
     Example:
-        >>> ids, mask, pixels = torch.ones(2, 5).long(), torch.ones(2, 5).bool(), torch.ones(2, 5)
-        >>> default_axes({"ids": ids, "mask": mask, "pixels": pixels})
-        {'ids': {0: 'batch', 1: 'length'}, 'mask': {0: 'batch', 1: 'length'}, 'pixels': {0: 'batch'}}
+        >>> features = torch.ones(2, 5)
+        >>> default_axes({"input_ids": features.long(), "features": features})
+        {'input_ids': {0: 'batch', 1: 'length'}, 'features': {0: 'batch'}}
     """
     rows = next((x.shape[0] for x in tensors.values() if x.ndim), None)
     axes: dict[str, dict[int, str]] = {
@@ -206,7 +206,8 @@ def sizes_of(tensors: Mapping[str, Tensor], axes: Axes) -> dict[str, int]:
             if sizes.setdefault(word, size) != size:
                 raise PruningError(
                     f"The dynamic dimension {word!r} has size {size} in dimension {dim} of "
-                    f"{name!r}, and {sizes[word]} elsewhere; expected one size. Give them two names."
+                    f"{name!r}, and {sizes[word]} elsewhere; expected one size. Give them "
+                    "different names."
                 )
     return sizes
 

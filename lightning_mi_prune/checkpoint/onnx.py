@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import reduce
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
@@ -62,7 +63,7 @@ _EXTRA, _WHAT = "onnx", "The ONNX model"
 _ONE_FILE = 3 * 2**29  # bytes of weights: protobuf reads no message of 2 GiB
 _HUGE = 1e20  # stands for infinity, as in masks, and says nothing of the scale
 _HALF = (torch.float16, torch.bfloat16)
-_LOUD = ("torch.onnx", "onnxscript", "onnx_ir")  # loggers that tell of every step
+_LOUD = ("torch", "onnxscript", "onnx_ir")  # loggers that tell of every step
 _NETWORK = "network"
 
 Tensors = Mapping[str, Tensor]
@@ -147,6 +148,10 @@ def export_onnx(
     """
     for package in ("onnx", "onnxscript"):
         require(package, _EXTRA)
+    if type(opset) is not int or opset < OPSET:
+        raise PruningError(
+            f"opset is {described(opset)}; expected a whole number of {OPSET} or more."
+        )
     target = Path(path)
     check_writable(target, _WHAT)
     network = _network_of(model)
@@ -251,13 +256,14 @@ def _digest_of(model: nn.Module, plan: PruningPlan | None) -> str | None:
     tracker = PlanTracker.held_by(model)
     if tracker is not None and tracker.is_known:
         return tracker.plan.digest()
-    for path, part in model.named_modules():
+    known: dict[str, PruningPlan] = {}
+    for path, part in model.named_modules():  # the parts of a network share its config
+        if any(top == "" or path.startswith(f"{top}.") for top in known):
+            continue
         below = PlanTracker.held_by(part)
-        known = below.plan if below is not None and below.is_known else recorded_plan(part)
-        if known is not None:
-            found = known.prefixed(path)
-            plan = found if plan is None else found.joined(plan)
-    return None if plan is None else plan.digest()
+        found = below.plan if below is not None and below.is_known else recorded_plan(part)
+        known |= {} if found is None else {path: found.prefixed(path)}
+    return reduce(PruningPlan.joined, known.values()).digest() if known else None
 
 
 class _Forward(nn.Module):
@@ -267,7 +273,7 @@ class _Forward(nn.Module):
         super().__init__()
         self.network = network
         self.call = call
-        self.training = network.training
+        self.training = False
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.named(dict(zip(self.call.tensors, values, strict=True))).values())
@@ -370,6 +376,16 @@ def _told(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
+def _root_of(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _root_of(error.__cause__)
+
+
+def _remedy(error: BaseException) -> str:
+    if "grouped_mm" not in str(error):
+        return ""
+    return ' For experts: network.set_experts_implementation("batched_mm").'
+
+
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
@@ -381,7 +397,8 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def _plain(network: nn.Module) -> Iterator[None]:
     """Run a network as it is written: not compiled, not under autocast, without fused layers."""
-    device = next((p.device.type for p in network.parameters()), "cpu")
+    devices = {p.device.type for p in network.parameters()}
+    device = "cuda" if "cuda" in devices else "cpu"
     fused = torch.backends.mha.get_fastpath_enabled()
     with torch.compiler.set_stance("force_eager"), torch.autocast(device, enabled=False):
         torch.backends.mha.set_fastpath_enabled(False)
@@ -478,8 +495,8 @@ def _translated(program: Any, call: Call, outputs: Sequence[str], axes: Axes, op
     except Exception as error:
         raise PruningError(
             f"torch.onnx cannot write the network with opset {opset} "
-            f"({_first_line(error.__cause__ or error)}); expected operators that it translates. "
-            "Newer versions of torch and onnxscript know more of them."
+            f"({_first_line(_root_of(error))}); expected operators that it translates. Newer "
+            f"versions of torch and onnxscript know more of them.{_remedy(error)}"
         ) from error
     found = graph.model.opset_imports.get("")
     if found != opset:
@@ -498,7 +515,7 @@ def _shapes(values: Sequence[Any]) -> dict[str, Sizes]:
     """The sizes of inputs or outputs of a graph."""
     return {
         value.name: tuple(
-            size if isinstance(size, int) else str(size.value) for size in value.shape
+            size if isinstance(size, int) else str(size.value or "?") for size in value.shape
         )
         for value in values
     }
@@ -535,10 +552,11 @@ def _written(
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
-        with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as temporary, _quiet():
+        with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as temporary:
             draft = Path(temporary, target.name)
-            graph.save(draft, external_data=weights > _ONE_FILE)
-            _check(draft)
+            with _quiet():
+                graph.save(draft, external_data=weights > _ONE_FILE)
+                _check(draft)
             difference = _compared(draft, expected)
             return _moved(draft, target), difference
     except OSError as error:
