@@ -438,20 +438,21 @@ def _exported(forward: _Forward, tensors: Tensors, axes: Axes) -> Any:
         return _captured(forward, tensors, axes)
     except Exception as error:
         kind, reason = type(forward.network).__name__, _first_line(error)
-        for word in sizes_of(tensors, axes):
-            fixed = {
-                name: {dim: found for dim, found in named.items() if found != word}
+        words = [*sizes_of(tensors, axes)]
+        for fixed in dict.fromkeys([*((word,) for word in words), tuple(words)]):
+            left = {
+                name: {dim: word for dim, word in named.items() if word not in fixed}
                 for name, named in axes.items()
             }
             try:
-                _captured(forward, tensors, fixed)
-            except Exception:  # noqa: S112 - it is not this one alone
+                _captured(forward, tensors, left)
+            except Exception:  # noqa: S112 - it is not these alone
                 continue
+            places = "; ".join(f"{word!r}, {places_of(word, axes)}" for word in fixed)
             raise PruningError(
-                f"The dimension {word!r} ({places_of(word, axes)}) cannot be dynamic: {kind} "
-                f"computes with its size as a constant ({reason}). Read the size off the input "
-                "where the network has a number, or name the dimensions that are dynamic: "
-                "dynamic_shapes={...}."
+                f"Dimensions cannot be dynamic ({places}): {kind} computes with a size as a "
+                f"constant ({reason}). Read the size off the input where the network has a number "
+                "or a loop, or name the dimensions that are dynamic: dynamic_shapes={...}."
             ) from error
         raise PruningError(
             f"torch.export cannot follow {kind} ({reason}); expected a network without control "

@@ -215,7 +215,14 @@ class Loop(nn.Module):
     """A network that runs a loop over its positions, of which an export keeps the number."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        return sum((ids[:, i].float() * i for i in range(ids.shape[1])), torch.zeros(len(ids)))
+        return sum(ids[:, i] * i for i in range(ids.shape[1]))
+
+
+class Counted(nn.Module):
+    """A network that makes numbers of both sizes."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ids / (int(ids.shape[0]) * int(ids.shape[1]))
 
 
 class Noise(nn.Module):
@@ -245,8 +252,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], object, dict[str, object], str
         Loop,
         {"ids": IDS},
         {},
-        r"The dimension 'length' \(dimension 1 of 'ids'\) cannot be dynamic: Loop computes with",
+        r"Dimensions cannot be dynamic \('length', dimension 1 of 'ids'\): Loop computes with",
     ),
+    "both": (Counted, {"ids": IDS}, {}, r"\('batch', dimension 0 of 'ids'; 'length', dimension 1 "),
     "rows": (Rows, X, {}, r"Rows does not run at other sizes .* batch 1: RuntimeError"),
     "random": (Noise, X, {}, r"output 'output' differs by .* expected at most 1e-04"),
     "cache": (Stateful, X, {}, r"The output 'past_key_values' is a object.*use_cache=False"),
