@@ -73,7 +73,7 @@ def in_bfloat16(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rounded", [in_int8, in_bfloat16])
 @pytest.mark.filterwarnings(
-    # torch says so since 2.10; torchao, which it names instead, is 24 times slower on CPUs.
+    # torchao, which it names instead, is slower than float32 on CPUs in eager mode.
     "ignore:torch.ao.quantization is deprecated:DeprecationWarning",
     "ignore:torch.quantize_per_tensor:UserWarning",
 )
