@@ -26,6 +26,7 @@
 #                      of its own, .venv-zoo; records in benchmarks/records)
 #   make matrix        stop and resume under every strategy, precision and optimizer
 #                      (some minutes; writes docs/matrix.md)
+#   make exports       ONNX files of every family of models, compared in ONNX Runtime (some minutes)
 #   make format        rewrite the code in the project's format
 #   make clean         remove the environment, caches and results of runs
 
@@ -40,7 +41,7 @@ CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.ya
 # Else each of the processes that tests start compiles what it imports, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test benchmark benchmark-full benchmark-large vision decoders costs zoo matrix format clean
+.PHONY: help demo test benchmark benchmark-full benchmark-large vision decoders costs zoo matrix exports format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -70,7 +71,7 @@ benchmark-full: $(VENV)/benchmark.stamp
 	  $(ONE) recovery --tasks movie-snippets 20-newsgroups; two=$$?; wait $$one && exit $$two
 	$(ONE) one-shot ablations distillation layers layers-one-shot
 	$(ONE) layer-choice --models minilm-l6
-	$(MEASURE) latency lengths layers-speed
+	$(MEASURE) latency lengths deploy layers-speed
 	$(MEASURE) lengths --compiled --sparsities 0.75
 	$(TABLES)
 	$(BIN)/python -m benchmarks plots
@@ -113,6 +114,9 @@ zoo: $(ZOO)/zoo.stamp
 
 matrix: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.support.matrix
+
+exports: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest tests/checkpoint/test_onnx.py -m slow
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix-only .
