@@ -122,8 +122,8 @@ def compare(
 
     Args:
         request: The command line.
-        dense: A Hugging Face folder; or a checkpoint, with the files of its LightningCLI.
-        pruned: The other one, likewise.
+        dense: A Hugging Face folder, or a checkpoint and the files of its LightningCLI.
+        pruned: Another folder, or another checkpoint.
         batch: Examples in a call that is timed.
         length: Tokens of an example that is timed.
         batch_size: Rows of a batch of the metric on a data set.
@@ -236,26 +236,23 @@ def _opened(folder: str, device: str = "cpu") -> Any:
     Raises:
         PruningError: If it cannot be opened.
     """
-    from lightning_mi_prune.checkpoint.pretrained import from_pretrained
-    from lightning_mi_prune.export.contents import contents_of
+    from lightning_mi_prune.export.sizes import opened
 
-    transformers = require("transformers", "transformers")
-    name = contents_of(folder).class_name
-    kind = getattr(transformers, str(name), None)
-    if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
-        raise PruningError(
-            f"The config of {folder} names the class {name!r}, which transformers do not have; "
-            "expected a folder that save_pretrained of a model wrote."
-        )
+    logging = require("transformers.utils.logging", "transformers")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        return from_pretrained(kind, folder).eval().to(device)
+        return opened(folder).to(device)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         if isinstance(error, PruningError):
             raise
         raise PruningError(
-            f"{folder} cannot be opened as {name} ({type(error).__name__}: "
+            f"{folder} cannot be opened on {device} ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}); expected the files of save_pretrained."
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _processor(folder: str) -> Any:
@@ -364,7 +361,7 @@ def _modules(request: Request, dense: str, pruned: str, batch_size: int) -> Any:
 INFO = Command.of(info, "small.ckpt")
 CONVERT = Command.of(
     convert,
-    "small.ckpt small --config run.yaml --tokenizer bert-base-uncased",
+    "small.ckpt small --config run.yaml --tokenizer dense",
     entries=_FILES,
     epilog=_CLASSES,
     builds=True,

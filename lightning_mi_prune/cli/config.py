@@ -146,9 +146,12 @@ def read_words(
         if not name.startswith("--") or name == "--":
             raise PruningError(f"{word!r} is no option; expected --NAME VALUE. See --help.")
         name = name[2:]
-        if not equals:
-            value = _value(name, remaining, flags, numbers)
         base = name.partition(".")[0]
+        if not equals:
+            at_end = not remaining or remaining[0].startswith("--")
+            if at_end and name not in flags and base not in outside and not request.help:
+                refuse_unknown(name, taken, "--")
+            value = _value(name, remaining, flags, numbers)
         if name.removesuffix("+") in options:
             request.options.append((name, value))
         elif builds and (name == "config" or (name in _PARTS and value.endswith(_FILES))):

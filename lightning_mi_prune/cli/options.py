@@ -238,7 +238,7 @@ class Command:
             given = ([request] if "request" in first else []) + request.places
             return function(*given, **values)
 
-        lines = [Entry("words", place.upper(), "", texts[place]) for place in places]
+        lines = [Entry("arguments", place.upper(), "", texts[place]) for place in places]
         lines += more.pop("entries", ())
         lines += [Entry.of("options", option) for option in (*options, JSON)]
         return cls(
@@ -264,7 +264,7 @@ class Command:
             f"{start} {self.usage}",
             self.description,
             self.entries,
-            f"{self.epilog}\n\nexample: {start} {self.example}".strip(),
+            f"{self.epilog}\n\nexample:\n  {start} {self.example}".strip(),
         )
 
 

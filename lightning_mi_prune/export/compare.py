@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -263,7 +263,8 @@ def recorded_calls(module: nn.Module) -> Iterator[dict[str, RecordedCall]]:
         "",
         *(n for n, part in module.named_children() if any(True for _ in part.parameters())),
     ]
-    paths += [path for path in (_network_path(module),) if path not in (None, *paths)]
+    inside = _network_path(module)
+    paths += [] if inside is None or inside in paths else [inside]
     handles = [
         module.get_submodule(path).register_forward_pre_hook(partial(keep, path), with_kwargs=True)
         for path in paths
@@ -382,7 +383,7 @@ def metric_of(
         {'accuracy': 0.5}
     """
     name, value, weight = "", 0.0, 0.0
-    many = len(batches) if hasattr(batches, "__len__") else None
+    many = len(batches) if isinstance(batches, Sized) else None
     with undisturbed(network), torch.no_grad():
         for index, batch in enumerate(batches):
             tell(f"metric, batch {index + 1}{'' if many is None else f' of {many}'}")

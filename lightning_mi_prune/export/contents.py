@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_mi_prune.checkpoint.delta import read_delta
 from lightning_mi_prune.checkpoint.loading import read_checkpoint
 from lightning_mi_prune.checkpoint.validation import is_plan, plan_in_state
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, MODEL_TYPE, PruningPlan
 from lightning_mi_prune.core.untrusted import read_object
+from lightning_mi_prune.export.batches import BATCHES_FILE
 from lightning_mi_prune.export.saving import PLAN_FILE
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import count_parameters
@@ -141,13 +143,15 @@ def _folder(folder: Path) -> Contents:
     if not plain:
         also = "" if plain is False else " Transformers alone open it if the config describes it."
         opening = f"lightning_mi_prune.from_pretrained opens it.{also}"
+    delta = read_delta(folder)
+    what = "Hugging Face folder"
     return _contents(
         folder,
-        "Hugging Face folder",
+        what if delta is None else f"{what} of changes to {delta.base[:200]!r}",
         plan,
         found,
         class_name=None if name is None else name[:200],
-        weights=_weights_in(folder),
+        weights=None if delta is not None else _weights_in(folder),
         plain=plain,
         opening=opening,
     )
@@ -233,7 +237,8 @@ def _text(path: Path) -> str:
 
 def _weights_in(folder: Path) -> _Weights | None:
     """Of all files of weights in a folder, without those of adapters."""
-    files = [f for f in sorted(folder.glob("*.safetensors")) if not f.name.startswith("adapter")]
+    others = ("adapter", BATCHES_FILE)
+    files = [f for f in sorted(folder.glob("*.safetensors")) if not f.name.startswith(others)]
     found = [_header(file)[0] for file in files]
     if not files:
         files = sorted(folder.glob("pytorch_model*.bin"))

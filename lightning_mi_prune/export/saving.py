@@ -14,7 +14,7 @@ from uuid import uuid4
 from torch import Tensor, nn
 from torch.distributed import get_rank, is_initialized
 
-from lightning_mi_prune.checkpoint.delta import Delta, delta_between, write_delta
+from lightning_mi_prune.checkpoint.delta import Delta, delta_between, read_delta, write_delta
 from lightning_mi_prune.checkpoint.plain import difference_from_config, with_layer_fields
 from lightning_mi_prune.checkpoint.recorded import present_plan, recorded_graph
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
@@ -101,7 +101,7 @@ def save_pretrained(
     layers = with_layer_fields(network)
     difference = None if layers else difference_from_config(network)
     if delta is not None:
-        difference = f"the weights beside it are changes to {delta.base!r}"
+        difference = _as_changes(delta)
     with _whole_folder(target) as draft:
         network.save_pretrained(draft, state_dict=_contiguous(state))
         if delta is not None:
@@ -144,11 +144,17 @@ def rewrite_card(network: Any, folder: str | Path, measured: Measured) -> Path:
         )
     plan = PruningPlan.from_json((place / PLAN_FILE).read_text(encoding="utf-8"))
     fields = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
-    plain = fields["model_type"] != MODEL_TYPE
+    plain, delta = fields.get("model_type") != MODEL_TYPE, read_delta(place)
     difference = None if plain else difference_from_config(network)
+    if delta is not None:
+        difference = _as_changes(delta)
     text = _card_text(network, place, place.resolve().name, plan, measured, difference)
     write_whole(place / _CARD, text, "The model card")
     return place / _CARD
+
+
+def _as_changes(delta: Delta) -> str:
+    return f"the weights beside it are changes to {delta.base!r}"
 
 
 def _card_text(
