@@ -80,13 +80,16 @@ class Built:
     trainer: pl.Trainer
 
 
-def build(request: Request, names: Collection[str], checkpoint: str | None = None) -> Built:
+def build(
+    request: Request, names: Collection[str], checkpoint: str | None = None, *, quiet: bool = False
+) -> Built:
     """Build what a command line describes; what is ignored is named on stderr.
 
     Args:
         request: The command line.
         names: Names that a file may hold beside those of a LightningCLI.
         checkpoint: Checkpoint with numbers among its hyperparameters, such as a link gave.
+        quiet: Whether what is ignored was named before.
 
     Raises:
         PruningError: If a class, an argument or a value is missing or wrong.
@@ -100,7 +103,7 @@ def build(request: Request, names: Collection[str], checkpoint: str | None = Non
     base = _checked(own, "--cli", LightningCLI) if own else LightningCLI
     builder = type("_OwnBuilder", (_Builder, base), {}) if own else _Builder
     cli = builder(request, model, data, names=names, checkpoint=checkpoint)
-    if cli.ignored:
+    if cli.ignored and not quiet:
         ignored = ", ".join(dict.fromkeys(cli.ignored))
         sys.stderr.write(f"ignored, not used here: {ignored}\n")
     return Built(cli.model, cli.datamodule if rows is None else rows, cli.trainer)

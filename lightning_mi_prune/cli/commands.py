@@ -348,7 +348,7 @@ def _modules(request: Request, dense: str, pruned: str, batch_size: int) -> Any:
     from lightning_mi_prune.cli.building import build
     from lightning_mi_prune.cli.pruning import NAMES, RowsModule
 
-    built = [build(request, NAMES, path) for path in (dense, pruned)]
+    built = [build(request, NAMES, dense), build(request, NAMES, pruned, quiet=True)]
     modules = [
         load_pruned(one.model, path) for one, path in zip(built, (dense, pruned), strict=True)
     ]

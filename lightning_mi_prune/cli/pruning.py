@@ -24,7 +24,7 @@ from lightning_mi_prune.checkpoint.loading import load_pruned
 from lightning_mi_prune.cli.building import TRAINER, build
 from lightning_mi_prune.cli.config import Request
 from lightning_mi_prune.cli.options import JSON, Command, Entry, grouped, options_of
-from lightning_mi_prune.cli.printing import Shown
+from lightning_mi_prune.cli.printing import Shown, print_progress
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.files import check_writable
 from lightning_mi_prune.core.options import Importance
@@ -155,6 +155,7 @@ def prune_module(
     relevance = (options.get("importance") or Importance()).relevance
     if relevance == "gradient" and is_overridden("train_dataloader", source):
         training = _Batches(model, data, "train_dataloader", "max_size_cycle")
+    print_progress("pruning: calibration, ranking, reconstruction")
     result = prune(
         model,
         validation,
@@ -162,6 +163,7 @@ def prune_module(
         training=training,
         **options,
     )
+    print_progress("")
     after = metrics_of(trainer, model, data, evaluate)
     _save(trainer, model, target)
     return Pruned(result, before, after, target)
@@ -260,9 +262,9 @@ PRUNE = Command(
         *grouped(OPTIONS, _OWN),
     ),
     epilog=(
-        "Arguments of the classes: --model.NAME VALUE, --data.NAME VALUE. Trainer, as in "
-        f"Lightning: --trainer.NAME VALUE with {', '.join(TRAINER)}. Defaults are in [brackets]. "
-        "Options can also be in the file; those of the command line override it. Values are YAML: "
+        "Arguments: --model.NAME VALUE, --data.NAME VALUE; --trainer.NAME VALUE with "
+        f"{', '.join(TRAINER)}. Defaults: [in brackets]. "
+        "Options can be in the file too; the command line overrides it. Values are YAML: "
         "--kinds '[ffn, heads]', --constraints.floors '{ffn$: 0.25}'."
     ),
     run=_prune,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -297,6 +298,19 @@ def test_any_file_of_a_lightning_cli(form):
     body, words = FORMS[form]
     main(["prune", *write(body), *words])
     opened(cls=Own if form == "own dataloaders" else Net)
+
+
+def test_with_json_nothing_else_is_on_stdout(capsys):
+    """Not even the bar of Lightning."""
+    main(["prune", *write(NAMED), "--trainer.enable_progress_bar", "true", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    module = opened()
+    assert told["checkpoint"] == "pruned.ckpt"
+    assert told["after"]["parameters"] == sum(p.numel() for p in module.parameters())
+    assert told["before"]["parameters"] == sum(p.numel() for p in Net(3).parameters())
+    assert set(told["before"]["metrics"]) == set(told["after"]["metrics"]) == {"val_loss"}
+    main(["info", "pruned.ckpt", "--json"])
+    assert json.loads(capsys.readouterr().out)["plan_digest"] == told["plan_digest"]
 
 
 def test_files_are_laid_over_each_other_and_words_over_files(monkeypatch):
