@@ -28,6 +28,7 @@ from lightning_mi_prune.cli.printing import Shown, print_progress
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.files import check_writable
 from lightning_mi_prune.core.options import Importance
+from lightning_mi_prune.export.contents import contents_of
 from lightning_mi_prune.pruner import PruneResult, prune
 from lightning_mi_prune.reporting.tables import Table
 
@@ -89,7 +90,7 @@ class Pruned:
             "sparsity": result.sparsity,
             "before": sides[0],
             "after": sides[1],
-            "plan_digest": result.plan.digest(),
+            "plan_digest": contents_of(self.path).plan_digest,
         }
         line = f"The pruned checkpoint is {self.path}; open it with load_pruned."
         return Shown(body, [Table(title, ("", "before", "after"), rows, ("",))], [line])

@@ -507,7 +507,7 @@ def _bytes(network: nn.Module) -> int:
 
 
 def _prunable(dense: nn.Module, pruned: nn.Module) -> tuple[int, int] | None:
-    """Parameters of what was cut, where that explains the whole difference of the two models."""
+    """Parameters of the kinds of groups that were cut, where these explain the whole difference."""
     tracker = PlanTracker.held_by(pruned)
     if tracker is not None and tracker.is_known:
         graph, plan = tracker.graph, tracker.plan
@@ -516,8 +516,10 @@ def _prunable(dense: nn.Module, pruned: nn.Module) -> tuple[int, int] | None:
         if recorded is None:
             return None
         graph, plan = recorded, present_plan(pruned, recorded.groups)
-    before = count_parameters(graph.groups)
-    after = count_parameters(graph.groups, plan.widths)
+    kinds = {group.kind for group in graph.groups if plan.width(group.name) < group.size}
+    groups = [group for group in graph.groups if group.kind in kinds]
+    before = count_parameters(groups)
+    after = count_parameters(groups, plan.widths)
     gone = _parameters(dense) - _parameters(pruned)
     return (before, after) if before - after == gone else None
 
