@@ -28,6 +28,7 @@
 #                      (some minutes; writes docs/matrix.md)
 #   make fuzz          10,000 damaged files and texts over all readers, new ones at every run
 #                      (a quarter of an hour); make fuzz FUZZ_SEED=7 repeats a run
+#   make exports       ONNX files of every family of models, compared in ONNX Runtime (some minutes)
 #   make format        rewrite the code in the project's format
 #   make clean         remove the environment, caches and results of runs
 
@@ -42,7 +43,7 @@ CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.ya
 # Else each of the processes that tests start compiles what it imports, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test benchmark benchmark-full benchmark-large vision decoders costs zoo matrix fuzz format clean
+.PHONY: help demo test benchmark benchmark-full benchmark-large vision decoders costs zoo matrix exports fuzz format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -72,7 +73,7 @@ benchmark-full: $(VENV)/benchmark.stamp
 	  $(ONE) recovery --tasks movie-snippets 20-newsgroups; two=$$?; wait $$one && exit $$two
 	$(ONE) one-shot ablations distillation layers layers-one-shot
 	$(ONE) layer-choice --models minilm-l6
-	$(MEASURE) latency lengths layers-speed
+	$(MEASURE) latency lengths deploy layers-speed
 	$(MEASURE) lengths --compiled --sparsities 0.75
 	$(TABLES)
 	$(BIN)/python -m benchmarks plots
@@ -119,6 +120,9 @@ matrix: $(VENV)/dev.stamp
 fuzz: export FUZZ ?= 10000
 fuzz: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/fuzz
+
+exports: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest tests/checkpoint/test_onnx.py -m slow
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix-only .

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import comparison, decoder_pages, layer_pages, memory
 from benchmarks.comparison import nats, points, row, spread, with_head
+from benchmarks.deploy import WAYS
 from benchmarks.latency import BATCHES
 from benchmarks.methods import DEFAULT, SETTINGS, Name
 from benchmarks.records import FOLDER, Record, Store
@@ -38,6 +39,7 @@ DOCS = (
     "comparison",
     "cost",
     "decoders",
+    "deploy",
     "distributed",
     "layers",
     "memory",
@@ -446,6 +448,34 @@ def lengths(records: Records) -> list[str]:
     return lines[:-1]
 
 
+def deploy(records: Records) -> list[str]:
+    """Size and latency of the dense and the pruned model in every way to serve them."""
+
+    def cell(ms: Mapping[str, float]) -> str:
+        return f"{digits(ms['median'])} ({digits(ms['min'])} .. {digits(ms['max'])})"
+
+    sizes = [f"batch {rows}" for rows in BATCHES]
+    head = ["served by", *(f"{name}, MB" for name in ("dense", "pruned"))]
+    head += [f"{name}, {size}, ms" for size in sizes for name in ("dense", "pruned")]
+    head += [f"times as fast as dense PyTorch, {size}" for size in sizes]
+    lines: list[str] = []
+    for r in sorted(records, key=lambda r: (r["task"], r["sparsity"], r["cpu"], r["threads"])):
+        rows = []
+        for way, label in WAYS.items():
+            both = [r[name][way] for name in ("dense", "pruned")]
+            cells = [label, *(f"{found['mb']:.1f}" for found in both)]
+            keys = [f"ms_b{rows}" for rows in BATCHES]
+            cells += [cell(found[key]) for key in keys for found in both]
+            eager = r["dense"]["eager"]
+            cells += [f"{eager[key]['median'] / both[1][key]['median']:.1f}" for key in keys]
+            rows.append(row(cells))
+        removed = f"{r['sparsity']:.0%} of the prunable parameters removed"
+        lines += [f"{r['task']}, {removed}, {r['length']} tokens.", "", *with_head(head, rows), ""]
+        found = f"{r['rounds']} rounds in turn, ONNX Runtime {r['onnxruntime']}"
+        lines += [f"{measured_on([r])[0].removesuffix('.')}, {found}.", ""]
+    return lines[:-1]
+
+
 # ------------------------------------------------------------------------------------------- pages
 
 TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
@@ -456,6 +486,7 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "comparison-nats": ("recovery", partial(comparison.tables, measure="nats")),
     "distillation": ("distillation", distillation),
     "lengths": ("lengths", lengths),
+    "deploy": ("deploy", deploy),
     "ablations": ("ablations", ablations),
     "costs-machine": ("costs", measured_on),
     "costs": ("costs", cost_parts),

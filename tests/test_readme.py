@@ -24,7 +24,7 @@ CODE = {name: re.findall(r"```python\n(.*?)```", text, re.S) for name, text in P
 SHOWS = {  # what the blocks of a page print, in their order
     "README.md": r"Linear\(in_features=32, out_features=(?!64).*Linear\(in_features=16, "
     r"out_features=24, .*\(1348, 508\)",
-    "docs/deploy.md": "",
+    "docs/deploy.md": r"^{'input_ids': \('batch', 'length'\)} {'logits': \('batch', 2\)} 512\n$",
     "docs/discovery.md": r"parameters .* in 1 group\nchannels 16 \('4',\)\n",
     "docs/layers.md": r"^3 \(",
     "docs/memory.md": r"^low Sequential\(.*out_features=48, ",

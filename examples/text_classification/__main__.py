@@ -4,7 +4,8 @@
 
 `fit` trains with the callbacks of the YAML, tests on rows that calibration did not use, trains a
 dense control for the same number of epochs, and writes the pruned model, its tokenizer and
-`report.json` to `runs/<name>/`. `validate`, `test` and `predict` take the same YAML.
+`report.json` to `runs/<name>/`, the control and the test rows to `dense` and `test_rows` there.
+`validate`, `test` and `predict` take the same YAML.
 """
 
 import copy
@@ -112,6 +113,9 @@ class TextClassificationCLI(LightningCLI):
             extra["before"]["fit_seconds"] = time.perf_counter() - started
             metrics = trainer.test(self.dense, self.datamodule, verbose=False)[0]
             extra["before"]["metrics"] = named(metrics)
+            if first:
+                self.dense.network.save_pretrained(self.folder / "dense")
+                self.datamodule.splits["test"].save_to_disk(self.folder / "test_rows")
         if first:
             callback.report.write(path, extra)
             print_summary(callback.report.to_dict(), extra, self.folder)
@@ -229,6 +233,11 @@ def print_summary(report: dict[str, Any], extra: dict[str, Any], folder: Path) -
         f"\nPruning took {pruning:.0f} of {training:.0f} s of training ({pruning / training:.0%}).",
         f"\nThe pruned model and report.json are in {folder}",
     )
+    if before["metrics"]:
+        print(
+            f"Measure both again: lightning-mi-prune compare {folder / 'dense'} {folder} "
+            f"--data {folder / 'test_rows'}"
+        )
 
 
 def main() -> None:

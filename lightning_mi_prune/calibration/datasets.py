@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ class DatasetBatches:
         self._batch_size = batch_size
         next(iter(self))  # refuses what can be refused now
 
+    @property
+    def rows(self) -> int:
+        """Rows of the data set."""
+        return len(self._data)
+
     def __len__(self) -> int:
         return -(-len(self._data) // self._batch_size)
 
@@ -60,15 +65,18 @@ class DatasetBatches:
             yield {name: _stacked(name, value, lengths) for name, value in batch.items()}
 
 
-def batches_of(data: Any, *, batch_size: int = 32, seed: int = 0) -> Iterable[Any]:
+def batches_of(
+    data: Any, *, batch_size: int = 32, seed: int = 0, splits: Sequence[str] = _SPLITS
+) -> Iterable[Any]:
     """Batches that can be read more than once.
 
     Args:
-        data: A ``datasets.Dataset``; a ``DatasetDict``, of which the split ``validation`` is read,
-            else ``train``, else its only one; the folder that ``save_to_disk`` wrote; or what
+        data: A ``datasets.Dataset``; a ``DatasetDict``, of which the first of ``splits`` is read,
+            else its only one; the folder that ``save_to_disk`` wrote; or what
             ``datasets.load_dataset`` takes, a name or a folder. Anything else is returned as it is.
         batch_size: Rows of a batch.
         seed: Seed of the order of the rows.
+        splits: Splits in the order in which they are looked for.
 
     Raises:
         PruningError: If the data set cannot be opened or made into tensors, or if the ``datasets``
@@ -92,8 +100,8 @@ def batches_of(data: Any, *, batch_size: int = 32, seed: int = 0) -> Iterable[An
             "Load it without streaming=True, or pass a DataLoader."
         )
     if isinstance(data, package.DatasetDict):
-        names = [name for name in _SPLITS if name in data] or list(data)
-        if len(names) > 1 and names[0] not in _SPLITS:
+        names = [name for name in splits if name in data] or list(data)
+        if len(names) > 1 and names[0] not in splits:
             raise PruningError(
                 f"The data set has the splits {names}; pass one: data[{names[0]!r}]."
             )

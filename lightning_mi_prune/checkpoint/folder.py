@@ -59,10 +59,14 @@ def check_folder(source: Any, options: Mapping[str, Any]) -> None:
         with reading(str(path), _REMEDY):
             _check_index(index)
     for path in sorted(folder.glob(_ARCHIVES)):
-        try:
-            check_archive(path)
-        except PruningError as error:
-            raise PruningError(f"{error} Copy or save the folder again.") from error
+        _check_weights(path)
+
+
+def _check_weights(path: Path) -> None:
+    try:
+        check_archive(path)
+    except PruningError as error:
+        raise PruningError(f"{error} Copy or save the folder again.") from error
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from lightning_mi_prune.core.errors import PruningError
 
 __all__ = [
     "load_pruned",
+    "read_checkpoint",
     "read_tensors",
     "substitute_class",
 ]
@@ -186,7 +187,7 @@ def _build(
     except Exception as error:
         if "://" in str(path):
             raise
-        checkpoint = _open(path)  # raises what is wrong with the file, if it is the file
+        checkpoint = read_checkpoint(path)  # raises what is wrong with the file, if it is the file
         if "state_dict" not in checkpoint or "pytorch-lightning_version" not in checkpoint:
             raise PruningError(
                 f"{path} was not saved by a Trainer, so it cannot build a {cls.__name__}; build "
@@ -222,7 +223,7 @@ def _named_class(
     every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not every or "://" in str(path) or options.get("hparams_file") is not None:
         return cls, None
-    stored = _open(path, "meta").get(getattr(cls, "CHECKPOINT_HYPER_PARAMS_KEY", ""))
+    stored = read_checkpoint(path, "meta").get(getattr(cls, "CHECKPOINT_HYPER_PARAMS_KEY", ""))
     named = stored.get("_class_path") if isinstance(stored, Mapping) else None
     if not isinstance(stored, Mapping) or not isinstance(named, str):
         return cls, None
@@ -239,7 +240,7 @@ def _named_class(
 
 
 def _fill(module: nn.Module, path: str | Path, map_location: Any, strict: bool | None) -> None:
-    checkpoint = _open(path, map_location or "cpu")
+    checkpoint = read_checkpoint(path, map_location or "cpu")
     state = checkpoint.get("state_dict", checkpoint)
     before = _Snapshot(module)
     tracker = PlanTracker(module) if PlanTracker.held_by(module) is None else None
@@ -385,8 +386,19 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _open(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """A checkpoint, or a bare state dict."""
+def read_checkpoint(
+    path: str | Path, map_location: Any = "cpu", *, mmap: bool = False
+) -> dict[str, Any]:
+    """A checkpoint, or a bare state dict; no code of the file is run.
+
+    Args:
+        path: The file.
+        map_location: As for ``torch.load``.
+        mmap: Whether tensors are read from the file when they are used.
+
+    Raises:
+        PruningError: If it is neither, or it is damaged, or it would run code.
+    """
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -394,7 +406,9 @@ def _open(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
             found: Any = load_file(path, device=str(torch.device(map_location)))
         else:
             check_archive(path)
-            found = torch.load(path, map_location=map_location, weights_only=True)
+            found = torch.load(
+                path, map_location=map_location, weights_only=True, mmap=mmap or None
+            )
     except FileNotFoundError as error:
         raise PruningError(f"There is no file {str(path)!r}; expected a local path.") from error
     except IsADirectoryError as error:

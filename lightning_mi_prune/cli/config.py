@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ class Request:
     """What a command line asks for.
 
     Args:
+        places: Words that belong to no option, in order.
         files: Contents of the files of ``--config``, in order.
         classes: Values of ``--model``, ``--data`` and ``--cli``.
         options: The command's own options.
@@ -60,6 +62,7 @@ class Request:
         help: Whether help is all that is wanted.
     """
 
+    places: list[str] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
     options: list[tuple[str, str]] = field(default_factory=list)
@@ -94,12 +97,24 @@ class Block:
         return block
 
 
-def read_words(words: Sequence[str], options: Collection[str]) -> Request:
+def read_words(
+    words: Sequence[str],
+    options: Collection[str],
+    *,
+    flags: Collection[str] = (),
+    numbers: Collection[str] = (),
+    builds: bool = True,
+    file_places: bool = False,
+) -> Request:
     """What a command line asks for; the files that it names are read.
 
     Args:
-        words: Arguments of the command.
-        options: Names of the command's own options, with dots for fields of records.
+        words: Arguments of the subcommand.
+        options: Names of its own options, with dots for fields of records.
+        flags: Those that need no value.
+        numbers: Those that take all numbers that follow.
+        builds: Whether the files and options of a LightningCLI are taken too.
+        file_places: Whether words that belong to no option are such files.
 
     Raises:
         PruningError: If a word is no option, or a file cannot be read.
@@ -107,41 +122,74 @@ def read_words(words: Sequence[str], options: Collection[str]) -> Request:
     Example:
         >>> read_words(["--sparsity=0.6", "--model", "my.Net", "--model.width", "8"], ["sparsity"])
         ... # doctest: +NORMALIZE_WHITESPACE
-        Request(files={}, classes={'model': 'my.Net'}, options=[('sparsity', '0.6')],
+        Request(places=[], files={}, classes={'model': 'my.Net'}, options=[('sparsity', '0.6')],
             others=[('model.width', '8')], help=False)
+        >>> found = read_words(["a", "--n", "1", "2", "b"], ["n"], numbers=["n"])
+        >>> found.places, found.options
+        (['a', 'b'], [('n', '[1, 2]')])
     """
     request, unknown = Request(), []
     outside = (*_PARTS, "seed_everything")
-    remaining = iter(words)
-    for word in remaining:
+    taken = (*options, *((*outside, "cli", "config") if builds else ()))
+    remaining = deque(words)
+    while remaining:
+        word = remaining.popleft()
         name, equals, value = word.partition("=")
         if word in ("-h", "--help"):
             request.help = True
+            continue
+        if not word.startswith("-"):
+            if file_places:
+                _add_file(request, word)
+            else:
+                request.places.append(word)
             continue
         name = "--config" if name == "-c" else name
         if not name.startswith("--") or name == "--":
             raise PruningError(f"{word!r} is no option; expected --NAME VALUE. See --help.")
         name = name[2:]
-        if not equals:
-            value = next(remaining, "--")
-            if value.startswith("--"):
-                raise PruningError(f"--{name} has no value; expected --{name} VALUE. See --help.")
         base = name.partition(".")[0]
-        if name == "config" or (name in _PARTS and value.endswith(_FILES)):
-            body = read_file(value)
-            request.files.pop(value, None)  # the later place counts
-            request.files[value] = body if name == "config" else {name: body}
-        elif name in _CLASSES:
-            request.classes[name] = value
-        elif name.removesuffix("+") in options:
+        if not equals:
+            at_end = not remaining or remaining[0].startswith("--")
+            if at_end and name not in flags and base not in outside and not request.help:
+                refuse_unknown(name, taken, "--")
+            value = _value(name, remaining, flags, numbers)
+        if name.removesuffix("+") in options:
             request.options.append((name, value))
+        elif builds and (name == "config" or (name in _PARTS and value.endswith(_FILES))):
+            _add_file(request, value, None if name == "config" else name)
+        elif builds and name in _CLASSES:
+            request.classes[name] = value
         else:
             request.others.append((name, value))
-            if base not in outside:
+            if not builds or base not in outside:
                 unknown.append(name)
     if unknown and "cli" not in request.classes and not request.help:
-        refuse_unknown(unknown[0], [*options, *outside, "cli", "config"], "--")
+        refuse_unknown(unknown[0], taken, "--")
     return request
+
+
+def _add_file(request: Request, path: str, part: str | None = None) -> None:
+    """Lay a file, or one of a part alone, over those before it."""
+    body = read_file(path)
+    request.files.pop(path, None)  # the later place counts
+    request.files[path] = body if part is None else {part: body}
+
+
+def _value(
+    name: str, remaining: deque[str], flags: Collection[str], numbers: Collection[str]
+) -> str:
+    """The value of an option, out of the words that follow it."""
+    if name in flags and (not remaining or remaining[0].lower() not in ("true", "false")):
+        return "true"
+    if name in numbers and remaining and remaining[0].isdecimal():
+        found = []
+        while remaining and remaining[0].isdecimal():
+            found.append(remaining.popleft())
+        return f"[{', '.join(found)}]"
+    if not remaining or remaining[0].startswith("--"):
+        raise PruningError(f"--{name} has no value; expected --{name} VALUE. See --help.")
+    return remaining.popleft()
 
 
 def read_file(path: str | Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:

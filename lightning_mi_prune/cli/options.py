@@ -6,6 +6,7 @@ import argparse
 import inspect
 import re
 import shutil
+import textwrap
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -16,12 +17,17 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
 
 from lightning_mi_prune.allocation.budget import budget_of
-from lightning_mi_prune.cli.config import one_sentence, refuse_unknown
+from lightning_mi_prune.cli.config import Request, one_sentence, refuse_unknown
+from lightning_mi_prune.cli.printing import Shown
 from lightning_mi_prune.core import options as records
 from lightning_mi_prune.core.errors import PruningError
 
 __all__ = [
+    "JSON",
+    "Command",
+    "Entry",
     "Option",
+    "grouped",
     "help_text",
     "options_of",
     "values_of",
@@ -53,9 +59,21 @@ class Option:
     record: type[Any] | None = None
 
     @property
+    def is_flag(self) -> bool:
+        """Whether it is off unless it is given."""
+        return self.kind is bool and self.default is False and self.record is None
+
+    @property
+    def takes_numbers(self) -> bool:
+        """Whether it takes all whole numbers that follow."""
+        return get_origin(self.kind) is Sequence and get_args(self.kind) == (int,)
+
+    @property
     def value_name(self) -> str:
         """What stands for its value in the help."""
         kind = self.kind
+        if self.takes_numbers:
+            return "N ..."
         if type(None) in get_args(kind):
             kind = next(k for k in get_args(kind) if k is not type(None))
         return "WORD" if get_origin(kind) is Literal else _VALUES[get_origin(kind) or kind]
@@ -139,48 +157,178 @@ def values_of(
     return values
 
 
-def help_text(
-    options: Sequence[Option],
-    own: Collection[str],
-    classes: Mapping[str, str],
-    trainer: Sequence[str],
-) -> str:
-    """The help: options in groups, as wide as the terminal but no wider than 100 columns.
+@dataclass(frozen=True)
+class Entry:
+    """A line of a help text.
 
     Args:
-        options: The options.
-        own: Names of those that are not about how to prune.
-        classes: What stands for files and classes, with a text each.
-        trainer: Options of the trainer that are used.
+        title: The group that it is in.
+        name: The word, with dashes if it is an option.
+        value: What stands for its value; empty where it has none.
+        text: A sentence about it.
+    """
+
+    title: str
+    name: str
+    value: str
+    text: str
+
+    @classmethod
+    def of(cls, title: str, option: Option) -> Entry:
+        """The line of an option, with its default."""
+        text, default = option.text.replace("None", "null"), option.default
+        if default not in (None, "", {}) and default is not False:
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            text += f" [{shown.lower()}]"
+        value = "" if option.is_flag else option.value_name
+        return cls(title, f"--{option.name}", value, text)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Args:
+        name: Its name.
+        usage: What follows the name.
+        description: What it does.
+        example: What follows the name, in an example.
+        options: Its options.
+        entries: The lines of its help.
+        run: Takes what the command line asks for, and the values of the options.
+        places: Names of the words that it needs, in order.
+        epilog: What else must be known.
+        builds: Whether it takes files and options of a LightningCLI.
+        file_places: Whether words that belong to no option are such files.
+        from_files: Whether its options can be in these files.
+    """
+
+    name: str
+    usage: str
+    description: str
+    example: str
+    options: Sequence[Option]
+    entries: Sequence[Entry]
+    run: Callable[[Request, Mapping[str, Any]], Shown]
+    places: Sequence[str] = ()
+    epilog: str = ""
+    builds: bool = False
+    file_places: bool = False
+    from_files: bool = False
+
+    @classmethod
+    def of(cls, function: Callable[..., Shown], example: str, **more: Any) -> Command:
+        """A subcommand from a function, with a type and a text for each argument.
+
+        Positional arguments are words, keyword arguments are options. An argument ``request`` gets
+        the whole command line.
+
+        Args:
+            function: Its name, with ``_`` at the end or not, is that of the subcommand.
+            example: What follows the name, in an example.
+            more: Other fields.
+        """
+        name, texts = function.__name__.rstrip("_"), _texts(function)
+        parameters = inspect.signature(function).parameters
+        first = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
+        places = [n for n in first if n != "request"]
+        options = tuple(options_of(function, first))
+
+        def run(request: Request, values: Mapping[str, Any]) -> Shown:
+            given = ([request] if "request" in first else []) + request.places
+            return function(*given, **values)
+
+        lines = [Entry("arguments", place.upper(), "", texts[place]) for place in places]
+        lines += more.pop("entries", ())
+        lines += [Entry.of("options", option) for option in (*options, JSON)]
+        return cls(
+            name=name,
+            usage=" ".join([*map(str.upper, places), "[options]"]),
+            description=" ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split()),
+            example=example,
+            options=options,
+            entries=tuple(lines),
+            run=run,
+            places=tuple(place.upper() for place in places),
+            **more,
+        )
+
+    def help(self, program: str) -> str:
+        """Its help text.
+
+        Args:
+            program: Name of the program.
+        """
+        start = f"{program} {self.name}"
+        return help_text(
+            f"{start} {self.usage}",
+            self.description,
+            self.entries,
+            f"{self.epilog}\n\nexample:\n  {start} {self.example}".strip(),
+        )
+
+
+JSON = Option("json", bool, False, "One JSON object on stdout, nothing else.")
+
+
+def help_text(usage: str, description: str, entries: Sequence[Entry], epilog: str) -> str:
+    """A help text: options in groups, as wide as the terminal but no wider than 100 columns.
+
+    Args:
+        usage: The form of a command line.
+        description: What it does.
+        entries: Its lines.
+        epilog: What else must be known; lines that start with spaces stay as they are.
+
+    Example:
+        >>> print(help_text("resize FILE", "Resize.", [Entry("files", "FILE", "", "It.")], ""))
+        usage: resize FILE
+        <BLANKLINE>
+        Resize.
+        <BLANKLINE>
+        files:
+          FILE  It.
+        <BLANKLINE>
     """
     width = max(80, min(100, shutil.get_terminal_size().columns))
     parser = argparse.ArgumentParser(
-        "lightning-mi-prune",
-        usage="%(prog)s --config FILE [--model CLASS] [--data CLASS] [options]",
-        description="Prune a LightningModule on its data in one shot, and save it as a checkpoint.",
-        epilog=(
-            "Arguments of the classes: --model.NAME VALUE, --data.NAME VALUE. Trainer, as in "
-            f"Lightning: --trainer.NAME VALUE with {', '.join(trainer)}. Defaults are in "
-            "[brackets]. Options can also be in the file; those of the command line override it. "
-            "Values are YAML: --kinds '[ffn, heads]', --constraints.floors '{ffn$: 0.25}'. An "
-            "error ends with exit code 2."
-        ),
+        usage=usage.replace("%", "%%"),
         formatter_class=partial(argparse.HelpFormatter, max_help_position=33, width=width),
         add_help=False,
     )
     groups: dict[str, Any] = {}
+    for entry in entries:
+        if entry.title not in groups:
+            groups[entry.title] = parser.add_argument_group(entry.title)
+        text = entry.text.replace("%", "%%")
+        if not entry.name.startswith("-"):
+            groups[entry.title].add_argument(entry.name, help=text)
+        elif entry.value:
+            groups[entry.title].add_argument(entry.name, metavar=entry.value, help=text)
+        else:
+            groups[entry.title].add_argument(entry.name, action="store_true", help=text)
+    head, _, rest = parser.format_help().partition("\n\n")
+    paragraphs = (_wrapped(text, width) for text in (head, description, rest.rstrip(), epilog))
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
 
-    def add(title: str, name: str, value: str, text: str) -> None:
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(f"--{name}", metavar=value, help=text.replace("%", "%%"))
 
-    for name, text in classes.items():
-        add("what to prune", name, "FILE" if name == "config" else "CLASS", text)
+def _wrapped(text: str, width: int) -> str:
+    """Text in lines, but for lines that start with spaces or that are lines already."""
+    lines = []
+    for line in text.splitlines():
+        keep = len(line) <= width or line.startswith(" ")
+        lines += [line] if keep else textwrap.wrap(line, width, break_long_words=False)
+    return "\n".join(lines)
+
+
+def grouped(options: Sequence[Option], own: Collection[str]) -> Iterator[Entry]:
+    """Lines for options of pruning, by what they are about.
+
+    Args:
+        options: The options.
+        own: Names of those that are not about how to prune.
+    """
     for option in sorted(options, key=lambda option: option.name not in own):
-        text = option.text.replace("None", "null")
-        if option.default not in (None, "") and option.default != {}:
-            text += f" [{str(option.default).lower()}]"
         if option.record is not None:
             title = _first_sentence(inspect.getdoc(option.record) or "").rstrip(".").lower()
         elif option.name in own:
@@ -189,8 +337,7 @@ def help_text(
             title = "how small (one of these; else sparsity 0.5)"
         else:
             title = "which units"
-        add(title, option.name, option.value_name, text)
-    return parser.format_help()
+        yield Entry.of(title, option)
 
 
 def _texts(documented: Any) -> dict[str, str]:

@@ -20,6 +20,7 @@ __all__ = [
     "mapping",
     "number",
     "read_json",
+    "read_object",
     "read_text",
     "reading",
     "text",
@@ -262,12 +263,40 @@ def read_json(given: Any, what: str, *, version: int, longest: int) -> dict[str,
         lightning_mi_prune.core.errors.PruningError: The note has version True; this package reads \
 version 1.
     """
+    body = read_object(given, what, longest=longest)
+    found = body.get("version")
+    if type(found) is not int or found != version:
+        raise PruningError(
+            f"{what} has version {described(found)}; this package reads version {version}."
+        )
+    return body
+
+
+def read_object(
+    given: Any, what: str, *, longest: int = 2**28, constants: bool = False
+) -> dict[str, Any]:
+    """The object in any JSON text; duplicate keys are refused.
+
+    Args:
+        given: The text.
+        what: Name of the text in the error message.
+        longest: Maximal number of characters.
+        constants: Whether NaN and infinities may occur.
+
+    Raises:
+        PruningError: If the text is anything else.
+
+    Example:
+        >>> read_object('{"a": 2}', "The note")
+        {'a': 2}
+    """
     if not isinstance(given, str):
         raise PruningError(f"{what} is {described(given)}; expected JSON text.")
     if len(given) > longest:
         raise PruningError(f"{what} has {len(given)} characters; expected at most {longest}.")
     try:
-        body = json.loads(given, object_pairs_hook=_object, parse_constant=_no_constant)
+        constant = None if constants else _no_constant
+        body = json.loads(given, object_pairs_hook=_object, parse_constant=constant)
     except RecursionError as error:
         raise PruningError(
             f"{what} is not valid JSON (nested too deeply); was it edited?"
@@ -276,11 +305,6 @@ version 1.
         raise PruningError(f"{what} is not valid JSON ({error}); was it edited?") from error
     if not isinstance(body, dict):
         raise PruningError(f"{what} is {described(body)}; expected a JSON object.")
-    found = body.get("version")
-    if type(found) is not int or found != version:
-        raise PruningError(
-            f"{what} has version {described(found)}; this package reads version {version}."
-        )
     return body
 
 

@@ -14,19 +14,20 @@ from uuid import uuid4
 from torch import Tensor, nn
 from torch.distributed import get_rank, is_initialized
 
-from lightning_mi_prune.checkpoint.delta import Delta, delta_between, write_delta
+from lightning_mi_prune.checkpoint.delta import Delta, delta_between, read_delta, write_delta
 from lightning_mi_prune.checkpoint.plain import difference_from_config, with_layer_fields
 from lightning_mi_prune.checkpoint.recorded import present_plan, recorded_graph
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import is_plan
 from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.files import write_whole
 from lightning_mi_prune.core.plan import MODEL_TYPE, OPENING_FIELD, TYPE_FIELD, PruningPlan
 from lightning_mi_prune.export.batches import BATCHES_FILE, store_batches
 from lightning_mi_prune.export.card import Card, Measured, card_of
 from lightning_mi_prune.export.code import CODE_FILE, code_fields, code_of
 from lightning_mi_prune.graph.graph import PruningGraph
 
-__all__ = ["PLAN_FILE", "check_target", "network_of", "save_pretrained"]
+__all__ = ["PLAN_FILE", "check_target", "network_of", "rewrite_card", "save_pretrained"]
 
 PLAN_FILE = "pruning_plan.json"
 _CARD = "README.md"
@@ -100,7 +101,7 @@ def save_pretrained(
     layers = with_layer_fields(network)
     difference = None if layers else difference_from_config(network)
     if delta is not None:
-        difference = f"the weights beside it are changes to {delta.base!r}"
+        difference = _as_changes(delta)
     with _whole_folder(target) as draft:
         network.save_pretrained(draft, state_dict=_contiguous(state))
         if delta is not None:
@@ -116,20 +117,68 @@ def save_pretrained(
             (draft / CODE_FILE).write_text(code_of(network), encoding="utf-8")
         if plan is not None:
             (draft / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
-        weights = {*draft.glob("*.safetensors")} - {draft / BATCHES_FILE}
-        size = sum(file.stat().st_size for file in weights)
-        card = Card(
+        text = _card_text(network, draft, target.name, plan, measured or Measured(), difference)
+        (draft / _CARD).write_text(text, encoding="utf-8")
+    return target
+
+
+def rewrite_card(network: Any, folder: str | Path, measured: Measured) -> Path:
+    """Write the model card of a folder of :func:`save_pretrained` again.
+
+    Args:
+        network: The network in it.
+        folder: The folder.
+        measured: What was measured of it; what an older card said is gone.
+
+    Returns:
+        The card.
+
+    Raises:
+        PruningError: If the folder holds no plan, or the card cannot be written.
+    """
+    place = Path(folder)
+    if not (place / PLAN_FILE).is_file():
+        raise PruningError(
+            f"{place} has no {PLAN_FILE}; expected a folder that "
+            "lightning_mi_prune.save_pretrained wrote of a pruned model. Save it with that."
+        )
+    plan = PruningPlan.from_json((place / PLAN_FILE).read_text(encoding="utf-8"))
+    fields = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
+    plain, delta = fields.get("model_type") != MODEL_TYPE, read_delta(place)
+    difference = None if plain else difference_from_config(network)
+    if delta is not None:
+        difference = _as_changes(delta)
+    text = _card_text(network, place, place.resolve().name, plan, measured, difference)
+    write_whole(place / _CARD, text, "The model card")
+    return place / _CARD
+
+
+def _as_changes(delta: Delta) -> str:
+    return f"the weights beside it are changes to {delta.base!r}"
+
+
+def _card_text(
+    network: Any,
+    folder: Path,
+    name: str,
+    plan: PruningPlan | None,
+    measured: Measured,
+    difference: str | None,
+) -> str:
+    """The card of a folder whose other files are there."""
+    weights = {*folder.glob("*.safetensors")} - {folder / BATCHES_FILE}
+    return card_of(
+        Card(
             network=network,
-            folder=target.name,
+            folder=name,
             plan=plan,
             graph=recorded_graph(network) or PruningGraph(),
-            measured=measured or Measured(),
+            measured=measured,
             difference=difference,
-            code=code,
-            file_size=size,
+            code=(folder / CODE_FILE).is_file(),
+            file_size=sum(file.stat().st_size for file in weights),
         )
-        (draft / _CARD).write_text(card_of(card), encoding="utf-8")
-    return target
+    )
 
 
 def network_of(model: nn.Module) -> tuple[str, Any]:

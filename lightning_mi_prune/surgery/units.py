@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_mi_prune.core.empty_linear import (
     KEPT_UNITS,
     linear_at,
+    module_at,
     parameters_of,
     place_linears,
 )
@@ -24,7 +25,7 @@ from lightning_mi_prune.core.running import clear_caches
 from lightning_mi_prune.core.spilling import spilled
 from lightning_mi_prune.graph.containers import stack_at
 from lightning_mi_prune.graph.graph import PruningGraph
-from lightning_mi_prune.graph.groups import DependencyGroup, full_plan
+from lightning_mi_prune.graph.groups import DependencyGroup, full_plan, is_within
 from lightning_mi_prune.surgery.attention import fit_attentions
 from lightning_mi_prune.surgery.configs import config_numbers, set_config_value
 from lightning_mi_prune.surgery.empty_modules import (
@@ -376,7 +377,19 @@ def _update_sizes(
         config = own_config(model, path)
         if config is None:
             continue
-        inside = [group for group in groups if group.network == path]
+        # A network and the encoder in it may share it: the record of the whole network is in it.
+        sharing = [
+            p
+            for p in sorted({group.network for group in groups})
+            if getattr(module_at(model, p), "config", None) is config
+        ]
+        path = next((p for p in sharing if is_within(path, p)), path)
+        inside = [
+            replace(group, network=path)
+            for group in groups
+            if group.network == path
+            or (group.network in sharing and is_within(group.network, path))
+        ]
         for name, number in config_numbers(inside, plan.widths).items():
             set_config_value(config, name, number)
         record = _record(inside, plan).under(path)

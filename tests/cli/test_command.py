@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -22,13 +24,16 @@ from transformers import AutoModelForSequenceClassification
 
 from lightning_mi_prune import PruningError, load_pruned, options, prune
 from lightning_mi_prune.cli import main
-from lightning_mi_prune.cli.program import OPTIONS, prune_module
+from lightning_mi_prune.cli.printing import Shown
+from lightning_mi_prune.cli.pruning import OPTIONS, prune_module
 from tests.support.boring import Classifier, Sentences, trainer
 from tests.support.models import CONFIGS, randomize
 from tests.support.packages import hide
 from tests.support.zoo import learner
 
 ROOT = Path(__file__).parents[2]
+
+STUB = SimpleNamespace(shown=lambda: Shown({}))
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 
@@ -159,7 +164,7 @@ def _in_a_folder(tmp_path, monkeypatch):
 
 def write(body, name="run.yaml"):
     Path(name).write_text(body if isinstance(body, str) else yaml.safe_dump(body))
-    return ["--config", name]
+    return [name]
 
 
 def opened(path="pruned.ckpt", cls=Net):
@@ -176,7 +181,7 @@ def refused(capsys, *words):
     """The one line of an error; no other output, and no file."""
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit) as caught:
-        main(words)
+        main(["prune", *words])
     assert caught.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -223,7 +228,7 @@ def test_the_file_that_lightning_saves(form, saved, capsys):
     if form == "bare":
         line = refused(capsys, *files)
         assert re.search(r"model.num_classes has no value.*--model.num_classes VALUE", line)
-    main([*files, "--checkpoint", str(checkpoint), "--output", "out/small.ckpt"])
+    main(["prune", *files, "--checkpoint", str(checkpoint), "--output", "out/small.ckpt"])
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("ignored")]
     for key in ("ckpt_path", "optimizer", "lr_scheduler", "weights_only", "trainer.max_steps"):
         assert key in line
@@ -291,16 +296,29 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_any_file_of_a_lightning_cli(form):
     body, words = FORMS[form]
-    main([*write(body), *words])
+    main(["prune", *write(body), *words])
     opened(cls=Own if form == "own dataloaders" else Net)
+
+
+def test_with_json_nothing_else_is_on_stdout(capsys):
+    """Not even the bar of Lightning."""
+    main(["prune", *write(NAMED), "--trainer.enable_progress_bar", "true", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    module = opened()
+    assert told["checkpoint"] == "pruned.ckpt"
+    assert told["after"]["parameters"] == sum(p.numel() for p in module.parameters())
+    assert told["before"]["parameters"] == sum(p.numel() for p in Net(3).parameters())
+    assert set(told["before"]["metrics"]) == set(told["after"]["metrics"]) == {"val_loss"}
+    main(["info", "pruned.ckpt", "--json"])
+    assert json.loads(capsys.readouterr().out)["plan_digest"] == told["plan_digest"]
 
 
 def test_files_are_laid_over_each_other_and_words_over_files(monkeypatch):
     """In both forms, in any order of forms, and from parts that are files of their own."""
     found = []
     monkeypatch.setattr(
-        "lightning_mi_prune.cli.program.prune_module",
-        lambda model, data, trainer, **given: found.append((model.hparams, data, given)),
+        "lightning_mi_prune.cli.pruning.prune_module",
+        lambda model, data, trainer, **given: found.append((model.hparams, data, given)) or STUB,
     )
     Path("sub").mkdir()
     write({"num_classes": 4, "lr": 0.5}, "sub/model.yaml")
@@ -310,7 +328,7 @@ def test_files_are_laid_over_each_other_and_words_over_files(monkeypatch):
     for body, words in (({**BARE, **first}, CLASSES), ({**NAMED, **first}, [])):
         for under in (body, {**body, "model": "sub/model.yaml"} if words else body):
             given = [*write(under), *write(over, "over.yaml"), *words, "--constraints.floor", "0.1"]
-            main([*given, "--data.rows", "16", "--sparsity=0.125"])
+            main(["prune", *given, "--data.rows", "16", "--sparsity=0.125"])
             hparams, data, used = found.pop()
             assert hparams["num_classes"] == (3 if under is body else 4)
             assert hparams["lr"] == 0.25
@@ -320,7 +338,7 @@ def test_files_are_laid_over_each_other_and_words_over_files(monkeypatch):
                 caps={"ffn$": 12}, floor=0.1, multiple=4
             )
             assert used["reconstruction"] == options.Reconstruction()
-    main([*write(over, "over.yaml"), *write(NAMED), "--data.init_args.rows", "24"])
+    main(["prune", *write(over, "over.yaml"), *write(NAMED), "--data.init_args.rows", "24"])
     assert found.pop()[1].rows == 24
 
 
@@ -328,8 +346,8 @@ def test_files_are_laid_over_each_other_and_words_over_files(monkeypatch):
 def test_paths_in_a_file_are_relative_to_it(form, monkeypatch):
     found = []
     monkeypatch.setattr(
-        "lightning_mi_prune.cli.program.prune_module",
-        lambda model, data, *_, **__: found.append(data),
+        "lightning_mi_prune.cli.pruning.prune_module",
+        lambda model, data, *_, **__: found.append(data) or STUB,
     )
     Path("sub").mkdir()
     data = {"file": "rows.csv"}
@@ -337,7 +355,7 @@ def test_paths_in_a_file_are_relative_to_it(form, monkeypatch):
         data = {"class_path": named("Located"), "init_args": data}
     Path("sub/rows.csv").touch()
     words = CLASSES[:2] if form == "named" else [*CLASSES[:3], named("Located")]
-    main([*write({**BARE, "data": data}, "sub/run.yaml"), *words])
+    main(["prune", *write({**BARE, "data": data}, "sub/run.yaml"), *words])
     assert Path(found.pop().file.absolute) == Path("sub/rows.csv").resolve()
 
 
@@ -345,8 +363,8 @@ def test_the_users_own_command_line_links_what_it_links(monkeypatch):
     given = {"max_epochs": 9, "callbacks": 3}
     found = []
     monkeypatch.setattr(
-        "lightning_mi_prune.cli.program.prune_module",
-        lambda model, data, trainer, **_: found.append((model.hparams.lr, trainer)),
+        "lightning_mi_prune.cli.pruning.prune_module",
+        lambda model, data, trainer, **_: found.append((model.hparams.lr, trainer)) or STUB,
     )
 
     def more(self, parser):
@@ -354,7 +372,7 @@ def test_the_users_own_command_line_links_what_it_links(monkeypatch):
         parser.link_arguments("trainer.max_epochs", "model.lr", compute_fn=float)
 
     monkeypatch.setattr(Typed, "add_arguments_to_parser", more)
-    main([*write({"trainer": {**TRAINER, **given}}), *CLASSES, "--cli", named("Typed")])
+    main(["prune", *write({"trainer": {**TRAINER, **given}}), *CLASSES, "--cli", named("Typed")])
     lr, used = found.pop()
     assert lr == 9.0
     assert used.max_epochs != 9
@@ -369,9 +387,9 @@ def test_several_validation_sets_and_the_hooks_of_batches(monkeypatch):
         modules.append(model)
         return inner(model, *args, **options)
 
-    monkeypatch.setattr("lightning_mi_prune.cli.program.prune_module", keep)
+    monkeypatch.setattr("lightning_mi_prune.cli.pruning.prune_module", keep)
     body = {**NAMED, "data": None, "model": named("Several")}
-    main([*write(body), "--model.num_classes", "3", "--evaluate", "none"])
+    main(["prune", *write(body), "--model.num_classes", "3", "--evaluate", "none"])
     assert modules[0].seen == {0, 1}
     opened(cls=Several)
 
@@ -380,7 +398,8 @@ WRONG = {
     "no option": ([*CLASSES, "--zork", "3"], r"--zork is no option; see --help"),
     "misspelt": ([*CLASSES, "--sparsty", "3"], r"--sparsty is no option; did you mean --sparsity"),
     "no value": ([*CLASSES, "--sparsity"], r"--sparsity has no value"),
-    "no name": (["run.yaml"], r"'run.yaml' is no option"),
+    "one dash": (["-sparsity", "3"], r"'-sparsity' is no option; expected --NAME VALUE"),
+    "no such file": (["nix.yaml"], r"nix.yaml cannot be read: No such file"),
     "a word": ([*CLASSES, "--sparsity", "abc"], r"sparsity: expected .*float.*abc"),
     "out of range": ([*CLASSES, "--sparsity", "60"], r"sparsity=60.*above 0 and below 1"),
     "two budgets": ([*CLASSES, "--sparsity=.5", "--target_macs=9"], r"exactly one of"),
@@ -503,7 +522,7 @@ def test_a_failure_leaves_what_was_there(capsys, monkeypatch):
 
     monkeypatch.setattr(pl.Trainer, "save_checkpoint", full)
     with pytest.raises(RuntimeError, match="disk"):
-        main([*write(NAMED), "--evaluate", "none"])
+        main(["prune", *write(NAMED), "--evaluate", "none"])
     assert sorted(path.name for path in Path().iterdir()) == ["pruned.ckpt", "run.yaml"]
     assert Path("pruned.ckpt").read_text() == "older"
 
@@ -511,10 +530,10 @@ def test_a_failure_leaves_what_was_there(capsys, monkeypatch):
 def test_a_fault_of_the_users_code_keeps_its_traceback():
     body = {**NAMED, "model": {**NAMED["model"], "class_path": named("Faulty")}}
     with pytest.raises(AttributeError, match="lost"):
-        main([*write(body), "--evaluate", "none"])
+        main(["prune", *write(body), "--evaluate", "none"])
     Path("faulty.py").write_text("import a_package_that_is_not_there\n")
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
-        main([*write({**NAMED, "model": "faulty.Net"})])
+        main(["prune", *write({**NAMED, "model": "faulty.Net"})])
 
 
 def test_a_checkpoint_names_no_class(capsys):
@@ -529,9 +548,10 @@ def test_a_checkpoint_names_no_class(capsys):
     made = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "lightning_mi_prune.cli.program.prune_module", lambda m, *_, **__: made.append(m)
+            "lightning_mi_prune.cli.pruning.prune_module",
+            lambda m, *_, **__: made.append(m) or STUB,
         )
-        main([*write({"trainer": TRAINER}), *CLASSES, "--checkpoint", "a.ckpt"])
+        main(["prune", *write({"trainer": TRAINER}), *CLASSES, "--checkpoint", "a.ckpt"])
     hparams = {name: value for name, value in made[0].hparams.items() if name[0] != "_"}
     assert hparams == {"num_classes": 3, "lr": 1e-3}
 
@@ -539,14 +559,14 @@ def test_a_checkpoint_names_no_class(capsys):
 def test_help_is_short_plain_and_complete(capsys, monkeypatch):
     for columns in ("80", "100", "200"):
         monkeypatch.setenv("COLUMNS", columns)
-        main(["--help"])
+        main(["prune", "--help"])
         text = capsys.readouterr().out
         assert len(text.splitlines()) < 90
         assert max(map(len, text.splitlines())) <= 100
         assert not re.search(r":\w+:`|``|\bNone\b", text)
-        for name in (*(option.name for option in OPTIONS), "config", "model", "data", "cli"):
+        for name in (*(option.name for option in OPTIONS), "model", "data", "cli"):
             assert re.search(rf"^  --{name} [A-Z]", text, re.M), name
-    main(["--model", "anything", "-h"])
+    main(["prune", "--model", "anything", "-h"])
     assert capsys.readouterr().out == text
 
 
@@ -582,7 +602,7 @@ def test_a_data_set_in_place_of_a_datamodule(form, loop, capsys):
     body = {"trainer": TRAINER, **({"data": "./rows"} if form == "file" else {})}
     words = [] if form == "file" else ["--data", "rows"]
     words += ["--model", named("Net"), "--model.num_classes", "3", "--evaluate", loop]
-    main([*write(body), *words, "--batch_size", "16"])
+    main(["prune", *write(body), *words, "--batch_size", "16"])
     assert ("val_loss" in capsys.readouterr().out) == (loop == "validate")
     opened()
 
@@ -602,7 +622,7 @@ def test_modules_of_the_working_directory_are_found(tmp_path):
     run = "import sys; sys.path.remove(''); from lightning_mi_prune.cli import main; main()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", run, *write(body)],
+        [sys.executable, "-c", run, "prune", *write(body)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -621,7 +641,8 @@ def test_a_network_that_nothing_describes_is_pruned(tmp_path: Path) -> None:
     module = learner("hand-written")
     before = sum(p.numel() for p in module.parameters())
     output = str(tmp_path / "small.ckpt")
-    result = prune_module(module, None, trainer(), output=output, evaluate="none", sparsity=0.5)
+    pruned = prune_module(module, None, trainer(), output=output, evaluate="none", sparsity=0.5)
+    result = pruned.result
     assert result.sparsity >= 0.5
     assert sum(p.numel() for p in module.parameters()) == result.parameters[1] < before
     fresh = learner("hand-written")

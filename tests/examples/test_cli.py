@@ -79,7 +79,9 @@ def score(*arguments: str) -> float:
     return float(cli.trainer.callback_metrics["test_accuracy"])
 
 
-def test_fit_reports_and_its_results_open_again(config: Path) -> None:
+def test_fit_reports_and_its_results_open_again(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("fit", "--config", str(config))
     report = json.loads(Path("runs/demo/report.json").read_text())
     for side in ("before", "after"):
@@ -112,6 +114,18 @@ def test_fit_reports_and_its_results_open_again(config: Path) -> None:
     assert score("--config", str(config), "--model.model", "runs/demo") == accuracy
     (checkpoint,) = Path("runs/demo").rglob("*.ckpt")
     assert score("--config", str(config), "--ckpt_path", str(checkpoint)) == accuracy
+
+    # The files of the run give its table again.
+    capsys.readouterr()
+    words = ["--batch", "1", "32", "--length", "64", "--seconds", "0.02", "--json"]
+    main(["compare", "runs/demo/dense", "runs/demo", "--data", "runs/demo/test_rows", *words])
+    table = json.loads(capsys.readouterr().out)
+    for side, old in (("dense", report["before"]), ("pruned", report["after"])):
+        for key in ("parameters", "prunable_parameters", "macs", "metrics"):
+            assert table[side][key] == old[key], key
+    sizes = [(row["batch_size"], row["sequence_length"]) for row in report["after"]["latency_ms"]]
+    assert [(row["batch"], row["length"]) for row in table["latency_ms"]] == sizes
+    assert table["rows"] == report["test_rows"]
 
     saved = json.loads(Path("runs/demo/config.json").read_text())
     assert saved["label2id"] == {"a": 0, "b": 1}
@@ -202,7 +216,7 @@ def test_options_of_the_callback_are_checked_on_the_command_line(config: Path) -
 def test_the_demo_is_pruned_in_one_shot_by_the_command(config: Path) -> None:
     """From its YAML, whose callbacks train; the class of the CLI links the number of classes."""
     example = "examples.text_classification"
-    words = ["--config", str(config), "--model", f"{example}.model.TextClassifier"]
+    words = ["prune", str(config), "--model", f"{example}.model.TextClassifier"]
     words += ["--data", f"{example}.data.TextDataModule", "--sparsity", "0.5"]
     main([*words, "--cli", f"{example}.__main__.TextClassificationCLI"])
     module = load_pruned(TextClassifier, "pruned.ckpt")
