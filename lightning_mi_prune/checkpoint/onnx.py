@@ -19,7 +19,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import reduce
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -165,7 +164,7 @@ def export_onnx(
     forward = _Forward(network, call)
     with undisturbed(model), torch.no_grad(), _plain(network):
         expected = [(call.tensors, forward.example())]
-        expected += _at_other_sizes(forward, axes)
+        expected += _at_other_sizes(forward, axes, defined=_defined(expected[0][1]))
         program = _exported(forward, expected[-1][0], axes)
         largest = _largest(program, axes)
         graph = _translated(program, call, [*expected[0][1]], axes, opset)
@@ -183,15 +182,14 @@ def export_onnx(
     return OnnxFile(
         path=target,
         opset=opset,
-        inputs=MappingProxyType(inputs),
-        outputs=MappingProxyType(outputs),
-        largest=MappingProxyType(largest),
+        inputs=inputs,
+        outputs=outputs,
+        largest=largest,
         plan_digest=digest,
         size=size,
         difference=difference,
         checked=tuple(
-            MappingProxyType(sizes_of(tensors, axes))
-            for tensors, _ in (() if difference is None else expected)
+            sizes_of(tensors, axes) for tensors, _ in (() if difference is None else expected)
         ),
     )
 
@@ -330,24 +328,31 @@ def _outputs(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 # --------------------------------------------------------------------------------- at other sizes
 
 
-def _at_other_sizes(forward: _Forward, axes: Axes) -> list[tuple[Tensors, dict[str, Tensor]]]:
+def _at_other_sizes(
+    forward: _Forward, axes: Axes, *, defined: bool
+) -> list[tuple[Tensors, dict[str, Tensor]]]:
     """One row, and one more than the example has, each shorter than it, with the outputs.
 
     The last of them is fit to be exported: a size of 1 would be taken for a constant.
+
+    Args:
+        forward: The network.
+        axes: The dynamic dimensions.
+        defined: Whether outputs must be numbers, as those for the example are.
     """
     sizes = sizes_of(forward.call.tensors, axes)
     if not sizes:
         return []
     one = {n: [1] if n == "batch" else smaller_sizes(size, 1)[::-1] for n, size in sizes.items()}
     more = {n: [size + 1] if n == "batch" else smaller_sizes(size, 2) for n, size in sizes.items()}
-    return [_first_that_runs(forward, axes, tried) for tried in (one, more)]
+    return [_first_that_runs(forward, axes, tried, defined) for tried in (one, more)]
 
 
 def _first_that_runs(
-    forward: _Forward, axes: Axes, tried: Mapping[str, Sequence[int]]
+    forward: _Forward, axes: Axes, tried: Mapping[str, Sequence[int]], defined: bool
 ) -> tuple[Tensors, dict[str, Tensor]]:
     """The example at the first sizes that the network takes, with the outputs."""
-    why, finite = "", _finite(forward.named(forward.call.tensors))
+    why = ""
     most = max(map(len, tried.values()))
     for index, last in product(range(most), (False, True)):
         sizes = {name: each[min(index, len(each) - 1)] for name, each in tried.items()}
@@ -357,9 +362,9 @@ def _first_that_runs(
         except Exception as error:  # whatever a network raises for sizes that it does not take
             why = why or f"at {_told(sizes)}: {_first_line(error)}"
             continue
-        if _finite(outputs) or not finite:
+        if not defined or _defined(outputs):
             return tensors, outputs
-        why = why or f"at {_told(sizes)}: the outputs are not finite"
+        why = why or f"at {_told(sizes)}: the outputs are not numbers"
     raise PruningError(
         f"{type(forward.network).__name__} does not run at other sizes than those of the example "
         f"({why}), so {', '.join(tried)} cannot be dynamic. Expected an example that can be made "
@@ -368,7 +373,7 @@ def _first_that_runs(
     )
 
 
-def _finite(outputs: Tensors) -> bool:
+def _defined(outputs: Tensors) -> bool:
     return not any(bool(x.isnan().any()) for x in outputs.values() if x.is_floating_point())
 
 
@@ -507,8 +512,11 @@ def _translated(program: Any, call: Call, outputs: Sequence[str], axes: Axes, op
         )
     # Notes of operators hold the source of the network, with the paths of its files.
     require("onnx_ir.passes.common", _EXTRA).ClearMetadataAndDocStringPass()(graph.model)
-    for value in [*graph.model.graph.initializers.values()]:
-        value.name = value.name.removeprefix(f"{_NETWORK}.")
+    body = graph.model.graph
+    taken = {value.name for node in body for value in node.outputs} | {*call.tensors}
+    for value in [*body.initializers.values()]:  # as in the state dict
+        name = value.name.removeprefix(f"{_NETWORK}.")
+        value.name = value.name if name in taken else name
     return graph
 
 
