@@ -122,7 +122,7 @@ fuzz: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/fuzz
 
 exports: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest tests/checkpoint/test_onnx.py -m slow
+	$(BIN)/python -m pytest tests/export/test_onnx.py -m slow
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix-only .

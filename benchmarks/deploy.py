@@ -25,7 +25,7 @@ from benchmarks.measuring import spread
 from benchmarks.records import Figures, Job, Store, cpu_name, single
 from benchmarks.subjects import Kept
 from benchmarks.tasks import Batch, token_ids
-from lightning_mi_prune.checkpoint.onnx import export_onnx
+from lightning_mi_prune.export.onnx import export_onnx
 
 __all__ = ["BACKEND", "WAYS", "deploy", "served"]
 

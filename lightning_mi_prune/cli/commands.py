@@ -188,7 +188,7 @@ def export(folder: str, file: str, /, *, opset: int = 18) -> Shown:
 
 
 def _written_onnx(network: Any, file: str, example: Mapping[str, Any], opset: int) -> Any:
-    from lightning_mi_prune.checkpoint.onnx import export_onnx
+    from lightning_mi_prune.export.onnx import export_onnx
 
     return export_onnx(network, file, example, opset=opset)
 

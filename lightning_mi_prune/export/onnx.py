@@ -25,7 +25,13 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_mi_prune.checkpoint.dynamic_shapes import (
+from lightning_mi_prune.checkpoint.state_dict import PlanTracker
+from lightning_mi_prune.core.errors import PruningError, PruningWarning, require
+from lightning_mi_prune.core.files import check_writable
+from lightning_mi_prune.core.plan import PruningPlan, recorded_plan
+from lightning_mi_prune.core.running import undisturbed
+from lightning_mi_prune.core.untrusted import described
+from lightning_mi_prune.export.dynamic_shapes import (
     Axes,
     Call,
     call_of,
@@ -36,12 +42,6 @@ from lightning_mi_prune.checkpoint.dynamic_shapes import (
     sizes_of,
     smaller_sizes,
 )
-from lightning_mi_prune.checkpoint.state_dict import PlanTracker
-from lightning_mi_prune.core.errors import PruningError, PruningWarning, require
-from lightning_mi_prune.core.files import check_writable
-from lightning_mi_prune.core.plan import PruningPlan, recorded_plan
-from lightning_mi_prune.core.running import undisturbed
-from lightning_mi_prune.core.untrusted import described
 
 __all__ = [
     "METADATA",
