@@ -200,8 +200,7 @@ def prune(
         exclude: No groups whose name this regular expression finds.
         graph: What the module can lose, or its file; default: found in the first batch.
         widths: ``"global"`` lets all groups compete for the budget, ``"uniform"`` keeps the same
-            share of every group, ``"config"`` gives groups one width that share a field of a
-            Hugging Face config: then plain ``AutoModel.from_pretrained`` opens the folder.
+            share of each, ``"config"`` chooses widths that plain transformers open.
         calibration: How much is collected.
         importance: What decides which units go first; default: mutual information, weighted by
             gradients where there is a loss, else by the weights that are kept above.

@@ -18,10 +18,12 @@ __all__ = [
     "CONVERT",
     "EXPORT",
     "INFO",
+    "SMALLER",
     "compare",
     "convert",
     "export",
     "info",
+    "smaller",
 ]
 
 _FILES = (
@@ -185,6 +187,52 @@ def export(folder: str, file: str, /, *, opset: int = 18) -> Shown:
         "difference": written.difference,
     }
     return Shown(body, [Table(str(written.path), ("", "is"), rows, ("", "is"))])
+
+
+def smaller(
+    request: Request,
+    folder: str,
+    output: str,
+    /,
+    *,
+    sparsity: Sequence[float] = (0.5, 0.75, 0.9),
+    batch_size: int = 32,
+    overwrite: bool = False,
+) -> Shown:
+    """Write smaller models of the one in a folder, a folder each, from one calibration.
+
+    Args:
+        request: The command line.
+        folder: A Hugging Face folder, pruned or not.
+        output: Folder for the results, NAME-75 for a sparsity of 0.75.
+        sparsity: Shares of the prunable parameters to remove, against the model as built.
+        batch_size: Rows of a batch of a data set.
+        overwrite: Replace models that are there.
+    """
+    from lightning_mi_prune.export.contents import contents_of
+    from lightning_mi_prune.export.sizes import smaller as written
+
+    _check_folder(folder)
+    _check_unused(request)
+    data = request.classes.get("data")
+    paths = []
+    try:
+        print_progress(f"calibration of {folder}")
+        for path in written(
+            folder, sparsity, output, data=data, overwrite=overwrite, batch_size=batch_size
+        ):
+            paths.append(path)
+            print_progress(f"{path} written")
+    finally:
+        print_progress("")
+    found = [contents_of(path) for path in paths]
+    rows = [(str(one.path), f"{one.parameters:,}", _bytes(one.weight_bytes)) for one in found]
+    table = Table(f"smaller models of {folder}", ("", "parameters", "weights, MB"), rows, ("",))
+    return Shown({"folders": [one.to_dict() for one in found]}, [table])
+
+
+def _bytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:,.2f}"
 
 
 def _written_onnx(network: Any, file: str, example: Mapping[str, Any], opset: int) -> Any:
@@ -386,3 +434,17 @@ COMPARE = Command.of(
     builds=True,
 )
 EXPORT = Command.of(export, "small small.onnx")
+SMALLER = Command.of(
+    smaller,
+    "dense family --sparsity 0.5 0.75 0.9 --data rows",
+    entries=(
+        Entry(
+            "data",
+            "--data",
+            "DATA",
+            "Tokenized rows to calibrate on: folder or name of a data set. Default: the batches "
+            "that save_pretrained(..., calibration=batches) stored in the folder.",
+        ),
+    ),
+    builds=True,
+)

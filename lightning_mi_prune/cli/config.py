@@ -40,6 +40,7 @@ _CLASSES = ("model", "data", "cli")
 _FILES = (".yaml", ".yml", ".json")
 _LARGEST_FILE = 2**20  # characters; the reader of YAML is slow
 
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?")
 _ALIKE = 0.85  # "sparsty" is 0.93 like "sparsity", "output_dir" 0.75 like "output"
 
 
@@ -182,9 +183,9 @@ def _value(
     """The value of an option, out of the words that follow it."""
     if name in flags and (not remaining or remaining[0].lower() not in ("true", "false")):
         return "true"
-    if name in numbers and remaining and remaining[0].isdecimal():
+    if name in numbers and remaining and _NUMBER.fullmatch(remaining[0]):
         found = []
-        while remaining and remaining[0].isdecimal():
+        while remaining and _NUMBER.fullmatch(remaining[0]):
             found.append(remaining.popleft())
         return f"[{', '.join(found)}]"
     if not remaining or remaining[0].startswith("--"):

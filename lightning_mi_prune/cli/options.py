@@ -65,15 +65,15 @@ class Option:
 
     @property
     def takes_numbers(self) -> bool:
-        """Whether it takes all whole numbers that follow."""
-        return get_origin(self.kind) is Sequence and get_args(self.kind) == (int,)
+        """Whether it takes all numbers that follow."""
+        return get_origin(self.kind) is Sequence and get_args(self.kind) in ((int,), (float,))
 
     @property
     def value_name(self) -> str:
         """What stands for its value in the help."""
         kind = self.kind
         if self.takes_numbers:
-            return "N ..."
+            return f"{_VALUES[get_args(kind)[0]]} ..."
         if type(None) in get_args(kind):
             kind = next(k for k in get_args(kind) if k is not type(None))
         return "WORD" if get_origin(kind) is Literal else _VALUES[get_origin(kind) or kind]

@@ -36,6 +36,7 @@ SUBCOMMANDS = {
     "compare": "Measure two models side by side: size, MACs, latency, metric.",
     "convert": "Write the network of a checkpoint as a Hugging Face folder.",
     "export": "Write the model of a folder as an ONNX file.",
+    "smaller": "Write smaller models of the one in a folder, from one calibration.",
 }
 """What each subcommand does, in a line."""
 

@@ -321,3 +321,25 @@ WRONG = {
 def test_what_is_wrong_is_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     words, message = WRONG[case]
     assert re.search(message, refused(capsys, *words))
+
+
+@pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
+def test_smaller_writes_a_folder_for_each_size(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("smaller", "dense", str(tmp_path), "--sparsity", "0.5", "0.75", "--data", "rows")
+    sizes = found(capsys, *words)["folders"]
+    assert [Path(one["path"]).name for one in sizes] == ["dense-50", "dense-75"]
+    counts = [one["parameters"] for one in sizes]
+    assert counts == sorted(counts, reverse=True)
+    assert found(capsys, "info", str(tmp_path / "dense-75"))["parameters"] == counts[1]
+
+
+def test_smaller_needs_batches(files: Path, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["smaller", "dense", str(tmp_path / "out"), "--sparsity", "0.5"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "has no calibration.safetensors" in error
+    assert not (tmp_path / "out").exists()
