@@ -18,6 +18,7 @@ from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, MODEL_TYPE, PruningPlan
 from lightning_mi_prune.core.untrusted import read_object
 from lightning_mi_prune.export.batches import BATCHES_FILE
+from lightning_mi_prune.export.code import CODE_FILE
 from lightning_mi_prune.export.saving import PLAN_FILE
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import count_parameters
@@ -142,7 +143,9 @@ def _folder(folder: Path) -> Contents:
     opening = f"{name or 'AutoModel'}.from_pretrained({str(folder)!r}) of transformers opens it."
     if not plain:
         also = "" if plain is False else " Transformers alone open it if the config describes it."
-        opening = f"lightning_mi_prune.from_pretrained opens it.{also}"
+        if (folder / CODE_FILE).is_file():
+            also = " Transformers alone open it with trust_remote_code=True."
+        opening = f"lightning_mi_prune.from_pretrained({name}, {str(folder)!r}) opens it.{also}"
     delta = read_delta(folder)
     what = "Hugging Face folder"
     return _contents(

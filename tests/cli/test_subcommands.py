@@ -162,7 +162,8 @@ def test_convert_writes_a_folder_that_computes_the_same(
     words = ["convert", "pruned.ckpt", "out/small", "--config", "run.yaml", "--code"]
     told = found(capsys, *words, "--tokenizer", model)
     assert told["parameters"] == size(pruned_module())
-    assert (Path("out/small/modeling_pruned.py")).exists()
+    assert Path("out/small/modeling_pruned.py").exists()
+    assert "with trust_remote_code=True" in told["opening"]
     assert BertTokenizer.from_pretrained("out/small").vocab_size == 305
     from transformers import AutoModelForSequenceClassification
 
