@@ -58,11 +58,11 @@ def check_folder(source: Any, options: Mapping[str, Any]) -> None:
         index = _json(path)
         with reading(str(path), _REMEDY):
             _check_index(index)
-    for path in sorted(folder.glob(_ARCHIVES)):
-        try:
+    try:
+        for path in sorted(folder.glob(_ARCHIVES)):
             check_archive(path)
-        except PruningError as error:
-            raise PruningError(f"{error} Copy or save the folder again.") from error
+    except PruningError as error:
+        raise PruningError(f"{error} Copy or save the folder again.") from error
 
 
 @contextmanager
