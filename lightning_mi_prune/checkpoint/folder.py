@@ -58,13 +58,9 @@ def check_folder(source: Any, options: Mapping[str, Any]) -> None:
         index = _json(path)
         with reading(str(path), _REMEDY):
             _check_index(index)
-    for path in sorted(folder.glob(_ARCHIVES)):
-        _check_weights(path)
-
-
-def _check_weights(path: Path) -> None:
     try:
-        check_archive(path)
+        for path in sorted(folder.glob(_ARCHIVES)):
+            check_archive(path)
     except PruningError as error:
         raise PruningError(f"{error} Copy or save the folder again.") from error
 

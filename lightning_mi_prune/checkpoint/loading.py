@@ -167,13 +167,12 @@ def _build(
     target, signature = _named_class(cls, path, kwargs)
     options = {"map_location": map_location, "strict": strict, "weights_only": True, **kwargs}
     trackers: list[PlanTracker] = []
-    theirs = False  # whether their class is running, whose errors pass through
+    theirs = False  # whether their code ran, whose errors pass through
 
     def build(*args: Any, **parameters: Any) -> Any:
         nonlocal theirs
         theirs = True
         module = target(*args, **parameters)
-        theirs = False
         if PlanTracker.held_by(module) is None:
             trackers.append(PlanTracker(module))
         return module

@@ -131,8 +131,9 @@ def _changed(value: Any, path: tuple[Any, ...], change: Callable[[Any, Any], Non
 def _edit(draw: Draw, holder: Any, key: Any, odd: Any, inside: bool) -> None:
     """One small change of an entry of a container."""
     old = holder[key]
-    if inside and type(old) is str and old[:1] in "{[" and len(old) > 2 and draw(st.booleans()):
-        holder[key] = dumped(_several(draw, json.loads(old), 2, odd, inside))
+    held = _parsed(old) if inside and draw(st.booleans()) else None
+    if held:
+        holder[key] = dumped(_several(draw, held, 2, odd, inside))
         return
     action = draw(st.sampled_from(("put", "near", "near", "drop", "more", "twice", "trade")))
     if action == "near" and type(old) in (int, float):
@@ -158,6 +159,14 @@ def _edit(draw: Draw, holder: Any, key: Any, odd: Any, inside: bool) -> None:
         holder[key], holder[other] = holder[other], holder[key]
     else:
         holder[key] = draw(odd)
+
+
+def _parsed(text: Any) -> Any:
+    """What a text holds that is JSON itself and was not damaged yet; None for any other."""
+    try:
+        return json.loads(text) if type(text) is str and text[:1] in ("{", "[") else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def dumped(value: Any) -> str:
