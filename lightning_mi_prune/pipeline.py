@@ -113,6 +113,7 @@ def check(
     current: Mapping[str, int],
     *,
     writes: bool = True,
+    names: bool = True,
 ) -> None:
     """Refuse what can be known to fail before calibration.
 
@@ -124,6 +125,7 @@ def check(
         current: Present widths of all groups.
         writes: Whether this process measures latencies and writes their file; others may not even
             see its disk.
+        names: Whether the log names groups that stay whole as no config says their width.
 
     Raises:
         PruningError: If constraints contradict each other, the budget is out of reach, dimensions
@@ -139,7 +141,7 @@ def check(
     )
     now = {group.name: current[group.name] for group in chosen}
     classes = _classes(options, module, groups, chosen, current)
-    if classes and writes:
+    if classes and writes and names:
         _log_left_whole(chosen, classes)
     if budget.measure == "parameters":
         check_reach(

@@ -393,7 +393,7 @@ def _calibrated(
         _check_surroundings(model, chosen, optimizers)
         before = plan.widths
         for each in options:
-            check(each, model, groups, chosen, before)
+            check(each, model, groups, chosen, before, names=each is options[0])
         steps = {"forward": partial(try_forward, run, first)}
         if with_gradients:
             steps["loss"] = partial(try_loss, loss or training_loss, first)

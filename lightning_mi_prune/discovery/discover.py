@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_mi_prune.core.empty_linear import linear_at
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.running import map_tensors, undisturbed
 from lightning_mi_prune.discovery.attributes import numbers_of, seen_numbers
@@ -45,7 +46,7 @@ from lightning_mi_prune.graph.groups import (
     count_parameters,
 )
 from lightning_mi_prune.graph.layouts import layout_names, map_layout
-from lightning_mi_prune.surgery.parameters import set_number
+from lightning_mi_prune.surgery.parameters import number_steps, set_number
 from lightning_mi_prune.surgery.verification import compiled_part
 
 __all__ = [
@@ -351,7 +352,9 @@ def _with_config_fields(
         with changed_within(copied):
             try:
                 for (path, attribute), value in numbers.items():
-                    set_number(copied, SizeAttribute(path, attribute, ()), value)
+                    number = SizeAttribute(path, attribute, ())
+                    part = linear_at(copied.get_submodule(path))
+                    set_number(part, number_steps(number), value)
                 after = tensor_outputs(run_once(copied, call))
             except Exception:  # any code may run in a module
                 return False

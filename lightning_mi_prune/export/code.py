@@ -21,7 +21,7 @@ from lightning_mi_prune.core.plan import MODEL_TYPE
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.surgery.empty_modules import forward_without_units
-from lightning_mi_prune.surgery.parameters import number_steps, set_value_at
+from lightning_mi_prune.surgery.parameters import number_steps, set_number
 
 __all__ = ["CODE_FILE", "code_fields", "code_of"]
 
@@ -48,7 +48,7 @@ def code_of(network: Any) -> str:
             model_type=MODEL_TYPE,
             field=_FIELD,
             functions=[
-                inspect.getsource(function) for function in (forward_without_units, set_value_at)
+                inspect.getsource(function) for function in (forward_without_units, set_number)
             ],
         )
     )

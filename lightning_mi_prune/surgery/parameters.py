@@ -29,7 +29,6 @@ __all__ = [
     "rotate_along",
     "set_attributes",
     "set_number",
-    "set_value_at",
     "shapes_at",
 ]
 
@@ -273,24 +272,8 @@ def set_attributes(
     for group in groups:
         at = group.all_widths(widths)
         for number in group.attributes:
-            set_number(model, number, layout_size(number.layout, at))
-
-
-def set_number(model: nn.Module, number: SizeAttribute, value: float) -> None:
-    """Set a number on a module, whatever its layout; what holds it is replaced by a copy.
-
-    Args:
-        model: Module from which the number is named.
-        number: The number.
-        value: Its new value.
-
-    Example:
-        >>> net = nn.Linear(2, 3)
-        >>> set_number(net, SizeAttribute("", "out_features", ()), 5)
-        >>> net.out_features
-        5
-    """
-    set_value_at(linear_at(model.get_submodule(number.module)), number_steps(number), value)
+            module = linear_at(model.get_submodule(number.module))
+            set_number(module, number_steps(number), layout_size(number.layout, at))
 
 
 def attribute_value(model: nn.Module, number: SizeAttribute) -> Any:
@@ -328,7 +311,7 @@ def number_steps(number: SizeAttribute) -> list[str | int]:
     return [*steps, 0] if number.sequence else steps
 
 
-def set_value_at(owner: Any, steps: Sequence[str | int], value: float) -> None:
+def set_number(owner: Any, steps: Sequence[str | int], value: float) -> None:
     """Set a number; a tuple, list or object on the way is replaced by a copy.
 
     Args:
@@ -342,10 +325,10 @@ def set_value_at(owner: Any, steps: Sequence[str | int], value: float) -> None:
         inner = copy.copy(owner[first] if isinstance(first, int) else getattr(owner, str(first)))
         if isinstance(inner, tuple):
             entries = list(inner)
-            set_value_at(entries, rest, value)
+            set_number(entries, rest, value)
             inner = tuple(entries)
         else:
-            set_value_at(inner, rest, value)
+            set_number(inner, rest, value)
     if isinstance(first, int):
         owner[first] = inner
     else:

@@ -6,15 +6,25 @@ from dataclasses import fields
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks import ablations
 from benchmarks.ablations import calibrated, measured
-from benchmarks.methods import DEFAULT, OURS, SETTINGS, VARIANTS, Setting
-from benchmarks.subjects import Subject, calibrate_gradients, cut, examine, quality_of, size_of
+from benchmarks.methods import DEFAULT, OURS, SAID, SETTINGS, VARIANTS, Setting
+from benchmarks.subjects import (
+    Subject,
+    calibrate_gradients,
+    calibrated_for,
+    cut,
+    examine,
+    quality_of,
+    size_of,
+)
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import relevance_of
+from lightning_mi_prune.checkpoint.plain import difference_from_config
 from lightning_mi_prune.core.options import Importance
-from lightning_mi_prune.graph.groups import full_plan
+from lightning_mi_prune.graph.groups import count_parameters, full_plan
 from lightning_mi_prune.importance.criteria import criterion_of
 from lightning_mi_prune.importance.ranking import rank_groups
 from tests.benchmarks.tiny import labelled, opened, subject
@@ -44,6 +54,21 @@ def test_every_variant_reaches_its_sparsity_and_leaves_the_dense_model(subject, 
     assert json.loads(json.dumps(figures)) == figures
     for name, value in subject.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_widths_of_a_config_remove_as_many_parameters() -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes |= {"vocab_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 40}
+    net = BertForSequenceClassification(BertConfig(**sizes, num_labels=3)).eval()
+    known = examine(0, net, labelled(range(12)), labelled(range(12, 14)), calibrated=False)
+    (said,) = SAID
+    chosen = calibrated_for(known, said.units)
+    prunable = count_parameters(known.chosen)
+    model, plan = cut(chosen, said.options(0.75 * prunable / count_parameters(chosen.chosen), 0))
+    gone = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in model.parameters())
+    assert gone >= 0.75 * prunable
+    assert difference_from_config(model) is None
+    assert plan.width("bert.hidden") == model.config.hidden_size < 32
 
 
 def test_the_calibration_is_of_the_validation_split_alone() -> None:

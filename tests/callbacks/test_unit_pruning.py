@@ -106,6 +106,25 @@ def test_the_ramp_is_nested_and_ends_where_one_shot_ends(shape):
     assert 0.6 <= sparsity_of(callback.engine.strategy.chosen, present(callback)) < 0.63
 
 
+def test_every_cut_leaves_widths_that_the_config_says(tmp_path):
+    module, seen = Classifier(), []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append({*widths(pl_module, "ffn")})
+            assert seen[-1] == {pl_module.model.config.intermediate_size}
+            assert widths(pl_module, "heads") == [4, 4]
+
+    callback = quiet(0.4, multiple=2, ramp="linear", cuts=2, widths="config")
+    trainer(callback, Watch(), max_epochs=4).fit(module)
+    assert [len(each) for each in seen] == [1, 1, 1, 1]
+    assert 40 == min(seen[0]) > min(seen[1]) > min(seen[2]) == min(seen[3])
+    assert callback.report.cuts[-1].sparsity >= 0.4
+    module.model.save_pretrained(tmp_path)
+    again = type(module.model).from_pretrained(tmp_path).eval()
+    assert torch.equal(outputs(again, batch()), outputs(module.model, batch()))
+
+
 def test_weights_are_cut_at_the_start_of_the_epoch_and_not_before():
     """Score, weights and shape of an epoch belong together."""
     sizes = []

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -148,10 +149,22 @@ def test_its_folder_carries_the_plan_and_opens_with_ours_as_well(name, pruned):
     assert json.loads((folder / "config.json").read_text())["pruning_plan"]
 
 
+@cache
+def graph_of_bert():
+    return discover(build("bert"), **DATA[0])
+
+
 def test_groups_that_no_field_describes_are_named_and_stay(caplog):
     model = build("bert")
     with caplog.at_level(logging.WARNING):
-        result = prune(model, DATA, 0.3, widths="config", constraints=Constraints(multiple=2))
+        result = prune(
+            model,
+            DATA,
+            0.3,
+            graph=graph_of_bert(),
+            widths="config",
+            constraints=Constraints(multiple=2),
+        )
     [record] = [r for r in caplog.records if "widths='config'" in r.message]
     assert "heads. They change with hidden_size" in record.message
     assert all(w == 4 for name, w in result.plan.widths.items() if name.endswith("heads"))
@@ -163,15 +176,15 @@ def test_groups_that_no_field_describes_are_named_and_stay(caplog):
 def test_what_the_config_cannot_say_is_refused_before_anything_changes():
     model = build("bert")
     with pytest.raises(PruningError, match=r"out of reach.*can only change intermediate_size"):
-        prune(model, DATA, 0.9, widths="config")
+        prune(model, DATA, 0.9, graph=graph_of_bert(), widths="config")
     with pytest.raises(PruningError, match="found no field of a Hugging Face config"):
-        prune(model, DATA, 0.3, widths="config", kinds=["heads"])
+        prune(model, DATA, 0.3, graph=graph_of_bert(), widths="config", kinds=["heads"])
     pins = Constraints(pins={"0.ffn": 16, "1.ffn": 24})
     with pytest.raises(PruningError, match=r"one width, the intermediate_size.*in common"):
-        prune(model, DATA, 0.3, widths="config", constraints=pins)
+        prune(model, DATA, 0.3, graph=graph_of_bert(), widths="config", constraints=pins)
     pins = Constraints(pins={"heads": 2})
     with pytest.raises(PruningError, match=r"cannot say that .*heads' has fewer.*a cap or pin"):
-        prune(model, DATA, 0.3, widths="config", constraints=pins)
+        prune(model, DATA, 0.3, graph=graph_of_bert(), widths="config", constraints=pins)
     net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
     with pytest.raises(PruningError, match="found no field"):
         prune(net, [torch.randn(64, 4)], 0.5, widths="config")
@@ -180,16 +193,23 @@ def test_what_the_config_cannot_say_is_refused_before_anything_changes():
 
 def test_an_earlier_cut_that_no_config_says_is_refused():
     model = build("bert")
-    graph = discover(model, **batch())
+    graph = graph_of_bert()
     name = next(g.name for g in graph.groups if g.kind == "heads")
     prune(model, DATA, 0.3, graph=graph, constraints=Constraints(pins={name: 3}, multiple=2))
     with pytest.raises(PruningError, match=r"cannot say that .*heads'.*an earlier cut"):
-        prune(model, DATA, 0.5, widths="config", constraints=Constraints(multiple=2))
+        prune(
+            model,
+            DATA,
+            0.5,
+            graph=graph_of_bert(),
+            widths="config",
+            constraints=Constraints(multiple=2),
+        )
 
 
 def test_a_plan_that_the_config_does_not_describe_is_refused():
     model = build("bert")
-    groups = discover(model, **batch()).groups
+    groups = graph_of_bert().groups
     first, second = (g for g in groups if g.kind == "ffn")
     sizes = {g.name: g.size for g in groups}
     whole = {g.name: tuple(range(g.size)) for g in groups}
