@@ -9,7 +9,9 @@ allocation      budget, constraints, costs: how many units every group keeps
 reconstruction  compensation and least squares for the weights that stay
 checkpoint      the plan in state dicts, checkpoints and folders
 reporting       reports, tables, plots
-pipeline        calibrate -> rank -> allocate -> compensate -> reconstruct; prune()
+export          folders and files for other programs
+pipeline        rank -> allocate -> compensate -> reconstruct
+pruner          calibration and the pipeline in one call: prune()
 callbacks       all of it inside Trainer.fit
 cli             the same from a shell
 """
@@ -18,6 +20,8 @@ from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+import wrapt
 
 if TYPE_CHECKING:
     from lightning_mi_prune.callbacks.layers import CKALayerPruning
@@ -28,9 +32,10 @@ if TYPE_CHECKING:
     from lightning_mi_prune.core.errors import PruningError, PruningWarning
     from lightning_mi_prune.core.plan import PruningPlan
     from lightning_mi_prune.discovery.discover import discover
+    from lightning_mi_prune.export.saving import save_pretrained
     from lightning_mi_prune.graph.describe import linear_group
     from lightning_mi_prune.graph.graph import PruningGraph
-    from lightning_mi_prune.pipeline import PruneResult, prune
+    from lightning_mi_prune.pruner import PruneResult, prune
     from lightning_mi_prune.reporting.report import PruningReport
     from lightning_mi_prune.surgery.units import apply_plan
 
@@ -52,12 +57,13 @@ __all__ = [
     "load_pruned",
     "options",
     "prune",
+    "save_pretrained",
 ]
 
 _HOME = {
     "CKALayerPruning": "callbacks.layers",
     "MutualInformationPruning": "callbacks.units",
-    "PruneResult": "pipeline",
+    "PruneResult": "pruner",
     "PruningError": "core.errors",
     "PruningGraph": "graph.graph",
     "PruningPlan": "core.plan",
@@ -69,8 +75,15 @@ _HOME = {
     "linear_group": "graph.describe",
     "load_pruned": "checkpoint.loading",
     "options": "core.options",
-    "prune": "pipeline",
+    "prune": "pruner",
+    "save_pretrained": "export.saving",
 }
+
+# Auto classes of transformers then open folders of pruned models; imports nothing before.
+wrapt.register_post_import_hook(
+    "lightning_mi_prune.checkpoint.registration:register",
+    "transformers.models.auto.configuration_auto",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,8 @@ STEPS = (
     "checkpoint",
     "reporting",
     "pipeline",
+    "pruner",
+    "export",
     "callbacks",
     "cli",
 )
@@ -126,7 +128,7 @@ def step_of(name: str) -> int:
 
 def test_the_package_has_few_entries() -> None:
     entries = {p.name for p in PACKAGE.iterdir()} - {"__init__.py", "__pycache__", "py.typed"}
-    assert len(entries) <= 13
+    assert len(entries) <= 15
     assert {entry.removesuffix(".py") for entry in entries} == set(STEPS)
 
 

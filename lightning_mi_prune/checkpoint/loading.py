@@ -19,6 +19,7 @@ from lightning_mi_prune.core.errors import PruningError
 
 __all__ = [
     "load_pruned",
+    "read_tensors",
     "substitute_class",
 ]
 
@@ -349,6 +350,24 @@ def _narrower(
             found.append((name, tuple(new.shape), tuple(old.shape)))
             narrower |= {dim == 0 for dim, (a, b) in enumerate(sizes) if a < b}
     return found[0] if len(narrower) == 2 else None
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        PruningError: If there is no such file, or it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise PruningError(
+            f"{path} cannot be read ({' '.join(str(error).split())}); expected a safetensors file. "
+            "Copy or save the folder again."
+        ) from error
 
 
 def _open(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:

@@ -15,13 +15,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_mi_prune.checkpoint.delta import Delta, apply_delta, read_delta
 from lightning_mi_prune.checkpoint.fitting import fitted_graph, with_found
 from lightning_mi_prune.checkpoint.loading import substitute_class
-from lightning_mi_prune.checkpoint.recorded import named_plan, present_plan, recorded_graph
+from lightning_mi_prune.checkpoint.recorded import (
+    named_plan,
+    present_plan,
+    pruned_type,
+    recorded_graph,
+)
 from lightning_mi_prune.checkpoint.stored_graph import check_stored
 from lightning_mi_prune.core.empty_linear import KEPT_UNITS, empty_linears
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, require
-from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, PruningPlan, recorded_plan
+from lightning_mi_prune.core.plan import (
+    CONFIG_FIELD,
+    GRAPH_FIELD,
+    MODEL_TYPE,
+    OPENING_FIELD,
+    TYPE_FIELD,
+    PruningPlan,
+    recorded_plan,
+)
 from lightning_mi_prune.core.running import fixed_random_state
 from lightning_mi_prune.discovery.discover import discover_run
 from lightning_mi_prune.discovery.example_inputs import example_inputs
@@ -46,6 +60,9 @@ _HUB = (
     "token",
 )
 
+# Arguments of transformers that are no fields of a config, though some configs have such fields.
+_NOT_FIELDS = (*_HUB, "dtype", "torch_dtype", "quantization_config", "trust_remote_code")
+
 # While it opens a folder, transformers replaces methods of its classes; two threads at once would
 # leave them replaced, and no model of the process would have tied weights any more.
 _ONE_AT_A_TIME = threading.RLock()
@@ -66,7 +83,8 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
         cls: A model class or Auto class of transformers.
         name_or_path: Folder or hub name.
         args: Passed on.
-        kwargs: Passed on.
+        kwargs: Passed on; but for ``base``, which replaces the dense model that a folder saved with
+            ``delta_of`` names.
 
     Raises:
         PruningError: If the plan, the config and the weights do not belong together, a file is
@@ -90,6 +108,16 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
         >>> again.encoder.layer[0].intermediate.dense
         Linear(in_features=8, out_features=2, bias=True)
     """
+    base = kwargs.pop("base", None)
+    kwargs = _with_config(cls, name_or_path, kwargs)
+    delta = read_delta(name_or_path) if isinstance(name_or_path, (str, Path)) else None
+    if delta is not None:
+        return _open_delta(cls, delta, base, name_or_path, args, kwargs)
+    if base is not None:
+        raise PruningError(
+            f"base={str(base)!r} is given, but {name_or_path} holds all weights of the model; "
+            "expected a folder that was saved with delta_of. Leave base out."
+        )
     plan = _plan_to_open(name_or_path, kwargs)
     with _ONE_AT_A_TIME:
         if plan is None or plan.is_full:
@@ -125,6 +153,29 @@ def _open(
     return (network, found) if kwargs.get("output_loading_info") else network
 
 
+def _open_delta(
+    cls: Any,
+    delta: Delta,
+    base: Any,
+    source: str | Path,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """The dense model, turned into the pruned one."""
+    config = kwargs.get("config")
+    if config is None:
+        raise PruningError(
+            f"The config of {source} names no pruned model; expected the files of "
+            "save_pretrained(..., delta_of=...). Copy or save the folder again."
+        )
+    options = {name: value for name, value in kwargs.items() if name != "config"}
+    concrete = _concrete(cls, source, kwargs)
+    dense = concrete.from_pretrained(base or delta.base, *args, **options)
+    network = dense[0] if options.get("output_loading_info") else dense
+    apply_delta(delta, network, config, source)
+    return dense
+
+
 def _load(
     concrete: Any,
     source: str | Path,
@@ -154,6 +205,37 @@ def _load(
     wanted = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     _, found = substitute_class(concrete, build).from_pretrained(source, *args, **wanted)
     return cuts[-1], found
+
+
+def _with_config(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with the config of the class that was pruned, where the folder names the package.
+
+    Raises:
+        PruningError: If the folder does not name that class.
+    """
+    given: Any = kwargs.get("config")
+    if hasattr(given, "to_dict"):
+        if getattr(type(given), "model_type", None) != MODEL_TYPE:
+            return dict(kwargs)
+        fields: Mapping[str, Any] = given.to_dict()
+    else:
+        fields = _fields(given or source, kwargs) if given or source else {}
+        if fields.get("model_type") != MODEL_TYPE:
+            return dict(kwargs)
+    kind = pruned_type(fields)
+    mapping = require("transformers", "transformers").CONFIG_MAPPING
+    wanted = getattr(cls, "config_class", None) or mapping[kind]
+    part = getattr(wanted, "base_config_key", "")
+    whole = {n: v for n, v in fields.items() if n not in (TYPE_FIELD, OPENING_FIELD, "auto_map")}
+    plain = whole[part] if part and isinstance(whole.get(part), dict) else whole
+    options = {n: v for n, v in kwargs.items() if n != "config"}
+    if hasattr(given, "to_dict"):
+        return {**options, "config": wanted.from_dict({**plain, "model_type": kind})}
+    passed = {n: options.pop(n) for n in [*options] if n in _NOT_FIELDS}
+    config, rest = wanted.from_dict(
+        {**plain, "model_type": kind}, return_unused_kwargs=True, **options
+    )
+    return {**passed, **rest, "config": config}
 
 
 def _is_clear(error: Exception) -> bool:

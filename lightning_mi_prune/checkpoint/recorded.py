@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from lightning_mi_prune.checkpoint.stored_graph import check_networks
-from lightning_mi_prune.core.errors import PruningError
-from lightning_mi_prune.core.plan import GRAPH_FIELD, PruningPlan, recorded_plan
+from lightning_mi_prune.core.errors import PruningError, require
+from lightning_mi_prune.core.plan import (
+    GRAPH_FIELD,
+    MODEL_TYPE,
+    TYPE_FIELD,
+    PruningPlan,
+    recorded_plan,
+)
 from lightning_mi_prune.core.untrusted import described
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup
@@ -18,6 +24,7 @@ from lightning_mi_prune.graph.groups import DependencyGroup
 __all__ = [
     "named_plan",
     "present_plan",
+    "pruned_type",
     "recorded_graph",
     "recorded_networks",
 ]
@@ -123,3 +130,20 @@ def _named_here(network: nn.Module, graph: PruningGraph) -> PruningGraph:
         tuple(replace(group, network="") for group in outside.groups),
         tuple(replace(stack, network="") for stack in outside.stacks),
     )
+
+
+def pruned_type(fields: Mapping[str, Any]) -> str:
+    """The model type of the class that was pruned, from the config of a folder.
+
+    Raises:
+        PruningError: If the installed transformers do not know it.
+    """
+    known = require("transformers", "transformers").CONFIG_MAPPING
+    found = fields.get(TYPE_FIELD)
+    if not isinstance(found, str) or found == MODEL_TYPE or found not in known:
+        raise PruningError(
+            f"The config of a pruned model has {TYPE_FIELD}={described(found)}; expected a model "
+            "type of the installed transformers. Was config.json edited? Copy or save the folder "
+            "again, or install the version of transformers that it was saved with."
+        )
+    return found

@@ -53,7 +53,7 @@ from lightning_mi_prune.cli.options import help_text, options_of, values_of
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.files import check_writable
 from lightning_mi_prune.core.options import Importance
-from lightning_mi_prune.pipeline import PruneResult, prune
+from lightning_mi_prune.pruner import PruneResult, prune
 from lightning_mi_prune.reporting.tables import Table, print_table
 
 __all__ = [

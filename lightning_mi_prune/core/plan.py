@@ -16,6 +16,9 @@ from lightning_mi_prune.core.untrusted import described, number, read_json
 __all__ = [
     "CONFIG_FIELD",
     "GRAPH_FIELD",
+    "MODEL_TYPE",
+    "OPENING_FIELD",
+    "TYPE_FIELD",
     "PruningPlan",
     "Ranking",
     "recorded_plan",
@@ -23,6 +26,9 @@ __all__ = [
 
 CONFIG_FIELD = "pruning_plan"
 GRAPH_FIELD = "pruning_graph"
+MODEL_TYPE = "lightning_mi_prune"  # of configs that do not describe the model
+OPENING_FIELD = "how_to_open"  # a sentence in such a config
+TYPE_FIELD = "pruned_model_type"  # of the model as built, beside it
 _VERSION = 1
 _LARGEST_GROUP = 2**24
 _LARGEST_TEXT = 64 * 2**20  # characters; a plan has a few hundred thousand

@@ -25,9 +25,11 @@ __all__ = [
     "check_attributes",
     "check_empty",
     "config_numbers",
+    "number_steps",
     "parameter_cuts",
     "rotate_along",
     "set_attributes",
+    "set_number",
     "shapes_at",
 ]
 
@@ -317,7 +319,7 @@ def set_attributes(
         at = group.all_widths(widths)
         for number in group.attributes:
             module = linear_at(model.get_submodule(number.module))
-            _set_number(module, _steps(number), layout_size(number.layout, at))
+            set_number(module, number_steps(number), layout_size(number.layout, at))
 
 
 def attribute_value(model: nn.Module, number: SizeAttribute) -> Any:
@@ -336,7 +338,7 @@ def attribute_value(model: nn.Module, number: SizeAttribute) -> Any:
     """
     try:
         value: Any = linear_at(model.get_submodule(number.module))
-        for step in _steps(number):
+        for step in number_steps(number):
             value = value[step] if isinstance(step, int) else getattr(value, step)
     except (AttributeError, IndexError, TypeError, KeyError) as error:
         raise PruningError(
@@ -349,23 +351,30 @@ def _path(number: SizeAttribute) -> str:
     return f"{number.module}.{number.attribute}".lstrip(".")
 
 
-def _steps(number: SizeAttribute) -> list[str | int]:
+def number_steps(number: SizeAttribute) -> list[str | int]:
     """Attributes and places on the way to a number: ``"config.sizes.1"``."""
     steps = [int(s) if s.isdecimal() else s for s in number.attribute.split(".")]
     return [*steps, 0] if number.sequence else steps
 
 
-def _set_number(owner: Any, steps: Sequence[str | int], value: int) -> None:
+def set_number(owner: Any, steps: Sequence[str | int], value: int) -> None:
+    """Set a number; a tuple, list or object on the way is replaced by a copy.
+
+    Args:
+        owner: A module.
+        steps: Attributes and places on the way to the number.
+        value: The number.
+    """
     first, *rest = steps
     inner: Any = value
     if rest:
         inner = copy.copy(owner[first] if isinstance(first, int) else getattr(owner, str(first)))
         if isinstance(inner, tuple):
             entries = list(inner)
-            _set_number(entries, rest, value)
+            set_number(entries, rest, value)
             inner = tuple(entries)
         else:
-            _set_number(inner, rest, value)
+            set_number(inner, rest, value)
     if isinstance(first, int):
         owner[first] = inner
     else:
@@ -379,7 +388,7 @@ def _check(model: nn.Module, group: DependencyGroup, number: SizeAttribute) -> N
             f"{_path(number)!r} is {value!r:.80}, no whole number; group {group.name!r} must set "
             "it after a cut. Exclude the group, or hold the width in a plain attribute."
         )
-    module, (first, *_) = linear_at(model.get_submodule(number.module)), _steps(number)
+    module, (first, *_) = linear_at(model.get_submodule(number.module)), number_steps(number)
     whole = getattr(module, str(first))
     held = getattr(type(module), str(first), None)
     if isinstance(held, property) and held.fset is None:

@@ -29,7 +29,7 @@ from lightning_mi_prune.allocation.macs import count_macs, macs_of_calls, measur
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.groups import DependencyGroup, PrunableDim
-from lightning_mi_prune.pipeline import prune
+from lightning_mi_prune.pruner import prune
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.conftest import count_hooks
 from tests.support.boring import Classifier, trainer

@@ -24,7 +24,7 @@ from lightning_mi_prune.core.options import Importance, Reconstruction
 from lightning_mi_prune.graph.containers import layer_paths
 from lightning_mi_prune.graph.describe import linear_group
 from lightning_mi_prune.graph.graph import PruningGraph
-from lightning_mi_prune.pipeline import prune
+from lightning_mi_prune.pruner import prune
 from lightning_mi_prune.reconstruction.block_runs import BlockRuns
 from tests.conftest import count_hooks
 from tests.support import graphs

@@ -15,7 +15,7 @@ from lightning_mi_prune.core.empty_linear import EmptyLinear
 from lightning_mi_prune.core.options import Constraints, Importance
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.groups import full_plan
-from lightning_mi_prune.pipeline import prune
+from lightning_mi_prune.pruner import prune
 from lightning_mi_prune.surgery.optimizers import parameter_names, update_optimizers
 from lightning_mi_prune.surgery.units import apply_plan, reshape_tensors
 from tests.support.boring import Classifier, Sentences, trainer
