@@ -199,8 +199,8 @@ def prune(
         include: Only groups whose name this regular expression finds.
         exclude: No groups whose name this regular expression finds.
         graph: What the module can lose, or its file; default: found in the first batch.
-        widths: ``"global"`` lets all groups compete for the budget, ``"uniform"`` keeps the same
-            share of each, ``"config"`` chooses widths that plain transformers open.
+        widths: ``"global"``: all groups compete; ``"uniform"``: each keeps the same share;
+            ``"config"``: widths that plain transformers open.
         calibration: How much is collected.
         importance: What decides which units go first; default: mutual information, weighted by
             gradients where there is a loss, else by the weights that are kept above.

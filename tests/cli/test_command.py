@@ -399,7 +399,7 @@ WRONG = {
     "misspelt": ([*CLASSES, "--sparsty", "3"], r"--sparsty is no option; did you mean --sparsity"),
     "no value": ([*CLASSES, "--sparsity"], r"--sparsity has no value"),
     "one dash": (["-sparsity", "3"], r"'-sparsity' is no option; expected --NAME VALUE"),
-    "no such file": (["nix.yaml"], r"nix.yaml cannot be read: No such file"),
+    "no such file": (["nix.yaml"], r"cannot be read from .nix.yaml. .No such file"),
     "a word": ([*CLASSES, "--sparsity", "abc"], r"sparsity: expected .*float.*abc"),
     "out of range": ([*CLASSES, "--sparsity", "60"], r"sparsity=60.*above 0 and below 1"),
     "two budgets": ([*CLASSES, "--sparsity=.5", "--target_macs=9"], r"exactly one of"),
@@ -575,6 +575,7 @@ def test_options_are_those_of_the_function_and_of_its_records():
     own = set(inspect.signature(prune_module).parameters) - {"model", "data", "trainer", "options"}
     for name, parameter in inspect.signature(prune).parameters.items():
         record = getattr(options, name.title(), None)
+        record = record if isinstance(record, type) else None  # "widths" is one of some words
         fields = [] if record is None else list(inspect.signature(record).parameters)
         for field in fields:
             assert given.pop(f"{name}.{field}") == getattr(record(), field)
