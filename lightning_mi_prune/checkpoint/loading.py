@@ -379,9 +379,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise PruningError(
-            f"{path} cannot be read ({' '.join(str(error).split())}); expected a safetensors file. "
-            "Copy or save the folder again."
+            f"{path} cannot be read ({reason}); expected a safetensors file. Copy or save the "
+            "folder again."
         ) from error
 
 

@@ -20,6 +20,7 @@ from lightning_mi_prune.checkpoint.fitting import fitted_graph, with_found
 from lightning_mi_prune.checkpoint.folder import building_within, check_folder
 from lightning_mi_prune.checkpoint.loading import substitute_class
 from lightning_mi_prune.checkpoint.recorded import (
+    config_of,
     named_plan,
     present_plan,
     pruned_type,
@@ -239,10 +240,10 @@ def _with_config(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> dic
     plain = whole[part] if part and isinstance(whole.get(part), dict) else whole
     options = {n: v for n, v in kwargs.items() if n != "config"}
     if hasattr(given, "to_dict"):
-        return {**options, "config": wanted.from_dict({**plain, "model_type": kind})}
+        return {**options, "config": config_of(wanted, {**plain, "model_type": kind})}
     passed = {n: options.pop(n) for n in [*options] if n in _NOT_FIELDS}
-    config, rest = wanted.from_dict(
-        {**plain, "model_type": kind}, return_unused_kwargs=True, **options
+    config, rest = config_of(
+        wanted, {**plain, "model_type": kind}, return_unused_kwargs=True, **options
     )
     return {**passed, **rest, "config": config}
 

@@ -22,6 +22,7 @@ from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup
 
 __all__ = [
+    "config_of",
     "named_plan",
     "present_plan",
     "pruned_type",
@@ -147,3 +148,24 @@ def pruned_type(fields: Mapping[str, Any]) -> str:
             "again, or install the version of transformers that it was saved with."
         )
     return found
+
+
+def config_of(kind: Any, fields: Mapping[str, Any], **options: Any) -> Any:
+    """A config of a class from its fields; ``from_dict`` of transformers.
+
+    Args:
+        kind: The class of the config.
+        fields: Its fields, from a file.
+        options: Those of ``from_dict``.
+
+    Raises:
+        PruningError: If the class refuses the fields.
+    """
+    try:
+        return kind.from_dict(dict(fields), **options)
+    except Exception as error:  # classes of transformers raise all kinds
+        raise PruningError(
+            f"The config of a pruned model is refused by {kind.__name__} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}); expected the fields that it was saved with. "
+            "Copy or save the folder again."
+        ) from error

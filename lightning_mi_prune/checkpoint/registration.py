@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from lightning_mi_prune.checkpoint.recorded import pruned_type
+from lightning_mi_prune.checkpoint.recorded import config_of, pruned_type
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import MODEL_TYPE
 
@@ -38,7 +38,7 @@ def _config_class() -> Any:
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
             """A config of the class that was pruned, which Auto classes open with this package."""
-            return _pruned_class(pruned_type(config_dict)).from_dict(config_dict, **kwargs)
+            return config_of(_pruned_class(pruned_type(config_dict)), config_dict, **kwargs)
 
     return PrunedConfig
 

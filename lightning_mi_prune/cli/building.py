@@ -36,11 +36,7 @@ from lightning_mi_prune.cli.config import (
 )
 from lightning_mi_prune.core.errors import PruningError
 
-__all__ = [
-    "TRAINER",
-    "Built",
-    "build",
-]
+__all__ = ["TRAINER", "Built", "build", "numbers_of_checkpoint"]
 
 TRAINER = (
     "accelerator",
@@ -154,7 +150,11 @@ class _Builder(LightningCLI):
         }
         takes = {key: _arguments(found) for key, found in classes.items()}
         words = [f"--{key}={block.path}" for key, block in self.blocks.items() if block.named]
-        stored = {n: v for n, v in _numbers(checkpoint).items() if n in takes.get("model", ())}
+        stored = {
+            n: v
+            for n, v in numbers_of_checkpoint(checkpoint).items()
+            if n in takes.get("model", ())
+        }
         if stored:
             words.append(f"--config={as_yaml({'model': stored})}")
         words += [f"--config={path}" for path in request.files]
@@ -265,7 +265,7 @@ def _arguments(found: Any) -> list[str]:
     return [name[2:] for name in LightningArgumentParser().add_lightning_class_args(found, "x")]
 
 
-def _numbers(checkpoint: str | None) -> dict[str, int | float]:
+def numbers_of_checkpoint(checkpoint: str | None) -> dict[str, int | float]:
     """Numbers among the hyperparameters of a checkpoint, such as the user's CLI linked.
 
     Only numbers: a text may name a class, and a file must not cause an import.

@@ -25,6 +25,7 @@ from lightning_mi_prune import (
     PruningPlan,
     from_pretrained,
     load_pruned,
+    save_pretrained,
 )
 from lightning_mi_prune.allocation.latency import LatencyTable
 from lightning_mi_prune.calibration.calls import RecordedCall
@@ -34,10 +35,12 @@ from lightning_mi_prune.callbacks.state import saved_graph, write
 from lightning_mi_prune.checkpoint.recorded import recorded_networks
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import PLAN_KEY
+from lightning_mi_prune.cli.building import numbers_of_checkpoint
 from lightning_mi_prune.cli.config import block_of, read_words, section_of
 from lightning_mi_prune.cli.options import values_of
-from lightning_mi_prune.cli.program import OPTIONS, _numbers
+from lightning_mi_prune.cli.pruning import OPTIONS
 from lightning_mi_prune.core.plan import Ranking
+from lightning_mi_prune.export.batches import read_batches
 from lightning_mi_prune.reporting.report import PruningReport
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.core.test_untrusted import JUNK, PLAN, TABLE, trained
@@ -64,6 +67,8 @@ class Sound:
     def __init__(self, folder):
         self.folder = folder
         module = Classifier()
+        self.dense = folder / "dense"
+        module.model.save_pretrained(self.dense)
         tracker = PlanTracker.of(module)
         tracker.adopt(graph_of(module))
         cut(module, tracker)
@@ -83,6 +88,8 @@ class Sound:
         self.network = module.model
         self.hub = folder / "hub"
         self.network.save_pretrained(self.hub)
+        self.ours = save_pretrained(module, folder / "ours", code=True, calibration=[BATCH])
+        self.delta = save_pretrained(module, folder / "delta", delta_of=self.dense)
         self.shards = folder / "shards"
         self.network.save_pretrained(self.shards, max_shard_size="20KB")
         self.bin = folder / "bin"
@@ -355,7 +362,13 @@ def test_numbers_that_the_command_reads_from_a_checkpoint(sound, root, data):
     def are_numbers(found):
         assert all(type(value) in (bool, int, float) for value in found.values())
 
-    check("numbers of a checkpoint", size, lambda: _numbers(str(path)), are_numbers, watched=root)
+    check(
+        "numbers of a checkpoint",
+        size,
+        lambda: numbers_of_checkpoint(str(path)),
+        are_numbers,
+        watched=root,
+    )
 
 
 @fuzzed(0.04, 20)
@@ -412,6 +425,47 @@ def test_configs_of_folders(cls, sound, root, data):
     weights = (folder / "model.safetensors").stat().st_size
     check(f"config of a folder for {cls.__name__}", size + weights,
           lambda: from_pretrained(cls, folder), lambda m: outputs(m, BATCH), errors=ITS_OWN,
+          watched=root)  # fmt: skip
+
+
+@fuzzed(0.015, 12)
+@given(data=st.data())
+def test_configs_that_name_the_package(sound, root, data):
+    config = json.loads((sound.ours / "config.json").read_text())
+    text = data.draw(mutations.json_text(config) | mutations.json_text(config, most=1))
+    folder, size = folder_with(root, sound.ours, "config.json", text)
+    weights = sum(path.stat().st_size for path in folder.iterdir())
+    check("config that names the package", size + weights,
+          lambda: AutoModelForSequenceClassification.from_pretrained(
+              folder, trust_remote_code=False),
+          lambda m: outputs(m, BATCH), errors=(*ITS_OWN, RecursionError), watched=root)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["delta.json", "delta.safetensors", "config.json"])
+@fuzzed(0.008, 6)
+@given(data=st.data())
+def test_deltas(name, sound, root, data):
+    plain = (sound.delta / name).read_bytes()
+    damaged = mutations.raw(plain)
+    if name.endswith("json"):
+        damaged |= mutations.json_text(json.loads(plain))
+    else:
+        damaged |= mutations.safetensors_file(plain)
+    folder, size = folder_with(root, sound.delta, name, data.draw(damaged))
+    dense = sum(path.stat().st_size for path in sound.dense.iterdir())
+    check(f"{name} of a delta", size + dense,
+          lambda: from_pretrained(AutoModelForSequenceClassification, folder),
+          lambda m: outputs(m, BATCH), errors=ITS_OWN, watched=root)  # fmt: skip
+
+
+@fuzzed(0.01, 10)
+@given(data=st.data())
+def test_stored_batches(sound, root, data):
+    plain = (sound.ours / "calibration.safetensors").read_bytes()
+    content = data.draw(mutations.safetensors_file(plain) | mutations.raw(plain))
+    size = written(root / "calibration.safetensors", content)
+    check("stored batches", size, lambda: read_batches(root),
+          lambda found: [batch["input_ids"].shape for batch in found if "input_ids" in batch],
           watched=root)  # fmt: skip
 
 
