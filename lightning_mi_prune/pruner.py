@@ -424,21 +424,21 @@ def _calibrated(
                         steps=amount.gradient_steps,
                     )
 
-            def estimate(cut: nn.Module) -> None:
-                batches = first_batches(data, amount.gradient_steps)
-                reestimate_batch_norm(cut, batches, partial(run_forward, run))
+        def estimate(cut: nn.Module) -> None:
+            batches = first_batches(data, amount.gradient_steps)
+            reestimate_batch_norm(cut, batches, partial(run_forward, run))
 
-            yield _Calibrated(
-                model,
-                tracker,
-                chosen,
-                plan,
-                options,
-                collected,
-                estimate if batch_norm else None,
-                memory,
-                seconds,
-            )
+        yield _Calibrated(
+            model,
+            tracker,
+            chosen,
+            plan,
+            options,
+            collected,
+            estimate if batch_norm else None,
+            memory,
+            seconds,
+        )
     except BaseException:
         if known is None:  # a refused model keeps no hooks of ours
             tracker.close()
@@ -466,17 +466,20 @@ def _cut_to(
     collected, seconds = calibrated.collected, {**calibrated.seconds}
     seconds |= dict.fromkeys(("ranking", "reconstruction"), 0.0)
     parameters = sum(p.numel() for p in source.parameters())
-    with _timed(seconds, "ranking"):
-        decision = decide(options, source, groups, calibrated.chosen, plan, collected)
-    if decision is None:
-        raise PruningError(
-            f"The module meets {options.budget} already: nothing to cut. Ask for less."
-        )
-    macs = macs_of_calls(source, collected.examples)
-    if last:  # as large as the model; what follows needs the room
-        collected.moments, collected.gradients = {}, None
-    with _timed(seconds, "reconstruction"):
-        decision = reconstruct(source, groups, plan, decision, options.reconstruction, collected)
+    with spilling(calibrated.memory == "low"):
+        with _timed(seconds, "ranking"):
+            decision = decide(options, source, groups, calibrated.chosen, plan, collected)
+        if decision is None:
+            raise PruningError(
+                f"The module meets {options.budget} already: nothing to cut. Ask for less."
+            )
+        macs = macs_of_calls(source, collected.examples)
+        if last:  # as large as the model; what follows needs the room
+            collected.moments, collected.gradients = {}, None
+        with _timed(seconds, "reconstruction"):
+            decision = reconstruct(
+                source, groups, plan, decision, options.reconstruction, collected
+            )
     old = parameters_in(model, groups).values() if calibrated.memory == "low" else ()
     with parameters_in_files(model, old):
         _carry_out(model, groups, plan, decision, optimizers)

@@ -62,7 +62,9 @@ def check_folder(source: Any, options: Mapping[str, Any]) -> None:
         for path in sorted(folder.glob(_ARCHIVES)):
             check_archive(path)
     except PruningError as error:
-        raise PruningError(f"{error} Copy or save the folder again.") from error
+        raise PruningError(
+            f"{error} Was the folder copied whole? Copy or save it again."
+        ) from error
 
 
 @contextmanager

@@ -100,6 +100,6 @@ def test_untrusted_text_is_refused(text, message):
 
 
 def test_text_of_absurd_length_is_refused_before_it_is_parsed(monkeypatch):
-    monkeypatch.setattr("lightning_mi_prune.core.plan._LARGEST_TEXT", 10)
+    monkeypatch.setattr("lightning_mi_prune.core.plan.LARGEST_TEXT", 10)
     with pytest.raises(PruningError, match="characters"):
         PruningPlan.from_json(json.dumps({"version": 1}))

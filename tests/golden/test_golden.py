@@ -11,6 +11,11 @@ MACHINE, RECORDS = load()
 CLOSE = 1e-5 if machine() == MACHINE else 2e-3
 
 
+def _slack(path):
+    """Few examples are counted in an accuracy: on another processor some of them change sides."""
+    return 0.05 if ".metrics[" in path and machine() != MACHINE else 1e-9
+
+
 def compare(old, new, path):
     """Numbers nearly, everything else exactly."""
     if isinstance(old, dict):
@@ -23,7 +28,7 @@ def compare(old, new, path):
         for place, (a, b) in enumerate(zip(old, new, strict=True)):
             compare(a, b, f"{path}[{place}]")
     elif isinstance(old, float):
-        assert new == pytest.approx(old, rel=CLOSE, abs=1e-9), path
+        assert new == pytest.approx(old, rel=CLOSE, abs=_slack(path)), path
     else:
         assert type(new) is type(old), path
         assert new == old, path
