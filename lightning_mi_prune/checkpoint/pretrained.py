@@ -104,6 +104,7 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
         >>> import tempfile
         >>> from transformers import AutoModel, BertConfig, BertModel
         >>> from lightning_mi_prune import PruningPlan, apply_plan, discover
+        >>> from lightning_mi_prune.graph.groups import full_plan
         >>> sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
         >>> sizes |= {"num_attention_heads": 2, "intermediate_size": 6}
         >>> sizes |= {"max_position_embeddings": 8}

@@ -22,7 +22,7 @@ from lightning_mi_prune import (
 )
 from lightning_mi_prune.allocation.constraints import resolve_bounds
 from lightning_mi_prune.callbacks.monitors import MetricGuard
-from lightning_mi_prune.cli.program import prune_module
+from lightning_mi_prune.cli.pruning import prune_module
 from lightning_mi_prune.core.errors import counted, number, shortened
 from lightning_mi_prune.core.options import Constraints
 from lightning_mi_prune.graph.graph import choose_groups, modules_without_groups, summarize_groups
