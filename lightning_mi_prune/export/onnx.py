@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import reduce
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ def export_onnx(
     inputs, outputs = _shapes(graph.model.graph.inputs), _shapes(graph.model.graph.outputs)
     _check_dynamic(inputs, axes)
     metadata = {
-        "version": importlib.import_module("lightning_mi_prune").__version__,
+        "version": version("lightning-mi-prune"),
         "class": type(network).__name__,
         "opset": str(opset),
         "dynamic": json.dumps(largest),
