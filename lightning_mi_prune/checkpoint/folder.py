@@ -63,7 +63,7 @@ def check_folder(source: Any, options: Mapping[str, Any]) -> None:
             check_archive(path)
     except PruningError as error:
         raise PruningError(
-            f"{error} Was the folder copied whole? Copy or save it again."
+            f"{error} Is one file damaged? Copy or save the folder again."
         ) from error
 
 

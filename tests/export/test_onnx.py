@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 
 import lightning_mi_prune
 from lightning_mi_prune import PruningError, PruningWarning, prune
-from lightning_mi_prune.checkpoint import onnx as exporting
+from lightning_mi_prune.export import onnx as exporting
 from lightning_mi_prune.export.dynamic_shapes import default_axes
 from lightning_mi_prune.export.onnx import METADATA, OPSET, TOLERANCE, OnnxFile, export_onnx
 from tests.support.exports import FAMILIES, cut, logits
