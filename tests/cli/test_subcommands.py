@@ -18,6 +18,7 @@ from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.cli import main
 from lightning_mi_prune.cli.program import SUBCOMMANDS, command_named
 from lightning_mi_prune.core.plan import Ranking
+from tests.examples.conftest import model  # noqa: F401  # a fixture
 from tests.support.boring import Classifier, Data, Sentences, trainer
 from tests.support.graphs import graph_of
 from tests.support.models import batch, outputs, random_plan
@@ -157,7 +158,8 @@ def test_info_runs_nothing_of_a_file(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_convert_writes_a_folder_that_computes_the_same(
-    capsys: pytest.CaptureFixture[str], model: str
+    capsys: pytest.CaptureFixture[str],
+    model: str,  # noqa: F811
 ) -> None:
     words = ["convert", "pruned.ckpt", "out/small", "--config", "run.yaml", "--code"]
     told = found(capsys, *words, "--tokenizer", model)
