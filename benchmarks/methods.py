@@ -21,8 +21,8 @@ from lightning_mi_prune.pipeline import PipelineOptions
 
 __all__ = [
     "DEFAULT",
+    "DESCRIBED",
     "OURS",
-    "SAID",
     "SETTINGS",
     "VARIANTS",
     "Name",
@@ -110,9 +110,9 @@ VARIANTS: tuple[Variant, ...] = (
     ),
 )
 
-# Widths that a config can say, so that plain transformers opens the folder. Heads of BERT are then
-# tied to the hidden size; as many parameters go, of all of these together.
-SAID = (
+# Widths that a config can describe, so that plain transformers opens the folder. Heads of BERT are
+# then tied to the hidden size; as many parameters go, of all of these together.
+DESCRIBED = (
     Variant(
         "relevance-mi",
         "config",

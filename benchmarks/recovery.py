@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.baselines import BASELINES, SCORES_RATE, Baseline, layers_left
-from benchmarks.methods import OURS, SAID, VARIANTS, Variant
+from benchmarks.methods import DESCRIBED, OURS, VARIANTS, Variant
 from benchmarks.records import Figures, Job, single
 from benchmarks.subjects import (
     EVERY_UNIT,
@@ -49,7 +49,7 @@ __all__ = ["ENTRIES", "distillation", "one_shot", "recovery"]
 
 Entry = Variant | Baseline
 CONTROL = Baseline("dense", "uniform")
-ENTRIES: tuple[Entry, ...] = (*VARIANTS, *SAID, *BASELINES)
+ENTRIES: tuple[Entry, ...] = (*VARIANTS, *DESCRIBED, *BASELINES)
 COMPARED = tuple(entry for entry in ENTRIES if isinstance(entry, Baseline) or entry.compared)
 
 
@@ -81,7 +81,7 @@ def one_shot(
     methods: Sequence[str] = (),
 ) -> Iterator[Job]:
     """Accuracy of all variants of this package without a training step."""
-    return recovery(tasks, seeds, sparsities, methods, (0,), (*VARIANTS, *SAID))
+    return recovery(tasks, seeds, sparsities, methods, (0,), (*VARIANTS, *DESCRIBED))
 
 
 @cache

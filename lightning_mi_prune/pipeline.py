@@ -44,7 +44,7 @@ from lightning_mi_prune.core.running import (
     copy_networks,
     move_tensors,
 )
-from lightning_mi_prune.discovery.config_fields import check_said, configs_accepting
+from lightning_mi_prune.discovery.config_fields import check_described, configs_accepting
 from lightning_mi_prune.graph.groups import (
     DependencyGroup,
     count_parameters,
@@ -125,7 +125,7 @@ def check(
         current: Present widths of all groups.
         writes: Whether this process measures latencies and writes their file; others may not even
             see its disk.
-        names: Whether the log names groups that stay whole as no config says their width.
+        names: Whether the log names groups that stay whole as no config holds their width.
 
     Raises:
         PruningError: If constraints contradict each other, the budget is out of reach, dimensions
@@ -176,14 +176,14 @@ def _classes(
 
 
 def _log_left_whole(chosen: Sequence[DependencyGroup], classes: Sequence[WidthClass]) -> None:
-    """Name the groups that stay whole since no field of a config says their width."""
+    """Name the groups that stay whole since no field of a config holds their width."""
     whole = groups_left_whole(chosen, classes)
     if not whole:
         return
     tied = sorted({group.tie for group in whole if group.tie is not None})
     remedy = f" They change with {', '.join(tied)} if its kind, 'hidden', is cut." if tied else ""
     _log.warning(
-        "widths='config' leaves %s whole, since no field of a config says their width alone: %s.%s",
+        "widths='config' leaves %s whole: no field of a config holds their width alone: %s.%s",
         counted(len(whole), "group"),
         shortened([group.name for group in whole]),
         remedy,
@@ -318,7 +318,7 @@ def decide(
     check_left(groups, {**now, **widths}, emptied, options.budget)
     if options.widths == "config":
         units = {name: tuple(range(width)) for name, width in {**now, **widths}.items()}
-        check_said(module, groups, PruningPlan(current.sizes, units))
+        check_described(module, groups, PruningPlan(current.sizes, units))
     if rankings is None:  # of all, so that what is lost can be set beside what there was
         rankings = rank(chosen, widths=widths)
     return select_units(

@@ -124,7 +124,7 @@ class PruneResult:
 
 
 class PruneOptions(TypedDict, total=False):
-    """Options of :func:`prune` that do not say how small the module gets."""
+    """Options of :func:`prune` but for its budgets."""
 
     loss: Loss | None
     forward: Forward | None

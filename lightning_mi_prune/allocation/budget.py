@@ -204,13 +204,13 @@ def check_reach(
             f"no fewer than {number(fewest)} {costs.measure} can be reached "
             f"(as built: {number(built)})"
         )
-    said = ""
+    limited = ""
     if widths == "config":
         fields = ", ".join(map(str, classes))
-        said = f", and widths='config', which can only change {fields}"
+        limited = f", and widths='config', which can only change {fields}"
     raise PruningError(
         f"{budget} is out of reach: with the floors, pins and multiple={constraints.multiple} "
-        f"given{said}, {best}. Loosen the budget or the constraints, or include more groups."
+        f"given{limited}, {best}. Loosen the budget or the constraints, or include more groups."
     )
 
 

@@ -34,7 +34,7 @@ Accepts: TypeAlias = Callable[[Mapping[str, int]], bool]
 
 @dataclass(frozen=True)
 class WidthClass:
-    """Groups whose widths change in proportion, since the same fields of a config say them.
+    """Groups whose widths change in proportion, since the same fields of a config hold them.
 
     Args:
         fields: The fields.
@@ -52,7 +52,7 @@ class WidthClass:
 
 @dataclass(frozen=True)
 class Choices:
-    """Widths that a config can say.
+    """Widths that a config can describe.
 
     Args:
         options: For each class the widths of its members, the widest first.
@@ -98,7 +98,7 @@ def classes_of(
     chosen: Collection[str],
     accepts: Mapping[str, Accepts] | None = None,
 ) -> tuple[WidthClass, ...]:
-    """Classes of groups that may shrink together, by the config fields that say their widths.
+    """Classes of groups that may shrink together, by the config fields that hold their widths.
 
     Groups that share a field are of one class, and so are those that are tied to it: a hidden size
     and the numbers of heads of which it is the product with their size. A class of which one group
@@ -135,8 +135,8 @@ def classes_of(
     classes = []
     for fields, members in found:
         names = {name for _, name in fields}
-        said = {name for group in members for name in _own(group)}
-        if names <= said and all(group.name in chosen for group in members):
+        described = {name for group in members for name in _own(group)}
+        if names <= described and all(group.name in chosen for group in members):
             network = members[0].network
             if network in known:
                 classes.append(WidthClass(tuple(sorted(names)), tuple(members), known[network]))
@@ -157,9 +157,9 @@ def _fields(group: DependencyGroup) -> set[str]:
 def groups_left_whole(
     chosen: Iterable[DependencyGroup], classes: Iterable[WidthClass]
 ) -> list[DependencyGroup]:
-    """The groups that may shrink, but of which a config says no other width."""
-    said = {group.name for one in classes for group in one.members}
-    return [group for group in chosen if group.name not in said]
+    """The groups that may shrink, but of which a config can hold no other width."""
+    described = {group.name for one in classes for group in one.members}
+    return [group for group in chosen if group.name not in described]
 
 
 def choices_of(
@@ -196,7 +196,7 @@ def choices_of(
     if not classes:
         names = [group.name for group in groups[:4]]
         raise PruningError(
-            "widths='config' found no field of a Hugging Face config that says the width of any "
+            "widths='config' found no field of a Hugging Face config that holds the width of any "
             f"group that may shrink, such as {names}, or not of all groups that share it. Choose "
             "more kinds of group, or widths='global' or 'uniform'."
         )
@@ -206,7 +206,7 @@ def choices_of(
         if min(now, bounds[group.name][1]) < group.size:
             why = "an earlier cut" if now < group.size else "a cap or pin"
             raise PruningError(
-                f"widths='config' cannot say that {group.name!r} has fewer than "
+                f"widths='config' cannot describe that {group.name!r} has fewer than "
                 f"{counted(group.size, 'unit')}, but {why} asks for it; no field of its config "
                 "does. Drop it, or use widths='global' or 'uniform'."
             )

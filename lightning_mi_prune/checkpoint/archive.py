@@ -30,7 +30,7 @@ _START = b"PK\3\4"
 
 _DAMAGE = (ValueError, LookupError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
 
-# What allocates as many bytes or entries as it is told.
+# What allocates as many bytes or entries as it is given.
 _ALLOCATE = ("bytearray", "Tensor", "Storage")
 
 
@@ -96,7 +96,7 @@ def _pickles_in(file: IO[bytes], size: int) -> Iterator[IO[bytes]]:
 
 
 def _check_end(file: IO[bytes], size: int, start: int) -> None:
-    """The list of entries is where its end says: torch and :mod:`zipfile` read the same list."""
+    """The list of entries is where its end points to: torch and :mod:`zipfile` read one list."""
     file.seek(max(0, size - _END.size))
     mark, *_, place, comment = _END.unpack(file.read(_END.size))
     if mark != b"PK\5\6" or comment or place not in (start, 2**32 - 1):

@@ -75,7 +75,7 @@ def delta_between(network: Any, dense: Any, base: str) -> Delta:
     graph, plan = recorded_graph(network), recorded_plan(network)
     if graph is None or plan is None:
         raise PruningError(
-            f"{type(network).__name__} has no units removed, so there is nothing to tell of it "
+            f"{type(network).__name__} has no units removed, so there is no change to store "
             "beside its weights; expected a pruned model. Save it without delta_of."
         )
     digest = digest_of(dense)

@@ -45,7 +45,7 @@ def _config_class() -> Any:
 
 @lru_cache(maxsize=64)
 def _pruned_class(model_type: str) -> Any:
-    """The config class of a type, as one that Auto classes tell from it."""
+    """The config class of a type, as one that Auto classes distinguish from it."""
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

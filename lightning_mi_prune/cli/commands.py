@@ -40,7 +40,7 @@ _CLASSES = (
 
 
 def info(path: str, /) -> Shown:
-    """Say what a folder, a checkpoint or a plan holds; nothing of it is built or run.
+    """Show what a folder, a checkpoint or a plan holds; nothing of it is built or run.
 
     Args:
         path: A Hugging Face folder, a checkpoint (.ckpt, .pt, .safetensors) or the JSON of a plan.
@@ -88,7 +88,7 @@ def convert(
         request: The command line.
         checkpoint: A checkpoint of a Trainer, or a state dict, of the module that the files name.
         folder: The folder to write.
-        code: Add a modelling file for trust_remote_code, where the config cannot tell the widths.
+        code: Add a modelling file for trust_remote_code, where the config does not describe it.
         overwrite: Replace a model that is there.
         tokenizer: Folder of a tokenizer or processor to save with it.
     """
@@ -140,7 +140,7 @@ def compare(
             f"{dense} is a {kinds[0]} and {pruned} a {kinds[1]}; expected two of one kind. Write "
             "the checkpoint as a folder first: convert CHECKPOINT FOLDER."
         )
-    shapes: Any = {"batch": batch, "length": length, "seconds": seconds, "tell": print_progress}
+    shapes: Any = {"batch": batch, "length": length, "seconds": seconds, "progress": print_progress}
     try:
         if kinds[0] == "folder":
             _check_unused(request)
@@ -340,8 +340,8 @@ def _of_folders(
     if sizes[0] is not None and sizes[1] is not None:
         found = replace(found, weight_bytes=(sizes[0], sizes[1]))
     if batches is not None:
-        tell = shapes["tell"]
-        before, after = (metric_of(network, batches, tell) for network in networks)
+        progress = shapes["progress"]
+        before, after = (metric_of(network, batches, progress) for network in networks)
         if before.keys() != after.keys():
             raise PruningError(
                 f"{dense} has the metric {sorted(before)} and {pruned} {sorted(after)}; expected "
@@ -366,9 +366,9 @@ def _of_checkpoints(
     from lightning_mi_prune.export import compare as measure
 
     (left, right), trainer, data = _modules(request, dense, pruned, batch_size)
-    tell, metrics, inside = shapes["tell"], [], []
+    progress, metrics, inside = shapes["progress"], [], []
     for path, module in ((dense, left), (pruned, right)):
-        tell(f"metrics of {path}")
+        progress(f"metrics of {path}")
         with measure.recorded_calls(module) as calls:
             metrics.append(metrics_of(trainer, module, data, loop))
         inside.append(measure.network_called(module, calls))

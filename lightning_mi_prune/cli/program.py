@@ -32,7 +32,7 @@ PROGRAM = "lightning-mi-prune"
 
 SUBCOMMANDS = {
     "prune": "Prune a LightningModule on its data in one shot.",
-    "info": "Say what a folder, a checkpoint or a plan holds, without opening the model.",
+    "info": "Show what a folder, a checkpoint or a plan holds, without opening the model.",
     "compare": "Measure two models side by side: size, MACs, latency, metric.",
     "convert": "Write the network of a checkpoint as a Hugging Face folder.",
     "export": "Write the model of a folder as an ONNX file.",
@@ -144,8 +144,8 @@ def _help() -> str:
         f"{PROGRAM} SUBCOMMAND ...",
         "Make trained networks smaller, and look at what came out.",
         [Entry("subcommands", name, "", text) for name, text in SUBCOMMANDS.items()],
-        f"{PROGRAM} SUBCOMMAND --help says more. With --json a subcommand prints one JSON object. "
-        "What is wrong is one line on stderr, and exit code 2.\n\nexample:\n"
+        f"{PROGRAM} SUBCOMMAND --help lists its options. With --json a subcommand prints one JSON "
+        "object. What is wrong is one line on stderr, and exit code 2.\n\nexample:\n"
         f"  {PROGRAM} prune run.yaml --checkpoint best.ckpt --sparsity 0.75 --output small.ckpt\n"
         f"  {PROGRAM} info small.ckpt",
     )

@@ -2,7 +2,7 @@
 
     lightning-mi-prune prune run.yaml --checkpoint best.ckpt --sparsity 0.75 --output small.ckpt
 
-:mod:`lightning_mi_prune.cli.building` says what the files may be.
+:mod:`lightning_mi_prune.cli.building` describes the files.
 """
 
 from __future__ import annotations

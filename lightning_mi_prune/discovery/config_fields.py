@@ -33,8 +33,9 @@ from lightning_mi_prune.surgery.parameters import attribute_value, shapes_at
 
 __all__ = [
     "Unused",
-    "check_said",
+    "check_described",
     "configs_accepting",
+    "difference_from_config",
     "with_config_fields",
     "with_depth_fields",
 ]
@@ -59,7 +60,7 @@ def with_config_fields(
     Args:
         module: Module from which the groups are named; it does not change.
         groups: Groups of any networks inside it.
-        unused: Tells whether numbers on modules matter. A network that is built from a changed
+        unused: Whether numbers on modules matter. A network that is built from a changed
             config may differ in those that do not: they leave the attributes of groups. Default:
             all numbers in attributes of groups matter, and no others.
 
@@ -95,7 +96,7 @@ def with_config_fields(
 
 @dataclass(frozen=True)
 class _Fields:
-    """Fields that say the width of some groups.
+    """Fields that hold the width of some groups.
 
     Args:
         names: Fields that hold the width.
@@ -181,18 +182,18 @@ class _Builder:
         built = _shapes(made, self.prefix)
         odd = sorted(built.keys() ^ wanted.keys())
         if odd:
-            return f"{odd[0]!r} is in one of them only"
+            return f"{odd[0]!r} is in the model or in what the config builds, not in both"
         for same in _tied(self.network, self.prefix):  # a group names one of them
             shape = next((wanted[n] for n in same if wanted[n] != self.now[n]), wanted[same[0]])
             name = next((n for n in same if built[n] != shape), None)
             if name is not None:
-                return f"{name!r} has shape {built[name]} there and {shape} here"
+                return f"{name!r} has shape {shape}, and {built[name]} by the config"
         expected, buffers = {**self.buffers, **cut}, _buffers(made, self.prefix)
         for name, shape in expected.items():
             if name in cut and name in _unsaved(made, self.prefix):
-                return f"{name!r} is computed anew there"
+                return f"{name!r} is computed anew whenever a model is built"
             if name in self.buffers and buffers.get(name) != shape:
-                return f"{name!r} has shape {buffers.get(name)} there and {shape} here"
+                return f"{name!r} has shape {shape}, and {buffers.get(name)} by the config"
         return ""
 
     def fits(
@@ -255,7 +256,7 @@ class _Builder:
                 size = layout_size(number.layout, group.all_widths(widths))
                 if held != size:
                     where = f"{number.module}.{number.attribute}".lstrip(".")
-                    return f"{where!r} is {held} there and {size} here"
+                    return f"{where!r} is {size}, and {held} by the config"
         return ""
 
     def _number(self, made: nn.Module, number: SizeAttribute) -> Any:
@@ -393,7 +394,7 @@ def _find(
     for (kind, size, _), members in classes.items():
         merged.setdefault((kind, size), []).append(members)
     left: list[list[DependencyGroup]] = []
-    # A hidden size is said alone only where the size of heads is set, which theirs may need.
+    # A hidden size is described alone only where the size of heads is set, which theirs may need.
     for parts in sorted(merged.values(), key=lambda parts: parts[0][0].kind == "hidden"):
         alone = [_note(builder, members, found) for members in parts]
         rest = [members for members, known in zip(parts, alone, strict=True) if not known]
@@ -487,7 +488,7 @@ Sizes: TypeAlias = tuple[tuple[str, Layout], ...]
 def _choices(
     builder: _Builder, groups: Sequence[DependencyGroup], found: Mapping[str, DependencyGroup]
 ) -> Iterator[tuple[tuple[str, ...], Sizes]]:
-    """Fields that may say a width, and others that may have to be set with it."""
+    """Fields that may hold a width, and others that may have to be set with it."""
     group = groups[0]
     taken = {name for g in found.values() for name in config_fields(g)}
     own = [n for n in _ordered(builder, group.size, group.kind) if n not in taken]
@@ -590,11 +591,11 @@ def _find_tied(
                 decorative = builder.fits(changes, [stream, *alike, *every], widths)
                 if decorative is None:
                     continue
-                said = {stream.name: replace(stream, config=fields[0], config_aliases=fields[1:])}
+                noted = {stream.name: replace(stream, config=fields[0], config_aliases=fields[1:])}
                 for name, members in zip(chosen, heads, strict=True):
-                    said |= {g.name: replace(g, config=name, tie=fields[0]) for g in members}
-                said |= {group.name: replace(group, tie=fields[0]) for group in alike}
-                found.update(said)
+                    noted |= {g.name: replace(g, config=name, tie=fields[0]) for g in members}
+                noted |= {group.name: replace(group, tie=fields[0]) for group in alike}
+                found.update(noted)
                 _leave(found, decorative)
                 return
 
@@ -642,7 +643,39 @@ def _accepting(
     return accepts
 
 
-def check_said(module: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan) -> None:
+def difference_from_config(
+    network: Any,
+    groups: Sequence[DependencyGroup],
+    widths: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    changes: Mapping[str, Any],
+    path: str = "",
+) -> str:
+    """What of a network at some widths differs from what its class builds from a config.
+
+    The class is built on the meta device, from the config as it is read from its file.
+
+    Args:
+        network: The network, at any widths; it does not change.
+        groups: All its groups.
+        widths: The width of each.
+        shapes: Shapes of the tensors that they cut, at these widths.
+        changes: Fields of the config to set before.
+        path: Path of the network, from which the groups are named.
+
+    Returns:
+        The first difference, as the end of a sentence; "" where there is none.
+    """
+    builder = _Builder(network, path)
+    made = builder.built(changes)
+    if made is None:
+        return f"{type(network).__name__} cannot be built from the config"
+    return builder.difference(made, groups, widths, shapes)
+
+
+def check_described(
+    module: nn.Module, groups: Sequence[DependencyGroup], plan: PruningPlan
+) -> None:
     """Refuse a plan at which a config does not describe its network; nothing is changed.
 
     The class of every network that the plan cuts, built from the config that a cut would leave,
@@ -664,7 +697,7 @@ def check_said(module: nn.Module, groups: Sequence[DependencyGroup], plan: Pruni
         >>> ends = {"producers": ["encoder.layer.0.intermediate.dense"]}
         >>> ends["consumers"] = ["encoder.layer.0.output.dense"]
         >>> ffn = with_config_fields(net, [linear_group(net, "ffn", kind="ffn", **ends)])
-        >>> check_said(net, ffn, PruningPlan({"ffn": 6}, {"ffn": (0, 3)}))
+        >>> check_described(net, ffn, PruningPlan({"ffn": 6}, {"ffn": (0, 3)}))
     """
     shapes = {name: tuple(shape) for name, shape in shapes_at(module, groups, plan).items()}
     for path in dict.fromkeys(group.network for group in groups):
@@ -674,25 +707,16 @@ def check_said(module: nn.Module, groups: Sequence[DependencyGroup], plan: Pruni
         network: Any = module.get_submodule(path)
         if not hasattr(getattr(network, "config", None), "to_dict"):
             raise PruningError(
-                f"{type(network).__name__} was cut, and has no config that could say it. Use "
+                f"{type(network).__name__} was cut, and has no config to describe it. Use "
                 "widths='global' or 'uniform'."
             )
-        builder = _Builder(network, path)
         numbers = config_numbers(inside, plan.widths)
-        made = builder.built(numbers)
-        if made is None:
-            raise PruningError(
-                f"{type(builder.network).__name__} cannot be built from a config with {numbers}, "
-                "so plain transformers could not open the pruned model. Use other constraints, or "
-                "widths='global' or 'uniform'."
-            )
-        found = builder.difference(made, inside, plan.widths, shapes)
+        found = difference_from_config(network, inside, plan.widths, shapes, numbers, path)
         if found:
             raise PruningError(
-                f"The config of {type(builder.network).__name__} cannot say the widths of this "
-                f"plan: {found} (in a network built from {numbers}; here after the cut). Is a "
-                "group among them that was cut before, or that is excluded? Use widths='global' "
-                "or 'uniform'."
+                f"The config of {type(network).__name__} cannot describe the widths of this plan, "
+                f"with {numbers}: {found}. Is a group among them that was cut before, or that is "
+                "excluded? Use other constraints, or widths='global' or 'uniform'."
             )
 
 

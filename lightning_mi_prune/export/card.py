@@ -83,7 +83,7 @@ class Measured:
                     check_number(f"metrics[{name!r}]", value, above=-math.inf)
         if self.latency and not self.machine:
             raise PruningError(
-                "Latencies without a machine say nothing; expected machine='AMD EPYC, 1 thread', "
+                "Latencies are given without a machine; expected machine='AMD EPYC, 1 thread', "
                 "or what it was."
             )
 

@@ -55,7 +55,7 @@ def code_of(network: Any) -> str:
 
 
 def code_fields(network: Any) -> dict[str, Any]:
-    """What the config beside the modelling file says.
+    """Fields of the config beside the modelling file.
 
     Args:
         network: A cut Hugging Face network.

@@ -44,7 +44,7 @@ _SHARES = ("accuracy", "acc")  # metrics that are shares, by the end of their na
 _IGNORED = -100  # a label that losses of torch and transformers leave out
 _INPUTS = ("labels", "label", "start_positions", "end_positions")  # that are no inputs
 
-Tell = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def compare_networks(
     batch: Sequence[int] = (1, 32),
     length: Sequence[int] = (64,),
     seconds: float = 2.0,
-    tell: Tell = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> Comparison:
     """Sizes, multiply-accumulates and latencies of two networks.
 
@@ -175,7 +175,7 @@ def compare_networks(
         batch: Examples in a call that is timed.
         length: Tokens of an example, for each batch size; other inputs have no length.
         seconds: Time for each network, batch size and length.
-        tell: Is told what is being measured.
+        progress: Called with the name of what is measured.
 
     Raises:
         PruningError: If a network cannot run on a batch of such a size.
@@ -203,11 +203,11 @@ def compare_networks(
     counted_on = first if row is None else (row, row)
     tokens = _length_of(counted_on[0])
     example = "one example" if tokens is None else f"one example of {counted(tokens, 'token')}"
-    tell(f"multiply-accumulates of {example}")
+    progress(f"multiply-accumulates of {example}")
     macs = [_refusing(count_macs, n, c) for n, c in zip(networks, counted_on, strict=True)]
     latency = []
     for size, long in product(batch, lengths):
-        tell(f"latency of batch {size}{f' x {long}' if long else ''}")
+        progress(f"latency of batch {size}{f' x {long}' if long else ''}")
         inputs = [resized_call(call, size, long) for call in calls]
         latency.append(_timed(networks, inputs, size, long, seconds))
     return replace(
@@ -359,7 +359,7 @@ def resized_call(call: RecordedCall, batch: int, length: int = 0) -> RecordedCal
 
 
 def metric_of(
-    network: nn.Module, batches: Iterable[Mapping[str, Tensor]], tell: Tell = lambda _: None
+    network: nn.Module, batches: Iterable[Mapping[str, Tensor]], progress: Progress = lambda _: None
 ) -> dict[str, float]:
     """The metric of a Hugging Face network on labelled rows.
 
@@ -369,7 +369,7 @@ def metric_of(
     Args:
         network: The network; it stays as it is.
         batches: Batches of its inputs, with ``labels``; columns that it does not take are left out.
-        tell: Is told how far it is.
+        progress: Called with how far it is.
 
     Raises:
         PruningError: If there are no labels, or the network cannot run on the rows.
@@ -386,7 +386,7 @@ def metric_of(
     many = len(batches) if isinstance(batches, Sized) else None
     with undisturbed(network), torch.no_grad():
         for index, batch in enumerate(batches):
-            tell(f"metric, batch {index + 1}{'' if many is None else f' of {many}'}")
+            progress(f"metric, batch {index + 1}{'' if many is None else f' of {many}'}")
             given = _with_labels(network, _taken(network, batch))
             output = _refusing(lambda network, given: network(**given), network, given)
             name, part, share = _part_of_metric(network, given["labels"], output)

@@ -36,7 +36,7 @@ class Width:
 
     Args:
         name: The group or stack.
-        kind: Kind of unit; ``"layers"`` of a stack, empty where no graph tells it.
+        kind: Kind of unit; ``"layers"`` of a stack, empty where no graph names it.
         now: How many are left.
         built: How many there were.
     """
@@ -56,7 +56,7 @@ class Contents:
         what: What it is, in a few words.
         class_name: Class of the model, where it is named.
         parameters: Parameters now; None without weights.
-        parameters_built: Parameters before pruning; None where they cannot be told.
+        parameters_built: Parameters before pruning; None where they are not recorded.
         weight_bytes: Bytes of the weights.
         widths: Groups and stacks of the plan.
         plan_digest: Digest of the plan; None without one.
@@ -117,7 +117,7 @@ def contents_of(path: str | Path) -> Contents:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Sizes of the tensors in files: parameters (as far as names tell), and bytes of all."""
+    """Sizes of the tensors in files: parameters (as far as names show), and bytes of all."""
 
     parameters: int
     size: int
@@ -216,7 +216,7 @@ def _widths(plan: PruningPlan, graph: PruningGraph | None) -> Iterator[Width]:
 
 
 def _built(now: int, plan: PruningPlan | None, graph: PruningGraph | None) -> int | None:
-    """Parameters before pruning; of layers that are gone, nothing tells the size."""
+    """Parameters before pruning; the sizes of layers that are gone are not recorded."""
     if plan is None or plan.is_full:
         return now
     stacks = () if graph is None else graph.stacks

@@ -136,7 +136,7 @@ def default_axes(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
             length = _length_of(name)
             same = lengths.setdefault(length, x.shape[1]) == x.shape[1]
             axes[name][1] = length if same else f"{name}_{_LENGTH}"
-    for name, x in tensors.items():  # a box of each token, say
+    for name, x in tensors.items():  # such as a box of each token
         if not x.is_floating_point() and x.ndim == 3:
             length = _length_of(name)
             axes[name] |= {1: length} if lengths.get(length) == x.shape[1] else {}

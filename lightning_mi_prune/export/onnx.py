@@ -61,9 +61,9 @@ METADATA = "lightning_mi_prune."
 
 _EXTRA, _WHAT = "onnx", "The ONNX model"
 _ONE_FILE = 3 * 2**29  # bytes of weights: protobuf reads no message of 2 GiB
-_HUGE = 1e20  # stands for infinity, as in masks, and says nothing of the scale
+_HUGE = 1e20  # stands for infinity, as in masks, and is not part of the scale
 _HALF = (torch.float16, torch.bfloat16)
-_LOUD = ("torch", "onnxscript", "onnx_ir")  # loggers that tell of every step
+_LOUD = ("torch", "onnxscript", "onnx_ir")  # loggers that log every step
 _NETWORK = "network"
 
 Tensors = Mapping[str, Tensor]
@@ -361,11 +361,11 @@ def _first_that_runs(
         try:
             outputs = forward.named(tensors)
         except Exception as error:  # whatever a network raises for sizes that it does not take
-            why = why or f"at {_told(sizes)}: {_first_line(error)}"
+            why = why or f"at {_listed(sizes)}: {_first_line(error)}"
             continue
         if not defined or _defined(outputs):
             return tensors, outputs
-        why = why or f"at {_told(sizes)}: the outputs are not numbers"
+        why = why or f"at {_listed(sizes)}: the outputs are not numbers"
     raise PruningError(
         f"{type(forward.network).__name__} does not run at other sizes than those of the example "
         f"({why}), so {', '.join(tried)} cannot be dynamic. Expected an example that can be made "
@@ -378,7 +378,7 @@ def _defined(outputs: Tensors) -> bool:
     return not any(bool(x.isnan().any()) for x in outputs.values() if x.is_floating_point())
 
 
-def _told(sizes: Mapping[str, int]) -> str:
+def _listed(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 

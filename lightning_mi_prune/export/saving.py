@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import get_rank, is_initialized
 
 from lightning_mi_prune.checkpoint.delta import Delta, delta_between, read_delta, write_delta
-from lightning_mi_prune.checkpoint.plain import difference_from_config, with_layer_fields
+from lightning_mi_prune.checkpoint.plain import why_not_plain, with_layer_fields
 from lightning_mi_prune.checkpoint.recorded import present_plan, recorded_graph
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import is_plan
@@ -99,7 +99,7 @@ def save_pretrained(
     plan = _ranked_plan(model, path, network)
     state = {name: t for name, t in network.state_dict().items() if not is_plan(name)}
     layers = with_layer_fields(network)
-    difference = None if layers else difference_from_config(network)
+    difference = None if layers else why_not_plain(network)
     if delta is not None:
         difference = _as_changes(delta)
     with _whole_folder(target) as draft:
@@ -128,7 +128,7 @@ def rewrite_card(network: Any, folder: str | Path, measured: Measured) -> Path:
     Args:
         network: The network in it.
         folder: The folder.
-        measured: What was measured of it; what an older card said is gone.
+        measured: What was measured of it; what an older card stated is gone.
 
     Returns:
         The card.
@@ -145,7 +145,7 @@ def rewrite_card(network: Any, folder: str | Path, measured: Measured) -> Path:
     plan = PruningPlan.from_json((place / PLAN_FILE).read_text(encoding="utf-8"))
     fields = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
     plain, delta = fields.get("model_type") != MODEL_TYPE, read_delta(place)
-    difference = None if plain else difference_from_config(network)
+    difference = None if plain else why_not_plain(network)
     if delta is not None:
         difference = _as_changes(delta)
     text = _card_text(network, place, place.resolve().name, plan, measured, difference)

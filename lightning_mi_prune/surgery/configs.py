@@ -1,4 +1,4 @@
-"""What the config of a Hugging Face network says at some widths, and how it is read and set."""
+"""The numbers that the config of a Hugging Face network holds at some widths, read and set."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ def _narrowed(group: DependencyGroup, widths: Mapping[str, int]) -> bool:
     """
     if group.tie is None and not group.config_sizes:
         return False
-    said = {name for _, layout in group.config_sizes for name in layout_names(layout)}
-    return any(widths.get(n, size) != size for n, size in group.partners if n not in said)
+    held = {name for _, layout in group.config_sizes for name in layout_names(layout)}
+    return any(widths.get(n, size) != size for n, size in group.partners if n not in held)
 
 
 def _ties(groups: Sequence[DependencyGroup]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Classes of groups compete for a budget; the widths are the best that a config can say."""
+"""Classes of groups compete for a budget; the widths are the best that a config can describe."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def cases(draw, *, hidden: bool):
 
 
 def brute_force(groups, rankings, limit, costs):
-    """The least loss over all widths that a config can say."""
+    """The least loss over all widths that a config can describe."""
     names = {kind: [g.name for g in groups if g.kind == kind] for kind in ("ffn", "heads")}
     best = math.inf
     for inner, heads in itertools.product(range(1, 7), range(1, 4)):

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks import ablations
 from benchmarks.ablations import calibrated, measured
-from benchmarks.methods import DEFAULT, OURS, SAID, SETTINGS, VARIANTS, Setting
+from benchmarks.methods import DEFAULT, DESCRIBED, OURS, SETTINGS, VARIANTS, Setting
 from benchmarks.subjects import (
     Subject,
     calibrate_gradients,
@@ -22,7 +22,7 @@ from benchmarks.subjects import (
 )
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import relevance_of
-from lightning_mi_prune.checkpoint.plain import difference_from_config
+from lightning_mi_prune.checkpoint.plain import why_not_plain
 from lightning_mi_prune.core.options import Importance
 from lightning_mi_prune.graph.groups import count_parameters, full_plan
 from lightning_mi_prune.importance.criteria import criterion_of
@@ -61,13 +61,13 @@ def test_widths_of_a_config_remove_as_many_parameters() -> None:
     sizes |= {"vocab_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 40}
     net = BertForSequenceClassification(BertConfig(**sizes, num_labels=3)).eval()
     known = examine(0, net, labelled(range(12)), labelled(range(12, 14)), calibrated=False)
-    (said,) = SAID
-    chosen = calibrated_for(known, said.units)
+    (variant,) = DESCRIBED
+    chosen = calibrated_for(known, variant.units)
     prunable = count_parameters(known.chosen)
-    model, plan = cut(chosen, said.options(0.75 * prunable / count_parameters(chosen.chosen), 0))
+    model, plan = cut(chosen, variant.options(0.75 * prunable / count_parameters(chosen.chosen), 0))
     gone = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in model.parameters())
     assert gone >= 0.75 * prunable
-    assert difference_from_config(model) is None
+    assert why_not_plain(model) is None
     assert plan.width("bert.hidden") == model.config.hidden_size < 32
 
 

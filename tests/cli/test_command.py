@@ -303,14 +303,14 @@ def test_any_file_of_a_lightning_cli(form):
 def test_with_json_nothing_else_is_on_stdout(capsys):
     """Not even the bar of Lightning."""
     main(["prune", *write(NAMED), "--trainer.enable_progress_bar", "true", "--json"])
-    told = json.loads(capsys.readouterr().out)
+    shown = json.loads(capsys.readouterr().out)
     module = opened()
-    assert told["checkpoint"] == "pruned.ckpt"
-    assert told["after"]["parameters"] == sum(p.numel() for p in module.parameters())
-    assert told["before"]["parameters"] == sum(p.numel() for p in Net(3).parameters())
-    assert set(told["before"]["metrics"]) == set(told["after"]["metrics"]) == {"val_loss"}
+    assert shown["checkpoint"] == "pruned.ckpt"
+    assert shown["after"]["parameters"] == sum(p.numel() for p in module.parameters())
+    assert shown["before"]["parameters"] == sum(p.numel() for p in Net(3).parameters())
+    assert set(shown["before"]["metrics"]) == set(shown["after"]["metrics"]) == {"val_loss"}
     main(["info", "pruned.ckpt", "--json"])
-    assert json.loads(capsys.readouterr().out)["plan_digest"] == told["plan_digest"]
+    assert json.loads(capsys.readouterr().out)["plan_digest"] == shown["plan_digest"]
 
 
 def test_files_are_laid_over_each_other_and_words_over_files(monkeypatch):

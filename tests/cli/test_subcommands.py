@@ -110,19 +110,19 @@ def test_info_tells_sizes_widths_and_plan(name: str, capsys: pytest.CaptureFixtu
     plan = PlanTracker.of(module).plan
     if name == "pruned":  # without stacks, of which nothing is gone
         plan = PruningPlan.from_json(Path("pruned/pruning_plan.json").read_text())
-    told = found(capsys, "info", name)
-    assert told["plan_digest"] == plan.digest()
-    assert told["rankings"] == 1
-    assert {w["name"]: w["now"] for w in told["widths"]} == plan.widths
-    assert {w["name"]: w["built"] for w in told["widths"]} == dict(plan.sizes)
+    shown = found(capsys, "info", name)
+    assert shown["plan_digest"] == plan.digest()
+    assert shown["rankings"] == 1
+    assert {w["name"]: w["now"] for w in shown["widths"]} == plan.widths
+    assert {w["name"]: w["built"] for w in shown["widths"]} == dict(plan.sizes)
     if name != "plan.json":
-        assert told["parameters"] == size(module)
-        assert told["parameters_built"] == size(Classifier())
+        assert shown["parameters"] == size(module)
+        assert shown["parameters_built"] == size(Classifier())
         graph = graph_of(Classifier())
         kinds = {g.name: g.kind for g in graph.groups} | {s.name: "layers" for s in graph.stacks}
         if name == "pruned":
             kinds = {n.partition(".")[2]: kind for n, kind in kinds.items()}
-        assert kinds.items() >= {w["name"]: w["kind"] for w in told["widths"]}.items()
+        assert kinds.items() >= {w["name"]: w["kind"] for w in shown["widths"]}.items()
     main(["info", name])
     text = capsys.readouterr().out
     assert plan.digest()[:20] in text
@@ -136,9 +136,9 @@ def test_info_tells_what_transformers_open_alone(capsys: pytest.CaptureFixture[s
     assert dense["class_name"] == pruned["class_name"] == "BertForSequenceClassification"
     assert "from_pretrained" in pruned["opening"]
     pruned_module().model.save_pretrained("unchecked")  # transformers' own
-    told = found(capsys, "info", "unchecked")
-    assert told["plain"] is None
-    assert told["parameters"] == pruned["parameters"]
+    shown = found(capsys, "info", "unchecked")
+    assert shown["plain"] is None
+    assert shown["parameters"] == pruned["parameters"]
 
 
 class Code:
@@ -162,10 +162,10 @@ def test_convert_writes_a_folder_that_computes_the_same(
     model: str,  # noqa: F811
 ) -> None:
     words = ["convert", "pruned.ckpt", "out/small", "--config", "run.yaml", "--code"]
-    told = found(capsys, *words, "--tokenizer", model)
-    assert told["parameters"] == size(pruned_module())
+    shown = found(capsys, *words, "--tokenizer", model)
+    assert shown["parameters"] == size(pruned_module())
     assert Path("out/small/modeling_pruned.py").exists()
-    assert "with trust_remote_code=True" in told["opening"]
+    assert "with trust_remote_code=True" in shown["opening"]
     assert BertTokenizer.from_pretrained("out/small").vocab_size == 305
     from transformers import AutoModelForSequenceClassification
 
@@ -175,33 +175,33 @@ def test_convert_writes_a_folder_that_computes_the_same(
     line = refused(capsys, *words)
     assert "holds a model already" in line
     dense = found(capsys, *words, "--overwrite", "--model", YAML["model"])
-    assert dense["parameters"] == told["parameters"]
+    assert dense["parameters"] == shown["parameters"]
 
 
 # ---------------------------------------------------------------------------------------- compare
 
 
 def test_compare_measures_folders(capsys: pytest.CaptureFixture[str]) -> None:
-    told = found(capsys, "compare", "dense", "pruned", "--data", "rows", *QUICK)
+    shown = found(capsys, "compare", "dense", "pruned", "--data", "rows", *QUICK)
     networks = {"dense": Classifier().model.eval(), "pruned": pruned_module().model}
     for side, network in networks.items():
-        assert told[side]["parameters"] == size(network)
+        assert shown[side]["parameters"] == size(network)
         file = Path(side, "model.safetensors")
-        assert told[side]["weight_bytes"] == file.stat().st_size
+        assert shown[side]["weight_bytes"] == file.stat().st_size
         rows = [Sentences(40, seed=2)[i] for i in range(40)]
         labels = torch.stack([row.pop("labels") for row in rows])
         given = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         right = outputs(network, given).argmax(-1) == labels
-        assert told[side]["metrics"]["accuracy"] == pytest.approx(right.float().mean().item())
-    shapes = [(row["batch"], row["length"]) for row in told["latency_ms"]]
+        assert shown[side]["metrics"]["accuracy"] == pytest.approx(right.float().mean().item())
+    shapes = [(row["batch"], row["length"]) for row in shown["latency_ms"]]
     assert shapes == [(1, 4), (1, 8), (2, 4), (2, 8)]
-    assert all(row["dense"] > 0 and row["pruned"] > 0 for row in told["latency_ms"])
-    assert told["dense"]["macs"] > told["pruned"]["macs"] > 0
-    assert told["example"] == "one example of 12 tokens"
-    gone = told["dense"]["parameters"] - told["pruned"]["parameters"]
-    before, after = (told[side]["prunable_parameters"] for side in networks)
+    assert all(row["dense"] > 0 and row["pruned"] > 0 for row in shown["latency_ms"])
+    assert shown["dense"]["macs"] > shown["pruned"]["macs"] > 0
+    assert shown["example"] == "one example of 12 tokens"
+    gone = shown["dense"]["parameters"] - shown["pruned"]["parameters"]
+    before, after = (shown[side]["prunable_parameters"] for side in networks)
     assert before - after == gone
-    assert "1 thread" in told["machine"]
+    assert "1 thread" in shown["machine"]
 
 
 def test_compare_prints_a_table_and_writes_the_card(capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,15 +219,15 @@ def test_compare_prints_a_table_and_writes_the_card(capsys: pytest.CaptureFixtur
 
 def test_compare_measures_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", "dense.ckpt", "pruned.ckpt", "--config", "run.yaml", *QUICK]
-    told = found(capsys, *words, "--evaluate", "validate", "--data.rows", "64")
+    shown = found(capsys, *words, "--evaluate", "validate", "--data.rows", "64")
     module = load_pruned(Classifier(), "pruned.ckpt")
     (expected,) = trainer().validate(module, Data(64), verbose=False)
-    assert told["pruned"]["metrics"] == expected
-    assert told["data"] == "validate of Data"
+    assert shown["pruned"]["metrics"] == expected
+    assert shown["data"] == "validate of Data"
     folders = found(capsys, "compare", "dense", "pruned", *QUICK)
     for side in ("dense", "pruned"):
-        assert told[side]["parameters"] == folders[side]["parameters"]
-        assert told[side]["prunable_parameters"] == folders[side]["prunable_parameters"]
+        assert shown[side]["parameters"] == folders[side]["parameters"]
+        assert shown[side]["prunable_parameters"] == folders[side]["prunable_parameters"]
     plain = found(capsys, *words, "--evaluate", "none")
     assert plain["pruned"]["metrics"] == {}
     assert plain["example"] == "one example of 4 tokens"
@@ -237,11 +237,11 @@ def test_compare_measures_checkpoints(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_export_writes_a_file_that_computes_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    told = found(capsys, "export", "pruned", "out/small.onnx")
-    assert Path("out/small.onnx").stat().st_size == told["bytes"]
-    assert told["difference"] <= 1e-4
-    assert told["inputs"]["input_ids"] == ["batch", "length"]
-    assert told["plan_digest"] == found(capsys, "info", "pruned")["plan_digest"]
+    shown = found(capsys, "export", "pruned", "out/small.onnx")
+    assert Path("out/small.onnx").stat().st_size == shown["bytes"]
+    assert shown["difference"] <= 1e-4
+    assert shown["inputs"]["input_ids"] == ["batch", "length"]
+    assert shown["plan_digest"] == found(capsys, "info", "pruned")["plan_digest"]
 
 
 # --------------------------------------------------------------------------- the program as a whole

@@ -150,7 +150,7 @@ def test_the_file_says_what_it_is_and_the_model_stays_as_it_was(tmp_path: Path) 
 
 
 class Learner(pl.LightningModule):
-    """Its network is what is exported, unless it says what a call does."""
+    """Its network is what is exported, unless it has a forward of its own."""
 
     def __init__(self) -> None:
         super().__init__()

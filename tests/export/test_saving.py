@@ -1,10 +1,11 @@
-"""Folders of save_pretrained open elsewhere, or say what opens them; nothing is half written."""
+"""Folders of save_pretrained open elsewhere, or name what opens them; nothing is half written."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,12 @@ from transformers import AutoConfig, AutoModelForImageClassification, BertConfig
 from transformers import AutoModelForSequenceClassification as AutoClassifier
 
 from lightning_mi_prune import PruningError, PruningPlan, apply_plan, from_pretrained
-from lightning_mi_prune.checkpoint.plain import difference_from_config
+from lightning_mi_prune.checkpoint.plain import why_not_plain
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.plan import Ranking
 from lightning_mi_prune.export.card import Latency, Measured
 from lightning_mi_prune.export.saving import PLAN_FILE, network_of, save_pretrained
-from lightning_mi_prune.graph.groups import count_parameters, full_plan
+from lightning_mi_prune.graph.groups import PrunableDim, count_parameters, full_plan
 from tests.support.graphs import graph_of, groups_of
 from tests.support.models import CONFIGS, PICTURES, batch, build, outputs, pictures, random_plan
 
@@ -37,7 +38,7 @@ CASES = [
 
 
 def cut(family: str, kind: str) -> nn.Module:
-    """Half of the units gone; sublayers gone too; as a config says it; or nothing gone."""
+    """Half of the units gone; sublayers gone too; as a config describes it; or nothing gone."""
     model = build(family, "image" if family in PICTURES else "sequence")
     groups = groups_of(model)
     plan = full_plan(groups)
@@ -123,7 +124,7 @@ def test_a_folder_opens_without_the_package(elsewhere: Path, family: str, kind: 
         torch.load(elsewhere / f"{name}.pt", weights_only=True), outputs(model, inputs_of(family))
     )
     fields = json.loads((elsewhere / name / "config.json").read_text())
-    plain = difference_from_config(model) is None
+    plain = why_not_plain(model) is None
     assert (fields["model_type"] != "lightning_mi_prune") == plain
     assert plain or kind in ("half", "empty")
     refused = json.loads((elsewhere / "refused.json").read_text())
@@ -315,3 +316,33 @@ def test_latencies_need_a_machine() -> None:
         Measured(latency=(Latency(1, 0, 0.5),))
     with pytest.raises(PruningError, match="expected a pair"):
         Measured(metrics={"accuracy": 0.9})  # type: ignore[dict-item]
+
+
+def test_a_cut_buffer_that_is_computed_anew_is_not_plain() -> None:
+    """Its shape is that of the config, but only the plan records which entries stayed."""
+    model = build("bert").eval()
+    model.register_buffer("scale", torch.arange(40.0), persistent=False)
+    built = type(model)
+
+    class Scaled(built):  # type: ignore[misc, valid-type]
+        def __init__(self, config: BertConfig) -> None:
+            super().__init__(config)
+            self.register_buffer(
+                "scale", torch.arange(float(config.intermediate_size)), persistent=False
+            )
+
+    model.__class__ = Scaled
+    groups = [
+        replace(group, config="intermediate_size")
+        for group in groups_of(model)
+        if group.kind == "ffn"
+    ]
+    assert why_not_plain(model) is None
+    layout = ((groups[0].name,),)
+    dims = [PrunableDim("scale", 0, (40,), layout, buffer=True)]
+    first = replace(groups[0], tensors=(*groups[0].tensors, *dims))
+    kept = tuple(range(0, 40, 2))
+    plan = PruningPlan({g.name: 40 for g in groups}, {g.name: kept for g in groups})
+    apply_plan(model, [first, *groups[1:]], plan)
+    assert model.scale.shape == (20,)
+    assert "'scale' is computed anew" in (why_not_plain(model) or "")

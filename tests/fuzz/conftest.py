@@ -1,4 +1,4 @@
-"""Says which inputs are drawn, and afterwards how many each reader got."""
+"""Prints which inputs are drawn, and afterwards how many each reader got."""
 
 from __future__ import annotations
 

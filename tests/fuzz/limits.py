@@ -104,7 +104,7 @@ _REMEDY = re.compile(
 
 
 def _check_sentence(error: Exception) -> None:
-    """The message is short, and ours is one line that says what to do."""
+    """The message is short, and ours is one line with a remedy."""
     message = str(error)
     assert 10 < len(message) < 4000, message[:500]
     if isinstance(error, PruningError):

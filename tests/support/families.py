@@ -33,7 +33,7 @@ class Family:
         config: Its config, by the sizes.
         inputs: Names of its inputs.
         kinds: Kinds of units that are cut; None for those by default.
-        pins: Widths that are asked for, so that heads are cut where a config can say it.
+        pins: Widths that are asked for, so that heads are cut where a config can describe it.
         ties: Fields of which the second is divided by the first.
         sparsity: Share of its prunable parameters to remove.
     """
