@@ -71,7 +71,7 @@ ONE := OMP_NUM_THREADS=1 $(MEASURE)
 benchmark-full: $(VENV)/benchmark.stamp
 	$(ONE) recovery --tasks trec-6 tweets-3 & one=$$!; \
 	  $(ONE) recovery --tasks movie-snippets 20-newsgroups; two=$$?; wait $$one && exit $$two
-	$(ONE) one-shot ablations distillation layers layers-one-shot
+	$(ONE) one-shot ablations distillation described layers layers-one-shot
 	$(ONE) layer-choice --models minilm-l6
 	$(MEASURE) latency lengths deploy layers-speed
 	$(MEASURE) lengths --compiled --sparsities 0.75

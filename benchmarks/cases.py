@@ -77,6 +77,7 @@ CASES = {
     for case in (
         Case("recovery", recovery.recovery, HALF | {"methods": BASELINES, "steps": [0, 2]}),
         Case("one-shot", recovery.one_shot, HALF | {"methods": ["mi-topk"]}, writes="recovery"),
+        Case("described", recovery.described, {"tasks": ["trec-6"], "seeds": [0], "steps": [0]}),
         Case("distillation", recovery.distillation, HALF | {"steps": [2]}),
         Case("ablations", ablations.ablations, HALF | {"settings": PAIR}),
         Case("latency", latency.latency, ONE | FAST),

@@ -49,6 +49,8 @@ DOCS = (
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 Records = Sequence[Record]
 
+FREE_OR_NOT = {"global": "free widths", "config": "widths that a config can describe"}
+
 # -------------------------------------------------------------------------------------------- cost
 
 PARTS = {
@@ -476,6 +478,30 @@ def deploy(records: Records) -> list[str]:
     return lines[:-1]
 
 
+def described(records: Records) -> list[str]:
+    """Points against the dense control with free widths, and with those a config describes."""
+
+    def cell(values: Sequence[float]) -> str:
+        return f"{statistics.mean(values):+.2f} ({min(values):+.2f} .. {max(values):+.2f})"
+
+    def setting(record: Record) -> tuple[Any, ...]:
+        return record["task"], record["sparsity"], record["steps"]
+
+    rows = []
+    for task, sparsity, steps in sorted({setting(record) for record in records}):
+        same = [record for record in records if setting(record) == (task, sparsity, steps)]
+        of = {w: {r.seed: points(r) for r in same if r["widths"] == w} for w in FREE_OR_NOT}
+        seeds = sorted(set[int].intersection(*map(set, of.values())))
+        if not seeds:
+            continue
+        free, plain = ([values[seed] for seed in seeds] for values in of.values())
+        pairs = [new - old for old, new in zip(free, plain, strict=True)]
+        about = [f"{task}, {sparsity:.0%} sparsity", comparison.after(steps), str(len(seeds))]
+        rows.append(row([*about, *map(cell, (free, plain, pairs))]))
+    head = ["task", "training", "seeds", *FREE_OR_NOT.values(), "difference, in pairs"]
+    return with_head(head, rows)
+
+
 # ------------------------------------------------------------------------------------------- pages
 
 TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
@@ -487,6 +513,7 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "distillation": ("distillation", distillation),
     "lengths": ("lengths", lengths),
     "deploy": ("deploy", deploy),
+    "described": ("described", described),
     "ablations": ("ablations", ablations),
     "costs-machine": ("costs", measured_on),
     "costs": ("costs", cost_parts),

@@ -45,7 +45,7 @@ from benchmarks.tasks import (
 )
 from lightning_mi_prune.graph.groups import count_parameters
 
-__all__ = ["ENTRIES", "distillation", "one_shot", "recovery"]
+__all__ = ["ENTRIES", "described", "distillation", "one_shot", "recovery"]
 
 Entry = Variant | Baseline
 CONTROL = Baseline("dense", "uniform")
@@ -82,6 +82,20 @@ def one_shot(
 ) -> Iterator[Job]:
     """Accuracy of all variants of this package without a training step."""
     return recovery(tasks, seeds, sparsities, methods, (0,), (*VARIANTS, *DESCRIBED))
+
+
+def described(
+    tasks: Sequence[str] = ("trec-6", "movie-snippets"),
+    seeds: Sequence[int] = (0, 1, 2),
+    sparsities: Sequence[float] = (0.75,),
+    steps: Sequence[int] = (0, 100),
+) -> Iterator[Job]:
+    """Accuracy with widths that a config can describe, beside free widths of as many parameters."""
+    entries = (OURS, *DESCRIBED)
+    for seed, task in ((seed, task) for seed in seeds for task in tasks):
+        # The dense control of the same steps is in each record.
+        jobs = recovery((task,), (seed,), sparsities, (), steps, entries)
+        yield from (job for job in jobs if job.settings[0]["method"] != CONTROL.method)
 
 
 @cache
