@@ -18,6 +18,7 @@ __all__ = [
     "GRAPH_FIELD",
     "MODEL_TYPE",
     "OPENING_FIELD",
+    "PARTS_FIELD",
     "TYPE_FIELD",
     "PruningPlan",
     "Ranking",
@@ -28,6 +29,7 @@ CONFIG_FIELD = "pruning_plan"
 GRAPH_FIELD = "pruning_graph"
 MODEL_TYPE = "lightning_mi_prune"  # of configs that do not describe the model
 OPENING_FIELD = "how_to_open"  # a sentence in such a config
+PARTS_FIELD = "pruned_parts"  # shapes and numbers of the model, resolved from plan and graph
 TYPE_FIELD = "pruned_model_type"  # of the model as built, beside it
 _VERSION = 1
 _LARGEST_GROUP = 2**24
