@@ -26,7 +26,6 @@ from lightning_mi_prune.surgery.parameters import number_steps, set_number, shap
 from lightning_mi_prune.surgery.tensors import is_saved
 
 __all__ = [
-    "fill_empty",
     "parts_of",
     "set_parts",
     "set_shapes",
@@ -200,17 +199,6 @@ def set_parts(network: Any, config: Any) -> bool:
             return False
         set_forward_without_units(network, each)
     return True
-
-
-def fill_empty(network: nn.Module) -> None:
-    """Give storage to parameters without entries, which no file holds, on the device of others."""
-    real = (p.device for p in network.parameters() if not p.is_meta)
-    home = next(real, torch.device("cpu"))
-    for linear in empty_linears(network).values():
-        for name, p in linear._parameters.items():
-            if p is not None and p.is_meta and not p.numel():
-                empty = torch.empty_like(p, device=home)
-                linear._parameters[name] = nn.Parameter(empty, p.requires_grad)
 
 
 def set_shapes(network: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:

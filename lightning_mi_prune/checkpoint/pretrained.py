@@ -19,7 +19,7 @@ from lightning_mi_prune.checkpoint.delta import Delta, apply_delta, read_delta
 from lightning_mi_prune.checkpoint.fitting import fitted_graph, with_found
 from lightning_mi_prune.checkpoint.folder import building_within, check_folder
 from lightning_mi_prune.checkpoint.loading import substitute_class
-from lightning_mi_prune.checkpoint.plain import fill_empty, set_parts
+from lightning_mi_prune.checkpoint.plain import set_parts
 from lightning_mi_prune.checkpoint.recorded import (
     config_of,
     named_plan,
@@ -52,6 +52,7 @@ from lightning_mi_prune.surgery.configs import (
     config_value,
     set_config_value,
 )
+from lightning_mi_prune.surgery.empty_modules import fill_empty
 from lightning_mi_prune.surgery.parameters import shapes_at
 from lightning_mi_prune.surgery.tensors import replace_tensors, tensor_of, tensors_of
 from lightning_mi_prune.surgery.units import reshape_tensors

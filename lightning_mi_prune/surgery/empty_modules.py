@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mi_prune.core.empty_linear import KEPT_UNITS
+from lightning_mi_prune.core.empty_linear import KEPT_UNITS, empty_linears
 from lightning_mi_prune.graph.groups import EmptyForward, UnitArgument
 
 __all__ = [
+    "fill_empty",
     "forward_without_units",
     "is_cut_forward",
     "set_forward_without_units",
@@ -46,6 +47,17 @@ def forward_without_units(
     if empty_forward.norm is not None:
         output = module.get_submodule(empty_forward.norm)(hidden + output)
     return (output, None) if empty_forward.pair else output
+
+
+def fill_empty(network: nn.Module) -> None:
+    """Give storage to parameters without entries, which no file holds, on the device of others."""
+    real = (p.device for p in network.parameters() if not p.is_meta)
+    home = next(real, torch.device("cpu"))
+    for linear in empty_linears(network).values():
+        for name, p in linear._parameters.items():
+            if p is not None and p.is_meta and not p.numel():
+                empty = torch.empty_like(p, device=home)
+                linear._parameters[name] = nn.Parameter(empty, p.requires_grad)
 
 
 def set_forward_without_units(model: nn.Module, empty_forward: EmptyForward) -> None:
