@@ -94,11 +94,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_nav(nav: Any, config: MkDocsConfig, files: Files) -> Any:
-    """Pages of single examples are reached from their list."""
-    return nav
-
-
 def folder_of(page: Page) -> str:
     """The folder of the source of a page, from the root of the repository."""
     if page.file.src_uri in WHOLE:
@@ -133,6 +128,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if not path:
             return found[0]
         target = _joined(folder, path)
+        if target.endswith(".ipynb"):
+            return f"[{text}]({path.removesuffix('.ipynb')}.md)"
         if target.startswith("docs/") and folder.startswith("docs"):
             return found[0]
         place = place_on_site(target, page, files, config)
@@ -147,11 +144,6 @@ def _joined(folder: str, path: str) -> str:
     for part in path.rstrip("/").split("/"):
         parts = parts[:-1] if part == ".." else parts if part == "." else [*parts, part]
     return "/".join(parts)
-
-
-def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Names in docstrings, which are written for both Sphinx and this."""
-    return re.sub(r":(?:class|func|meth|mod|attr|data|exc):(?=<code>)", "", html)
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
