@@ -10,7 +10,7 @@ import griffe
 __all__ = ["ForTheSite"]
 
 
-class ForTheSite(griffe.Extension):
+class ForTheSite(griffe.Extension):  # type: ignore[misc]
     """``Example:`` is a section of code, as ``Examples:`` is, and names need no role of Sphinx."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -52,7 +53,11 @@ def _matrix(
         for column in range(columns):
             gone = row in grey_rows or column in grey_columns
             color = "white" if gone else AMBER if changed else SKY
-            look = {"facecolor": color, "edgecolor": GREY if gone else BLUE, "linewidth": 0.6}
+            look: dict[str, Any] = {
+                "facecolor": color,
+                "edgecolor": GREY if gone else BLUE,
+                "linewidth": 0.6,
+            }
             if gone:
                 look |= {"hatch": "/////"}
             place = (left + column * CELL, top - (row + 1) * CELL)
@@ -162,4 +167,4 @@ def drawn(target: Path = FOLDER) -> list[Path]:
 
 if __name__ == "__main__":
     for path in drawn():
-        print(path)  # noqa: T201
+        print(path)

@@ -11,7 +11,6 @@ import ast
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -103,7 +102,7 @@ def folder_of(page: Page) -> str:
 
 def place_on_site(target: str, page: Page, files: Files, config: MkDocsConfig) -> str:
     """Where a link that leaves ``docs/`` leads on the site; "" where there is nothing."""
-    up = "../" * page.file.src_uri.count("/")
+    up: str = "../" * str(page.file.src_uri).count("/")
     if target.startswith("docs/"):
         return up + target.removeprefix("docs/")
     for name, source in WHOLE.items():
