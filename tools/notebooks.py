@@ -2,6 +2,7 @@
 
     python -m tools.notebooks            # run all, write their outputs
     python -m tools.notebooks --check    # run all, write nothing
+    python -m tools.notebooks encoder    # one
 
 Only text is stored, without times and counts, so that a run that prints the same changes no file.
 """
@@ -43,7 +44,8 @@ def ran(path: Path) -> nbformat.NotebookNode:
 
 def main(words: list[str]) -> None:
     """Run all notebooks."""
-    for path in sorted(FOLDER.glob("*.ipynb")):
+    names = [word for word in words if word != "--check"] or ["*"]
+    for path in sorted(path for name in names for path in FOLDER.glob(f"{name}.ipynb")):
         notebook = ran(path)
         if "--check" not in words:
             nbformat.write(notebook, path)

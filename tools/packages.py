@@ -2,8 +2,8 @@
 
 The wheel is looked into first. Then the wheel and the sdist are installed, each in an environment
 of its own, with every interpreter from Python 3.10 to 3.13 that is found (``--python`` names
-others), and a small network is pruned there, saved and loaded. The torch of an index can be chosen as for pip,
-with PIP_INDEX_URL and PIP_EXTRA_INDEX_URL.
+others), and a small network is pruned there, saved and loaded. The index is chosen as for pip, with
+PIP_INDEX_URL and PIP_EXTRA_INDEX_URL.
 """
 
 from __future__ import annotations
