@@ -21,7 +21,7 @@ from tools import llms
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
-MADE = {"changelog.md", "contributing.md", "examples/index.md"}  # by tools/site_hooks.py
+MADE = {"changelog.md", "contributing.md", "examples.md"}  # by tools/site_hooks.py
 MADE |= {f"notebooks/{path.stem}.md" for path in NOTEBOOKS}
 
 

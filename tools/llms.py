@@ -47,7 +47,7 @@ def _source(name: str) -> str:
     if notebook.is_file():
         cells: list[dict[str, Any]] = json.loads(notebook.read_text("utf-8"))["cells"]
         return "".join(cells[0]["source"])
-    if name == "examples/index.md":
+    if name == "examples.md":
         scripts = sorted((ROOT / "examples").glob("*.py"))
         first = [ast.get_docstring(ast.parse(s.read_text("utf-8"))) or "" for s in scripts]
         return f"# Examples\n\nOne short script per use, {len(first)} in all; each runs as it is."

@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 __all__ = ["FOLDER", "ran"]
 
 FOLDER = Path(__file__).parent.parent / "docs" / "notebooks"
-SECONDS = 300  # of a cell
+SECONDS = 900  # of a cell
 
 
 def ran(path: Path) -> nbformat.NotebookNode:

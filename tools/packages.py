@@ -85,7 +85,7 @@ def tried(python: str, package: Path) -> str:
         inside = f"{folder}/bin/python"
         subprocess.run([python, "-m", "venv", folder], check=True)  # noqa: S603
         install = [inside, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
-        subprocess.run([*install, str(package.absolute())], check=True)  # noqa: S603
+        subprocess.run([*install, f"{package.absolute()}[cli]"], check=True)  # noqa: S603
         run = [inside, "-W", "error::SyntaxWarning", "-c", TRIAL]
         done = subprocess.run(run, check=True, cwd=folder, capture_output=True, text=True)  # noqa: S603
         command = [f"{folder}/bin/lightning-mi-prune", "--help"]

@@ -20,7 +20,7 @@ from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).parent.parent
 WHOLE = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
-EXAMPLES = "examples/index.md"
+EXAMPLES = "examples.md"
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#|mailto:)([^)#\s]*)(#[^)\s]*)?\)")
 # A resource, not a link to follow: what a browser would fetch by itself.
 FETCHED = re.compile(r"<(?:script|img|source|iframe)\b[^>]*\bsrc=[\"']?(?:https?:)?//[^>]*>")
@@ -71,7 +71,7 @@ def examples_page(scripts: list[Path]) -> str:
         "`python examples/NAME.py`. All of them run in the tests.",
         "",
     ]
-    lines += [f"* [{s.name}]({s.stem}.md): {summary_of(s)}" for s in scripts]
+    lines += [f"* [{s.name}](examples/{s.stem}.md): {summary_of(s)}" for s in scripts]
     lines += [
         "",
         "`examples/text_classification` is a whole program for your own data: a LightningCLI with "
@@ -121,6 +121,8 @@ def place_on_site(target: str, page: Page, files: Files, config: MkDocsConfig) -
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Lead links that leave ``docs/`` to where they are on the site."""
     folder = folder_of(page)
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation"]
 
     def moved(found: re.Match[str]) -> str:
         text, path, anchor = found[1], found[2], found[3] or ""
