@@ -101,7 +101,7 @@ def test_a_notebook_runs(
 ) -> None:
     """All cells, with epochs of a few steps."""
     short = functools.partialmethod(
-        pl.Trainer.__init__, limit_train_batches=4, limit_val_batches=2, num_sanity_val_steps=0
+        pl.Trainer.__init__, limit_train_batches=2, limit_val_batches=2, num_sanity_val_steps=0
     )
     monkeypatch.setattr(pl.Trainer, "__init__", short)
     program = ModuleType("__main__")

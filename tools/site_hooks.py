@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from pathlib import Path
 
@@ -28,8 +29,10 @@ FETCHED_STYLES = re.compile(r"<link\b(?=[^>]*\brel=[\"']?(?:stylesheet|preload|p
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Anchors as GitHub makes them, so that one link fits both."""
+    """Anchors as GitHub makes them, so that one link fits both; versions where mike has some."""
     config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")
+    if "MIKE_DOCS_VERSION" not in os.environ:
+        config.extra.pop("version", None)
     return config
 
 
