@@ -151,7 +151,7 @@ def _joined(folder: str, path: str) -> str:
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Refuse a page that would fetch something from elsewhere.
+    """Refuse a page that would fetch something from elsewhere; no stars are asked for either.
 
     Raises:
         PluginError: If it would.
@@ -162,4 +162,4 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     source = Path(config.site_dir) / page.file.src_uri
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(page.markdown or "", encoding="utf-8")  # what llms.txt leads to
-    return output
+    return output.replace(' data-md-component="source"', "")
