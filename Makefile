@@ -29,12 +29,19 @@
 #   make fuzz          10,000 damaged files and texts over all readers, new ones at every run
 #                      (a quarter of an hour); make fuzz FUZZ_SEED=7 repeats a run
 #   make exports       ONNX files of every family of models, compared in ONNX Runtime (some minutes)
+#   make docs          build the site into site/, in an environment of its own (.venv-docs; seconds);
+#                      make docs SERVE=1 shows it on localhost and follows changes
+#   make notebooks     run the notebooks of the site in a kernel and store what they print (minutes)
+#   make package       build the wheel and the sdist, check them, and install and try both in a clean
+#                      environment of every Python from 3.10 to 3.13 that is found (minutes)
 #   make format        rewrite the code in the project's format
 #   make clean         remove the environment, caches and results of runs
 
 PYTHON ?= python3
 VENV := .venv
 ZOO := .venv-zoo
+DOCS := .venv-docs
+PACKAGING := .venv-package
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 EXAMPLE := examples/text_classification
@@ -43,7 +50,7 @@ CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.ya
 # Else each of the processes that tests start compiles what it imports, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test benchmark benchmark-full benchmark-large vision decoders costs zoo matrix exports fuzz format clean
+.PHONY: help demo test benchmark benchmark-full benchmark-large vision decoders costs zoo matrix exports fuzz docs notebooks package format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -124,6 +131,19 @@ fuzz: $(VENV)/dev.stamp
 exports: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/export/test_onnx.py -m slow
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS)/docs.stamp
+	$(DOCS)/bin/mkdocs $(if $(SERVE),serve,build --strict)
+
+notebooks: $(VENV)/notebooks.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.notebooks $(if $(CHECK),--check)
+
+package: $(PACKAGING)/package.stamp
+	rm -rf dist
+	$(PACKAGING)/bin/python -m build --no-isolation
+	$(PACKAGING)/bin/python -m twine check --strict dist/*
+	$(PACKAGING)/bin/python -m tools.packages dist
+
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
@@ -170,11 +190,28 @@ $(ZOO)/zoo.stamp: pyproject.toml constraints.txt requirements-zoo.txt
 	$(ZOO)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --requirement requirements-zoo.txt
 	@touch $@
 
+$(DOCS)/docs.stamp: requirements-docs.txt
+	@echo "Installing what builds the site in $(DOCS)"
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --quiet --disable-pip-version-check install --requirement requirements-docs.txt
+	@touch $@
+
+$(PACKAGING)/package.stamp: requirements-package.txt
+	@echo "Installing what builds packages in $(PACKAGING)"
+	$(PYTHON) -m venv $(PACKAGING)
+	$(PACKAGING)/bin/python -m pip --quiet --disable-pip-version-check install --requirement requirements-package.txt
+	@touch $@
+
+$(VENV)/notebooks.stamp: $(VENV)/runtime.stamp requirements-notebooks.txt
+	@echo "Installing what runs notebooks"
+	$(PIP) install --no-warn-conflicts --constraint constraints.txt --requirement requirements-notebooks.txt
+	@touch $@
+
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	@echo "Installing what the checks need"
 	$(PIP) install --no-warn-conflicts --constraint constraints.txt --editable '.[all,dev]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(ZOO) runs .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf $(VENV) $(ZOO) $(DOCS) $(PACKAGING) site runs .mypy_cache .pytest_cache .ruff_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -267,6 +267,30 @@ def front(records: Sequence[Record]) -> list[str]:
     return lines[:-1]
 
 
+FEW_ROWS = {
+    MINE: "**this package**",
+    INSIDE: "**this package**, dimensions of heads too",
+    ("taylor", "global", "reconstruction"): "Taylor score in this package",
+    ("torch-pruning-taylor", "uniform", "none"): "torch-pruning, Taylor score",
+}
+
+
+def few(records: Sequence[Record]) -> list[str]:
+    """Means over all tasks of a model, for the README."""
+    (tasks,) = averaged(records)
+    rows = []
+    for name, label in FEW_ROWS.items():
+        cells = []
+        for steps, sparsity in FRONT_COLUMNS:
+            about = name, steps, sparsity
+            same = [r for r in records if (name_of(r), r["steps"], r["sparsity"]) == about]
+            found = [*by_seed(same, tasks).values()]
+            cells.append(f"{statistics.mean(found):+.1f}" if found else "")
+        rows.append(row([label, *cells]))
+    head = [f"{after(n)}, {sparsity:.0%} removed" for n, sparsity in FRONT_COLUMNS]
+    return with_head(["", *head], rows, len(head))
+
+
 def _front_cell(gaps: Sequence[float], seeds: int) -> str:
     if not gaps:
         return ""

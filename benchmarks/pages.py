@@ -44,6 +44,7 @@ DOCS = (
     "layers",
     "memory",
     "models",
+    "results",
     "vision",
 )
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
@@ -525,6 +526,7 @@ def described(records: Records) -> list[str]:
 
 TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "comparison-short": ("recovery", comparison.front),
+    "comparison-front": ("recovery", comparison.few),
     "comparison-facts": ("recovery", comparison.facts),
     "comparison-lost": ("recovery", comparison.lost),
     "comparison": ("recovery", comparison.tables),

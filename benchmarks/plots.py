@@ -27,8 +27,9 @@ APART = 0.014  # between methods that would hide each other, as a share of their
 STYLE = {"font.size": 9.0, "svg.hashsalt": "benchmark", "axes.linewidth": 0.6}
 # Figures of their own, from all records of the case of that name.
 OWN = {"decoders": draw_decoders, "layer-choice": draw_layer_choice}
+FRONT = "accuracy-latency"  # the one of the README
 # By the docs; the others can be drawn.
-SHOWN = ("100-steps-size", "100-steps-speed-b32", "vision-macs", *OWN)
+SHOWN = (FRONT, "100-steps-size", "100-steps-speed-b32", "vision-macs", *OWN)
 
 # Colours of Okabe and Ito, which people with any colour vision can tell apart: what ranks. Markers:
 # what cuts. Methods without records in most tasks are not drawn.
@@ -59,7 +60,17 @@ XTICKS: dict[str, tuple[float, ...]] = {"size": (0.1, 0.25, 0.5)} | {
 FIGURES = [f"{steps}-{view}" for steps in ("one-shot", "100-steps") for view in LABELS]
 LABELS["macs"] = "multiply-accumulates that are left"
 XTICKS["macs"] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
-FIGURES += ["vision-macs", *OWN]
+FIGURES += ["vision-macs", FRONT, *OWN]
+# What the README compares, on one task; names without the words of the other figures.
+FRONT_TASK, FRONT_STEPS, FRONT_ROWS, FRONT_FLOOR = "trec-6", 100, 32, -12.0
+FRONT_METHODS: dict[Name, tuple[str, str]] = {
+    OURS.name: ("this package", "#D55E00"),
+    ("taylor", "global", "reconstruction"): ("Taylor score in this package", BLUE),
+    ("torch-pruning-taylor", "uniform", "none"): ("torch-pruning, Taylor", SKY),
+    ("movement-units", "uniform", "none"): ("movement pruning", BLACK),
+    ("torch-pruning-magnitude", "uniform", "none"): ("torch-pruning, magnitude", GREEN),
+    ("cka-layers", "uniform", "none"): ("whole layers by CKA", PURPLE),
+}
 
 
 def place_of(record: Record, shapes: Mapping[str, Record], view: str) -> float | None:
@@ -135,10 +146,44 @@ def _method(axes: Axes, name: Name, records: Sequence[tuple[Record, float]]) -> 
     axes.errorbar(places, heights, yerr=[down, up], **look)
 
 
+def draw_front(records: Sequence[tuple[Record, float]]) -> Figure:
+    """Means over the seeds of one task: points against measured speed-up."""
+    figure = Figure(figsize=(7.2, 3.5))
+    axes = figure.add_axes((0.09, 0.14, 0.89, 0.8))
+    axes.set_xscale("log")
+    axes.set_xlim(0.95, 9.0)
+    axes.set_ylim(FRONT_FLOOR, 1.5)
+    axes.axhline(0, color="#444444", linewidth=0.9, zorder=1)
+    axes.text(8.9, 0.2, "the dense model, trained alike", ha="right", fontsize=8, color="#444444")
+    axes.grid(color="#e6e6e6", linewidth=0.5, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xticks(XTICKS["speed-b32"], [f"{tick:g}x" for tick in XTICKS["speed-b32"]])
+    axes.minorticks_off()
+    axes.set_xlabel(f"times as fast as the dense model, measured with batches of {FRONT_ROWS}")
+    axes.set_ylabel("accuracy, points to the dense model")
+    for name, (label, color) in FRONT_METHODS.items():
+        mine = [(record, place) for record, place in records if name_of(record) == name]
+        means = []
+        for sparsity in sorted({record["sparsity"] for record, _ in mine}):
+            same = [(points(r), place) for r, place in mine if r["sparsity"] == sparsity]
+            means.append((statistics.mean(x for _, x in same), statistics.mean(y for y, _ in same)))
+        if not means:
+            continue
+        ours = name == OURS.name
+        look: dict[str, Any] = {"color": color, "marker": "o", "markersize": 6 if ours else 4}
+        look |= {"linewidth": 2.6 if ours else 1.2, "zorder": 3 if ours else 2}
+        axes.plot(*zip(*means, strict=True), label=label, **look)
+    axes.legend(loc="lower left", fontsize=8, frameon=False, borderaxespad=0.2)
+    return figure
+
+
 def records_of(name: str, folder: Path) -> tuple[list[Record], str]:
     """The records that a figure is drawn from, and what it has on its horizontal axis."""
     if name.startswith("vision-"):
         return [*Store("vision", folder)], name.removeprefix("vision-")
+    if name == FRONT:
+        found = Store("recovery", folder).find(steps=FRONT_STEPS, task=FRONT_TASK)
+        return found, f"speed-b{FRONT_ROWS}"
     steps, view = (0 if name.startswith("one") else 100), name.split("-", 2)[2]
     return Store("recovery", folder).find(steps=steps), view
 
@@ -157,7 +202,8 @@ def drawn(names: Sequence[str], target: Path, folder: Path = FOLDER) -> list[Pat
         same = [r for r in records if r["sparsity"]]
         places = [(r, place_of(r, shapes, view)) for r in same if name_of(r) in LOOKS]
         if found := [(r, place) for r, place in places if place is not None]:
-            paths.append(_saved(draw(found, view), target / f"{name}.svg"))
+            figure = draw_front(found) if name == FRONT else draw(found, view)
+            paths.append(_saved(figure, target / f"{name}.svg"))
     return paths
 
 

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
+import shlex
 import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import yaml
+from jsonargparse import ArgumentParser
 
 from benchmarks.records import Store
 from lightning_mi_prune import CKALayerPruning, MutualInformationPruning, options
+from lightning_mi_prune.cli.program import command_named
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightning_mi_prune"
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.rglob("docs/**/*.md"))]
 }
 CODE = {name: re.findall(r"```python\n(.*?)```", text, re.S) for name, text in PAGES.items()}
 SHOWS = {  # what the blocks of a page print, in their order
-    "README.md": r"Linear\(in_features=32, out_features=(?!64).*Linear\(in_features=16, "
-    r"out_features=24, .*\(1348, 508\)",
+    "README.md": r"Linear\(in_features=16, out_features=(?!64)\d+, bias=True\)",
+    "docs/checkpoints.md": r"^Linear\(in_features=16, out_features=(?!64)\d+, bias=True\)\n$",
     "docs/deploy.md": r"^{'input_ids': \('batch', 'length'\)} {'logits': \('batch', 2\)} 512\n$",
     "docs/discovery.md": r"parameters .* in 1 group\nchannels 16 \('4',\)\n",
+    "docs/index.md": "",
     "docs/layers.md": r"^3 \(",
     "docs/memory.md": r"^low Sequential\(.*out_features=48, ",
     "docs/method.md": r"Linear\(in_features=32, out_features=24, ",
+    "docs/one-shot.md": r"verified\n.*Linear\(in_features=16, out_features=24, .*\(1348, 508\)\n"
+    r"37,922 -> ",
+    "docs/options.md": "",
+    "docs/quickstart.md": r"Linear\(in_features=32, out_features=(?!64)\d+, bias=True\)\n37,922 .*"
+    r"1\.ffn: 64 -> \d+\ntorch.Size\(\[1, 2\]\)\n.* heads ",
     "docs/training.md": "",
 }
 
@@ -48,7 +61,75 @@ def test_the_code_of_a_page_runs(
     monkeypatch.chdir(tmp_path)
     for block in CODE[name]:
         exec(block, vars(program))  # noqa: S102
-    assert re.search(SHOWS[name], capsys.readouterr().out, re.S)
+    printed = capsys.readouterr().out
+    assert re.search(SHOWS[name], printed, re.S), printed[-2000:]
+
+
+YAML = [
+    pytest.param(block, id=f"{name}:{index}")
+    for name, text in PAGES.items()
+    for index, block in enumerate(re.findall(r"```yaml\n(.*?)```", text, re.S))
+]
+
+
+@pytest.mark.parametrize("block", YAML)
+def test_callbacks_in_yaml_can_be_made(block: str) -> None:
+    """As a LightningCLI makes them."""
+    read = yaml.safe_load(block)
+    callbacks = read.get("trainer", read)["callbacks"]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[pl.Callback])
+    made = parser.instantiate(parser.parse_object({"callbacks": callbacks})).callbacks
+    assert [type(each).__name__ for each in made] == [
+        each["class_path"].rpartition(".")[2] for each in callbacks
+    ]
+
+
+SHELL = [
+    (name, line.partition("  #")[0].strip())
+    for name, text in PAGES.items()
+    for block in re.findall(r"```sh\n(.*?)```", text, re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+SHELL += [
+    (name, line)
+    for name, text in PAGES.items()
+    for line in re.findall(r"`((?:lightning-mi-prune|make|pip install) [^`]+)`", text)
+]
+
+
+@pytest.mark.parametrize(("name", "line"), SHELL, ids=lambda value: value[:40])
+def test_commands_of_the_pages_exist(name: str, line: str) -> None:
+    """Programs of others, such as srun, are not looked at."""
+    words = shlex.split(line)
+    if words[:1] == ["make"]:
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert {w for w in words[1:] if "=" not in w} <= set(targets)
+    elif words[:2] == ["pip", "install"]:
+        extras = tomllib_of(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
+        for chosen in re.findall(r"\[(.+?)\]", line):
+            assert set(chosen.split(",")) <= set(extras)
+    elif words[:2] == ["python", "-m"]:
+        found = ROOT / words[2].replace(".", "/")
+        known = found.is_dir() or found.with_suffix(".py").is_file()
+        assert known or words[2] in ("pytest", "pip", "venv", "build")
+    elif words[:1] == ["python"] and words[1].endswith(".py"):
+        assert name == "docs/distributed.md" or (ROOT / words[1]).is_file()
+    elif words[:1] == ["lightning-mi-prune"] and words[1].islower():
+        command = command_named(words[1])
+        known = {option.name for option in command.options} | {"json", "help"}
+        building = ("config", "model", "data", "cli", "trainer")
+        for word in words[2:]:
+            if word.startswith("--"):
+                option = word[2:].partition("=")[0]
+                assert option in known or (command.builds and option.split(".")[0] in building)
+
+
+def tomllib_of(path: Path) -> dict[str, Any]:
+    """A TOML file; the parser of Python 3.10 is that of pytest."""
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    read: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
+    return read
 
 
 def anchors(text: str) -> set[str]:
@@ -59,7 +140,7 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
-    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[name]):
+    for link in re.findall(r"\]\((?!https?:|\.\./\.\./actions/)([^)]+)\)", PAGES[name]):
         path, _, anchor = link.partition("#")
         target = (ROOT / name).parent / path if path else ROOT / name
         assert target.exists(), link
@@ -102,7 +183,7 @@ def options_in(text: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("name", "callback"),
-    [("README.md", MutualInformationPruning), ("docs/layers.md", CKALayerPruning)],
+    [("docs/options.md", MutualInformationPruning), ("docs/layers.md", CKALayerPruning)],
 )
 def test_the_tables_of_options_are_those_of_the_callbacks(name: str, callback: type) -> None:
     taken = set(inspect.signature(callback).parameters)
@@ -118,8 +199,8 @@ def test_options_in_the_text_can_be_made(name: str) -> None:
             eval(call, records)  # noqa: S307
 
 
-def test_the_numbers_of_the_demo_in_the_readme_are_in_the_records() -> None:
-    readme = " ".join(PAGES["README.md"].split())
+def test_the_numbers_of_the_demo_are_in_the_records() -> None:
+    readme = " ".join(PAGES["docs/results.md"].split())
     runs = Store("demo").find(cuts=1, compensation="layerwise", epochs=6)
     single = [record["encoder speed-up, batch 1"] for record in runs]
     many, share = (

@@ -19,6 +19,7 @@ from benchmarks.records import Record, Store
 from benchmarks.recovery import ENTRIES
 from benchmarks.vision import WAYS
 from tests.benchmarks.tiny import ROOT
+from tools import schematics
 
 pytest.importorskip("scipy")  # for the intervals
 
@@ -265,8 +266,8 @@ def test_the_pages_explain_every_method_and_setting() -> None:
     assert {r["setting"] for r in Store("ablations")} <= {s.name for s in SETTINGS}
 
 
-def test_the_numbers_of_layers_in_the_readme_are_in_the_records() -> None:
-    readme = " ".join((ROOT / "README.md").read_text().split())
+def test_the_numbers_of_layers_are_in_the_records() -> None:
+    readme = " ".join((ROOT / "docs/results.md").read_text().split())
     store = Store("layers")
     for task, words in (("trec-6", "on TREC-6"), ("movie-snippets", "on movie snippets")):
         dense = {r.seed: r["accuracy"] for r in store.find(task=task, criterion="none")}
@@ -283,9 +284,15 @@ def test_the_numbers_of_layers_in_the_readme_are_in_the_records() -> None:
 def test_every_figure_of_the_pages_is_there_and_no_other() -> None:
     text = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
     named = re.findall(r"!\[[^]]+\]\(figures/(.+?)\.svg\)", text)
-    assert sorted(named) == sorted(SHOWN)
-    assert sorted(path.stem for path in (ROOT / "docs/figures").glob("*")) == sorted(SHOWN)
+    known = {*SHOWN, *schematics.FIGURES}
+    assert set(named) == known
+    assert {path.stem for path in (ROOT / "docs/figures").glob("*")} == known | {"logo"}
     assert set(SHOWN) < set(FIGURES)
+
+
+def test_the_schematic_figures_are_those_of_the_script(tmp_path: Path) -> None:
+    for path in schematics.drawn(tmp_path):
+        assert path.read_bytes() == (ROOT / "docs/figures" / path.name).read_bytes(), path.name
 
 
 def test_every_method_has_a_look_of_its_own() -> None:

@@ -1,0 +1,1 @@
+"""What makes the site, the figures without records, and the packages of a release."""
