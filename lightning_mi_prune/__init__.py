@@ -12,6 +12,7 @@ reporting       reports, tables, plots
 export          folders and files for other programs
 pipeline        rank -> allocate -> compensate -> reconstruct
 pruner          calibration and the pipeline in one call: prune()
+planning        what a cut would do and cost, before it does: plan(), sensitivity()
 callbacks       all of it inside Trainer.fit
 cli             the same from a shell
 """
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lightning_mi_prune.export.saving import save_pretrained
     from lightning_mi_prune.graph.describe import linear_group
     from lightning_mi_prune.graph.graph import PruningGraph
+    from lightning_mi_prune.planning.plan import plan
     from lightning_mi_prune.pruner import PruneResult, prune
     from lightning_mi_prune.reporting.report import PruningReport
     from lightning_mi_prune.surgery.units import apply_plan
@@ -56,6 +58,7 @@ __all__ = [
     "linear_group",
     "load_pruned",
     "options",
+    "plan",
     "prune",
     "save_pretrained",
 ]
@@ -75,6 +78,7 @@ _HOME = {
     "linear_group": "graph.describe",
     "load_pruned": "checkpoint.loading",
     "options": "core.options",
+    "plan": "planning.plan",
     "prune": "pruner",
     "save_pretrained": "export.saving",
 }

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any, get_args
 
@@ -25,6 +26,8 @@ from lightning_mi_prune.allocation.costs import Costs, ParameterCosts
 from lightning_mi_prune.allocation.latency import Device, LatencyCosts, LatencyTable
 from lightning_mi_prune.allocation.macs import measure_macs
 from lightning_mi_prune.allocation.measuring import cached_table, device_of, measure_table
+from lightning_mi_prune.allocation.plan_file import check_bounds, check_present
+from lightning_mi_prune.allocation.width_plan import PlannedWidths, WidthPlan
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.calibration.gradients import relevance_of
@@ -63,7 +66,10 @@ from lightning_mi_prune.reconstruction.targets import (
 from lightning_mi_prune.surgery.units import apply_plan
 
 __all__ = [
+    "Allocation",
     "PipelineOptions",
+    "allocated",
+    "carrying_out",
     "check",
     "costs_of",
     "decide",
@@ -90,6 +96,7 @@ class PipelineOptions:
         reconstruction: How weights that stay make up for what was removed.
         criterion: An object in place of the one that ``importance`` names.
         seed: Seed of the criterion ``"random"``.
+        planned: Widths of a plan, in place of those that the budget would get.
     """
 
     budget: Budget
@@ -100,9 +107,64 @@ class PipelineOptions:
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
     criterion: Criterion | None = None
     seed: int = 0
+    planned: PlannedWidths | None = None
 
     def __post_init__(self) -> None:
         check_choice("widths", self.widths, get_args(Widths))
+
+    @property
+    def aim(self) -> str:
+        """The budget, or the plan, in words."""
+        return str(self.budget) if self.planned is None else self.planned.label
+
+
+def carrying_out(
+    plan: WidthPlan,
+    options: PipelineOptions,
+    chosen: Sequence[DependencyGroup],
+    current: Mapping[str, int],
+) -> PipelineOptions:
+    """The options that cut the widths of a plan.
+
+    Args:
+        plan: The plan.
+        options: The other options.
+        chosen: The groups that it cuts.
+        current: Present widths of all groups.
+
+    Raises:
+        PruningError: If the plan does not fit the model as it stands, or contradicts the options.
+    """
+    check_present(plan, current)
+    check_bounds(plan, options.constraints, chosen, current)
+    if options.widths not in ("global", plan.widths):
+        raise PruningError(
+            f"widths={options.widths!r}, but the plan was made with widths={plan.widths!r}; leave "
+            "the option out, or plan again with it."
+        )
+    return replace(
+        options,
+        widths=plan.widths,
+        constraints=Constraints(multiple=plan.multiple),
+        planned=plan.carried_out(),
+    )
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The width of every group that may shrink, and the order in which its units go.
+
+    Args:
+        widths: Units that stay.
+        rankings: Orders of all groups; None where no width changes.
+        first: Orders that every budget begins with, of all groups as they are now.
+        ranked_at: Widths, before these, for which groups were put in order again.
+    """
+
+    widths: Mapping[str, int]
+    rankings: Mapping[str, Ranking] | None
+    first: Mapping[str, Ranking] | None = None
+    ranked_at: tuple[Mapping[str, int], ...] = ()
 
 
 def check(
@@ -143,6 +205,10 @@ def check(
     classes = _classes(options, module, groups, chosen, current)
     if classes and writes and names:
         _log_left_whole(chosen, classes)
+    if options.planned is not None:
+        if options.widths == "config":
+            _check_planned(options.planned, module, groups, chosen, current, classes)
+        return
     if budget.measure == "parameters":
         check_reach(
             chosen,
@@ -273,10 +339,69 @@ def decide(
     Raises:
         PruningError: If the budget is out of reach, or there were too few samples.
     """
-    weights = parameters_of(module)
+    found = allocated(
+        options,
+        module,
+        groups,
+        chosen,
+        current,
+        data,
+        progress=progress,
+        kept=kept,
+        tables=tables,
+    )
+    if found.rankings is None:
+        return None
+    criterion = options.criterion or criterion_of(options.importance, options.seed)
+    return select_units(
+        chosen,
+        data.moments,
+        parameters_of(module),
+        found.widths,
+        current,
+        criterion,
+        relevance=_relevance(options.importance, data),
+        rankings=found.rankings,
+        compensate=options.reconstruction.method != "none",
+        ridge=(
+            criterion if isinstance(criterion, MutualInformation) else MutualInformation()
+        ).ridge,
+    )
+
+
+def allocated(
+    options: PipelineOptions,
+    module: nn.Module,
+    groups: Sequence[DependencyGroup],
+    chosen: Sequence[DependencyGroup],
+    current: PruningPlan,
+    data: CalibrationData,
+    *,
+    progress: float = 1.0,
+    kept: float = 1.0,
+    tables: MutableMapping[Device, LatencyTable] | None = None,
+    rankings: Mapping[str, Ranking] | None = None,
+) -> Allocation:
+    """Rank the units and allocate widths; the model is only read.
+
+    Args:
+        options: The options.
+        module: The model as it stands.
+        groups: All its groups.
+        chosen: Those that may shrink.
+        current: The plan it carries.
+        data: What calibration collected.
+        progress: How far to go from the model as built to the budget.
+        kept: Share of the information that earlier cuts left.
+        tables: As for :func:`costs_of`.
+        rankings: The first orders, where they are known from another budget.
+
+    Raises:
+        PruningError: If the budget is out of reach, or there were too few samples.
+    """
+    weights, planned = parameters_of(module), options.planned
     now = {name: len(units) for name, units in current.kept.items()}
     mine = {group.name: now[group.name] for group in chosen}
-    costs = costs_of(options, module, groups, chosen, now, data.examples, tables)
     criterion = options.criterion or criterion_of(options.importance, options.seed)
     relevance = _relevance(options.importance, data)
     compensate = options.reconstruction.method != "none"
@@ -285,56 +410,92 @@ def decide(
         given = (data.moments, weights, current, criterion)
         return rank_groups(some, *given, relevance=relevance, compensate=compensate, **known)
 
-    share = partial(
-        allocate,
-        chosen,
-        options.budget,
-        costs=costs,
-        widths=options.widths,
-        classes=_classes(options, module, groups, chosen, now),
-        current=mine,
-        constraints=options.constraints,
-        progress=progress,
-        kept=kept,
-    )
-    rankings: dict[str, Ranking] | None = None
-    if options.widths != "uniform" or options.budget.kind == "keep_information":
-        rankings = rank(chosen)
-    widths = share(rankings=rankings)
-    if rankings is not None and relevance == "weights":  # of which only some are kept above
-        rankings = rank(chosen, widths=widths)
-        widths = share(rankings=rankings)
     crossed = [group for group in chosen if multiplied_with(group) & set(mine)]
+    ranked = options.widths != "uniform" or options.budget.kind == "keep_information"
+    again = (relevance == "weights") + (_SWEEPS if crossed else 0) if ranked else 0
+    steps: list[Mapping[str, int]] = []
+    if planned is None:
+        costs = costs_of(options, module, groups, chosen, now, data.examples, tables)
+        allot = partial(
+            allocate,
+            chosen,
+            options.budget,
+            costs=costs,
+            widths=options.widths,
+            classes=_classes(options, module, groups, chosen, now),
+            current=mine,
+            constraints=options.constraints,
+            progress=progress,
+            kept=kept,
+        )
+
+    def share(known: Mapping[str, Ranking] | None) -> Mapping[str, int]:
+        if planned is None:
+            steps.append(allot(rankings=known))
+        else:
+            step = len(steps) if len(steps) < again else None
+            multiple = options.constraints.multiple
+            steps.append(planned.at(chosen, mine, multiple, progress=progress, step=step))
+        return steps[-1]
+
+    first = (rankings or rank(chosen)) if ranked else None
+    found, widths = first, share(first)
+    if found is not None and relevance == "weights":  # of which only some are kept above
+        found = rank(chosen, widths=widths)
+        widths = share(found)
     for _ in range(_SWEEPS if crossed else 0):
-        if rankings is not None:
-            crossed_kept = {g.name: rankings[g.name].kept(widths[g.name]) for g in crossed}
-            rankings = {**rankings, **rank(crossed, crossed_kept=crossed_kept)}
-            widths = share(rankings=rankings)
+        if found is not None:
+            crossed_kept = {g.name: found[g.name].kept(widths[g.name]) for g in crossed}
+            found = {**found, **rank(crossed, crossed_kept=crossed_kept)}
+            widths = share(found)
     widths = {name: min(width, mine[name]) for name, width in widths.items()}
     if widths == mine:
-        return None
+        return Allocation(widths, None, first)
     bounds = resolve_bounds(options.constraints, chosen, mine)
     emptied = {name for name, (_, most) in bounds.items() if not most}
-    check_left(groups, {**now, **widths}, emptied, options.budget)
+    if planned is not None:
+        emptied |= {name for name, width in planned.widths.items() if not width}
+    check_left(groups, {**now, **widths}, emptied, options.aim)
     if options.widths == "config":
-        units = {name: tuple(range(width)) for name, width in {**now, **widths}.items()}
-        check_described(module, groups, PruningPlan(current.sizes, units))
-    if rankings is None:  # of all, so that what is lost can be set beside what there was
-        rankings = rank(chosen, widths=widths)
-    return select_units(
-        chosen,
-        data.moments,
-        weights,
-        widths,
-        current,
-        criterion,
-        relevance=relevance,
-        rankings=rankings,
-        compensate=compensate,
-        ridge=(
-            criterion if isinstance(criterion, MutualInformation) else MutualInformation()
-        ).ridge,
-    )
+        check_described(module, groups, _at_widths(current, {**now, **widths}))
+    if found is None:  # of all, so that what is lost can be set beside what there was
+        found = rank(chosen, widths=widths)
+    return Allocation(widths, found, first, tuple(steps[:-1]))
+
+
+def _check_planned(
+    planned: PlannedWidths,
+    module: nn.Module,
+    groups: Sequence[DependencyGroup],
+    chosen: Sequence[DependencyGroup],
+    current: Mapping[str, int],
+    classes: Sequence[WidthClass],
+) -> None:
+    """Refuse widths of a plan that no config could describe, where one is to.
+
+    Raises:
+        PruningError: Naming groups that share a field and disagree, or what else differs.
+    """
+    for one in classes:
+        shares = {
+            group.name: Fraction(planned.widths[group.name], group.size) for group in one.members
+        }
+        if len(set(shares.values())) > 1:
+            least, most = (end(shares, key=shares.__getitem__) for end in (min, max))
+            raise PruningError(
+                f"The plan keeps {planned.widths[least]} units of {least!r} and "
+                f"{planned.widths[most]} of {most!r}, but one field of the config, {one}, holds "
+                "both. Give them one width; or plan with widths='global'."
+            )
+    widths = {**current, **{group.name: planned.widths[group.name] for group in chosen}}
+    sizes = {group.name: group.size for group in groups}
+    check_described(module, groups, _at_widths(PruningPlan.full(sizes), widths))
+
+
+def _at_widths(current: PruningPlan, widths: Mapping[str, int]) -> PruningPlan:
+    """Some plan of these widths."""
+    units = {name: tuple(range(width)) for name, width in widths.items()}
+    return PruningPlan(current.sizes, {name: units[name] for name in current.sizes})
 
 
 def reconstruct(

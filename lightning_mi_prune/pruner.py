@@ -19,6 +19,8 @@ from typing_extensions import Unpack
 
 from lightning_mi_prune.allocation.budget import Budget, budget_of, sparsity_of
 from lightning_mi_prune.allocation.macs import macs_of_calls
+from lightning_mi_prune.allocation.plan_file import budget_or_plan, choose_planned
+from lightning_mi_prune.allocation.width_plan import WidthPlan, budget_label
 from lightning_mi_prune.calibration.collect import (
     Forward,
     Loss,
@@ -72,7 +74,13 @@ from lightning_mi_prune.graph.groups import (
     count_parameters,
     is_within,
 )
-from lightning_mi_prune.pipeline import PipelineOptions, check, decide, reconstruct
+from lightning_mi_prune.pipeline import (
+    PipelineOptions,
+    carrying_out,
+    check,
+    decide,
+    reconstruct,
+)
 from lightning_mi_prune.reconstruction.compensation import Decision, GroupInformation
 from lightning_mi_prune.surgery.batch_norm import reestimate_batch_norm
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
@@ -88,8 +96,10 @@ from lightning_mi_prune.surgery.verification import (
 )
 
 __all__ = [
+    "Calibrated",
     "PruneOptions",
     "PruneResult",
+    "calibrated",
     "prune",
     "prune_sizes",
 ]
@@ -154,6 +164,7 @@ def prune(
     target_macs: int | None = None,
     target_latency_ms: float | None = None,
     keep_information: float | None = None,
+    plan: WidthPlan | str | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
     kinds: Sequence[str] | None = None,
@@ -189,6 +200,7 @@ def prune(
         target_macs: Instead: multiply-accumulates of one example.
         target_latency_ms: Instead: milliseconds of one forward pass, from a table measured here.
         keep_information: Instead: share of the information with the layers above that stays.
+        plan: Widths of a :func:`plan`, or its file; a budget beside it chooses one of its columns.
         loss: Loss of a batch, ``loss(model, batch)``: a bounded number of backward passes then
             measures which part of each layer matters. A LightningModule has its own in
             ``training_step``.
@@ -223,11 +235,13 @@ def prune(
         >>> net[0].out_features, net[2].in_features
         (16, 16)
     """
-    targets = (target_parameters, target_macs, target_latency_ms, keep_information)
-    with _calibrated(
+    asked = (sparsity, target_parameters, target_macs, target_latency_ms, keep_information)
+    budget, carried = budget_or_plan(asked, plan)
+    with calibrated(
         model,
         data,
-        [budget_of(sparsity, *targets)],
+        [budget],
+        plan=carried,
         loss=loss,
         forward=forward,
         kinds=kinds,
@@ -246,8 +260,8 @@ def prune(
         batch_norm=batch_norm,
         optimizers=optimizers,
         seed=seed,
-    ) as calibrated:
-        return _cut_to(calibrated, calibrated.options[0], model, optimizers, last=True)
+    ) as found:
+        return _cut_to(found, found.options[0], model, optimizers, last=True)
 
 
 def prune_sizes(
@@ -286,16 +300,16 @@ def prune_sizes(
     if not budgets:
         raise PruningError("sizes is empty; expected one share or more, such as [0.5, 0.75, 0.9].")
     known = PlanTracker.held_by(model)
-    with _calibrated(model, data, budgets, **options) as calibrated:
-        for each in calibrated.options:
+    with calibrated(model, data, budgets, **options) as found:
+        for each in found.options:
             small = copy.deepcopy(model)
-            yield small, _cut_to(calibrated, each, small, (), last=each is calibrated.options[-1])
+            yield small, _cut_to(found, each, small, (), last=each is found.options[-1])
         if known is None:  # nothing was cut
-            calibrated.tracker.close()
+            found.tracker.close()
 
 
 @dataclass
-class _Calibrated:
+class Calibrated:
     """A module with what calibration collected of it, and what it may lose.
 
     Args:
@@ -322,11 +336,13 @@ class _Calibrated:
 
 
 @contextmanager
-def _calibrated(
+def calibrated(
     model: nn.Module,
     data: Any,
     budgets: Sequence[Budget],
     *,
+    plan: WidthPlan | None = None,
+    unmet: dict[str, str] | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
     kinds: Sequence[str] | None = None,
@@ -345,10 +361,14 @@ def _calibrated(
     batch_norm: bool = True,
     optimizers: Sequence[Optimizer] = (),
     seed: int = 0,
-) -> Iterator[_Calibrated]:
+) -> Iterator[Calibrated]:
     """Check all that can be checked, and calibrate; the module is only run.
 
     A module that is refused, or whose cut fails, keeps no hooks of ours.
+
+    Options are those of :func:`prune`. ``plan`` gives widths in place of those of the one budget.
+    Of several budgets, those after the first that are out of reach are put into ``unmet``, if that
+    is given, with the reason.
     """
     has_loss = loss is not None or hasattr(model, "training_step")
     if importance is None:
@@ -385,23 +405,28 @@ def _calibrated(
         elif not tracker.is_whole:
             with spilling(large):
                 tracker.extend(_discovered(model, run, first))
-        groups, plan = tracker.groups, tracker.plan
+        groups, current = tracker.groups, tracker.plan
         mine = [group for group in groups if is_within(group.name, module)]
         others = modules_without_groups(model, groups, module)
-        chosen = choose_groups(mine, kinds=kinds, include=include, exclude=exclude, modules=others)
-        check_cuttable(model, chosen, plan)
+        choose = choose_groups if plan is None else partial(choose_planned, plan)
+        chosen = choose(mine, kinds=kinds, include=include, exclude=exclude, modules=others)
+        if plan is not None:
+            options = [carrying_out(plan, options[0], chosen, current.widths)]
+        check_cuttable(model, chosen, current)
         _check_surroundings(model, chosen, optimizers)
-        before = plan.widths
-        for each in options:
-            check(each, model, groups, chosen, before, names=each is options[0])
+        before = current.widths
+
+        for place, each in enumerate(tuple(options)):
+            with _noting(unmet if place else None, options, each):
+                check(each, model, groups, chosen, before, names=not place)
         steps = {"forward": partial(try_forward, run, first)}
         if with_gradients:
             steps["loss"] = partial(try_loss, loss or training_loss, first)
         seconds = dict.fromkeys(("calibration", "gradients"), 0.0)
         # A function of the user may run the model that it knows by name.
         with undisturbed(model), spilling(large):
-            verify_cut(model, tracker.graph, plan, half_plan(chosen, plan), steps)
-        memory = _memory_for(amount, model, chosen, plan, with_gradients=with_gradients)
+            verify_cut(model, tracker.graph, current, half_plan(chosen, current), steps)
+        memory = _memory_for(amount, model, chosen, current, with_gradients=with_gradients)
         with spilling(memory == "low"):
             with _timed(seconds, "calibration"):
                 collected = collect_activations(
@@ -418,7 +443,7 @@ def _calibrated(
                     collected.gradients = collect_gradients(
                         model,
                         chosen,
-                        plan,
+                        current,
                         data if training is None else training,
                         loss or training_loss,
                         steps=amount.gradient_steps,
@@ -428,11 +453,11 @@ def _calibrated(
             batches = first_batches(data, amount.gradient_steps)
             reestimate_batch_norm(cut, batches, partial(run_forward, run))
 
-        yield _Calibrated(
+        yield Calibrated(
             model,
             tracker,
             chosen,
-            plan,
+            current,
             options,
             collected,
             estimate if batch_norm else None,
@@ -445,8 +470,22 @@ def _calibrated(
         raise
 
 
+@contextmanager
+def _noting(
+    unmet: dict[str, str] | None, options: list[PipelineOptions], each: PipelineOptions
+) -> Iterator[None]:
+    """Drop the options of a budget that is refused, if that may be noted."""
+    try:
+        yield
+    except PruningError as error:
+        if unmet is None:
+            raise
+        unmet[budget_label(each.budget)] = str(error)
+        options.remove(each)
+
+
 def _cut_to(
-    calibrated: _Calibrated,
+    calibrated: Calibrated,
     options: PipelineOptions,
     model: nn.Module,
     optimizers: Sequence[Optimizer],
@@ -471,7 +510,7 @@ def _cut_to(
             decision = decide(options, source, groups, calibrated.chosen, plan, collected)
         if decision is None:
             raise PruningError(
-                f"The module meets {options.budget} already: nothing to cut. Ask for less."
+                f"The module meets {options.aim} already: nothing to cut. Ask for less."
             )
         macs = macs_of_calls(source, collected.examples)
         if last:  # as large as the model; what follows needs the room
