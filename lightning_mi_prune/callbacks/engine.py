@@ -154,7 +154,7 @@ class PruningStrategy(Protocol):
         """A goal of the schedule, in words."""
 
     def no_cut(self, session: Session, data: CalibrationData, goal: float) -> tuple[str, str]:
-        """Why nothing is cut for a goal, and what to change for a cut, in a sentence each."""
+        """Why nothing is cut for a goal, and what to change for a cut; "" where none is wanted."""
 
 
 class RunEngine:
@@ -791,8 +791,8 @@ def _engines(trainer: pl.Trainer) -> list[RunEngine]:
 
 
 def _report_no_cut(report: PruningReport, met: str, remedy: str, left: Sequence[int]) -> None:
-    """Say that no cut is needed; a warning where the run ends as it began."""
-    if report.cuts or report.undone or left:
+    """Say that no cut is made; a warning where the run ends as it began, unless that was asked."""
+    if report.cuts or report.undone or left or not remedy:
         rank_zero_info(met)
     else:
         text = f"{met} Nothing was cut in this run. {remedy}"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_mi_prune.allocation.budget import Budget, budget_of, sparsity_of
+from lightning_mi_prune.allocation.budget import Budget, sparsity_of
+from lightning_mi_prune.allocation.plan_file import (
+    budget_or_plan,
+    choose_planned,
+    plan_to_yaml,
+    write_plan,
+)
+from lightning_mi_prune.allocation.width_plan import WidthPlan
 from lightning_mi_prune.calibration.activations import ActivationRecorder, Recorder
 from lightning_mi_prune.calibration.calls import update_calls
 from lightning_mi_prune.calibration.data import CalibrationData
@@ -40,6 +48,7 @@ from lightning_mi_prune.callbacks.state import PendingCut, Session, write
 from lightning_mi_prune.callbacks.verification import check_surroundings, without_frozen
 from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import PruningError, number
+from lightning_mi_prune.core.files import check_writable
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.core.spilling import is_spilling, spilled, spilling
@@ -53,8 +62,9 @@ from lightning_mi_prune.graph.graph import (
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters, is_within
 from lightning_mi_prune.graph.inputs import ConsumerInput
 from lightning_mi_prune.graph.layouts import layout_size
-from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
+from lightning_mi_prune.pipeline import PipelineOptions, carrying_out, decide, reconstruct
 from lightning_mi_prune.pipeline import check as check_options
+from lightning_mi_prune.planning.plan import BUDGETS, propose, side_by_side
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import Cut, group_cuts
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
@@ -205,6 +215,7 @@ class UnitStrategy:
         choose: Chooses the groups that may be cut, of groups and of the modules without any.
         module: Path of the submodule to search for prunable networks; "" searches all.
         halve: Whether half of a step is tried after its cut was rolled back.
+        plan: Widths to cut in place of those of the budget.
     """
 
     order = 1
@@ -220,10 +231,13 @@ class UnitStrategy:
         choose: Callable[[list[DependencyGroup], list[str]], list[DependencyGroup]],
         module: str,
         halve: bool,
+        plan: WidthPlan | None = None,
     ) -> None:
         budget = pipeline.budget
         self.pipeline, self.schedule = pipeline, schedule
-        self.goal = budget.amount if budget.kind == "sparsity" else 1.0
+        self._given, self._plan = pipeline, plan
+        self._counts_parameters = budget.kind == "sparsity" and plan is None
+        self.goal = budget.amount if self._counts_parameters else 1.0
         self.chosen: list[DependencyGroup] = []
         self._calibration, self._memory = calibration, ""
         self._asked = calibration, pipeline.reconstruction  # each fit may have another model
@@ -235,7 +249,9 @@ class UnitStrategy:
             GradientCollection(self._steps, self._present, self._in_files) if self._steps else None
         )
         self._choose, self._within, self._halve = choose, module, halve
-        self.budget = "" if budget.kind == "sparsity" else str(budget)
+        self.budget = "" if self._counts_parameters else str(budget)
+        if plan is not None:
+            self.budget = plan.carried_out().label
 
     def _present(self, session: Session) -> list[DependencyGroup]:
         """The groups that may be cut, of the layers that are there."""
@@ -298,7 +314,14 @@ class UnitStrategy:
     def _check_budget(self, session: Session, present: list[DependencyGroup]) -> None:
         """Refuse a budget that these groups cannot meet from their present widths."""
         pipeline, module = self.pipeline, session.module
-        if pipeline.budget.kind == "sparsity":
+        widths = {name: len(kept) for name, kept in session.plan.kept.items()}
+        writes = session.trainer.is_global_zero
+        if self._plan is not None:
+            given = replace(self._given, reconstruction=pipeline.reconstruction)
+            self.pipeline = carrying_out(self._plan, given, present, widths)
+            check_options(self.pipeline, module, session.tracker.groups, present, widths)
+            return  # whose widths are there already
+        if self._counts_parameters:
             sparsity = self._left(session, self.goal)
             if sparsity <= 0:  # layers that are gone were enough
                 return
@@ -312,8 +335,6 @@ class UnitStrategy:
                 f"target_parameters={allowed}, but the module has {number(has)} as built: "
                 "nothing to cut. Ask for fewer."
             )
-        widths = {name: len(kept) for name, kept in session.plan.kept.items()}
-        writes = session.trainer.is_global_zero
         check_options(pipeline, module, session.tracker.groups, present, widths, writes=writes)
 
     def _left(self, session: Session, sparsity: float) -> float:
@@ -380,7 +401,7 @@ class UnitStrategy:
 
     def decide(self, session: Session, data: CalibrationData, goal: float) -> Decision | None:
         data.examples = session.state.examples
-        if self.pipeline.budget.kind == "sparsity":
+        if self._counts_parameters:
             goal = self._left(session, goal)
         if goal <= 0:
             return None
@@ -453,6 +474,43 @@ class UnitStrategy:
         return f"The model meets {self.name_goal(goal)} already: no cut.", "Ask for less."
 
 
+class PlanningStrategy(UnitStrategy):
+    """Writes what the first cut would leave, and cuts nothing; the arguments are the same."""
+
+    def prepare(self, session: Session) -> Mapping[str, object]:
+        if session.trainer.is_global_zero:
+            check_writable(_plan_path(session.trainer), "The plan")
+        return super().prepare(session)
+
+    def decide(self, session: Session, data: CalibrationData, goal: float) -> Decision | None:
+        """Write the plan: only rank 0 decides."""
+        data.examples = session.state.examples
+        pipeline = self.pipeline
+        with spilling(data.is_in_files):
+            found = propose(
+                [replace(pipeline, budget=b) for b in side_by_side([pipeline.budget, *BUDGETS])],
+                session.module,
+                session.tracker.groups,
+                self._present(session),
+                session.plan,
+                data,
+                tables=session.state.tables,
+                kept=session.state.information_kept,
+            )
+        path = write_plan(found, _plan_path(session.trainer))
+        rank_zero_info(f"{found}\nThe plan is in {path}; edit it, and cut by plan={str(path)!r}.")
+        return None
+
+    def no_cut(self, session: Session, data: CalibrationData, goal: float) -> tuple[str, str]:
+        return "plan_only=True: no cut is made, and training goes on.", ""
+
+
+def _plan_path(trainer: pl.Trainer) -> Path:
+    """Where rank 0 writes a plan; ``trainer.log_dir`` would wait for the other ranks."""
+    folders = [getattr(each, "log_dir", None) or each.save_dir for each in trainer.loggers]
+    return Path(next(filter(None, folders), trainer.default_root_dir)) / "plan.yaml"
+
+
 class MutualInformationPruning(PruningCallback):
     """Make a network smaller while it trains, keeping the units that inform the layer above.
 
@@ -470,6 +528,10 @@ class MutualInformationPruning(PruningCallback):
             They are predicted from a table that is measured on this device.
         keep_information: Instead: share of the information with the layers above, in nats and
             summed over all groups, that stays.
+        plan: Widths of :func:`plan`, or a ``plan.yaml`` that was edited; a budget beside it chooses
+            one of its columns. Several cuts approach these widths.
+        plan_only: Never cut: when the first cut would be made, write ``plan.yaml`` into the folder
+            of the logger, else into ``default_root_dir``; training goes on as without pruning.
         kinds: Kinds of unit to cut: ``"ffn"``, ``"heads"``, ``"channels"`` (default),
             ``"head_dim"`` (dimensions of heads), ``"pooler"``, ``"hidden"`` (the hidden size, with
             the word embeddings).
@@ -521,6 +583,8 @@ class MutualInformationPruning(PruningCallback):
         target_macs: int | None = None,
         target_latency_ms: float | None = None,
         keep_information: float | None = None,
+        plan: WidthPlan | str | None = None,
+        plan_only: bool = False,
         kinds: list[str] | None = None,
         module: str | None = None,
         include: str | None = None,
@@ -540,29 +604,38 @@ class MutualInformationPruning(PruningCallback):
         verbose: bool = True,
     ) -> None:
         given = checked_options(MutualInformationPruning, locals())
-        targets = (target_parameters, target_macs, target_latency_ms, keep_information)
+        asked = (sparsity, target_parameters, target_macs, target_latency_ms, keep_information)
         with as_misconfiguration():
-            budget = budget_of(sparsity, *targets)
+            if plan is not None and plan_only:
+                raise PruningError(
+                    "plan= asks for a cut, and plan_only=True for none; drop one of them."
+                )
+            budget, carried = budget_or_plan(asked, plan)
+            given["plan"] = None if carried is None else plan_to_yaml(carried)
             self.method = PipelineOptions(
                 budget, widths, importance, constraints, latency, reconstruction, seed=seed
             )
 
         def choose(groups: list[DependencyGroup], modules: list[str]) -> list[DependencyGroup]:
-            return choose_groups(
-                groups, kinds=kinds, include=include, exclude=exclude, modules=modules
-            )
+            find = choose_groups if carried is None else partial(choose_planned, carried)
+            return find(groups, kinds=kinds, include=include, exclude=exclude, modules=modules)
 
         # Each of several cuts can be rolled back by itself; without that, one is as good.
         cuts = schedule.cuts if schedule.cuts is not None or max_drop is not None else 1
         schedule = replace(schedule, cuts=cuts)
+        if plan_only:  # no monitor waits for a cut that never comes
+            last = None if schedule.first_epoch is None else schedule.last_epoch
+            schedule = replace(schedule, cuts=1, last_epoch=last)
+            max_drop, monitoring = None, replace(monitoring, best_of="any_size")
         super().__init__(
-            UnitStrategy(
+            (PlanningStrategy if plan_only else UnitStrategy)(
                 self.method,
                 calibration,
                 schedule,
                 choose=choose,
                 module=module or "",
                 halve=monitoring.on_drop == "halve",
+                plan=carried,
             ),
             given,
             graph=graph,

@@ -321,18 +321,21 @@ def _wrapped(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def grouped(options: Sequence[Option], own: Collection[str]) -> Iterator[Entry]:
+def grouped(
+    options: Sequence[Option], own: Collection[str], title_of_own: str = "what to prune"
+) -> Iterator[Entry]:
     """Lines for options of pruning, by what they are about.
 
     Args:
         options: The options.
         own: Names of those that are not about how to prune.
+        title_of_own: What these are about.
     """
     for option in sorted(options, key=lambda option: option.name not in own):
         if option.record is not None:
             title = _first_sentence(inspect.getdoc(option.record) or "").rstrip(".").lower()
         elif option.name in own:
-            title = "what to prune"
+            title = title_of_own
         elif option.name in _BUDGETS:
             title = "how small (one of these; else sparsity 0.5)"
         else:

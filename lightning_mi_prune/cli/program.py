@@ -32,6 +32,7 @@ PROGRAM = "lightning-mi-prune"
 
 SUBCOMMANDS = {
     "prune": "Prune a LightningModule on its data in one shot.",
+    "plan": "Write what prune would leave, for several budgets, as a file to edit.",
     "info": "Show what a folder, a checkpoint or a plan holds, without opening the model.",
     "compare": "Measure two models side by side: size, MACs, latency, metric.",
     "convert": "Write the network of a checkpoint as a Hugging Face folder.",
@@ -60,7 +61,7 @@ def command_named(name: str) -> Command:
         close = difflib.get_close_matches(name, SUBCOMMANDS, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"expected {', '.join(SUBCOMMANDS)}."
         raise PruningError(f"{name!r} is no subcommand; {hint}")
-    home = "pruning" if name == "prune" else "commands"
+    home = {"prune": "pruning", "plan": "planning"}.get(name, "commands")
     module = importlib.import_module(f"lightning_mi_prune.cli.{home}")
     command: Command = getattr(module, name.upper())
     return command

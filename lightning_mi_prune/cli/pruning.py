@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_mi_prune.allocation.budget import budget_of
+from lightning_mi_prune.allocation.plan_file import budget_or_plan
 from lightning_mi_prune.calibration.datasets import batches_of
 from lightning_mi_prune.checkpoint.loading import load_pruned
 from lightning_mi_prune.cli.building import TRAINER, build
@@ -34,19 +35,24 @@ from lightning_mi_prune.reporting.tables import Table
 
 __all__ = [
     "NAMES",
+    "OBJECTS_OF_PRUNE",
     "OPTIONS",
+    "PATHS",
     "PRUNE",
+    "Batches",
     "Loop",
     "Pruned",
     "RowsModule",
+    "batches_to_calibrate",
     "metrics_of",
     "prune_module",
+    "source_of",
 ]
 
 Loop = Literal["validate", "test", "none"]
 
 # Arguments of prune() that a command line cannot give.
-_OBJECTS_OF_PRUNE = ("model", "data", "loss", "forward", "training", "optimizers")
+OBJECTS_OF_PRUNE = ("model", "data", "loss", "forward", "training", "optimizers")
 
 
 @dataclass(frozen=True)
@@ -129,33 +135,19 @@ def prune_module(
             written.
         MisconfigurationException: If a loop cannot run.
     """
-    names = [name for name in signature(prune).parameters if name not in _OBJECTS_OF_PRUNE]
+    names = [name for name in signature(prune).parameters if name not in OBJECTS_OF_PRUNE]
     unknown = sorted(set(options) - set(names))
     if unknown:
         raise PruningError(f"{unknown[0]} is no option of one-shot pruning; expected {names}.")
-    budget_of(*(options.get(name) for name in signature(budget_of).parameters))
+    asked = [options.get(name) for name in signature(budget_of).parameters]
+    budget_or_plan(asked, options.get("plan"))
     target = Path(output)
     _check_files(target, checkpoint)
-    if data is not None and not isinstance(data, pl.LightningDataModule):
-        sizes = {name: options[name] for name in ("batch_size", "seed") if name in options}
-        data = RowsModule(batches_of(data, **sizes))
-    source = model if data is None else data
-    if not is_overridden("val_dataloader", source):
-        remedy = "give a DataModule, --data mypackage.MyData" if data is None else "write one"
-        name = type(source).__name__
-        raise PruningError(f"{name} has no val_dataloader, which calibration needs; {remedy}.")
+    data = source_of(model, data, options)
     if checkpoint is not None:
         load_pruned(model, checkpoint)
     before = metrics_of(trainer, model, data, evaluate)
-    for part in (model,) if data is None else (data, model):
-        part.trainer = trainer  # as in fit; evaluate="none" attached none
-        part.prepare_data()
-        part.setup("fit")
-    model.to(trainer.strategy.root_device)  # a finished loop leaves it on the CPU
-    validation, training = _Batches(model, data, "val_dataloader", "sequential"), None
-    relevance = (options.get("importance") or Importance()).relevance
-    if relevance == "gradient" and is_overridden("train_dataloader", source):
-        training = _Batches(model, data, "train_dataloader", "max_size_cycle")
+    validation, training = batches_to_calibrate(model, data, trainer, options)
     print_progress("pruning: calibration, ranking, reconstruction")
     result = prune(
         model,
@@ -170,17 +162,68 @@ def prune_module(
     return Pruned(result, before, after, target)
 
 
+def source_of(model: pl.LightningModule, data: Any, options: Mapping[str, Any]) -> Any:
+    """The data, with dataloaders: a data set of the datasets package becomes a DataModule.
+
+    Args:
+        model: The module.
+        data: As for :func:`prune_module`.
+        options: Those of ``prune``.
+
+    Raises:
+        PruningError: If there are no validation batches.
+    """
+    if data is not None and not isinstance(data, pl.LightningDataModule):
+        sizes = {name: options[name] for name in ("batch_size", "seed") if name in options}
+        data = RowsModule(batches_of(data, **sizes))
+    source = model if data is None else data
+    if not is_overridden("val_dataloader", source):
+        remedy = "give a DataModule, --data mypackage.MyData" if data is None else "write one"
+        name = type(source).__name__
+        raise PruningError(f"{name} has no val_dataloader, which calibration needs; {remedy}.")
+    return data
+
+
+def batches_to_calibrate(
+    model: pl.LightningModule,
+    data: pl.LightningDataModule | None,
+    trainer: pl.Trainer,
+    options: Mapping[str, Any],
+) -> tuple[Batches, Batches | None]:
+    """Batches for activations and, where there are others, for gradients; the model is ready.
+
+    Args:
+        model: The module.
+        data: Its data, of :func:`source_of`.
+        trainer: Moves the module to its device.
+        options: Those of ``prune``.
+
+    Raises:
+        PruningError: If a loader gives no batches.
+    """
+    for part in (model,) if data is None else (data, model):
+        part.trainer = trainer  # as in fit; evaluate="none" attached none
+        part.prepare_data()
+        part.setup("fit")
+    model.to(trainer.strategy.root_device)  # a finished loop leaves it on the CPU
+    validation, training = Batches(model, data, "val_dataloader", "sequential"), None
+    relevance = (options.get("importance") or Importance()).relevance
+    if relevance == "gradient" and is_overridden("train_dataloader", data or model):
+        training = Batches(model, data, "train_dataloader", "max_size_cycle")
+    return validation, training
+
+
 _OWN = ("checkpoint", "output", "evaluate", "batch_size")
 
 OPTIONS = (
     *options_of(prune_module, {"model", "data", "trainer", "options"}),
-    *options_of(prune, _OBJECTS_OF_PRUNE),
+    *options_of(prune, OBJECTS_OF_PRUNE),
 )
 
 NAMES = tuple(dict.fromkeys(option.name.partition(".")[0] for option in OPTIONS))
 """Names in a file that are options of pruning."""
 
-_PATHS = {
+PATHS = {
     "model": "mypackage.MyModel, if no file names one.",
     "data": "mypackage.MyData, or a data set's folder, name.",
     "cli": "Your LightningCLI, for its links, arguments.",
@@ -201,7 +244,7 @@ class RowsModule(pl.LightningDataModule):
     test_dataloader = val_dataloader
 
 
-class _Batches:
+class Batches:
     """Batches of a dataloader hook, moved and transformed as by the trainer.
 
     Raises:
@@ -258,7 +301,7 @@ PRUNE = Command(
     options=OPTIONS,
     entries=(
         Entry("what to prune", "CONFIG", "", "YAML of a LightningCLI (or --config FILE)."),
-        *(Entry("what to prune", f"--{n}", "CLASS", text) for n, text in _PATHS.items()),
+        *(Entry("what to prune", f"--{n}", "CLASS", text) for n, text in PATHS.items()),
         Entry.of("what to prune", JSON),
         *grouped(OPTIONS, _OWN),
     ),
