@@ -74,6 +74,7 @@ __all__ = [
     "costs_of",
     "decide",
     "reconstruct",
+    "selected",
 ]
 
 _log = logging.getLogger(__name__)
@@ -352,16 +353,42 @@ def decide(
     )
     if found.rankings is None:
         return None
+    return selected(options, module, chosen, current, data, found.widths, found.rankings)
+
+
+def selected(
+    options: PipelineOptions,
+    module: nn.Module,
+    chosen: Sequence[DependencyGroup],
+    current: PruningPlan,
+    data: CalibrationData,
+    widths: Mapping[str, int],
+    rankings: Mapping[str, Ranking],
+) -> Decision:
+    """Select the units that stay at some widths, and compensate; the model is only read.
+
+    Args:
+        options: The options.
+        module: The model as it stands.
+        chosen: Groups that may shrink.
+        current: The plan it carries.
+        data: What calibration collected.
+        widths: Units that stay of each of them.
+        rankings: Their orders.
+
+    Raises:
+        PruningError: If there were too few samples.
+    """
     criterion = options.criterion or criterion_of(options.importance, options.seed)
     return select_units(
         chosen,
         data.moments,
         parameters_of(module),
-        found.widths,
+        widths,
         current,
         criterion,
         relevance=_relevance(options.importance, data),
-        rankings=found.rankings,
+        rankings=rankings,
         compensate=options.reconstruction.method != "none",
         ridge=(
             criterion if isinstance(criterion, MutualInformation) else MutualInformation()

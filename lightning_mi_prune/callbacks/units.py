@@ -64,7 +64,8 @@ from lightning_mi_prune.graph.inputs import ConsumerInput
 from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.pipeline import PipelineOptions, carrying_out, decide, reconstruct
 from lightning_mi_prune.pipeline import check as check_options
-from lightning_mi_prune.planning.plan import BUDGETS, propose, side_by_side
+from lightning_mi_prune.planning.estimate import estimate_cut
+from lightning_mi_prune.planning.plan import BUDGETS, propose, side_by_side, without_solving
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import Cut, group_cuts
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
@@ -300,6 +301,18 @@ class UnitStrategy:
             session.state.report = session.begin_report(self.chosen)
         check_optimizers(session.trainer.strategy.optimizers, self.parameters(session))
         self._check_budget(session, present)
+        if session.trainer.is_global_zero:
+            world = session.world
+            rank_zero_info(
+                estimate_cut(
+                    module,
+                    present,
+                    plan,
+                    positions=-(-self._calibration.samples // world),
+                    stored_positions=-(-self._stored // world),
+                    gradients=self.steps is not None,
+                )
+            )
         return {f"the size of {group.name!r}": group.size for group in self.chosen}
 
     def _set_positions(self) -> None:
@@ -611,6 +624,8 @@ class MutualInformationPruning(PruningCallback):
                     "plan= asks for a cut, and plan_only=True for none; drop one of them."
                 )
             budget, carried = budget_or_plan(asked, plan)
+            if plan_only:
+                reconstruction = without_solving(reconstruction)
             given["plan"] = None if carried is None else plan_to_yaml(carried)
             self.method = PipelineOptions(
                 budget, widths, importance, constraints, latency, reconstruction, seed=seed

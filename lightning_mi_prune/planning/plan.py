@@ -24,6 +24,7 @@ from lightning_mi_prune.allocation.width_plan import (
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.options import Reconstruction
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.core.spilling import spilling
 from lightning_mi_prune.graph.groups import DependencyGroup
@@ -36,6 +37,7 @@ __all__ = [
     "plan",
     "propose",
     "side_by_side",
+    "without_solving",
 ]
 
 BUDGETS = (0.5, 0.75, 0.9)
@@ -85,6 +87,8 @@ def plan(
         (['90%'], 64)
     """
     columns = side_by_side(budgets)
+    solving = without_solving(options.get("reconstruction") or Reconstruction())
+    options = {**options, "reconstruction": solving}
     known, unmet = PlanTracker.held_by(model), dict[str, str]()
     with calibrated(model, data, columns, unmet=unmet, **options) as found:
         with spilling(found.memory == "low"):
@@ -119,6 +123,18 @@ def side_by_side(budgets: Sequence[float | Budget]) -> list[Budget]:
         )
     found = [each if isinstance(each, Budget) else budget_of(each) for each in budgets]
     return list({budget_label(budget): budget for budget in found}.values())
+
+
+def without_solving(reconstruction: Reconstruction) -> Reconstruction:
+    """The option where no weights are wanted: no inputs are stored; widths are the same.
+
+    Example:
+        >>> without_solving(Reconstruction()).stored_positions
+        0
+    """
+    if reconstruction.method == "layerwise":
+        return replace(reconstruction, method="compensation")
+    return reconstruction
 
 
 def propose(
