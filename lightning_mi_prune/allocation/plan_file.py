@@ -554,20 +554,20 @@ that can be cut here; did you mean 'net.ffn'?
                 f"{shortened([g.name for g in strange])}, but what can be cut here is "
                 f"{shortened(known) or 'nothing'}: it belongs to another model. Plan again."
             )
+    for one in plan.groups:
+        group = known.get(one.name)
+        if group is not None and (one.built, one.kind) != (group.size, group.kind):
+            raise PruningError(
+                f"The plan has {one.built} units of kind {one.kind!r} in {one.name!r} as built, "
+                f"but the model {group.size} of {group.kind!r}: it belongs to another model. Plan "
+                "again."
+            )
     if strange:
         near = _nearest(strange[0].name, known, 3)
         hint = f"did you mean {near}?" if near else "delete its line."
         raise PruningError(
             f"The plan has a group {strange[0].name!r}, which is none that can be cut here; {hint}"
         )
-    for one in plan.groups:
-        group = known[one.name]
-        if (one.built, one.kind) != (group.size, group.kind):
-            raise PruningError(
-                f"The plan has {one.built} units of kind {one.kind!r} in {one.name!r} as built, "
-                f"but the model {group.size} of {group.kind!r}: it belongs to another model. Plan "
-                "again."
-            )
     asked = plan.carried_out().widths
     if not asked:
         raise PruningError("The plan leaves every group alone; give one a width, or do not cut.")
