@@ -641,7 +641,8 @@ class MutualInformationPruning(PruningCallback):
         if plan_only:  # no monitor waits for a cut that never comes
             last = None if schedule.first_epoch is None else schedule.last_epoch
             schedule = replace(schedule, cuts=1, last_epoch=last)
-            max_drop, monitoring = None, replace(monitoring, best_of="any_size")
+            max_drop, monitor = None, None
+            monitoring = replace(monitoring, best_of="any_size")
         super().__init__(
             (PlanningStrategy if plan_only else UnitStrategy)(
                 self.method,
