@@ -96,7 +96,7 @@ def check(
 
 
 _REMEDY = re.compile(
-    r"expected|was it (edited|replaced)|this package reads|"
+    r"expected|was it (edited|replaced)|this package reads|plan again|"
     r"\b(save|take|give|build|open|load|write|measure|"
     r"correct|copy|sort|delete|leave|tokenize|see|did you mean|set|pass|allow)\b",
     re.IGNORECASE,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save as to_safetensors
@@ -28,6 +29,7 @@ from lightning_mi_prune import (
     save_pretrained,
 )
 from lightning_mi_prune.allocation.latency import LatencyTable
+from lightning_mi_prune.allocation.plan_file import plan_from_yaml, plan_to_yaml, read_plan
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.calibration.datasets import batches_of
 from lightning_mi_prune.callbacks.resume import OptimizerPlan
@@ -46,6 +48,7 @@ from lightning_mi_prune.surgery.units import apply_plan
 from tests.core.test_untrusted import JUNK, PLAN, TABLE, trained
 from tests.fuzz import mutations
 from tests.fuzz.limits import check, fuzzed
+from tests.planning.test_plan_files import PLAN as WIDTHS
 from tests.reporting.test_report import CUT, stack_cut
 from tests.support.boring import Classifier, trainer
 from tests.support.graphs import graph_of
@@ -203,6 +206,32 @@ def test_texts_of_plans_graphs_and_tables(kind, texts, data):
     read, is_sound = TEXTS[kind]
     text = data.draw(mutations.json_text(json.loads(texts[kind])))
     check(f"text of a {kind}", len(text), lambda: read(text), is_sound)
+
+
+def widths_are_sound(plan):
+    assert plan_from_yaml(plan_to_yaml(plan)) == plan
+    sizes = {group.name: group.now for group in plan.groups}
+    for name, width in plan.carried_out().widths.items():
+        assert 0 <= width <= sizes[name]
+    assert str(plan)
+
+
+@fuzzed(0.06, 40)
+@given(data=st.data())
+def test_plans_of_widths_in_yaml(root, data):
+    text = plan_to_yaml(WIDTHS)
+    body = yaml.safe_load(text)
+    changed = data.draw(
+        st.one_of(
+            mutations.json_text(body, most=1),
+            mutations.json_text(body),
+            mutations.tree(body, most=1).map(lambda tree: yaml.dump(tree)),
+            mutations.raw(text.encode()),
+        )
+    )
+    path = place(root, "plan.yaml")
+    size = written(path, changed)
+    check("plan of widths", size, lambda: read_plan(path), widths_are_sound, watched=root)
 
 
 FILES = {"graph": (PruningGraph.load, graph_is_sound), "table": (LatencyTable.load, table_is_sound)}
