@@ -29,6 +29,7 @@ SHOWS = {  # what the blocks of a page print, in their order
     "docs/layers.md": r"^3 \(",
     "docs/memory.md": r"^low Sequential\(.*out_features=48, ",
     "docs/method.md": r"Linear\(in_features=32, out_features=24, ",
+    "docs/plan.md": r"what a cut would leave\n.*\n50% \*.*'2.ffn': 44}.*units .* 75% ",
     "docs/training.md": "",
 }
 

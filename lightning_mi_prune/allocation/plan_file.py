@@ -413,8 +413,8 @@ def _group(
         )
     if exclude and pin is not None:
         raise PruningError(
-            f"{where} pin: {described(pin)} asks for a width and exclude: true for none; drop one "
-            "of them."
+            f"{where} pin: {described(pin)} asks for a width and exclude: true for none; leave "
+            "one of them out."
         )
     for key in (*columns, "pin"):
         width = line.get(key)

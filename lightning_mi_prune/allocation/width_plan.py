@@ -237,7 +237,9 @@ class WidthPlan:
             if column.label == label:
                 return column
         labels = ", ".join(repr(column.label) for column in self.columns)
-        raise PruningError(f"cut: {label!r:.60} is no budget of the plan; it has {labels}.")
+        raise PruningError(
+            f"cut: {label!r:.60} is no budget of the plan; expected one of {labels}."
+        )
 
     def for_budget(self, budget: Budget | None) -> WidthPlan:
         """The same plan, to be carried out for another of its budgets; None changes nothing.

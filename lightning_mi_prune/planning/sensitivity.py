@@ -115,7 +115,8 @@ class Sensitivity:
         )
         colors = require("matplotlib", "plots").colormaps["viridis"]
         every = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-        top = max(max(group.expected) for group in self.groups)
+        rises = [x - (self.loss or 0) for group in self.groups for _, x in group.measured]
+        top = max(map(abs, (*rises, *(group.expected[0] for group in self.groups))))
         for kind, axes in zip(kinds, every, strict=True):
             mine = [group for group in self.groups if group.kind == kind]
             for place, group in enumerate(mine):
@@ -127,7 +128,7 @@ class Sensitivity:
                     axes.scatter(*zip(*points, strict=True), color=color, s=16)
             axes.set_title(f"{kind}: {len(mine)} groups" if len(mine) > 1 else kind)
             axes.set_xlabel("units that stay, %")
-            axes.set_yscale("symlog", linthresh=max(top / 1000, 1e-12))
+            axes.set_yscale("symlog", linthresh=max(top / 100, 1e-12))
             axes.invert_xaxis()
             axes.grid(alpha=0.3)
             if len(mine) <= _MOST_NAMED:

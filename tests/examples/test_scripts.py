@@ -33,6 +33,13 @@ def test_one_shot() -> None:
     assert "gives the same outputs: True" in text
 
 
+def test_plan_first() -> None:
+    text = printed("plan_first")
+    assert re.search(r"^now +[\d,]+ +[\d,]+$.*^50% \* .*^75% .*^90% ", text, re.M | re.S)
+    assert text.count(" heads ") == 2
+    assert "The first layer has 120 neurons" in text
+
+
 def before_and_after(text: str, measure: str) -> list[tuple[int, float]]:
     """Parameters and the measure of both models that a script trained."""
     found = re.findall(rf"^(?:before|after): +([\d,]+) parameters, {measure} ([\d.]+)", text, re.M)

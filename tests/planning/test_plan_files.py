@@ -170,7 +170,7 @@ WRONG = {
     "no width": (edited("50%: 32, ", ""), r"no width at 50%; expected one, pin: N or exclude"),
     "pin and exclude": (
         edited("now: 64", "now: 64, pin: 8, exclude: true"),
-        "asks for a width and exclude: true for none; drop one",
+        "asks for a width and exclude: true for none; leave one",
     ),
     "a pin above": (edited("now: 64", "now: 64, pin: 65"), "pin: 65 is above the 64 units"),
     "exclude is no truth": (edited("now: 64", "now: 64, exclude: 1"), "neither true nor false"),
