@@ -73,7 +73,7 @@ benchmark-full: $(VENV)/benchmark.stamp
 	  $(ONE) recovery --tasks movie-snippets 20-newsgroups; two=$$?; wait $$one && exit $$two
 	$(ONE) one-shot ablations distillation described layers layers-one-shot
 	$(ONE) layer-choice --models minilm-l6
-	$(MEASURE) latency lengths deploy layers-speed
+	$(MEASURE) latency lengths deploy opening layers-speed
 	$(MEASURE) lengths --compiled --sparsities 0.75
 	$(TABLES)
 	$(BIN)/python -m benchmarks plots

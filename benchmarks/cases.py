@@ -83,6 +83,7 @@ CASES = {
         Case("latency", latency.latency, ONE | FAST),
         Case("lengths", latency.lengths, {"tasks": [QUICK], "sparsities": [0.5]} | FAST),
         Case("deploy", deploy.deploy, {"tiny": True} | FAST),
+        Case("opening", deploy.opening, {"tiny": True, "rounds": 2}),
         Case("layers", layers.layers, ONE | {"variants": 2}),
         Case("layers-one-shot", layers.layers_one_shot, ONE | {"layers": [4]}),
         Case("layer-choice", layer_choice.layer_choice, {"models": [QUICK], "layers": [5]}),

@@ -9,25 +9,33 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
+import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
-from transformers import BertConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from benchmarks.latency import BATCHES, config_of, shaped
 from benchmarks.measuring import spread
 from benchmarks.records import Figures, Job, Store, cpu_name, single
 from benchmarks.subjects import Kept
 from benchmarks.tasks import Batch, token_ids
+from lightning_mi_prune import from_pretrained, save_pretrained
 from lightning_mi_prune.export.onnx import export_onnx
 
-__all__ = ["BACKEND", "WAYS", "deploy", "served"]
+__all__ = ["BACKEND", "WAYS", "deploy", "opening", "served"]
 
 WAYS = {
     "eager": "PyTorch",
@@ -79,14 +87,68 @@ def deploy(
         yield single(setting, measured, kept, tiny, seconds, rounds)
 
 
+def opening(
+    folder: Path, sparsities: Sequence[float] = (0.75,), tiny: bool = False, rounds: int = 60
+) -> Iterator[Job]:
+    """Milliseconds to open the folder of a pruned MiniLM, and of an uncut model as large."""
+    for job in deploy(folder, sparsities, tiny):
+        (setting,) = job.settings
+        known = {name: value for name, value in setting.items() if name != "length"}
+        yield single(known, opened, setting["kept"], tiny, rounds)
+
+
+def opened(kept: Kept, tiny: bool, rounds: int) -> Figures:
+    """Both folders, opened in turn with the class of the model; the uncut one by transformers."""
+    torch.manual_seed(0)
+    pruned = shaped(_config(tiny), kept)
+    wanted = sum(p.numel() for p in pruned.parameters())
+    plain = _config(tiny)
+    # A head less, so that there is room for neurons.
+    plain.hidden_size -= plain.hidden_size // plain.num_attention_heads
+    plain.num_attention_heads -= 1
+    none, one = (_parameters_at(plain, width) for width in (0, 1))
+    plain.intermediate_size = max(1, round((wanted - none) / (one - none)))
+    uncut = BertForSequenceClassification(plain)
+    with tempfile.TemporaryDirectory() as place:
+        save_pretrained(pruned, Path(place, "pruned"))
+        uncut.save_pretrained(Path(place, "uncut"))
+        ways: dict[str, Callable[[], Any]] = {
+            "uncut": partial(BertForSequenceClassification.from_pretrained, f"{place}/uncut"),
+            "pruned": partial(from_pretrained, BertForSequenceClassification, f"{place}/pruned"),
+            "auto": partial(AutoModelForSequenceClassification.from_pretrained, f"{place}/pruned"),
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, run in ways.items():
+                started = time.perf_counter()
+                run()
+                times[name].append(1000 * (time.perf_counter() - started))
+    ratios = [new / old for new, old in zip(times["pruned"], times["uncut"], strict=True)]
+    sizes = {"pruned": wanted, "uncut": sum(p.numel() for p in uncut.parameters())}
+    return {
+        "rounds": rounds,
+        "parameters": sizes,
+        "ratio": statistics.median(ratios),
+        **{f"{name}_ms": spread(values) for name, values in times.items()},
+    }
+
+
+def _config(tiny: bool) -> Any:
+    return BertConfig(**TINY, num_labels=CLASSES) if tiny else config_of("trec-6", CLASSES)
+
+
+def _parameters_at(config: Any, width: int) -> int:
+    """Parameters of an uncut classifier with so many neurons in each layer."""
+    sized = copy.deepcopy(config)
+    sized.intermediate_size = width
+    with torch.device("meta"):
+        return sum(p.numel() for p in BertForSequenceClassification(sized).parameters())
+
+
 def measured(kept: Kept, tiny: bool, seconds: float, rounds: int) -> Figures:
     """Both models in every way, in turn."""
-
-    def config() -> Any:
-        return BertConfig(**TINY, num_labels=CLASSES) if tiny else config_of("trec-6", CLASSES)
-
     torch.manual_seed(0)
-    networks = {"dense": shaped(config()), "pruned": shaped(config(), kept)}
+    networks = {"dense": shaped(_config(tiny)), "pruned": shaped(_config(tiny), kept)}
     torch.compiler.reset()
     with tempfile.TemporaryDirectory() as folder:
         calls: dict[tuple[str, str], Run] = {}

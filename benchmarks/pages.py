@@ -478,6 +478,25 @@ def deploy(records: Records) -> list[str]:
     return lines[:-1]
 
 
+def opening(records: Records) -> list[str]:
+    """Milliseconds to open a pruned folder, beside an uncut model of as many parameters."""
+    names = {
+        "uncut": "an uncut model as large, transformers",
+        "pruned": "pruned, `from_pretrained` of this package",
+        "auto": "pruned, `AutoModelForSequenceClassification` with this package imported",
+    }
+    rows = []
+    for r in records:
+        for name, label in names.items():
+            ms = r[f"{name}_ms"]
+            cells = [label, f"{r['parameters']['uncut' if name == 'uncut' else 'pruned']:,}"]
+            times = f"{digits(ms['median'])} ({digits(ms['min'])} .. {digits(ms['max'])})"
+            ratio = f"{ms['median'] / r['uncut_ms']['median']:.2f}"
+            rows.append(row([*cells, times, ratio]))
+    head = ["opened", "parameters", "ms", "times as long"]
+    return [*with_head(head, rows, numbers=3), "", *measured_on(records)]
+
+
 def described(records: Records) -> list[str]:
     """Points against the dense control with free widths, and with those a config describes."""
 
@@ -513,6 +532,7 @@ TABLES: dict[str, tuple[str, Callable[[Records], list[str]]]] = {
     "distillation": ("distillation", distillation),
     "lengths": ("lengths", lengths),
     "deploy": ("deploy", deploy),
+    "opening": ("opening", opening),
     "described": ("described", described),
     "ablations": ("ablations", ablations),
     "costs-machine": ("costs", measured_on),

@@ -3,8 +3,9 @@
     python -m examples.text_classification fit --config examples/text_classification/demo.yaml
 
 `fit` trains with the callbacks of the YAML, tests on rows that calibration did not use, trains a
-dense control for the same number of epochs, and writes the pruned model, its tokenizer and
-`report.json` to `runs/<name>/`, the control and the test rows to `dense` and `test_rows` there.
+dense control for the same number of epochs, and writes to `runs/<name>/`: the pruned model with its
+tokenizer and model card to `model`, the control to `dense`, the test rows to `test_rows`, and
+`report.json`.
 `validate`, `test` and `predict` take the same YAML.
 """
 
@@ -14,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
-from rich.table import Table
 
 from examples.text_classification.data import TextDataModule
 from examples.text_classification.model import TextClassifier
 from examples.text_classification.packaged import DataError
-from lightning_mi_prune import PruningError
-from lightning_mi_prune.allocation.measuring import measure_latency
+from lightning_mi_prune import PruningError, PruningReport, save_pretrained
+from lightning_mi_prune.calibration.datasets import batches_of
 from lightning_mi_prune.callbacks.base import PruningCallback
+from lightning_mi_prune.export.compare import Comparison, compare_networks, first_row
+from lightning_mi_prune.export.saving import rewrite_card
+from lightning_mi_prune.reporting.tables import print_table
 
 
 class TextClassificationCLI(LightningCLI):
@@ -82,43 +85,53 @@ class TextClassificationCLI(LightningCLI):
             return
         self.seconds, self.steps = time.perf_counter() - self.started, self.trainer.global_step
         names = dict(enumerate(self.datamodule.class_names))
-        self.model.network.config.id2label = names
-        self.model.network.config.label2id = {name: index for index, name in names.items()}
+        for network in (self.model.network, self.dense.network):
+            network.config.id2label = names
+            network.config.label2id = {name: index for index, name in names.items()}
         first = self.trainer.is_global_zero
+        tokenizer, rows = self.datamodule.tokenizer, self.datamodule.splits["test"]
         if first:
-            self.model.network.save_pretrained(self.folder)
-            self.datamodule.tokenizer.save_pretrained(self.folder)
+            save_pretrained(self.model, self.folder / "model", processor=tokenizer, overwrite=True)
         after = named(self.trainer.test(self.model, self.datamodule, verbose=False)[0])
         callback = next((c for c in self.callbacks if isinstance(c, PruningCallback)), None)
         if callback is None:
             if first:
-                print(f"Test metrics: {after}. The model is in {self.folder}")
+                print(f"Test metrics: {after}. The model is in {self.folder / 'model'}")
             return
-        extra: dict[str, Any] = {
-            "before": {"metrics": {}},
-            "after": {"metrics": after, "fit_seconds": self.seconds},
-            "epochs": self.trainer.current_epoch,
-            "test_rows": len(self.datamodule.splits["test"]),
-        }
-        path = self.folder / "report.json"
         if first:
-            latency = compare_latency(self.dense.network, self.model.network)
-            for side, measured in latency.items():
-                extra[side]["latency_ms"] = measured
-            callback.report.write(path, extra)
+            rows.save_to_disk(self.folder / "test_rows")
+            found = self.compared(f"test rows of {self.options.data.dataset}")
         self.trainer.strategy.barrier()  # latencies are measured on an idle machine
+        before: dict[str, float] = {}
+        extra: dict[str, Any] = {"before": {}, "after": {"fit_seconds": self.seconds}}
         if self.options.control:
             started = time.perf_counter()
             trainer = self.train_control()
             extra["before"]["fit_seconds"] = time.perf_counter() - started
-            metrics = trainer.test(self.dense, self.datamodule, verbose=False)[0]
-            extra["before"]["metrics"] = named(metrics)
+            before = named(trainer.test(self.dense, self.datamodule, verbose=False)[0])
             if first:
-                self.dense.network.save_pretrained(self.folder / "dense")
-                self.datamodule.splits["test"].save_to_disk(self.folder / "test_rows")
-        if first:
-            callback.report.write(path, extra)
-            print_summary(callback.report.to_dict(), extra, self.folder)
+                folder = self.folder / "dense"
+                save_pretrained(self.dense, folder, processor=tokenizer, overwrite=True)
+        if not first:
+            return
+        pairs = {name: (before.get(name), value) for name, value in after.items()}
+        found = replace(found, metrics=pairs, rows=len(rows))
+        rewrite_card(self.model.network, self.folder / "model", found.measured())
+        for place, (side, metrics) in enumerate((("before", before), ("after", after))):
+            extra[side] |= figures(found, place) | {"metrics": metrics}
+        extra |= {"epochs": self.trainer.current_epoch, "test_rows": len(rows)}
+        callback.report.write(self.folder / "report.json", extra)
+        print_summary(found, callback.report, self.seconds, self.folder)
+
+    def compared(self, data: str) -> Comparison:
+        """Sizes, MACs and latencies of the dense and the pruned network, measured in turn."""
+        device = next(self.model.parameters()).device
+        dense, pruned = (  # copies, because training of these models continues
+            copy.deepcopy(module.network).to(device).eval() for module in (self.dense, self.model)
+        )
+        batches: Any = batches_of(str(self.folder / "test_rows"))
+        found = compare_networks(dense, pruned, row=first_row(dense, batches))
+        return replace(found, data=data)
 
     @property
     def callbacks(self) -> list[pl.Callback]:
@@ -167,76 +180,35 @@ def named(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix("test_"): float(value) for name, value in metrics.items()}
 
 
-def compare_latency(before: Any, after: Any, length: int = 64) -> dict[str, list[dict[str, Any]]]:
-    """Median forward time of both encoders in ms, measured in turn, at batch sizes 1 and 32."""
-    results: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
-    device = next(after.parameters()).device
-    encoders = [  # copies, because training of these models continues
-        copy.deepcopy(network.base_model).to(device).eval() for network in (before, after)
-    ]
-    for batch_size in (1, 32):
-        ids = torch.randint(5, before.config.vocab_size, (batch_size, length), device=device)
-        calls = {
-            side: partial(_run, encoder, ids)
-            for side, encoder in zip(results, encoders, strict=True)
-        }
-        for side, median in measure_latency(calls).items():
-            results[side].append(
-                {
-                    "median": median,
-                    "batch_size": batch_size,
-                    "sequence_length": length,
-                    "threads": torch.get_num_threads(),
-                    "device": device.type,
-                }
-            )
-    return results
+def figures(found: Comparison, place: int) -> dict[str, Any]:
+    """What was measured of one of both models, for the report."""
+    threads = torch.get_num_threads()
+    return {
+        "macs": found.macs[place] if found.macs else 0,
+        "latency_ms": [
+            {
+                "median": (row.dense_ms, row.ms)[place],
+                "batch_size": row.batch,
+                "sequence_length": row.length,
+                "threads": threads,
+                "machine": found.machine,
+            }
+            for row in found.latency
+        ],
+    }
 
 
-@torch.inference_mode()
-def _run(encoder: Any, ids: torch.Tensor) -> None:
-    encoder(ids)
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-
-
-def print_summary(report: dict[str, Any], extra: dict[str, Any], folder: Path) -> None:
-    """Print both models side by side."""
-    table = Table(title=f"{extra['epochs']} epochs, {extra['test_rows']} test rows")
-    for name in ("", "dense", "pruned", "ratio"):
-        table.add_column(name, justify="right" if name else "left")
-    before, after = (report[side] | extra[side] for side in ("before", "after"))
-    for key in ("parameters", "prunable_parameters", "macs"):
-        if not after[key]:
-            continue  # MACs are counted during calibration; there was none
-        ratio = before[key] / after[key]
-        table.add_row(key.replace("_", " "), f"{before[key]:,}", f"{after[key]:,}", f"{ratio:.2f}x")
-    for old, new in zip(before["latency_ms"], after["latency_ms"], strict=True):
-        table.add_row(
-            f"encoder, batch {old['batch_size']} x {old['sequence_length']}, ms",
-            f"{old['median']:.1f}",
-            f"{new['median']:.1f}",
-            f"{old['median'] / new['median']:.2f}x",
-        )
-    for name, value in after["metrics"].items():
-        dense = before["metrics"].get(name)
-        table.add_row(
-            f"test {name}",
-            "not trained" if dense is None else f"{dense:.2%}",
-            f"{value:.2%}",
-            "" if dense is None else f"{100 * (value - dense):+.2f} points",
-        )
-    pruning = sum(sum(cut["seconds"].values()) for cut in report["cuts"])
-    training = after["fit_seconds"]
-    Console().print(
-        table,
-        f"\nPruning took {pruning:.0f} of {training:.0f} s of training ({pruning / training:.0%}).",
-        f"\nThe pruned model and report.json are in {folder}",
-    )
-    if before["metrics"]:
+def print_summary(found: Comparison, report: PruningReport, training: float, folder: Path) -> None:
+    """Print both models side by side, and what pruning took of the training."""
+    print_table(found.table())
+    pruning = sum(sum(cut.seconds.values()) for cut in report.cuts)
+    share = f"{pruning:.0f} of {training:.0f} s of training ({pruning / training:.0%})"
+    print(f"Pruning took {share}. The pruned model is in {folder / 'model'}, and the report is")
+    print(f"{folder / 'report.json'}.")
+    if any(dense is not None for dense, _ in found.metrics.values()):
         print(
-            f"Measure both again: lightning-mi-prune compare {folder / 'dense'} {folder} "
-            f"--data {folder / 'test_rows'}"
+            f"Measure both again: lightning-mi-prune compare {folder / 'dense'} "
+            f"{folder / 'model'} --data {folder / 'test_rows'}"
         )
 
 

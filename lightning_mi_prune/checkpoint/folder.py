@@ -107,6 +107,8 @@ class _Bounded(TorchFunctionMode):
                 self._refuse(f"more than {self._made - 1} tensors")
             few, each = _ENTRIES
             entries = _entries(func, args, options)
+            if entries < 0:
+                self._refuse("a tensor of a negative size")
             if entries > few + self._size * each and not _is_meta(func, args, options):
                 self._refuse(f"a tensor of {described(entries)} entries")
         return func(*args, **options)
@@ -131,7 +133,7 @@ def _is_meta(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> bo
 
 
 def _entries(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> int:
-    """Entries of the tensor that a call makes; 0 where the call is wrong."""
+    """Entries of the tensor that a call makes; 0 for a wrong call, -1 for a negative size."""
     if func in _LIKE:
         return args[0].numel() if args and isinstance(args[0], torch.Tensor) else 0
     sizes: Any = options.get("size", args[:1] if func is torch.full else args)
@@ -142,7 +144,7 @@ def _entries(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> in
     if func is torch.arange:
         ends = [*sizes, *(options[n] for n in ("start", "end") if n in options)]
         return int(max((abs(end) for end in ends), default=0))
-    return int(math.prod(max(0, size) for size in sizes))
+    return -1 if any(size < 0 for size in sizes) else int(math.prod(sizes))
 
 
 def _local(source: Any, options: Mapping[str, Any]) -> Path | None:

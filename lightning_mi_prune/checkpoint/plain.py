@@ -1,18 +1,38 @@
-"""Whether transformers alone builds a cut network from its config."""
+"""What transformers builds of a cut network from its config, and what has to be set then."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
-from lightning_mi_prune.checkpoint.recorded import present_plan, recorded_graph
-from lightning_mi_prune.core.empty_linear import empty_linears
-from lightning_mi_prune.discovery.config_fields import difference_from_config
-from lightning_mi_prune.graph.graph import PruningGraph
-from lightning_mi_prune.surgery.empty_modules import is_cut_forward
-from lightning_mi_prune.surgery.parameters import shapes_at
+import torch
+from torch import Tensor, nn
 
-__all__ = ["why_not_plain", "with_layer_fields"]
+from lightning_mi_prune.checkpoint.recorded import present_plan, recorded_graph
+from lightning_mi_prune.core.empty_linear import empty_linears, parameters_of, place_linears
+from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, PARTS_FIELD
+from lightning_mi_prune.core.untrusted import LARGEST_TEXT
+from lightning_mi_prune.discovery.config_fields import built_from_config, difference_from_config
+from lightning_mi_prune.graph.graph import PruningGraph
+from lightning_mi_prune.graph.groups import EmptyForward
+from lightning_mi_prune.graph.layouts import layout_size
+from lightning_mi_prune.surgery.configs import config_numbers, config_value
+from lightning_mi_prune.surgery.empty_modules import is_cut_forward, set_forward_without_units
+from lightning_mi_prune.surgery.parameters import number_steps, set_number, shapes_at
+from lightning_mi_prune.surgery.tensors import is_saved
+
+__all__ = [
+    "fill_empty",
+    "parts_of",
+    "set_parts",
+    "set_shapes",
+    "why_not_plain",
+    "with_layer_fields",
+]
 
 
 def why_not_plain(network: Any, changes: Mapping[str, Any] | None = None) -> str | None:
@@ -74,3 +94,202 @@ def with_layer_fields(network: Any) -> dict[int, dict[str, int]] | None:
     if not fields or why_not_plain(network, {"per_layer_config": fields}) is not None:
         return None
     return fields
+
+
+def parts_of(network: Any, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What differs between a network and what its class builds from its config, as plain data.
+
+    Args:
+        network: A cut Hugging Face network.
+        changes: Fields that its config will have in its file.
+
+    Returns:
+        Shapes of all tensors, numbers on modules, and modules that run otherwise. Where nothing
+        depends on the units themselves, also what :func:`set_parts` believes them by: the class,
+        the sizes in the config, and a digest of plan and graph.
+    """
+    graph = recorded_graph(network) or PruningGraph()
+    plan = present_plan(network, graph.groups)
+    widths = plan.widths
+    numbers = [
+        [n.module, number_steps(n), layout_size(n.layout, group.all_widths(widths))]
+        for group in graph.groups
+        for n in group.attributes
+    ]
+    arguments = [
+        asdict(argument) | {"kept": list(plan.kept[group.name])}
+        for group in graph.groups
+        for argument in group.unit_arguments
+        if widths[group.name] < group.size
+    ]
+    forwards = [
+        asdict(forward)
+        for group in graph.groups
+        for forward in group.empty_forward
+        if not widths[group.name]
+    ]
+    parts: dict[str, Any] = {
+        "shapes": {name: list(tensor.shape) for name, tensor in _tensors(network).items()},
+        "numbers": numbers,
+        "empty": sorted(empty_linears(network)),
+        "forwards": forwards,
+        "arguments": arguments,
+    }
+    attention = any(isinstance(module, nn.MultiheadAttention) for module in network.modules())
+    saved = all(is_saved(network, s.tensor) for group in graph.groups for s in group.tensors)
+    simple = saved and not arguments and not attention
+    built = built_from_config(network, changes or {}) if simple else None
+    if built is not None:
+        others = {name: list(tensor.shape) for name, tensor in _tensors(built).items()}
+        now = parts["shapes"]
+        parts["built"] = {n: shape for n, shape in others.items() if shape != now.get(n)}
+        parts["class"] = type(network).__name__
+        parts["config"] = config_numbers(graph.groups, widths)
+        parts["digest"] = _digest(network.config)
+    return parts
+
+
+def set_parts(network: Any, config: Any) -> bool:
+    """Give a network, as its class builds it from a config, the shapes and numbers recorded there.
+
+    They are believed only beside the plan and the graph that they were resolved from. The config
+    may come from anywhere: tensors and numbers only become smaller, and nothing else is set.
+
+    Args:
+        network: The network, without its weights.
+        config: Its config.
+
+    Returns:
+        Whether that was all; where not, the network must not be used.
+    """
+    parts = _read(getattr(config, PARTS_FIELD, None))
+    if parts is None or parts.get("digest") != _digest(config):
+        return False
+    if parts.get("class") != type(network).__name__:
+        return False
+    sizes, shapes, built = (parts.get(name) for name in ("config", "shapes", "built"))
+    if not isinstance(sizes, Mapping) or not isinstance(shapes, Mapping):
+        return False
+    if not isinstance(built, Mapping):
+        return False
+    if any(config_value(config, str(name)) != size for name, size in sizes.items()):
+        return False
+    found = {name: list(tensor.shape) for name, tensor in _tensors(network).items()}
+    # Another number of labels, say, builds another network than the one that was saved.
+    if shapes.keys() != found.keys() or {**shapes, **built} != found:
+        return False
+    if not all(_is_within(shapes[name], shape) for name, shape in found.items()):
+        return False
+    modules = dict(network.named_modules(remove_duplicate=False))
+    lists = (parts.get(name) for name in ("numbers", "empty", "forwards"))
+    numbers, empty, forwards = (_listed(found) for found in lists)
+    if not all(isinstance(path, str) and path in modules for path in empty):
+        return False
+    for entry in numbers:
+        if not isinstance(entry, list) or len(entry) != 3 or entry[0] not in modules:
+            return False
+        path, steps, value = entry
+        if not _is_within([value], [_number(modules[path], steps)]):
+            return False
+        set_number(modules[path], steps, value)
+    replaced = [_forward_of(fields, modules) for fields in forwards]
+    set_shapes(network, shapes)
+    place_linears(network, empty)
+    for each in replaced:
+        if each is None:
+            return False
+        set_forward_without_units(network, each)
+    return True
+
+
+def fill_empty(network: nn.Module) -> None:
+    """Give storage to parameters without entries, which no file holds, on the device of others."""
+    real = (p.device for p in network.parameters() if not p.is_meta)
+    home = next(real, torch.device("cpu"))
+    for linear in empty_linears(network).values():
+        for name, p in linear._parameters.items():
+            if p is not None and p.is_meta and not p.numel():
+                empty = torch.empty_like(p, device=home)
+                linear._parameters[name] = nn.Parameter(empty, p.requires_grad)
+
+
+def set_shapes(network: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Replace the tensors of a network that have another shape; their values are not set.
+
+    Args:
+        network: The network.
+        shapes: Shapes by name; tensors without one stay.
+    """
+    for path, module in list(network.named_modules()):
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in list(tensors.items()):
+                size = shapes.get(f"{path}.{name}" if path else name)
+                if tensor is not None and size is not None and list(tensor.shape) != size:
+                    new = torch.empty(size, dtype=tensor.dtype, device=tensor.device)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(new) if is_parameter else new
+
+
+def _read(text: Any) -> Mapping[str, Any] | None:
+    if not isinstance(text, str) or len(text) > LARGEST_TEXT:
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, Mapping) else None
+
+
+def _digest(config: Any) -> str:
+    """SHA-256 of the plan and the graph in a config."""
+    texts = [str(getattr(config, name, None)) for name in (CONFIG_FIELD, GRAPH_FIELD)]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return {**parameters_of(network), **dict(network.named_buffers(remove_duplicate=False))}
+
+
+def _is_within(given: Any, most: Sequence[Any]) -> bool:
+    """Whether these are as many whole numbers, from 0 to others."""
+    return (
+        isinstance(given, list)
+        and len(given) == len(most)
+        and all(
+            type(m) is int and type(n) is int and 0 <= n <= m
+            for n, m in zip(given, most, strict=True)
+        )
+    )
+
+
+def _number(owner: Any, steps: Any) -> Any:
+    """The number at the end of some steps; None where there is none, or a step is private."""
+    for step in steps if isinstance(steps, list) and steps else [None]:
+        if type(step) is int and isinstance(owner, (list, tuple)) and 0 <= step < len(owner):
+            owner = owner[step]
+        elif isinstance(step, str) and step.isidentifier() and not step.startswith("_"):
+            owner = getattr(owner, step, None)
+        else:
+            return None
+    return owner
+
+
+def _listed(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [None]  # which no check below lets pass
+
+
+def _forward_of(fields: Any, modules: Mapping[str, nn.Module]) -> EmptyForward | None:
+    """A replacement of modules that are there, from a file; None for anything else."""
+    names = {field.name for field in dataclass_fields(EmptyForward)}
+    if not isinstance(fields, Mapping) or fields.keys() != names:
+        return None
+    inside = fields["projections"]
+    if not isinstance(inside, list) or type(fields["pair"]) is not bool:
+        return None
+    others = [fields[name] for name in ("consumer", "dropout", "norm")]
+    paths = [fields["module"], *inside, *(path for path in others if path is not None)]
+    if not all(isinstance(path, str) and path in modules for path in paths):
+        return None
+    if not all(path.startswith(f"{paths[0]}.") for path in paths[1:]):
+        return None
+    return EmptyForward(**{**fields, "projections": tuple(inside)})

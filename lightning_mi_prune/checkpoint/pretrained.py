@@ -19,6 +19,7 @@ from lightning_mi_prune.checkpoint.delta import Delta, apply_delta, read_delta
 from lightning_mi_prune.checkpoint.fitting import fitted_graph, with_found
 from lightning_mi_prune.checkpoint.folder import building_within, check_folder
 from lightning_mi_prune.checkpoint.loading import substitute_class
+from lightning_mi_prune.checkpoint.plain import fill_empty, set_parts
 from lightning_mi_prune.checkpoint.recorded import (
     config_of,
     named_plan,
@@ -27,7 +28,7 @@ from lightning_mi_prune.checkpoint.recorded import (
     recorded_graph,
 )
 from lightning_mi_prune.checkpoint.stored_graph import check_stored
-from lightning_mi_prune.core.empty_linear import KEPT_UNITS, empty_linears
+from lightning_mi_prune.core.empty_linear import KEPT_UNITS
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, require
 from lightning_mi_prune.core.plan import (
     CONFIG_FIELD,
@@ -130,16 +131,21 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
             "expected a folder that was saved with delta_of. Leave base out."
         )
     plan = _plan_to_open(name_or_path, kwargs)
-    with _ONE_AT_A_TIME, building_within(name_or_path, kwargs):
+    with _ONE_AT_A_TIME:
         if plan is None or plan.is_full:
-            return cls.from_pretrained(name_or_path, *args, **kwargs)
+            with building_within(name_or_path, kwargs):
+                return cls.from_pretrained(name_or_path, *args, **kwargs)
         return _open(cls, name_or_path, args, kwargs)
 
 
 def _open(
     cls: Any, name_or_path: str | Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    load = partial(_load, _concrete(cls, name_or_path, kwargs), name_or_path, args, kwargs)
+    concrete = _concrete(cls, name_or_path, kwargs)
+    known = _open_as_recorded(concrete, name_or_path, args, kwargs)
+    if known is not None:
+        return known
+    load = partial(_load, concrete, name_or_path, args, kwargs)
     try:
         cut, found = load(None)
         if cut.may_cut_more(found):
@@ -161,6 +167,41 @@ def _open(
     ignores = bool(kwargs.get("ignore_mismatched_sizes"))
     _check_loaded(network, cut, found, name_or_path, ignores)
     cut.fill()
+    return (network, found) if kwargs.get("output_loading_info") else network
+
+
+class _NotAsRecordedError(Exception):
+    """A network needs more than the shapes and numbers in its config."""
+
+
+def _open_as_recorded(
+    concrete: Any, source: str | Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """A network in the shapes that its config lists, with all weights from the folder.
+
+    Plan and graph are not read here; whatever cuts the network further reads and checks them.
+
+    Returns:
+        What ``from_pretrained`` returns, or None where anything is otherwise than when it was
+        saved: the ordinary way then finds what may be so, and what is wrong.
+    """
+
+    def build(config: Any, *inputs: Any, **options: Any) -> Any:
+        with building_within(source, kwargs):  # not for the weights: it takes time
+            network = concrete(config, *inputs, **options)
+        if not set_parts(network, config):
+            raise _NotAsRecordedError
+        return network
+
+    wanted = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        opener = substitute_class(concrete, build)
+        network, found = opener.from_pretrained(source, *args, **wanted)
+    except Exception:  # transformers raise all kinds; the ordinary way meets them again
+        return None
+    if any(found.get(name) for name in ("missing_keys", "mismatched_keys", "unexpected_keys")):
+        return None
+    fill_empty(network)
     return (network, found) if kwargs.get("output_loading_info") else network
 
 
@@ -207,7 +248,8 @@ def _load(
 
     def build(config: Any, *inputs: Any, **options: Any) -> Any:
         def from_config(config: Any) -> Any:
-            return concrete(config, *inputs, **options)
+            with building_within(source, kwargs):
+                return concrete(config, *inputs, **options)
 
         cuts.append(_shaped(from_config, found_anew, source, config))
         return cuts[-1].network
@@ -276,10 +318,13 @@ def _plan_to_open(source: str | Path, kwargs: Mapping[str, Any]) -> PruningPlan 
         PruningError: If a given config has another plan than the folder.
     """
     given = kwargs.get("config")
-    stored = None if source is None else _read(_fields(source, kwargs))
+    fields = {} if source is None else _fields(source, kwargs)
+    stored = _read(fields)
     if given is None:
         return stored
-    plan = _read(vars(given) if hasattr(given, "to_dict") else _fields(given, kwargs))
+    others = vars(given) if hasattr(given, "to_dict") else _fields(given, kwargs)
+    same = others.get(CONFIG_FIELD) == fields.get(CONFIG_FIELD)
+    plan = stored if same else _read(others)
     if stored is not None and not stored.is_full and stored != plan:
         other = "no plan" if plan is None else "another plan"
         raise PruningError(
@@ -327,7 +372,10 @@ def _concrete(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> Any:
             if not hasattr(given, "to_dict"):
                 opener = require("transformers", "transformers").AutoConfig
                 config = opener.from_pretrained(given or source, **hub, **trust)
-            with torch.device("meta"):
+            listed = (getattr(cls, "_model_mapping", None) or {}).get(type(config), None)
+            if isinstance(listed, type):  # else the class that the config names, of several
+                return listed
+            with building_within(source, kwargs), torch.device("meta"):
                 return type(cls.from_config(config, **trust))
         except Exception as error:
             if _is_clear(error):
@@ -635,10 +683,4 @@ class _Cut:
                 old = buffers.get(KEPT_UNITS)
                 if old is not None:
                     buffers[KEPT_UNITS] = torch.tensor(kept, dtype=old.dtype, device=old.device)
-        real = (p.device for p in self.network.parameters() if not p.is_meta)
-        home = next(real, torch.device("cpu"))
-        for linear in empty_linears(self.network).values():
-            for name, p in linear._parameters.items():
-                if p is not None and p.is_meta and not p.numel():
-                    empty = torch.empty_like(p, device=home)
-                    linear._parameters[name] = nn.Parameter(empty, p.requires_grad)
+        fill_empty(self.network)

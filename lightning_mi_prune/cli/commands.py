@@ -324,7 +324,7 @@ def _of_folders(
     shapes: Any,
 ) -> Any:
     from lightning_mi_prune.calibration.datasets import batches_of
-    from lightning_mi_prune.export.compare import compare_networks, first_row, metric_of
+    from lightning_mi_prune.export.compare import compare_networks, compare_on
     from lightning_mi_prune.export.contents import contents_of
     from lightning_mi_prune.export.saving import rewrite_card
 
@@ -333,24 +333,16 @@ def _of_folders(
     batches: Any = None
     if data is not None:
         batches = batches_of(data, batch_size=batch_size, splits=("test", "validation"))
-    networks = [_opened(path, device) for path in (dense, pruned)]
-    row = None if batches is None else first_row(networks[0], batches)
-    found = compare_networks(networks[0], networks[1], row=row, **shapes)
+    left, right = (_opened(path, device) for path in (dense, pruned))
+    if batches is None:
+        found = compare_networks(left, right, **shapes)
+    else:
+        found = compare_on(left, right, batches, data=str(data), rows=batches.rows, **shapes)
     sizes = [contents_of(path).weight_bytes for path in (dense, pruned)]
     if sizes[0] is not None and sizes[1] is not None:
         found = replace(found, weight_bytes=(sizes[0], sizes[1]))
-    if batches is not None:
-        progress = shapes["progress"]
-        before, after = (metric_of(network, batches, progress) for network in networks)
-        if before.keys() != after.keys():
-            raise PruningError(
-                f"{dense} has the metric {sorted(before)} and {pruned} {sorted(after)}; expected "
-                "two models for the same task."
-            )
-        pairs = {name: (before[name], after[name]) for name in after}
-        found = replace(found, metrics=pairs, data=str(data), rows=batches.rows)
     if card:
-        rewrite_card(networks[1], pruned, found.measured())
+        rewrite_card(right, pruned, found.measured())
     return found
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "GRAPH_FIELD",
     "MODEL_TYPE",
     "OPENING_FIELD",
+    "PARTS_FIELD",
     "TYPE_FIELD",
     "PruningPlan",
     "Ranking",
@@ -28,6 +29,7 @@ CONFIG_FIELD = "pruning_plan"
 GRAPH_FIELD = "pruning_graph"
 MODEL_TYPE = "lightning_mi_prune"  # of configs that do not describe the model
 OPENING_FIELD = "how_to_open"  # a sentence in such a config
+PARTS_FIELD = "pruned_parts"  # shapes and numbers of the model, resolved from plan and graph
 TYPE_FIELD = "pruned_model_type"  # of the model as built, beside it
 _VERSION = 1
 _LARGEST_GROUP = 2**24
@@ -237,8 +239,18 @@ class PruningPlan:
         return PruningPlan(self.sizes, self.kept)
 
     def digest(self) -> str:
-        """SHA-256 of the plan without rankings, to compare plans across processes."""
-        return hashlib.sha256(self.bare().to_json().encode()).hexdigest()
+        """SHA-256 of the groups that lost units, to compare plans across processes and files.
+
+        Rankings do not count, and neither do whole groups, of which a file may name others than
+        the graph in memory does.
+
+        Example:
+            >>> plan = PruningPlan({"ffn": 4}, {"ffn": (0, 3)})
+            >>> plan.digest() == plan.joined(PruningPlan({"heads": 2}, {"heads": (0, 1)})).digest()
+            True
+        """
+        fewer = self.only(n for n, kept in self.kept.items() if len(kept) < self.sizes[n])
+        return hashlib.sha256(fewer.bare().to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """Canonical compact JSON; equal plans give equal text."""

@@ -7,26 +7,20 @@ from those that the class builds.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import asdict
+import json
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any
 
-from torch import Tensor, nn
-
-from lightning_mi_prune.checkpoint.recorded import present_plan, recorded_graph
-from lightning_mi_prune.core.empty_linear import empty_linears, parameters_of
+from lightning_mi_prune.checkpoint.plain import set_shapes
 from lightning_mi_prune.core.errors import PruningError, require
-from lightning_mi_prune.core.plan import MODEL_TYPE
-from lightning_mi_prune.graph.graph import PruningGraph
-from lightning_mi_prune.graph.layouts import layout_size
+from lightning_mi_prune.core.plan import MODEL_TYPE, PARTS_FIELD
 from lightning_mi_prune.surgery.empty_modules import forward_without_units
-from lightning_mi_prune.surgery.parameters import number_steps, set_number
+from lightning_mi_prune.surgery.parameters import set_number
 
 __all__ = ["CODE_FILE", "code_fields", "code_of"]
 
 CODE_FILE = "modeling_pruned.py"
-_FIELD = "pruned_parts"
 
 
 def code_of(network: Any) -> str:
@@ -46,54 +40,24 @@ def code_of(network: Any) -> str:
             config=_name(type(network.config)),
             classes=[_name(found) for found in _classes(network)],
             model_type=MODEL_TYPE,
-            field=_FIELD,
+            field=PARTS_FIELD,
             functions=[
-                inspect.getsource(function) for function in (forward_without_units, set_number)
+                inspect.getsource(function)
+                for function in (forward_without_units, set_number, set_shapes)
             ],
         )
     )
 
 
-def code_fields(network: Any) -> dict[str, Any]:
+def code_fields(network: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of the config beside the modelling file.
 
     Args:
         network: A cut Hugging Face network.
+        parts: Its :func:`~lightning_mi_prune.checkpoint.plain.parts_of`.
     """
-    graph = recorded_graph(network) or PruningGraph()
-    plan = present_plan(network, graph.groups)
-    widths = plan.widths
-    numbers = [
-        [n.module, number_steps(n), layout_size(n.layout, group.all_widths(widths))]
-        for group in graph.groups
-        for n in group.attributes
-    ]
-    shapes = {name: list(tensor.shape) for name, tensor in _tensors(network).items()}
-    arguments = [
-        asdict(argument) | {"kept": list(plan.kept[group.name])}
-        for group in graph.groups
-        for argument in group.unit_arguments
-        if widths[group.name] < group.size
-    ]
-    return {
-        "auto_map": _auto_map(network),
-        _FIELD: {
-            "shapes": shapes,
-            "numbers": numbers,
-            "empty": sorted(empty_linears(network)),
-            "forwards": [
-                asdict(forward)
-                for group in graph.groups
-                for forward in group.empty_forward
-                if not widths[group.name]
-            ],
-            "arguments": arguments,
-        },
-    }
-
-
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    return {**parameters_of(network), **dict(network.named_buffers(remove_duplicate=False))}
+    text = json.dumps(parts, separators=(",", ":"))
+    return {"auto_map": _auto_map(network), PARTS_FIELD: text}
 
 
 def _name(found: type) -> str:

@@ -31,6 +31,7 @@ from lightning_mi_prune.reporting.tables import Table
 __all__ = [
     "Comparison",
     "compare_networks",
+    "compare_on",
     "compare_sizes",
     "first_row",
     "first_row_of",
@@ -217,6 +218,42 @@ def compare_networks(
         latency=tuple(latency),
         machine=_machine(pruned) if latency else "",
     )
+
+
+def compare_on(
+    dense: nn.Module,
+    pruned: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    data: str = "",
+    rows: int | None = None,
+    progress: Progress = lambda _: None,
+    **shapes: Any,
+) -> Comparison:
+    """Two Hugging Face networks on labelled rows: the metric too, and MACs of the first row.
+
+    Args:
+        dense: The network before pruning; it stays as it is, like the other.
+        pruned: The network after it.
+        batches: Batches of their inputs, with ``labels``, which can be read more than once.
+        data: What they are, for the table.
+        rows: Rows in them.
+        progress: Called with what is measured.
+        shapes: Sizes and time of :func:`compare_networks`.
+
+    Raises:
+        PruningError: If a network cannot run on the rows, or the two have other metrics.
+    """
+    row = first_row(dense, batches)
+    found = compare_networks(dense, pruned, row=row, progress=progress, **shapes)
+    before, after = (metric_of(network, batches, progress) for network in (dense, pruned))
+    if before.keys() != after.keys():
+        raise PruningError(
+            f"The dense model has the metric {sorted(before)} and the pruned one {sorted(after)}; "
+            "expected two models for the same task."
+        )
+    pairs = {name: (before[name], after[name]) for name in after}
+    return replace(found, metrics=pairs, data=data, rows=rows)
 
 
 def compare_sizes(dense: nn.Module, pruned: nn.Module) -> Comparison:

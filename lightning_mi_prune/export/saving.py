@@ -15,13 +15,19 @@ from torch import Tensor, nn
 from torch.distributed import get_rank, is_initialized
 
 from lightning_mi_prune.checkpoint.delta import Delta, delta_between, read_delta, write_delta
-from lightning_mi_prune.checkpoint.plain import why_not_plain, with_layer_fields
+from lightning_mi_prune.checkpoint.plain import parts_of, why_not_plain, with_layer_fields
 from lightning_mi_prune.checkpoint.recorded import present_plan, recorded_graph
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.checkpoint.validation import is_plan
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.files import write_whole
-from lightning_mi_prune.core.plan import MODEL_TYPE, OPENING_FIELD, TYPE_FIELD, PruningPlan
+from lightning_mi_prune.core.plan import (
+    MODEL_TYPE,
+    OPENING_FIELD,
+    PARTS_FIELD,
+    TYPE_FIELD,
+    PruningPlan,
+)
 from lightning_mi_prune.export.batches import BATCHES_FILE, store_batches
 from lightning_mi_prune.export.card import Card, Measured, card_of
 from lightning_mi_prune.export.code import CODE_FILE, code_fields, code_of
@@ -112,7 +118,8 @@ def save_pretrained(
             store_batches(calibration, draft)
         if processor is not None:
             processor.save_pretrained(draft)
-        _write_config(draft / _CONFIG, network, difference, layers, code=code)
+        whole = plan is not None and delta is None
+        _write_config(draft / _CONFIG, network, difference, layers, plan=whole, code=code)
         if difference is not None and code:
             (draft / CODE_FILE).write_text(code_of(network), encoding="utf-8")
         if plan is not None:
@@ -258,6 +265,7 @@ def _write_config(
     difference: str | None,
     layers: Mapping[int, Mapping[str, int]] | None,
     *,
+    plan: bool,
     code: bool,
 ) -> None:
     """Complete the config that transformers wrote."""
@@ -265,6 +273,10 @@ def _write_config(
     if layers:
         digits = len(str(max(layers)))
         fields["per_layer_config"] = {str(i).zfill(digits): dict(v) for i, v in layers.items()}
+    changes = {"per_layer_config": layers} if layers else {}
+    parts = parts_of(network, changes) if plan else {}
+    if "digest" in parts:  # else nothing but the modelling file reads them
+        fields[PARTS_FIELD] = json.dumps(parts, separators=(",", ":"))
     if difference is not None:
         fields[TYPE_FIELD] = fields["model_type"]
         fields["model_type"] = MODEL_TYPE
@@ -275,7 +287,7 @@ def _write_config(
             + ("; or pass trust_remote_code=True, which needs no package." if code else ".")
         )
         if code:
-            fields |= code_fields(network)
+            fields |= code_fields(network, parts)
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

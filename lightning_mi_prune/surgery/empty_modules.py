@@ -15,6 +15,7 @@ from lightning_mi_prune.graph.groups import EmptyForward, UnitArgument
 __all__ = [
     "forward_without_units",
     "is_cut_forward",
+    "set_forward_without_units",
     "unit_argument_forward",
 ]
 
@@ -45,6 +46,23 @@ def forward_without_units(
     if empty_forward.norm is not None:
         output = module.get_submodule(empty_forward.norm)(hidden + output)
     return (output, None) if empty_forward.pair else output
+
+
+def set_forward_without_units(model: nn.Module, empty_forward: EmptyForward) -> None:
+    """Replace the ``forward`` of a module that cannot run without units.
+
+    Args:
+        model: Module from which the paths are named.
+        empty_forward: The module, and what its outputs are made of then.
+    """
+    path = empty_forward.module
+
+    def below(other: str) -> str:
+        return other[len(path) + 1 :]
+
+    module = model.get_submodule(path)
+    inside = empty_forward.prefixed(below)
+    module.__dict__["forward"] = partial(forward_without_units, module, inside)
 
 
 def unit_argument_forward(

@@ -29,8 +29,8 @@ from lightning_mi_prune.graph.groups import DependencyGroup, full_plan, is_withi
 from lightning_mi_prune.surgery.attention import fit_attentions
 from lightning_mi_prune.surgery.configs import config_numbers, set_config_value
 from lightning_mi_prune.surgery.empty_modules import (
-    forward_without_units,
     is_cut_forward,
+    set_forward_without_units,
     unit_argument_forward,
 )
 from lightning_mi_prune.surgery.parameters import (
@@ -460,13 +460,7 @@ def _set_forward(model: nn.Module, group: DependencyGroup, kept: Sequence[int]) 
         module.register_buffer(KEPT_UNITS, index, persistent=False)
         module.__dict__["forward"] = partial(unit_argument_forward, module, argument)
     for empty_forward in group.empty_forward if not kept else ():
-        module = model.get_submodule(empty_forward.module)
-        inside = empty_forward.prefixed(partial(_below, empty_forward.module))
-        module.__dict__["forward"] = partial(forward_without_units, module, inside)
-
-
-def _below(top: str, path: str) -> str:
-    return path[len(top) + 1 :]
+        set_forward_without_units(model, empty_forward)
 
 
 def _device(module: nn.Module) -> torch.device | None:

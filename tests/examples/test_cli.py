@@ -6,7 +6,6 @@ import io
 import json
 import runpy
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,21 +16,23 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from examples.text_classification import __main__ as program
 from examples.text_classification.__main__ import TextClassificationCLI
 from examples.text_classification.data import TextDataModule
 from examples.text_classification.model import TextClassifier
 from lightning_mi_prune import PruningPlan, from_pretrained, load_pruned
-from lightning_mi_prune.allocation import measuring as measure
 from lightning_mi_prune.allocation.measuring import measure_latency
 from lightning_mi_prune.cli import main
+from lightning_mi_prune.export import compare as measure
 from tests.support.ranks import launch
 
 ROOT = Path(__file__).parent.parent.parent
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_mi_prune.core.errors.PruningWarning")
 
-SHORT = partial(measure_latency, seconds=0.02, rounds=1)
+
+def short_latency(calls: Any, *, seconds: float = 0) -> dict[str, float]:
+    """Latencies from one round."""
+    return measure_latency(calls, seconds=0.02, rounds=1)
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def config(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model and data in a folder of their own, and the demo's YAML pointed at them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["text_classification"])
-    monkeypatch.setattr(program, "measure_latency", SHORT)
+    monkeypatch.setattr(measure, "measure_latency", short_latency)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of LightningCLI's own calls
     shape = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 40}
     network = BertForSequenceClassification(
@@ -111,14 +112,14 @@ def test_fit_reports_and_its_results_open_again(
         }
 
     accuracy = report["after"]["metrics"]["accuracy"]
-    assert score("--config", str(config), "--model.model", "runs/demo") == accuracy
+    assert score("--config", str(config), "--model.model", "runs/demo/model") == accuracy
     (checkpoint,) = Path("runs/demo").rglob("*.ckpt")
     assert score("--config", str(config), "--ckpt_path", str(checkpoint)) == accuracy
 
     # The files of the run give its table again.
     capsys.readouterr()
     words = ["--batch", "1", "32", "--length", "64", "--seconds", "0.02", "--json"]
-    main(["compare", "runs/demo/dense", "runs/demo", "--data", "runs/demo/test_rows", *words])
+    main(["compare", "runs/demo/dense", "runs/demo/model", "--data", "runs/demo/test_rows", *words])
     table = json.loads(capsys.readouterr().out)
     for side, old in (("dense", report["before"]), ("pruned", report["after"])):
         for key in ("parameters", "prunable_parameters", "macs", "metrics"):
@@ -127,12 +128,12 @@ def test_fit_reports_and_its_results_open_again(
     assert [(row["batch"], row["length"]) for row in table["latency_ms"]] == sizes
     assert table["rows"] == report["test_rows"]
 
-    saved = json.loads(Path("runs/demo/config.json").read_text())
+    saved = json.loads(Path("runs/demo/model/config.json").read_text())
     assert saved["label2id"] == {"a": 0, "b": 1}
     plan = PruningPlan.from_json(saved["pruning_plan"])
     for group in cut["groups"]:
         assert plan.width(group["name"].partition(".")[2]) == group["after"]
-    reloaded = from_pretrained(BertForSequenceClassification, "runs/demo")
+    reloaded = from_pretrained(BertForSequenceClassification, "runs/demo/model")
     assert sum(p.numel() for p in reloaded.parameters()) == report["after"]["parameters"]
 
 
@@ -170,14 +171,14 @@ def test_validate_and_predict(config: Path) -> None:
 def test_a_plain_run_without_the_callback_is_saved_too(config: Path) -> None:
     run("fit", "--config", str(config), "--trainer.callbacks", "null")
     assert not Path("runs/demo/report.json").exists()
-    score("--config", str(config), "--model.model", "runs/demo")
+    score("--config", str(config), "--model.model", "runs/demo/model")
 
 
 def test_a_pruned_model_is_trained_on_without_a_further_cut(config: Path) -> None:
     """With a profiler in the trainer, which the control's trainer must build again."""
     options = ["--config", str(config), "--trainer.profiler", "SimpleProfiler"]
     run("fit", *options, "--control", "false")
-    again = ["--model.model", "runs/demo", "--name", "again"]
+    again = ["--model.model", "runs/demo/model", "--name", "again"]
     run("fit", *options, *again)
     first, second = (
         json.loads(Path("runs", name, "report.json").read_text()) for name in ("demo", "again")
@@ -202,9 +203,9 @@ def test_layers_go_first_in_the_yaml_that_is_laid_over(config: Path) -> None:
     assert Path("runs/layers", stack["picture"]).read_bytes().startswith(b"\x89PNG")
     assert units["sparsity"] >= 0.75
     assert report["after"]["macs"] < report["before"]["macs"]
-    opened = from_pretrained(BertForSequenceClassification, Path("runs/layers"))
+    opened = from_pretrained(BertForSequenceClassification, Path("runs/layers/model"))
     assert opened.config.num_hidden_layers == len(opened.bert.encoder.layer) == 1
-    again = score("--config", str(config), "--model.model", "runs/layers", "--name", "again")
+    again = score("--config", str(config), "--model.model", "runs/layers/model", "--name", "again")
     assert again == pytest.approx(report["after"]["metrics"]["accuracy"])
 
 
@@ -231,7 +232,7 @@ def program_on_a_rank(folder: Path, *words: str) -> str:
     """What the program prints on this rank, run as ``python -m`` runs it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(measure, "measure_latency", SHORT)
+        patch.setattr(measure, "measure_latency", short_latency)
         patch.setattr(sys, "argv", ["text_classification", *words])
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             runpy.run_module("examples.text_classification", run_name="__main__", alter_sys=True)
@@ -241,7 +242,7 @@ def program_on_a_rank(folder: Path, *words: str) -> str:
 def test_two_ranks_write_one_report(config):
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--name", "pair"]
     printed = launch(2, program_on_a_rank, Path.cwd(), "fit", "--config", str(config), *options)
-    line = "The pruned model and report.json are in"
+    line = "The pruned model is in"
     assert {rank: text.count(line) for rank, text in printed.items()} == {0: 1, 1: 0}
     report = json.loads(Path("runs/pair/report.json").read_text())
     assert report["after"]["parameters"] < report["before"]["parameters"]

@@ -470,6 +470,19 @@ def test_configs_that_name_the_package(sound, root, data):
           lambda m: outputs(m, BATCH), errors=(*ITS_OWN, RecursionError), watched=root)  # fmt: skip
 
 
+@fuzzed(0.015, 12)
+@given(data=st.data())
+def test_parts_in_a_config(sound, root, data):
+    config = json.loads((sound.ours / "config.json").read_text())
+    parts = json.loads(config["pruned_parts"])
+    config["pruned_parts"] = data.draw(mutations.json_text(parts, most=2))
+    folder, size = folder_with(root, sound.ours, "config.json", json.dumps(config))
+    weights = sum(path.stat().st_size for path in folder.iterdir())
+    check("parts in a config", size + weights,
+          lambda: from_pretrained(AutoModelForSequenceClassification, folder),
+          lambda m: outputs(m, BATCH), errors=ITS_OWN, watched=root)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["delta.json", "delta.safetensors", "config.json"])
 @fuzzed(0.008, 6)
 @given(data=st.data())
