@@ -71,6 +71,8 @@ def test_links_lead_somewhere(name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_named_files_and_modules_exist(name: str) -> None:
     for quoted in re.findall(r"`([\w./]+\.(?:py|yaml|md|jsonl))`", PAGES[name]):
+        if quoted == "plan.yaml":  # which the package writes
+            continue
         places = [ROOT, PACKAGE, *(p for p in PACKAGE.iterdir() if p.is_dir())]
         assert any((place / quoted).is_file() for place in places), quoted
     for module in re.findall(r"\blightning_mi_prune((?:\.[a-z_]+)+)", PAGES[name]):
