@@ -200,7 +200,7 @@ def prune(
         target_macs: Instead: multiply-accumulates of one example.
         target_latency_ms: Instead: milliseconds of one forward pass, from a table measured here.
         keep_information: Instead: share of the information with the layers above that stays.
-        plan: Widths of a :func:`plan`, or its file; a budget beside it chooses one of its columns.
+        plan: Widths of a plan, or its file; a budget beside it chooses one of its columns.
         loss: Loss of a batch, ``loss(model, batch)``: a bounded number of backward passes then
             measures which part of each layer matters. A LightningModule has its own in
             ``training_step``.

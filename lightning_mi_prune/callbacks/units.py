@@ -541,7 +541,7 @@ class MutualInformationPruning(PruningCallback):
             They are predicted from a table that is measured on this device.
         keep_information: Instead: share of the information with the layers above, in nats and
             summed over all groups, that stays.
-        plan: Widths of :func:`plan`, or a ``plan.yaml`` that was edited; a budget beside it chooses
+        plan: Widths of a plan, or a ``plan.yaml`` that was edited; a budget beside it chooses
             one of its columns. Several cuts approach these widths.
         plan_only: Never cut: when the first cut would be made, write ``plan.yaml`` into the folder
             of the logger, else into ``default_root_dir``; training goes on as without pruning.
