@@ -40,6 +40,7 @@ from lightning_mi_prune.core.options import (
     check_choice,
 )
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
+from lightning_mi_prune.core.progress import progress_step
 from lightning_mi_prune.core.running import (
     copy_networks,
     move_tensors,
@@ -283,7 +284,9 @@ def decide(
 
     def rank(some: Sequence[DependencyGroup], **known: Any) -> dict[str, Ranking]:
         given = (data.moments, weights, current, criterion)
-        return rank_groups(some, *given, relevance=relevance, compensate=compensate, **known)
+        known |= {"relevance": relevance, "compensate": compensate}
+        with progress_step("ranking", "group", len(some)) as shown:
+            return rank_groups(some, *given, advance=shown.advance, **known)
 
     share = partial(
         allocate,

@@ -21,6 +21,7 @@ from lightning_mi_prune.allocation.latency import Device, LatencyCurve, LatencyT
 from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.progress import progress_step
 from lightning_mi_prune.core.running import copy_networks
 from lightning_mi_prune.graph.groups import DependencyGroup, full_plan, modules_with
 from lightning_mi_prune.graph.layouts import Layout, map_layout
@@ -156,20 +157,23 @@ def measure_table(
     for group in groups:
         if kinds is None or group.kind in kinds:
             subsets.setdefault(_shape(group), []).append(group)
+    to_measure = [(subset, _widths(subset[0], multiple)) for subset in subsets.values()]
     times: list[float] = []
     shares: list[tuple[list[DependencyGroup], list[int], list[float]]] = []
-    for subset in subsets.values():
-        widths, saved = _widths(subset[0], multiple), [0.0]
-        for width in widths[1:]:
-            names = {group.name for group in subset}
-            kept = {a.name: tuple(range(width if a.name in names else a.size)) for a in groups}
-            reshape_tensors(
-                cut, groups, PruningPlan({group.name: group.size for group in groups}, kept)
-            )
-            found = timed({"dense": _forward(dense, calls), "cut": _forward(cut, calls)})
-            times.append(found["dense"])
-            saved.append((1 - found["cut"] / found["dense"]) / len(subset))
-        shares.append((subset, widths, saved))
+    total = sum(len(widths) - 1 for _, widths in to_measure)
+    with progress_step("latency", "width", total) as progress:
+        for subset, widths in to_measure:
+            names, saved = {group.name for group in subset}, [0.0]
+            for width in widths[1:]:
+                kept = {a.name: tuple(range(width if a.name in names else a.size)) for a in groups}
+                reshape_tensors(
+                    cut, groups, PruningPlan({group.name: group.size for group in groups}, kept)
+                )
+                found = timed({"dense": _forward(dense, calls), "cut": _forward(cut, calls)})
+                times.append(found["dense"])
+                saved.append((1 - found["cut"] / found["dense"]) / len(subset))
+                progress.advance()
+            shares.append((subset, widths, saved))
     if not times:
         raise PruningError(f"kinds={kinds!r} leaves no group to measure; name kinds of this model.")
     dense_ms = median(times)

@@ -121,6 +121,11 @@ class Recorder(ModuleHooks):
             padded: How many of them, at its end, only repeat others: they are not recorded.
         """
 
+    @property
+    @abstractmethod
+    def seconds(self) -> float:
+        """Time spent on recording, apart from the model's own."""
+
 
 class CallRecorder(Recorder):
     """A recorder that also stores calls of the networks it is on.
@@ -135,12 +140,17 @@ class CallRecorder(Recorder):
     def __init__(self, model: nn.Module, calls: int, batches: int | None, seed: int) -> None:
         super().__init__(model)
         self.examples: dict[str, RecordedCall] = {}
-        self.seconds = 0.0
+        self._seconds = 0.0
         self._storage = StoredCalls(calls, batches, seed + 1)
         self._generator = torch.Generator().manual_seed(seed)
         self._padding = Padding()
         self._running: dict[str, RecordedCall] = {}
         self._repeats: tuple[int, int] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on recording, apart from the model's own."""
+        return self._seconds
 
     @property
     def stored(self) -> dict[str, list[RecordedCall]]:
@@ -298,7 +308,7 @@ class ActivationRecorder(CallRecorder):
         self._draws.clear()
         started = time.perf_counter()
         self._sum_pending()
-        self.seconds += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started
 
     @property
     def is_full(self) -> bool:
@@ -386,7 +396,7 @@ class ActivationRecorder(CallRecorder):
             self._sum(key)
         if key in self._left:
             self._left[key] -= len(index)
-        self.seconds += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started
 
     def _around(self, group: DependencyGroup) -> list[str]:
         """Network and scope of a group; a part of the whole model while only parts are called."""

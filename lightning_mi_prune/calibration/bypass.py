@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mi_prune.core.errors import PruningError
+from lightning_mi_prune.core.progress import progress_step
 from lightning_mi_prune.discovery.verification import returns_input
 
 __all__ = [
@@ -60,10 +61,12 @@ def losses_without(
     """
     sums = torch.zeros(len(removals), dtype=torch.float64)
     layers = [list(removal) for removal in removals]
-    for step in steps:
-        for place, removed in enumerate(layers):
-            with bypassed(removed):
-                sums[place] += step()
+    with progress_step("losses without layers", "loss") as progress:
+        for step in steps:
+            for place, removed in enumerate(layers):
+                with bypassed(removed):
+                    sums[place] += step()
+                progress.advance()
     return sums
 
 

@@ -20,6 +20,7 @@ from lightning_mi_prune.calibration.gradients import (
 )
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.progress import progress_step
 from lightning_mi_prune.core.running import (
     call_step,
     fixed_random_state,
@@ -127,12 +128,15 @@ def collect_activations(
         seed=seed,
         calls=stored_positions,
     )
-    with undisturbed(model), torch.no_grad(), recorder:
+    shown = progress_step("calibration", "batch", _length(batches))
+    with shown as progress, undisturbed(model), torch.no_grad(), recorder:
         for index, batch in enumerate(batches):
             recorder.start_batch()
             with explaining_failures(model, batch, index):
                 run_forward(forward, model, batch)
+            progress.advance()
             if recorder.is_full:
+                progress.stop_early()
                 break
     recorder.check()
     calls = recorder.calls(groups)
@@ -162,7 +166,10 @@ def collect_gradients(
         PruningError: If a loss is no number with gradients, or gradients are not finite.
     """
     recorder, without_loss, taken = GradientRecorder(model, groups, steps=steps, plan=plan), 0, 0
-    with undisturbed(model), torch.enable_grad(), recorder, _no_gradients_kept(model):
+    length = _length(batches)
+    total = steps if length is None else min(steps, length)
+    shown, backward = progress_step("gradients", "batch", total), torch.enable_grad()
+    with shown as progress, undisturbed(model), backward, recorder, _no_gradients_kept(model):
         for index, batch in enumerate(islice(batches, steps)):
             taken += 1
             recorder.begin(index)
@@ -174,6 +181,8 @@ def collect_gradients(
                 value.backward()  # type: ignore[no-untyped-call]
                 recorder.end()
             del value  # with all that its backward pass needed
+            progress.advance()
+        progress.stop_early()  # a loader may have fewer batches than its length
     if taken and without_loss == taken:
         raise PruningError(
             f"The loss of all {counted(taken, 'batch', 'batches')} is NaN, so nothing shows what "

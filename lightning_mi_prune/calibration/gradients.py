@@ -292,6 +292,11 @@ class GradientRecorder(ModuleHooks):
         self.seconds = 0.0  # spent on the sums, apart from the steps themselves
 
     @property
+    def is_recording(self) -> bool:
+        """Whether the step that runs is one of those that are recorded."""
+        return self._recording
+
+    @property
     def _hooked(self) -> Sequence[str]:
         return [consumer for _, consumer, _ in self._consumers]
 

@@ -366,7 +366,7 @@ class LayerRecorder(CallRecorder):
         flat = x.flatten(1) if x.ndim == 4 else x.reshape(-1, x.shape[-1])
         self._states.append(flat[self._index])
         self._shapes.append(tuple(x.shape[1:]))
-        self.seconds += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started
 
     def _sum(self) -> None:
         started, states, shapes = time.perf_counter(), self._states, self._shapes
@@ -380,7 +380,7 @@ class LayerRecorder(CallRecorder):
         self.alignment.update(states[1:])
         reshapes = shapes[0] != shapes[1]
         self.angles.update([torch.zeros_like(states[1]), *states[1:]] if reshapes else states)
-        self.seconds += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started
 
 
 def _rows(matrix: Tensor) -> Matrix:

@@ -28,6 +28,7 @@ from lightning_mi_prune.callbacks.monitors import guard_of
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.options import Monitoring, check_choice, check_count
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.progress import showing
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.reporting.report import PruningReport
 
@@ -189,7 +190,8 @@ class PruningCallback(pl.Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.engine.begin_validation(trainer, pl_module)
+        with showing(self.engine.display):
+            self.engine.begin_validation(trainer, pl_module)
 
     @override
     def on_validation_batch_start(
@@ -200,25 +202,30 @@ class PruningCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self.engine.begin_validation_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        with showing(self.engine.display):
+            self.engine.begin_validation_batch(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.engine.end_validation(trainer, pl_module)
+        with showing(self.engine.display):
+            self.engine.end_validation(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.engine.end_epoch(trainer, pl_module)
+        with showing(self.engine.display):
+            self.engine.end_epoch(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.engine.carry_out(trainer, pl_module)
+        with showing(self.engine.display):
+            self.engine.carry_out(trainer, pl_module)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.engine.begin_step(trainer, pl_module, batch, batch_idx)
+        with showing(self.engine.display):
+            self.engine.begin_step(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_train_batch_end(

@@ -34,6 +34,7 @@ from lightning_mi_prune.callbacks.monitors import (
     restart_comparison,
     without_best,
 )
+from lightning_mi_prune.callbacks.progress import display_for
 from lightning_mi_prune.callbacks.resume import (
     OptimizerPlan,
     check_snapshot,
@@ -59,6 +60,7 @@ from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted
 from lightning_mi_prune.core.options import Schedule
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.progress import SILENT, Display, Step, begin_step
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.reconstruction.compensation import Decision
@@ -193,6 +195,8 @@ class RunEngine:
         self._awaits_batch = False  # which shows what can be pruned
         self._warned = False  # why a cut waits
         self._turn = ""
+        self.display: Display = SILENT
+        self._shown: Step | None = None  # calibration, while it runs
 
     @property
     def plan(self) -> PruningPlan | None:
@@ -220,6 +224,7 @@ class RunEngine:
             refuse_unsupported(trainer, layers=self.strategy.order == 0)
             self.state, self._optimizers, self._dry_run = RunState(), OptimizerPlan(), DryRun()
             self._awaits_batch = False
+            self.display = display_for(trainer, verbose=self.verbose)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on where a checkpoint was written."""
@@ -352,6 +357,7 @@ class RunEngine:
         self._stop_recording()
         self.state.calibration = None
         self.recorder = self.strategy.recorder(self._session(trainer, module)).__enter__()
+        self._shown = begin_step("calibration", "batch", validation_batches(trainer))
 
     def begin_validation_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int, loader: int
@@ -363,10 +369,12 @@ class RunEngine:
         self._try(trainer, module, "validation_step", batch, loader)
         if self.recorder is not None:
             self.recorder.start_batch(*padded_rows(trainer, index, loader))
+            if self._shown is not None:
+                self._shown.advance()
 
     def end_validation(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Accept or refuse the last cut, add up what all ranks recorded, decide if it is time."""
-        state, recorder = self.state, self._stop_recording()
+        state, recorder = self.state, self._stop_recording(failed=False)
         if self.guard is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             snapshot, best = compare_metric(trainer, self.guard, state, self._end(trainer))
             # What layers were allowed to cost before is not charged to units.
@@ -770,9 +778,12 @@ class RunEngine:
             )
         return self._tracker
 
-    def _stop_recording(self) -> Recorder | None:
+    def _stop_recording(self, *, failed: bool = True) -> Recorder | None:
         """Take the hooks of validation down; returns their recorder."""
         recorder, self.recorder = self.recorder, None
+        shown, self._shown = self._shown, None
+        if shown is not None:
+            shown.end(seconds=None if recorder is None else recorder.seconds, failed=failed)
         if recorder is not None:
             recorder.close()
         return recorder

@@ -41,6 +41,7 @@ from lightning_mi_prune.callbacks.verification import check_surroundings, withou
 from lightning_mi_prune.core import options
 from lightning_mi_prune.core.errors import PruningError, number
 from lightning_mi_prune.core.plan import PruningPlan
+from lightning_mi_prune.core.progress import Step, begin_step
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.core.spilling import is_spilling, spilled, spilling
 from lightning_mi_prune.graph.graph import (
@@ -91,6 +92,7 @@ class GradientCollection:
         self._scale = 1.0
         self.seconds = 0.0  # spent on the gradients of this epoch
         self._whole = False  # whether every step of the epoch was seen
+        self._shown: Step | None = None
 
     def begin(self, session: Session, batch: Any, index: int) -> None:
         """A training step begins; the first of an epoch begins anew."""
@@ -113,6 +115,9 @@ class GradientCollection:
                 self._recorder.sums = dict(state.gradients)
             state.gradients = self._recorder.sums
             self._recorder.__enter__()
+            per_rank = -(-self._steps // session.world)
+            total = per_rank if math.isinf(batches) else min(per_rank, int(batches))
+            self._shown = begin_step("gradients", "training step", total)
         # The scale of this step: the optimizer step inside it may change that of the next.
         automatic = session.module.automatic_optimization
         scaler = _scaler(trainer)
@@ -123,14 +128,24 @@ class GradientCollection:
     def end(self) -> None:
         """A training step is over."""
         if self._recorder is not None:
+            if self._shown is not None and self._recorder.is_recording:
+                self._shown.advance()
             self._recorder.end(scale=self._scale)
             self.seconds = self._recorder.seconds
 
     def close(self) -> None:
         """Take the hooks down; the sums stay in the state of the run."""
+        self._end_shown(failed=True)
         if self._recorder is not None:
             self._recorder.close()
         self._recorder = None
+
+    def _end_shown(self, *, failed: bool = False) -> None:
+        shown, self._shown = self._shown, None
+        if shown is not None:
+            if not failed:
+                shown.stop_early()  # a resumed epoch has fewer steps
+            shown.end(seconds=self.seconds, failed=failed)
 
     def save(self, session: Session, state: dict[str, Any]) -> None:
         """Put the sums of all ranks into the callback's part of a checkpoint.
@@ -143,6 +158,7 @@ class GradientCollection:
 
     def collect(self, session: Session) -> dict[str, GradientSums] | None:
         """The sums of all ranks over this epoch; None, with a warning, where there are none."""
+        self._end_shown()
         self.close()
         trainer, groups = session.trainer, self._groups(session)
         with spilling(self._in_files(session)):

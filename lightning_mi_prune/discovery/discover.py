@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mi_prune.core.empty_linear import linear_at
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
+from lightning_mi_prune.core.progress import progress_step
 from lightning_mi_prune.core.running import map_tensors, undisturbed
 from lightning_mi_prune.discovery.attributes import numbers_of, seen_numbers
 from lightning_mi_prune.discovery.config_fields import with_config_fields, with_depth_fields
@@ -136,7 +137,8 @@ def discover_run(
     """
     _check_supported(module)
     call = _with_outputs(run)
-    with undisturbed(module), _full_precision(module), torch.compiler.set_stance("force_eager"):
+    shown, eager = progress_step("discovery", "check"), torch.compiler.set_stance("force_eager")
+    with shown as progress, undisturbed(module), _full_precision(module), eager:
         copied = structural_copy(module, buffers=True)
         started = time.monotonic()
         _check_repeats(copied, call)
@@ -145,7 +147,8 @@ def discover_run(
         inference = _of_kinds(infer(copied, call), kinds)
         del copied
         sizes = {group.name: group.size for group in inference.groups}
-        verifier = Verifier(module, call, inference.reductions, sizes, seconds)
+        given = (inference.reductions, sizes, seconds)
+        verifier = Verifier(module, call, *given, advance=progress.advance)
         verifier.vary_constants(inference.groups)
         seen = seen_numbers(verifier.base, call) if inference.groups else set()
         numbers = numbers_of(verifier.base)

@@ -113,6 +113,7 @@ class Verifier:
         reductions: Operators of that call that compute statistics over units.
         sizes: Size of every group, by name.
         seconds: Time after which :class:`OutOfTime` is raised.
+        advance: Called for every run of a copy.
 
     Attributes:
         clock: What the time is read from.
@@ -127,11 +128,12 @@ class Verifier:
         reductions: Sequence[Reduction] = (),
         sizes: Mapping[str, int] | None = None,
         seconds: float = 60.0,
+        advance: Callable[[], object] = lambda: None,
     ) -> None:
         self.base = structural_copy(module, buffers=True)
         self.sizes = dict(sizes or {})
         self.runs = 0
-        self._run = run
+        self._run, self._advance = run, advance
         self._reductions = tuple(reductions)
         self._end = self.clock() + seconds
         self._masked: tuple[object, dict[int, Tensor], list[Any], list[Tensor]] | None = None
@@ -207,6 +209,7 @@ class Verifier:
         if self.left <= 0:
             raise OutOfTime
         self.runs += 1
+        self._advance()
         return tensor_outputs(run_once(module, self._run, *modes))
 
     def masked(

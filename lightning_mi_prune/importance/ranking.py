@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Literal
@@ -53,6 +53,7 @@ def rank_groups(
     widths: Mapping[str, int] | None = None,
     crossed_kept: Mapping[str, tuple[int, ...]] | None = None,
     compensate: bool = True,
+    advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Ranking]:
     """Rank the units of every group once for all budgets.
 
@@ -73,6 +74,7 @@ def rank_groups(
             positions of the model as built: heads are scored by the dimensions that stay,
             dimensions by the heads.
         compensate: Whether weights that stay, and biases, make up for what is removed.
+        advance: Called for every group that is ranked.
 
     Returns:
         A ranking of all present units by group name, in positions of the model as built.
@@ -121,6 +123,7 @@ def rank_groups(
         )
         if widths is not None:
             kept[group.name] = found[group.name].kept(widths[group.name])
+        advance()
     return found
 
 

@@ -31,6 +31,7 @@ from lightning_mi_prune.core.consumers import (
 )
 from lightning_mi_prune.core.empty_linear import linear_at, parameters_of
 from lightning_mi_prune.core.errors import PruningError, counted, number
+from lightning_mi_prune.core.progress import progress_step
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.core.spilling import spilled, spilled_zeros
 from lightning_mi_prune.graph.groups import is_within
@@ -84,24 +85,26 @@ def reconstruct_network(
     """
     solved: dict[str, Tensor] = {}
     runs = BlockRuns(cut, layers, path, targets.calls)
-    for wave in runs.waves:
-        wanted = {layer.layer: targets.take(layer.target.layer) or {} for layer in wave}
-        shared = _Outer()
-        sums = {
-            layer.layer: _sums_of(cut.get_submodule(layer.layer), shared)
-            for layer in wave
-            if wanted[layer.layer]
-        }
-        mine = [layer for layer in wave if layer.layer in sums]
-        if not mine:
-            continue
-        runs.visit(mine, partial(_add_call, wanted, sums))
-        for path, new in _solve_wave(mine, sums, shared, add, share).items():
-            module = linear_at(cut.get_submodule(path))
-            for name, value in new.items():  # another parameter: of a tied one only this use
-                value = spilled(value)
-                set_parameter(module, name, value)
-                solved[f"{path}.{name}"] = value
+    total = sum(map(len, runs.waves))
+    with progress_step("reconstruction", "layer", total) as progress:
+        for wave in runs.waves:
+            wanted = {layer.layer: targets.take(layer.target.layer) or {} for layer in wave}
+            shared = _Outer()
+            sums = {
+                layer.layer: _sums_of(cut.get_submodule(layer.layer), shared)
+                for layer in wave
+                if wanted[layer.layer]
+            }
+            mine = [layer for layer in wave if layer.layer in sums]
+            if mine:
+                runs.visit(mine, partial(_add_call, wanted, sums))
+            for path, new in _solve_wave(mine, sums, shared, add, share).items():
+                module = linear_at(cut.get_submodule(path))
+                for name, value in new.items():  # another parameter: of a tied one only this use
+                    value = spilled(value)
+                    set_parameter(module, name, value)
+                    solved[f"{path}.{name}"] = value
+            progress.advance(len(wave))
     return solved
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_mi_prune.core.errors import PruningWarning
+from lightning_mi_prune.core.progress import progress_step
 from lightning_mi_prune.core.running import undisturbed
 
 __all__ = [
@@ -53,7 +54,7 @@ def reestimate_batch_norm(
         return
     momenta = {layer: layer.momentum for layer in layers}
     before = _statistics(layers)
-    with undisturbed(model), torch.no_grad():
+    with progress_step("batch norm", "batch") as progress, undisturbed(model), torch.no_grad():
         try:
             for layer in layers:
                 layer.reset_running_stats()
@@ -61,6 +62,7 @@ def reestimate_batch_norm(
                 layer.train()
             for batch in batches:
                 _run_batch(model, batch, forward, layers)
+                progress.advance()
         except BaseException:
             _put_back(before)
             raise
