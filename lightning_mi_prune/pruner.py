@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypedDict
@@ -74,6 +74,9 @@ from lightning_mi_prune.graph.groups import (
 )
 from lightning_mi_prune.pipeline import PipelineOptions, check, decide, reconstruct
 from lightning_mi_prune.reconstruction.compensation import Decision, GroupInformation
+from lightning_mi_prune.reporting.report import GroupCut, group_cuts
+from lightning_mi_prune.reporting.summary import summary
+from lightning_mi_prune.reporting.terminal import showing_in_terminal
 from lightning_mi_prune.surgery.batch_norm import reestimate_batch_norm
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import update_optimizers
@@ -111,6 +114,7 @@ class PruneResult:
         information: What each group kept of its information with the layer above.
         seconds: Time spent on ``calibration``, ``gradients``, ``ranking`` and ``reconstruction``.
         memory: Whether sums were all in memory, or made one after another from temporary files.
+        groups: Units of each group before and after; ``print(result)`` shows them as a table.
     """
 
     plan: PruningPlan
@@ -121,6 +125,16 @@ class PruneResult:
     information: Mapping[str, GroupInformation]
     seconds: Mapping[str, float]
     memory: Memory = "ordinary"
+    groups: tuple[GroupCut, ...] = ()
+
+    def __str__(self) -> str:
+        """The network before and after, by kind and by layer, on one screen."""
+        sizes = {
+            "parameters": self.parameters,
+            "prunable parameters": self.prunable_parameters,
+            "MACs of one example": self.macs,
+        }
+        return summary(sizes, self.groups, seconds=self.seconds)
 
 
 class PruneOptions(TypedDict, total=False):
@@ -172,6 +186,7 @@ def prune(
     batch_norm: bool = True,
     optimizers: Sequence[Optimizer] = (),
     seed: int = 0,
+    verbose: bool = True,
 ) -> PruneResult:
     """Make a trained module smaller in one call, without a Trainer and without training.
 
@@ -212,6 +227,7 @@ def prune(
         batch_norm: Whether running statistics of BatchNorm are estimated again after the cut.
         optimizers: Optimizers whose state is carried across the cut.
         seed: Seed of the draw of positions, and of the criterion ``"random"``.
+        verbose: Whether a terminal shows bars.
 
     Raises:
         PruningError: If the module, the data, the budget or the options do not allow it.
@@ -224,29 +240,33 @@ def prune(
         (16, 16)
     """
     targets = (target_parameters, target_macs, target_latency_ms, keep_information)
-    with _calibrated(
-        model,
-        data,
-        [budget_of(sparsity, *targets)],
-        loss=loss,
-        forward=forward,
-        kinds=kinds,
-        module=module,
-        include=include,
-        exclude=exclude,
-        graph=graph,
-        widths=widths,
-        calibration=calibration,
-        importance=importance,
-        constraints=constraints,
-        latency=latency,
-        reconstruction=reconstruction,
-        training=training,
-        batch_size=batch_size,
-        batch_norm=batch_norm,
-        optimizers=optimizers,
-        seed=seed,
-    ) as calibrated:
+    shown = showing_in_terminal(verbose=verbose)
+    with (
+        shown,
+        _calibrated(
+            model,
+            data,
+            [budget_of(sparsity, *targets)],
+            loss=loss,
+            forward=forward,
+            kinds=kinds,
+            module=module,
+            include=include,
+            exclude=exclude,
+            graph=graph,
+            widths=widths,
+            calibration=calibration,
+            importance=importance,
+            constraints=constraints,
+            latency=latency,
+            reconstruction=reconstruction,
+            training=training,
+            batch_size=batch_size,
+            batch_norm=batch_norm,
+            optimizers=optimizers,
+            seed=seed,
+        ) as calibrated,
+    ):
         return _cut_to(calibrated, calibrated.options[0], model, optimizers, last=True)
 
 
@@ -254,6 +274,8 @@ def prune_sizes(
     model: nn.Module,
     data: Any,
     sizes: Sequence[float | Budget],
+    *,
+    verbose: bool = True,
     **options: Unpack[PruneOptions],
 ) -> Iterator[tuple[nn.Module, PruneResult]]:
     """Copies of a trained module in several sizes, from one calibration; the module stays as it is.
@@ -265,6 +287,7 @@ def prune_sizes(
         model: The module, trained.
         data: Calibration data, as for :func:`prune`.
         sizes: Shares of the prunable parameters to remove, or budgets; all of one measure.
+        verbose: Whether a terminal shows bars.
         options: Those of :func:`prune`, but for its budgets and optimizers.
 
     Yields:
@@ -286,10 +309,14 @@ def prune_sizes(
     if not budgets:
         raise PruningError("sizes is empty; expected one share or more, such as [0.5, 0.75, 0.9].")
     known = PlanTracker.held_by(model)
-    with _calibrated(model, data, budgets, **options) as calibrated:
+    with ExitStack() as opened:
+        with showing_in_terminal(verbose=verbose):  # not while the caller has a copy
+            calibrated = opened.enter_context(_calibrated(model, data, budgets, **options))
         for each in calibrated.options:
-            small = copy.deepcopy(model)
-            yield small, _cut_to(calibrated, each, small, (), last=each is calibrated.options[-1])
+            small, last = copy.deepcopy(model), each is calibrated.options[-1]
+            with showing_in_terminal(verbose=verbose):
+                result = _cut_to(calibrated, each, small, (), last=last)
+            yield small, result
         if known is None:  # nothing was cut
             calibrated.tracker.close()
 
@@ -498,6 +525,7 @@ def _cut_to(
         information=decision.information,
         seconds=seconds,
         memory=calibrated.memory,
+        groups=group_cuts(chosen, before, after, decision.information),
     )
 
 

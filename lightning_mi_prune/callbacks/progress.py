@@ -103,7 +103,8 @@ class RichTasks:
         """Show a task."""
         if not self._is_live:
             return
-        progress, known = self._bar.progress, step.total is not None
+        progress: Any = self._bar.progress
+        known = step.total is not None
         if progress is not self._progress:
             self._progress, self._free = progress, {True: [], False: []}
         total = math.inf if step.total is None else step.total

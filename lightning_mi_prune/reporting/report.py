@@ -6,11 +6,11 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_mi_prune.core.errors import PruningError, PruningWarning, require
+from lightning_mi_prune.core.errors import PruningError, PruningWarning, counted, require
 from lightning_mi_prune.core.files import check_writable, write_whole
 from lightning_mi_prune.core.untrusted import (
     check_nesting,
@@ -25,6 +25,7 @@ from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.importance.layer_criteria import StackCut
 from lightning_mi_prune.reconstruction.compensation import GroupInformation
 from lightning_mi_prune.reporting.plots import save_heatmap
+from lightning_mi_prune.reporting.summary import summary
 
 __all__ = [
     "Cut",
@@ -152,6 +153,49 @@ class PruningReport:
             "undone": [asdict(cut) for cut in self.undone],
             **({"left_out": list(self.left_out)} if self.left_out else {}),
         }
+
+    @property
+    def groups(self) -> tuple[GroupCut, ...]:
+        """Every group that was cut, from its width before the first cut to that after the last.
+
+        Its information is that of the last cut.
+        """
+        first: dict[str, GroupCut] = {}
+        last: dict[str, GroupCut] = {}
+        for group in (group for cut in self.cuts for group in cut.groups):
+            first.setdefault(group.name, group)
+            last[group.name] = group
+        return tuple(replace(last[name], before=group.before) for name, group in first.items())
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time that was spent on each step of all cuts, also of those that were undone."""
+        found: dict[str, float] = {}
+        for cut in (*self.cuts, *self.undone):
+            for name, value in cut.seconds.items():
+                found[name] = found.get(name, 0.0) + value
+        return found
+
+    def __str__(self) -> str:
+        """The network before and after, by kind and by layer, on one screen."""
+        both, notes = self.to_dict(), []
+        names = ("parameters", "prunable parameters", "MACs of one example")
+        sizes = {
+            n: (both["before"][s], both["after"][s]) for n, s in zip(names, _SIZES, strict=True)
+        }
+        stacks: dict[str, StackCut] = {}
+        for stack in (stack for cut in self.cuts for stack in cut.stacks):
+            before = stacks.get(stack.name, stack).before
+            stacks[stack.name] = replace(stack, before=before)
+        epochs = ", ".join(str(cut.epoch) for cut in self.cuts)
+        cuts = f"{counted(len(self.cuts), 'cut')} at epoch {epochs}" if epochs else "No cut"
+        undone = f"{len(self.undone)} rolled back" if self.undone else ""
+        kept = [cut.information_kept for cut in self.cuts if cut.information_kept is not None]
+        shares = f"information kept {kept[-1]:.1%}" if kept else ""
+        notes.append(" | ".join(filter(None, (cuts, undone, shares))))
+        return summary(
+            sizes, self.groups, stacks=[*stacks.values()], seconds=self.seconds, notes=notes
+        )
 
     def write(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
         """Write the report as JSON, and beside it a picture of every stack that lost layers.
