@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -42,13 +42,14 @@ from lightning_mi_prune.core.empty_linear import linear_at, parameters_of
 from lightning_mi_prune.core.functional import intercept_inputs
 from lightning_mi_prune.core.spilling import is_spilling
 from lightning_mi_prune.graph.containers import outermost_part
-from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack
 from lightning_mi_prune.graph.inputs import ConsumerInput, weight_name
 from lightning_mi_prune.surgery.attention import open_attention
 
 __all__ = [
     "ActivationRecorder",
     "CallRecorder",
+    "FirstCalls",
     "ModuleHooks",
     "Recorder",
     "input_sizes",
@@ -99,6 +100,11 @@ class ModuleHooks(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether hooks are on."""
+        return bool(self._handles)
 
     def close(self) -> None:
         """Remove the hooks; safe to call twice."""
@@ -216,6 +222,42 @@ class CallRecorder(Recorder):
 # Samples that are summed together: every product passes over a whole matrix of sums, so that many
 # small ones would cost more the longer validation is.
 _SAMPLES_TOGETHER = 512
+
+
+class FirstCalls(CallRecorder):
+    """Records nothing but the first example of the first call of some networks.
+
+    Args:
+        model: Module that is hooked.
+        groups: Groups, or stacks, of these networks.
+    """
+
+    def __init__(self, model: nn.Module, groups: Iterable[DependencyGroup | LayerStack]) -> None:
+        super().__init__(model, calls=0, batches=None, seed=0)
+        self._places = sorted({(group.network, group.scope) for group in groups})
+
+    @property
+    def calls(self) -> dict[str, RecordedCall]:
+        """The example of each network, or of its encoder; nothing where one was not called."""
+        found: dict[str, RecordedCall] = {}
+        for places in self._places:
+            path = next((path for path in places if path in self.examples), None)
+            if path is None:
+                return {}
+            found[path] = self.examples[path]
+        return found
+
+    def _attach(self) -> Iterator[RemovableHandle]:
+        for path in sorted({path for places in self._places for path in places}):
+            module, hook = self._model.get_submodule(path), partial(self._note, path)
+            yield module.register_forward_pre_hook(hook, with_kwargs=True)
+        yield from self._padding.attach(self._model)
+
+    def _note(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if path not in self.examples:
+            self._start_call(path, module, args, kwargs)
 
 
 class ActivationRecorder(CallRecorder):

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_mi_prune.calibration.activations import Recorder
+from lightning_mi_prune.calibration.activations import FirstCalls, Recorder
 from lightning_mi_prune.calibration.data import CalibrationData
 from lightning_mi_prune.callbacks.distributed import (
     agree,
@@ -25,6 +25,7 @@ from lightning_mi_prune.callbacks.distributed import (
     refuse_unsupported,
     rewrap_ddp,
 )
+from lightning_mi_prune.callbacks.loggers import log_figures, log_start
 from lightning_mi_prune.callbacks.monitors import (
     BestOf,
     EarlyStoppingHold,
@@ -34,7 +35,7 @@ from lightning_mi_prune.callbacks.monitors import (
     restart_comparison,
     without_best,
 )
-from lightning_mi_prune.callbacks.progress import display_for
+from lightning_mi_prune.callbacks.progress import display_for, print_above, show_info
 from lightning_mi_prune.callbacks.resume import (
     OptimizerPlan,
     check_snapshot,
@@ -63,6 +64,7 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.progress import SILENT, Display, Step, begin_step
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.graph.graph import PruningGraph
+from lightning_mi_prune.graph.groups import DependencyGroup, LayerStack
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reporting.report import Cut, PruningReport
 from lightning_mi_prune.reporting.tables import print_cut
@@ -127,6 +129,9 @@ class PruningStrategy(Protocol):
 
     def parameters(self, session: Session) -> list[nn.Parameter]:
         """All parameters that a cut may replace or remove."""
+
+    def parts(self, session: Session) -> Sequence[DependencyGroup | LayerStack]:
+        """What a cut may make smaller or shorter."""
 
     def plan_to_verify(self, session: Session) -> PruningPlan | None:
         """A cut to try on a copy before the first one; None where nothing is left to cut."""
@@ -197,6 +202,7 @@ class RunEngine:
         self._turn = ""
         self.display: Display = SILENT
         self._shown: Step | None = None  # calibration, while it runs
+        self._first_calls: FirstCalls | None = None  # until their work is counted
 
     @property
     def plan(self) -> PruningPlan | None:
@@ -224,7 +230,7 @@ class RunEngine:
             refuse_unsupported(trainer, layers=self.strategy.order == 0)
             self.state, self._optimizers, self._dry_run = RunState(), OptimizerPlan(), DryRun()
             self._awaits_batch = False
-            self.display = display_for(trainer, verbose=self.verbose)
+            self.display, self._first_calls = display_for(trainer, verbose=self.verbose), None
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on where a checkpoint was written."""
@@ -337,6 +343,8 @@ class RunEngine:
         )
         if fitted != state.fitted:
             state.fitted, state.schedule, state.begin = fitted, fitted, begin
+        if not self._awaits_batch:
+            log_start(trainer, self._logged(trainer, module))
 
     def begin_validation(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Record, if the next epoch starts with a cut; the last validation before it counts."""
@@ -367,13 +375,31 @@ class RunEngine:
             self._discover(trainer, module, "validation_step", batch, loader)
             self._record(trainer, module)
         self._try(trainer, module, "validation_step", batch, loader)
+        self._count_first_calls(trainer, module)
         if self.recorder is not None:
             self.recorder.start_batch(*padded_rows(trainer, index, loader))
             if self._shown is not None:
                 self._shown.advance()
 
+    def _count_first_calls(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Count the work of the model before any cut, on the first batch that validation has."""
+        recorder, state = self._first_calls, self.state
+        if recorder is None:
+            known = state.examples or self._awaits_batch or self.recorder is not None
+            if trainer.state.fn == "fit" and not known:
+                parts = self.strategy.parts(self._session(trainer, module))
+                self._first_calls = FirstCalls(module, parts).__enter__()
+        elif recorder.is_open:
+            recorder.close()
+            if recorder.calls and not state.examples:
+                state.examples = recorder.calls
+                if not state.report.macs:
+                    state.report.macs = self._session(trainer, module).count_macs()
+
     def end_validation(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Accept or refuse the last cut, add up what all ranks recorded, decide if it is time."""
+        if self._first_calls is not None:
+            self._count_first_calls(trainer, module)
         state, recorder = self.state, self._stop_recording(failed=False)
         if self.guard is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             snapshot, best = compare_metric(trainer, self.guard, state, self._end(trainer))
@@ -437,6 +463,8 @@ class RunEngine:
         """Try a cut on the first batch; some resumptions skip the start of an epoch."""
         if self._awaits_batch:
             self._discover(trainer, module, "training_step", batch)
+            if not self._awaits_batch and not is_dev_run(trainer):
+                log_start(trainer, self._logged(trainer, module))
         self._try(trainer, module, "training_step", batch)
         self.carry_out(trainer, module)
         steps = self.strategy.steps
@@ -466,6 +494,10 @@ class RunEngine:
                     "has no best one; save after the last cut, or pass "
                     "monitoring=Monitoring(best_of='any_size')."
                 )
+        if self._is_last(trainer) and (state.report.cuts or state.report.undone):
+            if self.verbose and trainer.is_global_zero:
+                print_above(trainer, str(state.report))
+            log_figures(trainer, state.report)
         if state.snapshot is not None:
             rank_zero_warn(
                 f"Training ended before the cut of epoch {state.snapshot.epoch} could be accepted "
@@ -567,7 +599,8 @@ class RunEngine:
             if not text:
                 return
             tracker.extend(PruningGraph.from_json(text))
-            rank_zero_info(f"Found in the first batch of {type(module).__name__}:\n{tracker.graph}")
+            found_text = f"Found in the first batch of {type(module).__name__}:\n{tracker.graph}"
+            show_info(trainer, found_text)
             for engine in _engines(trainer):
                 engine.state.graph = tracker.graph
         self._prepare(trainer, module)
@@ -656,9 +689,10 @@ class RunEngine:
             state.report.undone.append(state.report.cuts.pop())
         then = self.strategy.retry(session, failed, self._end(trainer))
         self._follow_size(trainer)
-        rank_zero_info(
+        show_info(
+            trainer,
             f"The cut of epoch {snapshot.epoch} to {self.strategy.name_goal(failed)} cost more "
-            f"than {self.guard} and was rolled back; next: {then}."
+            f"than {self.guard} and was rolled back; next: {then}.",
         )
 
     def _follow_size(self, trainer: pl.Trainer) -> None:
@@ -746,6 +780,9 @@ class RunEngine:
             found["sparsity"] = sparsity
             macs = report.cuts[-1].macs if report.cuts else report.macs
             found |= {"macs": macs} if macs else {}
+            engines = (self, *self._others(trainer))
+            next_cut = sum(sum(engine.state.seconds.values()) for engine in engines)
+            found["seconds"] = sum(report.seconds.values()) + next_cut
         return found
 
     def _hold_patience(self, trainer: pl.Trainer) -> None:
@@ -790,6 +827,8 @@ class RunEngine:
 
     def _stop_all(self) -> None:
         self._stop_recording()
+        if self._first_calls is not None:
+            self._first_calls.close()
         if self.strategy.steps is not None:
             self.strategy.steps.close()
 

@@ -190,6 +190,9 @@ class LayerStrategy:
     def _parameters_left(self, session: Session) -> int:
         return sum(p.numel() for p in self.parameters(session))
 
+    def parts(self, session: Session) -> list[LayerStack]:
+        return list(self._stacks)
+
     def plan_to_verify(self, session: Session) -> PruningPlan | None:
         plan = session.plan
         shorter = {

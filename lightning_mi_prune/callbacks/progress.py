@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +20,8 @@ __all__ = [
     "RichTasks",
     "TqdmBars",
     "display_for",
+    "print_above",
+    "show_info",
 ]
 
 _log = logging.getLogger(__name__)
@@ -36,6 +39,56 @@ def display_for(trainer: pl.Trainer, *, verbose: bool) -> Display:
     return FitDisplay(trainer) if verbose else LOGGED
 
 
+def show_info(trainer: pl.Trainer, text: str) -> None:
+    """Log a message of rank 0 above the bars of the Trainer.
+
+    A handler of the log knows nothing of the bars of rich, and would write into them: there the
+    message is printed, and goes to the log of the package.
+
+    Args:
+        trainer: The trainer.
+        text: The message.
+    """
+    live = _live_bars(trainer)
+    if live is not None and trainer.is_global_zero:
+        _print_above_live(live, text)
+        _log.info("%s", text)
+        return
+    with Tqdm.external_write_mode():
+        rank_zero_info(text)
+
+
+def print_above(trainer: pl.Trainer, text: str) -> None:
+    """Print a text above the bars of the Trainer.
+
+    Args:
+        trainer: The trainer.
+        text: The text.
+    """
+    live = _live_bars(trainer)
+    if live is not None:
+        _print_above_live(live, text)
+        return
+    with Tqdm.external_write_mode():
+        print(text)  # noqa: T201
+
+
+def _live_bars(trainer: pl.Trainer) -> Any:
+    """The ``Progress`` of a RichProgressBar that is on a screen now, or None."""
+    bar = trainer.progress_bar_callback
+    if not isinstance(bar, RichProgressBar) or bar.is_disabled or bar.progress is None:
+        return None
+    progress = bar.progress
+    shown = progress.console.is_terminal or progress.console.is_jupyter
+    return progress if shown and progress.live.is_started else None
+
+
+def _print_above_live(progress: Any, text: str) -> None:
+    # The thread of Lightning that draws takes this lock too, or would draw in the middle.
+    with getattr(progress.live, "_lock", nullcontext()):
+        progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class FitDisplay:
     """A bar of the Trainer's own kind for every step that runs, and a line when it is over.
 
@@ -47,10 +100,11 @@ class FitDisplay:
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
         self._bars: RichTasks | TqdmBars | None = None
         bar = trainer.progress_bar_callback
         if isinstance(bar, RichProgressBar):
-            self._bars = RichTasks(bar)
+            self._bars = RichTasks(trainer)
         elif isinstance(bar, TQDMProgressBar):
             self._bars = TqdmBars(bar)
 
@@ -68,12 +122,8 @@ class FitDisplay:
         """Take the bar down; write what was done and how long it took."""
         if self._bars is not None:
             self._bars.end(step)
-        if step.failed:
-            return
-        if self._bars is None:
-            rank_zero_info(str(step))
-        else:
-            self._bars.write(str(step))
+        if not step.failed:
+            show_info(self._trainer, str(step))
 
 
 class RichTasks:
@@ -83,28 +133,20 @@ class RichTasks:
     again.
 
     Args:
-        bar: The bar.
+        trainer: The trainer that has such a bar.
     """
 
-    def __init__(self, bar: RichProgressBar) -> None:
-        self._bar = bar
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
         self._progress: Any = None  # the one that holds our tasks; with leave=True each epoch's own
         self._free: dict[bool, list[Any]] = {}
         self._tasks: dict[Step, tuple[Any, Any]] = {}
 
-    @property
-    def _is_live(self) -> bool:
-        progress = self._bar.progress
-        if self._bar.is_disabled or progress is None or not progress.live.is_started:
-            return False
-        return bool(progress.console.is_terminal or progress.console.is_jupyter)
-
     def begin(self, step: Step) -> None:
         """Show a task."""
-        if not self._is_live:
+        progress, known = _live_bars(self._trainer), step.total is not None
+        if progress is None:
             return
-        progress: Any = self._bar.progress
-        known = step.total is not None
         if progress is not self._progress:
             self._progress, self._free = progress, {True: [], False: []}
         total = math.inf if step.total is None else step.total
@@ -116,14 +158,14 @@ class RichTasks:
         else:
             task = progress.add_task(step.name.capitalize(), total=total)
         self._tasks[step] = progress, task
-        self._bar.refresh()
+        self._refresh()
 
     def advance(self, step: Step) -> None:
         """Move it."""
         progress, task = self._tasks.get(step, (None, None))
         if progress is not None:
             progress.update(task, completed=step.done)
-            self._bar.refresh()
+            self._refresh()
 
     def end(self, step: Step) -> None:
         """Hide it."""
@@ -134,15 +176,13 @@ class RichTasks:
         if progress is self._progress:
             known = math.isfinite(progress.tasks[task].total)
             self._free[known].append(task)
-        self._bar.refresh()
+        if step.failed:  # else a line follows, which draws anew
+            self._refresh()
 
-    def write(self, line: str) -> None:
-        """Write a line above the bars: a handler of the log would write into them."""
-        if self._is_live:
-            self._bar.progress.console.print(line, highlight=False)  # type: ignore[union-attr]
-            _log.info("%s", line)
-        else:
-            rank_zero_info(line)
+    def _refresh(self) -> None:
+        bar = self._trainer.progress_bar_callback
+        if isinstance(bar, RichProgressBar):
+            bar.refresh()
 
 
 class TqdmBars:
@@ -180,11 +220,6 @@ class TqdmBars:
         """Take it down."""
         if step in self._bars:
             self._bars.pop(step).close()
-
-    def write(self, line: str) -> None:
-        """Write a line through the log of Lightning, on a line of its own."""
-        with Tqdm.external_write_mode():
-            rank_zero_info(line)
 
 
 def _is_in_notebook() -> bool:

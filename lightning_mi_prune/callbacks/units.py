@@ -34,6 +34,7 @@ from lightning_mi_prune.callbacks.distributed import (
     sum_tensor,
     world_size,
 )
+from lightning_mi_prune.callbacks.progress import show_info
 from lightning_mi_prune.callbacks.resume import reconcile_units
 from lightning_mi_prune.callbacks.schedule import CutSchedule, validation_batches
 from lightning_mi_prune.callbacks.state import PendingCut, Session, write
@@ -291,7 +292,7 @@ class UnitStrategy:
         others = modules_without_groups(module, groups, self._within)
         self.chosen = self._choose(without_frozen(module, mine), others)
         self._set_positions()
-        rank_zero_info(f"Pruning may cut {summarize_groups(self.chosen)}.")
+        show_info(session.trainer, f"Pruning may cut {summarize_groups(self.chosen)}.")
         present = self._present(session)
         check_cuttable(module, present, plan)
         paths = {s.tensor.rpartition(".")[0] for group in present for s in group.tensors}
@@ -354,6 +355,9 @@ class UnitStrategy:
 
     def parameters(self, session: Session) -> list[nn.Parameter]:
         return list(parameters_in(session.module, self._present(session)).values())
+
+    def parts(self, session: Session) -> list[DependencyGroup]:
+        return self._present(session)
 
     def plan_to_verify(self, session: Session) -> PruningPlan | None:
         present = self._present(session)

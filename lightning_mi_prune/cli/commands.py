@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from lightning_mi_prune.cli.config import Request
 from lightning_mi_prune.cli.options import Command, Entry
-from lightning_mi_prune.cli.printing import Shown, print_progress
+from lightning_mi_prune.cli.printing import Shown
 from lightning_mi_prune.core.errors import PruningError, counted, require
 from lightning_mi_prune.reporting.tables import Table
+from lightning_mi_prune.reporting.terminal import showing_in_terminal
 
 __all__ = [
     "COMPARE",
@@ -140,19 +141,16 @@ def compare(
             f"{dense} is a {kinds[0]} and {pruned} a {kinds[1]}; expected two of one kind. Write "
             "the checkpoint as a folder first: convert CHECKPOINT FOLDER."
         )
-    shapes: Any = {"batch": batch, "length": length, "seconds": seconds, "progress": print_progress}
-    try:
-        if kinds[0] == "folder":
-            _check_unused(request)
-            found = _of_folders(
-                dense, pruned, request.classes.get("data"), batch_size, device, card, shapes
-            )
-        else:
-            if card:
-                raise PruningError("Checkpoints have no card; expected folders with --card.")
-            found = _of_checkpoints(request, dense, pruned, batch_size, evaluate, shapes)
-    finally:
-        print_progress("")
+    shapes: Any = {"batch": batch, "length": length, "seconds": seconds}
+    if kinds[0] == "folder":
+        _check_unused(request)
+        found = _of_folders(
+            dense, pruned, request.classes.get("data"), batch_size, device, card, shapes
+        )
+    else:
+        if card:
+            raise PruningError("Checkpoints have no card; expected folders with --card.")
+        found = _of_checkpoints(request, dense, pruned, batch_size, evaluate, shapes)
     lines = [f"The card is {Path(pruned) / 'README.md'}."] if card else []
     paths = {"paths": {"dense": dense, "pruned": pruned}}
     return Shown(paths | found.to_dict(), [found.table()], lines)
@@ -215,16 +213,9 @@ def smaller(
     _check_folder(folder)
     _check_unused(request)
     data = request.classes.get("data")
-    paths = []
-    try:
-        print_progress(f"calibration of {folder}")
-        for path in written(
-            folder, sparsity, output, data=data, overwrite=overwrite, batch_size=batch_size
-        ):
-            paths.append(path)
-            print_progress(f"{path} written")
-    finally:
-        print_progress("")
+    paths = list(
+        written(folder, sparsity, output, data=data, overwrite=overwrite, batch_size=batch_size)
+    )
     found = [contents_of(path) for path in paths]
     rows = [(str(one.path), f"{one.parameters:,}", _bytes(one.weight_bytes)) for one in found]
     table = Table(f"smaller models of {folder}", ("", "parameters", "weights, MB"), rows, ("",))
@@ -334,10 +325,11 @@ def _of_folders(
     if data is not None:
         batches = batches_of(data, batch_size=batch_size, splits=("test", "validation"))
     left, right = (_opened(path, device) for path in (dense, pruned))
-    if batches is None:
-        found = compare_networks(left, right, **shapes)
-    else:
-        found = compare_on(left, right, batches, data=str(data), rows=batches.rows, **shapes)
+    with showing_in_terminal():
+        if batches is None:
+            found = compare_networks(left, right, **shapes)
+        else:
+            found = compare_on(left, right, batches, data=str(data), rows=batches.rows, **shapes)
     sizes = [contents_of(path).weight_bytes for path in (dense, pruned)]
     if sizes[0] is not None and sizes[1] is not None:
         found = replace(found, weight_bytes=(sizes[0], sizes[1]))
@@ -358,9 +350,8 @@ def _of_checkpoints(
     from lightning_mi_prune.export import compare as measure
 
     (left, right), trainer, data = _modules(request, dense, pruned, batch_size)
-    progress, metrics, inside = shapes["progress"], [], []
-    for path, module in ((dense, left), (pruned, right)):
-        progress(f"metrics of {path}")
+    metrics, inside = [], []
+    for module in (left, right):
         with measure.recorded_calls(module) as calls:
             metrics.append(metrics_of(trainer, module, data, loop))
         inside.append(measure.network_called(module, calls))
@@ -368,7 +359,8 @@ def _of_checkpoints(
     if inside[0] is not None and inside[1] is not None:
         networks, calls_of = zip(*inside, strict=True)
         row = measure.first_row_of(calls_of[0]) if loop != "none" else None
-        run = measure.compare_networks(*networks, calls=calls_of, row=row, **shapes)
+        with showing_in_terminal():  # not while the trainer has bars
+            run = measure.compare_networks(*networks, calls=calls_of, row=row, **shapes)
         found = replace(
             found, macs=run.macs, example=run.example, latency=run.latency, machine=run.machine
         )

@@ -1,4 +1,4 @@
-"""What the subcommands print: tables or one JSON object on stdout, progress on stderr."""
+"""What the subcommands print: tables or one JSON object on stdout."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from lightning_mi_prune.reporting.tables import Table, print_table
 
 __all__ = [
     "Shown",
-    "print_progress",
     "print_shown",
 ]
-
-_CLEAR = "\r\x1b[K"
 
 
 @dataclass(frozen=True)
@@ -55,14 +52,3 @@ def print_shown(shown: Shown, *, as_json: bool) -> None:
     for table in shown.tables:
         print_table(table)
     sys.stdout.writelines(f"{line}\n" for line in shown.lines)
-
-
-def print_progress(text: str) -> None:
-    """Show what is being done, in one line that the next one replaces, on a terminal only.
-
-    Args:
-        text: The line; empty at the end.
-    """
-    if sys.stderr.isatty():
-        sys.stderr.write(_CLEAR + text)
-        sys.stderr.flush()

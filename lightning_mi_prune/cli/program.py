@@ -18,7 +18,7 @@ from typing import Any
 
 from lightning_mi_prune.cli.config import Request, read_words, section_of
 from lightning_mi_prune.cli.options import JSON, Command, Entry, help_text, values_of
-from lightning_mi_prune.cli.printing import Shown, print_progress, print_shown
+from lightning_mi_prune.cli.printing import Shown, print_shown
 from lightning_mi_prune.core.errors import PruningError
 
 __all__ = [
@@ -82,7 +82,6 @@ def run(words: Sequence[str]) -> None:
         except Exception as error:
             if not isinstance(error, (PruningError, *_refusals())):
                 raise
-            print_progress("")
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             raise SystemExit(2) from error
 

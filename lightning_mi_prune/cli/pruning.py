@@ -24,7 +24,7 @@ from lightning_mi_prune.checkpoint.loading import load_pruned
 from lightning_mi_prune.cli.building import TRAINER, build
 from lightning_mi_prune.cli.config import Request
 from lightning_mi_prune.cli.options import JSON, Command, Entry, grouped, options_of
-from lightning_mi_prune.cli.printing import Shown, print_progress
+from lightning_mi_prune.cli.printing import Shown
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.files import check_writable
 from lightning_mi_prune.core.options import Importance
@@ -156,7 +156,6 @@ def prune_module(
     relevance = (options.get("importance") or Importance()).relevance
     if relevance == "gradient" and is_overridden("train_dataloader", source):
         training = _Batches(model, data, "train_dataloader", "max_size_cycle")
-    print_progress("pruning: calibration, ranking, reconstruction")
     result = prune(
         model,
         validation,
@@ -164,7 +163,6 @@ def prune_module(
         training=training,
         **options,
     )
-    print_progress("")
     after = metrics_of(trainer, model, data, evaluate)
     _save(trainer, model, target)
     return Pruned(result, before, after, target)

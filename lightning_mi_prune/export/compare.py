@@ -21,6 +21,7 @@ from lightning_mi_prune.checkpoint.recorded import present_plan, recorded_graph
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.core.options import check_count
+from lightning_mi_prune.core.progress import progress_step
 from lightning_mi_prune.core.running import map_tensors, move_tensors, undisturbed
 from lightning_mi_prune.discovery.example_inputs import example_inputs
 from lightning_mi_prune.export.card import Latency, Measured
@@ -44,8 +45,6 @@ __all__ = [
 _SHARES = ("accuracy", "acc")  # metrics that are shares, by the end of their name
 _IGNORED = -100  # a label that losses of torch and transformers leave out
 _INPUTS = ("labels", "label", "start_positions", "end_positions")  # that are no inputs
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,6 @@ def compare_networks(
     batch: Sequence[int] = (1, 32),
     length: Sequence[int] = (64,),
     seconds: float = 2.0,
-    progress: Progress = lambda _: None,
 ) -> Comparison:
     """Sizes, multiply-accumulates and latencies of two networks.
 
@@ -176,7 +174,6 @@ def compare_networks(
         batch: Examples in a call that is timed.
         length: Tokens of an example, for each batch size; other inputs have no length.
         seconds: Time for each network, batch size and length.
-        progress: Called with the name of what is measured.
 
     Raises:
         PruningError: If a network cannot run on a batch of such a size.
@@ -204,13 +201,13 @@ def compare_networks(
     counted_on = first if row is None else (row, row)
     tokens = _length_of(counted_on[0])
     example = "one example" if tokens is None else f"one example of {counted(tokens, 'token')}"
-    progress(f"multiply-accumulates of {example}")
     macs = [_refusing(count_macs, n, c) for n, c in zip(networks, counted_on, strict=True)]
     latency = []
-    for size, long in product(batch, lengths):
-        progress(f"latency of batch {size}{f' x {long}' if long else ''}")
-        inputs = [resized_call(call, size, long) for call in calls]
-        latency.append(_timed(networks, inputs, size, long, seconds))
+    with progress_step("latency", "shape", len(batch) * len(lengths)) as step:
+        for size, long in product(batch, lengths):
+            inputs = [resized_call(call, size, long) for call in calls]
+            latency.append(_timed(networks, inputs, size, long, seconds))
+            step.advance()
     return replace(
         compare_sizes(dense, pruned),
         macs=(macs[0], macs[1]),
@@ -227,7 +224,6 @@ def compare_on(
     *,
     data: str = "",
     rows: int | None = None,
-    progress: Progress = lambda _: None,
     **shapes: Any,
 ) -> Comparison:
     """Two Hugging Face networks on labelled rows: the metric too, and MACs of the first row.
@@ -238,15 +234,14 @@ def compare_on(
         batches: Batches of their inputs, with ``labels``, which can be read more than once.
         data: What they are, for the table.
         rows: Rows in them.
-        progress: Called with what is measured.
         shapes: Sizes and time of :func:`compare_networks`.
 
     Raises:
         PruningError: If a network cannot run on the rows, or the two have other metrics.
     """
     row = first_row(dense, batches)
-    found = compare_networks(dense, pruned, row=row, progress=progress, **shapes)
-    before, after = (metric_of(network, batches, progress) for network in (dense, pruned))
+    found = compare_networks(dense, pruned, row=row, **shapes)
+    before, after = (metric_of(network, batches) for network in (dense, pruned))
     if before.keys() != after.keys():
         raise PruningError(
             f"The dense model has the metric {sorted(before)} and the pruned one {sorted(after)}; "
@@ -395,9 +390,7 @@ def resized_call(call: RecordedCall, batch: int, length: int = 0) -> RecordedCal
     )
 
 
-def metric_of(
-    network: nn.Module, batches: Iterable[Mapping[str, Tensor]], progress: Progress = lambda _: None
-) -> dict[str, float]:
+def metric_of(network: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
     """The metric of a Hugging Face network on labelled rows.
 
     Of classes the accuracy, of language models the perplexity, of others the loss. A language model
@@ -406,7 +399,6 @@ def metric_of(
     Args:
         network: The network; it stays as it is.
         batches: Batches of its inputs, with ``labels``; columns that it does not take are left out.
-        progress: Called with how far it is.
 
     Raises:
         PruningError: If there are no labels, or the network cannot run on the rows.
@@ -421,13 +413,14 @@ def metric_of(
     """
     name, value, weight = "", 0.0, 0.0
     many = len(batches) if isinstance(batches, Sized) else None
-    with undisturbed(network), torch.no_grad():
-        for index, batch in enumerate(batches):
-            progress(f"metric, batch {index + 1}{'' if many is None else f' of {many}'}")
+    shown = progress_step("metric", "batch", many)
+    with shown as step, undisturbed(network), torch.no_grad():
+        for batch in batches:
             given = _with_labels(network, _taken(network, batch))
             output = _refusing(lambda network, given: network(**given), network, given)
             name, part, share = _part_of_metric(network, given["labels"], output)
             value, weight = value + part, weight + share
+            step.advance()
     if not weight:
         raise PruningError("The data have no rows with labels; expected some hundred.")
     mean = value / weight

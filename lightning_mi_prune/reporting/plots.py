@@ -1,18 +1,21 @@
-"""The CKA matrix of a stack of layers as a picture."""
+"""Pictures of what was cut: the CKA matrix of a stack, and what every layer kept."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_mi_prune.core.errors import counted, require
 from lightning_mi_prune.importance.layer_criteria import StackCut
+from lightning_mi_prune.reporting.summary import GroupWidths
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
     "heatmap",
+    "kept_units",
     "save_heatmap",
 ]
 
@@ -67,6 +70,45 @@ def heatmap(cut: StackCut) -> Figure:
     decided = f"CKA ≥ {cut.threshold:.4f}" if cut.criterion == "cka" else cut.criterion
     title = f"{cut.name}\n{count} → {counted(len(cut.after), 'layer')}, {decided}"
     axes.set_title(title, fontsize=10)
+    return figure
+
+
+def kept_units(groups: Sequence[GroupWidths]) -> Figure:
+    """The share of units that every group keeps, bottom layer at the left, a panel for each kind.
+
+    Args:
+        groups: Units of every group before and after, from the bottom of the network up.
+
+    Returns:
+        A matplotlib figure that belongs to no window.
+
+    Raises:
+        PruningError: If matplotlib is not installed.
+
+    Example:
+        >>> from lightning_mi_prune.reporting.report import GroupCut
+        >>> groups = [GroupCut(f"net.{i}.ffn", "ffn", 8, 4 - i, 1.0, 1.0) for i in range(2)]
+        >>> [bar.get_height() for bar in kept_units(groups).axes[0].patches]
+        [0.5, 0.375]
+    """
+    kinds = [*dict.fromkeys(group.kind for group in groups)]
+    figure: Figure = require("matplotlib.figure", "plots").Figure(
+        figsize=(7.0, 1.2 + 1.4 * len(kinds)), layout="constrained"
+    )
+    for panel, kind in zip(figure.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
+        some = [group for group in groups if group.kind == kind]
+        panel.bar(range(len(some)), [group.after / max(1, group.before) for group in some])
+        panel.set_ylim(0, 1)
+        panel.yaxis.set_major_formatter(
+            require("matplotlib.ticker", "plots").PercentFormatter(1.0, decimals=0)
+        )
+        if len(some) <= 12:
+            texts = [f"{group.after}" for group in some]
+            panel.bar_label(panel.containers[0], texts, fontsize=8)
+        step = -(-len(some) // 12)
+        panel.set_xticks(range(0, len(some), step))
+        panel.set_ylabel(f"{kind} kept")
+    panel.set_xlabel("group, from the bottom of the network up")
     return figure
 
 
