@@ -219,6 +219,8 @@ def test_every_curve_begins_before_the_first_cut_and_information_never_rises(tmp
     size = sum(p.numel() for p in module.parameters())
     trainer(prune, max_epochs=6, logger=logger).fit(module)
     rows = logged(tmp_path)
+    spent = [row.pop("prune/seconds") for row in rows.values()]
+    assert spent == sorted(spent)
     cuts = {cut.epoch: cut for cut in prune.report.cuts}
     assert sorted(cuts) == [1, 2, 3]
     assert all(row.keys() == rows[0].keys() for row in rows.values())
@@ -287,6 +289,8 @@ def test_a_cut_that_was_taken_back_leaves_the_curves_as_before(tmp_path):
     assert prune.report.cuts == []
     assert len(prune.report.undone) == 1
     rows = logged(tmp_path)
+    spent = [row.pop("prune/seconds") for row in rows.values()]
+    assert spent == sorted(spent)  # what was undone took its time
     assert rows[4] == rows[0]
     assert rows[1] != rows[0]
     assert rows[1]["prune/information_kept"] == pytest.approx(

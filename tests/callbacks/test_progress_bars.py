@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mi_prune.callbacks import engine, loggers
+from lightning_mi_prune.callbacks import engine
+from lightning_mi_prune.callbacks import progress as shown
 from lightning_mi_prune.callbacks.progress import FitDisplay, display_for
 from lightning_mi_prune.core.progress import LOGGED, SILENT, Step
 from lightning_mi_prune.reporting.report import PruningReport
@@ -99,7 +100,7 @@ def test_every_step_of_a_fit_ends_and_reaches_its_total(monkeypatch):
     assert names == ["discovery", "gradients", "calibration", "ranking", "reconstruction"]
     seconds = prune.report.cuts[0].seconds
     for step in events.steps[1:3]:
-        assert step.seconds == pytest.approx(seconds[step.name])
+        assert 0 < step.seconds <= seconds[step.name]
     assert prune.engine.display is events
 
 
@@ -182,15 +183,13 @@ def test_loggers_that_take_images_get_the_figures_if_matplotlib_is_there(monkeyp
     prune = fitted(logger=logger)
     ((name, (picture,)),) = logger.images.items()
     assert name == "prune/widths"
-    assert picture.ndim == 3
-    assert picture.shape[2] == 3
-    assert picture.min() < picture.max()
+    assert [axes.get_ylabel() for axes in picture.axes] == ["ffn kept"]
     step, first = next((s, m) for s, m in logger.metrics if "prune/macs" in m)
     assert step == 0
     assert first["prune/sparsity"] == 0
     logger.images.clear()
-    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
-    loggers.log_figures(trainer(logger=logger), prune.report)
+    monkeypatch.setattr(shown, "find_spec", lambda name: None)
+    shown.log_figures(trainer(logger=logger), prune.report)
     assert logger.images == {}
 
 
