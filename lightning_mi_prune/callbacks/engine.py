@@ -25,7 +25,6 @@ from lightning_mi_prune.callbacks.distributed import (
     refuse_unsupported,
     rewrap_ddp,
 )
-from lightning_mi_prune.callbacks.loggers import log_figures, log_start
 from lightning_mi_prune.callbacks.monitors import (
     BestOf,
     EarlyStoppingHold,
@@ -35,7 +34,13 @@ from lightning_mi_prune.callbacks.monitors import (
     restart_comparison,
     without_best,
 )
-from lightning_mi_prune.callbacks.progress import display_for, print_above, show_info
+from lightning_mi_prune.callbacks.progress import (
+    display_for,
+    log_figures,
+    log_start,
+    print_above,
+    show_info,
+)
 from lightning_mi_prune.callbacks.resume import (
     OptimizerPlan,
     check_snapshot,
