@@ -114,7 +114,7 @@ class Run:
 
     def calibration(self) -> Cost:
         """What hooks and sums take in a validation."""
-        sizes = {"positions": self.positions, "batches": self.batches}
+        sizes: dict[str, Any] = {"positions": self.positions, "batches": self.batches}
         recorder = ActivationRecorder(self.model, self.groups, **sizes)
         modules = [self.model.get_submodule(group.consumers[0]) for group in self.groups]
         cost = cost_of_hooks(modules, recorder, self.validation)
@@ -294,7 +294,7 @@ def steps_of(shape: Mapping[str, int], positions: int) -> dict[str, float]:
     with _clock(result, "validation"):
         validate()
     before = peak_memory()
-    options = {"positions": positions, "batches": batches, "calls": positions}
+    options: dict[str, Any] = {"positions": positions, "batches": batches, "calls": positions}
     with ActivationRecorder(model, chosen, **options) as recorder, _clock(result, "calibration"):
         validate()
     result["calibration"] -= result["validation"]

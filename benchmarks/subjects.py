@@ -135,7 +135,11 @@ def examine(
 def calibrated_for(subject: Subject, units: Sequence[str]) -> Subject:
     """The same, of which these kinds of unit are cut, calibrated for them."""
     model, every, rows = subject.model, subject.of(units), subject.validation
-    sizes = {"positions": POSITIONS, "stored_positions": STORED, "seed": subject.seed}
+    sizes: dict[str, Any] = {
+        "positions": POSITIONS,
+        "stored_positions": STORED,
+        "seed": subject.seed,
+    }
     calibration = collect_activations(model, every, rows, run_batch, **sizes)
     calibration.gradients = calibrate_gradients(model, every, rows)
     return replace(subject, chosen=every, calibration=calibration)

@@ -54,6 +54,11 @@ from lightning_mi_prune.graph.inputs import multiplied_with
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation, criterion_of
 from lightning_mi_prune.importance.head_rotation import check_rotations
 from lightning_mi_prune.importance.ranking import RelevanceSource, rank_groups
+from lightning_mi_prune.importance.stability import (
+    Agreement,
+    agreement_of_halves,
+    warn_of_chance,
+)
 from lightning_mi_prune.reconstruction.compensation import Decision, select_units
 from lightning_mi_prune.reconstruction.least_squares import Sum, reconstruct_networks
 from lightning_mi_prune.reconstruction.targets import (
@@ -321,7 +326,8 @@ def decide(
         check_described(module, groups, PruningPlan(current.sizes, units))
     if rankings is None:  # of all, so that what is lost can be set beside what there was
         rankings = rank(chosen, widths=widths)
-    return select_units(
+    agreement = _agreement(options, module, chosen, current, data, widths)
+    found = select_units(
         chosen,
         data.moments,
         weights,
@@ -335,6 +341,7 @@ def decide(
             criterion if isinstance(criterion, MutualInformation) else MutualInformation()
         ).ridge,
     )
+    return replace(found, agreement=agreement)
 
 
 def reconstruct(
@@ -386,6 +393,32 @@ def reconstruct(
         world=world,
     )
     return replace(decision, compensated={**decision.compensated, **solved})
+
+
+def _agreement(
+    options: PipelineOptions,
+    module: nn.Module,
+    chosen: Sequence[DependencyGroup],
+    current: PruningPlan,
+    data: CalibrationData,
+    widths: Mapping[str, int],
+) -> dict[str, Agreement]:
+    """How far two halves of the data agree on the units that stay; nothing without halves."""
+    if not data.half:
+        return {}
+    found = agreement_of_halves(
+        chosen,
+        data.moments,
+        data.half,
+        parameters_of(module),
+        current,
+        options.criterion or criterion_of(options.importance, options.seed),
+        widths,
+        relevance=_relevance(options.importance, data),
+        compensate=options.reconstruction.method != "none",
+    )
+    warn_of_chance(found)
+    return found
 
 
 def _relevance(importance: Importance, data: CalibrationData) -> RelevanceSource:

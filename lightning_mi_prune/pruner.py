@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypedDict
 
@@ -74,6 +74,12 @@ from lightning_mi_prune.graph.groups import (
 )
 from lightning_mi_prune.pipeline import PipelineOptions, check, decide, reconstruct
 from lightning_mi_prune.reconstruction.compensation import Decision, GroupInformation
+from lightning_mi_prune.reporting.report import (
+    Cut,
+    PruningReport,
+    group_cuts,
+    installed_versions,
+)
 from lightning_mi_prune.surgery.batch_norm import reestimate_batch_norm
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import update_optimizers
@@ -111,6 +117,7 @@ class PruneResult:
         information: What each group kept of its information with the layer above.
         seconds: Time spent on ``calibration``, ``gradients``, ``ranking`` and ``reconstruction``.
         memory: Whether sums were all in memory, or made one after another from temporary files.
+        report: The same as a report: a page, JSON, and why single units went.
     """
 
     plan: PruningPlan
@@ -121,6 +128,7 @@ class PruneResult:
     information: Mapping[str, GroupInformation]
     seconds: Mapping[str, float]
     memory: Memory = "ordinary"
+    report: PruningReport = field(default_factory=PruningReport, repr=False)
 
 
 class PruneOptions(TypedDict, total=False):
@@ -412,6 +420,7 @@ def _calibrated(
                     positions=amount.samples,
                     stored_positions=options[0].reconstruction.stored_positions,
                     seed=seed,
+                    halves=amount.stability,
                 )
             if with_gradients:
                 with _timed(seconds, "gradients"):
@@ -475,7 +484,7 @@ def _cut_to(
             )
         macs = macs_of_calls(source, collected.examples)
         if last:  # as large as the model; what follows needs the room
-            collected.moments, collected.gradients = {}, None
+            collected.moments, collected.half, collected.gradients = {}, {}, None
         with _timed(seconds, "reconstruction"):
             decision = reconstruct(
                 source, groups, plan, decision, options.reconstruction, collected
@@ -489,15 +498,32 @@ def _cut_to(
     tracker.plan = plan.then(decision.plan)
     chosen, before = calibrated.chosen, plan.widths
     after = {group.name: tracker.plan.width(group.name) for group in chosen}
+    now = sum(p.numel() for p in model.parameters())
+    prunable = (count_parameters(chosen, before), count_parameters(chosen, after))
+    macs_after = macs_of_calls(model, collected.examples)
+    sparsity = sparsity_of(chosen, after)
+    cut = Cut(
+        epoch=0,
+        sparsity=sparsity,
+        parameters=now,
+        prunable_parameters=prunable[1],
+        macs=macs_after,
+        groups=group_cuts(chosen, before, after, decision),
+        seconds=dict(seconds),
+        information_kept=decision.kept_share,
+    )
     return PruneResult(
         plan=tracker.plan,
-        sparsity=sparsity_of(chosen, after),
-        parameters=(parameters, sum(p.numel() for p in model.parameters())),
-        prunable_parameters=(count_parameters(chosen, before), count_parameters(chosen, after)),
-        macs=(macs, macs_of_calls(model, collected.examples)),
+        sparsity=sparsity,
+        parameters=(parameters, now),
+        prunable_parameters=prunable,
+        macs=(macs, macs_after),
         information=decision.information,
         seconds=seconds,
         memory=calibrated.memory,
+        report=PruningReport(
+            parameters, prunable[0], macs, cuts=[cut], versions=installed_versions()
+        ),
     )
 
 

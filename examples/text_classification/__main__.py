@@ -5,7 +5,7 @@
 `fit` trains with the callbacks of the YAML, tests on rows that calibration did not use, trains a
 dense control for the same number of epochs, and writes to `runs/<name>/`: the pruned model with its
 tokenizer and model card to `model`, the control to `dense`, the test rows to `test_rows`, and
-`report.json`.
+`report.html` with `report.json`.
 `validate`, `test` and `predict` take the same YAML.
 """
 
@@ -119,7 +119,8 @@ class TextClassificationCLI(LightningCLI):
         for place, (side, metrics) in enumerate((("before", before), ("after", after))):
             extra[side] |= figures(found, place) | {"metrics": metrics}
         extra |= {"epochs": self.trainer.current_epoch, "test_rows": len(rows)}
-        callback.report.write(self.folder / "report.json", extra)
+        for name in ("report.json", "report.html"):
+            callback.report.write(self.folder / name, extra)
         print_summary(found, callback.report, self.seconds, self.folder)
 
     def compared(self, data: str) -> Comparison:
@@ -203,7 +204,7 @@ def print_summary(found: Comparison, report: PruningReport, training: float, fol
     pruning = sum(sum(cut.seconds.values()) for cut in report.cuts)
     share = f"{pruning:.0f} of {training:.0f} s of training ({pruning / training:.0%})"
     print(f"Pruning took {share}. The pruned model is in {folder / 'model'}, and the report is")
-    print(f"{folder / 'report.json'}.")
+    print(f"{folder / 'report.html'} (its numbers: {folder / 'report.json'}).")
     if any(dense is not None for dense, _ in found.metrics.values()):
         print(
             f"Measure both again: lightning-mi-prune compare {folder / 'dense'} "

@@ -224,6 +224,7 @@ class ActivationRecorder(CallRecorder):
         batches: Batches there will be; None takes the first positions.
         seed: Seed of the draw; the global random state is not touched.
         calls: Positions of the inputs to store, so that a cut model can be run on them.
+        halves: Whether every second batch, from the first, is also summed apart.
 
     Example:
         >>> from lightning_mi_prune.graph.describe import linear_group
@@ -244,6 +245,7 @@ class ActivationRecorder(CallRecorder):
         batches: int | None = None,
         seed: int = 0,
         calls: int = 0,
+        halves: bool = False,
     ) -> None:
         super().__init__(model, calls, batches, seed)
         # Groups whose units are in one input share its sums: inputs are named by their consumer.
@@ -261,6 +263,8 @@ class ActivationRecorder(CallRecorder):
         self._in_files = is_spilling()
         kind = StoredSamples if self._in_files else Moments
         self._moments = {key: kind(sizes[key]) for key in self._consumers}
+        self._half = {key: kind(sizes[key]) for key in self._consumers if halves}
+        self._batch = 0
         self._pending: dict[str, list[Tensor]] = {key: [] for key in self._moments}
         self._taken = dict.fromkeys(self._moments, 0)
         self._positions = positions
@@ -308,8 +312,16 @@ class ActivationRecorder(CallRecorder):
     @property
     def moments(self) -> Mapping[str, Moments]:
         """The sums of all samples so far, by key; those of the same input are one object."""
+        return self._by_key(self._moments)
+
+    @property
+    def half(self) -> Mapping[str, Moments]:
+        """The same of every second batch; empty unless halves were asked for."""
+        return self._by_key(self._half) if self._half else {}
+
+    def _by_key(self, sums: Mapping[str, Moments | StoredSamples]) -> Mapping[str, Moments]:
         self._sum_pending()
-        found = {key: self._moments[first] for key, first in self._shared.items()}
+        found = {key: sums[first] for key, first in self._shared.items()}
         samples = {key: each for key, each in found.items() if isinstance(each, StoredSamples)}
         if self._in_files:
             return MomentsOnDemand(samples)
@@ -323,13 +335,26 @@ class ActivationRecorder(CallRecorder):
         """Add the pending samples of an input to its sums."""
         pending = self._pending[key]
         if pending:
+            samples = pending[0] if len(pending) == 1 else torch.cat(pending)
             with torch.no_grad():
-                self._moments[key].update(pending[0] if len(pending) == 1 else torch.cat(pending))
+                self._moments[key].update(samples)
+                if self._half and self._batch % 2:
+                    self._add_to_half(key, samples)
             pending.clear()
+
+    def _add_to_half(self, key: str, samples: Tensor) -> None:
+        half, whole = self._half[key], self._moments[key]
+        if isinstance(half, StoredSamples) and isinstance(whole, StoredSamples):
+            half.share_last(whole)
+        else:
+            half.update(samples)
 
     def start_batch(self, rows: int | None = None, padded: int = 0) -> None:
         """Start a batch; it has one share of the samples, however often it runs the network."""
         super().start_batch(rows, padded)
+        if self._half:  # what is summed together is of one batch
+            self._sum_pending()
+        self._batch += 1
         self._left = dict.fromkeys(self._moments, self._quota)
 
     def _on_call(self, path: str) -> Any:

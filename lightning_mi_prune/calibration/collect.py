@@ -104,6 +104,7 @@ def collect_activations(
     positions: int,
     stored_positions: int = 0,
     seed: int = 0,
+    halves: bool = False,
 ) -> CalibrationData:
     """Run a model on batches until every group has its samples.
 
@@ -115,6 +116,7 @@ def collect_activations(
         positions: Samples of every group.
         stored_positions: Positions of inputs to store; 0 stores none.
         seed: Seed of the draw of positions.
+        halves: Whether every second batch is also summed apart.
 
     Raises:
         PruningError: If there were too few samples, or values that are not finite.
@@ -126,6 +128,7 @@ def collect_activations(
         batches=_length(batches),
         seed=seed,
         calls=stored_positions,
+        halves=halves,
     )
     with undisturbed(model), torch.no_grad(), recorder:
         for index, batch in enumerate(batches):
@@ -136,7 +139,9 @@ def collect_activations(
                 break
     recorder.check()
     calls = recorder.calls(groups)
-    return CalibrationData(recorder.moments, ranks=[recorder.stored], examples=calls)
+    return CalibrationData(
+        recorder.moments, half=recorder.half, ranks=[recorder.stored], examples=calls
+    )
 
 
 def collect_gradients(

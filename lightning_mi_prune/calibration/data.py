@@ -28,6 +28,8 @@ class CalibrationData:
         ranks: Inputs to run the cut model on, of each rank, by path of the network called.
         examples: One call of each network, to count its operations and to time it.
         stacks: How similar the layers of each stack are, by its name.
+        half: Sums of activations of every second batch alone, by key; empty unless
+            ``Calibration.stability`` asks for them.
     """
 
     moments: Mapping[str, Moments] = field(default_factory=dict)
@@ -35,6 +37,7 @@ class CalibrationData:
     ranks: Sequence[Mapping[str, Sequence[RecordedCall]]] = ()
     examples: Mapping[str, RecordedCall] = field(default_factory=dict)
     stacks: Mapping[str, LayerComparison] = field(default_factory=dict)
+    half: Mapping[str, Moments] = field(default_factory=dict)
 
     @property
     def is_in_files(self) -> bool:

@@ -122,6 +122,22 @@ class Moments(ExactSums):
             self.total += x.sum(0)
             add_outer(self.outer, x)
 
+    def without(self, part: Moments) -> Moments:
+        """The sums of the samples that are not in ``part``, which holds some of these.
+
+        Example:
+            >>> both, first = Moments(1), Moments(1)
+            >>> both.update(torch.tensor([[1.0], [3.0]]))
+            >>> first.update(torch.tensor([[1.0]]))
+            >>> both.without(first).total
+            tensor([3.], dtype=torch.float64)
+        """
+        rest = Moments(self.dimension)
+        rest.count = self.count - part.count.to(self.count.device)
+        rest.total = self.total - part.total.to(self.total.device)
+        rest.outer = self.outer - part.outer.to(self.outer.device)
+        return rest
+
     def compute(self) -> tuple[Tensor, Tensor]:
         """Mean ``(d,)`` and covariance ``(d, d)`` (divided by ``N``)."""
         return self.statistics()

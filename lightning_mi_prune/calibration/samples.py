@@ -45,6 +45,13 @@ class StoredSamples:
         self.is_finite &= bool(torch.isfinite(x).all())
         self._parts.append((in_file(x.detach().cpu()), x.device))
 
+    def share_last(self, other: StoredSamples) -> None:
+        """Add the samples that ``other`` stored last; both then read the same file."""
+        part, device = other._parts[-1]
+        self.count += len(part)
+        self.is_finite &= other.is_finite
+        self._parts.append((part, device))
+
     def moments(self) -> Moments:
         """Their sums: bit for bit what adding each part at once would have given."""
         found = Moments(self.dimension)

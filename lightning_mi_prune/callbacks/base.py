@@ -29,7 +29,7 @@ from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.options import Monitoring, check_choice, check_count
 from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.graph.graph import PruningGraph
-from lightning_mi_prune.reporting.report import PruningReport
+from lightning_mi_prune.reporting.report import PruningReport, check_suffix
 
 __all__ = [
     "PruningCallback",
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 # What each rank may have as it likes: only rank 0 uses it.
-_PRIVATE = ("self", "__class__", "verbose", "latency.table")
+_PRIVATE = ("self", "__class__", "verbose", "write_report", "latency.table")
 
 
 @contextmanager
@@ -77,6 +77,11 @@ def checked_options(owner: type, given: Mapping[str, object]) -> dict[str, objec
     with as_misconfiguration():
         check_count("seed", given["seed"], least=0)
         check_choice("verbose", given["verbose"], (True, False))
+        where = given["write_report"]
+        if isinstance(where, str):
+            check_suffix(where)
+        else:
+            check_choice("write_report", where, (True, False))
     for name in {"module", "include", "exclude", "monitor"} & given.keys():
         if not isinstance(given[name], (str, type(None))):
             raise MisconfigurationException(f"{name}={given[name]!r}; expected text or None.")
@@ -110,6 +115,7 @@ class PruningCallback(pl.Callback):
         monitor: Name of a metric that validation logs.
         monitoring: How it is compared.
         verbose: Whether each cut prints a table on rank zero.
+        write_report: Whether, or where, a run ends with its report.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class PruningCallback(pl.Callback):
         monitor: str | None,
         monitoring: Monitoring,
         verbose: bool,
+        write_report: bool | str,
     ) -> None:
         super().__init__()
         with as_misconfiguration():
@@ -134,6 +141,7 @@ class PruningCallback(pl.Callback):
             guard=guard_of(max_drop, monitor, monitoring),
             best_of=monitoring.best_of,
             verbose=verbose,
+            write_report=write_report,
         )
 
     @property

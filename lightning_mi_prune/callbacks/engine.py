@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -32,6 +33,7 @@ from lightning_mi_prune.callbacks.monitors import (
     check_monitor,
     compare_metric,
     restart_comparison,
+    validated_metrics,
     without_best,
 )
 from lightning_mi_prune.callbacks.resume import (
@@ -168,6 +170,7 @@ class RunEngine:
         guard: What a cut may cost before it is rolled back; None keeps every cut.
         best_of: What monitors may compare (:func:`monitors.restart_comparison`).
         verbose: Whether each cut prints a table on rank zero.
+        write_report: Whether, or where, a run ends with its report.
     """
 
     def __init__(
@@ -180,10 +183,12 @@ class RunEngine:
         guard: MetricGuard | None,
         best_of: BestOf,
         verbose: bool,
+        write_report: bool | str,
     ) -> None:
         self.strategy, self.name, self.options = strategy, name, options
         self._given = graph
         self.guard, self.best_of, self.verbose = guard, best_of, verbose
+        self.write_report = write_report
         self.state = RunState()
         self.recorder: Recorder | None = None
         self._tracker: PlanTracker | None = None
@@ -374,6 +379,9 @@ class RunEngine:
                 state.snapshot, state.best = snapshot, best
             if state.snapshot is None and state.pending is None:
                 state.comparison.ranks = ()  # accepted: nothing will be chosen from it again
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_last(trainer):
+            state.report.monitor = self.guard.monitor if self.guard is not None else ""
+            state.report.add_metrics(trainer.current_epoch, validated_metrics(trainer))
         if recorder is None or self._has_failed():
             return
         data = self.strategy.collect(self._session(trainer, module), recorder)
@@ -463,6 +471,20 @@ class RunEngine:
                 f"Training ended before the cut of epoch {state.snapshot.epoch} could be accepted "
                 "or rolled back; train longer, or compare the metric yourself."
             )
+        self._write_report(trainer)
+
+    def _write_report(self, trainer: pl.Trainer) -> None:
+        """Write the report of a run that cut something; every rank must call it."""
+        report, where = self.state.report, self.write_report
+        happened = bool(report.cuts or report.undone) and not is_dev_run(trainer)
+        if not where or not happened or not self._is_last(trainer):
+            return
+        paths = [Path(where)] if isinstance(where, str) else []
+        if not paths and trainer.loggers:
+            folder = trainer.log_dir  # rank 0 broadcasts it
+            paths = [Path(folder, f"report.{end}") for end in ("html", "json") if folder]
+        for path in paths if trainer.is_global_zero else ():
+            _write(report, path)
 
     def close(self, module: pl.LightningModule | None = None) -> None:
         """Take all hooks down and release early stopping; after an error, with the module."""
@@ -498,7 +520,7 @@ class RunEngine:
         self._verify(session, decision.plan)
         started = time.perf_counter()
         # As large as the model; what follows needs the room.
-        data.moments, data.gradients = {}, None
+        data.moments, data.half, data.gradients = {}, {}, None
         solved = _on_cpu(self.strategy.reconstruct(session, decision, data))
         # All ranks solved the same sums; with other processors they may differ in the last digit.
         solved = broadcast_decision(strategy, lambda: solved)
@@ -797,6 +819,15 @@ def _report_no_cut(report: PruningReport, met: str, remedy: str, left: Sequence[
     else:
         text = f"{met} Nothing was cut in this run. {remedy}"
         rank_zero_warn(text, category=PruningWarning)
+
+
+def _write(report: PruningReport, path: Path) -> None:
+    try:
+        report.write(path)
+    except PruningError as error:  # training is over, and worth more than its report
+        rank_zero_warn(str(error))
+    else:
+        rank_zero_info(f"The report is in {path}")
 
 
 def _on_cpu(decision: Decision) -> Decision:

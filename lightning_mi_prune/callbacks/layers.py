@@ -398,6 +398,9 @@ class CKALayerPruning(PruningCallback):
         monitoring: How metrics are compared while the model changes its size.
         seed: Seed of the draw of positions, and of ``"random"``.
         verbose: Whether each cut prints a table on rank zero.
+        write_report: Whether a run that cut something ends with ``report.html`` and
+            ``report.json`` in the folder of the logger, if there is one; or a path of either, to
+            write that instead.
 
     Raises:
         MisconfigurationException: If an option is outside its range, or two contradict each other.
@@ -429,6 +432,7 @@ class CKALayerPruning(PruningCallback):
         monitoring: options.Monitoring = options.Monitoring(),
         seed: int = 0,
         verbose: bool = True,
+        write_report: bool | str = True,
     ) -> None:
         given = checked_options(CKALayerPruning, locals())
         if stacks is not None and (isinstance(stacks, str) or not stacks or module):
@@ -464,6 +468,7 @@ class CKALayerPruning(PruningCallback):
             monitor=monitor,
             monitoring=monitoring,
             verbose=verbose,
+            write_report=write_report,
         )
 
 

@@ -34,9 +34,11 @@ __all__ = [
     "logged_in_code",
     "logged_in_validation",
     "restart_comparison",
+    "validated_metrics",
     "without_best",
 ]
 
+_MOST_METRICS = 32  # of a validation that a report notes
 _OURS = ("lightning", "lightning_mi_prune", "pytorch_lightning", "torch")
 _OTHER_LOOPS = re.compile("(on_)?(train|test|predict)|optimizer_|configure_")
 _HARMLESS = {"isinstance", "super", "type"}  # what may be given the module without logging with it
@@ -148,6 +150,14 @@ def logged_in_validation(trainer: pl.Trainer) -> list[str]:
     results = getattr(trainer, "_results", None)
     mine = results.metrics(on_step=False)["callback"] if results else {}
     return sorted(mine or trainer.callback_metrics)
+
+
+def validated_metrics(trainer: pl.Trainer) -> dict[str, float]:
+    """Finite metrics of the validation that just ran, by name; a few dozen at most."""
+    logged = trainer.callback_metrics
+    names = [name for name in logged_in_validation(trainer) if not name.startswith("prune/")]
+    found = {name: float(logged[name]) for name in names[:_MOST_METRICS] if name in logged}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,11 @@ from lightning_mi_prune.core.untrusted import (
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
 from lightning_mi_prune.reconstruction.compensation import Decision
-from lightning_mi_prune.reporting.report import PruningReport, read_report
+from lightning_mi_prune.reporting.report import (
+    PruningReport,
+    installed_versions,
+    read_report,
+)
 from lightning_mi_prune.surgery.optimizer_state import is_plain_tensor, is_state_known
 
 __all__ = [
@@ -51,7 +55,7 @@ __all__ = [
     "write",
 ]
 
-_VERSION = 7
+_VERSION = 8
 _REPEATED = 8  # bytes that tensors may show for each that the file holds
 _SMALL = 2**20
 _LARGEST = 2**20  # entries of a group
@@ -252,6 +256,7 @@ class Session:
             + self.absent_parameters(list(self.tracker.removed_layers)),
             prunable_parameters=count_parameters(chosen),
             start={"parameters": parameters, "prunable_parameters": prunable},
+            versions=installed_versions(),
         )
 
     def absent_parameters(self, stacks: Sequence[str]) -> int:

@@ -352,6 +352,7 @@ class UnitStrategy:
                 batches=validation_batches(session.trainer),
                 seed=self.pipeline.seed,
                 calls=-(-self._stored // session.world),
+                halves=self._calibration.stability,
             )
 
     def collect(self, session: Session, recorder: Recorder) -> CalibrationData | None:
@@ -361,18 +362,22 @@ class UnitStrategy:
         state.seconds |= {"calibration": recorder.seconds}
         if self.steps is not None:
             state.seconds["gradients"] = self.steps.seconds
-        moments = recorder.moments
+        moments, half = recorder.moments, recorder.half
         if isinstance(moments, MomentsOnDemand):
             if session.world > 1:
-                moments = moments.reduced(partial(sum_over_ranks, strategy))
+                add = partial(sum_over_ranks, strategy)
+                moments = moments.reduced(add)
+                half = half.reduced(add) if isinstance(half, MomentsOnDemand) else half
             moments.check()
         else:
             sum_over_ranks(strategy, moments)
+            if half:
+                sum_over_ranks(strategy, half)
             check_moments(moments)
         gradients = None if self.steps is None else self.steps.collect(session)
         if self.steps is not None and gradients is None:
             return None
-        data = CalibrationData(moments, gradients)
+        data = CalibrationData(moments, gradients, half=half)
         if self._stored:
             stored = move_tensors(recorder.stored, torch.device("cpu"))
             data.ranks = gather_ranks(strategy, stored)
@@ -422,7 +427,7 @@ class UnitStrategy:
             parameters=sum(p.numel() for p in session.module.parameters()),
             prunable_parameters=count_parameters(self.chosen, after),
             macs=session.count_macs(),
-            groups=group_cuts(self._present(session), widths, after, decision.information),
+            groups=group_cuts(self._present(session), widths, after, decision),
             seconds=state.seconds,
             information_kept=state.information_kept * decision.kept_share,
         )
@@ -497,6 +502,9 @@ class MutualInformationPruning(PruningCallback):
         monitoring: How metrics are compared while the model changes its size.
         seed: Seed of the draw of positions.
         verbose: Whether each cut prints a table on rank zero.
+        write_report: Whether a run that cut something ends with ``report.html`` and
+            ``report.json`` in the folder of the logger, if there is one; or a path of either, to
+            write that instead.
 
     Raises:
         MisconfigurationException: If an option is outside its range, or two contradict each other.
@@ -538,6 +546,7 @@ class MutualInformationPruning(PruningCallback):
         monitoring: options.Monitoring = options.Monitoring(),
         seed: int = 0,
         verbose: bool = True,
+        write_report: bool | str = True,
     ) -> None:
         given = checked_options(MutualInformationPruning, locals())
         targets = (target_parameters, target_macs, target_latency_ms, keep_information)
@@ -570,4 +579,5 @@ class MutualInformationPruning(PruningCallback):
             monitor=monitor,
             monitoring=monitoring,
             verbose=verbose,
+            write_report=write_report,
         )

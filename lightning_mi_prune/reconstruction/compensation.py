@@ -16,12 +16,14 @@ from lightning_mi_prune.core.consumers import stacked_weight, stored_weight
 from lightning_mi_prune.core.errors import PruningWarning, counted
 from lightning_mi_prune.core.plan import PruningPlan, Ranking
 from lightning_mi_prune.core.spilling import spilled
+from lightning_mi_prune.core.untrusted import number
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.graph.inputs import ConsumerInput, kept_now, widths_now
 from lightning_mi_prune.importance.criteria import Criterion, MutualInformation, copies_kept
 from lightning_mi_prune.importance.head_rotation import HeadRotation, head_rotation
 from lightning_mi_prune.importance.information import regression
 from lightning_mi_prune.importance.ranking import RelevanceSource, rank_groups
+from lightning_mi_prune.importance.stability import Agreement
 from lightning_mi_prune.importance.statistics import (
     UnitStatistics,
     input_statistics,
@@ -33,8 +35,11 @@ from lightning_mi_prune.surgery.parameters import RotationMaps
 __all__ = [
     "Decision",
     "GroupInformation",
+    "StandIns",
     "select_units",
 ]
+
+_TOGETHER = 256  # removed units whose stand-ins are found at once
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,30 @@ class GroupInformation:
 
 
 @dataclass(frozen=True)
+class StandIns:
+    """What the units that stay know of each unit of a group that is removed.
+
+    Args:
+        units: Removed units, as numbered when built.
+        shares: Share of the variance of each that the kept units predict; what they do not is lost.
+        best: The kept unit of the group that predicts most of it; None where all are removed.
+
+    Raises:
+        ValueError: If the three differ in length, or a share is none.
+    """
+
+    units: tuple[int, ...]
+    shares: tuple[float, ...]
+    best: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.units) == len(self.shares) == len(self.best):
+            raise ValueError(f"{len(self.units)} units with {len(self.shares)} shares")
+        for share in self.shares:
+            number(share, 0, 1)
+
+
+@dataclass(frozen=True)
 class Decision:
     """What to cut: a plan, the consumers' new weights, and what the cut costs.
 
@@ -66,12 +95,16 @@ class Decision:
         information: What each group kept, by group name.
         rotated: New coordinates of heads that lose dimensions, by tensor. The new weights are in
             them already; the state of an optimizer must follow.
+        agreement: How far two halves of the calibration data agree, by group, where it was asked.
+        stand_ins: What makes up for removed units, by group; empty without compensation.
     """
 
     plan: PruningPlan
     compensated: Mapping[str, Tensor]
     information: Mapping[str, GroupInformation]
     rotated: RotationMaps = field(default_factory=dict)
+    agreement: Mapping[str, Agreement] = field(default_factory=dict)
+    stand_ins: Mapping[str, StandIns] = field(default_factory=dict)
 
     @property
     def kept_share(self) -> float:
@@ -137,6 +170,7 @@ def select_units(
     rotated: dict[str, Tensor] = {}
     maps: dict[str, Mapping[int, Tensor]] = {}
     fits: dict[str, _Fit] = {}
+    stand_ins: dict[str, StandIns] = {}
     uses = Counter(
         ConsumerInput.of(group, consumers).consumer
         for group in groups
@@ -178,6 +212,8 @@ def select_units(
             )
             if one not in cut:
                 continue
+            if compensate and one.rotation is None:
+                stand_ins[one.name] = _stand_ins(one, mine, kept, current)
             if any(fit.has_few_samples for fit in mine):
                 few_samples.append(one.name)
             if topk and any(fit.copies(one, kept, current) for fit in mine):
@@ -193,7 +229,31 @@ def select_units(
             dims = {s.dim for group in groups for s in group.tensors if s.tensor == name}
             final[name] = _cut_tensor(name, tensor, kept, current, groups, sorted(dims))
     ranked = {name: ranking for name, ranking in rankings.items() if name in current.sizes}
-    return Decision(PruningPlan(current.sizes, kept, ranked), final, information, maps)
+    plan = PruningPlan(current.sizes, kept, ranked)
+    return Decision(plan, final, information, maps, stand_ins=stand_ins)
+
+
+def _stand_ins(
+    group: DependencyGroup,
+    fits: Sequence[_Fit],
+    kept: Mapping[str, tuple[int, ...]],
+    current: PruningPlan,
+) -> StandIns:
+    """What the kept units predict of each removed one, over all inputs that hold them."""
+    now, widths, stay = current.kept[group.name], widths_now(group, current), set(kept[group.name])
+    gone = [place for place, unit in enumerate(now) if unit not in stay]
+    shares: list[float] = []
+    best: list[int | None] = []
+    for start in range(0, len(gone), _TOGETHER):
+        some = gone[start : start + _TOGETHER]
+        found = [fit.explained(fit.given.units(group.name, widths), some) for fit in fits]
+        parts = torch.stack([part.cpu() for part, _ in found]).sum(0)
+        total = torch.stack([variances.cpu() for _, variances in found]).sum(0)
+        # A unit without variance is a constant, which a bias makes up for.
+        share = torch.where(total > 0, parts.sum(1) / total.clamp_min(1e-300), 1.0)
+        shares += [float(f"{value:.4g}") for value in share.clamp(0, 1)]
+        best += [now[int(i)] if stay else None for i in parts[:, :-1].argmax(1)]
+    return StandIns(tuple(now[place] for place in gone), tuple(shares), tuple(best))
 
 
 def _rotation(
@@ -307,6 +367,33 @@ class _Fit:
         stay = kept_now([group.name], kept, current)[group.name]
         single = all(len(units[unit]) == 1 for unit in stay)
         return single and copies_kept(self.values, [units[unit][0] for unit in stay]) > 0
+
+    def explained(
+        self, units: Sequence[Sequence[int]], some: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Variance of some dropped units, and the part of it that each kept unit predicts.
+
+        Args:
+            units: Entries of every present unit.
+            some: The dropped units.
+
+        Returns:
+            ``(some, units + 1)``, the last column of entries of other groups, and ``(some,)``.
+        """
+        covariance, device = self.values.covariance, self.values.covariance.device
+        owner = torch.full((len(covariance),), len(units), device=device)
+        for place, entries in enumerate(units):
+            owner[list(entries)] = place
+        place_of = torch.full((len(units) + 1,), -1, device=device)
+        place_of[list(some)] = torch.arange(len(some), device=device)
+        rows = (place_of[owner[self.dropped]] >= 0).nonzero().flatten()
+        mine = place_of[owner[self.dropped[rows]]]
+        products = self.coefficients[rows] * covariance[self.dropped[rows]][:, self.kept]
+        found = covariance.new_zeros(len(rows), len(units) + 1)
+        found.index_add_(1, owner[self.kept], products)
+        parts = covariance.new_zeros(len(some), len(units) + 1).index_add_(0, mine, found)
+        variances = covariance.diagonal()[self.dropped[rows]]
+        return parts, covariance.new_zeros(len(some)).index_add_(0, mine, variances)
 
     def others(self, consumer: str, tensor: str) -> tuple[int, ...]:
         """The dimensions of a weight or a bias of a consumer that do not count what it reads."""

@@ -1,17 +1,22 @@
-"""PruningReport: what was cut, when, and what it cost."""
+"""PruningReport: what was cut, when, why, and what it cost."""
 
 from __future__ import annotations
 
 import json
+import platform
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, require
 from lightning_mi_prune.core.files import check_writable, write_whole
+from lightning_mi_prune.core.plan import Ranking
 from lightning_mi_prune.core.untrusted import (
     check_nesting,
     listed,
@@ -23,20 +28,29 @@ from lightning_mi_prune.core.untrusted import (
 )
 from lightning_mi_prune.graph.groups import DependencyGroup
 from lightning_mi_prune.importance.layer_criteria import StackCut
-from lightning_mi_prune.reconstruction.compensation import GroupInformation
+from lightning_mi_prune.importance.stability import Agreement
+from lightning_mi_prune.reconstruction.compensation import Decision, StandIns
+from lightning_mi_prune.reporting.explain import Explanation, explain_group
+from lightning_mi_prune.reporting.page import page_of
 from lightning_mi_prune.reporting.plots import save_heatmap
 
 __all__ = [
     "Cut",
+    "EpochMetrics",
     "GroupCut",
     "PruningReport",
+    "check_suffix",
     "group_cuts",
+    "installed_versions",
     "read_report",
 ]
 
 _SIZES = ("parameters", "prunable_parameters", "macs")
 
 _MOST = 2**63
+_POINTS = 33  # of a curve in a file
+_LISTED = 4096  # units of a group that a file lists
+_NUMBERS = re.compile(r"\[\n\s+((?:-?[\d.eE+-]+|null)(?:,\n\s+(?:-?[\d.eE+-]+|null))*)\n\s+\]")
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,9 @@ class GroupCut:
         after: Units after it.
         information_nats: Information with the kept units above that is left after it, in nats.
         information_fraction: The same as a share of the information just before it.
+        ranking: Order in which the units were to go, with the expected loss of each step.
+        stand_ins: What makes up for each removed unit.
+        agreement: How far two halves of the calibration data agree, where that was asked.
     """
 
     name: str
@@ -58,6 +75,37 @@ class GroupCut:
     after: int
     information_nats: float
     information_fraction: float
+    ranking: Ranking | None = None
+    stand_ins: StandIns | None = None
+    agreement: Agreement | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file: single units are left out, and of a curve only some points are there."""
+        plain = ("name", "kind", "before", "after", "information_nats", "information_fraction")
+        body: dict[str, Any] = {name: getattr(self, name) for name in plain}
+        if self.ranking is not None:
+            body["curve"] = _curve(self.ranking, self.after)
+        if self.stand_ins is not None and self.stand_ins.shares:
+            shares = self.stand_ins.shares
+            body["made_up"] = float(f"{sum(shares) / len(shares):.4g}")
+        if self.agreement is not None:
+            found = self.agreement
+            values = {name: float(f"{getattr(found, name):.4g}") for name in ("share", "chance")}
+            body["agreement"] = {**asdict(found), **values, "is_chance": found.is_chance}
+        return body
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """What validation logged in an epoch.
+
+    Args:
+        epoch: The epoch (``trainer.current_epoch``, from 0).
+        values: Metrics by name.
+    """
+
+    epoch: int
+    values: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -65,7 +113,8 @@ class Cut:
     """One cut: sizes of the whole model after it, its groups, and the time it took.
 
     Args:
-        epoch: Epoch that started with the smaller model (``trainer.current_epoch``, from 0).
+        epoch: Epoch that started with the smaller model (``trainer.current_epoch``, from 0); 0 for
+            a cut without training, by :func:`prune`.
         sparsity: Share of the prunable parameters gone, against the model as built.
         parameters: Parameters of the whole module.
         prunable_parameters: Parameters of the tensors that a cut of the groups makes smaller.
@@ -91,6 +140,16 @@ class Cut:
     stacks: tuple[StackCut, ...] = ()
     information_kept: float | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """For a file: as :meth:`GroupCut.to_dict`."""
+        body = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            **body,
+            "groups": [group.to_dict() for group in self.groups],
+            "seconds": dict(self.seconds),
+            "stacks": [asdict(stack) for stack in self.stacks],
+        }
+
 
 @dataclass
 class PruningReport:
@@ -105,6 +164,9 @@ class PruningReport:
         start: Sizes at the start of this run, where an earlier one had cut already.
         undone: Cuts that cost more than ``max_drop`` and were rolled back.
         left_out: What the first batch showed that cannot be cut, and why; a sentence each.
+        history: What validation logged in each epoch.
+        monitor: The metric that ``max_drop`` compares, where there is one.
+        versions: Versions of what made the report, by name.
     """
 
     parameters: int = 0
@@ -114,6 +176,30 @@ class PruningReport:
     start: Mapping[str, int] = field(default_factory=dict)
     undone: list[Cut] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    history: list[EpochMetrics] = field(default_factory=list)
+    monitor: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def add_metrics(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Note what validation logged; the last validation of an epoch counts."""
+        if values:
+            self.history = [e for e in self.history if e.epoch < epoch]
+            self.history.append(EpochMetrics(epoch, dict(values)))
+
+    def explain(self, group: str) -> Explanation:
+        """Why the units of a group stay or went: order, expected loss, and what made up for them.
+
+        Args:
+            group: Name of the group, such as ``"layers.3.heads"``; its end is enough where only
+                one group has it.
+
+        Returns:
+            A record whose ``str()`` is a short text with a table.
+
+        Raises:
+            PruningError: If no cut ranked a group of that name; the nearest names are listed.
+        """
+        return explain_group(self.cuts, group)
 
     def state_dict(self) -> dict[str, Any]:
         """All fields, as plain containers for a checkpoint."""
@@ -148,25 +234,48 @@ class PruningReport:
         return {
             "before": before,
             "after": after,
-            "cuts": [asdict(cut) for cut in self.cuts],
-            "undone": [asdict(cut) for cut in self.undone],
+            "cuts": [cut.to_dict() for cut in self.cuts],
+            "undone": [cut.to_dict() for cut in self.undone],
             **({"left_out": list(self.left_out)} if self.left_out else {}),
+            **({"plan": plan} if (plan := self._kept()) else {}),
+            **({"history": [asdict(each) for each in self.history]} if self.history else {}),
+            **({"monitor": self.monitor} if self.monitor else {}),
+            **({"versions": dict(self.versions)} if self.versions else {}),
         }
 
-    def write(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
-        """Write the report as JSON, and beside it a picture of every stack that lost layers.
+    def _kept(self) -> dict[str, str]:
+        """Units that stay, as ranges, by group; of very wide groups only the plan has them."""
+        found: dict[str, str] = {}
+        for cut in self.cuts:
+            for group in cut.groups:
+                if group.ranking is not None and group.before <= _LISTED:
+                    found[group.name] = _ranges(group.ranking.kept(group.after))
+            found |= {stack.name: _ranges(stack.after) for stack in cut.stacks}
+        return found
 
-        Without matplotlib there are no pictures, but a warning.
+    def write(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
+        """Write the report as a page or as JSON, by the suffix of the path.
+
+        ``.html`` is one file with all figures in it, which needs no network. ``.json`` has the same
+        numbers, and beside it a picture of every stack that lost layers. Without matplotlib there
+        are no pictures, but a warning.
 
         Args:
-            path: The JSON file.
-            extra: Further entries; those of ``before`` and ``after`` are merged.
+            path: ``report.html`` or ``report.json``; missing folders are made.
+            extra: Further entries; those of ``before`` and ``after`` are merged. The page shows
+                ``metrics`` (by name) and ``latency_ms`` (a list with ``batch_size``,
+                ``sequence_length`` and ``median``) of both.
 
         Raises:
-            PruningError: If the file cannot be written.
+            PruningError: If the suffix is another one, or the file cannot be written.
         """
         body, target = self.to_dict(), Path(path)
+        check_suffix(target)
         check_writable(target, "The report")  # before the pictures
+        _merge(body, extra or {})
+        if target.suffix == ".html":
+            write_whole(target, page_of(body), "The report")
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         stacks = [
             (cut.epoch, stack, entry)
@@ -185,12 +294,71 @@ class PruningReport:
             plain = re.sub(r"[^\w.-]", "_", stack.name)[:100]
             entry["picture"] = f"layers-{epoch}-{plain}.png"
             save_heatmap(stack, target.with_name(entry["picture"]))
-        for key, value in (extra or {}).items():
-            if isinstance(value, Mapping) and key in ("before", "after"):
-                body[key] |= dict(value)
-            else:
-                body[key] = value
-        write_whole(target, json.dumps(body, indent=2) + "\n", "The report")
+        write_whole(target, _as_json(body), "The report")
+
+
+def check_suffix(path: str | Path) -> None:
+    """Refuse a path that no report can be written to.
+
+    Raises:
+        PruningError: If it ends neither in .html nor in .json.
+    """
+    if Path(path).suffix not in (".html", ".json"):
+        raise PruningError(
+            f"The report cannot be written to {str(path)[:400]!r}; expected a path that ends in "
+            "'.html' or '.json'."
+        )
+
+
+def _merge(body: dict[str, Any], extra: Mapping[str, Any]) -> None:
+    """Add further entries to a report; those of ``before`` and ``after`` are merged."""
+    for key, value in extra.items():
+        if isinstance(value, Mapping) and key in ("before", "after"):
+            body[key] |= dict(value)
+        else:
+            body[key] = value
+
+
+def _as_json(body: Mapping[str, Any]) -> str:
+    """Indented JSON; lists of numbers are on one line each."""
+    plain = json.dumps(body, indent=2)
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", plain) + "\n"
+
+
+def _ranges(units: Sequence[int]) -> str:
+    """Increasing numbers as text, such as ``0-3, 7``."""
+    runs: list[list[int]] = []
+    for unit in units:
+        if runs and runs[-1][1] == unit - 1:
+            runs[-1][1] = unit
+        else:
+            runs.append([unit, unit])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _curve(ranking: Ranking, after: int) -> dict[str, list[Any]]:
+    """Expected loss and information lost at some widths, those at the ends and the chosen one."""
+    size = len(ranking.order)
+    step = max(1, -(-size // (_POINTS - 2)))
+    widths = sorted({0, min(after, size), *range(size, 0, -step)}, reverse=True)
+    lost = [ranking.lost(width) for width in widths]
+    return {
+        "widths": widths,
+        "loss": [loss for loss, _ in lost],
+        "nats": [nats for _, nats in lost],
+    }
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python, of this package and of what it runs on."""
+    found = {
+        "python": platform.python_version(),
+        "lightning-mi-prune": version("lightning-mi-prune"),
+    }
+    for name in ("torch", "lightning", "transformers"):
+        if name in sys.modules:
+            found[name] = str(getattr(sys.modules[name], "__version__", "?"))
+    return found
 
 
 def read_report(state: object) -> PruningReport:
@@ -198,9 +366,21 @@ def read_report(state: object) -> PruningReport:
     found = mapping(state, [f.name for f in fields(PruningReport)])
     start = {name: whole(size, _MOST) for name, size in mapping(found["start"]).items()}
     cuts, undone = (list(map(_read_cut, listed(found[n]))) for n in ("cuts", "undone"))
-    out = [text(reason) for reason in listed(found["left_out"])]
-    sizes = _plain(PruningReport, found)
-    return PruningReport(**sizes, cuts=cuts, start=start, undone=undone, left_out=out)
+    return PruningReport(
+        **_plain(PruningReport, found),
+        cuts=cuts,
+        start=start,
+        undone=undone,
+        left_out=[text(reason) for reason in listed(found["left_out"])],
+        history=[_read_metrics(each) for each in listed(found["history"])],
+        versions={text(n): text(v) for n, v in mapping(found["versions"]).items()},
+    )
+
+
+def _read_metrics(state: object) -> EpochMetrics:
+    found = mapping(state, ["epoch", "values"])
+    values = {name: number(value) for name, value in mapping(found["values"]).items()}
+    return EpochMetrics(whole(found["epoch"]), values)
 
 
 def _read_cut(state: object) -> Cut:
@@ -216,7 +396,36 @@ def _read_cut(state: object) -> Cut:
 
 
 def _read_group(state: object) -> GroupCut:
-    return GroupCut(**_plain(GroupCut, mapping(state, [f.name for f in fields(GroupCut)])))
+    found = mapping(state, [f.name for f in fields(GroupCut)])
+    return GroupCut(
+        **_plain(GroupCut, found),
+        ranking=_optional(found["ranking"], _read_ranking),
+        stand_ins=_optional(found["stand_ins"], _read_stand_ins),
+        agreement=_optional(found["agreement"], _read_agreement),
+    )
+
+
+def _optional(value: Any, read: Callable[[Any], Any]) -> Any:
+    return None if value is None else read(value)
+
+
+def _read_ranking(state: object) -> Ranking:
+    found = mapping(state, ["order", "loss", "nats"])
+    return Ranking(*(tuple(listed(found[name])) for name in ("order", "loss", "nats")))
+
+
+def _read_stand_ins(state: object) -> StandIns:
+    found = mapping(state, ["units", "shares", "best"])
+    return StandIns(
+        units=tuple(map(whole, listed(found["units"]))),
+        shares=tuple(map(number, listed(found["shares"]))),
+        best=tuple(map(partial(_optional, read=whole), listed(found["best"]))),
+    )
+
+
+def _read_agreement(state: object) -> Agreement:
+    found = mapping(state, ["units", "kept", "both"])
+    return Agreement(**{name: whole(value) for name, value in found.items()})
 
 
 def _plain(kind: type[Any], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,17 +439,27 @@ def group_cuts(
     groups: Sequence[DependencyGroup],
     before: Mapping[str, int],
     after: Mapping[str, int],
-    information: Mapping[str, GroupInformation],
+    decision: Decision,
 ) -> tuple[GroupCut, ...]:
-    """One record for each group, from the bottom of the network up."""
+    """One record for each group, from the bottom of the network up.
+
+    Args:
+        groups: Groups that could be cut.
+        before: Their widths before the cut.
+        after: Their widths after it.
+        decision: What was decided.
+    """
     return tuple(
         GroupCut(
             name=group.name,
             kind=group.kind,
             before=before[group.name],
             after=after[group.name],
-            information_nats=information[group.name].kept,
-            information_fraction=information[group.name].fraction,
+            information_nats=decision.information[group.name].kept,
+            information_fraction=decision.information[group.name].fraction,
+            ranking=decision.plan.rankings.get(group.name),
+            stand_ins=decision.stand_ins.get(group.name),
+            agreement=decision.agreement.get(group.name),
         )
         for group in sorted(groups, key=lambda group: group.level)
     )
