@@ -313,6 +313,23 @@ def _last_groups(body: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _first_and_last(
+    body: Mapping[str, Any],
+) -> Iterator[tuple[Mapping[str, Any], str, list[dict[str, Any]]]]:
+    """Groups of the first cut of units and of the last one, by kind."""
+    found = [cut for cut in body["cuts"] if cut["groups"]]
+    for cut in found[:1] + found[1:][-1:]:
+        kinds: dict[str, list[dict[str, Any]]] = {}
+        for group in cut["groups"]:
+            kinds.setdefault(group["kind"], []).append(group)
+        for kind, groups in kinds.items():
+            yield cut, kind, groups
+
+
+def _when(cut: Mapping[str, Any]) -> str:
+    return f", cut of epoch {cut['epoch']}" if cut["epoch"] else ""
+
+
 def _widths(body: Mapping[str, Any], pen: _Pen) -> Section:
     section = Section("widths", "Widths by layer")
     for kind, groups in _last_groups(body).items():
@@ -350,11 +367,11 @@ def _sensitivity(body: Mapping[str, Any], pen: _Pen) -> Section:
     section = Section(
         "sensitivity",
         "What each layer would miss",
-        "Expected rise of the loss as units go in the order of the last cut, one curve a layer, "
-        "darker towards the output. The dots are the widths that were chosen.",
+        "Expected rise of the loss as units go in their order, one curve a layer, stronger towards "
+        "the output. The dots are the widths that were chosen.",
     )
-    for kind, groups in _last_groups(body).items():
-        ranked = [g for g in groups if g.get("curve") and len(g["curve"]["widths"]) > 1]
+    for cut, kind, groups in _first_and_last(body):
+        ranked = [g for g in groups if g.get("curve") and len(g["curve"]["widths"]) > 2]
         if not ranked:
             continue
         lines, rows = [], list[list[str | Cell]]()
@@ -378,8 +395,9 @@ def _sensitivity(body: Mapping[str, Any], pen: _Pen) -> Section:
                     x="units that stay, % of those before the cut",
                     y="rise of the loss, nats",
                 ),
-                f"{_plain(kind)}: expected rise of the loss of {counted(len(lines), 'layer')}.",
-                Data(f"Loss curves of kind {_plain(kind)}", columns, rows),
+                f"{_plain(kind)}{_when(cut)}: expected rise of the loss, of "
+                f"{counted(len(lines), 'layer')}.",
+                Data(f"Loss curves of kind {_plain(kind)}{_when(cut)}", columns, rows),
             )
         )
     return section
@@ -464,7 +482,7 @@ def _stability(body: Mapping[str, Any], pen: _Pen) -> Section:
         "Two halves of the calibration data ranked the units apart. Where both keep the same ones, "
         "the order is no accident of the data; at chance it is noise.",
     )
-    for kind, groups in _last_groups(body).items():
+    for cut, kind, groups in _first_and_last(body):
         known = [group for group in groups if group.get("agreement")]
         if not known:
             continue
@@ -494,8 +512,8 @@ def _stability(body: Mapping[str, Any], pen: _Pen) -> Section:
                     y="kept by both halves",
                     labels=("both halves keep", "by chance"),
                 ),
-                f"{_plain(kind)}: kept units that both halves agree on{text}.",
-                Data(f"Agreement on units of kind {_plain(kind)}", columns, rows),
+                f"{_plain(kind)}{_when(cut)}: kept units that both halves agree on{text}.",
+                Data(f"Agreement on units of kind {_plain(kind)}{_when(cut)}", columns, rows),
             )
         )
     return section
