@@ -74,12 +74,8 @@ from lightning_mi_prune.graph.groups import (
 )
 from lightning_mi_prune.pipeline import PipelineOptions, check, decide, reconstruct
 from lightning_mi_prune.reconstruction.compensation import Decision, GroupInformation
-from lightning_mi_prune.reporting.report import (
-    Cut,
-    PruningReport,
-    group_cuts,
-    installed_versions,
-)
+from lightning_mi_prune.reporting.records import Cut
+from lightning_mi_prune.reporting.report import PruningReport, group_cuts, installed_versions
 from lightning_mi_prune.surgery.batch_norm import reestimate_batch_norm
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import update_optimizers

@@ -64,7 +64,8 @@ from lightning_mi_prune.core.plan import PruningPlan
 from lightning_mi_prune.core.running import move_tensors
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.reconstruction.compensation import Decision
-from lightning_mi_prune.reporting.report import Cut, PruningReport
+from lightning_mi_prune.reporting.records import Cut
+from lightning_mi_prune.reporting.report import PruningReport
 from lightning_mi_prune.reporting.tables import print_cut
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.optimizers import update_optimizers

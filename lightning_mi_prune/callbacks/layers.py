@@ -32,7 +32,7 @@ from lightning_mi_prune.graph.groups import LayerStack, is_within
 from lightning_mi_prune.importance.layer_criteria import LayerCriterion, LayerSelector, StackCut
 from lightning_mi_prune.reconstruction.compensation import Decision
 from lightning_mi_prune.reconstruction.removed_layers import compensate_removed_layers
-from lightning_mi_prune.reporting.report import Cut
+from lightning_mi_prune.reporting.records import Cut
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 
 __all__ = [

@@ -37,11 +37,7 @@ from lightning_mi_prune.core.untrusted import (
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import DependencyGroup, count_parameters
 from lightning_mi_prune.reconstruction.compensation import Decision
-from lightning_mi_prune.reporting.report import (
-    PruningReport,
-    installed_versions,
-    read_report,
-)
+from lightning_mi_prune.reporting.report import PruningReport, installed_versions, read_report
 from lightning_mi_prune.surgery.optimizer_state import is_plain_tensor, is_state_known
 
 __all__ = [

@@ -56,7 +56,8 @@ from lightning_mi_prune.graph.layouts import layout_size
 from lightning_mi_prune.pipeline import PipelineOptions, decide, reconstruct
 from lightning_mi_prune.pipeline import check as check_options
 from lightning_mi_prune.reconstruction.compensation import Decision
-from lightning_mi_prune.reporting.report import Cut, group_cuts
+from lightning_mi_prune.reporting.records import Cut
+from lightning_mi_prune.reporting.report import group_cuts
 from lightning_mi_prune.surgery.optimizer_state import check_optimizers
 from lightning_mi_prune.surgery.units import check_cuttable
 from lightning_mi_prune.surgery.verification import half_plan, parameters_in

@@ -5,13 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lightning_mi_prune.core.errors import PruningError, counted
 from lightning_mi_prune.importance.stability import Agreement
-
-if TYPE_CHECKING:
-    from lightning_mi_prune.reporting.report import Cut, GroupCut
+from lightning_mi_prune.reporting.records import Cut, GroupCut
 
 __all__ = [
     "Explanation",

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_mi_prune.importance.layer_criteria import StackCut
-from lightning_mi_prune.reporting.report import Cut, PruningReport
+from lightning_mi_prune.reporting.records import Cut
+from lightning_mi_prune.reporting.report import PruningReport
 
 __all__ = [
     "Table",

@@ -12,7 +12,8 @@ from lightning_mi_prune.core.options import Reconstruction
 from lightning_mi_prune.core.plan import Ranking
 from lightning_mi_prune.importance.stability import Agreement
 from lightning_mi_prune.reconstruction.compensation import StandIns
-from lightning_mi_prune.reporting.report import Cut, GroupCut, PruningReport
+from lightning_mi_prune.reporting.records import Cut, GroupCut
+from lightning_mi_prune.reporting.report import PruningReport
 
 
 def cut(epoch, *groups):

@@ -14,7 +14,8 @@ from lightning_mi_prune.calibration.calls import RecordedCall
 from lightning_mi_prune.core.errors import PruningError, PruningWarning
 from lightning_mi_prune.importance.layer_criteria import StackCut
 from lightning_mi_prune.reporting.plots import heatmap, save_heatmap
-from lightning_mi_prune.reporting.report import Cut, GroupCut, PruningReport
+from lightning_mi_prune.reporting.records import Cut, GroupCut
+from lightning_mi_prune.reporting.report import PruningReport
 from lightning_mi_prune.reporting.tables import Table, print_cut, print_table
 from lightning_mi_prune.surgery.units import apply_plan
 from tests.support.graphs import groups_of

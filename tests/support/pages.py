@@ -14,7 +14,8 @@ from lightning_mi_prune.core.plan import Ranking
 from lightning_mi_prune.importance.layer_criteria import StackCut
 from lightning_mi_prune.importance.stability import Agreement
 from lightning_mi_prune.reconstruction.compensation import StandIns
-from lightning_mi_prune.reporting.report import Cut, EpochMetrics, GroupCut, PruningReport
+from lightning_mi_prune.reporting.records import Cut, EpochMetrics, GroupCut
+from lightning_mi_prune.reporting.report import PruningReport
 
 SECTIONS = {
     "summary": "before",
