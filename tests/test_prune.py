@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import partial
 
 import datasets
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lightning_mi_prune import PruningError, PruningGraph, discover, load_pruned, prune
 from lightning_mi_prune import pipeline as method
@@ -358,3 +360,32 @@ def test_a_graph_of_another_model_is_refused():
     net.up = nn.Linear(8, 40)
     with pytest.raises(PruningError, match="made for another model"):
         prune(net, points(), 0.5, graph=graph)
+
+
+def test_tied_heads_of_several_layers_and_their_dimensions() -> None:
+    """The cross-attentions of a T5 lose the same heads; their dimensions rotate layer by layer."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2}
+    config = T5Config(vocab_size=50, decoder_start_token_id=0, **sizes)
+    model = T5ForConditionalGeneration(config).eval()
+    rows = [
+        {name: torch.randint(1, 50, (16, n)) for name, n in (("input_ids", 12), ("labels", 10))}
+        for _ in range(8)
+    ]
+    graph = discover(model, **rows[0])
+    heads = next(group for group in graph.groups if len(group.partners) == 2)
+    constraints = Constraints(pins={re.escape(heads.name): 2, r"head_dim$": 4})
+    share = 0.4
+    done = prune(
+        *(model, rows, share),
+        kinds=["ffn", "heads", "head_dim"],
+        constraints=constraints,
+        loss=lambda model, batch: model(**batch).loss,
+    )
+    assert done.plan.width(heads.name) == 2
+    assert {done.plan.width(name) for name, _ in heads.partners} == {4}
+    for layer in model.decoder.block:
+        attention = layer.layer[1].EncDecAttention
+        assert attention.q.weight.shape == attention.v.weight.shape == (8, 32)
+        assert attention.o.weight.shape == (32, 8)
+    assert model(**rows[0]).loss.isfinite()

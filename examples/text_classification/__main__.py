@@ -85,8 +85,9 @@ class TextClassificationCLI(LightningCLI):
             return
         self.seconds, self.steps = time.perf_counter() - self.started, self.trainer.global_step
         names = dict(enumerate(self.datamodule.class_names))
-        self.model.network.config.id2label = names
-        self.model.network.config.label2id = {name: index for index, name in names.items()}
+        for network in (self.model.network, self.dense.network):
+            network.config.id2label = names
+            network.config.label2id = {name: index for index, name in names.items()}
         first = self.trainer.is_global_zero
         tokenizer, rows = self.datamodule.tokenizer, self.datamodule.splits["test"]
         if first:

@@ -16,7 +16,7 @@ from lightning_mi_prune.checkpoint.recorded import present_plan, recorded_graph
 from lightning_mi_prune.core.empty_linear import empty_linears, parameters_of, place_linears
 from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, PARTS_FIELD
 from lightning_mi_prune.core.untrusted import LARGEST_TEXT
-from lightning_mi_prune.discovery.config_fields import difference_from_config
+from lightning_mi_prune.discovery.config_fields import built_from_config, difference_from_config
 from lightning_mi_prune.graph.graph import PruningGraph
 from lightning_mi_prune.graph.groups import EmptyForward
 from lightning_mi_prune.graph.layouts import layout_size
@@ -96,11 +96,12 @@ def with_layer_fields(network: Any) -> dict[int, dict[str, int]] | None:
     return fields
 
 
-def parts_of(network: Any) -> dict[str, Any]:
+def parts_of(network: Any, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What differs between a network and what its class builds from its config, as plain data.
 
     Args:
         network: A cut Hugging Face network.
+        changes: Fields that its config will have in its file.
 
     Returns:
         Shapes of all tensors, numbers on modules, and modules that run otherwise. Where nothing
@@ -136,7 +137,12 @@ def parts_of(network: Any) -> dict[str, Any]:
     }
     attention = any(isinstance(module, nn.MultiheadAttention) for module in network.modules())
     saved = all(is_saved(network, s.tensor) for group in graph.groups for s in group.tensors)
-    if saved and not arguments and not attention:
+    simple = saved and not arguments and not attention
+    built = built_from_config(network, changes or {}) if simple else None
+    if built is not None:
+        others = {name: list(tensor.shape) for name, tensor in _tensors(built).items()}
+        now = parts["shapes"]
+        parts["built"] = {n: shape for n, shape in others.items() if shape != now.get(n)}
         parts["class"] = type(network).__name__
         parts["config"] = config_numbers(graph.groups, widths)
         parts["digest"] = _digest(network.config)
@@ -161,15 +167,18 @@ def set_parts(network: Any, config: Any) -> bool:
         return False
     if parts.get("class") != type(network).__name__:
         return False
-    sizes, shapes = parts.get("config"), parts.get("shapes")
-    if not (isinstance(sizes, Mapping) and isinstance(shapes, Mapping)):
+    sizes, shapes, built = (parts.get(name) for name in ("config", "shapes", "built"))
+    if not isinstance(sizes, Mapping) or not isinstance(shapes, Mapping):
+        return False
+    if not isinstance(built, Mapping):
         return False
     if any(config_value(config, str(name)) != size for name, size in sizes.items()):
         return False
-    tensors = _tensors(network)
-    if shapes.keys() != tensors.keys():
+    found = {name: list(tensor.shape) for name, tensor in _tensors(network).items()}
+    # Another number of labels, say, builds another network than the one that was saved.
+    if shapes.keys() != found.keys() or {**shapes, **built} != found:
         return False
-    if not all(_is_within(shapes[name], [*tensor.shape]) for name, tensor in tensors.items()):
+    if not all(_is_within(shapes[name], shape) for name, shape in found.items()):
         return False
     modules = dict(network.named_modules(remove_duplicate=False))
     lists = (parts.get(name) for name in ("numbers", "empty", "forwards"))

@@ -19,10 +19,11 @@ from lightning_mi_prune.core.plan import (
 )
 from lightning_mi_prune.core.untrusted import described
 from lightning_mi_prune.graph.graph import PruningGraph
-from lightning_mi_prune.graph.groups import DependencyGroup
+from lightning_mi_prune.graph.groups import DependencyGroup, is_within
 
 __all__ = [
     "config_of",
+    "digest_of",
     "named_plan",
     "present_plan",
     "pruned_type",
@@ -52,6 +53,28 @@ def recorded_graph(network: nn.Module) -> PruningGraph | None:
     graph = _named_here(network, PruningGraph.from_json(text))
     check_networks(network, graph)
     return graph
+
+
+def digest_of(plan: PruningPlan, graph: PruningGraph | None) -> str:
+    """Digest of a plan as it is named from the network that it cuts, if it is one.
+
+    So the folder of a network and the checkpoint of the module around it have the same.
+
+    Args:
+        plan: The plan.
+        graph: The groups that it names, if they are known.
+
+    Example:
+        >>> from lightning_mi_prune.graph.groups import DependencyGroup
+        >>> plan = PruningPlan({"net.ffn": 4}, {"net.ffn": (0, 3)})
+        >>> group = DependencyGroup("net.ffn", "ffn", 4, (), ("net.out",), network="net")
+        >>> digest_of(plan, PruningGraph((group,))) == plan.under("net").digest()
+        True
+    """
+    paths = {part.network for part in graph.parts if part.name in plan.sizes} if graph else set()
+    outer = min(paths, key=len, default="")  # an encoder may be in the network that has its head
+    inside = plan.under(outer if all(is_within(path, outer) for path in paths) else "")
+    return (inside if len(inside.sizes) == len(plan.sizes) else plan).digest()
 
 
 def recorded_networks(module: nn.Module) -> dict[str, PruningGraph]:

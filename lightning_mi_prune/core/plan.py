@@ -239,8 +239,18 @@ class PruningPlan:
         return PruningPlan(self.sizes, self.kept)
 
     def digest(self) -> str:
-        """SHA-256 of the plan without rankings, to compare plans across processes."""
-        return hashlib.sha256(self.bare().to_json().encode()).hexdigest()
+        """SHA-256 of the groups that lost units, to compare plans across processes and files.
+
+        Rankings do not count, and neither do whole groups, of which a file may name others than
+        the graph in memory does.
+
+        Example:
+            >>> plan = PruningPlan({"ffn": 4}, {"ffn": (0, 3)})
+            >>> plan.digest() == plan.joined(PruningPlan({"heads": 2}, {"heads": (0, 1)})).digest()
+            True
+        """
+        fewer = self.only(n for n, kept in self.kept.items() if len(kept) < self.sizes[n])
+        return hashlib.sha256(fewer.bare().to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """Canonical compact JSON; equal plans give equal text."""

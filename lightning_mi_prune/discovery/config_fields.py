@@ -33,6 +33,7 @@ from lightning_mi_prune.surgery.parameters import attribute_value, shapes_at
 
 __all__ = [
     "Unused",
+    "built_from_config",
     "check_described",
     "configs_accepting",
     "difference_from_config",
@@ -671,6 +672,26 @@ def difference_from_config(
     if made is None:
         return f"{type(network).__name__} cannot be built from the config"
     return builder.difference(made, groups, widths, shapes)
+
+
+def built_from_config(network: Any, changes: Mapping[str, Any]) -> nn.Module | None:
+    """A network of the same class, built on the meta device from its config as files hold it.
+
+    Args:
+        network: The network; it does not change.
+        changes: Fields of the config to set before.
+
+    Returns:
+        The network; None where it cannot be built.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> net = BertModel(BertConfig(vocab_size=9, intermediate_size=6, **sizes))
+        >>> built_from_config(net, {}).encoder.layer[0].intermediate.dense.weight.shape
+        torch.Size([6, 8])
+    """
+    return _Builder(network, "").built(changes)
 
 
 def check_described(

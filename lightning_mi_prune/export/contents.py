@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_mi_prune.checkpoint.delta import read_delta
 from lightning_mi_prune.checkpoint.loading import read_checkpoint
+from lightning_mi_prune.checkpoint.recorded import digest_of
 from lightning_mi_prune.checkpoint.validation import is_plan, plan_in_state
 from lightning_mi_prune.core.errors import PruningError
 from lightning_mi_prune.core.plan import CONFIG_FIELD, GRAPH_FIELD, MODEL_TYPE, PruningPlan
@@ -200,7 +201,7 @@ def _contents(
         parameters_built=None if now is None else _built(now, plan, graph),
         weight_bytes=None if weights is None else weights.size,
         widths=() if plan is None else tuple(_widths(plan, graph)),
-        plan_digest=None if plan is None else plan.digest(),
+        plan_digest=None if plan is None else digest_of(plan, graph),
         rankings=0 if plan is None else len(plan.rankings),
         plain=plain,
         opening=opening,

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_mi_prune.checkpoint.recorded import digest_of
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.errors import PruningError, PruningWarning, require
 from lightning_mi_prune.core.files import check_writable
@@ -254,7 +255,7 @@ def _digest_of(model: nn.Module, plan: PruningPlan | None) -> str | None:
         return plan.digest()
     tracker = PlanTracker.held_by(model)
     if tracker is not None and tracker.is_known:
-        return tracker.plan.digest()
+        return digest_of(tracker.plan, tracker.graph)
     known: dict[str, PruningPlan] = {}
     for path, part in model.named_modules():  # the parts of a network share its config
         if any(top == "" or path.startswith(f"{top}.") for top in known):
@@ -262,6 +263,9 @@ def _digest_of(model: nn.Module, plan: PruningPlan | None) -> str | None:
         below = PlanTracker.held_by(part)
         found = below.plan if below is not None and below.is_known else recorded_plan(part)
         known |= {} if found is None else {path: found.prefixed(path)}
+    if len(known) == 1:
+        ((path, found),) = known.items()
+        return found.under(path).digest()
     return reduce(PruningPlan.joined, known.values()).digest() if known else None
 
 

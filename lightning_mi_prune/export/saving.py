@@ -273,7 +273,8 @@ def _write_config(
     if layers:
         digits = len(str(max(layers)))
         fields["per_layer_config"] = {str(i).zfill(digits): dict(v) for i, v in layers.items()}
-    parts = parts_of(network) if plan else {}
+    changes = {"per_layer_config": layers} if layers else {}
+    parts = parts_of(network, changes) if plan else {}
     if "digest" in parts:  # else nothing but the modelling file reads them
         fields[PARTS_FIELD] = json.dumps(parts, separators=(",", ":"))
     if difference is not None:

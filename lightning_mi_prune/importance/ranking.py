@@ -105,12 +105,15 @@ def rank_groups(
                 ridge = getattr(criterion, "ridge", 1.0)
                 loss, nats = _curves_of_directions(new, statistics[0], heads, ridge)
         else:
-            if rotating and len(across[rotating[0].name]) < current.width(rotating[0].name):
-                (dims,) = rotating
-                values = replace(statistics[0], entries=len(now))
+            rotated = {other.rotation.consumer: other for other in rotating if other.rotation}
+            for place, consumers in enumerate(group.unit_inputs.values()):
+                dims = next((rotated[path] for path in consumers if path in rotated), None)
+                if dims is None or len(across[dims.name]) >= current.width(dims.name):
+                    continue
+                values = replace(statistics[place], entries=len(now))
                 new = head_rotation(dims, values, moments, weights, known)
                 size = len(across[dims.name])
-                statistics = [new.select(s, range(len(now)), size) for s in statistics]
+                statistics[place] = new.select(statistics[place], range(len(now)), size)
             order, costs = _whole_order(criterion, statistics)
             curve = loss_curve if compensate else uncompensated_loss_curve
             loss, nats = curve(statistics, order), [*accumulate(costs)]

@@ -30,7 +30,9 @@ def config_value(config: Any, field: str) -> Any:
         (8, None)
     """
     for step in field.split("."):
-        config = getattr(config, step, None)
+        # Configs with fields by layer refuse to show the one that is for all.
+        held = getattr(config, "__dict__", {})
+        config = held[step] if step in held else getattr(config, step, None)
     return config
 
 

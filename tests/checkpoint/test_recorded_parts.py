@@ -99,6 +99,18 @@ def test_the_graph_is_not_read_where_all_is_as_saved(tmp_path: Path, family: str
     assert str(again) == str(model)
 
 
+def test_another_number_of_labels_is_not_that_of_the_config(tmp_path: Path) -> None:
+    """As for a folder without parts: the head is refused, or new on request."""
+    model: Any = cut("bert")
+    folder = save_pretrained(model, tmp_path / "small")
+    more = model.config.num_labels + 2
+    with pytest.raises(PruningError, match="has shape"):
+        from_pretrained(type(model), folder, num_labels=more)
+    new: Any = from_pretrained(type(model), folder, num_labels=more, ignore_mismatched_sizes=True)
+    assert new.classifier.out_features == more
+    assert new.classifier.weight.shape[0] == more
+
+
 def edited(change: Callable[[dict[str, Any]], Any]) -> tuple[nn.Module, Any]:
     """A network as its class builds it, and a config with other parts than those of its cut."""
     model: Any = cut("bert")
@@ -123,6 +135,8 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "class": lambda parts: parts.update({"class": "BertModel"}),
     "larger": lambda parts: parts["shapes"][first(parts)].__setitem__(0, 10**9),
     "negative": lambda parts: parts["shapes"][first(parts)].__setitem__(0, -1),
+    "built": lambda parts: parts["built"].update({first(parts): [1, 1]}),
+    "built-list": lambda parts: parts.update(built=[]),
     "fraction": lambda parts: parts["shapes"][first(parts)].__setitem__(0, 1.5),
     "dimensions": lambda parts: parts["shapes"][first(parts)].append(1),
     "missing": lambda parts: parts["shapes"].pop(first(parts)),

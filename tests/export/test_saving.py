@@ -13,11 +13,18 @@ import torch
 from lightning.pytorch import LightningModule
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, BertConfig, BertModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    BertConfig,
+    BertModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import AutoModelForSequenceClassification as AutoClassifier
 
-from lightning_mi_prune import PruningError, PruningPlan, apply_plan, from_pretrained
-from lightning_mi_prune.checkpoint.plain import why_not_plain
+from lightning_mi_prune import PruningError, PruningPlan, apply_plan, discover, from_pretrained
+from lightning_mi_prune.checkpoint.plain import why_not_plain, with_layer_fields
 from lightning_mi_prune.checkpoint.state_dict import PlanTracker
 from lightning_mi_prune.core.plan import Ranking
 from lightning_mi_prune.export.card import Latency, Measured
@@ -346,3 +353,67 @@ def test_a_cut_buffer_that_is_computed_anew_is_not_plain() -> None:
     apply_plan(model, [first, *groups[1:]], plan)
     assert model.scale.shape == (20,)
     assert "'scale' is computed anew" in (why_not_plain(model) or "")
+
+
+class LayeredConfig(PreTrainedConfig):
+    """Fields that may differ from layer to layer."""
+
+    model_type = "layered"
+
+    def __init__(self, hidden_size=8, intermediate_size=12, num_hidden_layers=2, **kwargs):
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        super().__init__(**kwargs)
+
+
+class LayeredBlock(nn.Module):
+    def __init__(self, config, index: int) -> None:
+        super().__init__()
+        width = config.per_layer_config[index].intermediate_size
+        self.up = nn.Linear(config.hidden_size, width)
+        self.down = nn.Linear(width, config.hidden_size)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+class LayeredModel(PreTrainedModel):
+    config_class = LayeredConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(LayeredBlock(config, index) for index in layers)
+        self.post_init()
+
+    def forward(self, inputs):
+        for layer in self.layers:
+            inputs = layer(inputs)
+        return inputs
+
+
+def test_widths_by_layer_are_written_where_the_class_reads_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = LayeredModel(LayeredConfig()).eval(), torch.randn(3, 8)
+    graph = discover(model, x)
+    kept = {**graph.full.kept, "layers.0.ffn": (0, 3, 5), "layers.1.ffn": (1, 2, 4, 6, 11)}
+    apply_plan(model, graph.groups, PruningPlan(graph.full.sizes, kept))
+    assert why_not_plain(model) is not None
+    assert with_layer_fields(model) == {0: {"intermediate_size": 3}, 1: {"intermediate_size": 5}}
+    folder = save_pretrained(model, tmp_path / "small")
+    fields = json.loads((folder / "config.json").read_text())
+    assert fields["model_type"] == "layered"
+    widths = {int(i): layer["intermediate_size"] for i, layer in fields["per_layer_config"].items()}
+    assert widths == {0: 3, 1: 5}
+    again = LayeredModel.from_pretrained(folder).eval()  # transformers alone
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+        assert torch.equal(from_pretrained(LayeredModel, folder).eval()(x), model(x))
+
+
+def test_widths_by_layer_are_not_written_where_the_class_does_not_read_them(tmp_path: Path) -> None:
+    model = cut("bert", "half")
+    assert with_layer_fields(model) is None
+    folder = save_pretrained(model, tmp_path / "small")
+    assert "per_layer_config" not in json.loads((folder / "config.json").read_text())
