@@ -29,6 +29,8 @@
 #   make fuzz          10,000 damaged files and texts over all readers, new ones at every run
 #                      (a quarter of an hour); make fuzz FUZZ_SEED=7 repeats a run
 #   make exports       ONNX files of every family of models, compared in ONNX Runtime (some minutes)
+#   make pages         the report's page in headless Chromium, which apt-get installs where there is
+#                      none (some seconds)
 #   make format        rewrite the code in the project's format
 #   make clean         remove the environment, caches and results of runs
 
@@ -43,7 +45,7 @@ CONFIG := --config $(EXAMPLE)/demo.yaml $(if $(FAST),--config $(EXAMPLE)/fast.ya
 # Else each of the processes that tests start compiles what it imports, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test benchmark benchmark-full benchmark-large vision decoders costs zoo matrix exports fuzz format clean
+.PHONY: help demo test benchmark benchmark-full benchmark-large vision decoders costs zoo matrix exports fuzz pages format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -174,6 +176,10 @@ $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	@echo "Installing what the checks need"
 	$(PIP) install --no-warn-conflicts --constraint constraints.txt --editable '.[all,dev]'
 	@touch $@
+
+pages: $(VENV)/dev.stamp
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || apt-get install --yes chromium
+	NEEDS_BROWSER=1 $(BIN)/python -m pytest tests/reporting/test_browser.py
 
 clean:
 	rm -rf $(VENV) $(ZOO) runs .mypy_cache .pytest_cache .ruff_cache dist

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -143,3 +145,17 @@ def opened(path: Path, profile: Path, *options: str) -> tuple[str, list[str]]:
         check=True,
     )
     return found.stdout, [line for line in found.stderr.splitlines() if "CONSOLE" in line]
+
+
+def screenshot(path: Path) -> None:
+    """A picture of the start of the page (python -m tests.support.pages docs/figures/report.png)."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder, "report.html")
+        whole_report().write(page, measured())
+        flags = [*_FLAGS.split(), f"--user-data-dir={folder}/profile", "--window-size=1100,1240"]
+        command = [str(browser()), *flags, f"--screenshot={path.resolve()}", page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
+if __name__ == "__main__":
+    screenshot(Path(sys.argv[1]))
