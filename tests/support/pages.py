@@ -148,7 +148,7 @@ def opened(path: Path, profile: Path, *options: str) -> tuple[str, list[str]]:
 
 
 def screenshot(path: Path) -> None:
-    """A picture of the start of the page (python -m tests.support.pages docs/figures/report.png)."""
+    """The start of the page: python -m tests.support.pages docs/figures/report.png."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder, "report.html")
         whole_report().write(page, measured())
