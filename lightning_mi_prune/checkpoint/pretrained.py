@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -301,7 +302,15 @@ def _is_clear(error: Exception) -> bool:
         return "keyword argument" in text or "positional argument" in text
     if isinstance(error, (JSONDecodeError, UnicodeDecodeError)) or "StreamReader" in text:
         return False
+    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        return _raised_in(error).startswith("transformers.")  # those of torch name no file or field
     return isinstance(error, (ValueError, RuntimeError, ImportError))
+
+
+def _raised_in(error: Exception) -> str:
+    """The name of the module whose code raised an error; "" where it is not known."""
+    frames = [*traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
 
 
 def _damage(error: Exception, cls: Any, source: str | Path) -> PruningError:

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoModelForQuestionAnswering
 from transformers import AutoModelForSequenceClassification as Auto
 
 from lightning_mi_prune import PruningError, from_pretrained
@@ -94,3 +95,15 @@ def test_a_config_that_is_no_object_or_nested_deeply_is_refused(text, damaged):
     (damaged / "config.json").write_text(text)
     with pytest.raises(PruningError, match=r"config.json"):
         from_pretrained(Auto, damaged)
+
+
+@pytest.mark.parametrize("field", ["initializer_range", "max_position_embeddings", "vocab_size"])
+def test_numbers_below_zero_are_refused_by_the_name_of_the_folder(field, damaged):
+    """Errors of torch name neither a file nor a field."""
+
+    def change(body):
+        body[field] = -abs(body[field])
+
+    edit(damaged / "config.json", change)
+    with pytest.raises(PruningError, match="Copy or save the folder again"):
+        from_pretrained(AutoModelForQuestionAnswering, damaged)  # with a new head

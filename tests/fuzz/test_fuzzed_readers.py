@@ -438,7 +438,9 @@ def test_configs_that_name_the_package(sound, root, data):
     check("config that names the package", size + weights,
           lambda: AutoModelForSequenceClassification.from_pretrained(
               folder, trust_remote_code=False),
-          lambda m: outputs(m, BATCH), errors=(*ITS_OWN, RecursionError), watched=root)  # fmt: skip
+          lambda m: outputs(m, BATCH),
+          # AutoConfig reads auto_map before it knows that the type is of this package.
+          errors=(*ITS_OWN, RecursionError, TypeError), watched=root)  # fmt: skip
 
 
 @fuzzed(0.015, 12)
