@@ -134,18 +134,31 @@ def parts_of(network: Any, changes: Mapping[str, Any] | None = None) -> dict[str
         "forwards": forwards,
         "arguments": arguments,
     }
+    return parts | _believed_by(network, graph, widths, parts, changes or {})
+
+
+def _believed_by(
+    network: Any,
+    graph: PruningGraph,
+    widths: Mapping[str, int],
+    parts: Mapping[str, Any],
+    changes: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What :func:`set_parts` compares; nothing where shapes and numbers are not all."""
     attention = any(isinstance(module, nn.MultiheadAttention) for module in network.modules())
     saved = all(is_saved(network, s.tensor) for group in graph.groups for s in group.tensors)
-    simple = saved and not arguments and not attention
-    built = built_from_config(network, changes or {}) if simple else None
-    if built is not None:
-        others = {name: list(tensor.shape) for name, tensor in _tensors(built).items()}
-        now = parts["shapes"]
-        parts["built"] = {n: shape for n, shape in others.items() if shape != now.get(n)}
-        parts["class"] = type(network).__name__
-        parts["config"] = config_numbers(graph.groups, widths)
-        parts["digest"] = _digest(network.config)
-    return parts
+    if attention or not saved or parts["arguments"]:
+        return {}
+    made = built_from_config(network, changes)
+    if made is None:
+        return {}
+    built = {name: list(tensor.shape) for name, tensor in _tensors(made).items()}
+    return {
+        "built": {n: shape for n, shape in built.items() if shape != parts["shapes"].get(n)},
+        "class": type(network).__name__,
+        "config": config_numbers(graph.groups, widths),
+        "digest": _digest(network.config),
+    }
 
 
 def set_parts(network: Any, config: Any) -> bool:
