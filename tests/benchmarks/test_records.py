@@ -98,7 +98,7 @@ def test_every_case_names_its_jobs_before_anything_is_opened(name: str, tmp_path
     case = CASES[name]
     assert case.question.endswith(".")
     assert case.quick.keys() <= case.options <= OPTIONS.keys()
-    if name in ("latency", "lengths", "deploy"):
+    if name in ("latency", "lengths", "deploy", "opening"):
         store = Store("recovery", tmp_path)
         about = {"task": "trec-6", "sparsity": 0.5, "steps": 0}
         for method, widths, weights in (
