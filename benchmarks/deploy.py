@@ -115,6 +115,9 @@ def opened(kept: Kept, tiny: bool, rounds: int) -> Figures:
         ways: dict[str, Callable[[], Any]] = {
             "uncut": partial(BertForSequenceClassification.from_pretrained, f"{place}/uncut"),
             "pruned": partial(from_pretrained, BertForSequenceClassification, f"{place}/pruned"),
+            "uncut_auto": partial(
+                AutoModelForSequenceClassification.from_pretrained, f"{place}/uncut"
+            ),
             "auto": partial(AutoModelForSequenceClassification.from_pretrained, f"{place}/pruned"),
         }
         times: dict[str, list[float]] = {name: [] for name in ways}

@@ -481,18 +481,20 @@ def deploy(records: Records) -> list[str]:
 
 def opening(records: Records) -> list[str]:
     """Milliseconds to open a pruned folder, beside an uncut model of as many parameters."""
+    auto = "`AutoModelForSequenceClassification`"
     names = {
-        "uncut": "an uncut model as large, transformers",
-        "pruned": "pruned, `from_pretrained` of this package",
-        "auto": "pruned, `AutoModelForSequenceClassification` with this package imported",
+        "uncut": "uncut, its class of transformers",
+        "pruned": "pruned, `from_pretrained` of this package with that class",
+        "uncut_auto": f"uncut, {auto}",
+        "auto": f"pruned, {auto} with this package imported",
     }
     rows = []
     for r in records:
         for name, label in names.items():
-            ms = r[f"{name}_ms"]
-            cells = [label, f"{r['parameters']['uncut' if name == 'uncut' else 'pruned']:,}"]
+            ms, uncut = r[f"{name}_ms"], "uncut_auto" if "auto" in name else "uncut"
+            cells = [label, f"{r['parameters'][name.split('_')[0].replace('auto', 'pruned')]:,}"]
             times = f"{digits(ms['median'])} ({digits(ms['min'])} .. {digits(ms['max'])})"
-            ratio = f"{ms['median'] / r['uncut_ms']['median']:.2f}"
+            ratio = f"{ms['median'] / r[f'{uncut}_ms']['median']:.2f}"
             rows.append(row([*cells, times, ratio]))
     head = ["opened", "parameters", "ms", "times as long"]
     return [*with_head(head, rows, numbers=3), "", *measured_on(records)]

@@ -201,9 +201,11 @@ def set_parts(network: Any, config: Any) -> bool:
         if not isinstance(entry, list) or len(entry) != 3 or entry[0] not in modules:
             return False
         path, steps, value = entry
-        if not _is_within([value], [_number(modules[path], steps)]):
+        now = _number(modules[path], steps)
+        if not _is_within([value], [now]):
             return False
-        set_number(modules[path], steps, value)
+        if value != now:
+            set_number(modules[path], steps, value)
     replaced = [_forward_of(fields, modules) for fields in forwards]
     set_shapes(network, shapes)
     place_linears(network, empty)

@@ -123,7 +123,8 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
     """
     check_folder(name_or_path, kwargs)
     base = kwargs.pop("base", None)
-    kwargs = _with_config(cls, name_or_path, kwargs)
+    stored = {} if name_or_path is None else _fields(name_or_path, kwargs)
+    kwargs = _with_config(cls, kwargs, stored)
     delta = read_delta(name_or_path) if isinstance(name_or_path, (str, Path)) else None
     if delta is not None:
         return _open_delta(cls, delta, base, name_or_path, args, kwargs)
@@ -132,7 +133,7 @@ def from_pretrained(cls: Any, name_or_path: str | Path, *args: Any, **kwargs: An
             f"base={str(base)!r} is given, but {name_or_path} holds all weights of the model; "
             "expected a folder that was saved with delta_of. Leave base out."
         )
-    plan = _plan_to_open(name_or_path, kwargs)
+    plan = _plan_to_open(name_or_path, kwargs, stored)
     with _ONE_AT_A_TIME:
         if plan is None or plan.is_full:
             with building_within(name_or_path, kwargs):
@@ -262,8 +263,13 @@ def _load(
     return cuts[-1], found
 
 
-def _with_config(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _with_config(cls: Any, kwargs: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments with the config of the class that was pruned, where the folder names the package.
+
+    Args:
+        cls: The class that opens it.
+        kwargs: Of the call.
+        stored: Fields of the config in the folder.
 
     Raises:
         PruningError: If the folder does not name that class.
@@ -274,7 +280,7 @@ def _with_config(cls: Any, source: str | Path, kwargs: Mapping[str, Any]) -> dic
             return dict(kwargs)
         fields: Mapping[str, Any] = given.to_dict()
     else:
-        fields = _fields(given or source, kwargs) if given or source else {}
+        fields = _fields(given, kwargs) if given else stored
         if fields.get("model_type") != MODEL_TYPE:
             return dict(kwargs)
     kind = pruned_type(fields)
@@ -321,14 +327,15 @@ def _damage(error: Exception, cls: Any, source: str | Path) -> PruningError:
     )
 
 
-def _plan_to_open(source: str | Path, kwargs: Mapping[str, Any]) -> PruningPlan | None:
+def _plan_to_open(
+    source: str | Path, kwargs: Mapping[str, Any], fields: Mapping[str, Any]
+) -> PruningPlan | None:
     """The plan with which a folder must be opened, or None.
 
     Raises:
         PruningError: If a given config has another plan than the folder.
     """
     given = kwargs.get("config")
-    fields = {} if source is None else _fields(source, kwargs)
     stored = _read(fields)
     if given is None:
         return stored
